@@ -1,0 +1,239 @@
+"""Checks the port against the transformers reference, before and after the pooling head: `uv run compare_origin.py`.
+
+Exit status: 0 the two are equal, 1 they differ, 2 they could not be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from siglip_port import SigLipVisionModel
+    from siglip_port.parity.comparison import Comparison, Measurement
+
+CHECKPOINT = "google/siglip-base-patch16-224"
+PHOTOGRAPH = Path(__file__).parent / "tests" / "images" / "chelsea.png"
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0 equal, 1 different, 2 could not compare."""
+    args = parse(argv)
+    try:
+        equal = run(args)
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        print(f"could not compare: {str(error) or type(error).__name__}", file=sys.stderr)
+        return 2
+    return 0 if equal else 1
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="compare_origin.py",
+        description="Checks the port against the transformers reference, before and after the pooling head.",
+        epilog="exit status: 0 equal, 1 different, 2 could not compare",
+    )
+    add = parser.add_argument
+    add("--checkpoint", default=CHECKPOINT, metavar="ID|PATH", help="Hub id, folder or file (%(default)s)")
+    add(
+        "--weights",
+        choices=("auto", "hub", "random"),
+        default="auto",
+        help="auto: the checkpoint's own, or random ones where the default checkpoint cannot be had; hub: the "
+        "checkpoint's own, or fail; random: random ones of its architecture (%(default)s)",
+    )
+    add(
+        "--image",
+        type=Path,
+        default=PHOTOGRAPH,
+        metavar="PATH",
+        help="a photograph (tests/images/chelsea.png)",
+    )
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help="of weights and arithmetic (%(default)s)")
+    add("--attn", choices=("sdpa", "eager"), default="sdpa", help="the reference's attention (%(default)s)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
+    add("--json", type=Path, metavar="PATH", help="write all figures to this file as well")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> bool:
+    """Compares and reports; returns whether port and reference are equal."""
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
+
+    import torch
+    from PIL import Image
+
+    from siglip_port.parity import comparison, references
+
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"--device {args.device}: torch finds no CUDA device on this machine; use --device cpu")
+    with Image.open(args.image) as image:
+        photograph = image.copy()
+
+    with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
+        port, is_random, offline = load_port(args, Path(scratch))
+        source = scratch if is_random else args.checkpoint
+        assert port.provenance is not None
+        where: dict[str, Any] = {"revision": port.provenance.commit, "local_files_only": offline}
+        reference = references.load(
+            source,
+            pooling_head=port.pooling_head is not None,
+            dtype=getattr(torch, args.dtype),
+            attention=args.attn,
+            device=device,
+            **where,
+        )
+        pixels = references.preprocess(photograph, port.config.image_size, source, **where)
+        result = comparison.compare(port, reference, with_noise(pixels))
+
+    label = "random weights" if is_random else "checkpoint weights"
+    environment = describe_environment(args, references.VERSION)
+    print_report(result, label, environment)
+    if args.json is not None:
+        write_json(args.json, result, label, port, environment)
+    return result.equal
+
+
+def load_port(args: argparse.Namespace, scratch: Path) -> tuple[SigLipVisionModel, bool, bool]:
+    """Loads the port through `from_hf`, as a user does, and decides on the way which weights there are.
+
+    Returns:
+        The port; whether its weights are random ones, written to `scratch` by the reference; and whether only
+        local files may be used.
+    """
+    import torch
+
+    from siglip_port import HubUnreachableError, SigLipVisionConfig, SigLipVisionModel
+    from siglip_port.checkpoint import read_config
+    from siglip_port.hub import find_source, hub_is_reachable
+    from siglip_port.parity import references
+
+    how = {"dtype": getattr(torch, args.dtype), "device": args.device}
+    is_default = args.checkpoint == CHECKPOINT and not Path(CHECKPOINT).exists()
+    is_local = Path(args.checkpoint).expanduser().exists()
+    offline = is_local or (args.weights == "random" and is_default) or not hub_is_reachable()
+    try:
+        if args.weights != "random":
+            return SigLipVisionModel.from_hf(args.checkpoint, local_files_only=offline, **how), False, offline
+        # The default checkpoint's architecture is the default one: no file is needed to know it.
+        config = SigLipVisionConfig(pooling_head=True)
+        if not is_default:
+            config = read_config(find_source(args.checkpoint, local_files_only=offline))
+    except HubUnreachableError as error:
+        if args.weights != "auto" or not is_default:
+            raise HubUnreachableError(
+                f"{args.checkpoint} is not in the local cache, and the Hub cannot be reached; pass a folder that "
+                "holds it, or compare random weights: --weights random, without --checkpoint"
+            ) from error
+        print(
+            f"{CHECKPOINT} is not in the local cache, and the Hub cannot be reached: "
+            "comparing random weights of the same architecture instead.",
+            file=sys.stderr,
+        )
+        config = SigLipVisionConfig(pooling_head=True)
+    references.write_random_checkpoint(scratch, config)
+    return SigLipVisionModel.from_hf(scratch, **how), True, True
+
+
+def with_noise(pixel_values: Tensor) -> Tensor:
+    """Puts a picture of uniform noise in [-1, 1] beside the photograph: [1, C, S, S] -> [2, C, S, S]."""
+    import torch
+
+    noise = torch.rand(pixel_values.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return torch.cat([pixel_values, noise])
+
+
+def describe_environment(args: argparse.Namespace, transformers_version: str) -> dict[str, Any]:
+    """Tells on what the figures were measured."""
+    import torch
+
+    return {
+        "siglip_port": version("siglip-port"),
+        "torch": torch.__version__,
+        "transformers": transformers_version,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "device": args.device,
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+        "attention": args.attn,
+    }
+
+
+def print_report(result: Comparison, label: str, environment: dict[str, Any]) -> None:
+    """Prints the lines that users of the original program know, the table, and the verdict."""
+    tokens = next(m for m in reversed(result.measurements) if m.point == "tokens")
+    for name, shapes in (("custom", result.port_shapes), ("original", result.reference_shapes)):
+        for point, shape in shapes.items():
+            print(f"siglip_{name}{'-afterPooling' if point == 'pooled' else ''}.shape: {shape}")
+    print(f"cosine_similarity.mean(): {tokens.cosine_mean:.12f}")
+    print(f"cosine_similarity.min(): {tokens.cosine_min:.12f}")
+
+    columns = ("cosine mean", "cosine min", "max abs", "relative error", "bound", "verdict")
+    print("\n" + " | ".join([f"{'weights':{len(label)}}", "point ", f"{'dtype':8}", *(f"{c:>14}" for c in columns)]))
+    for m in result.measurements:
+        figures = (f"{m.cosine_mean:.10f}", f"{m.cosine_min:.10f}", f"{m.max_abs:.2e}", f"{m.error:.2e}")
+        cells = (*figures, f"{m.bound:.2e}", "equal" if m.equal else "DIFFERENT")
+        print(" | ".join([label, m.point, f"{m.dtype:8}", *(f"{cell:>14}" for cell in cells)]))
+    print("\nrelative error: of the port, against the reference in float64. Bounds:")
+    for dtype, origin in {m.dtype: m.origin for m in result.measurements}.items():
+        print(f"  {dtype}: {origin}")
+    print(", ".join(f"{name} {value}" for name, value in environment.items()))
+    print(verdict(result, label))
+
+
+def verdict(result: Comparison, label: str) -> str:
+    """Says in one line how the comparison ended."""
+    weights = f"{result.num_weights} tensors equal bit for bit"
+    if result.differing_weights:
+        weights = f"{len(result.differing_weights)} tensors differ, first {result.differing_weights[0]}"
+    points = "before and after the pooling head"
+    if "pooled" not in result.port_shapes:
+        points = "before pooling (this checkpoint has no pooling head)"
+    if result.equal:
+        return f"EQUAL ({label}): {weights}; all errors within bounds, {points}"
+    outside = [f"{m.point} in {m.dtype} ({excess(m)})" for m in result.measurements if not m.equal]
+    return f"DIFFERENT ({label}): {weights}; outside its bound: {', '.join(outside) or 'nothing'}"
+
+
+def excess(measurement: Measurement) -> str:
+    """Says how far outside its bound a measurement lies."""
+    if measurement.error != measurement.error:
+        return "not a number"
+    return f"{measurement.error:.1e} against {measurement.bound:.1e}"
+
+
+def write_json(
+    path: Path, result: Comparison, label: str, port: SigLipVisionModel, environment: dict[str, Any]
+) -> None:
+    """Writes all figures to a file, whole or not at all."""
+    content = {
+        "schema": 1,
+        "equal": result.equal,
+        "weights": label,
+        "differing_weights": result.differing_weights,
+        "provenance": dataclasses.asdict(port.provenance) if port.provenance else None,
+        "measurements": [dataclasses.asdict(m) | {"equal": m.equal} for m in result.measurements],
+        "environment": environment,
+    }
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

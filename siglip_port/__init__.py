@@ -1,0 +1,30 @@
+"""The SigLIP vision tower in PyTorch, loaded from HuggingFace checkpoints, and proven against transformers."""
+
+from siglip_port.checkpoint import CheckpointError, Provenance
+from siglip_port.config import SigLipVisionConfig
+from siglip_port.hub import HubUnreachableError
+from siglip_port.model import (
+    MLP,
+    EncoderBlock,
+    MultiheadAttention,
+    PoolingHead,
+    SigLipEncoder,
+    SigLipVisionModel,
+    SigLipVisionTransformer,
+    VisionEmbeddings,
+)
+
+__all__ = [
+    "MLP",
+    "CheckpointError",
+    "EncoderBlock",
+    "HubUnreachableError",
+    "MultiheadAttention",
+    "PoolingHead",
+    "Provenance",
+    "SigLipEncoder",
+    "SigLipVisionConfig",
+    "SigLipVisionModel",
+    "SigLipVisionTransformer",
+    "VisionEmbeddings",
+]

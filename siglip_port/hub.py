@@ -1,0 +1,197 @@
+"""Where a checkpoint's bytes come from: a folder, a file in a folder, or a repository of the HuggingFace Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from siglip_port.checkpoint import PICKLE_SUFFIXES, CheckpointError, Source, pickle_advice
+
+_FILE_SUFFIXES = (".safetensors", ".json", *PICKLE_SUFFIXES)
+
+
+class HubUnreachableError(CheckpointError):
+    """A file is not in the local cache, and the Hub could not be reached, or was not to be asked."""
+
+
+class LocalFolder:
+    """A checkpoint in a folder of this machine. Never touches the network."""
+
+    def __init__(self, folder: Path, name: str, weights: str | None = None) -> None:
+        self.folder, self.name, self.weights = folder, name, weights
+        self.commit: str | None = None
+
+    def get(self, filename: str) -> Path | None:
+        """Returns the path of the file, or None where there is none."""
+        path = self.folder / filename
+        return path if path.is_file() else None
+
+    def listing(self) -> list[str]:
+        """Returns the names of the files in the folder."""
+        return sorted(path.name for path in self.folder.iterdir() if path.is_file())
+
+
+class HubRepository:
+    """A checkpoint in a model repository of the Hub, through `huggingface_hub`: its cache, variables and login.
+
+    Once the first file has told the commit, all others are taken from that commit, so that a push between two
+    requests cannot mix two versions.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.name, self.revision, self.local_files_only = name, revision, local_files_only
+        self.token, self.cache_dir = token, None if cache_dir is None else Path(cache_dir)
+        self.commit: str | None = None
+        self.weights: str | None = None
+
+    def get(self, filename: str) -> Path | None:
+        """Fetches the file into the cache, or finds it there; None where the repository has no such file.
+
+        Raises:
+            HubUnreachableError: the file is not cached, and the Hub cannot be reached or may not be asked.
+            CheckpointError: the Hub refuses, or the file cannot be stored.
+        """
+        # Imported here: a fifth of a second that a local checkpoint does not need.
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        try:
+            with self._in_plain_words(filename):
+                path = hf_hub_download(
+                    self.name,
+                    filename,
+                    revision=self.commit or self.revision,
+                    local_files_only=self.local_files_only,
+                    token=self.token,
+                    cache_dir=self.cache_dir,
+                )
+        except RemoteEntryNotFoundError:
+            return None
+        self.commit = Path(path).parent.name  # .../snapshots/<commit>/<filename>
+        return Path(path)
+
+    def listing(self) -> list[str]:
+        """Returns the names of the files in the repository, or nothing where the Hub does not say."""
+        from huggingface_hub import HfApi
+
+        if self.local_files_only:
+            return []
+        try:
+            return sorted(HfApi(token=self.token).list_repo_files(self.name, revision=self.commit))
+        except (OSError, RuntimeError, ValueError):
+            return []
+
+    @contextmanager
+    def _in_plain_words(self, filename: str) -> Iterator[None]:
+        from huggingface_hub import errors
+
+        at = f"{self.name!r} at revision {self.revision!r}" if self.revision else f"{self.name!r}"
+        try:
+            yield
+        except errors.RemoteEntryNotFoundError:
+            raise
+        except errors.HFValidationError as error:
+            raise CheckpointError(f"{self.name!r} is neither a path nor a Hub id: {error}") from error
+        except errors.GatedRepoError as error:
+            raise CheckpointError(
+                f"{at} is gated: ask for access on its Hub page, then log in with `hf auth login` or pass token="
+            ) from error
+        except errors.RepositoryNotFoundError as error:
+            raise CheckpointError(
+                f"the Hub has no repository {at}; check the spelling, or, if it is private, log in with "
+                "`hf auth login` or pass token="
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise CheckpointError(f"the Hub repository {self.name!r} has no revision {self.revision!r}") from error
+        except errors.LocalEntryNotFoundError as error:
+            why = "only local files were allowed" if self.local_files_only else "the Hub could not be reached"
+            raise HubUnreachableError(
+                f"{filename} of {at} is not in the local cache, and {why}; connect once to fetch it, or pass a "
+                "folder that holds the checkpoint"
+            ) from error
+        except errors.HfHubHTTPError as error:
+            raise CheckpointError(
+                f"the Hub refused {filename} of {at} (HTTP {error.response.status_code}); try again later, "
+                "or pass a folder that holds the checkpoint"
+            ) from error
+        except OSError as error:
+            raise CheckpointError(f"{filename} of {at} could not be fetched: {error}") from error
+
+
+def find_source(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Source:
+    """Decides what `source` is: what exists on this machine is local, else what looks like a Hub id is one.
+
+    Args:
+        source: a folder, a `.safetensors` file with its `config.json` beside it, or a Hub id.
+        revision: of a Hub repository; like the rest, of no meaning for a local path.
+        local_files_only: use the Hub's cache only, never the network.
+        token: a Hub token, True for the stored one, False for none.
+        cache_dir: instead of the Hub's usual cache folder.
+
+    Raises:
+        CheckpointError: it is none of these, or a file that is not safetensors.
+    """
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return LocalFolder(path, name)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"{name} is not a .safetensors file; pass that file, or the folder that holds the checkpoint"
+                + pickle_advice([path.name])
+            )
+        return LocalFolder(path.parent, name, weights=path.name)
+    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix not in _FILE_SUFFIXES:
+        return HubRepository(
+            name, revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir
+        )
+    raise CheckpointError(
+        f"{name!r} does not exist on this machine, and is no Hub id such as 'google/siglip-base-patch16-224'; "
+        "pass a folder, a .safetensors file or a Hub id"
+    )
+
+
+def hub_is_reachable(seconds: float = 10.0) -> bool:
+    """Whether the Hub answers at all, told within `seconds`, whatever hangs: name lookup, connection or reply.
+
+    False without asking where `HF_HUB_OFFLINE` is set.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.is_offline_mode():
+        return False
+    answered = threading.Event()
+
+    def ask() -> None:
+        # Whatever goes wrong here means the same: no answer.
+        try:
+            get_session().head(constants.ENDPOINT, timeout=seconds)
+        except Exception:
+            return
+        answered.set()
+
+    # A thread, since a hanging name lookup obeys no timeout; a daemon, so that it cannot keep the process alive.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answered.is_set()
