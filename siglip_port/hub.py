@@ -152,7 +152,7 @@ def find_source(
     """
     name = os.fspath(source)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():  # Path("") would be this folder
         return LocalFolder(path, name)
     if path.is_file():
         if path.suffix != ".safetensors":

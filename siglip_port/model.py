@@ -345,7 +345,7 @@ class SigLipVisionModel(nn.Module):
         try:
             with torch.device("meta"):
                 model = cls(checkpoint.config)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond what torch can even describe
             raise CheckpointError(f"{files.name} describes an impossible tower: {error}") from error
         shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
         tensors, model.provenance = checkpoint.read(shapes, dtype=dtype, device=device)

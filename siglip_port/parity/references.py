@@ -53,11 +53,15 @@ class Reference:
         return self
 
 
+def hf_config(config: SigLipVisionConfig) -> SiglipVisionConfig:
+    """Returns the reference's configuration of the same architecture."""
+    return SiglipVisionConfig(**{k: v for k, v in config.to_hf().items() if k not in ("architectures", "model_type")})
+
+
 def write_random_checkpoint(folder: Path, config: SigLipVisionConfig, seed: int = 1234) -> None:
     """Has the reference write a checkpoint of this architecture, with random weights on which mistakes are loud."""
-    hf_config = {key: value for key, value in config.to_hf().items() if key not in ("architectures", "model_type")}
     with _quiet():
-        model = SiglipVisionModel(SiglipVisionConfig(**hf_config))
+        model = SiglipVisionModel(hf_config(config))
         randomise(model, seed)
         model.save_pretrained(folder)
 

@@ -1,0 +1,121 @@
+"""What all tests share: a Hub of our own, tiny architectures that hide nothing, and checkpoints made on the spot."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from siglip_port import SigLipVisionConfig
+from tests.hub_server import Hub
+
+HUB = Hub()
+
+# No test depends on time or chance: the same examples every run, however slow the machine.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Points the Hub's client at our own Hub, before anything imports it; but for the tests that need the real one."""
+    if config.option.markexpr != "hub":
+        os.environ["HF_ENDPOINT"] = HUB.url
+        os.environ.pop("HF_HUB_OFFLINE", None)
+
+
+# Widths, heads and sizes that no mistake survives by luck: head_dim differs from the number of heads, 1/sqrt(head_dim)
+# is inexact, the picture is no multiple of the patch, and 11 blocks sort differently as numbers and as text.
+ODD = SigLipVisionConfig(
+    embed_dim=72,
+    image_size=45,
+    patch_size=7,
+    num_attention_heads=4,
+    num_encoder_blocks=11,
+    mlp_hidden_dim=101,
+    pooling_head=True,
+)
+SMALL = SigLipVisionConfig(
+    embed_dim=24,
+    image_size=16,
+    patch_size=8,
+    num_attention_heads=2,
+    num_encoder_blocks=3,
+    mlp_hidden_dim=40,
+    pooling_head=True,
+)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """Our Hub, empty."""
+    HUB.repositories.clear()
+    HUB.requests.clear()
+    HUB.broken = False
+    yield HUB
+    HUB.repositories.clear()
+
+
+MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> MakeCheckpoint:
+    """Makes a checkpoint with random weights, written by the reference: `checkpoint(config, dtype=...) -> folder`."""
+    from siglip_port.parity.references import write_random_checkpoint
+
+    def make(
+        config: SigLipVisionConfig = SMALL, *, dtype: torch.dtype = torch.float32, prefix: str = "", name: str = "made"
+    ) -> Path:
+        folder = tmp_path / name
+        write_random_checkpoint(folder, config)
+        if dtype != torch.float32 or prefix:
+            edit_tensors(folder, lambda t: {prefix + k: v.to(dtype) for k, v in t.items()})
+        return folder
+
+    return make
+
+
+def edit_tensors(
+    folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]], file: str = "model.safetensors"
+) -> None:
+    """Rewrites the tensors of a checkpoint."""
+    tensors = edit({name: tensor.clone() for name, tensor in load_file(folder / file).items()})
+    save_file(
+        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
+        folder / file,
+        {"format": "pt"},
+    )
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    """Rewrites keys of `config.json`; a value of `...` takes the key away."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+def shard(folder: Path, num_shards: int = 3) -> None:
+    """Spreads the tensors of a checkpoint over several files with an index, as transformers does."""
+    tensors = load_file(folder / "model.safetensors")
+    names = [f"model-{i + 1:05}-of-{num_shards:05}.safetensors" for i in range(num_shards)]
+    weight_map = {name: names[i % num_shards] for i, name in enumerate(tensors)}
+    for file in names:
+        mine = {name: tensor.clone() for name, tensor in tensors.items() if weight_map[name] == file}
+        save_file(mine, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+
+
+def pixels(config: SigLipVisionConfig, batch: int = 2, seed: int = 0) -> Tensor:
+    """Float64 noise in the shape of pictures."""
+    shape = (batch, config.num_channels, config.image_size, config.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

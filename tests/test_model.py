@@ -1,0 +1,295 @@
+"""The tower, against the reference, in float64 and with random weights: rung by rung, then as users call it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import SiglipVisionModel as ReferenceModel
+
+from siglip_port import (
+    MLP,
+    EncoderBlock,
+    MultiheadAttention,
+    PoolingHead,
+    SigLipEncoder,
+    SigLipVisionConfig,
+    SigLipVisionModel,
+    SigLipVisionTransformer,
+    VisionEmbeddings,
+    key_map,
+)
+from siglip_port.parity import references
+from siglip_port.parity.comparison import relative_error
+from siglip_port.parity.references import Reference
+from siglip_port.parity.weights import randomise
+from tests.conftest import ODD, SMALL, MakeCheckpoint, pixels
+
+# The deepest rung that rounding reaches is 1e-15; the weakest known mistake is 2e-7.
+EXACT = 1e-12
+
+CONFIGS = {
+    "odd": ODD,
+    "exact GELU": replace(ODD, hidden_act="gelu"),
+    "three heads": replace(SMALL, embed_dim=27, num_attention_heads=3),
+    "heads 72 wide, patch 14, as so400m": replace(
+        SMALL, embed_dim=144, num_attention_heads=2, image_size=40, patch_size=14, mlp_hidden_dim=538
+    ),
+    "heads 96 wide, as giant-opt": replace(SMALL, embed_dim=192, num_attention_heads=2),
+    "one patch, one head, one channel": replace(
+        SMALL, image_size=8, num_attention_heads=1, num_channels=1, num_encoder_blocks=1
+    ),
+    "large eps": replace(SMALL, layer_norm_eps=1e-3),
+}
+architectures = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+Pair = tuple[SigLipVisionModel, Reference]
+
+
+@pytest.fixture
+def pair(config: SigLipVisionConfig, checkpoint: MakeCheckpoint) -> Pair:
+    """Port and reference, in float64, each loaded by its own loader from one checkpoint."""
+    folder = checkpoint(config, dtype=torch.float64)
+    reference = references.load(folder, pooling_head=True, dtype=torch.float64, attention="sdpa")
+    return SigLipVisionModel.from_hf(folder), reference
+
+
+def inputs_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """What `module` is given first while `run` runs."""
+    given: list[Tensor] = []
+    hook = module.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append((*args, *kwargs.values())[0]), with_kwargs=True
+    )
+    run()
+    hook.remove()
+    return given[0]
+
+
+@architectures
+@torch.no_grad()
+def test_every_rung_equals_the_reference(pair: Pair, config: SigLipVisionConfig) -> None:
+    """Each part of the port is given the reference's own input to the same part, so that an error stays where it is."""
+    port, reference = pair
+    x = pixels(config)
+    theirs = reference.model
+
+    def check(rung: str, ours: Tensor, expected: Tensor) -> None:
+        assert ours.shape == expected.shape
+        assert relative_error(ours, expected) <= EXACT, rung
+
+    check("embeddings", port.transformer.embeddings(x), theirs.embeddings(x))
+    for i, (block, layer) in enumerate(
+        zip(port.transformer.encoder.encoder_blocks, theirs.encoder.layers, strict=True)
+    ):
+        h = inputs_of(layer, lambda: theirs(x))
+        check(f"block {i}, attention", block.self_attn(h), layer.self_attn(h)[0])
+        check(f"block {i}, mlp", block.mlp(h), layer.mlp(h))
+        check(f"block {i}", block(h), layer(h, None))
+    h = theirs.embeddings(x)
+    check("encoder", port.transformer.encoder(h), theirs.encoder(inputs_embeds=h).last_hidden_state)
+    expected = reference.outputs(x)
+    check("tower", port(x), expected["tokens"])
+    assert port.pooling_head is not None
+    check("pooling head", port.pooling_head(expected["tokens"]), theirs.head(expected["tokens"]))
+    check("pooled", port.embed(x), expected["pooled"])
+
+
+@pytest.mark.parametrize("config", [ODD])
+def test_gradients_equal_the_references(pair: Pair, config: SigLipVisionConfig) -> None:
+    port, reference = pair
+    x = pixels(config)
+    port.embed(x).square().sum().backward()  # type: ignore[no-untyped-call]
+    reference.model(x).pooler_output.square().sum().backward()
+    ours = {name: p.grad for name, p in port.named_parameters() if p.grad is not None}
+    assert len(ours) == len(list(port.parameters()))
+    theirs = dict(reference.model.named_parameters())
+    rows = key_map.TOWER + key_map.HEAD
+    for name, grad in key_map.FLAT.to_stored(ours, config.num_encoder_blocks, rows).items():
+        # A bias of the keys moves all scores of a query alike, so its gradient is zero but for rounding.
+        assert (grad - theirs[name].grad).norm() <= 1e-10 * max(grad.norm(), theirs["head.probe"].grad.norm()), name
+
+
+def test_edge_pixels_that_fill_no_patch_are_ignored() -> None:
+    config = replace(SMALL, image_size=384, patch_size=14, num_encoder_blocks=1)
+    model = SigLipVisionModel(config).eval()
+    x = torch.randn(1, 3, 384, 384)
+    tokens = model(x)
+    assert tokens.shape == (1, 27 * 27, 24)
+    x[:, :, 378:, :], x[:, :, :, 378:] = 7, -7
+    assert torch.equal(model(x), tokens)
+    x[:, :, 377, 0] = 7
+    assert not torch.equal(model(x), tokens)
+
+
+@torch.no_grad()
+def test_dropout_is_of_the_blocks_attention_and_of_training_only() -> None:
+    config = replace(SMALL, attention_dropout=0.5)
+    model = SigLipVisionModel(config)
+    randomise(model)
+    plain = SigLipVisionModel(SMALL).eval()
+    plain.load_state_dict(model.state_dict())
+    x = pixels(SMALL).float()
+    assert torch.equal(model.eval().embed(x), plain.embed(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    tokens = plain(x)
+    assert torch.equal(model.pool(tokens), model.pool(tokens))  # the reference's head has no dropout
+
+
+@torch.no_grad()
+def test_embed_is_forward_then_pool_and_may_be_normalised() -> None:
+    model = SigLipVisionModel(SMALL).eval()
+    randomise(model)
+    x = pixels(SMALL).float()
+    pooled = model.pool(model(x))
+    assert torch.equal(model.embed(x), pooled)
+    assert not torch.allclose(pooled.norm(dim=-1), torch.ones(2))
+    torch.testing.assert_close(model.embed(x, normalize=True), pooled / pooled.norm(dim=-1, keepdim=True))
+
+
+@torch.no_grad()
+def test_a_batch_is_its_pictures_one_by_one() -> None:
+    model = SigLipVisionModel(ODD).double().eval()
+    randomise(model)
+    x = pixels(ODD, batch=3)
+    one_by_one = torch.cat([model.embed(picture[None]) for picture in x])
+    assert relative_error(model.embed(x), one_by_one) <= EXACT
+
+
+def test_pixels_are_cast_to_the_dtype_of_the_parameters() -> None:
+    model = SigLipVisionModel(SMALL).eval().bfloat16()
+    x = pixels(SMALL)
+    assert model(x).dtype == torch.bfloat16
+    assert torch.equal(model(x), model(x.bfloat16()))
+
+
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        (torch.zeros(3, 16, 16), r"got torch.float32 of shape \[3, 16, 16\]"),
+        (torch.zeros(1, 4, 16, 16), r"got torch.float32 of shape \[1, 4, 16, 16\]"),
+        (torch.zeros(1, 3, 16, 24), r"got torch.float32 of shape \[1, 3, 16, 24\]"),
+        (
+            torch.zeros(1, 3, 32, 8),
+            r"got torch.float32 of shape \[1, 3, 32, 8\]",
+        ),  # the right number of patches, and yet wrong
+        (torch.zeros(1, 1, 3, 16, 16), r"got torch.float32 of shape \[1, 1, 3, 16, 16\]"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), r"got torch.uint8 of shape \[1, 3, 16, 16\]"),
+        ([[0.0]], "got a list"),
+    ],
+)
+def test_wrong_pixels_get_one_sentence(x: Any, found: str) -> None:
+    expected = r"^pixel_values must be a floating point tensor of shape \[B, 3, 16, 16\], "
+    for module in (SigLipVisionModel(SMALL), VisionEmbeddings(SMALL)):
+        with pytest.raises(ValueError, match=expected + found):
+            module(x)
+
+
+def test_wrong_tokens_and_a_missing_head_get_one_sentence() -> None:
+    with pytest.raises(ValueError, match=r"^tokens must be of shape \[B, N, 24\], got \[4, 24\]$"):
+        SigLipVisionModel(SMALL).pool(torch.zeros(4, 24))
+    headless = SigLipVisionModel(replace(SMALL, pooling_head=False))
+    for call in (lambda: headless.pool(torch.zeros(1, 4, 24)), lambda: headless.embed(pixels(SMALL).float())):
+        with pytest.raises(ValueError, match=r"^this model has no pooling head, .*tokens.mean\(dim=1\)$"):
+            call()
+
+
+def test_every_component_can_be_used_alone() -> None:
+    tokens, x = torch.randn(2, 4, 24), torch.randn(2, 3, 16, 16)
+    for module in (MLP, MultiheadAttention, EncoderBlock, SigLipEncoder):
+        assert module(SMALL)(tokens).shape == (2, 4, 24)
+    assert MultiheadAttention(SMALL)(tokens, query=torch.randn(2, 1, 24)).shape == (2, 1, 24)
+    for whole in (VisionEmbeddings, SigLipVisionTransformer, SigLipVisionModel):
+        assert whole(SMALL)(x).shape == (2, 4, 24)
+    assert PoolingHead(SMALL)(tokens).shape == (2, 24)
+
+
+def test_four_blocks_and_two_pictures() -> None:
+    assert SigLipVisionModel(SigLipVisionConfig(num_encoder_blocks=4))(torch.randn(2, 3, 224, 224)).shape == (
+        2,
+        196,
+        768,
+    )
+
+
+def test_fresh_parameters_are_drawn_as_the_references() -> None:
+    """Same spread, same range and same constants, for every tensor; at width 384 chance moves a spread by a percent."""
+    torch.manual_seed(0)
+    config = SigLipVisionConfig(embed_dim=384, num_attention_heads=6, num_encoder_blocks=1, pooling_head=True)
+    rows = key_map.TOWER + key_map.HEAD
+    ours = key_map.FLAT.to_stored(SigLipVisionModel(config).state_dict(), 1, rows)
+    theirs = ReferenceModel(references.hf_config(config)).state_dict()
+    for name, tensor in theirs.items():
+        if tensor.std() == 0:  # zeros and ones
+            assert torch.equal(ours[name], tensor), name
+            continue
+        mine, chance = ours[name], tensor.numel() ** -0.5
+        assert abs(mine.mean()) <= 5 * tensor.std() * chance, name
+        assert abs(mine.std() / tensor.std() - 1) <= 6 * chance, name
+        # sqrt(3) for a uniform distribution, more for a normal one
+        assert (mine.abs().max() / mine.std() < 2) == (tensor.abs().max() / tensor.std() < 2), name
+
+
+def test_components_draw_the_same_alone_as_in_the_model() -> None:
+    torch.manual_seed(0)
+    block = EncoderBlock(SMALL)
+    assert block.self_attn.q_proj.bias.abs().max() == 0
+    assert 0 < block.mlp.fc1.bias.abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_copies_and_pickles_are_the_same_model(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    model = SigLipVisionModel.from_hf(checkpoint())
+    x = pixels(SMALL).float()
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    fresh = SigLipVisionModel(model.config).eval()
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt"))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh):
+        assert torch.equal(other.embed(x), model.embed(x))
+
+
+def test_the_module_tree_prints_as_documented() -> None:
+    assert str(SigLipVisionModel(SigLipVisionConfig())) == TREE
+
+
+def test_the_pooling_head_is_one_more_child_made_of_linears() -> None:
+    model = SigLipVisionModel(replace(SMALL, pooling_head=True))
+    assert [name for name, _ in model.named_children()] == ["transformer", "pooling_head"]
+    assert not [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+
+
+TREE = """\
+SigLipVisionModel(
+  (transformer): SigLipVisionTransformer(
+    (embeddings): VisionEmbeddings(
+      (patch_embedding): Conv2d(3, 768, kernel_size=(16, 16), stride=(16, 16), padding=valid)
+      (position_embedding): Embedding(196, 768)
+    )
+    (encoder): SigLipEncoder(
+      (encoder_blocks): ModuleList(
+        (0-11): 12 x EncoderBlock(
+          (layer_norm1): LayerNorm((768,), eps=1e-06, elementwise_affine=True)
+          (self_attn): MultiheadAttention(
+            (k_proj): Linear(in_features=768, out_features=768, bias=True)
+            (v_proj): Linear(in_features=768, out_features=768, bias=True)
+            (q_proj): Linear(in_features=768, out_features=768, bias=True)
+            (out_proj): Linear(in_features=768, out_features=768, bias=True)
+          )
+          (layer_norm2): LayerNorm((768,), eps=1e-06, elementwise_affine=True)
+          (mlp): MLP(
+            (fc1): Linear(in_features=768, out_features=3072, bias=True)
+            (fc2): Linear(in_features=3072, out_features=768, bias=True)
+          )
+        )
+      )
+    )
+    (post_layernorm): LayerNorm((768,), eps=1e-06, elementwise_affine=True)
+  )
+)"""
