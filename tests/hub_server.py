@@ -40,10 +40,10 @@ class Hub:
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self) -> None:  # noqa: N802
+            def do_HEAD(self) -> None:
                 self.answer()
 
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 self.answer()
 
             def log_message(self, *args: Any) -> None:  # noqa: ANN401

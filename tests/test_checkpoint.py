@@ -28,13 +28,17 @@ from transformers import (
 )
 from transformers import SiglipVisionModel as ReferenceModel
 
-from siglip_port import CheckpointError, SigLipVisionModel
+from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint import pickle_advice
 from siglip_port.parity import references
 from siglip_port.parity.weights import randomise
 from tests.conftest import ODD, SMALL, MakeCheckpoint, edit_config, edit_tensors, pixels, shard
 
 load = SigLipVisionModel.from_hf
+
+
+def plus(extra: dict[str, Tensor]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda tensors: {**tensors, **extra}
 
 
 def write_two_towers(folder: Path, kind: type[SiglipModel | SiglipForImageClassification]) -> None:
@@ -111,14 +115,15 @@ def test_a_file_beside_its_config(checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint()
     (folder / "model.safetensors").rename(folder / "tower.v2.safetensors")
     assert load(str(folder / "tower.v2.safetensors")).config == SMALL
-    with pytest.raises(CheckpointError, match="holds neither model.safetensors nor .*found: config.json, tower.v2"):
+    with pytest.raises(CheckpointError, match=r"holds neither model.safetensors nor .*found: config.json, tower.v2"):
         load(folder)
 
 
 def test_position_ids_are_dropped(checkpoint: MakeCheckpoint) -> None:
     for prefix in ("", "vision_model."):
         folder = checkpoint(prefix=prefix, name=f"ids{prefix}")
-        edit_tensors(folder, lambda t, p=prefix: {**t, f"{p}embeddings.position_ids": torch.arange(4)[None]})
+        ids = {f"{prefix}embeddings.position_ids": torch.arange(4)[None]}
+        edit_tensors(folder, plus(ids))
         provenance = load(folder).provenance
         assert provenance is not None
         assert provenance.dropped == {"position ids: counted, not learned": 1}
@@ -148,7 +153,7 @@ def test_a_head_left_out_is_not_read(checkpoint: MakeCheckpoint) -> None:
 
 @pytest.mark.parametrize("says", [True, False, ...])
 @pytest.mark.parametrize("has", [True, False])
-def test_the_file_decides_whether_there_is_a_head(checkpoint: MakeCheckpoint, says: Any, has: bool) -> None:
+def test_the_file_decides_whether_there_is_a_head(checkpoint: MakeCheckpoint, says: object, has: bool) -> None:
     """transformers 4.40 writes a head beside `vision_use_head: false`; others leave the key out where there is none."""
     folder = checkpoint(replace(SMALL, pooling_head=has))
     edit_config(folder, vision_use_head=says)
@@ -381,14 +386,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("")
-    for source, message in [
+    sources: list[tuple[str | Path, str]] = [
         (tmp_path / "empty", r"has no config.json"),
         (tmp_path / "absent", "does not exist on this machine, and is no Hub id such as"),
         ("no/such/folder", "does not exist on this machine, and is no Hub id such as"),
         ("nowhere/model.safetensors", "does not exist on this machine, and is no Hub id such as"),
         ("", "does not exist on this machine"),
         (tmp_path / "notes.txt", "is not a .safetensors file; pass that file, or the folder"),
-    ]:
+    ]
+    for source, message in sources:
         with pytest.raises(CheckpointError, match=message):
             load(source)
 
@@ -476,7 +482,9 @@ def test_unusable_indexes(checkpoint: MakeCheckpoint, index: dict[str, Any], mes
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_what_is_saved_loads_here_and_in_transformers(tmp_path: Path, config: Any, dtype: torch.dtype) -> None:
+def test_what_is_saved_loads_here_and_in_transformers(
+    tmp_path: Path, config: SigLipVisionConfig, dtype: torch.dtype
+) -> None:
     model = SigLipVisionModel(config).to(dtype).eval()
     randomise(model)
     model.save_hf(tmp_path / "new" / "folder")
@@ -523,7 +531,7 @@ def test_a_save_that_breaks_off_leaves_the_old_files(
         raise OSError("no space left on device")
 
     monkeypatch.setattr("siglip_port.checkpoint.json.dumps", break_off)
-    with pytest.raises(CheckpointError, match="could not be written to .*no space left on device"):
+    with pytest.raises(CheckpointError, match=r"could not be written to .*no space left on device"):
         SigLipVisionModel(SMALL).save_hf(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

@@ -98,7 +98,7 @@ def test_layouts_do_not_take_each_other_for_their_own() -> None:
 
 def test_a_table_that_claims_twice_is_refused() -> None:
     for rows in (TOWER + TOWER[:1], (*TOWER, Row(TOWER[0].ours, "elsewhere.*"))):
-        with pytest.raises(ValueError, match="claims these more than once: .*patch_embedding"):
+        with pytest.raises(ValueError, match=r"claims these more than once: .*patch_embedding"):
             FLAT.claims(1, rows)
 
 
