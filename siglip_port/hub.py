@@ -117,6 +117,8 @@ class HubRepository:
             raise CheckpointError(f"the Hub repository {self.name!r} has no revision {self.revision!r}") from error
         except errors.LocalEntryNotFoundError as error:
             why = "only local files were allowed" if self.local_files_only else "the Hub could not be reached"
+            if isinstance(error.__cause__, errors.HfHubHTTPError):
+                why = f"the Hub answered HTTP {error.__cause__.response.status_code}"
             raise HubUnreachableError(
                 f"{filename} of {at} is not in the local cache, and {why}; connect once to fetch it, or pass a "
                 "folder that holds the checkpoint"

@@ -79,9 +79,9 @@ class Hub:
             name = "/".join(parts[2:4])
             if name not in self.repositories:
                 return 404, {"X-Error-Code": "RepoNotFound"}, b""
-            files = [{"rfilename": file.name} for file in sorted(self.repositories[name].folder.iterdir())]
-            info = {"id": name, "sha": self.repositories[name].commit, "siblings": files}
-            return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
+            files = sorted(self.repositories[name].folder.iterdir())
+            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0"} for f in files]
+            return 200, {"Content-Type": "application/json"}, json.dumps(tree).encode()
         if len(parts) < 5 or parts[2] != "resolve":
             return 200, {}, b""
         name, revision, filename = "/".join(parts[:2]), parts[3], "/".join(parts[4:])

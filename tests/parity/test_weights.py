@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from siglip_port import SigLipVisionModel
+from siglip_port.parity.weights import randomise
+from tests.conftest import ODD
+
+
+def test_nothing_is_zero_and_nothing_is_one() -> None:
+    model = SigLipVisionModel(ODD)
+    randomise(model)
+    for name, parameter in model.named_parameters():
+        assert not ((parameter == 0) | (parameter == 1)).any(), name
+        assert parameter.std() > 0.02, name
+
+
+def test_the_recipe() -> None:
+    torch.manual_seed(0)
+    linear, norm, conv = nn.Linear(400, 300), nn.LayerNorm(4000), nn.Conv2d(3, 64, 16)
+    attention, table = nn.MultiheadAttention(64, 4), nn.Embedding(64, 64)
+    for module in (linear, norm, conv, attention, table):
+        randomise(module)
+    for tensor, spread in [
+        (linear.weight, 400**-0.5),
+        (linear.bias, 0.3),
+        (norm.bias, 0.5),
+        (norm.weight.abs().log(), 0.5),
+        (conv.weight, 1.5 * (3 * 16 * 16) ** -0.5),
+        (attention.in_proj_weight, 64**-0.5),
+        (attention.in_proj_bias, 0.3),
+        (attention.out_proj.weight, 64**-0.5),
+        (table.weight, 0.7),
+    ]:
+        assert tensor is not None
+        assert abs(tensor.std() / spread - 1) < 5 * tensor.numel() ** -0.5
+        assert abs(tensor.mean()) < 5 * spread * tensor.numel() ** -0.5
+    assert 0.07 < (norm.weight < 0).float().mean() < 0.13
+
+
+def test_is_reproducible_and_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    models = [SigLipVisionModel(ODD) for _ in range(3)]
+    after_construction = torch.get_rng_state()
+    for model, seed in zip(models, (7, 7, 8), strict=True):
+        randomise(model, seed)
+    assert torch.equal(torch.get_rng_state(), after_construction)
+    assert not torch.equal(before, after_construction)
+    first, second, third = (nn.utils.parameters_to_vector(model.parameters()) for model in models)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)

@@ -1,0 +1,144 @@
+"""Loading from the Hub: the real `huggingface_hub` client against a Hub of our own on loopback."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel
+from siglip_port.hub import hub_is_reachable
+from tests.conftest import SMALL, MakeCheckpoint, edit_tensors, shard
+from tests.hub_server import Hub, Repository
+
+NAME = "google/siglip-small"
+
+
+@pytest.fixture
+def folder(hub: Hub, checkpoint: MakeCheckpoint) -> Path:
+    """The folder of the repository that the Hub serves."""
+    folder = checkpoint(prefix="vision_model.", name="served")
+    hub.repositories[NAME] = Repository(folder)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def test_a_hub_id_loads_and_is_pinned_to_its_commit(hub: Hub, folder: Path, cache: Path) -> None:
+    model = SigLipVisionModel.from_hf(NAME, cache_dir=cache)
+    local = SigLipVisionModel.from_hf(folder)
+    assert all(torch.equal(t, local.state_dict()[name]) for name, t in model.state_dict().items())
+    assert model.provenance is not None
+    assert model.provenance.commit == hub.repositories[NAME].commit
+    assert str(model.provenance).startswith(f"source   {NAME} at commit {hub.repositories[NAME].commit}\n")
+    assert hub.requests["GET model.safetensors"] == 1
+
+
+@pytest.mark.parametrize("in_shards", [False, True], ids=["one file", "shards"])
+def test_what_is_cached_loads_without_the_hub(hub: Hub, folder: Path, cache: Path, in_shards: bool) -> None:
+    if in_shards:
+        shard(folder)
+    SigLipVisionModel.from_hf(NAME, cache_dir=cache)
+    hub.requests.clear()
+    model = SigLipVisionModel.from_hf(NAME, cache_dir=cache, local_files_only=True)
+    assert model.config == SMALL
+    assert not hub.requests
+
+
+def test_what_is_not_cached_cannot_be_had_offline(hub: Hub, folder: Path, cache: Path) -> None:
+    with pytest.raises(HubUnreachableError, match=r"config.json of 'google/siglip-small' is not in the local cache"):
+        SigLipVisionModel.from_hf(NAME, cache_dir=cache, local_files_only=True)
+    (folder / "model.safetensors").rename(folder / "elsewhere")
+    with pytest.raises(CheckpointError):
+        SigLipVisionModel.from_hf(NAME, cache_dir=cache)  # caches config.json alone
+    with pytest.raises(HubUnreachableError, match=r"model.safetensors of 'google/siglip-small' is not in the local"):
+        SigLipVisionModel.from_hf(NAME, cache_dir=cache, local_files_only=True)
+
+
+def test_revisions(hub: Hub, folder: Path, cache: Path) -> None:
+    commit = hub.repositories[NAME].commit
+    for revision in ("main", "v1", commit):
+        model = SigLipVisionModel.from_hf(NAME, revision=revision, cache_dir=cache)
+        assert model.provenance is not None
+        assert model.provenance.commit == commit
+    with pytest.raises(CheckpointError, match=r"'google/siglip-small' has no revision 'v9'"):
+        SigLipVisionModel.from_hf(NAME, revision="v9", cache_dir=cache)
+
+
+def test_a_push_between_two_files_mixes_nothing(
+    hub: Hub, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After config.json has told the commit, the weights are asked of that commit, here gone, and not of `main`."""
+    import siglip_port.checkpoint as checkpoints
+
+    read = checkpoints.read_config
+
+    def then_push(source: checkpoints.Source) -> object:
+        config = read(source)
+        edit_tensors(folder, lambda t: t)
+        return config
+
+    monkeypatch.setattr(checkpoints, "read_config", then_push)
+    with pytest.raises(CheckpointError, match="has no revision"):
+        SigLipVisionModel.from_hf(NAME, cache_dir=cache)
+
+
+def test_repositories_that_do_not_open(hub: Hub, folder: Path, cache: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"the Hub has no repository 'google/sigllp'.*pass token="):
+        SigLipVisionModel.from_hf("google/sigllp", cache_dir=cache)
+    hub.repositories[NAME].gated = True
+    with pytest.raises(CheckpointError, match=r"'google/siglip-small' is gated: ask for access on its Hub page"):
+        SigLipVisionModel.from_hf(NAME, cache_dir=cache)
+    hub.broken = True
+    with pytest.raises(
+        CheckpointError, match=r"config.json of 'google/siglip-small' is not .*, and the Hub answered HTTP 501"
+    ):
+        SigLipVisionModel.from_hf(NAME, cache_dir=cache)
+
+
+def test_a_repository_without_safetensors_says_what_it_has(hub: Hub, folder: Path, cache: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"found: config.json, pytorch_model.bin\. Pickled weights .* refused"):
+        SigLipVisionModel.from_hf(NAME, cache_dir=cache)
+    assert hub.requests["GET pytorch_model.bin"] == 0
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"google/siglip-small has no config\.json"):
+        SigLipVisionModel.from_hf(NAME, cache_dir=cache.with_name("other"))
+
+
+def test_a_local_path_asks_nothing_of_the_hub(hub: Hub, folder: Path) -> None:
+    SigLipVisionModel.from_hf(folder)
+    SigLipVisionModel.from_hf(folder / "model.safetensors", revision="main")
+    assert not hub.requests
+
+
+def test_whether_the_hub_is_reachable(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    assert hub_is_reachable()
+    with socket.socket() as silent:  # accepts, and never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        assert not hub_is_reachable(seconds=0.2)
+        assert time.monotonic() - began < 60  # it ended; how fast is the machine's affair
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent_port()}")
+    assert not hub_is_reachable()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert not hub_is_reachable()
+
+
+def silent_port() -> int:
+    """A port at which nobody listens."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port: int = closed.getsockname()[1]
+        return port
