@@ -73,10 +73,9 @@ def run(args: argparse.Namespace) -> bool:
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
 
+    # Imported when needed, the slowest last: a wrong argument should not cost the eight seconds of transformers.
     import torch
     from PIL import Image
-
-    from siglip_port.parity import comparison, references
 
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -86,6 +85,8 @@ def run(args: argparse.Namespace) -> bool:
 
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
         port, is_random, offline = load_port(args, Path(scratch))
+        from siglip_port.parity import comparison, references
+
         source = scratch if is_random else args.checkpoint
         assert port.provenance is not None
         where: dict[str, Any] = {"revision": port.provenance.commit, "local_files_only": offline}
@@ -120,7 +121,6 @@ def load_port(args: argparse.Namespace, scratch: Path) -> tuple[SigLipVisionMode
     from siglip_port import HubUnreachableError, SigLipVisionConfig, SigLipVisionModel
     from siglip_port.checkpoint import read_config
     from siglip_port.hub import find_source, hub_is_reachable
-    from siglip_port.parity import references
 
     how = {"dtype": getattr(torch, args.dtype), "device": args.device}
     is_default = args.checkpoint == CHECKPOINT and not Path(CHECKPOINT).exists()
@@ -145,7 +145,9 @@ def load_port(args: argparse.Namespace, scratch: Path) -> tuple[SigLipVisionMode
             file=sys.stderr,
         )
         config = SigLipVisionConfig(pooling_head=True)
-    references.write_random_checkpoint(scratch, config)
+    from siglip_port.parity.references import write_random_checkpoint
+
+    write_random_checkpoint(scratch, config)
     return SigLipVisionModel.from_hf(scratch, **how), True, True
 
 

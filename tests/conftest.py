@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from siglip_port import SigLipVisionConfig
 from tests.hub_server import Hub
 
 HUB = Hub()
+HOME = tempfile.TemporaryDirectory(prefix="siglip_port-tests-")
 
 # No test depends on time or chance: the same examples every run, however slow the machine.
 settings.register_profile(
@@ -29,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Points the Hub's client at our own Hub, before anything imports it; but for the tests that need the real one."""
     if config.option.markexpr != "hub":
         os.environ["HF_ENDPOINT"] = HUB.url
+        os.environ["HF_HOME"] = HOME.name
         os.environ.pop("HF_HUB_OFFLINE", None)
 
 

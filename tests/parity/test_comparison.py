@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -13,11 +12,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from siglip_port import MLP, EncoderBlock, SigLipVisionModel
+from siglip_port import SigLipVisionModel
 from siglip_port.parity import references
 from siglip_port.parity.comparison import compare, cosine, measure, relative_error
 from siglip_port.parity.references import Attention
 from tests.conftest import ODD, SMALL, MakeCheckpoint, pixels
+from tests.parity.faults import FAULTS, Fault, block, exact_gelu
 
 
 @pytest.fixture(scope="module")
@@ -59,133 +59,6 @@ def test_a_headless_checkpoint_is_compared_before_pooling(checkpoint: MakeCheckp
 
 
 # --- faults: each changes the port in one place, and must be noticed ------------------------------------------------
-
-Fault = Callable[[SigLipVisionModel], object]
-
-
-def block(model: SigLipVisionModel, i: int = 5) -> EncoderBlock:
-    found = model.transformer.encoder.encoder_blocks[i]
-    assert isinstance(found, EncoderBlock)
-    return found
-
-
-def swap(first: nn.Linear, second: nn.Linear) -> None:
-    first.weight.data, second.weight.data = second.weight.data, first.weight.data
-    first.bias.data, second.bias.data = second.bias.data, first.bias.data
-
-
-def exact_gelu(model: SigLipVisionModel) -> None:
-    for module in model.modules():
-        if isinstance(module, MLP):
-            module.activation = F.gelu
-
-
-def exact_gelu_in_the_head(model: SigLipVisionModel) -> None:
-    assert model.pooling_head is not None
-    model.pooling_head.mlp.activation = F.gelu
-
-
-def eps_1e5(model: SigLipVisionModel) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = 1e-5
-
-
-def eps_1e5_once(model: SigLipVisionModel) -> None:
-    block(model).layer_norm2.eps = 1e-5
-
-
-def keys_and_values_swapped(model: SigLipVisionModel) -> None:
-    swap(block(model).self_attn.k_proj, block(model).self_attn.v_proj)
-
-
-def head_queries_and_keys_swapped(model: SigLipVisionModel) -> None:
-    assert model.pooling_head is not None
-    swap(model.pooling_head.attention.q_proj, model.pooling_head.attention.k_proj)
-
-
-def norms_swapped(model: SigLipVisionModel) -> None:
-    norms = block(model)
-    norms.layer_norm1, norms.layer_norm2 = norms.layer_norm2, norms.layer_norm1
-
-
-def probe_zero(model: SigLipVisionModel) -> None:
-    assert model.pooling_head is not None
-    model.pooling_head.probe.data.zero_()
-
-
-def positions_off_by_one(model: SigLipVisionModel) -> None:
-    table = model.transformer.embeddings.position_embedding.weight
-    table.data = table.data.roll(1, dims=0)
-
-
-def positions_transposed(model: SigLipVisionModel) -> None:
-    table, n = model.transformer.embeddings.position_embedding.weight, ODD.grid_size
-    table.data = table.data.reshape(n, n, -1).transpose(0, 1).flatten(0, 1)
-
-
-def blocks_in_text_order(model: SigLipVisionModel) -> None:
-    blocks = list(model.transformer.encoder.encoder_blocks)
-    order = sorted(range(len(blocks)), key=str)
-    model.transformer.encoder.encoder_blocks = nn.ModuleList(blocks[i] for i in order)
-
-
-def last_block_skipped(model: SigLipVisionModel) -> None:
-    block(model, -1).register_forward_hook(lambda _, inputs, output: inputs[0])
-
-
-def post_layernorm_twice(model: SigLipVisionModel) -> None:
-    norm = model.transformer.post_layernorm
-    norm.register_forward_hook(
-        lambda _, inputs, output: F.layer_norm(output, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    )
-
-
-def residual_around_the_heads_attention(model: SigLipVisionModel) -> None:
-    assert model.pooling_head is not None
-    model.pooling_head.attention.register_forward_hook(
-        lambda _, inputs, query, output: output + query["query"], with_kwargs=True
-    )
-
-
-def pooled_half(model: SigLipVisionModel) -> None:
-    assert model.pooling_head is not None
-    model.pooling_head.register_forward_hook(lambda _, inputs, output: output / 2)
-
-
-def channels_reversed(model: SigLipVisionModel) -> None:
-    weight = model.transformer.embeddings.patch_embedding.weight
-    weight.data = weight.data.flip(1)
-
-
-def one_bias_not_loaded(model: SigLipVisionModel) -> None:
-    block(model).mlp.fc1.bias.data.zero_()
-
-
-def one_element_corrupted(model: SigLipVisionModel) -> None:
-    block(model).mlp.fc2.weight.data[3, 3] += 1e-3
-
-
-FAULTS: list[Fault] = [
-    exact_gelu,
-    exact_gelu_in_the_head,
-    eps_1e5,
-    eps_1e5_once,
-    keys_and_values_swapped,
-    head_queries_and_keys_swapped,
-    norms_swapped,
-    probe_zero,
-    positions_off_by_one,
-    positions_transposed,
-    blocks_in_text_order,
-    last_block_skipped,
-    post_layernorm_twice,
-    residual_around_the_heads_attention,
-    pooled_half,
-    channels_reversed,
-    one_bias_not_loaded,
-    one_element_corrupted,
-]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

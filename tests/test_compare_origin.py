@@ -1,0 +1,257 @@
+"""The command, end to end: what it prints, what it writes, and all three exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+import compare_origin
+from siglip_port import model as port
+from siglip_port.parity import references
+from tests.conftest import SMALL, MakeCheckpoint, edit_config, edit_tensors
+from tests.hub_server import Hub, Repository
+from tests.test_hub import silent_port
+
+ROOT = Path(compare_origin.__file__).parent
+KNOWN_LINES = [
+    "siglip_custom.shape: ",
+    "siglip_custom-afterPooling.shape: ",
+    "siglip_original.shape: ",
+    "siglip_original-afterPooling.shape: ",
+    "cosine_similarity.mean(): ",
+    "cosine_similarity.min(): ",
+]
+
+
+def run(*args: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command as a user does, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, ROOT / "compare_origin.py", *map(str, args)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_default_command_without_a_network(tmp_path: Path) -> None:
+    """The main command of the README, full size."""
+    done = run("--json", tmp_path / "out.json", HF_ENDPOINT=f"http://127.0.0.1:{silent_port()}", HF_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        "google/siglip-base-patch16-224 is not in the local cache, and the Hub cannot be reached: "
+        "comparing random weights of the same architecture instead."
+    ]
+    lines = done.stdout.splitlines()
+    assert [line[: len(known)] for line, known in zip(lines, KNOWN_LINES, strict=False)] == KNOWN_LINES
+    assert lines[0].endswith("torch.Size([2, 196, 768])")
+    assert lines[3].endswith("torch.Size([2, 768])")
+    assert float(lines[4].split(": ")[1]) == pytest.approx(1)
+    table = [line for line in lines if " | " in line][1:]
+    assert [re.split(r" +\| +", line)[1:3] for line in table] == [
+        ["tokens", "float64"],
+        ["pooled", "float64"],
+        ["tokens", "float32"],
+        ["pooled", "float32"],
+    ]
+    assert all(line.startswith("random weights | ") and line.endswith(" equal") for line in table)
+    assert lines[-1].startswith("EQUAL (random weights): 208 tensors equal bit for bit; ")
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["equal"] is True
+    assert content["weights"] == "random weights"
+    assert content["environment"]["transformers"] == references.VERSION
+    assert [m["equal"] for m in content["measurements"]] == [True] * 4
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == ["out.json"]
+
+
+def test_exact_gelu_ends_in_exit_code_1(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """The same command, with a port in which one word is wrong."""
+    folder = checkpoint()
+    wrong = (
+        "import sys, torch.nn.functional as F, siglip_port.model as port, compare_origin;"
+        "port.ACTIVATIONS['gelu_pytorch_tanh'] = F.gelu; sys.exit(compare_origin.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", wrong, "--checkpoint", str(folder), "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    verdict = done.stdout.splitlines()[-1]
+    assert re.match(
+        r"DIFFERENT \(checkpoint weights\): 64 tensors equal bit for bit; outside its bound: "
+        r"tokens in float64 \(.* against 1.0e-10\), pooled in float64 \(.*\), tokens in float32 ",
+        verdict,
+    )
+    assert json.loads((tmp_path / "out.json").read_text())["equal"] is False
+
+
+def test_wrong_calls_end_in_exit_code_2_and_one_sentence(tmp_path: Path) -> None:
+    calls: list[tuple[list[str | Path], str]] = [
+        (["--checkpoint", tmp_path], r"could not compare: .* has no config.json"),
+        (["--image", tmp_path / "absent.png"], r"could not compare: .*No such file"),
+    ]
+    for args, sentence in calls:
+        done = run(*args, HF_HUB_OFFLINE="1")
+        assert done.returncode == 2
+        assert not done.stdout
+        assert re.match(sentence, done.stderr)
+        assert len(done.stderr.splitlines()) == 1
+
+
+# The rest runs in this process, which saves importing transformers each time.
+
+
+def call(*args: str | Path) -> int:
+    return compare_origin.main([str(arg) for arg in args])
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--checkpoint", "no/such/folder"], "could not compare: 'no/such/folder' does not exist on this machine"),
+        (["--image", "tests/images/README.md"], "could not compare: cannot identify image file"),
+        (["--device", "cuda"], "could not compare: --device cuda: torch finds no CUDA device"),
+        (["--device", "abacus"], "could not compare: "),
+        (
+            ["--json", "no/such/folder/out.json"],
+            "could not compare: --json .*: its folder does not exist; make it first",
+        ),
+    ],
+)
+def test_wrong_arguments(args: list[str], sentence: str, capsys: pytest.CaptureFixture[str], hub: Hub) -> None:
+    if "cuda" in args and torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert call(*args) == 2
+    out, err = capsys.readouterr()
+    assert re.match(sentence, err)
+    assert not out
+
+
+@pytest.mark.parametrize("args", [["--dtype", "int8"], ["--weights", "mine"], ["--attn", "flash"], ["surplus"]])
+def test_unknown_options(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        call(*args)
+    assert exit_.value.code == 2
+    assert "usage: compare_origin.py" in capsys.readouterr().err
+
+
+def test_help_fits_a_page(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        call("--help")
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert "exit status: 0 equal, 1 different, 2 could not compare" in out
+    assert len(out.splitlines()) <= 40
+
+
+@pytest.mark.parametrize("dtype", compare_origin.DTYPES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_dtypes_and_attentions(
+    checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], dtype: str, attention: str
+) -> None:
+    assert call("--checkpoint", checkpoint(), "--dtype", dtype, "--attn", attention) == 0
+    out = capsys.readouterr().out
+    assert f"dtype {dtype}, attention {attention}" in out
+    assert out.splitlines()[-1].startswith("EQUAL (checkpoint weights): 64 tensors")
+
+
+def test_headless_checkpoints_are_compared_before_pooling(
+    checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = checkpoint()
+    edit_tensors(folder, lambda t: {k: v for k, v in t.items() if not k.startswith("head.")})
+    assert call("--checkpoint", folder) == 0
+    out = capsys.readouterr().out
+    assert "afterPooling" not in out
+    assert "before pooling (this checkpoint has no pooling head)" in out.splitlines()[-1]
+
+
+def test_a_file_and_random_weights_of_its_architecture(
+    checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = checkpoint() / "model.safetensors"
+    assert call("--checkpoint", file) == 0
+    assert "siglip_custom.shape: torch.Size([2, 4, 24])" in capsys.readouterr().out
+    file.write_bytes(b"")
+    assert call("--checkpoint", file.parent, "--weights", "random") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("EQUAL (random weights): 64 tensors")
+    assert call("--checkpoint", file) == 2
+
+
+def test_weights_that_are_not_the_files_are_noticed(
+    checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loader that gets one bias of the keys wrong: no output shows it, and the verdict does."""
+    load_state_dict = port.SigLipVisionModel.load_state_dict
+
+    def almost(self: port.SigLipVisionModel, state: dict[str, torch.Tensor], **kwargs: bool) -> object:
+        name = "transformer.encoder.encoder_blocks.1.self_attn.k_proj.bias"
+        return load_state_dict(self, {**state, name: state[name] + 1}, **kwargs)
+
+    monkeypatch.setattr(port.SigLipVisionModel, "load_state_dict", almost)
+    assert call("--checkpoint", checkpoint()) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "DIFFERENT (checkpoint weights): 1 tensors differ, first encoder.layers.1.self_attn.k_proj.bias; "
+        "outside its bound: nothing"
+    )
+
+
+def test_not_a_number_is_different(checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkpoint()
+    edit_tensors(folder, lambda t: {**t, "post_layernorm.bias": t["post_layernorm.bias"] * float("nan")})
+    assert call("--checkpoint", folder) == 1
+    assert "tokens in float64 (not a number)" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_config_that_the_port_misread_would_be_noticed(
+    checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint()
+    edit_config(folder, hidden_act="gelu")
+    assert call("--checkpoint", folder) == 0
+    monkeypatch.setitem(port.ACTIVATIONS, "gelu", lambda x: F.gelu(x, approximate="tanh"))
+    assert call("--checkpoint", folder) == 1
+    capsys.readouterr()
+
+
+def test_hub_ids(hub: Hub, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the Hub, then from its cache, then from neither."""
+    folder = checkpoint(prefix="vision_model.")
+    hub.repositories["google/siglip-served"] = Repository(folder)
+    for weights in ("auto", "hub"):
+        assert call("--checkpoint", "google/siglip-served", "--weights", weights) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith("EQUAL (checkpoint weights): 64 tensors")
+    assert call("--checkpoint", "google/siglip-absent") == 2
+    assert "the Hub has no repository 'google/siglip-absent'" in capsys.readouterr().err
+    from huggingface_hub import constants
+
+    with pytest.MonkeyPatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert call("--checkpoint", "google/siglip-served") == 0
+        capsys.readouterr()
+        for args in (
+            ["--checkpoint", "google/siglip-elsewhere"],
+            ["--checkpoint", "google/siglip-elsewhere", "--weights", "random"],
+            ["--weights", "hub"],
+        ):
+            assert call(*args) == 2
+            assert "is not in the local cache, and the Hub cannot be reached" in capsys.readouterr().err
+
+
+def test_the_photograph_is_not_square_and_pixels_are_not_all_noise() -> None:
+    from PIL import Image
+
+    with Image.open(compare_origin.PHOTOGRAPH) as image:
+        assert image.width != image.height
+        pixels = compare_origin.with_noise(references.preprocess(image, SMALL.image_size))
+    assert pixels.shape == (2, 3, 16, 16)
+    assert pixels.abs().max() <= 1
+    assert (pixels[0] - pixels[1]).std() > 0.3
