@@ -185,12 +185,17 @@ def print_report(result: Comparison, label: str, environment: dict[str, Any]) ->
     print(f"cosine_similarity.mean(): {tokens.cosine_mean:.12f}")
     print(f"cosine_similarity.min(): {tokens.cosine_min:.12f}")
 
-    columns = ("cosine mean", "cosine min", "max abs", "relative error", "bound", "verdict")
-    print("\n" + " | ".join([f"{'weights':{len(label)}}", "point ", f"{'dtype':8}", *(f"{c:>14}" for c in columns)]))
-    for m in result.measurements:
-        figures = (f"{m.cosine_mean:.10f}", f"{m.cosine_min:.10f}", f"{m.max_abs:.2e}", f"{m.error:.2e}")
-        cells = (*figures, f"{m.bound:.2e}", "equal" if m.equal else "DIFFERENT")
-        print(" | ".join([label, m.point, f"{m.dtype:8}", *(f"{cell:>14}" for cell in cells)]))
+    header = ["weights", "point", "dtype", "cosine mean", "cosine min", "max abs", "relative error", "bound", "verdict"]
+    rows = [header] + [
+        [label, m.point, m.dtype, f"{m.cosine_mean:.10f}", f"{m.cosine_min:.10f}"]
+        + [f"{figure:.1e}" for figure in (m.max_abs, m.error, m.bound)]
+        + ["equal" if m.equal else "DIFFERENT"]
+        for m in result.measurements
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for row in rows:
+        print(" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("\nrelative error: of the port, against the reference in float64. Bounds:")
     for dtype, origin in {m.dtype: m.origin for m in result.measurements}.items():
         print(f"  {dtype}: {origin}")

@@ -354,9 +354,9 @@ def pickle_advice(filenames: Iterable[str]) -> str:
     if not pickles:
         return ""
     return (
-        f". Pickled weights ({', '.join(pickles)}) are refused: to load a pickle can run any code. Convert them once, "
-        "where you trust their origin: transformers' `AutoModel.from_pretrained(SOURCE).save_pretrained(FOLDER)` "
-        "writes safetensors"
+        f". Pickled weights ({', '.join(pickles)}) are refused: to load a pickle can run any code. Where you "
+        "trust their origin, transformers' `SiglipVisionModel.from_pretrained(SOURCE).save_pretrained(FOLDER)` makes "
+        "safetensors of them"
     )
 
 

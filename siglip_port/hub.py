@@ -180,7 +180,7 @@ def hub_is_reachable(seconds: float = 10.0) -> bool:
     """
     from huggingface_hub import constants, get_session
 
-    if constants.is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         return False
     answered = threading.Event()
 

@@ -59,13 +59,16 @@ class VisionEmbeddings(nn.Module):
             stride=config.patch_size,
             padding="valid",
         )
-        self.position_embedding = nn.Embedding(config.num_patches, config.embed_dim)
+        # As `nn.Embedding(N, D)`, without torch's own initialisation: see `_normal_`.
+        self.position_embedding = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+            torch.empty(config.num_patches, config.embed_dim), freeze=False
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws fresh parameters as the reference does."""
         _lecun_normal_(self.patch_embedding)
-        nn.init.normal_(self.position_embedding.weight, std=self.config.embed_dim**-0.5)
+        _normal_(self.position_embedding.weight, std=self.config.embed_dim**-0.5)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[B, C, S, S] -> [B, N, D], in the dtype of the parameters."""
@@ -96,7 +99,7 @@ class MLP(nn.Module):
         """Draws fresh parameters as the reference does."""
         for linear in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(linear.weight)
-            nn.init.normal_(linear.bias, std=1e-6)
+            _normal_(linear.bias, std=1e-6)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -365,6 +368,12 @@ class SigLipVisionModel(nn.Module):
                 the folder cannot be written.
         """
         checkpoints.save(folder, self.config, self.state_dict())
+
+
+def _normal_(tensor: Tensor, std: float) -> None:
+    """Draws from N(0, std^2). On `meta` there is nothing to draw, and torch would import 900 modules to do so."""
+    if not tensor.is_meta:
+        nn.init.normal_(tensor, std=std)
 
 
 def _lecun_normal_(module: nn.Conv2d | nn.Linear) -> None:

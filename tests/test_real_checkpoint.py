@@ -1,0 +1,72 @@
+"""The real weights: `uv run pytest -m hub`. Needs the HuggingFace Hub (0.8 GB a checkpoint, cached).
+
+The golden numbers are published ones, of big_vision's own JAX weights and of transformers' tests: they are logits,
+which the port's image vectors give together with the reference's text tower.
+"""
+
+from __future__ import annotations
+
+import io
+import urllib.request
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, SiglipModel
+
+import compare_origin
+from siglip_port import SigLipVisionModel
+from siglip_port.parity import references
+
+pytestmark = pytest.mark.hub
+
+# transformers `models/siglip/convert_siglip_to_hf.py`: verified there against JAX, atol 1e-4.
+BIG_VISION_LOGITS = {
+    "google/siglip-base-patch16-224": [[-2.9621, -2.1672], [-0.2713, 0.2910]],
+    "google/siglip-base-patch16-256": [[-3.1146, -1.9894], [-0.7312, 0.6387]],
+    "google/siglip-base-patch16-384": [[-2.8098, -2.1891], [-0.4242, 0.4102]],
+    "google/siglip-base-patch16-512": [[-2.7899, -2.2668], [-0.4295, -0.0735]],
+}
+
+
+def logits_per_image(name: str, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
+    """The port's pictures against the reference's texts: [B, T]."""
+    both = SiglipModel.from_pretrained(name).eval()
+    with torch.inference_mode():
+        images = SigLipVisionModel.from_hf(name, pooling_head=True).embed(pixel_values, normalize=True)
+        texts = F.normalize(both.text_model(input_ids=input_ids).pooler_output, dim=-1)
+        logits: Tensor = images @ texts.T * both.logit_scale.exp() + both.logit_bias
+    return logits
+
+
+@pytest.mark.parametrize("name", [compare_origin.CHECKPOINT, "google/siglip2-base-patch16-224"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_comparison_on_real_weights(name: str, dtype: str) -> None:
+    assert compare_origin.main(["--weights", "hub", "--checkpoint", name, "--dtype", dtype]) == 0
+
+
+def test_two_cats() -> None:
+    """transformers `tests/models/siglip/test_modeling_siglip.py`, rtol = atol = 1e-3."""
+    with urllib.request.urlopen("http://images.cocodataset.org/val2017/000000039769.jpg") as response:
+        image = Image.open(io.BytesIO(response.read()))
+    name = compare_origin.CHECKPOINT
+    texts = AutoTokenizer.from_pretrained(name)(
+        ["a photo of 2 cats", "a photo of 2 dogs"], padding="max_length", return_tensors="pt"
+    )
+    found = logits_per_image(name, references.preprocess(image, 224, name), texts["input_ids"])
+    torch.testing.assert_close(found, torch.tensor([[-0.7567, -10.3354]]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", BIG_VISION_LOGITS)
+def test_logits_of_big_vision(name: str) -> None:
+    size = name.rsplit("-", 1)[1]
+    suffix = "" if size == "224" else f"_{size}"
+    pixel_values, input_ids = (
+        torch.load(hf_hub_download("nielsr/test-image", file, repo_type="dataset"), weights_only=True)
+        for file in (f"siglip_pixel_values{suffix}.pt", "siglip_input_ids.pt")
+    )
+    found = logits_per_image(name, pixel_values, input_ids)
+    torch.testing.assert_close(found, torch.tensor(BIG_VISION_LOGITS[name]), rtol=1e-5, atol=1e-4)

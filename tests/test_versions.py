@@ -1,0 +1,53 @@
+"""Checkpoints as other releases of transformers write them, and what those releases make of them.
+
+`uv run pytest -m versions`: needs uv and a package index; installs every release in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from siglip_port import SigLipVisionModel
+from siglip_port.parity.comparison import relative_error
+
+ROOT = Path(__file__).parent.parent
+
+# 4.40 has no sdpa for SigLIP, and the softmax of its eager attention is float32 whatever the dtype.
+FLOAT64_TOLERANCE = {"4.40.2": 1e-6, "4.57.6": 1e-12, "5.5.4": 1e-12, "5.8.0": 1e-12, "5.23.0": 1e-12}
+
+pytestmark = pytest.mark.versions
+
+
+@pytest.fixture(scope="module", params=FLOAT64_TOLERANCE)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    torch_version = version("torch").split("+")[0]
+    packages = [f"transformers=={request.param}", f"torch=={torch_version}", "safetensors", "numpy", "pillow"]
+    script = ROOT / "tests" / "other_transformers.py"
+    subprocess.run(
+        ["uv", "run", "--no-project", "--isolated", *(f"--with={p}" for p in packages), "python", script, folder],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    return request.param, folder
+
+
+@pytest.mark.parametrize("kind", ["full", "vision", "headless", "classifier"])
+@torch.no_grad()
+def test_a_checkpoint_of_that_release(written: tuple[str, Path], kind: str) -> None:
+    release, folder = written
+    expected = load_file(folder / kind / "expected.safetensors")
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, FLOAT64_TOLERANCE[release])):
+        model = SigLipVisionModel.from_hf(folder / kind, dtype=dtype)
+        tokens = model(expected["pixel_values"])
+        assert relative_error(tokens, expected[f"tokens.{dtype}"]) <= tolerance
+        assert (model.pooling_head is not None) == (f"pooled.{dtype}" in expected)
+        if model.pooling_head is not None:
+            assert relative_error(model.pool(tokens), expected[f"pooled.{dtype}"]) <= tolerance
