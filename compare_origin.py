@@ -120,11 +120,11 @@ def load_port(args: argparse.Namespace, scratch: Path) -> tuple[SigLipVisionMode
 
     from siglip_port import HubUnreachableError, SigLipVisionConfig, SigLipVisionModel
     from siglip_port.checkpoint import read_config
-    from siglip_port.hub import find_source, hub_is_reachable
+    from siglip_port.hub import HubRepository, find_source, hub_is_reachable
 
     how = {"dtype": getattr(torch, args.dtype), "device": args.device}
-    is_default = args.checkpoint == CHECKPOINT and not Path(CHECKPOINT).exists()
-    is_local = Path(args.checkpoint).expanduser().exists()
+    is_local = not isinstance(find_source(args.checkpoint), HubRepository)
+    is_default = args.checkpoint == CHECKPOINT and not is_local
     offline = is_local or (args.weights == "random" and is_default) or not hub_is_reachable()
     try:
         if args.weights != "random":

@@ -174,9 +174,10 @@ def find_source(
 
 
 def hub_is_reachable(seconds: float = 10.0) -> bool:
-    """Whether the Hub answers at all, told within `seconds`, whatever hangs: name lookup, connection or reply.
+    """Whether the Hub answers, told within `seconds`, whatever hangs: name lookup, connection or reply.
 
-    False without asking where `HF_HUB_OFFLINE` is set.
+    A server that answers with an error of its own (HTTP 500 and above) is no Hub. False without asking where
+    `HF_HUB_OFFLINE` is set.
     """
     from huggingface_hub import constants, get_session
 
@@ -187,10 +188,10 @@ def hub_is_reachable(seconds: float = 10.0) -> bool:
     def ask() -> None:
         # Whatever goes wrong here means the same: no answer.
         try:
-            get_session().head(constants.ENDPOINT, timeout=seconds)
+            if get_session().head(constants.ENDPOINT, timeout=seconds).status_code < 500:
+                answered.set()
         except Exception:
             return
-        answered.set()
 
     # A thread, since a hanging name lookup obeys no timeout; a daemon, so that it cannot keep the process alive.
     asking = threading.Thread(target=ask, daemon=True)

@@ -122,6 +122,9 @@ def test_whether_the_hub_is_reachable(hub: Hub, monkeypatch: pytest.MonkeyPatch)
     from huggingface_hub import constants
 
     assert hub_is_reachable()
+    hub.broken = True
+    assert not hub_is_reachable()
+    hub.broken = False
     with socket.socket() as silent:  # accepts, and never answers
         silent.bind(("127.0.0.1", 0))
         silent.listen()
