@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import os
 import platform
 import sys
 import tempfile
@@ -32,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         equal = run(args)
-    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
-        print(f"could not compare: {str(error) or type(error).__name__}", file=sys.stderr)
+    except Exception as error:  # Whatever it was, it is no verdict: it must not end in the exit status of one.
+        kind = "" if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: "
+        print(f"could not compare: {kind}{error}", file=sys.stderr)
         return 2
     return 0 if equal else 1
 
@@ -70,8 +73,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> bool:
     """Compares and reports; returns whether port and reference are equal."""
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
+    if args.json is not None:
+        check_writable(args.json)
 
     # Imported when needed, the slowest last: a wrong argument should not cost the eight seconds of transformers.
     import torch
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> bool:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"--device {args.device}: torch finds no CUDA device on this machine; use --device cpu")
     with Image.open(args.image) as image:
-        photograph = image.copy()
+        photograph = image.convert("RGB")
 
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
         port, is_random, offline = load_port(args, Path(scratch))
@@ -120,12 +123,12 @@ def load_port(args: argparse.Namespace, scratch: Path) -> tuple[SigLipVisionMode
 
     from siglip_port import HubUnreachableError, SigLipVisionConfig, SigLipVisionModel
     from siglip_port.checkpoint import read_config
-    from siglip_port.hub import HubRepository, find_source, hub_is_reachable
+    from siglip_port.hub import HubRepository, find_source, hub_answers
 
     how = {"dtype": getattr(torch, args.dtype), "device": args.device}
     is_local = not isinstance(find_source(args.checkpoint), HubRepository)
     is_default = args.checkpoint == CHECKPOINT and not is_local
-    offline = is_local or (args.weights == "random" and is_default) or not hub_is_reachable()
+    offline = is_local or (args.weights == "random" and is_default) or not hub_answers(args.checkpoint)
     try:
         if args.weights != "random":
             return SigLipVisionModel.from_hf(args.checkpoint, local_files_only=offline, **how), False, offline
@@ -134,16 +137,13 @@ def load_port(args: argparse.Namespace, scratch: Path) -> tuple[SigLipVisionMode
         if not is_default:
             config = read_config(find_source(args.checkpoint, local_files_only=offline))
     except HubUnreachableError as error:
-        if args.weights != "auto" or not is_default:
-            raise HubUnreachableError(
-                f"{args.checkpoint} is not in the local cache, and the Hub cannot be reached; pass a folder that "
-                "holds it, or compare random weights: --weights random, without --checkpoint"
-            ) from error
-        print(
-            f"{CHECKPOINT} is not in the local cache, and the Hub cannot be reached: "
-            "comparing random weights of the same architecture instead.",
-            file=sys.stderr,
+        reason = (
+            f"{args.checkpoint} is not in the local cache, and the Hub cannot be reached" if offline else str(error)
         )
+        if args.weights != "auto" or not is_default:
+            advice = "pass a folder that holds it, or compare random weights: --weights random, without --checkpoint"
+            raise HubUnreachableError(f"{reason}; {advice}") from error
+        print(f"{reason}: comparing random weights of the same architecture instead.", file=sys.stderr)
         config = SigLipVisionConfig(pooling_head=True)
     from siglip_port.parity.references import write_random_checkpoint
 
@@ -185,9 +185,20 @@ def print_report(result: Comparison, label: str, environment: dict[str, Any]) ->
     print(f"cosine_similarity.mean(): {tokens.cosine_mean:.12f}")
     print(f"cosine_similarity.min(): {tokens.cosine_min:.12f}")
 
-    header = ["weights", "point", "dtype", "cosine mean", "cosine min", "max abs", "relative error", "bound", "verdict"]
+    header = [
+        "weights",
+        "point",
+        "dtype",
+        "attention",
+        "cosine mean",
+        "cosine min",
+        "max abs",
+        "relative error",
+        "bound",
+        "verdict",
+    ]
     rows = [header] + [
-        [label, m.point, m.dtype, f"{m.cosine_mean:.10f}", f"{m.cosine_min:.10f}"]
+        [label, m.point, m.dtype, m.attention, f"{m.cosine_mean:.10f}", f"{m.cosine_min:.10f}"]
         + [f"{figure:.1e}" for figure in (m.max_abs, m.error, m.bound)]
         + ["equal" if m.equal else "DIFFERENT"]
         for m in result.measurements
@@ -197,8 +208,8 @@ def print_report(result: Comparison, label: str, environment: dict[str, Any]) ->
     for row in rows:
         print(" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("\nrelative error: of the port, against the reference in float64. Bounds:")
-    for dtype, origin in {m.dtype: m.origin for m in result.measurements}.items():
-        print(f"  {dtype}: {origin}")
+    for (dtype, attention), origin in {(m.dtype, m.attention): m.origin for m in result.measurements}.items():
+        print(f"  {dtype}, {attention}: {origin}")
     print(", ".join(f"{name} {value}" for name, value in environment.items()))
     print(verdict(result, label))
 
@@ -219,27 +230,44 @@ def verdict(result: Comparison, label: str) -> str:
 
 def excess(measurement: Measurement) -> str:
     """Says how far outside its bound a measurement lies."""
-    if measurement.error != measurement.error:
+    if math.isnan(measurement.error):
         return "not a number"
     return f"{measurement.error:.1e} against {measurement.bound:.1e}"
+
+
+def check_writable(path: Path) -> None:
+    """Finds out before the work whether the report can be written afterwards."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(f"--json {path} is no file that could be replaced; name another")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OSError(f"--json {path}: its folder does not exist, or may not be written to; name another")
 
 
 def write_json(
     path: Path, result: Comparison, label: str, port: SigLipVisionModel, environment: dict[str, Any]
 ) -> None:
-    """Writes all figures to a file, whole or not at all."""
+    """Writes all figures to a file, whole or not at all. A figure that is not finite becomes a text."""
+    measurements = [dataclasses.asdict(m) | {"equal": m.equal} for m in result.measurements]
     content = {
         "schema": 1,
         "equal": result.equal,
         "weights": label,
         "differing_weights": result.differing_weights,
         "provenance": dataclasses.asdict(port.provenance) if port.provenance else None,
-        "measurements": [dataclasses.asdict(m) | {"equal": m.equal} for m in result.measurements],
+        "measurements": [
+            {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in m.items()}
+            for m in measurements
+        ],
         "environment": environment,
     }
+    path = path.resolve()
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(json.dumps(content, indent=2, default=str, allow_nan=False) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ class Checkpoint:
         if unknown:
             problems.append(("unknown tensors, which no row of the key map claims or drops", unknown))
         if problems:
-            raise CheckpointError(_report(self._source.name, self.layout.name, problems))
+            what = f"{self._source.name} (layout: {self.layout.name})"
+            raise CheckpointError(f"{_report(what, problems)}\nNothing was loaded; {_BOTH_AGAIN}.")
 
         stored_dtypes = tuple(dict.fromkeys(_DTYPES[tensor.dtype] for tensor in stored.values()))
         dtype = dtype or functools.reduce(torch.promote_types, stored_dtypes)
@@ -263,6 +264,8 @@ class Checkpoint:
                 continue
             stored |= {name: header[name] for name in expected if name in header}
             missing += [name for name in expected if name not in header]
+            if astray := [name for name in header if self._file_of.get(name) != filename]:
+                problems.append((f"tensors in {filename} that the index does not place there", astray))
         if missing:
             problems.insert(0, ("missing tensors", missing))
         return stored, problems
@@ -307,26 +310,37 @@ def read_config(source: Source) -> SigLipVisionConfig:
         ) from error
 
 
-def save(folder: str | os.PathLike[str], config: SigLipVisionConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+def save(
+    folder: str | os.PathLike[str],
+    config: SigLipVisionConfig,
+    tensors: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, torch.Size],
+) -> None:
     """Writes a `SiglipVisionModel` checkpoint in the prefixed HuggingFace layout, each file whole or not at all.
 
     Args:
-        folder: where to; made if it does not exist. A checkpoint that is there already is replaced.
+        folder: where to; made if it does not exist. `model.safetensors` and `config.json` in it are replaced.
         config: the architecture.
         tensors: our names with the tensors.
+        shapes: our names of all that the architecture has, with the shape of each.
 
     Raises:
         CheckpointError: the tensors are not those of the architecture, or the folder cannot be written.
     """
-    rows = key_map.TOWER + (key_map.HEAD if config.pooling_head else ())
     layout = key_map.PREFIXED
-    ours = {name for names in layout.claims(config.num_encoder_blocks, rows).values() for name in names}
-    if ours != tensors.keys():
-        problems = [
-            ("missing tensors", sorted(ours - tensors.keys())),
-            ("unknown tensors", sorted(tensors.keys() - ours)),
-        ]
-        raise CheckpointError(_report("the model to be saved", layout.name, [p for p in problems if p[1]]))
+    problems = {
+        "missing tensors": sorted(shapes.keys() - tensors.keys()),
+        "unknown tensors": sorted(tensors.keys() - shapes.keys()),
+        "another shape than the configuration says": [
+            n for n in shapes if n in tensors and tensors[n].shape != shapes[n]
+        ],
+        "a dtype or device that cannot be saved": [
+            name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES.values() or tensor.is_meta
+        ],
+    }
+    if found := [(what, names) for what, names in problems.items() if names]:
+        raise CheckpointError(_report("the model to be saved", found))
+    rows = key_map.TOWER + (key_map.HEAD if config.pooling_head else ())
     stored = layout.to_stored(tensors, config.num_encoder_blocks, rows)
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in stored.values()})
     try:
@@ -338,10 +352,11 @@ def save(folder: str | os.PathLike[str], config: SigLipVisionConfig, tensors: Ma
             save_file(
                 {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()},
                 weights,
-                metadata={"format": "pt"},  # transformers refuses a file that does not say so
+                metadata={"format": "pt"},  # without it, transformers 4.40 cannot read the file
             )
             hf_config = {**config.to_hf(), "dtype": str(dtype).removeprefix("torch.")}
             config_file.write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+            weights.chmod(config_file.stat().st_mode)  # safetensors hides its files from everybody else
             for file in (weights, config_file):
                 file.replace(Path(folder, file.name))
     except (OSError, SafetensorError) as error:
@@ -384,6 +399,10 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _read_header(path: Path) -> dict[str, _Stored]:
     try:
+        path.open("rb").close()  # safetensors calls a file that may not be read missing
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             return {name: _Stored(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
@@ -393,13 +412,13 @@ def _read_header(path: Path) -> dict[str, _Stored]:
         ) from error
 
 
-def _report(source: str, layout: str, problems: list[tuple[str, list[str]]]) -> str:
+def _report(what: str, problems: list[tuple[str, list[str]]]) -> str:
     """One message for all that is wrong: what, how many, and their names, folded by block."""
-    lines = [f"{source} does not hold the tower that its {CONFIG} describes (layout: {layout})"]
-    for what, names in problems:
-        lines.append(f"  {what} ({len(names)}):")
+    lines = [f"{what} does not hold the tower that its configuration describes"]
+    for problem, names in problems:
+        lines.append(f"  {problem} ({len(names)}):")
         folded = key_map.fold_blocks(sorted(names))
         lines += [f"    {name}" for name in folded[:_NAMES_SHOWN]]
         if len(folded) > _NAMES_SHOWN:
             lines.append(f"    ... and {len(folded) - _NAMES_SHOWN} more")
-    return "\n".join([*lines, f"Nothing was loaded; {_BOTH_AGAIN}."])
+    return "\n".join(lines)

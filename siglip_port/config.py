@@ -7,7 +7,6 @@ google/siglip-base-patch16-224 holds nothing but `patch_size`), so a missing key
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -73,8 +72,8 @@ class SigLipVisionConfig:
             value = getattr(self, field.name)
             if field.type == "int" and not (_is_int(value) and value > 0):
                 raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
-            if field.type == "float" and not (_is_number(value) and math.isfinite(value)):
-                raise ValueError(f"{field.name} must be a finite number, got {value!r}")
+            if field.type == "float" and not _is_number(value):
+                raise ValueError(f"{field.name} must be a number, got {value!r}")
         if not isinstance(self.pooling_head, bool):
             raise ValueError(f"pooling_head must be True or False, got {self.pooling_head!r}")
         if self.embed_dim % self.num_attention_heads:
@@ -86,8 +85,8 @@ class SigLipVisionConfig:
             raise ValueError(f"patch_size must not exceed image_size, got {self.patch_size} and {self.image_size}")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout must lie in [0, 1), got {self.attention_dropout}")
-        if self.layer_norm_eps <= 0:
-            raise ValueError(f"layer_norm_eps must be positive, got {self.layer_norm_eps}")
+        if not 0 < self.layer_norm_eps < 1:
+            raise ValueError(f"layer_norm_eps must lie between 0 and 1, got {self.layer_norm_eps}")
         if self.hidden_act not in HIDDEN_ACTS:
             raise ValueError(f"hidden_act must be one of {', '.join(HIDDEN_ACTS)}, got {self.hidden_act!r}")
 
@@ -119,9 +118,9 @@ class SigLipVisionConfig:
             ValueError: it describes another kind of model, or a value makes no sense.
         """
         vision = hf_config.get("vision_config")
+        if vision is not None and not isinstance(vision, Mapping):
+            raise ValueError(f"vision_config must be an object, got {vision!r}")
         for part in (hf_config, vision or {}):
-            if not isinstance(part, Mapping):
-                raise ValueError(f"vision_config must be an object, got {part!r}")
             if part.get("model_type", MODEL_TYPES[0]) not in MODEL_TYPES:
                 raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {part['model_type']!r}")
         vision = hf_config if vision is None else vision

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from siglip_port.checkpoint import PICKLE_SUFFIXES, CheckpointError, Source, pickle_advice
+from siglip_port.checkpoint import CONFIG, PICKLE_SUFFIXES, CheckpointError, Source, pickle_advice
 
 _FILE_SUFFIXES = (".safetensors", ".json", *PICKLE_SUFFIXES)
 
@@ -28,7 +28,10 @@ class LocalFolder:
     def get(self, filename: str) -> Path | None:
         """Returns the path of the file, or None where there is none."""
         path = self.folder / filename
-        return path if path.is_file() else None
+        try:
+            return path if path.is_file() else None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def listing(self) -> list[str]:
         """Returns the names of the files in the folder."""
@@ -130,6 +133,11 @@ class HubRepository:
             ) from error
         except OSError as error:
             raise CheckpointError(f"{filename} of {at} could not be fetched: {error}") from error
+        except Exception as error:  # The client lets its HTTP library's errors through, which have no base in common.
+            raise HubUnreachableError(
+                f"{filename} of {at} could not be fetched ({type(error).__name__}: {error}); try again later, or pass "
+                "a folder that holds the checkpoint"
+            ) from error
 
 
 def find_source(
@@ -152,11 +160,17 @@ def find_source(
     Raises:
         CheckpointError: it is none of these, or a file that is not safetensors.
     """
-    name = os.fspath(source)
-    path = Path(name).expanduser()
-    if name and path.is_dir():  # Path("") would be this folder
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(f"the source must be a path or a Hub id, got a {type(source).__name__}")
+    name = str(source)
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = bool(name) and path.is_dir(), path.is_file()  # Path("") would be this folder
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{name} cannot be read: {error}") from error
+    if is_folder:
         return LocalFolder(path, name)
-    if path.is_file():
+    if is_file:
         if path.suffix != ".safetensors":
             raise CheckpointError(
                 f"{name} is not a .safetensors file; pass that file, or the folder that holds the checkpoint"
@@ -173,25 +187,29 @@ def find_source(
     )
 
 
-def hub_is_reachable(seconds: float = 10.0) -> bool:
-    """Whether the Hub answers, told within `seconds`, whatever hangs: name lookup, connection or reply.
+def hub_answers(name: str, seconds: float = 10.0) -> bool:
+    """Whether the Hub answers when asked for a repository, told within `seconds`, whatever hangs.
 
-    A server that answers with an error of its own (HTTP 500 and above) is no Hub. False without asking where
-    `HF_HUB_OFFLINE` is set.
+    Any answer will do, a refusal too, but for a server's own errors (HTTP 500 and above).
+
+    Args:
+        name: the Hub id.
+        seconds: how long to wait: for name lookup, connection and reply together.
     """
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
 
-    if constants.HF_HUB_OFFLINE:
-        return False
     answered = threading.Event()
 
     def ask() -> None:
-        # Whatever goes wrong here means the same: no answer.
         try:
-            if get_session().head(constants.ENDPOINT, timeout=seconds).status_code < 500:
-                answered.set()
-        except Exception:
+            get_hf_file_metadata(hf_hub_url(name, CONFIG), timeout=seconds)
+        except HfHubHTTPError as error:
+            if error.response.status_code >= 500:
+                return
+        except Exception:  # Whatever else goes wrong means the same: no answer.
             return
+        answered.set()
 
     # A thread, since a hanging name lookup obeys no timeout; a daemon, so that it cannot keep the process alive.
     asking = threading.Thread(target=ask, daemon=True)

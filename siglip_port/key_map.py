@@ -155,12 +155,11 @@ def fold_blocks(names: Iterable[str]) -> list[str]:
 
     Only a number between two dots is a block's number: `fc1` and `layer_norm1` stay what they are.
     """
-    folded: dict[str, list[int]] = {}
+    folded: dict[tuple[str, ...], list[int]] = {}
     for name in names:
-        number = re.search(r"\.(\d+)\.", name)
-        template = name if number is None else f"{name[: number.start(1)]}{{}}{name[number.end(1) :]}"
-        folded.setdefault(template, []).extend([int(number[1])] if number else [])
-    return [template.replace("{}", _ranges(blocks)) for template, blocks in folded.items()]
+        around = re.split(r"(?<=\.)(\d{1,9})(?=\.)", name, maxsplit=1)
+        folded.setdefault(tuple(around[::2]), []).extend(int(number) for number in around[1:2])
+    return [_ranges(blocks).join(around) for around, blocks in folded.items()]
 
 
 def _spell_out(row: Row, num_blocks: int) -> Iterable[tuple[str, tuple[str, ...]]]:

@@ -280,9 +280,11 @@ class SigLipVisionModel(nn.Module):
                 "this model has no pooling head, so it cannot make one vector of the tokens; load a checkpoint that "
                 "has one, without pooling_head=False, or pool the tokens yourself, for example tokens.mean(dim=1)"
             )
-        d = self.config.embed_dim
-        if tokens.ndim != 3 or tokens.shape[-1] != d:
-            raise ValueError(f"tokens must be of shape [B, N, {d}], got {list(tokens.shape)}")
+        expected = f"tokens must be a floating point tensor of shape [B, N, {self.config.embed_dim}]"
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"{expected}, got a {type(tokens).__name__}")
+        if tokens.ndim != 3 or tokens.shape[-1] != self.config.embed_dim or not tokens.is_floating_point():
+            raise ValueError(f"{expected}, got {tokens.dtype} of shape {list(tokens.shape)}")
         return self.pooling_head(tokens)
 
     def embed(self, pixel_values: Tensor, normalize: bool = False) -> Tensor:
@@ -335,12 +337,15 @@ class SigLipVisionModel(nn.Module):
 
         Raises:
             CheckpointError: the checkpoint cannot be found, or does not hold exactly this tower.
-            ValueError: `dtype` is not a floating point dtype, or `device` is "meta".
+            ValueError: `dtype` is not a floating point dtype, or `device` is none that can hold the parameters.
         """
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype must be a floating point torch.dtype such as torch.bfloat16, got {dtype!r}")
-        if device is not None and torch.device(device).type == "meta":
-            raise ValueError("device must be one that holds values, got 'meta'")
+        try:
+            if torch.empty(0, device=device).is_meta:
+                raise ValueError("device must be one that holds values, got 'meta'")
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {device!r} cannot be used on this machine: {error}") from error
         files = find_source(
             source, revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir
         )
@@ -350,7 +355,7 @@ class SigLipVisionModel(nn.Module):
                 model = cls(checkpoint.config)
         except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond what torch can even describe
             raise CheckpointError(f"{files.name} describes an impossible tower: {error}") from error
-        shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         tensors, model.provenance = checkpoint.read(shapes, dtype=dtype, device=device)
         model.load_state_dict(tensors, strict=True, assign=True)
         return model.eval()
@@ -358,16 +363,19 @@ class SigLipVisionModel(nn.Module):
     def save_hf(self, folder: str | os.PathLike[str]) -> None:
         """Writes the model as a HuggingFace `SiglipVisionModel`: `model.safetensors` and a complete `config.json`.
 
-        Tensors are named as on the Hub (prefix `vision_model.`), so that every release of transformers reads them.
+        Tensors are named as on the Hub (prefix `vision_model.`), which old and new releases of transformers read.
 
         Args:
-            folder: where to; made if it does not exist. A checkpoint that is there already is replaced.
+            folder: where to; made if it does not exist. The two files are replaced if they are there already.
 
         Raises:
             CheckpointError: the parameters are no longer those of the tower (wrapped, quantised, with adapters), or
                 the folder cannot be written.
         """
-        checkpoints.save(folder, self.config, self.state_dict())
+        with torch.device("meta"):
+            expected = SigLipVisionModel(self.config).state_dict()
+        shapes = {name: tensor.shape for name, tensor in expected.items()}
+        checkpoints.save(folder, self.config, self.state_dict(), shapes)
 
 
 def _normal_(tensor: Tensor, std: float) -> None:

@@ -30,11 +30,14 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The server. `repositories` may be changed while it runs; `requests` counts by method and file."""
+    """The server. `repositories` may be changed while it runs; `requests` counts by method and file. `broken` answers
+    with errors of its own; `breaks_off` names the request, as `requests` does, whose connection breaks in the middle.
+    """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: Counter[str] = field(default_factory=Counter)
     broken: bool = False
+    breaks_off: str = ""
 
     def __post_init__(self) -> None:
         hub = self
@@ -50,6 +53,9 @@ class Hub:
                 pass
 
             def answer(self) -> None:
+                if hub.breaks_off == f"{self.command} {self.path.rsplit('/', 1)[-1]}":
+                    self.connection.close()
+                    return
                 status, headers, body = hub.respond(urlsplit(self.path).path, self.command)
                 self.send_response(status)
                 for name, value in headers.items():
@@ -65,10 +71,6 @@ class Hub:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
     def respond(self, path: str, method: str) -> tuple[int, dict[str, str], bytes | Path]:
         """Answers as the Hub does: status, headers, body."""

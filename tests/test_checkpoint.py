@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -171,6 +172,8 @@ def test_dtype_and_device(checkpoint: MakeCheckpoint) -> None:
             load(folder, dtype=bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="device must be one that holds values, got 'meta'"):
         load(folder, device="meta")
+    with pytest.raises(ValueError, match="device 'abacus' cannot be used on this machine"):
+        load(folder, device="abacus")
 
 
 def test_mixed_dtypes_become_the_one_that_holds_all_of_them(checkpoint: MakeCheckpoint) -> None:
@@ -291,7 +294,7 @@ def test_everything_that_is_wrong_is_said_at_once_and_nothing_is_read(
     with pytest.raises(CheckpointError) as caught:
         load(folder)
     assert str(caught.value).splitlines() == [
-        f"{folder} does not hold the tower that its config.json describes (layout: HuggingFace, no prefix)",
+        f"{folder} (layout: HuggingFace, no prefix) does not hold the tower that its configuration describes",
         "  missing tensors (3):",
         "    encoder.layers.{0...2}.layer_norm1.bias",
         "  shape: expected [40, 24] by config.json, found [24, 40] (1):",
@@ -353,7 +356,11 @@ def test_config_missing(checkpoint: MakeCheckpoint) -> None:
             load(source)
 
 
-@given(st.binary(max_size=64), st.integers(0, 40_000), st.sampled_from(["insert", "overwrite", "truncate", "replace"]))
+# The header of this file takes its first 6 kB.
+PLACES = st.integers(0, 40) | st.integers(0, 6_000) | st.integers(0, 100_000)
+
+
+@given(st.binary(max_size=64), PLACES, st.sampled_from(["insert", "overwrite", "truncate", "replace"]))
 def test_damaged_bytes_never_load_and_never_end_in_a_traceback(
     whole: tuple[Path, bytes], noise: bytes, at: int, how: str
 ) -> None:
@@ -393,10 +400,29 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         ("nowhere/model.safetensors", "does not exist on this machine, and is no Hub id such as"),
         ("", "does not exist on this machine"),
         (tmp_path / "notes.txt", "is not a .safetensors file; pass that file, or the folder"),
+        ("a" * 5000, "cannot be read"),
+        ("~nobody-of-that-name/tower", "cannot be read"),
     ]
     for source, message in sources:
         with pytest.raises(CheckpointError, match=message):
             load(source)
+
+
+@pytest.mark.parametrize("source", [None, 3, b"folder", ["folder"]])
+def test_sources_of_other_types(source: object) -> None:
+    with pytest.raises(CheckpointError, match="the source must be a path or a Hub id, got a "):
+        load(source)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_files_that_may_not_be_read(checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint()
+    for path in (folder / "model.safetensors", folder / "config.json", folder):
+        mode = path.stat().st_mode
+        path.chmod(0)
+        with pytest.raises(CheckpointError, match="Permission denied"):
+            load(folder)
+        path.chmod(mode)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "weights.pth", "last.ckpt"])
@@ -452,6 +478,18 @@ def test_an_index_that_promises_what_a_shard_lacks(checkpoint: MakeCheckpoint) -
         load(folder)
 
 
+def test_a_tensor_in_two_shards_or_in_one_that_should_not_have_it(checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint()
+    shard(folder)
+    tensors = load_file(folder / "model-00001-of-00003.safetensors")
+    name = min(tensors)
+    second = "model-00002-of-00003.safetensors"
+    edit_tensors(folder, plus({name: tensors[name] + 1, "extra": tensors[name]}), second)
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert f"tensors in {second} that the index does not place there (2):\n    {name}\n    extra\n" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [
@@ -463,6 +501,14 @@ def test_an_index_that_promises_what_a_shard_lacks(checkpoint: MakeCheckpoint) -
             r"no plain .safetensors file names: ../model.safetensors",
         ),
         ({"weight_map": {"head.probe": "/etc/model.safetensors"}}, "no plain .safetensors file names"),
+        (
+            {
+                "weight_map": dict.fromkeys(
+                    (f"encoder.layers.{i}.mlp.fc1.bias" for i in range(4)), f"{'m' * 300}.safetensors"
+                )
+            },
+            r"cannot be read: .*File name too long",
+        ),
         ({"weight_map": {"head.probe": "pytorch_model-00001-of-00002.bin"}}, "Pickled weights .* are refused"),
     ],
 )
@@ -501,6 +547,7 @@ def test_what_is_saved_loads_here_and_in_transformers(
     torch.testing.assert_close(model(x), reference(x).last_hidden_state)
     with safe_open(tmp_path / "new" / "folder" / "model.safetensors", "pt") as file:
         assert all(name.startswith("vision_model.") for name in file.keys())  # noqa: SIM118
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_saving_over_the_checkpoint_one_was_loaded_from(checkpoint: MakeCheckpoint) -> None:
@@ -545,6 +592,34 @@ def test_a_model_that_is_no_longer_the_tower_is_not_saved(tmp_path: Path) -> Non
     ):
         model.save_hf(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_other_shapes_or_without_values_is_not_saved(tmp_path: Path) -> None:
+    resized, meta, quantised = (SigLipVisionModel(SMALL) for _ in range(3))
+    resized.transformer.embeddings.position_embedding = torch.nn.Embedding(9, 24)
+    quantised.transformer.post_layernorm.to(torch.float8_e4m3fn)
+    meta.to("meta")
+    for model, message in [
+        (
+            resized,
+            r"another shape than the configuration says \(1\):\n    transformer.embeddings.position_embedding.weight",
+        ),
+        (meta, r"a dtype or device that cannot be saved \(68\):"),
+        (quantised, r"a dtype or device that cannot be saved \(2\):\n    transformer.post_layernorm.bias"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            model.save_hf(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+def test_others_may_read_what_is_saved_as_far_as_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        SigLipVisionModel(SMALL).save_hf(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
 
 
 def test_copied_folder_still_loads(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from PIL import Image
 
 import compare_origin
 from siglip_port import model as port
@@ -118,10 +119,10 @@ def call(*args: str | Path) -> int:
         (["--image", "tests/images/README.md"], "could not compare: cannot identify image file"),
         (["--device", "cuda"], "could not compare: --device cuda: torch finds no CUDA device"),
         (["--device", "abacus"], "could not compare: "),
-        (
-            ["--json", "no/such/folder/out.json"],
-            "could not compare: --json .*: its folder does not exist; make it first",
-        ),
+        (["--json", "no/such/folder/out.json"], "could not compare: --json .*: its folder does not exist, or may not"),
+        (["--json", "tests"], r"could not compare: --json .*tests is no file that could be replaced"),
+        (["--json", ""], r"could not compare: --json .* is no file that could be replaced"),
+        (["--json", "/dev/null"], r"could not compare: --json /dev/null is no file that could be replaced"),
     ],
 )
 def test_wrong_arguments(args: list[str], sentence: str, capsys: pytest.CaptureFixture[str], hub: Hub) -> None:
@@ -161,6 +162,32 @@ def test_dtypes_and_attentions(
     out = capsys.readouterr().out
     assert f"dtype {dtype}, attention {attention}" in out
     assert out.splitlines()[-1].startswith("EQUAL (checkpoint weights): 64 tensors")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "L", "CMYK", "1", "LA"])
+def test_pictures_of_all_modes(checkpoint: MakeCheckpoint, tmp_path: Path, mode: str) -> None:
+    folder = checkpoint()
+    (folder / "preprocessor_config.json").write_text('{"do_convert_rgb": null, "resample": 2}')
+    with Image.open(compare_origin.PHOTOGRAPH) as image:
+        image.convert(mode).resize((9, 5)).save(tmp_path / "picture.tif")
+    assert call("--checkpoint", folder, "--image", tmp_path / "picture.tif") == 0
+
+
+def test_an_error_of_any_kind_is_no_verdict(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(references, "load", fail)
+    assert call("--checkpoint", checkpoint()) == 2
+    assert capsys.readouterr().err == "could not compare: KeyError: 'surprise'\n"
+
+
+def test_sizes_written_as_pairs(checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint()
+    edit_config(folder, image_size=[16, 16], patch_size=[8, 8])
+    assert call("--checkpoint", folder) == 0
 
 
 def test_headless_checkpoints_are_compared_before_pooling(
@@ -204,11 +231,19 @@ def test_weights_that_are_not_the_files_are_noticed(
     )
 
 
-def test_not_a_number_is_different(checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
+def test_not_a_number_is_different(
+    checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = checkpoint()
     edit_tensors(folder, lambda t: {**t, "post_layernorm.bias": t["post_layernorm.bias"] * float("nan")})
-    assert call("--checkpoint", folder) == 1
-    assert "tokens in float64 (not a number)" in capsys.readouterr().out.splitlines()[-1]
+    report = tmp_path / "report.json"
+    (tmp_path / "link.json").symlink_to(report)
+    assert call("--checkpoint", folder, "--json", tmp_path / "link.json") == 1
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert verdict.startswith("DIFFERENT (checkpoint weights): 64 tensors equal bit for bit; ")
+    assert "tokens in float64 (not a number)" in verdict
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads(report.read_text(), parse_constant=pytest.fail)["measurements"][0]["error"] == "nan"
 
 
 def test_a_config_that_the_port_misread_would_be_noticed(
@@ -246,9 +281,22 @@ def test_hub_ids(hub: Hub, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFix
             assert "is not in the local cache, and the Hub cannot be reached" in capsys.readouterr().err
 
 
-def test_the_photograph_is_not_square_and_pixels_are_not_all_noise() -> None:
-    from PIL import Image
+def test_a_hub_that_answers_and_then_breaks_off(
+    hub: Hub, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default command goes on with random weights, of a small architecture here, and says why."""
+    monkeypatch.setattr(compare_origin, "CHECKPOINT", "google/siglip-broken")
+    monkeypatch.setattr("siglip_port.SigLipVisionConfig", lambda **_: SMALL)
+    hub.repositories["google/siglip-broken"] = Repository(checkpoint())
+    hub.breaks_off = "GET model.safetensors"
+    assert call("--checkpoint", "google/siglip-broken") == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"model.safetensors of 'google/siglip-broken' .*: comparing random weights of the same", err)
+    assert out.splitlines()[-1].startswith("EQUAL (random weights)")
+    assert call("--checkpoint", "google/siglip-broken", "--weights", "hub") == 2
 
+
+def test_the_photograph_is_not_square_and_pixels_are_not_all_noise() -> None:
     with Image.open(compare_origin.PHOTOGRAPH) as image:
         assert image.width != image.height
         pixels = compare_origin.with_noise(references.preprocess(image, SMALL.image_size))

@@ -107,6 +107,8 @@ def test_a_table_that_claims_twice_is_refused() -> None:
     [
         ([f"encoder.layers.{i}.mlp.fc1.bias" for i in range(12)], ["encoder.layers.{0...11}.mlp.fc1.bias"]),
         ([f"layers.{i}.layer_norm1.weight" for i in (5, 0, 1, 2)], ["layers.{0...2,5}.layer_norm1.weight"]),
+        (["a.{}.3.b", "a.{}.4.b", "{}"], ["a.{}.{3...4}.b", "{}"]),
+        ([f"layers.{'9' * 5000}.x"], [f"layers.{'9' * 5000}.x"]),
         (["layers.7.mlp.fc2.bias", "head.probe"], ["layers.7.mlp.fc2.bias", "head.probe"]),
     ],
 )

@@ -31,7 +31,7 @@ from siglip_port.parity.references import Reference
 from siglip_port.parity.weights import randomise
 from tests.conftest import ODD, SMALL, MakeCheckpoint, pixels
 
-# The deepest rung that rounding reaches is 1e-15; the weakest known mistake is 2e-7.
+# The deepest rung that rounding reaches is 1e-15; the weakest mistake of parity/faults.py makes 6e-8.
 EXACT = 1e-12
 
 CONFIGS = {
@@ -192,8 +192,15 @@ def test_wrong_pixels_get_one_sentence(x: object, found: str) -> None:
 
 
 def test_wrong_tokens_and_a_missing_head_get_one_sentence() -> None:
-    with pytest.raises(ValueError, match=r"^tokens must be of shape \[B, N, 24\], got \[4, 24\]$"):
-        SigLipVisionModel(SMALL).pool(torch.zeros(4, 24))
+    wrong: list[tuple[object, str]] = [
+        (torch.zeros(4, 24), r"torch.float32 of shape \[4, 24\]"),
+        (torch.zeros(1, 4, 25), r"torch.float32 of shape \[1, 4, 25\]"),
+        (torch.zeros(1, 4, 24, dtype=torch.int64), r"torch.int64 of shape \[1, 4, 24\]"),
+        ([0.0], "a list"),
+    ]
+    for tokens, found in wrong:
+        with pytest.raises(ValueError, match=rf"^tokens must be a floating .* of shape \[B, N, 24\], got {found}$"):
+            SigLipVisionModel(SMALL).pool(tokens)  # type: ignore[arg-type]
     headless = SigLipVisionModel(replace(SMALL, pooling_head=False))
     no_head = r"^this model has no pooling head, .*tokens.mean\(dim=1\)$"
     with pytest.raises(ValueError, match=no_head):

@@ -5,10 +5,10 @@ No bound is a number of absolute size. There are two questions, and a bound for 
 * *Do both compute the same thing?* Both run in float64 on the same weights, where rounding is 1e-15 to 3e-13 and the
   weakest mistake measured 6e-8 (the eps of a single LayerNorm). Between the two lies `FLOAT64_BOUND`.
 * *Does the port round no worse?* In the dtype asked for, the port's distance from the float64 result may be
-  `ROUNDING_FACTOR` times the reference's own. Correct variants measured at most 2.39 (attention kernels, compilers,
-  fused layers), the weakest mistake 4.19.
+  `ROUNDING_FACTOR` times the reference's own. Correct variants (attention kernels, compilers, fused layers) measured at
+  most 2.39 times.
 
-All on random weights and on CPUs; docs/parity.md says where each figure comes from.
+All on random weights and on CPUs; docs/parity.md says where each figure comes from, and what escapes both.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Measurement:
     Attributes:
         point: `tokens`, before the pooling head, or `pooled`, after it.
         dtype: what both computed in.
+        attention: the reference's implementation of attention.
         cosine_mean: cosine similarity of port and reference along the feature axis, mean over all tokens or pictures.
         cosine_min: the smallest of them.
         max_abs: largest absolute difference of an element between port and reference.
@@ -45,6 +46,7 @@ class Measurement:
 
     point: str
     dtype: str
+    attention: str
     cosine_mean: float
     cosine_min: float
     max_abs: float
@@ -69,14 +71,16 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth).norm() / truth.norm())
 
 
-def measure(point: str, port: Tensor, reference: Tensor, truth: Tensor) -> Measurement:
+def measure(point: str, port: Tensor, reference: Tensor, truth: Tensor, attention: str = "sdpa") -> Measurement:
     """Measures one point.
 
     Args:
         point: its name.
         port: what the port computed.
         reference: what the reference computed, in the same dtype.
-        truth: what the reference computed in float64 from the same weights and pixels.
+        truth: what the reference computed in float64 from the same weights and pixels; the same object as
+            `reference` where that is what is compared.
+        attention: the reference's implementation of attention.
 
     Raises:
         ValueError: the shapes or dtypes of port and reference differ.
@@ -88,13 +92,14 @@ def measure(point: str, port: Tensor, reference: Tensor, truth: Tensor) -> Measu
         )
     similarities = cosine(port, reference)
     if reference is truth:
-        bound, origin = FLOAT64_BOUND, "rounding stays below 1e-12, the weakest mistake measured is 6e-8"
+        bound, origin = FLOAT64_BOUND, "rounding stays below 1e-12; the weakest mistake of our list makes 6e-8"
     else:
         bound = ROUNDING_FACTOR * relative_error(reference, truth)
         origin = f"{ROUNDING_FACTOR:g} x the reference's own distance from float64"
     return Measurement(
         point=point,
         dtype=str(port.dtype).removeprefix("torch."),
+        attention=attention,
         cosine_mean=float(similarities.mean()),
         cosine_min=float(similarities.min()),
         max_abs=float((port.double() - reference.double()).abs().max()),
@@ -119,6 +124,10 @@ class Reference(Protocol):
     """
 
     model: nn.Module
+
+    @property
+    def attention(self) -> str:
+        """Its implementation of attention, by name."""
 
     @property
     def is_exact(self) -> bool:
@@ -148,8 +157,13 @@ def differing_weights(port: SigLipVisionModel, reference: nn.Module) -> list[str
         if name not in ours
         or name not in theirs
         or ours[name].dtype != theirs[name].dtype
-        or not torch.equal(ours[name], theirs[name])
+        or not torch.equal(bits(ours[name]), bits(theirs[name]))
     ]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor: 0 and -0 differ in them, and a NaN equals itself."""
+    return tensor.contiguous().view(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -192,6 +206,7 @@ def compare(port: SigLipVisionModel, reference: Reference, pixel_values: Tensor)
     """
     weight = next(port.parameters())
     pixel_values = pixel_values.to(weight.device, weight.dtype)
+    attention = reference.attention
     differing = differing_weights(port, reference.model)
     num_weights = len(reference.model.state_dict())
     ours, theirs = port_outputs(port, pixel_values), reference.outputs(pixel_values)
@@ -202,7 +217,7 @@ def compare(port: SigLipVisionModel, reference: Reference, pixel_values: Tensor)
     truth = theirs if reference.is_exact else reference.to_float64().outputs(pixel_values.double())
     measurements = [measure(point, ours_in_float64[point], truth[point], truth[point]) for point in truth]
     if truth is not theirs:
-        measurements += [measure(point, ours[point], theirs[point], truth[point]) for point in truth]
+        measurements += [measure(point, ours[point], theirs[point], truth[point], attention) for point in truth]
     return Comparison(
         port_shapes={point: output.shape for point, output in ours.items()},
         reference_shapes={point: output.shape for point, output in theirs.items()},

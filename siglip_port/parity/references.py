@@ -36,9 +36,14 @@ class Reference:
         self.model = model
 
     @property
+    def attention(self) -> str:
+        """Its implementation of attention, by name."""
+        return str(self.model.config._attn_implementation)
+
+    @property
     def is_exact(self) -> bool:
         """Whether it computes in float64 throughout. Its eager attention does not: it has a float32 softmax."""
-        return bool(self.model.dtype == torch.float64 and self.model.config._attn_implementation == "sdpa")
+        return bool(self.model.dtype == torch.float64 and self.attention == "sdpa")
 
     def outputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Returns `tokens` [B, N, D] and, where it has a head, `pooled` [B, D]."""
@@ -96,6 +101,9 @@ def load(
         where = {"revision": revision, "local_files_only": local_files_only}
         config = SiglipVisionConfig.from_pretrained(folder, **where)
         config.vision_use_head = pooling_head
+        for name in ("image_size", "patch_size"):  # Its configuration may hold pairs, but its model divides numbers.
+            if isinstance(size := getattr(config, name), (list, tuple)):
+                setattr(config, name, size[0])
         model, info = SiglipVisionModel.from_pretrained(
             folder,
             config=config,
