@@ -1,4 +1,4 @@
-"""Mistakes that ports of this model have had, or close variants, each an edit of ours in one place. See docs/parity.md."""
+"""Mistakes that ports of this model have had, or close variants, each made in one place of ours. See docs/parity.md."""
 
 from __future__ import annotations
 
