@@ -93,7 +93,7 @@ class HubRepository:
             return []
         try:
             return sorted(HfApi(token=self.token).list_repo_files(self.name, revision=self.commit))
-        except (OSError, RuntimeError, ValueError):
+        except Exception:  # It only adds to a message about another fault.
             return []
 
     @contextmanager
@@ -135,8 +135,8 @@ class HubRepository:
             raise CheckpointError(f"{filename} of {at} could not be fetched: {error}") from error
         except Exception as error:  # The client lets its HTTP library's errors through, which have no base in common.
             raise HubUnreachableError(
-                f"{filename} of {at} could not be fetched ({type(error).__name__}: {error}); try again later, or pass "
-                "a folder that holds the checkpoint"
+                f"{filename} of {at} could not be fetched ({type(error).__name__}); try again later, or pass a folder "
+                "that holds the checkpoint"
             ) from error
 
 

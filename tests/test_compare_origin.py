@@ -16,7 +16,7 @@ from PIL import Image
 
 import compare_origin
 from siglip_port import model as port
-from siglip_port.parity import references
+from siglip_port.parity import comparison, references
 from tests.conftest import SMALL, MakeCheckpoint, edit_config, edit_tensors
 from tests.hub_server import Hub, Repository
 from tests.test_hub import silent_port
@@ -171,6 +171,20 @@ def test_pictures_of_all_modes(checkpoint: MakeCheckpoint, tmp_path: Path, mode:
     with Image.open(compare_origin.PHOTOGRAPH) as image:
         image.convert(mode).resize((9, 5)).save(tmp_path / "picture.tif")
     assert call("--checkpoint", folder, "--image", tmp_path / "picture.tif") == 0
+
+
+def test_the_photograph_is_resized_as_the_checkpoint_says(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    compare = comparison.compare
+    monkeypatch.setattr(comparison, "compare", lambda p, r, x: seen.append(x) or compare(p, r, x))  # type: ignore[func-returns-value]
+    folder = checkpoint()
+    assert call("--checkpoint", folder) == 0
+    (folder / "preprocessor_config.json").write_text('{"resample": 0}')
+    assert call("--checkpoint", folder) == 0
+    assert not torch.equal(seen[0][0], seen[1][0])
+    assert torch.equal(seen[0][1], seen[1][1])
 
 
 def test_an_error_of_any_kind_is_no_verdict(
