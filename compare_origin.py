@@ -36,8 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         equal = run(args)
     except Exception as error:  # Whatever it was, it is no verdict: it must not end in the exit status of one.
         kind = "" if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: "
-        print(f"could not compare: {kind}{error}", file=sys.stderr)
+        hint = "; run it with `uv run compare_origin.py`" if isinstance(error, ImportError) else ""
+        print(f"could not compare: {kind}{error}{hint}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was compared", file=sys.stderr)
+        return 130
     return 0 if equal else 1
 
 
@@ -47,6 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="compare_origin.py",
         description="Checks the port against the transformers reference, before and after the pooling head.",
         epilog="exit status: 0 equal, 1 different, 2 could not compare",
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--checkpoint", default=CHECKPOINT, metavar="ID|PATH", help="Hub id, folder or file (%(default)s)")
@@ -80,11 +85,18 @@ def run(args: argparse.Namespace) -> bool:
     import torch
     from PIL import Image
 
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"--device {args.device}: torch finds no CUDA device on this machine; use --device cpu")
-    with Image.open(args.image) as image:
-        photograph = image.convert("RGB")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {args.device} cannot be used on this machine ({reason}); use cpu") from error
+    try:
+        with Image.open(args.image) as image:
+            photograph = image.convert("RGB")
+    except Exception as error:  # Pillow's own kinds, the system's, and those of its decoders
+        raise ValueError(
+            f"--image {args.image} cannot be read as a picture ({error}); pass a JPEG or PNG file of this machine"
+        ) from error
 
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
         port, is_random, offline = load_port(args, Path(scratch))
@@ -98,7 +110,7 @@ def run(args: argparse.Namespace) -> bool:
             pooling_head=port.pooling_head is not None,
             dtype=getattr(torch, args.dtype),
             attention=args.attn,
-            device=device,
+            device=args.device,
             **where,
         )
         pixels = references.preprocess(photograph, port.config.image_size, source, **where)
@@ -138,11 +150,13 @@ def load_port(args: argparse.Namespace, scratch: Path) -> tuple[SigLipVisionMode
             config = read_config(find_source(args.checkpoint, local_files_only=offline))
     except HubUnreachableError as error:
         reason = (
-            f"{args.checkpoint} is not in the local cache, and the Hub cannot be reached" if offline else str(error)
+            f"{args.checkpoint} is not in the local cache, and the Hub cannot be reached" if offline else f"{error}"
         )
         if args.weights != "auto" or not is_default:
-            advice = "pass a folder that holds it, or compare random weights: --weights random, without --checkpoint"
-            raise HubUnreachableError(f"{reason}; {advice}") from error
+            raise HubUnreachableError(
+                f"{reason}; check the spelling (there is no such path here), unset HF_HUB_OFFLINE if it is set, pass a "
+                "folder that holds it, or compare random weights: --weights random, without --checkpoint"
+            ) from error
         print(f"{reason}: comparing random weights of the same architecture instead.", file=sys.stderr)
         config = SigLipVisionConfig(pooling_head=True)
     from siglip_port.parity.references import write_random_checkpoint

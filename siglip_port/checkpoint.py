@@ -33,7 +33,8 @@ _NAMES_SHOWN = 40  # of one kind of problem; the 27 rows of a whole tower fit
 
 _BOTH_AGAIN = f"fetch the weights and {CONFIG} again, both from the same place and the same commit"
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes a tower may be stored and loaded in, by their names in a safetensors header."""
 
 
 class CheckpointError(ValueError):
@@ -178,7 +179,7 @@ class Checkpoint:
             what = f"{self._source.name} (layout: {self.layout.name})"
             raise CheckpointError(f"{_report(what, problems)}\nNothing was loaded; {_BOTH_AGAIN}.")
 
-        stored_dtypes = tuple(dict.fromkeys(_DTYPES[tensor.dtype] for tensor in stored.values()))
+        stored_dtypes = tuple(dict.fromkeys(DTYPES[tensor.dtype] for tensor in stored.values()))
         dtype = dtype or functools.reduce(torch.promote_types, stored_dtypes)
         tensors: dict[str, torch.Tensor] = {}
         bytes_read = 0
@@ -277,8 +278,8 @@ class Checkpoint:
             if tensor.shape != expected:
                 what = f"shape: expected {list(expected)} by {CONFIG}, found {list(tensor.shape)}"
                 problems.setdefault(what, []).append(name)
-            if tensor.dtype not in _DTYPES:
-                what = f"dtype: expected one of {', '.join(_DTYPES)}, found {tensor.dtype}"
+            if tensor.dtype not in DTYPES:
+                what = f"dtype: expected one of {', '.join(DTYPES)}, found {tensor.dtype}"
                 problems.setdefault(what, []).append(name)
         return list(problems.items())
 
@@ -335,7 +336,7 @@ def save(
             n for n in shapes if n in tensors and tensors[n].shape != shapes[n]
         ],
         "a dtype or device that cannot be saved": [
-            name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES.values() or tensor.is_meta
+            name for name, tensor in tensors.items() if tensor.dtype not in DTYPES.values() or tensor.is_meta
         ],
     }
     if found := [(what, names) for what, names in problems.items() if names]:

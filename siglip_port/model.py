@@ -21,7 +21,7 @@ import torch.nn.functional as F  # noqa: N812 (the name the field uses)
 from torch import Tensor, nn
 
 from siglip_port import checkpoint as checkpoints
-from siglip_port.checkpoint import Checkpoint, CheckpointError, Provenance
+from siglip_port.checkpoint import DTYPES, Checkpoint, CheckpointError, Provenance
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.hub import find_source
 
@@ -244,6 +244,11 @@ class SigLipVisionModel(nn.Module):
 
     def __init__(self, config: SigLipVisionConfig) -> None:
         super().__init__()
+        if not isinstance(config, SigLipVisionConfig):
+            raise ValueError(
+                f"config must be a SigLipVisionConfig, got a {type(config).__name__}; to load a checkpoint, use "
+                "SigLipVisionModel.from_hf"
+            )
         self.config = config
         self.provenance: Provenance | None = None
         self.transformer = SigLipVisionTransformer(config)
@@ -285,7 +290,7 @@ class SigLipVisionModel(nn.Module):
             raise ValueError(f"{expected}, got a {type(tokens).__name__}")
         if tokens.ndim != 3 or tokens.shape[-1] != self.config.embed_dim or not tokens.is_floating_point():
             raise ValueError(f"{expected}, got {tokens.dtype} of shape {list(tokens.shape)}")
-        return self.pooling_head(tokens)
+        return self.pooling_head(tokens.to(self.pooling_head.probe.dtype))
 
     def embed(self, pixel_values: Tensor, normalize: bool = False) -> Tensor:
         """Turns pictures into one vector each: `forward`, then `pool`.
@@ -337,15 +342,16 @@ class SigLipVisionModel(nn.Module):
 
         Raises:
             CheckpointError: the checkpoint cannot be found, or does not hold exactly this tower.
-            ValueError: `dtype` is not a floating point dtype, or `device` is none that can hold the parameters.
+            ValueError: `dtype` is none that the tower computes in, or `device` is none that can hold the parameters.
         """
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be a floating point torch.dtype such as torch.bfloat16, got {dtype!r}")
+        if dtype is not None and dtype not in DTYPES.values():
+            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
         try:
             if torch.empty(0, device=device).is_meta:
                 raise ValueError("device must be one that holds values, got 'meta'")
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {device!r} cannot be used on this machine: {error}") from error
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {device!r} cannot be used on this machine: {reason}") from error
         files = find_source(
             source, revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir
         )

@@ -167,8 +167,8 @@ def test_dtype_and_device(checkpoint: MakeCheckpoint) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     exact = load(folder).state_dict()
     assert all(torch.equal(tensor, exact[name].bfloat16()) for name, tensor in model.state_dict().items())
-    for bad in ("bfloat16", torch.int8, "auto"):
-        with pytest.raises(ValueError, match=r"^dtype must be a floating point torch.dtype .*, got "):
+    for bad in ("bfloat16", torch.int8, "auto", torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=r"^dtype must be one of torch.float64, torch.float32, .*, got "):
             load(folder, dtype=bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="device must be one that holds values, got 'meta'"):
         load(folder, device="meta")

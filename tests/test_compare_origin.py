@@ -95,7 +95,7 @@ def test_exact_gelu_ends_in_exit_code_1(checkpoint: MakeCheckpoint, tmp_path: Pa
 def test_wrong_calls_end_in_exit_code_2_and_one_sentence(tmp_path: Path) -> None:
     calls: list[tuple[list[str | Path], str]] = [
         (["--checkpoint", tmp_path], r"could not compare: .* has no config.json"),
-        (["--image", tmp_path / "absent.png"], r"could not compare: .*No such file"),
+        (["--image", tmp_path / "absent.png"], r"could not compare: --image .*No such file.*; pass a JPEG or PNG"),
     ]
     for args, sentence in calls:
         done = run(*args, HF_HUB_OFFLINE="1")
@@ -116,9 +116,9 @@ def call(*args: str | Path) -> int:
     ("args", "sentence"),
     [
         (["--checkpoint", "no/such/folder"], "could not compare: 'no/such/folder' does not exist on this machine"),
-        (["--image", "tests/images/README.md"], "could not compare: cannot identify image file"),
-        (["--device", "cuda"], "could not compare: --device cuda: torch finds no CUDA device"),
-        (["--device", "abacus"], "could not compare: "),
+        (["--image", "tests/images/README.md"], r"could not compare: --image .*README.md cannot be read as a picture"),
+        (["--device", "cuda"], r"could not compare: --device cuda cannot be used on this machine \(.*\); use cpu"),
+        (["--device", "abacus"], r"could not compare: --device abacus cannot be used on this machine \(.*\); use cpu"),
         (["--json", "no/such/folder/out.json"], "could not compare: --json .*: its folder does not exist, or may not"),
         (["--json", "tests"], r"could not compare: --json .*tests is no file that could be replaced"),
         (["--json", ""], r"could not compare: --json .* is no file that could be replaced"),
@@ -136,7 +136,9 @@ def test_wrong_arguments(args: list[str], sentence: str, capsys: pytest.CaptureF
     assert not out
 
 
-@pytest.mark.parametrize("args", [["--dtype", "int8"], ["--weights", "mine"], ["--attn", "flash"], ["surplus"]])
+@pytest.mark.parametrize(
+    "args", [["--dtype", "int8"], ["--weights", "mine"], ["--attn", "flash"], ["surplus"], ["--check", "x"]]
+)
 def test_unknown_options(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         call(*args)
@@ -245,19 +247,39 @@ def test_weights_that_are_not_the_files_are_noticed(
     )
 
 
-def test_not_a_number_is_different(
-    checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_weights_that_are_not_numbers_are_no_verdict(
+    checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = checkpoint()
     edit_tensors(folder, lambda t: {**t, "post_layernorm.bias": t["post_layernorm.bias"] * float("nan")})
+    assert call("--checkpoint", folder) == 2
+    assert "could not compare: the reference itself gives NaN or infinity (tokens)" in capsys.readouterr().err
+
+
+def test_a_port_that_gives_no_number_is_different(
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(port.ACTIVATIONS, "gelu_pytorch_tanh", lambda x: x * float("nan"))
     report = tmp_path / "report.json"
     (tmp_path / "link.json").symlink_to(report)
-    assert call("--checkpoint", folder, "--json", tmp_path / "link.json") == 1
+    assert call("--checkpoint", checkpoint(), "--json", tmp_path / "link.json") == 1
     verdict = capsys.readouterr().out.splitlines()[-1]
     assert verdict.startswith("DIFFERENT (checkpoint weights): 64 tensors equal bit for bit; ")
     assert "tokens in float64 (not a number)" in verdict
     assert (tmp_path / "link.json").is_symlink()
     assert json.loads(report.read_text(), parse_constant=pytest.fail)["measurements"][0]["error"] == "nan"
+
+
+def test_an_interrupt_is_no_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare_origin, "run", interrupt)
+    assert call() == 130
+    assert capsys.readouterr().err == "interrupted: nothing was compared\n"
 
 
 def test_a_config_that_the_port_misread_would_be_noticed(

@@ -209,6 +209,20 @@ def test_wrong_tokens_and_a_missing_head_get_one_sentence() -> None:
         headless.embed(pixels(SMALL).float())
 
 
+def test_tokens_are_cast_as_pixels_are() -> None:
+    model = SigLipVisionModel(SMALL).eval()
+    tokens = torch.randn(2, 4, 24, dtype=torch.float64)
+    assert torch.equal(model.pool(tokens), model.pool(tokens.float()))
+
+
+def test_a_config_of_another_type_gets_one_sentence() -> None:
+    for config in ({"image_size": 224}, "google/siglip-base-patch16-224"):
+        with pytest.raises(
+            ValueError, match=r"^config must be a SigLipVisionConfig, got a \w+; to load .* use .*from_hf$"
+        ):
+            SigLipVisionModel(config)  # type: ignore[arg-type]
+
+
 def test_every_component_can_be_used_alone() -> None:
     tokens, x = torch.randn(2, 4, 24), torch.randn(2, 3, 16, 16)
     for module in (MLP, MultiheadAttention, EncoderBlock, SigLipEncoder):

@@ -13,6 +13,7 @@ All on random weights and on CPUs; docs/parity.md says where each figure comes f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -56,8 +57,8 @@ class Measurement:
 
     @property
     def equal(self) -> bool:
-        """Whether the error is inside the bound. A NaN is inside no bound."""
-        return self.error <= self.bound
+        """Whether the error is inside the bound. What is not finite is inside no bound."""
+        return math.isfinite(self.error) and self.error <= self.bound
 
 
 def cosine(port: Tensor, reference: Tensor) -> Tensor:
@@ -202,7 +203,8 @@ def compare(port: SigLipVisionModel, reference: Reference, pixel_values: Tensor)
         pixel_values: [B, C, S, S].
 
     Raises:
-        ValueError: the outputs cannot be compared, since one side lacks one or the shapes differ.
+        ValueError: the outputs cannot be compared, since one side lacks one, the shapes differ, or the reference's
+            own are not finite.
     """
     weight = next(port.parameters())
     pixel_values = pixel_values.to(weight.device, weight.dtype)
@@ -215,6 +217,12 @@ def compare(port: SigLipVisionModel, reference: Reference, pixel_values: Tensor)
 
     ours_in_float64 = port_outputs(port.double(), pixel_values.double())
     truth = theirs if reference.is_exact else reference.to_float64().outputs(pixel_values.double())
+    for point in truth:
+        if not (theirs[point].isfinite().all() and truth[point].isfinite().all()):
+            raise ValueError(
+                f"the reference itself gives NaN or infinity ({point}), so there is nothing to compare with: the "
+                "weights hold such numbers, or the dtype is too narrow for them"
+            )
     measurements = [measure(point, ours_in_float64[point], truth[point], truth[point]) for point in truth]
     if truth is not theirs:
         measurements += [measure(point, ours[point], theirs[point], truth[point], attention) for point in truth]

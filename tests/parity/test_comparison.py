@@ -115,10 +115,28 @@ def test_low_precision_inside_float32_is_noticed(folder: Path) -> None:
 def test_what_is_not_finite_is_equal_to_nothing(folder: Path, value: float) -> None:
     port, reference = load(folder)
     with torch.no_grad():
+        next(iter(port.parameters())).fill_(value)
+    assert not any(m.equal for m in compare(port, reference, pixels(ODD)).measurements)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reference_that_is_not_finite_is_no_reference(folder: Path, value: float) -> None:
+    port, reference = load(folder)
+    with torch.no_grad():
         for model in (port, reference.model):
             next(iter(model.parameters())).fill_(value)
-    result = compare(port, reference, pixels(ODD))
-    assert not any(m.equal for m in result.measurements)
+    with pytest.raises(ValueError, match=r"the reference itself gives NaN or infinity \(tokens\)"):
+        compare(port, reference, pixels(ODD))
+
+
+def test_overflow_in_a_narrow_dtype_is_no_verdict(folder: Path) -> None:
+    """Both overflow: infinity is not inside an infinite bound."""
+    port, reference = load(folder, torch.float16)
+    with torch.no_grad():
+        port.transformer.post_layernorm.weight.fill_(6e4)
+        reference.model.post_layernorm.weight.fill_(6e4)
+    with pytest.raises(ValueError, match="the reference itself gives NaN or infinity"):
+        compare(port, reference, pixels(ODD))
 
 
 def test_two_dead_models_are_not_equal(folder: Path) -> None:
