@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from siglip_port import SigLipVisionModel
 from siglip_port.parity import references
-from siglip_port.parity.comparison import compare, cosine, measure, relative_error
+from siglip_port.parity.comparison import compare, cosine, differing_weights, measure, relative_error
 from siglip_port.parity.references import Attention
 from tests.conftest import ODD, SMALL, MakeCheckpoint, pixels
 from tests.parity.faults import FAULTS, Fault, block, exact_gelu
@@ -183,6 +183,26 @@ def test_figures_by_hand() -> None:
     assert not measure("pooled", torch.tensor([[3.0, 4.16]]), reference, truth).equal
     exact = measure("pooled", truth, truth, truth)
     assert (exact.error, exact.bound) == (0, 1e-10)
+
+
+def test_an_infinite_error_is_inside_no_bound() -> None:
+    """Both may overflow, and infinity is not more than three times infinity."""
+    truth = torch.ones(1, 2, dtype=torch.float64)
+    overflown = torch.full((1, 2), math.inf)
+    m = measure("pooled", overflown, overflown.clone(), truth)
+    assert m.error == m.bound == math.inf
+    assert not m.equal
+
+
+def test_weights_are_compared_as_bits(folder: Path) -> None:
+    """A zero of the other sign computes the same and is not the file's; a NaN is equal to itself."""
+    port, reference = load(folder)
+    with torch.no_grad():
+        block(port).mlp.fc1.bias[0] = -0.0
+        reference.model.encoder.layers[5].mlp.fc1.bias[0] = 0.0
+        block(port).mlp.fc2.bias[0] = math.nan
+        reference.model.encoder.layers[5].mlp.fc2.bias[0] = math.nan
+    assert differing_weights(port, reference.model) == ["encoder.layers.5.mlp.fc1.bias"]
 
 
 @dataclass
