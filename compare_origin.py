@@ -1,39 +1,45 @@
 """Checks the port against the transformers reference, before and after the pooling head: `uv run compare_origin.py`.
 
-Exit status: 0 the two are equal, 1 they differ, 2 they could not be compared.
+Exit status: 0 the two are equal, 1 they differ, 2 they could not be compared, 3 the self-test or the calibration found
+that the gates lack power.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import math
+import contextlib
 import os
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from siglip_port import SigLipVisionModel
-    from siglip_port.parity.comparison import Comparison, Measurement
+    from siglip_port.parity.comparison import Comparison
+    from siglip_port.parity.proof import Case
+    from siglip_port.parity.report import Json
 
 CHECKPOINT = "google/siglip-base-patch16-224"
 PHOTOGRAPH = Path(__file__).parent / "tests" / "images" / "chelsea.png"
+RECORDED = Path(__file__).parent / "docs" / "selftest.json"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+ATTENTIONS = ("both", "sdpa", "eager")
+SECONDS = ("timm", "open_clip", "transformers==<version>")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0 equal, 1 different, 2 could not compare."""
+    """Runs the command; returns its exit status."""
     args = parse(argv)
     try:
-        equal = run(args)
+        return run(args)
     except Exception as error:  # Whatever it was, it is no verdict: it must not end in the exit status of one.
         kind = "" if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: "
         hint = "; run it with `uv run compare_origin.py`" if isinstance(error, ImportError) else ""
@@ -42,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was compared", file=sys.stderr)
         return 130
-    return 0 if equal else 1
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="compare_origin.py",
         description="Checks the port against the transformers reference, before and after the pooling head.",
-        epilog="exit status: 0 equal, 1 different, 2 could not compare",
+        epilog="exit status: 0 equal, 1 different, 2 could not compare, 3 no power",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -62,66 +67,159 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="auto: the checkpoint's own, or random ones where the default checkpoint cannot be had; hub: the "
         "checkpoint's own, or fail; random: random ones of its architecture (%(default)s)",
     )
-    add(
-        "--image",
-        type=Path,
-        default=PHOTOGRAPH,
-        metavar="PATH",
-        help="a photograph (tests/images/chelsea.png)",
-    )
+    add("--image", type=Path, default=PHOTOGRAPH, metavar="PATH", help="a photograph (tests/images/chelsea.png)")
     add("--dtype", choices=DTYPES, default=DTYPES[0], help="of weights and arithmetic (%(default)s)")
-    add("--attn", choices=("sdpa", "eager"), default="sdpa", help="the reference's attention (%(default)s)")
+    add("--attn", choices=ATTENTIONS, default="both", help="the reference's attention, for its rounding (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
-    add("--json", type=Path, metavar="PATH", help="write all figures to this file as well")
+    add("--full", action="store_true", help="all recipes of weights, two seeds, all dtypes; with --selftest likewise")
+    add("--second-ref", metavar="NAME", help=f"ask a third implementation who is right: {', '.join(SECONDS)}")
+    add("--json", type=Path, metavar="PATH", help="write all figures to this file")
+    add("--report", type=Path, metavar="FOLDER", help="write report.json, .md, .html and junit.xml to this folder")
+    add("--baseline", type=Path, metavar="PATH", help="compare with an earlier JSON report")
+    other = parser.add_argument_group("instead of a comparison").add_mutually_exclusive_group()
+    add = other.add_argument
+    add("--list-gates", action="store_true", help="say what each gate means")
+    add("--selftest", action="store_true", help="prove the gates: every mistake of the catalogue must be noticed")
+    add("--calibrate", action="store_true", help="measure on this device what the bounds on rounding rest on")
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> bool:
-    """Compares and reports; returns whether port and reference are equal."""
-    if args.json is not None:
-        check_writable(args.json)
+def run(args: argparse.Namespace) -> int:
+    """Does what was asked for; returns the exit status."""
+    for path in filter(None, (args.json, args.report and args.report / "report.json")):
+        check_writable(path, make=path != args.json)
+    baseline = read_baseline(args.baseline) if args.baseline else None
 
     # Imported when needed, the slowest last: a wrong argument should not cost the eight seconds of transformers.
-    import torch
-    from PIL import Image
+    check_device(args.device)
+    if args.second_ref:
+        from siglip_port.parity import witness
 
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {args.device} cannot be used on this machine ({reason}); use cpu") from error
-    try:
-        with Image.open(args.image) as image:
-            photograph = image.convert("RGB")
-    except Exception as error:  # Pillow's own kinds, the system's, and those of its decoders
-        raise ValueError(
-            f"--image {args.image} cannot be read as a picture ({error}); pass a JPEG or PNG file of this machine"
-        ) from error
+        witness.parse(args.second_ref)
+    photograph = read_picture(args.image)
+    if args.list_gates or args.selftest or args.calibrate:
+        from siglip_port.parity import selftest
+
+        if args.list_gates:
+            print(selftest.census_text(RECORDED))
+            return 0
+        return 0 if (selftest.calibrate if args.calibrate else selftest.run)(args, progress) else 3
 
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
         port, is_random, offline = load_port(args, Path(scratch))
-        from siglip_port.parity import comparison, references
+        case = main_case(args, port, scratch if is_random else args.checkpoint, photograph, is_random, offline)
+        comparison = prove(args, port, case)
+        report = make_report(args, comparison, port, case)
+        print_report(args, comparison, report)
+        if args.second_ref:
+            print(f"\n{witness.ask(args.second_ref, case, port)}")
+    if baseline is not None:
+        from siglip_port.parity.report import against_baseline
 
-        source = scratch if is_random else args.checkpoint
-        assert port.provenance is not None
-        where: dict[str, Any] = {"revision": port.provenance.commit, "local_files_only": offline}
-        reference = references.load(
-            source,
-            pooling_head=port.pooling_head is not None,
-            dtype=getattr(torch, args.dtype),
-            attention=args.attn,
-            device=args.device,
-            **where,
-        )
-        pixels = references.preprocess(photograph, port.config.image_size, source, **where)
-        result = comparison.compare(port, reference, with_noise(pixels))
+        print("\n".join(against_baseline(report, baseline)))
+    write_reports(args, report, case)
+    print(verdict_line(comparison))
+    return 0 if comparison.equal else 1
 
-    label = "random weights" if is_random else "checkpoint weights"
-    environment = describe_environment(args, references.VERSION)
-    print_report(result, label, environment)
-    if args.json is not None:
-        write_json(args.json, result, label, port, environment)
-    return result.equal
+
+def check_device(device: str) -> None:
+    """Finds out whether the device can be used."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used on this machine ({reason}); use cpu") from error
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Reads the photograph."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's own kinds, the system's, and those of its decoders
+        raise ValueError(
+            f"--image {path} cannot be read as a picture ({error}); pass a JPEG or PNG file of this machine"
+        ) from error
+
+
+def main_case(
+    args: argparse.Namespace,
+    port: SigLipVisionModel,
+    source: str,
+    photograph: Image.Image,
+    is_random: bool,
+    offline: bool,
+) -> Case:
+    """The checkpoint itself, at full size: a photograph and a picture of noise."""
+    import torch
+
+    from siglip_port.parity import proof, references
+
+    assert port.provenance is not None
+    where: dict[str, Any] = {"revision": port.provenance.commit, "local_files_only": offline}
+    dtype = getattr(torch, args.dtype)
+    warn_of_memory(port, dtype)
+    reference = references.load(
+        source, pooling_head=port.pooling_head is not None, dtype=dtype, device=args.device, **where
+    )
+    pixels = with_noise(references.preprocess(photograph, port.config.image_size, source, **where))
+    dtypes = [dtype, *(getattr(torch, name) for name in DTYPES if args.full and name not in (args.dtype, "float64"))]
+    weights = "random weights, N1" if is_random else "checkpoint weights"
+    return proof.Case(
+        "checkpoint",
+        weights,
+        source,
+        reference,
+        pixels.to(args.device),
+        proof.ALL_GATES,
+        tuple(dtypes),
+        attentions(args),
+    )
+
+
+def attentions(args: argparse.Namespace) -> tuple[str, ...]:
+    """Whose rounding counts."""
+    return ("sdpa", "eager") if args.attn == "both" else (args.attn,)
+
+
+def warn_of_memory(port: SigLipVisionModel, dtype: Any) -> None:  # noqa: ANN401
+    """States the need of a large tower before it begins: two towers in float64, and all taps of two pictures."""
+    config, parameters = port.config, sum(p.numel() for p in port.parameters())
+    tokens = 2 * config.num_patches * config.num_encoder_blocks * (11 * config.embed_dim + 2 * config.mlp_hidden_dim)
+    need = (2 * parameters + tokens) * 8 + 2 * parameters * dtype.itemsize + 1.0e9
+    if need > 4e9:
+        print(f"this tower has {parameters / 1e6:.0f} M parameters: needs about {need / 1e9:.0f} GB", file=sys.stderr)
+
+
+def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case) -> Comparison:
+    """Runs all gates on the checkpoint, and on small towers of its kind with weights that make mistakes loud."""
+    from siglip_port.parity import proof
+    from siglip_port.parity.comparison import Comparison, Section
+
+    sections = [Section(case.name, case.weights, tuple(progress(case.check(port), "checkpoint")))]
+    case.truths = {dtype: truth for dtype, truth in case.truths.items() if dtype == case.dtypes[0]}
+    for made in proof.small_cases(port.config, args.device, attentions(args), full=args.full):
+        with made as small:
+            candidate = proof.load_port(small.source, device=args.device)
+            gates = tuple(progress(small.check(candidate), f"{small.name}, {small.weights}"))
+            sections.append(Section(small.name, small.weights, gates))
+    return Comparison(tuple(sections), case.weights.split(",")[0])
+
+
+def progress(items: Iterator[Any], what: str, total: int = 0) -> Iterator[Any]:
+    """Passes items on, with a line on the terminal that says how far it is; none where there is no terminal."""
+    terminal, start = sys.stderr.isatty(), time.monotonic()
+    for number, item in enumerate(items, 1):
+        if terminal:
+            of = f"/{total}" if total else ""
+            print(f"\r\033[K{what}: {number}{of} ({time.monotonic() - start:.0f} s)", end="", file=sys.stderr)
+        yield item
+    if terminal:
+        print("\r\033[K", end="", file=sys.stderr)
 
 
 def load_port(args: argparse.Namespace, scratch: Path) -> tuple[SigLipVisionModel, bool, bool]:
@@ -173,7 +271,35 @@ def with_noise(pixel_values: Tensor) -> Tensor:
     return torch.cat([pixel_values, noise])
 
 
-def describe_environment(args: argparse.Namespace, transformers_version: str) -> dict[str, Any]:
+def make_report(args: argparse.Namespace, comparison: Comparison, port: SigLipVisionModel, case: Case) -> Json:
+    """Puts together all that is known."""
+    import dataclasses
+
+    from siglip_port.parity import gates, proof, references, report
+    from siglip_port.parity.metrics import cosine
+
+    truth = case.truth(case.dtypes[0])
+    attention = case.attentions[0]
+    with gates.cast(port, case.dtypes[0]):
+        ours = gates.Side(port, proof.outputs).run(truth.inputs)
+    theirs = truth.outputs[attention]
+    return report.to_json(
+        comparison,
+        environment=describe_environment(args, references.VERSION),
+        provenance=dataclasses.asdict(port.provenance) if port.provenance else None,
+        config=dataclasses.asdict(port.config),
+        outputs=[{"dtype": args.dtype, "attention": attention, **f} for f in report.figures(ours, theirs)],
+        reference_shapes={name: list(tensor.shape) for name, tensor in theirs.items()},
+        patches={
+            "grid": port.config.grid_size,
+            "cosine": cosine(ours["tokens"], truth.exact.outputs["tokens"])[0].tolist()
+            if ours["tokens"].shape == theirs["tokens"].shape
+            else [],
+        },
+    )
+
+
+def describe_environment(args: argparse.Namespace, transformers_version: str) -> Json:
     """Tells on what the figures were measured."""
     import torch
 
@@ -190,98 +316,80 @@ def describe_environment(args: argparse.Namespace, transformers_version: str) ->
     }
 
 
-def print_report(result: Comparison, label: str, environment: dict[str, Any]) -> None:
-    """Prints the lines that users of the original program know, the table, and the verdict."""
-    tokens = next(m for m in reversed(result.measurements) if m.point == "tokens")
-    for name, shapes in (("custom", result.port_shapes), ("original", result.reference_shapes)):
+def print_report(args: argparse.Namespace, comparison: Comparison, report: Json) -> None:
+    """Prints the lines that users of the original program know, the gates, and what differs."""
+    from siglip_port.parity.report import lines, table
+
+    for name, shapes in (
+        ("custom", {f["point"]: f["shape"] for f in report["outputs"]}),
+        ("original", report["reference_shapes"]),
+    ):
         for point, shape in shapes.items():
-            print(f"siglip_{name}{'-afterPooling' if point == 'pooled' else ''}.shape: {shape}")
-    print(f"cosine_similarity.mean(): {tokens.cosine_mean:.12f}")
-    print(f"cosine_similarity.min(): {tokens.cosine_min:.12f}")
-
-    header = [
-        "weights",
-        "point",
-        "dtype",
-        "attention",
-        "cosine mean",
-        "cosine min",
-        "max abs",
-        "relative error",
-        "bound",
-        "verdict",
-    ]
-    rows = [header] + [
-        [label, m.point, m.dtype, m.attention, f"{m.cosine_mean:.10f}", f"{m.cosine_min:.10f}"]
-        + [f"{figure:.1e}" for figure in (m.max_abs, m.error, m.bound)]
-        + ["equal" if m.equal else "DIFFERENT"]
-        for m in result.measurements
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            print(f"siglip_{name}{'-afterPooling' if point == 'pooled' else ''}.shape: torch.Size({shape})")
+    for figures in report["outputs"]:
+        after = " after pooling" if figures["point"] == "pooled" else ""
+        print(f"cosine_similarity{after}.mean(): {float(figures['cosine_mean']):.12f}")
+        print(f"cosine_similarity{after}.min(): {float(figures['cosine_min']):.12f}")
     print()
-    for row in rows:
-        print(" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print("\nrelative error: of the port, against the reference in float64. Bounds:")
-    for (dtype, attention), origin in {(m.dtype, m.attention): m.origin for m in result.measurements}.items():
-        print(f"  {dtype}, {attention}: {origin}")
-    print(", ".join(f"{name} {value}" for name, value in environment.items()))
-    print(verdict(result, label))
+    print("\n".join(lines(table(comparison))))
+    if comparison.findings:
+        print()
+        print("\n".join(str(comparison).splitlines()[:-1]))
+    print()
+    print(", ".join(f"{name} {value}" for name, value in report["environment"].items()))
 
 
-def verdict(result: Comparison, label: str) -> str:
-    """Says in one line how the comparison ended."""
-    weights = f"{result.num_weights} tensors equal bit for bit"
-    if result.differing_weights:
-        weights = f"{len(result.differing_weights)} tensors differ, first {result.differing_weights[0]}"
-    points = "before and after the pooling head"
-    if "pooled" not in result.port_shapes:
-        points = "before pooling (this checkpoint has no pooling head)"
-    if result.equal:
-        return f"EQUAL ({label}): {weights}; all errors within bounds, {points}"
-    outside = [f"{m.point} in {m.dtype} ({excess(m)})" for m in result.measurements if not m.equal]
-    return f"DIFFERENT ({label}): {weights}; outside its bound: {', '.join(outside) or 'nothing'}"
+def verdict_line(comparison: Comparison) -> str:
+    """The last line: how it ended."""
+    from siglip_port.parity.report import coloured
+
+    return coloured(comparison.verdict, comparison.equal, sys.stdout.isatty())
 
 
-def excess(measurement: Measurement) -> str:
-    """Says how far outside its bound a measurement lies."""
-    if math.isnan(measurement.error):
-        return "not a number"
-    return f"{measurement.error:.1e} against {measurement.bound:.1e}"
-
-
-def check_writable(path: Path) -> None:
-    """Finds out before the work whether the report can be written afterwards."""
+def check_writable(path: Path, *, make: bool = False) -> None:
+    """Finds out before the work whether a report can be written afterwards."""
+    option = "--report" if make else "--json"
     path = path.resolve()
+    if make:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
-        raise OSError(f"--json {path} is no file that could be replaced; name another")
+        raise OSError(f"{option} {path} is no file that could be replaced; name another")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OSError(f"--json {path}: its folder does not exist, or may not be written to; name another")
+        raise OSError(f"{option} {path}: its folder does not exist, or may not be written to; name another")
 
 
-def write_json(
-    path: Path, result: Comparison, label: str, port: SigLipVisionModel, environment: dict[str, Any]
-) -> None:
-    """Writes all figures to a file, whole or not at all. A figure that is not finite becomes a text."""
-    measurements = [dataclasses.asdict(m) | {"equal": m.equal} for m in result.measurements]
-    content = {
-        "schema": 1,
-        "equal": result.equal,
-        "weights": label,
-        "differing_weights": result.differing_weights,
-        "provenance": dataclasses.asdict(port.provenance) if port.provenance else None,
-        "measurements": [
-            {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in m.items()}
-            for m in measurements
-        ],
-        "environment": environment,
-    }
-    path = path.resolve()
-    unfinished = path.with_name(f".{path.name}.unfinished")
+def read_baseline(path: Path) -> Json:
+    """Reads an earlier report."""
+    import json
+
     try:
-        unfinished.write_text(json.dumps(content, indent=2, default=str, allow_nan=False) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "sections" not in content:
+            raise ValueError("it is not a report of this program")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--baseline {path} cannot be used: {error}; name a file written by --json") from error
+    return content
+
+
+def write_reports(args: argparse.Namespace, report: Json, case: Case) -> None:
+    """Writes the files that were asked for."""
+    from siglip_port.parity import html
+    from siglip_port.parity import report as reports
+
+    if args.json is not None:
+        reports.write(args.json, reports.dumps(report))
+    if args.report is not None:
+        picture = html.picture(case.inputs[0])
+        writers: dict[str, Callable[[], str]] = {
+            "report.json": lambda: reports.dumps(report),
+            "report.md": lambda: reports.markdown(report),
+            "report.html": lambda: html.page(report, picture),
+            "junit.xml": lambda: reports.junit(report),
+        }
+        for name, text in writers.items():
+            reports.write(args.report / name, text())
+        print(f"written to {args.report}: {', '.join(writers)}")
 
 
 if __name__ == "__main__":

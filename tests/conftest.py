@@ -17,6 +17,8 @@ from torch import Tensor
 from siglip_port import SigLipVisionConfig
 from tests.hub_server import Hub
 
+torch.set_num_threads(1)  # towers of a few columns are slower with more
+
 HUB = Hub()
 HOME = tempfile.TemporaryDirectory(prefix="siglip_port-tests-")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -15,8 +16,10 @@ import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
 import compare_origin
+from siglip_port import SigLipVisionConfig
 from siglip_port import model as port
-from siglip_port.parity import comparison, references
+from siglip_port.parity import references
+from siglip_port.parity.proof import Case
 from tests.conftest import SMALL, MakeCheckpoint, edit_config, edit_tensors
 from tests.hub_server import Hub, Repository
 from tests.test_hub import silent_port
@@ -29,7 +32,10 @@ KNOWN_LINES = [
     "siglip_original-afterPooling.shape: ",
     "cosine_similarity.mean(): ",
     "cosine_similarity.min(): ",
+    "cosine_similarity after pooling.mean(): ",
+    "cosine_similarity after pooling.min(): ",
 ]
+GATES = ["environment", "config", "weights", "liveness", "semantics", "interface"]
 
 
 def run(*args: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -56,20 +62,25 @@ def test_the_default_command_without_a_network(tmp_path: Path) -> None:
     assert lines[0].endswith("torch.Size([2, 196, 768])")
     assert lines[3].endswith("torch.Size([2, 768])")
     assert float(lines[4].split(": ")[1]) == pytest.approx(1)
-    table = [line for line in lines if " | " in line][1:]
-    assert [re.split(r" +\| +", line)[1:3] for line in table] == [
-        ["tokens", "float64"],
-        ["pooled", "float64"],
-        ["tokens", "float32"],
-        ["pooled", "float32"],
-    ]
-    assert all(line.startswith("random weights | ") and line.endswith(" equal") for line in table)
-    assert lines[-1].startswith("EQUAL (random weights): 208 tensors equal bit for bit; ")
+    table = [re.split(r" +\| +", line) for line in lines if " | " in line][1:]
+    assert [row[0] for row in table] == [*GATES, "rounding float32", "rounding bfloat16", "rounding float16"]
+    assert {row[-1] for row in table} == {"passed"}
+    assert re.match(r"EQUAL \(random weights\): passed environment \(16\), config \(22\), weights \(464\), ", lines[-1])
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["equal"] is True
     assert content["weights"] == "random weights"
     assert content["environment"]["transformers"] == references.VERSION
-    assert [m["equal"] for m in content["measurements"]] == [True] * 4
+    names = [(section["name"], section["weights"]) for section in content["sections"]]
+    assert names == [
+        ("checkpoint", "random weights, N1"),
+        ("odd tower", "N1, seed 1234"),
+        ("small so400m", "N1, seed 1234"),
+        ("odd tower", "L7, seed 1234"),
+        ("odd tower", "S1, seed 1234"),
+    ]
+    assert [gate["name"] for gate in content["sections"][0]["gates"]] == [*GATES, "rounding float32"]
+    for section in content["sections"]:
+        assert all(gate["passed"] and not gate["unseen"] and not gate["islands"] for gate in section["gates"])
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == ["out.json"]
 
 
@@ -83,11 +94,10 @@ def test_exact_gelu_ends_in_exit_code_1(checkpoint: MakeCheckpoint, tmp_path: Pa
     command = [sys.executable, "-c", wrong, "--checkpoint", str(folder), "--json", str(tmp_path / "out.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    verdict = done.stdout.splitlines()[-1]
     assert re.match(
-        r"DIFFERENT \(checkpoint weights\): 64 tensors equal bit for bit; outside its bound: "
-        r"tokens in float64 \(.* against 1.0e-10\), pooled in float64 \(.*\), tokens in float32 ",
-        verdict,
+        r"DIFFERENT \(checkpoint weights\): semantics: encoder\.layers\.0\.mlp\.fc2:input \(port: .*\): differs in "
+        r"float64, bound 1e-10, relative error .*; looks like: exact \(erf\) GELU; and \d+ more findings",
+        done.stdout.splitlines()[-1],
     )
     assert json.loads((tmp_path / "out.json").read_text())["equal"] is False
 
@@ -121,6 +131,16 @@ def call(*args: str | Path) -> int:
         (["--device", "abacus"], r"could not compare: --device abacus cannot be used on this machine \(.*\); use cpu"),
         (["--json", "no/such/folder/out.json"], "could not compare: --json .*: its folder does not exist, or may not"),
         (["--json", "tests"], r"could not compare: --json .*tests is no file that could be replaced"),
+        (
+            ["--report", "tests/images/README.md"],
+            r"could not compare: --report .*: its folder does not exist, or",
+        ),
+        (
+            ["--baseline", "pyproject.toml"],
+            r"could not compare: --baseline pyproject.toml cannot be used: .*; name",
+        ),
+        (["--baseline", "absent"], r"could not compare: --baseline absent cannot be used: .*No such file"),
+        (["--second-ref", "clip"], r"could not compare: there is no witness 'clip'; known are timm and open_clip"),
         (["--json", ""], r"could not compare: --json .* is no file that could be replaced"),
         (["--json", "/dev/null"], r"could not compare: --json /dev/null is no file that could be replaced"),
     ],
@@ -137,7 +157,15 @@ def test_wrong_arguments(args: list[str], sentence: str, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    "args", [["--dtype", "int8"], ["--weights", "mine"], ["--attn", "flash"], ["surplus"], ["--check", "x"]]
+    "args",
+    [
+        ["--dtype", "int8"],
+        ["--weights", "mine"],
+        ["--attn", "flash"],
+        ["surplus"],
+        ["--check", "x"],
+        ["--selftest", "--calibrate"],
+    ],
 )
 def test_unknown_options(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -151,8 +179,8 @@ def test_help_fits_a_page(capsys: pytest.CaptureFixture[str]) -> None:
         call("--help")
     assert exit_.value.code == 0
     out = capsys.readouterr().out
-    assert "exit status: 0 equal, 1 different, 2 could not compare" in out
-    assert len(out.splitlines()) <= 40
+    assert "exit status: 0 equal, 1 different, 2 could not compare, 3 no power" in out
+    assert len(out.splitlines()) <= 60
 
 
 @pytest.mark.parametrize("dtype", compare_origin.DTYPES)
@@ -163,7 +191,8 @@ def test_dtypes_and_attentions(
     assert call("--checkpoint", checkpoint(), "--dtype", dtype, "--attn", attention) == 0
     out = capsys.readouterr().out
     assert f"dtype {dtype}, attention {attention}" in out
-    assert out.splitlines()[-1].startswith("EQUAL (checkpoint weights): 64 tensors")
+    assert out.splitlines()[-1].startswith("EQUAL (checkpoint weights): passed ")
+    assert (f"rounding {dtype} (" in out) == (dtype != "float64" or attention == "none")
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "CMYK", "1", "LA"])
@@ -179,8 +208,13 @@ def test_the_photograph_is_resized_as_the_checkpoint_says(
     checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
-    compare = comparison.compare
-    monkeypatch.setattr(comparison, "compare", lambda p, r, x: seen.append(x) or compare(p, r, x))  # type: ignore[func-returns-value]
+    write_reports = compare_origin.write_reports
+
+    def keep(args: argparse.Namespace, report: dict[str, object], case: Case) -> None:
+        seen.append(case.inputs)
+        write_reports(args, report, case)
+
+    monkeypatch.setattr(compare_origin, "write_reports", keep)
     folder = checkpoint()
     assert call("--checkpoint", folder) == 0
     (folder / "preprocessor_config.json").write_text('{"resample": 0}')
@@ -214,7 +248,7 @@ def test_headless_checkpoints_are_compared_before_pooling(
     assert call("--checkpoint", folder) == 0
     out = capsys.readouterr().out
     assert "afterPooling" not in out
-    assert "before pooling (this checkpoint has no pooling head)" in out.splitlines()[-1]
+    assert out.splitlines()[-1].startswith("EQUAL (checkpoint weights): ")
 
 
 def test_a_file_and_random_weights_of_its_architecture(
@@ -225,7 +259,7 @@ def test_a_file_and_random_weights_of_its_architecture(
     assert "siglip_custom.shape: torch.Size([2, 4, 24])" in capsys.readouterr().out
     file.write_bytes(b"")
     assert call("--checkpoint", file.parent, "--weights", "random") == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("EQUAL (random weights): 64 tensors")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("EQUAL (random weights): passed ")
     assert call("--checkpoint", file) == 2
 
 
@@ -241,9 +275,10 @@ def test_weights_that_are_not_the_files_are_noticed(
 
     monkeypatch.setattr(port.SigLipVisionModel, "load_state_dict", almost)
     assert call("--checkpoint", checkpoint()) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        "DIFFERENT (checkpoint weights): 1 tensors differ, first encoder.layers.1.self_attn.k_proj.bias; "
-        "outside its bound: nothing"
+    out = capsys.readouterr().out
+    assert "weights: encoder.layers.1.self_attn.k_proj.bias: 24 of 24 elements differ" in out
+    assert out.splitlines()[-1].startswith(
+        "DIFFERENT (checkpoint weights): semantics: encoder.layers.1.self_attn.k_proj (port: "
     )
 
 
@@ -253,7 +288,7 @@ def test_weights_that_are_not_numbers_are_no_verdict(
     folder = checkpoint()
     edit_tensors(folder, lambda t: {**t, "post_layernorm.bias": t["post_layernorm.bias"] * float("nan")})
     assert call("--checkpoint", folder) == 2
-    assert "could not compare: the reference itself gives NaN or infinity (tokens)" in capsys.readouterr().err
+    assert "could not compare: the reference itself gives NaN or infinity (" in capsys.readouterr().err
 
 
 def test_a_port_that_gives_no_number_is_different(
@@ -267,10 +302,10 @@ def test_a_port_that_gives_no_number_is_different(
     (tmp_path / "link.json").symlink_to(report)
     assert call("--checkpoint", checkpoint(), "--json", tmp_path / "link.json") == 1
     verdict = capsys.readouterr().out.splitlines()[-1]
-    assert verdict.startswith("DIFFERENT (checkpoint weights): 64 tensors equal bit for bit; ")
-    assert "tokens in float64 (not a number)" in verdict
+    assert verdict.startswith("DIFFERENT (checkpoint weights): semantics: encoder.layers.0.mlp.fc2:input ")
+    assert "not finite" in verdict
     assert (tmp_path / "link.json").is_symlink()
-    assert json.loads(report.read_text(), parse_constant=pytest.fail)["measurements"][0]["error"] == "nan"
+    assert json.loads(report.read_text(), parse_constant=pytest.fail)["findings"][0]["error"] == "nan"
 
 
 def test_an_interrupt_is_no_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -299,7 +334,7 @@ def test_hub_ids(hub: Hub, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFix
     hub.repositories["google/siglip-served"] = Repository(folder)
     for weights in ("auto", "hub"):
         assert call("--checkpoint", "google/siglip-served", "--weights", weights) == 0
-        assert capsys.readouterr().out.splitlines()[-1].startswith("EQUAL (checkpoint weights): 64 tensors")
+        assert capsys.readouterr().out.splitlines()[-1].startswith("EQUAL (checkpoint weights): passed ")
     assert call("--checkpoint", "google/siglip-absent") == 2
     assert "the Hub has no repository 'google/siglip-absent'" in capsys.readouterr().err
     from huggingface_hub import constants
@@ -339,3 +374,48 @@ def test_the_photograph_is_not_square_and_pixels_are_not_all_noise() -> None:
     assert pixels.shape == (2, 3, 16, 16)
     assert pixels.abs().max() <= 1
     assert (pixels[0] - pixels[1]).std() > 0.3
+
+
+# --- reports, baselines, witnesses, and what else there is ------------------------------------------------------------
+
+
+def test_reports_and_a_baseline(checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkpoint()
+    assert call("--checkpoint", folder, "--report", tmp_path / "made" / "reports") == 0
+    written = sorted(path.name for path in (tmp_path / "made" / "reports").iterdir())
+    assert written == ["junit.xml", "report.html", "report.json", "report.md"]
+    report = tmp_path / "made" / "reports" / "report.json"
+    assert json.loads(report.read_text())["patches"]["grid"] == 2
+    assert "data:image/png;base64," in (tmp_path / "made" / "reports" / "report.html").read_text()
+    capsys.readouterr()
+    assert call("--checkpoint", folder, "--baseline", report) == 0
+    assert re.search(r"against the baseline: \d+ figures in both, 0 new, 0 gone", capsys.readouterr().out)
+
+
+def test_the_full_proof(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    assert call("--checkpoint", checkpoint(), "--full", "--json", tmp_path / "full.json") == 0
+    sections = json.loads((tmp_path / "full.json").read_text())["sections"]
+    names = [gate["name"] for gate in sections[0]["gates"]]
+    assert names == [*GATES, "rounding float32", "rounding bfloat16", "rounding float16"]
+    assert len(sections) == 1 + 2 * 6
+    assert {section["weights"].split(",")[0] for section in sections[1:]} == {"default", "N1", "S1", "L7", "L8"}
+
+
+def test_gates_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--list-gates") == 0
+    out = capsys.readouterr().out
+    assert all(f"\n{gate}: " in f"\n{out}" for gate in [*GATES, "rounding"])
+    assert re.search(r"semantics: .*\n  bound: .*1e-10.*\n  notices \d+ of \d+ mistakes, alone: \w+", out)
+
+
+def test_large_towers_state_their_need(capsys: pytest.CaptureFixture[str]) -> None:
+    so400m = SigLipVisionConfig(
+        embed_dim=1152, image_size=384, patch_size=14, num_attention_heads=16, num_encoder_blocks=27,
+        mlp_hidden_dim=4304, pooling_head=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        towers = [port.SigLipVisionModel(config) for config in (so400m, SigLipVisionConfig(pooling_head=True))]
+    compare_origin.warn_of_memory(towers[0], torch.float32)
+    assert re.match(r"this tower has 428 M parameters: needs about 1\d GB", capsys.readouterr().err)
+    compare_origin.warn_of_memory(towers[1], torch.float32)
+    assert capsys.readouterr().err == ""

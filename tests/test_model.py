@@ -26,7 +26,7 @@ from siglip_port import (
     key_map,
 )
 from siglip_port.parity import references
-from siglip_port.parity.comparison import relative_error
+from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.references import Reference
 from siglip_port.parity.weights import randomise
 from tests.conftest import ODD, SMALL, MakeCheckpoint, pixels
@@ -56,7 +56,7 @@ Pair = tuple[SigLipVisionModel, Reference]
 def pair(config: SigLipVisionConfig, checkpoint: MakeCheckpoint) -> Pair:
     """Port and reference, in float64, each loaded by its own loader from one checkpoint."""
     folder = checkpoint(config, dtype=torch.float64)
-    reference = references.load(folder, pooling_head=True, dtype=torch.float64, attention="sdpa")
+    reference = references.load(folder, pooling_head=True, dtype=torch.float64)
     return SigLipVisionModel.from_hf(folder), reference
 
 
@@ -93,7 +93,7 @@ def test_every_rung_equals_the_reference(pair: Pair, config: SigLipVisionConfig)
         check(f"block {i}", block(h), layer(h, None))
     h = theirs.embeddings(x)
     check("encoder", port.transformer.encoder(h), theirs.encoder(inputs_embeds=h).last_hidden_state)
-    expected = reference.outputs(x)
+    expected = reference.side().run(x)
     check("tower", port(x), expected["tokens"])
     assert port.pooling_head is not None
     check("pooling head", port.pooling_head(expected["tokens"]), theirs.head(expected["tokens"]))

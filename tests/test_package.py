@@ -46,6 +46,13 @@ def test_loading_a_local_checkpoint_imports_next_to_nothing(checkpoint: MakeChec
     assert len(done.stdout.split()) < 20
 
 
+def test_the_example_for_other_ports_can_fail(capsys: pytest.CaptureFixture[str]) -> None:
+    """With timm's own eps, as the text beside it says, and prints."""
+    (block,) = python_blocks("docs/other_ports.md")
+    exec(compile(block.replace("module.eps = 1e-12", "pass"), "docs/other_ports.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1] in (ROOT / "docs/other_ports.md").read_text()
+
+
 def test_the_library_never_imports_transformers() -> None:
     importers = [
         path.relative_to(ROOT).as_posix()
@@ -70,10 +77,12 @@ def test_the_examples_of_the_documents_run(
     SigLipVisionModel(SigLipVisionConfig(pooling_head=True)).save_hf(tmp_path / "served")
     hub.repositories["google/siglip-base-patch16-224"] = Repository(tmp_path / "served")
     monkeypatch.chdir(tmp_path)
-    for file in ("README.md", "docs/checkpoints.md"):
+    for file in ("README.md", "docs/checkpoints.md", "docs/other_ports.md"):
         for block in python_blocks(file):
             exec(compile(block, file, "exec"), {})
             printed = capsys.readouterr().out
+            if file == "docs/other_ports.md":
+                assert printed.strip() in (ROOT / file).read_text()
             for line in re.findall(r"^print\(.*\) +# (torch\.Size.*)$", block, re.MULTILINE):
                 assert line in printed.splitlines()
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from siglip_port import SigLipVisionModel
-from siglip_port.parity.comparison import relative_error
+from siglip_port.parity.metrics import relative_error
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,1 +1,10 @@
-"""The harness that compares the port with the reference. `transformers` is imported in `references` alone."""
+"""A parity harness: proves that a port computes what its reference computes, and says where it does not.
+
+For a port of your own: `compare` and `assert_parity`, on weights made loud by `randomise`. For the proof of this
+one: `compare_origin.py`. docs/parity.md says how it works, and what it is worth.
+"""
+
+from siglip_port.parity.comparison import Comparison, assert_parity, compare
+from siglip_port.parity.weights import randomise
+
+__all__ = ["Comparison", "assert_parity", "compare", "randomise"]

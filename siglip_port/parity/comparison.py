@@ -1,235 +1,195 @@
-"""Compares the port with the reference, before and after the pooling head, and says how far apart is too far.
-
-No bound is a number of absolute size. There are two questions, and a bound for each:
-
-* *Do both compute the same thing?* Both run in float64 on the same weights, where rounding is 1e-15 to 3e-13 and the
-  weakest mistake measured 6e-8 (the eps of a single LayerNorm). Between the two lies `FLOAT64_BOUND`.
-* *Does the port round no worse?* In the dtype asked for, the port's distance from the float64 result may be
-  `ROUNDING_FACTOR` times the reference's own. Correct variants (attention kernels, compilers, fused layers) measured at
-  most 2.39 times.
-
-All on random weights and on CPUs; docs/parity.md says where each figure comes from, and what escapes both.
-"""
+"""Compares any port with any reference: `compare` for programs, `assert_parity` for tests."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import nn
 
-from siglip_port import key_map
-from siglip_port.model import SigLipVisionModel
+from siglip_port.parity import gates
+from siglip_port.parity.gates import Call, Finding, Gate, Inputs, Side, Weights, call
+from siglip_port.parity.taps import expand
 
-FLOAT64_BOUND = 1e-10
-ROUNDING_FACTOR = 3.0
+FINDINGS_SHOWN = 10
+
+# Whose address is best: semantics names a step, weights a tensor, the others a symptom.
+_BEST_ADDRESS = ("semantics", "weights", "rounding", "interface", "config", "environment", "liveness")
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """How near the port is to the reference at one point, in one dtype.
+class Section:
+    """The gates that were run on one checkpoint.
 
     Attributes:
-        point: `tokens`, before the pooling head, or `pooled`, after it.
-        dtype: what both computed in.
-        attention: the reference's implementation of attention.
-        cosine_mean: cosine similarity of port and reference along the feature axis, mean over all tokens or pictures.
-        cosine_min: the smallest of them.
-        max_abs: largest absolute difference of an element between port and reference.
-        error: relative error of the port, ||port - truth|| / ||truth||; the truth is the reference in float64.
-        bound: what `error` may be at most.
-        origin: where the bound comes from.
+        name: of the checkpoint.
+        weights: what weights they are.
+        gates: in the order in which they were run.
     """
 
-    point: str
-    dtype: str
-    attention: str
-    cosine_mean: float
-    cosine_min: float
-    max_abs: float
-    error: float
-    bound: float
-    origin: str
-
-    @property
-    def equal(self) -> bool:
-        """Whether the error is inside the bound. What is not finite is inside no bound."""
-        return math.isfinite(self.error) and self.error <= self.bound
-
-
-def cosine(port: Tensor, reference: Tensor) -> Tensor:
-    """Cosine similarity along the feature axis, the last one, computed in float64: [..., D], [..., D] -> [...]."""
-    return F.cosine_similarity(port.double(), reference.double(), dim=-1)
-
-
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    """||value - truth|| / ||truth|| over all elements, in float64; NaN where the truth is all zero."""
-    truth = truth.double()
-    return float((value.double() - truth).norm() / truth.norm())
-
-
-def measure(point: str, port: Tensor, reference: Tensor, truth: Tensor, attention: str = "sdpa") -> Measurement:
-    """Measures one point.
-
-    Args:
-        point: its name.
-        port: what the port computed.
-        reference: what the reference computed, in the same dtype.
-        truth: what the reference computed in float64 from the same weights and pixels; the same object as
-            `reference` where that is what is compared.
-        attention: the reference's implementation of attention.
-
-    Raises:
-        ValueError: the shapes or dtypes of port and reference differ.
-    """
-    if port.shape != reference.shape or port.dtype != reference.dtype:
-        raise ValueError(
-            f"{point}: the port gives {port.dtype} of shape {list(port.shape)}, the reference {reference.dtype} of "
-            f"shape {list(reference.shape)}"
-        )
-    similarities = cosine(port, reference)
-    if reference is truth:
-        bound, origin = FLOAT64_BOUND, "rounding stays below 1e-12; the weakest mistake of our list makes 6e-8"
-    else:
-        bound = ROUNDING_FACTOR * relative_error(reference, truth)
-        origin = f"{ROUNDING_FACTOR:g} x the reference's own distance from float64"
-    return Measurement(
-        point=point,
-        dtype=str(port.dtype).removeprefix("torch."),
-        attention=attention,
-        cosine_mean=float(similarities.mean()),
-        cosine_min=float(similarities.min()),
-        max_abs=float((port.double() - reference.double()).abs().max()),
-        error=relative_error(port, truth),
-        bound=bound,
-        origin=origin,
-    )
-
-
-def port_outputs(port: SigLipVisionModel, pixel_values: Tensor) -> dict[str, Tensor]:
-    """Runs the port: `tokens` [B, N, D] and, where it has a head, `pooled` [B, D]."""
-    with torch.inference_mode():
-        tokens = port(pixel_values)
-        return {"tokens": tokens} if port.pooling_head is None else {"tokens": tokens, "pooled": port.pool(tokens)}
-
-
-class Reference(Protocol):
-    """An implementation to compare with: see `siglip_port.parity.references`.
-
-    Attributes:
-        model: its module, whose tensors are named as in the flat HuggingFace layout.
-    """
-
-    model: nn.Module
-
-    @property
-    def attention(self) -> str:
-        """Its implementation of attention, by name."""
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether it computes in float64 throughout."""
-
-    def outputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Returns `tokens` [B, N, D] and, where it has a head, `pooled` [B, D]."""
-
-    def to_float64(self) -> Self:
-        """Turns it into the exact one, in place."""
-
-
-def differing_weights(port: SigLipVisionModel, reference: nn.Module) -> list[str]:
-    """Compares every tensor of port and reference bit for bit, through the key map.
-
-    The outputs cannot vouch for all of them: a bias of the keys, for one, changes no attention.
-
-    Returns:
-        The reference's names of the tensors that differ or that one side lacks; none where all is well.
-    """
-    rows = key_map.TOWER + (key_map.HEAD if port.pooling_head is not None else ())
-    ours = key_map.FLAT.to_stored(port.state_dict(), port.config.num_encoder_blocks, rows)
-    theirs: Mapping[str, Tensor] = reference.state_dict()
-    return [
-        name
-        for name in sorted(ours.keys() | theirs.keys())
-        if name not in ours
-        or name not in theirs
-        or ours[name].dtype != theirs[name].dtype
-        or not torch.equal(bits(ours[name]), bits(theirs[name]))
-    ]
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor: 0 and -0 differ in them, and a NaN equals itself."""
-    return tensor.contiguous().view(torch.uint8)
+    name: str
+    weights: str
+    gates: tuple[Gate, ...]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that one comparison found.
+    """All that one comparison found. `print` it for the verdict and what led to it.
 
     Attributes:
-        port_shapes: of the port's output at every point, in the dtype asked for.
-        reference_shapes: likewise of the reference.
-        num_weights: number of tensors of the reference.
-        differing_weights: names of those that are not bit for bit the port's.
-        measurements: first those in float64, then those in the dtype asked for.
+        sections: one for each checkpoint.
+        label: what kind of weights the verdict is about.
     """
 
-    port_shapes: dict[str, torch.Size]
-    reference_shapes: dict[str, torch.Size]
-    num_weights: int
-    differing_weights: list[str]
-    measurements: tuple[Measurement, ...]
+    sections: tuple[Section, ...]
+    label: str = "weights as given"
 
     @property
     def equal(self) -> bool:
-        """Whether the port is the reference's equal: all weights the same, and every error inside its bound."""
-        return not self.differing_weights and all(measurement.equal for measurement in self.measurements)
+        """Whether the port is the reference's equal: every gate ran, and passed."""
+        found = [gate.passed for section in self.sections for gate in section.gates]
+        return bool(found) and all(found)
+
+    @property
+    def findings(self) -> list[tuple[Section, Gate, Finding]]:
+        """All that is not as it must be, the best address first."""
+        found = [(s, gate, f) for s in self.sections for gate in s.gates for f in gate.findings]
+        found += [
+            (s, gate, Finding(f"gate {gate.name} checked nothing"))
+            for s in self.sections
+            for gate in s.gates
+            if not gate.checked
+        ]
+        return sorted(found, key=lambda item: _BEST_ADDRESS.index(item[1].name.split()[0]))
+
+    @property
+    def verdict(self) -> str:
+        """How the comparison ended, in one line."""
+        if not self.equal:
+            if not self.findings:
+                return f"DIFFERENT ({self.label}): no gate was run"
+            _, gate, finding = self.findings[0]
+            others = len(self.findings) - 1
+            more = f"; and {others} more {'finding' if others == 1 else 'findings'}" if others else ""
+            return f"DIFFERENT ({self.label}): {gate.name}: {describe(finding)}{more}"
+        counts: dict[str, int] = {}
+        unseen: set[str] = set()
+        islands: set[str] = set()
+        for gate in (gate for section in self.sections for gate in section.gates):
+            counts[gate.name] = counts.get(gate.name, 0) + gate.checked
+            unseen.update(gate.unseen)
+            islands.update(gate.islands)
+        text = f"EQUAL ({self.label}): passed {', '.join(f'{name} ({count})' for name, count in counts.items())}"
+        if unseen:
+            text += f"; computed without the module tapped there, so seen only by what follows: {_some(unseen)}"
+        if islands:
+            text += f"; float32 inside whatever the dtype, so judged by its rounding: {_some(islands)}"
+        return text
+
+    def __str__(self) -> str:
+        shown = [f"  {gate.name}: {describe(finding)}" for _, gate, finding in self.findings[:FINDINGS_SHOWN]]
+        more = len(self.findings) - len(shown)
+        return "\n".join([*shown, *([f"  ... and {more} more"] if more > 0 else []), self.verdict])
 
 
-def compare(port: SigLipVisionModel, reference: Reference, pixel_values: Tensor) -> Comparison:
-    """Compares port and reference in the dtype of their parameters and in float64.
+def describe(finding: Finding) -> str:
+    """One finding in one line."""
+    place = finding.reference
+    if finding.port and finding.port != finding.reference:
+        place = f"{place} (port: {finding.port})" if place else f"port: {finding.port}"
+    error = (
+        ""
+        if finding.error != finding.error or finding.error == float("inf")
+        else f", relative error {finding.error:.1e}"
+    )
+    hint = f"; looks like: {finding.hint}" if finding.hint else ""
+    return f"{place}{': ' if place else ''}{finding.what}{error}{hint}"
 
-    Weights and pixels are rounded to the dtype first, so that both dtypes see the same numbers. **Both models are
-    used up**: they are float64 afterwards, which saves the memory of copies.
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+
+
+def compare(
+    reference: nn.Module,
+    port: nn.Module,
+    inputs: Inputs,
+    taps: Mapping[str, str] | None = None,
+    *,
+    call_reference: Call = call,
+    call_port: Call = call,
+    weights: Weights | None = None,
+    dtype: torch.dtype | None = None,
+) -> Comparison:
+    """Compares two implementations of any model, gate by gate (see `siglip_port.parity.gates`).
+
+    Both are given back as they were. Fill the reference with `randomise` first and copy its weights to the port: a
+    fresh initialisation hides mistakes.
 
     Args:
-        port: in `eval()` mode.
-        reference: what to compare it with, on the same device.
-        pixel_values: [B, C, S, S].
+        reference: in `eval()` mode. It must compute in float64 throughout where it is cast to it; that is checked.
+        port: likewise.
+        inputs: what both are called with: a tensor, a tuple of positional arguments, or a dict of named ones; at
+            least two along the first axis, and different ones.
+        taps: points inside, reference -> port: module paths, `path:input` for what a module is given, `{}` for the
+            number of a block (see `siglip_port.parity.taps`). None compares outputs only, and no module is named.
+        call_reference: calls it and returns its outputs by name; needed where the two name them differently.
+        call_port: likewise.
+        weights: the port's tensors under the names of the reference's `state_dict`; None leaves that gate out.
+        dtype: in which rounding is judged; None for that of the reference's parameters.
 
     Raises:
-        ValueError: the outputs cannot be compared, since one side lacks one, the shapes differ, or the reference's
-            own are not finite.
+        ValueError: they cannot be compared: inputs or taps are no such things, or the reference is no truth.
     """
-    weight = next(port.parameters())
-    pixel_values = pixel_values.to(weight.device, weight.dtype)
-    attention = reference.attention
-    differing = differing_weights(port, reference.model)
-    num_weights = len(reference.model.state_dict())
-    ours, theirs = port_outputs(port, pixel_values), reference.outputs(pixel_values)
-    if ours.keys() != theirs.keys():
-        raise ValueError(f"the port gives {', '.join(ours)}, but the reference gives {', '.join(theirs)}")
+    if gates.batch_size(inputs) < 2:
+        raise ValueError("inputs must hold at least two, along the first axis: one alone cannot show what mixes them")
+    dtype = dtype or next((p.dtype for p in reference.parameters() if p.is_floating_point()), torch.float32)
+    one, other = Side(reference, call_reference), Side(port, call_port)
+    pairs = expand(taps or {}, reference, port)
+    found = [gates.environment({"port": port, "reference": reference})]
+    if weights is not None:
+        found.append(gates.weights(weights(port), reference.state_dict()))
+    truth = gates.observe(one, inputs, [tap.reference for tap in pairs], dtype)
+    if (missing := one.run(inputs).keys() ^ other.run(inputs).keys()) and not missing <= truth.exact.outputs.keys():
+        raise ValueError(
+            f"the two sides name their outputs differently ({', '.join(sorted(missing))}); pass call_reference and "
+            "call_port, which return them by the same names"
+        )
+    found.append(gates.liveness(other, one, gates.cast_inputs(inputs, dtype)))
+    found.append(gates.semantics(other, one, truth, pairs))
+    if dtype != torch.float64:
+        found.append(gates.rounding(other, truth, pairs))
+    return Comparison((Section(type(reference).__name__, "as given", tuple(found)),))
 
-    ours_in_float64 = port_outputs(port.double(), pixel_values.double())
-    truth = theirs if reference.is_exact else reference.to_float64().outputs(pixel_values.double())
-    for point in truth:
-        if not (theirs[point].isfinite().all() and truth[point].isfinite().all()):
-            raise ValueError(
-                f"the reference itself gives NaN or infinity ({point}), so there is nothing to compare with: the "
-                "weights hold such numbers, or the dtype is too narrow for them"
-            )
-    measurements = [measure(point, ours_in_float64[point], truth[point], truth[point]) for point in truth]
-    if truth is not theirs:
-        measurements += [measure(point, ours[point], theirs[point], truth[point], attention) for point in truth]
-    return Comparison(
-        port_shapes={point: output.shape for point, output in ours.items()},
-        reference_shapes={point: output.shape for point, output in theirs.items()},
-        num_weights=num_weights,
-        differing_weights=differing,
-        measurements=tuple(measurements),
+
+def assert_parity(
+    reference: nn.Module,
+    port: nn.Module,
+    inputs: Inputs,
+    taps: Mapping[str, str] | None = None,
+    *,
+    call_reference: Call = call,
+    call_port: Call = call,
+    weights: Weights | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """`compare` for a test: fails with the findings and the verdict.
+
+    Raises:
+        AssertionError: the two differ.
+        ValueError: as for `compare`.
+    """
+    found = compare(
+        reference,
+        port,
+        inputs,
+        taps,
+        call_reference=call_reference,
+        call_port=call_port,
+        weights=weights,
+        dtype=dtype,
     )
+    if not found.equal:
+        raise AssertionError(f"\n{found}")

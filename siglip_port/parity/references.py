@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 import transformers
-from torch import Tensor
-from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
+from torch import Tensor, nn
+from transformers import Siglip2VisionConfig, SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from siglip_port.config import SigLipVisionConfig
-from siglip_port.parity.weights import randomise
+from siglip_port.parity.gates import Side
+from siglip_port.parity.mutation import replaced
+from siglip_port.parity.weights import fill
 
 Attention = Literal["sdpa", "eager"]
 
@@ -30,32 +35,46 @@ class Reference:
 
     Attributes:
         model: the module.
+        attentions: its implementations of attention; the first computes in float64 where asked to. The softmax of
+            the eager one is float32 whatever the dtype.
     """
+
+    attentions: tuple[Attention, ...] = ("sdpa", "eager")
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 (transformers is untyped here)
         self.model = model
 
-    @property
-    def attention(self) -> str:
-        """Its implementation of attention, by name."""
-        return str(self.model.config._attn_implementation)
+    def side(self) -> Side:
+        """The reference as the gates take it."""
+        return Side(self.model, outputs, self.attentions, self.model.set_attn_implementation)
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether it computes in float64 throughout. Its eager attention does not: it has a float32 softmax."""
-        return bool(self.model.dtype == torch.float64 and self.attention == "sdpa")
+    def config(self) -> dict[str, object]:
+        """Its architecture as it says itself, field by field, in the port's names."""
+        theirs = self.model.config
+        return {ours: getattr(theirs, name) for ours, name in FIELDS.items()}
 
-    def outputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Returns `tokens` [B, N, D] and, where it has a head, `pooled` [B, D]."""
-        with torch.inference_mode():
-            output = self.model(pixel_values)
-        points = {"tokens": output.last_hidden_state, "pooled": output.pooler_output}
-        return {point: tensor for point, tensor in points.items() if tensor is not None}
 
-    def to_float64(self) -> Self:
-        """Turns it into the exact one, in place: its own parameters, computed with in float64."""
-        self.model.double().set_attn_implementation("sdpa")
-        return self
+# Not `config.py`'s own table: what that one gets wrong must be seen here.
+FIELDS = {
+    "num_channels": "num_channels",
+    "embed_dim": "hidden_size",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "num_attention_heads": "num_attention_heads",
+    "attention_dropout": "attention_dropout",
+    "num_encoder_blocks": "num_hidden_layers",
+    "mlp_hidden_dim": "intermediate_size",
+    "layer_norm_eps": "layer_norm_eps",
+    "hidden_act": "hidden_act",
+    "pooling_head": "vision_use_head",
+}
+
+
+def outputs(model: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
+    """`tokens` [B, N, D] and, where it has a head, `pooled` [B, D]."""
+    output = model(pixel_values)
+    points = {"tokens": output.last_hidden_state, "pooled": output.pooler_output}
+    return {point: tensor for point, tensor in points.items() if tensor is not None}
 
 
 def hf_config(config: SigLipVisionConfig) -> SiglipVisionConfig:
@@ -63,11 +82,19 @@ def hf_config(config: SigLipVisionConfig) -> SiglipVisionConfig:
     return SiglipVisionConfig(**{k: v for k, v in config.to_hf().items() if k not in ("architectures", "model_type")})
 
 
-def write_random_checkpoint(folder: Path, config: SigLipVisionConfig, seed: int = 1234) -> None:
-    """Has the reference write a checkpoint of this architecture, with random weights on which mistakes are loud."""
-    with _quiet():
+def write_random_checkpoint(folder: Path, config: SigLipVisionConfig, seed: int = 1234, recipe: str = "N1") -> None:
+    """Has the reference write a checkpoint of this architecture, with random weights on which mistakes are loud.
+
+    Args:
+        folder: where to.
+        config: the architecture.
+        seed: of the weights.
+        recipe: one of `siglip_port.parity.weights.RECIPES`.
+    """
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         model = SiglipVisionModel(hf_config(config))
-        randomise(model, seed)
+        fill(model, recipe, seed)
         model.save_pretrained(folder)
 
 
@@ -76,7 +103,6 @@ def load(
     *,
     pooling_head: bool,
     dtype: torch.dtype,
-    attention: Attention,
     device: torch.device | str = "cpu",
     revision: str | None = None,
     local_files_only: bool = False,
@@ -88,7 +114,6 @@ def load(
         pooling_head: whether the checkpoint has one. The reference believes its `config.json` instead, and would
             make up a random one.
         dtype: of the parameters.
-        attention: the reference's implementation of attention in the blocks.
         device: where to.
         revision: the commit of a Hub repository.
         local_files_only: use the Hub's cache only.
@@ -108,7 +133,7 @@ def load(
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation="sdpa",
             use_safetensors=True,
             output_loading_info=True,
             **where,
@@ -119,6 +144,51 @@ def load(
             f"beginning with {random[0]}: there is nothing to compare with"
         )
     return Reference(model.to(device).eval())
+
+
+def foreign(
+    kind: Literal["naflex", "resized"], edits: Sequence[tuple[str, str, str]], seed: int = 1234
+) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """For what the port does not have yet: a small tower of the reference's own, and one of a changed copy of its code.
+
+    Args:
+        kind: `naflex`, the SigLIP 2 tower for pictures of any shape; `resized`, the fixed one at another resolution.
+        edits: in the text of transformers' `modeling_siglip2.py` or `modeling_siglip.py`.
+        seed: of weights and inputs.
+
+    Returns:
+        The tower, the changed one with the same weights, and what both are called with.
+    """
+    sizes = {"hidden_size": 72, "intermediate_size": 101, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "naflex":
+        name, config, made = "siglip2", Siglip2VisionConfig(**sizes, patch_size=4, num_patches=25), "Siglip2VisionModel"
+    else:
+        name, config, made = "siglip", SiglipVisionConfig(**sizes, patch_size=7, image_size=35), "SiglipVisionModel"
+    original = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    text = Path(str(original.__file__)).read_text(encoding="utf-8")
+    for _, old, new in edits:
+        text = replaced(text, old, new, f"transformers' modeling_{name}.py")
+    changed = ModuleType(original.__name__)
+    changed.__dict__.update(__file__=original.__file__, __package__=original.__package__)
+    registered = sys.modules[original.__name__]
+    sys.modules[original.__name__] = changed  # its decorators look the module up
+    try:
+        exec(compile(text, str(original.__file__), "exec", dont_inherit=True), changed.__dict__)
+    finally:
+        sys.modules[original.__name__] = registered
+    with _quiet():
+        towers = [getattr(module, made)(config).eval() for module in (original, changed)]
+    fill(towers[0], "N1", seed)
+    towers[1].load_state_dict(towers[0].state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "resized":
+        pixels = torch.rand(2, 3, 42, 56, generator=generator) * 2 - 1
+        return towers[0], towers[1], {"pixel_values": pixels, "interpolate_pos_encoding": True}
+    shapes = torch.tensor([[4, 6], [7, 3]])
+    mask = torch.arange(28)[None] < shapes.prod(1)[:, None]
+    patches = torch.rand(2, 28, 48, generator=generator) * 2 - 1
+    inputs = {"pixel_values": patches, "pixel_attention_mask": mask.long(), "spatial_shapes": shapes}
+    return towers[0], towers[1], inputs
 
 
 def preprocess(

@@ -1,23 +1,40 @@
-"""The comparison must pass what is equal and fail what is not. The second half of that is what most checks lack."""
+"""`compare` must pass what is equal, fail what is not, leave both sides as they were, and refuse what is no truth."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+import re
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from siglip_port import SigLipVisionModel
-from siglip_port.parity import references
-from siglip_port.parity.comparison import compare, cosine, differing_weights, measure, relative_error
-from siglip_port.parity.references import Attention
+from siglip_port import MLP, SigLipVisionModel
+from siglip_port.parity import Comparison, assert_parity, compare, proof, references
+from siglip_port.parity.comparison import Section
+from siglip_port.parity.gates import Gate
+from siglip_port.parity.mutation import block
+from siglip_port.parity.taps import siglip_taps
 from tests.conftest import ODD, SMALL, MakeCheckpoint, pixels
-from tests.parity.faults import FAULTS, Fault, block, exact_gelu
+
+
+def sides(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    reference = references.load(folder, pooling_head=True, dtype=dtype)
+    return reference.model, SigLipVisionModel.from_hf(folder, dtype=dtype)
+
+
+def compared(reference: nn.Module, port: nn.Module, inputs: Tensor, dtype: torch.dtype = torch.float32) -> Comparison:
+    return compare(
+        reference,
+        port,
+        inputs.to(dtype),
+        siglip_taps(True),
+        call_reference=references.outputs,
+        call_port=proof.outputs,
+        weights=proof.stored,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -27,204 +44,213 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(
-    folder: Path, dtype: torch.dtype = torch.float32, attention: Attention = "sdpa"
-) -> tuple[SigLipVisionModel, references.Reference]:
-    reference = references.load(folder, pooling_head=True, dtype=dtype, attention=attention)
-    return SigLipVisionModel.from_hf(folder, dtype=dtype), reference
-
-
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_no_false_alarm(tmp_path: Path, seed: int, attention: Attention, dtype: torch.dtype) -> None:
+def test_no_false_alarm(tmp_path: Path, seed: int, dtype: torch.dtype, threads: int) -> None:
     references.write_random_checkpoint(tmp_path, ODD, seed)
-    result = compare(*load(tmp_path, dtype, attention), pixels(ODD, seed=seed))
-    assert result.equal, result
-    rows = [(m.point, m.dtype) for m in result.measurements]
-    low = str(dtype).removeprefix("torch.")
-    expected = [("tokens", "float64"), ("pooled", "float64")]
-    if (dtype, attention) != (torch.float64, "sdpa"):
-        expected += [("tokens", low), ("pooled", low)]
-    assert rows == expected
-    assert result.num_weights == 16 * ODD.num_encoder_blocks + 16
+    torch.set_num_threads(threads)
+    try:
+        found = compared(*sides(tmp_path, dtype), pixels(ODD, seed=seed), dtype)
+    finally:
+        torch.set_num_threads(1)
+    assert found.equal, found
+    names = ["environment", "weights", "liveness", "semantics"]
+    assert [gate.name for gate in found.sections[0].gates] == names + (
+        [f"rounding {str(dtype)[6:]}"] * (dtype != torch.float64)
+    )
 
 
-def test_a_headless_checkpoint_is_compared_before_pooling(checkpoint: MakeCheckpoint) -> None:
-    folder = checkpoint(replace(SMALL, pooling_head=False))
-    reference = references.load(folder, pooling_head=False, dtype=torch.float32, attention="sdpa")
-    result = compare(SigLipVisionModel.from_hf(folder), reference, pixels(SMALL))
-    assert result.equal
-    assert {m.point for m in result.measurements} == {"tokens"}
+def test_both_sides_are_given_back_as_they_were(folder: Path) -> None:
+    reference, port = sides(folder)
+    port.requires_grad_(False)
+
+    def looks() -> list[tuple[int, torch.dtype, bool]]:
+        return [(t.data_ptr(), t.dtype, t.requires_grad) for side in (reference, port) for t in side.parameters()]
+
+    before = looks()
+    inputs = pixels(ODD).float()
+    kept, state = inputs.clone(), torch.get_rng_state()
+    assert compared(reference, port, inputs).equal
+    assert looks() == before
+    assert torch.equal(inputs, kept)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in port.modules())
 
 
-# --- faults: each changes the port in one place, and must be noticed ------------------------------------------------
+def test_a_difference_has_an_address_a_size_and_a_hint(folder: Path) -> None:
+    reference, port = sides(folder)
+    block(port).layer_norm2.eps = 3.7e-6
+    found = compared(reference, port, pixels(ODD))
+    assert not found.equal
+    assert re.match(
+        r"DIFFERENT \(weights as given\): semantics: encoder\.layers\.5\.layer_norm2 \(port: transformer\.encoder\."
+        r"encoder_blocks\.5\.layer_norm2\): differs in float64, bound 1e-10, relative error [\d.]+e-0[678]; "
+        r"looks like: eps 3.7e-06 instead of 1e-06",
+        found.verdict,
+    )
+    assert [f.reference for _, gate, f in found.findings if gate.name == "semantics"] == [
+        "encoder.layers.5.layer_norm2"
+    ]
+    with pytest.raises(AssertionError, match=re.escape(found.verdict)):
+        assert_parity(
+            reference,
+            port,
+            pixels(ODD).float(),
+            siglip_taps(True),
+            call_reference=references.outputs,
+            call_port=proof.outputs,
+            weights=proof.stored,
+        )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_faults_are_noticed_by_the_outputs_alone(folder: Path, fault: Fault, dtype: torch.dtype) -> None:
-    """Also those that change weights: the weights' own check is not what notices them here."""
-    port, reference = load(folder, dtype)
+def test_two_faults_have_two_addresses(folder: Path) -> None:
+    reference, port = sides(folder)
     with torch.no_grad():
-        fault(port)
-    result = compare(port, reference, pixels(ODD))
-    assert not result.equal
-    assert not all(m.equal for m in result.measurements)
+        block(port, 2).self_attn.out_proj.bias.zero_()
+        block(port, 9).mlp.fc1.bias.zero_()
+    named = [f.reference for _, gate, f in compared(reference, port, pixels(ODD)).findings if gate.name == "semantics"]
+    assert named == ["encoder.layers.2.self_attn.out_proj", "encoder.layers.9.mlp.fc1"]
 
 
-def test_exact_gelu_is_far_outside_while_its_cosine_is_perfect(folder: Path) -> None:
-    """A cosine is one minus half the square of a relative error: 0.9999 is a test of errors above 1.4 percent."""
-    port, reference = load(folder)
-    exact_gelu(port)
-    measurements = compare(port, reference, pixels(ODD)).measurements
-    for m in measurements:
-        assert m.cosine_min > 0.9999
-        assert m.error > 30 * m.bound
-
-
-def test_a_bias_of_the_keys_is_noticed_by_the_weights_alone(folder: Path) -> None:
-    """It moves all scores of a query alike, so no output can show it."""
-    port, reference = load(folder)
+def test_a_bias_of_the_keys_is_noticed_although_no_output_shows_it(folder: Path) -> None:
+    reference, port = sides(folder)
     with torch.no_grad():
         block(port).self_attn.k_proj.bias.add_(1)
-    result = compare(port, reference, pixels(ODD))
-    assert all(m.equal for m in result.measurements)
-    assert result.differing_weights == ["encoder.layers.5.self_attn.k_proj.bias"]
-    assert not result.equal
-
-
-def test_weights_rounded_to_bfloat16_are_noticed(folder: Path) -> None:
-    port, reference = load(folder)
-    table = port.transformer.embeddings.position_embedding.weight
-    table.data = table.data.bfloat16().float()
-    assert not any(m.equal for m in compare(port, reference, pixels(ODD)).measurements)
-
-
-def test_low_precision_inside_float32_is_noticed(folder: Path) -> None:
-    """In float64 this port is the reference's equal; it is only that in float32 it rounds more than it may."""
-    port, reference = load(folder)
-    block(port).self_attn.out_proj.register_forward_pre_hook(
-        lambda _, inputs: inputs[0].bfloat16().float() if inputs[0].dtype == torch.float32 else None
-    )
-    result = compare(port, reference, pixels(ODD))
-    assert [m.equal for m in result.measurements] == [True, True, False, False]
+    inputs = pixels(ODD).float()
+    assert compare(reference, port, inputs, call_reference=references.outputs, call_port=proof.outputs).equal
+    found = compared(reference, port, inputs)
+    assert {f.reference for _, _, f in found.findings} == {
+        "encoder.layers.5.self_attn.k_proj",
+        "encoder.layers.5.self_attn.k_proj.bias",
+    }
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_equal_to_nothing(folder: Path, value: float) -> None:
-    port, reference = load(folder)
-    with torch.no_grad():
-        next(iter(port.parameters())).fill_(value)
-    assert not any(m.equal for m in compare(port, reference, pixels(ODD)).measurements)
+    reference, port = sides(folder)
+    block(port).self_attn.register_forward_hook(lambda _, args, out: out * value)
+    found = compared(reference, port, pixels(ODD))
+    assert not found.equal
+    assert found.findings[0][2].reference == "encoder.layers.5.self_attn"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_reference_that_is_not_finite_is_no_reference(folder: Path, value: float) -> None:
-    port, reference = load(folder)
+    reference, port = sides(folder)
     with torch.no_grad():
-        for model in (port, reference.model):
-            next(iter(model.parameters())).fill_(value)
-    with pytest.raises(ValueError, match=r"the reference itself gives NaN or infinity \(tokens\)"):
-        compare(port, reference, pixels(ODD))
+        for side in (reference, port):
+            next(iter(side.parameters())).fill_(value)
+    with pytest.raises(ValueError, match="the reference itself gives NaN or infinity"):
+        compared(reference, port, pixels(ODD))
 
 
 def test_overflow_in_a_narrow_dtype_is_no_verdict(folder: Path) -> None:
     """Both overflow: infinity is not inside an infinite bound."""
-    port, reference = load(folder, torch.float16)
+    reference, port = sides(folder, torch.float16)
     with torch.no_grad():
-        port.transformer.post_layernorm.weight.fill_(6e4)
-        reference.model.post_layernorm.weight.fill_(6e4)
-    with pytest.raises(ValueError, match="the reference itself gives NaN or infinity"):
-        compare(port, reference, pixels(ODD))
+        for side in (reference, port.transformer):
+            side.post_layernorm.weight.fill_(6e4)
+    with pytest.raises(ValueError, match=r"NaN or infinity in float16 \(post_layernorm\)"):
+        compared(reference, port, pixels(ODD), torch.float16)
 
 
 def test_two_dead_models_are_not_equal(folder: Path) -> None:
-    port, reference = load(folder)
+    reference, port = sides(folder)
     with torch.no_grad():
-        for parameter in [*port.parameters(), *reference.model.parameters()]:
+        for parameter in [*port.parameters(), *reference.parameters()]:
             parameter.zero_()
-    result = compare(port, reference, pixels(ODD))
-    assert not any(m.equal for m in result.measurements)
+    with pytest.raises(ValueError, match=r"nothing but zeros \(tokens\): two dead models would"):
+        compared(reference, port, pixels(ODD))
 
 
-def test_outputs_of_which_one_side_has_none_are_not_compared(folder: Path) -> None:
-    _, reference = load(folder)
-    port = SigLipVisionModel.from_hf(folder, pooling_head=False)
-    with pytest.raises(ValueError, match="the port gives tokens, but the reference gives tokens, pooled"):
-        compare(port, reference, pixels(ODD))
+def test_two_models_that_give_the_same_for_everything_are_not_equal(folder: Path) -> None:
+    reference, port = sides(folder)
+    with torch.no_grad():
+        for side in (reference, port.transformer):
+            side.embeddings.patch_embedding.weight.zero_()
+    found = compared(reference, port, pixels(ODD))
+    assert "liveness: tokens: it is the same for every input, so that agreement proves nothing" in str(found)
 
 
-def test_outputs_of_other_shapes_are_not_compared(folder: Path) -> None:
-    port, reference = load(folder)
+def test_a_truth_must_be_float64_throughout(folder: Path) -> None:
+    reference, port = sides(folder)
+    reference.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"is not float64 throughout \(tokens is rough to .*e-0[678]\)"):
+        compared(reference, port, pixels(ODD))
+
+
+def test_what_cannot_be_compared_is_said_so(folder: Path) -> None:
+    reference, port = sides(folder)
+    x = pixels(ODD).float()
+    with pytest.raises(ValueError, match="inputs must hold at least two"):
+        compared(reference, port, x[:1])
+    with pytest.raises(ValueError, match=r"outputs differently \(last_hidden_state, output, pooler_output\)"):
+        compare(reference, port, x)
+    with pytest.raises(ValueError, match=r"no module 'post_ln', which the tap 'post_layernorm': 'post_ln'"):
+        compare(reference, port, x, {"post_layernorm": "post_ln"})
+
+
+def test_an_output_that_the_port_lacks_or_that_has_another_shape(folder: Path) -> None:
+    reference, port = sides(folder)
+    headless = SigLipVisionModel.from_hf(folder, pooling_head=False)
+    found = compare(
+        reference, headless, pixels(ODD).float(), call_reference=references.outputs, call_port=proof.outputs
+    )
+    assert "pooled: the port does not return it" in str(found)
     assert port.pooling_head is not None
     port.pooling_head.register_forward_hook(lambda _, inputs, output: output[:, :-1])
-    with pytest.raises(ValueError, match=r"pooled: the port gives torch.float64 of shape \[2, 71\], the reference"):
-        compare(port, reference, pixels(ODD))
+    found = compared(reference, port, pixels(ODD))
+    assert not found.equal
+    assert "[2, 71]" in str(found)
 
 
-# --- the figures ---------------------------------------------------------------------------------------------------
+def test_a_comparison_of_nothing_is_not_equal() -> None:
+    assert not Comparison(()).equal
+    assert Comparison(()).verdict == "DIFFERENT (weights as given): no gate was run"
+    idle = Comparison((Section("a", "b", (Gate("semantics", 0, ""),)),))
+    assert not idle.equal
+    assert idle.verdict == "DIFFERENT (weights as given): semantics: gate semantics checked nothing"
 
 
-def test_cosine_is_taken_along_the_features() -> None:
-    a, b = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
-    assert cosine(a, b).shape == (2, 5)
-    assert cosine(a, b)[1, 2] == pytest.approx(float(F.cosine_similarity(a[1, 2].double(), b[1, 2].double(), dim=0)))
+def without_modules(mlp: MLP, x: Tensor) -> Tensor:
+    return mlp.activation(x @ mlp.fc1.weight.T + mlp.fc1.bias) @ mlp.fc2.weight.T + mlp.fc2.bias
 
 
-def test_figures_by_hand() -> None:
-    truth = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
-    reference = torch.tensor([[3.0, 4.05]])
-    port = torch.tensor([[3.0, 4.1]])
-    m = measure("pooled", port, reference, truth)
-    assert relative_error(reference, truth) == pytest.approx(0.01, rel=1e-5)
-    assert (m.error, m.bound, m.max_abs) == pytest.approx((0.02, 0.03, 0.05), rel=1e-5)
-    assert m.equal
-    assert not measure("pooled", torch.tensor([[3.0, 4.16]]), reference, truth).equal
-    exact = measure("pooled", truth, truth, truth)
-    assert (exact.error, exact.bound) == (0, 1e-10)
+def test_a_port_that_fuses_modules_is_equal_and_the_verdict_says_what_was_not_seen(folder: Path) -> None:
+    reference, port = sides(folder)
+    for part in port.transformer.encoder.encoder_blocks:
+        mlp = part.mlp
+        mlp.forward = lambda x, mlp=mlp: (
+            mlp.activation(x @ mlp.fc1.weight.T + mlp.fc1.bias) @ mlp.fc2.weight.T + mlp.fc2.bias
+        )
+    found = compared(reference, port, pixels(ODD))
+    assert found.equal, found
+    assert "seen only by what follows: encoder.layers.0.mlp.fc1, encoder.layers.0.mlp.fc2" in found.verdict
 
 
-def test_an_infinite_error_is_inside_no_bound() -> None:
-    """Both may overflow, and infinity is not more than three times infinity."""
-    truth = torch.ones(1, 2, dtype=torch.float64)
-    overflown = torch.full((1, 2), math.inf)
-    m = measure("pooled", overflown, overflown.clone(), truth)
-    assert m.error == m.bound == math.inf
-    assert not m.equal
+def test_a_float32_step_inside_is_told_from_a_mistake_of_its_size(folder: Path) -> None:
+    reference, port = sides(folder)
+    norm = block(port).layer_norm1
+    norm.register_forward_hook(lambda _, args, out: out.float().to(out.dtype))
+    found = compared(reference, port, pixels(ODD))
+    assert found.equal, found
+    assert "float32 inside whatever the dtype, so judged by its rounding: encoder.layers.5.layer_norm1" in found.verdict
+    norm.register_forward_hook(lambda _, args, out: out * (1 + 1e-7))  # as small, and a mistake
+    assert not compared(reference, port, pixels(ODD)).equal
 
 
-def test_weights_are_compared_as_bits(folder: Path) -> None:
-    """A zero of the other sign computes the same and is not the file's; a NaN is equal to itself."""
-    port, reference = load(folder)
-    with torch.no_grad():
-        block(port).mlp.fc1.bias[0] = -0.0
-        reference.model.encoder.layers[5].mlp.fc1.bias[0] = 0.0
-        block(port).mlp.fc2.bias[0] = math.nan
-        reference.model.encoder.layers[5].mlp.fc2.bias[0] = math.nan
-    assert differing_weights(port, reference.model) == ["encoder.layers.5.mlp.fc1.bias"]
-
-
-@dataclass
-class Fake:
-    """A reference that is no transformers model: the protocol is all that is needed."""
-
-    model: nn.Module
-    attention: str = "mine"
-    is_exact: bool = False
-
-    def outputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        with torch.inference_mode():
-            return {"tokens": self.model(pixel_values)}
-
-    def to_float64(self) -> Self:
-        self.model.double()
-        return self
-
-
-def test_any_reference_will_do_and_its_weights_are_compared_by_name() -> None:
-    port = SigLipVisionModel(replace(SMALL, pooling_head=False)).eval()
-    result = compare(port, Fake(port), pixels(SMALL))
-    assert all(m.equal for m in result.measurements)
-    assert len(result.differing_weights) == 2 * len(port.state_dict())  # each side names them its own way
-    assert not result.equal
+def test_taps_of_a_headless_tower(checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint(SMALL)
+    reference = references.load(folder, pooling_head=False, dtype=torch.float32)
+    port = SigLipVisionModel.from_hf(folder, pooling_head=False)
+    found = compare(
+        reference.model,
+        port,
+        pixels(SMALL).float(),
+        siglip_taps(False),
+        call_reference=references.outputs,
+        call_port=proof.outputs,
+    )
+    assert found.equal, found

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from siglip_port.parity import references
-from siglip_port.parity.comparison import relative_error
+from siglip_port.parity.metrics import relative_error
+from siglip_port.parity.weights import RECIPES
 from tests.conftest import ODD, SMALL, MakeCheckpoint, edit_tensors, pixels
 
 
@@ -17,40 +18,60 @@ def test_a_reference_with_random_parameters_is_no_reference(checkpoint: MakeChec
     folder = checkpoint()
     edit_tensors(folder, lambda t: {k: v for k, v in t.items() if k != "head.probe"})
     with pytest.raises(references.BrokenReferenceError, match=r"left 1 parameters of .* beginning with head.probe"):
-        references.load(folder, pooling_head=True, dtype=torch.float32, attention="sdpa")
+        references.load(folder, pooling_head=True, dtype=torch.float32)
 
 
 def test_a_headless_checkpoint_gives_a_headless_reference(checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint(replace(SMALL, pooling_head=False))
     (folder / "config.json").write_text((folder / "config.json").read_text().replace("false", "true"))
-    reference = references.load(folder, pooling_head=False, dtype=torch.float32, attention="sdpa")
-    assert reference.outputs(pixels(SMALL).float()).keys() == {"tokens"}
+    reference = references.load(folder, pooling_head=False, dtype=torch.float32)
+    assert reference.side().run(pixels(SMALL).float()).keys() == {"tokens"}
 
 
-def test_only_float64_with_sdpa_is_exact(checkpoint: MakeCheckpoint) -> None:
+def test_only_sdpa_computes_in_float64(checkpoint: MakeCheckpoint) -> None:
     """The eager attention's softmax is float32 whatever the dtype: a truth made with it would be wrong by 1e-8."""
-    folder = checkpoint(ODD)
-    x = pixels(ODD)
-    loaded = {
-        (attention, dtype): references.load(folder, pooling_head=True, dtype=dtype, attention=attention)
-        for attention in ("sdpa", "eager")
-        for dtype in (torch.float32, torch.float64)
-    }
-    assert [key for key, reference in loaded.items() if reference.is_exact] == [("sdpa", torch.float64)]
-    truth = loaded["sdpa", torch.float64].outputs(x)["tokens"]
-    eager = loaded["eager", torch.float64]
-    assert 1e-9 < relative_error(eager.outputs(x)["tokens"], truth) < 1e-5
-    assert eager.to_float64().is_exact
-    assert relative_error(eager.outputs(x)["tokens"], truth) < 1e-14
-    single = loaded["sdpa", torch.float32]
-    assert relative_error(single.to_float64().outputs(x)["tokens"], truth) < 1e-14
+    side = references.load(checkpoint(ODD), pooling_head=True, dtype=torch.float64).side()
+    assert side.attentions[0] == "sdpa"
+    outputs = {}
+    for attention in side.attentions:
+        side.attend(attention)
+        outputs[attention] = side.run(pixels(ODD))["tokens"]
+    assert 1e-9 < relative_error(outputs["eager"], outputs["sdpa"]) < 1e-5
+
+
+def test_its_config_is_read_without_the_ports_own_table(checkpoint: MakeCheckpoint) -> None:
+    reference = references.load(checkpoint(ODD), pooling_head=True, dtype=torch.float32)
+    assert reference.config() == vars(ODD)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_checkpoints_with_the_weights_of_a_recipe(tmp_path: Path, recipe: str) -> None:
+    """Whatever the weights: the reference writes them, and is itself again when it is loaded; seeds tell."""
+    state = torch.get_rng_state()
+    for name, seed in (("one", 3), ("same", 3), ("other", 4)):
+        references.write_random_checkpoint(tmp_path / name, SMALL, seed, recipe)
+    assert torch.equal(torch.get_rng_state(), state)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "same", "other")]
+    assert files[0] == files[1] != files[2]
+
+
+def test_changed_copies_of_transformers_own_code() -> None:
+    clean, changed, inputs = references.foreign(
+        "naflex", [("siglip2", "size=(height, width),", "size=(width, height),")]
+    )
+    assert type(clean) is not type(changed)
+    assert not torch.equal(clean(**inputs).last_hidden_state, changed(**inputs).last_hidden_state)
+    clean, changed, inputs = references.foreign("resized", [])
+    assert torch.equal(clean(**inputs).last_hidden_state, changed(**inputs).last_hidden_state)
+    with pytest.raises(ValueError, match=r"the catalogue is behind the code: transformers' modeling_siglip2.py holds"):
+        references.foreign("naflex", [("siglip2", "no such text", "")])
 
 
 def test_a_file_of_any_name(checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint()
     (folder / "model.safetensors").rename(folder / "tower.safetensors")
-    reference = references.load(folder / "tower.safetensors", pooling_head=True, dtype=torch.float32, attention="sdpa")
-    assert reference.outputs(pixels(SMALL).float())["pooled"].shape == (2, 24)
+    reference = references.load(folder / "tower.safetensors", pooling_head=True, dtype=torch.float32)
+    assert reference.side().run(pixels(SMALL).float())["pooled"].shape == (2, 24)
 
 
 def test_pictures_are_resized_as_the_checkpoint_says(tmp_path: Path) -> None:

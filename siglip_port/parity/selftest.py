@@ -1,0 +1,389 @@
+"""The self-test: every mutant of the catalogue goes through the real gates, and what they make of it is counted.
+
+A gate that is off, or has lost power, lets a mutant pass that it must notice: then the self-test fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from siglip_port.config import SigLipVisionConfig
+from siglip_port.parity import gates, mutants, proof, references, taps
+from siglip_port.parity.comparison import describe
+from siglip_port.parity.gates import Finding, Measurement, Side
+from siglip_port.parity.mutation import Mutant, edited
+from siglip_port.parity.proof import Case
+from siglip_port.parity.report import lines as columns
+from siglip_port.parity.report import write
+
+
+@dataclass
+class Result:
+    """What the gates made of one mutant.
+
+    Attributes:
+        mutant: the mutant.
+        kills: gate -> what it found, for every gate that noticed it, in the order of the gates.
+        innocent: places that were named and are not the mutant's.
+        error: what the port raised, where it could not even run.
+    """
+
+    mutant: Mutant
+    kills: dict[str, Finding] = field(default_factory=dict)
+    innocent: list[str] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def noticed(self) -> bool:
+        """Whether any gate noticed it."""
+        return bool(self.kills)
+
+    @property
+    def named(self) -> bool:
+        """Whether what was named first is the mutant's place, and nothing else is named by the other gates."""
+        return self.noticed and not self.innocent
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gates did what they must: legal variants pass, all others are noticed by their gate and named."""
+        if self.mutant.kind == "legal":
+            return not self.noticed and not self.error
+        return self.mutant.gate in self.kills and self.named
+
+
+@contextlib.contextmanager
+def built(mutant: Mutant) -> Iterator[Callable[..., tuple[Any, Any, ModuleType]]]:
+    """Gives a function that loads the mutated port from a checkpoint: (model, how to run it, its key map)."""
+
+    def load(source: str, **how: Any) -> tuple[Any, Any, ModuleType]:  # noqa: ANN401
+        port = modules["siglip_port.model"].SigLipVisionModel.from_hf(source, **how)
+        if mutant.change is not None:
+            with torch.no_grad():
+                mutant.change(port)
+        return port, run, modules["siglip_port.key_map"]
+
+    def run(port: nn.Module, pixel_values: Tensor) -> Mapping[str, Tensor]:
+        return proof.outputs(port, mutant.pixels(pixel_values) if mutant.pixels else pixel_values)
+
+    with edited(mutant.edits) as modules:
+        yield load
+
+
+def examine(mutant: Mutant, cases: Iterable[Case], only: tuple[str, ...] | None = None) -> Result:
+    """Runs one mutant through the gates of some cases."""
+    result = Result(mutant)
+    with built(mutant) as load:
+        for case in cases:
+            torch.manual_seed(0)  # for those that draw
+            try:
+                port, run, table = load(case.source, device=case.inputs.device)
+                for gate in case.check(port, run, table, only, explained=1):
+                    if not gate.passed:
+                        name = gate.name.split()[0]
+                        result.kills.setdefault(name, gate.findings[0])
+                        if name != "rounding" or "semantics" not in result.kills:  # which has the better address
+                            result.innocent += [f"{gate.name}: {n}" for n in innocent(gate.name, gate.findings, mutant)]
+            except (RuntimeError, ValueError) as error:  # it cannot even run
+                result.error = f"{type(error).__name__}: {error}"
+                result.kills.setdefault("run", Finding(result.error))
+    return result
+
+
+def innocent(gate: str, findings: tuple[Finding, ...], mutant: Mutant) -> list[str]:
+    """Which of the named places are not the mutant's. Only the first of liveness counts: it names outputs as well."""
+    if gate == "liveness":
+        return []
+    named = [finding.reference or finding.port for finding in findings]
+    return [name for name in named if not mutants.is_guilty(name, mutant.guilty)]
+
+
+@contextlib.contextmanager
+def cases(seed: int = 1234, device: str = "cpu", *, full: bool = False) -> Iterator[list[Case]]:
+    """What mutants are tried on: N1 for all gates but rounding; for that one, L7 for float32, S1 for the narrow dtypes.
+
+    Args:
+        seed: of the weights.
+        device: where to.
+        full: L8 too.
+    """
+    with (
+        contextlib.ExitStack() as stack,
+        proof.made(proof.ODD, "N1", seed, gates=proof.ALL_GATES[:-1], device=device) as first,
+        proof.made(proof.ODD, "L7", seed, gates=("rounding",), device=device) as second,
+        proof.made(proof.ODD, "S1", seed, gates=("rounding",), dtypes=proof.LOW_DTYPES[1:], device=device) as third,
+    ):
+        made = [first, second, third]
+        if full:
+            made.append(stack.enter_context(proof.made(proof.ODD, "L8", seed, gates=("rounding",), device=device)))
+        yield made
+
+
+def examine_foreign(mutant: Mutant) -> Result:
+    """Runs a mutant of the reference's own code: what the port does not have yet."""
+    result = Result(mutant)
+    assert mutant.subject in ("naflex", "resized")
+    clean, changed, inputs = references.foreign(mutant.subject, mutant.edits)
+    reference, port = Side(clean, _foreign_outputs), Side(changed, _foreign_outputs)
+    points = {theirs: theirs for theirs in taps.siglip_taps(True) if "head.attention:" not in theirs}
+    pairs = taps.expand(points, clean, changed)
+    truth = gates.observe(reference, inputs, [tap.reference for tap in pairs], torch.float32)
+    found = [
+        gates.weights(changed.state_dict(), clean.state_dict()),
+        gates.liveness(port, reference, inputs),
+        gates.semantics(port, reference, truth, pairs, explained=1),
+    ]
+    for gate in found:
+        if not gate.passed:
+            result.kills[gate.name] = gate.findings[0]
+            result.innocent += innocent(gate.name, gate.findings, mutant)
+    return result
+
+
+def _foreign_outputs(model: Any, inputs: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    output = model(**inputs)
+    return {"tokens": output.last_hidden_state, "pooled": output.pooler_output}
+
+
+def examine_harness(mutant: Mutant, config: SigLipVisionConfig) -> str:
+    """Makes a mistake in a copy of the harness, and has it judge the mutants (or the port) that show it.
+
+    Returns:
+        What shows that the copy is broken; empty if nothing does.
+    """
+    with edited(mutant.edits, harness=True):
+        theirs = importlib.import_module("siglip_port.parity.selftest")
+        catalogue = importlib.import_module("siglip_port.parity.mutants")
+        known = {m.name: m for m in (*catalogue.CATALOGUE, *catalogue.LEGAL)}
+        judged = [known[name] for name in mutant.guilty.split()]
+        try:
+            with contextlib.ExitStack() as stack:
+                wanted = {"rounding": "L7"}
+                made = [
+                    stack.enter_context(
+                        theirs.proof.made(
+                            config, recipe, gates=theirs.proof.ALL_GATES[:-1] if recipe == "N1" else ("rounding",)
+                        )
+                    )
+                    for recipe in dict.fromkeys(wanted.get(m.gate, "N1") for m in judged)
+                ]
+                wrong = [m.name for m in judged if not theirs.examine(m, made).passed]
+        except (ValueError, RuntimeError) as error:
+            return str(error)
+    return f"misjudged: {', '.join(wrong)}" if wrong else ""
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """What the self-test found.
+
+    Attributes:
+        results: of all mistakes.
+        alarms: of all legal variants, by what they were run with.
+        harness: the harness's own mistakes, and what showed each; empty where nothing did.
+    """
+
+    results: list[Result] = field(default_factory=list)
+    alarms: list[tuple[str, Result]] = field(default_factory=list)
+    harness: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> list[str]:
+        """All that is not as it must be, one line each."""
+        lines = []
+        for result in self.results:
+            if not result.passed:
+                seen = f"noticed by {', '.join(result.kills) or 'nothing'}"
+                named = f"; named wrongly: {', '.join(result.innocent[:3])}" if result.innocent else ""
+                lines.append(f"{result.mutant.name}: must be noticed by {result.mutant.gate}, was {seen}{named}")
+        lines += [
+            f"false alarm: {r.mutant.name} ({how}): {', '.join(r.kills)} {r.error}"
+            for how, r in self.alarms
+            if not r.passed
+        ]
+        lines += [f"mistake in the harness not noticed: {name}" for name, shown in self.harness.items() if not shown]
+        return lines
+
+    def census(self) -> list[list[str]]:
+        """One row a gate: what it must notice, and does; of all that were tried on it, what it noticed, and alone."""
+        rows = [["gate", "must notice", "does", "of all", "alone"]]
+        for gate in (*proof.ALL_GATES, "run"):
+            own = [r for r in self.results if r.mutant.gate == gate]
+            noticed = [r for r in self.results if gate in r.kills]
+            alone = [r for r in noticed if len(r.kills) == 1]
+            if own or noticed:
+                does = sum(gate in r.kills for r in own)
+                rows.append([gate, f"{len(own)}", f"{does}", f"{len(noticed)}", f"{len(alone)}"])
+        return rows
+
+    def summary(self) -> str:
+        """The figures in one line."""
+        noticed, named = sum(r.noticed for r in self.results), sum(r.named for r in self.results)
+        hinted = sum(any(f.hint for f in r.kills.values()) for r in self.results)
+        alarms = sum(not r.passed for _, r in self.alarms)
+        shown = sum(map(bool, self.harness.values()))
+        n = len(self.results)
+        return (
+            f"notices {noticed} of {n} mistakes, names the place of {named} of {n} (and says what {hinted} look like), "
+            f"{alarms} false alarms in {len(self.alarms)} runs of legal variants; {shown} of {len(self.harness)} "
+            "mistakes in the harness itself are found out"
+        )
+
+
+Progress = Callable[..., Iterator[Any]]
+
+
+def run(args: argparse.Namespace, progress: Progress) -> bool:
+    """The whole self-test; prints what it found, and returns whether the gates have the power they must have.
+
+    In full, every mistake goes through all gates; else, through those of the weights that it is made for.
+
+    Args:
+        args: of compare_origin.py: `device`, `full` and `json` count.
+        progress: passes items on, and shows how far it is.
+    """
+    with _threads(1):  # small towers are fastest so
+        report = examine_all(args, progress)
+    if args.json is not None:
+        write(args.json, json.dumps(as_json(report), indent=1) + "\n")
+    print("\n".join(columns(report.census())))
+    print("\n".join(["", *report.failures] if report.failures else [""]))
+    print(f"{'LOST POWER' if report.failures else 'POWER'}: {report.summary()}")
+    return not report.failures
+
+
+def examine_all(args: argparse.Namespace, progress: Progress) -> Report:
+    """Runs all mutants, all legal variants and all mistakes of the harness."""
+    report = Report()
+    seeds = (1234, 1, 2, 3) if args.full else (1234,)
+    for seed in seeds:
+        with cases(seed, args.device, full=args.full) as made:
+            if seed == seeds[0]:
+                total = len(mutants.CATALOGUE)
+                for mutant in progress(iter(mutants.CATALOGUE), "mistakes", total):
+                    few = made if args.full else made[1:] if mutant.gate == "rounding" else made[:1]
+                    foreign = mutant.subject != "port"
+                    report.results.append(examine_foreign(mutant) if foreign else examine(mutant, few))
+            for threads in (1, 2) if args.full else (torch.get_num_threads(),):
+                with _threads(threads):
+                    for mutant in progress(iter(mutants.LEGAL), f"legal variants, seed {seed}", len(mutants.LEGAL)):
+                        report.alarms.append((f"seed {seed}, {threads} threads", examine(mutant, made)))
+            if args.full:
+                for attention in ("sdpa", "eager"):
+                    for case in made:
+                        case.attentions, case.truths = (attention,), {}
+                    for mutant in progress(iter(mutants.LEGAL), f"legal variants, {attention}", len(mutants.LEGAL)):
+                        report.alarms.append((f"seed {seed}, {attention} alone", examine(mutant, made)))
+    small = replace(proof.ODD, num_encoder_blocks=6, embed_dim=72, num_attention_heads=4, image_size=45, patch_size=7)
+    for mutant in progress(iter(mutants.HARNESS), "mistakes in the harness", len(mutants.HARNESS)):
+        report.harness[mutant.name] = examine_harness(mutant, small)
+    return report
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def as_json(report: Report) -> dict[str, object]:
+    """The report for programs: one entry a mistake, with all that noticed it."""
+    return {
+        "schema": 1,
+        "machine": f"{platform.system()} {platform.machine()}, torch {torch.__version__}, transformers "
+        f"{references.VERSION}, Python {platform.python_version()}",
+        "passed": not report.failures,
+        "summary": report.summary(),
+        "mistakes": [
+            {
+                "name": r.mutant.name,
+                "what": r.mutant.what,
+                "source": r.mutant.source,
+                "must": r.mutant.gate,
+                "noticed": {gate: describe(finding) for gate, finding in r.kills.items()},
+                "named": r.named,
+            }
+            for r in report.results
+        ],
+        "false_alarms": [{"name": r.mutant.name, "run": how, "passed": r.passed} for how, r in report.alarms],
+        "harness": report.harness,
+    }
+
+
+def census_text(recorded: Path) -> str:
+    """What each gate means, and what it alone noticed in the recorded run of the self-test."""
+    text = []
+    found = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else None
+    for gate, (meaning, bound) in gates.MEANING.items():
+        text += [f"{gate}: {meaning}", f"  bound: {bound}"]
+        if found is not None:
+            noticed = [m for m in found["mistakes"] if gate in m["noticed"]]
+            alone = [m["name"] for m in noticed if len(m["noticed"]) == 1]
+            text.append(
+                f"  notices {len(noticed)} of {len(found['mistakes'])} mistakes, alone: {', '.join(alone) or 'none'}"
+            )
+    if found is not None:
+        text.append(f"(counts: `compare_origin.py --selftest --json`, recorded on {found['machine']})")
+    return "\n".join(text)
+
+
+def _shares(mutant: Mutant, made: list[Case]) -> dict[str, tuple[float, str]]:
+    """The largest share of its bound that a mutant takes up in each rounding gate, and where."""
+    shares: dict[str, tuple[float, str]] = {}
+    with built(mutant) as load:
+        for case in made:
+            port, run, table = load(case.source, device=case.inputs.device)
+            with contextlib.suppress(RuntimeError):  # an autocast that meets bfloat16 weights
+                for gate in case.check(port, run, table, ("rounding",)):
+                    share, place = max((max(_share(m), m.worst), m.reference) for m in gate.measurements)
+                    shares[gate.name] = share, f"{mutant.name} at {place}, {case.weights}"
+    return shares
+
+
+def _share(measurement: Measurement) -> float:
+    return measurement.ratio / gates.ROUNDING_FACTOR
+
+
+def calibrate(args: argparse.Namespace, progress: Progress) -> bool:
+    """Measures on this device what the bounds on rounding rest on, and says whether they hold here.
+
+    They hold where the coarsest legal variant stays below them, and the finest mistake of rounding above.
+    """
+    legal: dict[str, tuple[float, str]] = {}
+    finest: dict[str, tuple[float, str]] = {}
+    for seed in (1234, 1, 2, 3) if args.full else (1234, 1):
+        with cases(seed, args.device) as made:
+            for mutant in progress(iter([*mutants.LEGAL, *mutants.ROUNDING]), f"seed {seed}"):
+                shares = _shares(mutant, made)
+                if mutant.kind == "legal":
+                    for gate, found in shares.items():
+                        legal[gate] = max(legal.get(gate, (0.0, "")), found)
+                else:
+                    finest[mutant.name] = min(finest.get(mutant.name, (math.inf, "")), max(shares.values()))
+    weakest = min(finest.values())
+    rows = [["", "share of the bound", "of"]]
+    rows += [[f"coarsest legal variant, {gate}", f"{share:.2f}", who] for gate, (share, who) in legal.items()]
+    rows.append(["finest mistake", f"{weakest[0]:.2f}", weakest[1]])
+    print("\n".join(columns(rows)))
+    holds = max(legal.values())[0] < 1 < weakest[0]
+    print(f"{'HOLDS' if holds else 'DOES NOT HOLD'}: {gates.ROUNDING_ORIGIN}")
+    return holds
