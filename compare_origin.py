@@ -203,7 +203,7 @@ def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case) -> Comp
     sections = [Section(case.name, case.weights, tuple(progress(case.check(port), "checkpoint")))]
     case.truths = {dtype: truth for dtype, truth in case.truths.items() if dtype == case.dtypes[0]}
     for made in proof.small_cases(port.config, args.device, attentions(args), full=args.full):
-        with made as small:
+        with proof.threads(1), made as small:
             candidate = proof.load_port(small.source, device=args.device)
             gates = tuple(progress(small.check(candidate), f"{small.name}, {small.weights}"))
             sections.append(Section(small.name, small.weights, gates))

@@ -125,7 +125,8 @@ def draw(total: int, counts: Mapping[str, Mapping[str, tuple[int, int]]]) -> Non
             axes.text(total - 2, y, f"{missed} unnoticed", ha="right", va="center", color="#b3261e")
     axes.set_yticks(range(len(rows)), [name for _, name in rows])
     axes.set(xlim=(0, total), xticks=[])
-    axes.set_title(f"Of {total} mistakes that ports have had, an acceptance rule notices", loc="left", fontsize=11)
+    title = f"Of {total} mistakes, noticed by each acceptance rule on freshly initialised weights"
+    axes.set_title(title, loc="left", fontsize=11)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     FIGURE.parent.mkdir(parents=True, exist_ok=True)

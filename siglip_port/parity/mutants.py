@@ -418,7 +418,7 @@ PATCHES = [
     loaded("pos_sincos", "a sine table for the learned one", "embeddings", "variant", edit(TABLE)(lambda t: torch.sin(torch.arange(t.numel()).reshape(t.shape) / 7))),
     code("pos_before_flatten", "positions of the wrong axis: (x, y) for (y, x)", "embeddings", "variant", EMBED, "return (patches + self.position_embedding.weight.unflatten(0, patches.shape[-2:]).permute(2, 1, 0)).flatten(2).transpose(1, 2)"),
     code("embed_scale", "embeddings multiplied by sqrt(D)", "embeddings", "variant", EMBED, "return (patches.flatten(2).transpose(1, 2) + self.position_embedding.weight) * self.config.embed_dim**0.5"),
-    code("embed_dropout", "dropout after the embeddings", "embeddings 0.in", "huggingface/pytorch-image-models#1978", EMBED, "return F.dropout(patches.flatten(2).transpose(1, 2) + self.position_embedding.weight, 0.05, True)", "liveness"),
+    code("embed_dropout", "dropout after the embeddings", "embeddings 0.in pooled", "huggingface/pytorch-image-models#1978", EMBED, "return F.dropout(patches.flatten(2).transpose(1, 2) + self.position_embedding.weight, 0.05, True)", "liveness"),
 ]
 
 STACK = [

@@ -257,7 +257,7 @@ def run(args: argparse.Namespace, progress: Progress) -> bool:
         args: of compare_origin.py: `device`, `full` and `json` count.
         progress: passes items on, and shows how far it is.
     """
-    with _threads(1):  # small towers are fastest so
+    with proof.threads(1):
         report = examine_all(args, progress)
     if args.json is not None:
         write(args.json, json.dumps(as_json(report), indent=1) + "\n")
@@ -280,7 +280,7 @@ def examine_all(args: argparse.Namespace, progress: Progress) -> Report:
                     foreign = mutant.subject != "port"
                     report.results.append(examine_foreign(mutant) if foreign else examine(mutant, few))
             for threads in (1, 2) if args.full else (torch.get_num_threads(),):
-                with _threads(threads):
+                with proof.threads(threads):
                     for mutant in progress(iter(mutants.LEGAL), f"legal variants, seed {seed}", len(mutants.LEGAL)):
                         report.alarms.append((f"seed {seed}, {threads} threads", examine(mutant, made)))
             if args.full:
@@ -293,16 +293,6 @@ def examine_all(args: argparse.Namespace, progress: Progress) -> Report:
     for mutant in progress(iter(mutants.HARNESS), "mistakes in the harness", len(mutants.HARNESS)):
         report.harness[mutant.name] = examine_harness(mutant, small)
     return report
-
-
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def as_json(report: Report) -> dict[str, object]:
