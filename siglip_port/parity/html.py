@@ -26,6 +26,7 @@ _ASKS = {
     "weights": "Is every tensor loaded, bit for bit?",
     "liveness": "Does every picture, patch and parameter matter, and do pictures not mix?",
     "semantics": "In float64, where rounding is next to nothing: do both compute the same at every tap?",
+    "interface": "Do the port's other entrances agree with the one that is proven?",
     "rounding": "In this dtype: does the port round no worse than the reference does?",
 }
 _INTRO = """<p>A <b>port</b> is a second implementation of a neural network. This page says whether it computes the same

@@ -82,15 +82,15 @@ def built(mutant: Mutant) -> Iterator[Callable[..., tuple[Any, Any, ModuleType]]
         yield load
 
 
-def examine(mutant: Mutant, cases: Iterable[Case], only: tuple[str, ...] | None = None) -> Result:
-    """Runs one mutant through the gates of some cases."""
+def examine(mutant: Mutant, cases: Iterable[Case], only: tuple[str, ...] | None = None, explained: int = 1) -> Result:
+    """Runs one mutant through the gates of some cases; `explained` is how many of the taps that differ get a hint."""
     result = Result(mutant)
     with built(mutant) as load:
         for case in cases:
             torch.manual_seed(0)  # for those that draw
             try:
                 port, run, table = load(case.source, device=case.inputs.device)
-                for gate in case.check(port, run, table, only, explained=1):
+                for gate in case.check(port, run, table, only, explained):
                     if not gate.passed:
                         name = gate.name.split()[0]
                         result.kills.setdefault(name, gate.findings[0])
@@ -196,11 +196,13 @@ class Report:
         results: of all mistakes.
         alarms: of all legal variants, by what they were run with.
         harness: the harness's own mistakes, and what showed each; empty where nothing did.
+        full: whether every mistake went through all gates, and got hints.
     """
 
     results: list[Result] = field(default_factory=list)
     alarms: list[tuple[str, Result]] = field(default_factory=list)
     harness: dict[str, str] = field(default_factory=dict)
+    full: bool = False
 
     @property
     def failures(self) -> list[str]:
@@ -238,10 +240,11 @@ class Report:
         alarms = sum(not r.passed for _, r in self.alarms)
         shown = sum(map(bool, self.harness.values()))
         n = len(self.results)
+        hints = f" (and says what {hinted} look like)" if self.full else ""
         return (
-            f"notices {noticed} of {n} mistakes, names the place of {named} of {n} (and says what {hinted} look like), "
-            f"{alarms} false alarms in {len(self.alarms)} runs of legal variants; {shown} of {len(self.harness)} "
-            "mistakes in the harness itself are found out"
+            f"notices {noticed} of {n} mistakes, names the place of {named} of {n}{hints}, {alarms} false alarms in "
+            f"{len(self.alarms)} runs of legal variants; {shown} of {len(self.harness)} mistakes in the harness itself "
+            "are found out"
         )
 
 
@@ -269,7 +272,7 @@ def run(args: argparse.Namespace, progress: Progress) -> bool:
 
 def examine_all(args: argparse.Namespace, progress: Progress) -> Report:
     """Runs all mutants, all legal variants and all mistakes of the harness."""
-    report = Report()
+    report = Report(full=args.full)
     seeds = (1234, 1, 2, 3) if args.full else (1234,)
     for seed in seeds:
         with cases(seed, args.device, full=args.full) as made:
@@ -278,7 +281,9 @@ def examine_all(args: argparse.Namespace, progress: Progress) -> Report:
                 for mutant in progress(iter(mutants.CATALOGUE), "mistakes", total):
                     few = made if args.full else made[1:] if mutant.gate == "rounding" else made[:1]
                     foreign = mutant.subject != "port"
-                    report.results.append(examine_foreign(mutant) if foreign else examine(mutant, few))
+                    report.results.append(
+                        examine_foreign(mutant) if foreign else examine(mutant, few, None, int(args.full))
+                    )
             for threads in (1, 2) if args.full else (torch.get_num_threads(),):
                 with proof.threads(threads):
                     for mutant in progress(iter(mutants.LEGAL), f"legal variants, seed {seed}", len(mutants.LEGAL)):

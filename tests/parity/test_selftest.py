@@ -103,7 +103,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     assert compare_origin.main(["--selftest", "--json", str(tmp_path / "self.json")]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
-        "POWER: notices 3 of 3 mistakes, names the place of 3 of 3 (and says what 2 look like), 0 false alarms in 1 "
+        "POWER: notices 3 of 3 mistakes, names the place of 3 of 3, 0 false alarms in 1 "
         "runs of legal variants; 1 of 1 mistakes in the harness itself are found out"
     )
     found = json.loads((tmp_path / "self.json").read_text())
