@@ -232,7 +232,7 @@ def load_port(args: argparse.Namespace, scratch: Path) -> tuple[SigLipVisionMode
     import torch
 
     from siglip_port import HubUnreachableError, SigLipVisionConfig, SigLipVisionModel
-    from siglip_port.checkpoint import read_config
+    from siglip_port.checkpoint import read_contents
     from siglip_port.hub import HubRepository, find_source, hub_answers
 
     how = {"dtype": getattr(torch, args.dtype), "device": args.device}
@@ -245,7 +245,10 @@ def load_port(args: argparse.Namespace, scratch: Path) -> tuple[SigLipVisionMode
         # The default checkpoint's architecture is the default one: no file is needed to know it.
         config = SigLipVisionConfig(pooling_head=True)
         if not is_default:
-            config = read_config(find_source(args.checkpoint, local_files_only=offline))
+            contents = read_contents(find_source(args.checkpoint, local_files_only=offline))
+            if contents is None:
+                raise ValueError(f"{args.checkpoint} has no config.json, which tells the architecture")
+            config = SigLipVisionConfig.from_hf(contents)
     except HubUnreachableError as error:
         reason = (
             f"{args.checkpoint} is not in the local cache, and the Hub cannot be reached" if offline else f"{error}"

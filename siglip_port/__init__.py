@@ -1,8 +1,7 @@
 """The SigLIP vision tower in PyTorch, loaded from HuggingFace checkpoints, and proven against transformers."""
 
-from siglip_port.checkpoint import CheckpointError, Provenance
+from siglip_port.checkpoint import CheckpointError, HubUnreachableError, Provenance
 from siglip_port.config import SigLipVisionConfig
-from siglip_port.hub import HubUnreachableError
 from siglip_port.model import (
     MLP,
     EncoderBlock,

@@ -7,6 +7,7 @@ change a weight never changes the file), so the weights are never in memory twic
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -19,13 +20,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from siglip_port import key_map
+from siglip_port import architectures, key_map, processors
 from siglip_port.config import SigLipVisionConfig
+from siglip_port.files import DTYPES, Stored, UnreadableFileError, open_tensors, read_header
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+WEIGHTS_FILES = (WEIGHTS, INDEX, "open_clip_model.safetensors")
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -33,12 +37,15 @@ _NAMES_SHOWN = 40  # of one kind of problem; the 27 rows of a whole tower fit
 
 _BOTH_AGAIN = f"fetch the weights and {CONFIG} again, both from the same place and the same commit"
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes a tower may be stored and loaded in, by their names in a safetensors header."""
+_MOST_BLOCKS = 1000  # of a tower whose blocks are stacked, so that the number of tensors says nothing
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be loaded. The message says what was expected, what was found, and what to do."""
+
+
+class HubUnreachableError(CheckpointError):
+    """A file is not in the local cache, and the Hub could not be reached, or was not to be asked."""
 
 
 class Source(Protocol):
@@ -56,6 +63,9 @@ class Source(Protocol):
 
     def get(self, filename: str) -> Path | None:
         """Returns where the file lies on this machine, or None where the source does not hold it."""
+
+    def header(self, filename: str) -> dict[str, Stored] | None:
+        """Reads which tensors a weights file holds; None where the source does not hold the file."""
 
     def listing(self) -> list[str]:
         """Returns the names of the files that the source holds, as far as it can tell; for messages."""
@@ -102,53 +112,92 @@ class Provenance:
         )
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor as the header of its file describes it."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
 class Checkpoint:
-    """A checkpoint whose configuration and tensor names have been read; its weights have not.
+    """A checkpoint whose configuration and headers have been looked at; its weights have not been read.
 
     Args:
         source: where its files come from.
         pooling_head: None to keep the pooling head if there is one, True to demand it, False to leave it out.
+        layout: the name of one of `siglip_port.key_map.LAYOUTS`; None to recognise it.
+        prefix: what stands before the names of the tower; None to find it.
+        config: the architecture, instead of what the checkpoint says of it.
 
     Attributes:
         config: the architecture. It has a pooling head where the file holds one and it is not left out.
         layout: the layout that was recognised.
+        prefix: what stands before the names of the tower.
+        processor: the contents of the `preprocessor_config.json` that belongs to the tower.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it does not hold a SigLIP vision tower.
+        ValueError: there is no layout of this name.
     """
 
-    def __init__(self, source: Source, *, pooling_head: bool | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        pooling_head: bool | None = None,
+        layout: str | None = None,
+        prefix: str | None = None,
+        config: SigLipVisionConfig | None = None,
+    ) -> None:
         self._source = source
-        config = read_config(source)
+        self._headers: dict[str, dict[str, Stored]] = {}  # by file
+        contents = read_contents(source)
         self._file_of = self._find_tensors()  # the name of every stored tensor -> the name of its file
-        self.layout = self._recognise()
+        self.layout, self.prefix = self._recognise(layout, prefix)
+        config = config or self._configure(contents)
 
-        head = self.layout.claims(0, key_map.HEAD).keys() & self._file_of.keys()
+        head = self.layout.claims(0, self.layout.head, self.prefix).keys() & self._file_of.keys()
         if pooling_head and not head:
             raise CheckpointError(
                 f"{source.name} holds no pooling head, which pooling_head=True demands; load it without, for tokens"
             )
         keep_head = bool(head) if pooling_head is None else pooling_head
         self._left_out = set() if keep_head else head
-        self.config = replace(config, pooling_head=keep_head)
+        self.config = replace(config, pooling_head=keep_head, mean_pooling=config.mean_pooling and not keep_head)
+        self.processor = processors.derive(self.config, read_processor(source), contents or {}, source.name)
 
         # Before all blocks are spelled out, since in a damaged file this number may be of any size.
-        if config.num_encoder_blocks > len(self._file_of):
+        if config.num_encoder_blocks > (_MOST_BLOCKS if self.layout.stacked else len(self._file_of)):
             raise CheckpointError(
                 f"{source.name}: {CONFIG} asks for {config.num_encoder_blocks} blocks, but the weights have only "
                 f"{len(self._file_of)} tensors; {_BOTH_AGAIN}"
             )
-        rows = key_map.TOWER + (key_map.HEAD if keep_head else ())
-        self._claims = self.layout.claims(config.num_encoder_blocks, rows)
+        self._claims = self.layout.claims(config.num_encoder_blocks, self.layout.rows(keep_head), self.prefix)
+
+    @property
+    def claims(self) -> Mapping[str, key_map.Claim]:
+        """Every stored tensor of the tower: its name in the file -> what of ours it holds."""
+        return self._claims
+
+    @property
+    def title(self) -> str:
+        """The layout and the prefix, for people."""
+        return f"{self.layout.title}, " + (f"prefix {self.prefix.rstrip('./')}" if self.prefix else "no prefix")
+
+    def check(self, shapes: Mapping[str, torch.Size]) -> dict[str, Stored]:
+        """Checks the headers against the model.
+
+        Args:
+            shapes: our names of all the model's tensors, with the shape of each.
+
+        Returns:
+            Every stored tensor of the tower, by its name in the file.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown, of the wrong shape or of an unusable dtype; it names all.
+        """
+        _, unknown = self._sort_out_the_rest()
+        stored, problems = self._read_headers()
+        problems += self._check(stored, shapes)
+        if unknown:
+            problems.append(("unknown tensors, which no row of the key map claims or drops", unknown))
+        if problems:
+            what = f"{self._source.name} (layout: {self.title})"
+            raise CheckpointError(f"{_report(what, problems)}\nNothing was loaded; {_BOTH_AGAIN}.")
+        return stored
 
     def read(
         self,
@@ -168,53 +217,52 @@ class Checkpoint:
             Our names with the tensors, and where they come from.
 
         Raises:
-            CheckpointError: a tensor is missing, unknown, of the wrong shape or of an unusable dtype; it names all.
+            CheckpointError: as `check` does.
         """
-        dropped, unknown = self._sort_out_the_rest()
-        stored, problems = self._read_headers()
-        problems += self._check(stored, shapes)
-        if unknown:
-            problems.append(("unknown tensors, which no row of the key map claims or drops", unknown))
-        if problems:
-            what = f"{self._source.name} (layout: {self.layout.name})"
-            raise CheckpointError(f"{_report(what, problems)}\nNothing was loaded; {_BOTH_AGAIN}.")
-
+        stored = self.check(shapes)
         stored_dtypes = tuple(dict.fromkeys(DTYPES[tensor.dtype] for tensor in stored.values()))
         dtype = dtype or functools.reduce(torch.promote_types, stored_dtypes)
         tensors: dict[str, torch.Tensor] = {}
-        bytes_read = 0
-        for path in (paths := tuple(dict.fromkeys(tensor.path for tensor in stored.values()))):
-            with safe_open(path, framework="pt") as file:
-                for name in (name for name, tensor in stored.items() if tensor.path == path):
-                    tensor, ours = file.get_tensor(name), self._claims[name]
-                    bytes_read += tensor.nbytes
-                    parts = key_map.split(tensor, len(ours))
+        files = dict.fromkeys(self._file_of[name] for name in stored)
+        for path, filename in ((self._fetch(filename), filename) for filename in files):
+            with open_tensors(path) as get_tensor:
+                for name in (name for name in stored if self._file_of[name] == filename):
+                    ours = self._claims[name].ours
+                    parts = self._claims[name].from_stored(get_tensor(name), [shapes[our] for our in ours])
+                    parts = tuple(part.contiguous() for part in parts)
                     tensors |= {our: part.to(device, dtype) for our, part in zip(ours, parts, strict=True)}
         return tensors, Provenance(
             source=self._source.name,
             commit=self._source.commit,
-            files=paths,
-            layout=self.layout.name,
+            files=tuple(self._fetch(filename) for filename in files),
+            layout=self.title,
             tensors_read=len(stored),
-            bytes_read=bytes_read,
-            dropped=dropped,
+            bytes_read=sum(tensor.nbytes for tensor in stored.values()),
+            dropped=self.dropped,
             stored_dtypes=stored_dtypes,
             dtype=dtype,
         )
 
+    @property
+    def dropped(self) -> dict[str, int]:
+        """The number of stored tensors that are not the tower's, by the reason for which they are left unread."""
+        return self._sort_out_the_rest()[0]
+
     def _find_tensors(self) -> dict[str, str]:
         source = self._source
         if source.weights is not None:
-            return dict.fromkeys(_read_header(self._fetch(source.weights)), source.weights)
-        not_cached: CheckpointError | None = None
-        for filename in (WEIGHTS, INDEX):
+            return dict.fromkeys(self._header(source.weights), source.weights)
+        not_cached: HubUnreachableError | None = None
+        for filename in WEIGHTS_FILES:
             try:
-                path = source.get(filename)
-            except CheckpointError as error:  # Offline, a cache tells what it has, not what the repository has.
+                if filename == INDEX:
+                    if (path := source.get(filename)) is not None:
+                        return _read_index(path)
+                elif (header := source.header(filename)) is not None:
+                    self._headers[filename] = header
+                    return dict.fromkeys(header, filename)
+            except HubUnreachableError as error:  # Offline, a cache tells what it has, not what the repository has.
                 not_cached = not_cached or error
-                continue
-            if path is not None:
-                return _read_index(path) if filename == INDEX else dict.fromkeys(_read_header(path), filename)
         if not_cached is not None:
             raise not_cached
         found = source.listing()
@@ -223,43 +271,104 @@ class Checkpoint:
             + pickle_advice(found)
         )
 
-    def _recognise(self) -> key_map.Layout:
-        layouts = [layout for layout in key_map.LAYOUTS if layout.recognises(self._file_of)]
-        if len(layouts) == 1:
-            return layouts[0]
-        if layouts:
+    def _recognise(self, name: str | None, prefix: str | None) -> tuple[key_map.Layout, str]:
+        """Finds the one layout and prefix whose rule the names and shapes meet."""
+        names = self._file_of.keys()
+        layouts = [layout for layout in key_map.LAYOUTS if name in (None, layout.name)]
+        if not layouts:
+            known = ", ".join(layout.name for layout in key_map.LAYOUTS)
+            raise ValueError(f"layout must be None or one of {known}, got {name!r}")
+        if name is not None and prefix is not None:
+            return layouts[0], prefix
+        found: list[tuple[key_map.Layout, str]] = []
+        refused = []
+        for layout in layouts:
+            for place in layout.prefixes(self._file_of):
+                weight = self._stored(place + layout.marks[0])
+                if prefix not in (None, place) or (weight is not None and len(weight.shape) != layout.rank):
+                    continue
+                if weight is None and any(place == other for _, other in found):
+                    continue  # A damaged file, whose rank cannot tell: the first that fits has to do.
+                if reasons := [why for other, why in layout.never if place + other in self._file_of]:
+                    refused.append(f"{place or 'no prefix'} ({layout.title}): it has {reasons[0]}")
+                    continue
+                found.append((layout, place))
+        if not found and not refused and (layout := key_map.HUGGINGFACE) in layouts:
+            # A damaged file that has lost what it is recognised by, in the commonest places: to say what is missing.
+            places = [place for place in ("", key_map.PREFIX) if prefix in (None, place)]
+            found = [(layout, place) for place in places if layout.claims(1, layout.rows(True), place).keys() & names]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            which = "; ".join(f"layout={layout.name!r}, prefix={place!r}" for layout, place in found)
             raise CheckpointError(
-                f"{self._source.name} matches several layouts ({'; '.join(layout.name for layout in layouts)}): it "
-                "holds more than one vision tower; keep one of them"
+                f"{self._source.name} holds more than one vision tower, or one that matches several layouts: {which}; "
+                "say which by layout= and prefix="
             )
-        groups = Counter(name.split(".")[0] for name in self._file_of)
+        groups = Counter(re.split(r"[./]", name)[0] for name in self._file_of)
         raise CheckpointError(
             f"{self._source.name} holds no SigLIP vision tower in a layout that is known here "
-            f"({'; '.join(layout.name for layout in key_map.LAYOUTS)}); its tensors begin with: "
+            f"({', '.join(layout.title for layout in layouts)})"
+            + ("" if prefix is None else f" behind the prefix {prefix!r}")
+            + "; its tensors begin with: "
             + ", ".join(f"{group} ({count})" for group, count in groups.most_common(12))
+            + "".join(f"; refused: {what}" for what in refused)
         )
+
+    def _configure(self, contents: Mapping[str, Any] | None) -> SigLipVisionConfig:
+        """Takes the architecture from transformers' configuration, or from shapes and whatever else tells."""
+        source, refusal = self._source.name, None
+        if self.layout.described:
+            if contents is None:
+                raise CheckpointError(
+                    f"{source} has no {CONFIG}, which says what the tensors mean; put the checkpoint's own beside "
+                    "the weights, or pass config="
+                )
+            try:
+                config = SigLipVisionConfig.from_hf(contents)
+            except ValueError as error:
+                refusal = error
+            else:
+                if config.naflex != self.layout.naflex:
+                    kinds = {True: "a NaFlex tower (siglip2)", False: "a tower for pictures of one size (siglip)"}
+                    raise CheckpointError(
+                        f"{source}: {CONFIG} describes {kinds[config.naflex]}, but the shape of the patch embedding is "
+                        f"that of {kinds[self.layout.naflex]}; {_BOTH_AGAIN}"
+                    )
+                return config
+        names = (name for name in self._file_of if name.startswith(self.prefix))
+        shapes = {name: stored.shape for name in names if (stored := self._stored(name)) is not None}
+        try:
+            return architectures.describe(self.layout, self.layout.sizes(shapes, self.prefix), contents or {})
+        except ValueError as error:
+            if refusal is not None:
+                raise CheckpointError(
+                    f"{source}: {refusal}; this is not the configuration of a SigLIP vision tower that can be loaded"
+                ) from error
+            raise CheckpointError(f"{source} (layout: {self.title}): {error}") from error
 
     def _sort_out_the_rest(self) -> tuple[dict[str, int], list[str]]:
         """Splits what is not the tower's into what is dropped, counted by reason, and what is unknown."""
         dropped: Counter[str] = Counter()
         unknown = []
         for name in self._file_of.keys() - self._claims.keys():
-            reason = "pooling head, left out" if name in self._left_out else self.layout.reason_to_drop(name)
+            left_out = name in self._left_out
+            reason = "pooling head, left out" if left_out else self.layout.reason_to_drop(name, self.prefix)
             if reason is None:
                 unknown.append(name)
             else:
                 dropped[reason] += 1
         return dict(sorted(dropped.items())), unknown
 
-    def _read_headers(self) -> tuple[dict[str, _Stored], list[tuple[str, list[str]]]]:
+    def _read_headers(self) -> tuple[dict[str, Stored], list[tuple[str, list[str]]]]:
         """Reads the headers of the files that hold the tower; of the others, none is opened, or even needed."""
-        stored: dict[str, _Stored] = {}
+        stored: dict[str, Stored] = {}
         missing = [name for name in self._claims if name not in self._file_of]
         problems = []
         for filename in dict.fromkeys(self._file_of[name] for name in self._claims if name in self._file_of):
             expected = [name for name in self._claims if self._file_of.get(name) == filename]
             try:
-                header = _read_header(self._fetch(filename))
+                header = self._header(filename)
             except CheckpointError as error:
                 problems.append((f"{error}, so these cannot be read", expected))
                 continue
@@ -271,10 +380,11 @@ class Checkpoint:
             problems.insert(0, ("missing tensors", missing))
         return stored, problems
 
-    def _check(self, stored: Mapping[str, _Stored], shapes: Mapping[str, torch.Size]) -> list[tuple[str, list[str]]]:
+    def _check(self, stored: Mapping[str, Stored], shapes: Mapping[str, torch.Size]) -> list[tuple[str, list[str]]]:
         problems: dict[str, list[str]] = {}
         for name, tensor in stored.items():
-            expected = key_map.fused_shape([shapes[our] for our in self._claims[name]])
+            claim = self._claims[name]
+            expected = claim.stored_shape([shapes[our] for our in claim.ours], self.config.num_attention_heads)
             if tensor.shape != expected:
                 what = f"shape: expected {list(expected)} by {CONFIG}, found {list(tensor.shape)}"
                 problems.setdefault(what, []).append(name)
@@ -283,6 +393,20 @@ class Checkpoint:
                 problems.setdefault(what, []).append(name)
         return list(problems.items())
 
+    def _header(self, filename: str) -> dict[str, Stored]:
+        if filename not in self._headers:
+            header = self._source.header(filename)
+            if header is None:
+                raise CheckpointError(f"{self._source.name} has no file {filename}")
+            self._headers[filename] = header
+        return self._headers[filename]
+
+    def _stored(self, name: str) -> Stored | None:
+        """The header of one tensor; None where there is none, or it cannot be read, which is found out again later."""
+        with contextlib.suppress(CheckpointError):
+            return self._header(self._file_of[name]).get(name) if name in self._file_of else None
+        return None
+
     def _fetch(self, filename: str) -> Path:
         path = self._source.get(filename)
         if path is None:
@@ -290,45 +414,51 @@ class Checkpoint:
         return path
 
 
-def read_config(source: Source) -> SigLipVisionConfig:
-    """Reads `config.json`, and nothing else.
+def read_contents(source: Source) -> dict[str, Any] | None:
+    """Reads the checkpoint's configuration, or open_clip's, as it is; None where there is neither.
 
     Raises:
-        CheckpointError: there is none, or it does not describe a SigLIP vision tower.
+        CheckpointError: it is not readable.
     """
-    path = source.get(CONFIG)
-    if path is None:
-        raise CheckpointError(
-            f"{source.name} has no {CONFIG}, which says what the tensors mean; put the checkpoint's own beside the "
-            "weights"
-        )
-    content = _read_json(path)
+    for filename in (CONFIG, OPEN_CLIP_CONFIG):
+        path = source.get(filename)
+        if path is not None:
+            return _read_json(path)
+    return None
+
+
+def read_processor(source: Source) -> dict[str, Any] | None:
+    """Reads the checkpoint's `preprocessor_config.json`; None where there is none that can be had and read."""
     try:
-        return SigLipVisionConfig.from_hf(content)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: {error}; this is not the configuration of a SigLIP vision tower that can be loaded"
-        ) from error
+        path = source.get(processors.PREPROCESSOR)
+        return None if path is None else _read_json(path)
+    except CheckpointError:  # The tower can do without.
+        return None
 
 
 def save(
     folder: str | os.PathLike[str],
+    layout: key_map.Layout,
+    prefix: str,
     config: SigLipVisionConfig,
     tensors: Mapping[str, torch.Tensor],
     shapes: Mapping[str, torch.Size],
+    documents: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Writes a `SiglipVisionModel` checkpoint in the prefixed HuggingFace layout, each file whole or not at all.
+    """Writes a checkpoint, each file whole or not at all.
 
     Args:
-        folder: where to; made if it does not exist. `model.safetensors` and `config.json` in it are replaced.
+        folder: where to; made if it does not exist. `model.safetensors` and the documents in it are replaced.
+        layout: how tensors are to be stored.
+        prefix: what to put before their names.
         config: the architecture.
         tensors: our names with the tensors.
         shapes: our names of all that the architecture has, with the shape of each.
+        documents: names and contents of the JSON files that go with them.
 
     Raises:
         CheckpointError: the tensors are not those of the architecture, or the folder cannot be written.
     """
-    layout = key_map.PREFIXED
     problems = {
         "missing tensors": sorted(shapes.keys() - tensors.keys()),
         "unknown tensors": sorted(tensors.keys() - shapes.keys()),
@@ -341,24 +471,27 @@ def save(
     }
     if found := [(what, names) for what, names in problems.items() if names]:
         raise CheckpointError(_report("the model to be saved", found))
-    rows = key_map.TOWER + (key_map.HEAD if config.pooling_head else ())
-    stored = layout.to_stored(tensors, config.num_encoder_blocks, rows)
-    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in stored.values()})
+    rows = layout.rows(config.pooling_head)
+    stored = layout.to_stored(tensors, config.num_encoder_blocks, config.num_attention_heads, rows, prefix)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         # Beside their places and then moved there: a reader sees the old files or the new ones, never a part, and
         # a model that is mapped from the old file keeps it.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
-            weights, config_file = Path(unfinished, WEIGHTS), Path(unfinished, CONFIG)
+            weights, *others = (Path(unfinished, name) for name in (WEIGHTS, *documents))
             save_file(
                 {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()},
                 weights,
                 metadata={"format": "pt"},  # without it, transformers 4.40 cannot read the file
             )
-            hf_config = {**config.to_hf(), "dtype": str(dtype).removeprefix("torch.")}
-            config_file.write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
-            weights.chmod(config_file.stat().st_mode)  # safetensors hides its files from everybody else
-            for file in (weights, config_file):
+            for file in others:
+                content = dict(documents[file.name])
+                if file.name == CONFIG and layout.described:
+                    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in stored.values()})
+                    content["dtype"] = str(dtype).removeprefix("torch.")
+                file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            weights.chmod(others[0].stat().st_mode)  # safetensors hides its files from everybody else
+            for file in (weights, *others):
                 file.replace(Path(folder, file.name))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint could not be written to {os.fspath(folder)}: {error}") from error
@@ -398,18 +531,20 @@ def _read_index(path: Path) -> dict[str, str]:
     return files
 
 
-def _read_header(path: Path) -> dict[str, _Stored]:
+def header_of(path: Path) -> dict[str, Stored]:
+    """Reads which tensors a weights file holds.
+
+    Raises:
+        CheckpointError: it cannot be read, or is damaged.
+    """
     try:
-        path.open("rb").close()  # safetensors calls a file that may not be read missing
+        return read_header(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            return {name: _Stored(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except (OSError, SafetensorError) as error:
+    except UnreadableFileError as error:
+        kind = path.suffix.removeprefix(".")
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}); it is damaged or of another format: fetch it again"
+            f"{path} is not a whole {kind} file ({error}); it is damaged or of another format: fetch it again"
         ) from error
 
 

@@ -9,13 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from siglip_port.checkpoint import CONFIG, PICKLE_SUFFIXES, CheckpointError, Source, pickle_advice
+from siglip_port.checkpoint import (
+    CONFIG,
+    PICKLE_SUFFIXES,
+    CheckpointError,
+    HubUnreachableError,
+    Source,
+    header_of,
+    pickle_advice,
+)
+from siglip_port.files import SUFFIXES, Stored
 
-_FILE_SUFFIXES = (".safetensors", ".json", *PICKLE_SUFFIXES)
-
-
-class HubUnreachableError(CheckpointError):
-    """A file is not in the local cache, and the Hub could not be reached, or was not to be asked."""
+_FILE_SUFFIXES = (*SUFFIXES, ".json", *PICKLE_SUFFIXES)
 
 
 class LocalFolder:
@@ -32,6 +37,11 @@ class LocalFolder:
             return path if path.is_file() else None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def header(self, filename: str) -> dict[str, Stored] | None:
+        """Reads which tensors a weights file holds; None where there is no such file."""
+        path = self.get(filename)
+        return None if path is None else header_of(path)
 
     def listing(self) -> list[str]:
         """Returns the names of the files in the folder."""
@@ -84,6 +94,15 @@ class HubRepository:
             return None
         self.commit = Path(path).parent.name  # .../snapshots/<commit>/<filename>
         return Path(path)
+
+    def header(self, filename: str) -> dict[str, Stored] | None:
+        """Reads which tensors a weights file holds; None where there is no such file.
+
+        Raises:
+            CheckpointError: as `get` does; or the file is damaged.
+        """
+        path = self.get(filename)
+        return None if path is None else header_of(path)
 
     def listing(self) -> list[str]:
         """Returns the names of the files in the repository, or nothing where the Hub does not say."""
@@ -151,14 +170,14 @@ def find_source(
     """Decides what `source` is: what exists on this machine is local, else what looks like a Hub id is one.
 
     Args:
-        source: a folder, a `.safetensors` file with its `config.json` beside it, or a Hub id.
+        source: a folder, a `.safetensors` file with its `config.json` beside it, an `.npz` file, or a Hub id.
         revision: of a Hub repository; like the rest, of no meaning for a local path.
         local_files_only: use the Hub's cache only, never the network.
         token: a Hub token, True for the stored one, False for none.
         cache_dir: instead of the Hub's usual cache folder.
 
     Raises:
-        CheckpointError: it is none of these, or a file that is not safetensors.
+        CheckpointError: it is none of these, or a file of another format.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise CheckpointError(f"the source must be a path or a Hub id, got a {type(source).__name__}")
@@ -171,9 +190,9 @@ def find_source(
     if is_folder:
         return LocalFolder(path, name)
     if is_file:
-        if path.suffix != ".safetensors":
+        if path.suffix not in SUFFIXES:
             raise CheckpointError(
-                f"{name} is not a .safetensors file; pass that file, or the folder that holds the checkpoint"
+                f"{name} is neither a .safetensors nor an .npz file; pass one, or the folder that holds the checkpoint"
                 + pickle_advice([path.name])
             )
         return LocalFolder(path.parent, name, weights=path.name)
@@ -183,7 +202,7 @@ def find_source(
         )
     raise CheckpointError(
         f"{name!r} does not exist on this machine, and is no Hub id such as 'google/siglip-base-patch16-224'; "
-        "pass a folder, a .safetensors file or a Hub id"
+        "pass a folder, a .safetensors or .npz file, or a Hub id"
     )
 
 

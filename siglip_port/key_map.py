@@ -1,19 +1,64 @@
-"""The key map: how published checkpoints name the tensors of the tower, and how we do. Pure data, and its reader.
+"""The key map: how published checkpoints name and shape the tensors of the tower, and how we do. Data, and its reader.
 
-One `Row` a module. The same rows load (`Layout.claims`), save (`Layout.to_stored`) and pair our modules with the
-reference's. What no row claims and no `Dropped` row names is not ours to guess: it is an error.
+One `Row` a module, one `Layout` a way of storing. The same rows load (`Layout.claims`), save (`Layout.to_stored`) and
+pair our modules with the reference's. What no row claims and no `Dropped` row names is not
+ours to guess: it is an error.
 
-Source of the stored names: transformers `models/siglip/modeling_siglip.py`, releases 4.37 to 5.23.
+Sources of the stored names: transformers `models/siglip`, `models/siglip2` and `models/janus`, releases 4.37 to 5.23;
+timm 1.0.31 `models/vision_transformer.py` and `models/naflexvit.py`; big_vision `models/vit.py`; gemma_pytorch
+`gemma/siglip_vision`; nanoVLM `models/vision_transformer.py`; moondream `moondream/torch/vision.py`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a stored tensor is made of ours, and ours of it. Both ways are exact: they only move values.
+
+    Attributes:
+        store: (ours, number of heads) -> stored.
+        load: (stored, the shape of ours) -> ours.
+    """
+
+    store: Callable[[Tensor, int], Tensor]
+    load: Callable[[Tensor, tuple[int, ...]], Tensor]
+
+
+def _grid(positions: Tensor) -> Tensor:
+    side = math.isqrt(len(positions))
+    grid: Tensor = positions.unflatten(0, (side, side))
+    return grid
+
+
+# fmt: off
+PLAIN = Form(lambda t, _: t, lambda t, _: t)
+TRANSPOSED = Form(lambda t, _: t.T, lambda t, _: t.T)  # flax: [in, out]
+HEADS_LAST = Form(  # flax: from [in] to [H, D/H]
+    lambda t, heads: t.T.unflatten(-1, (heads, -1)), lambda t, _: t.flatten(1).T)
+HEADS_FIRST = Form(  # flax: from [H, D/H] to [out]
+    lambda t, heads: t.T.unflatten(0, (heads, -1)), lambda t, _: t.flatten(0, 1).T)
+BIAS_OF_HEADS = Form(lambda t, heads: t.unflatten(0, (heads, -1)), lambda t, _: t.flatten())
+KERNEL = Form(lambda t, _: t.permute(2, 3, 1, 0), lambda t, _: t.permute(3, 2, 0, 1))  # flax: [P, P, C, D]
+PATCHES = Form(  # a Linear over patches, the channel fastest: [D, P * P * C]
+    lambda t, _: t.permute(0, 2, 3, 1).flatten(1),
+    lambda t, shape: t.reshape(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2))
+PATCHES_TRANSPOSED = Form(
+    lambda t, heads: PATCHES.store(t, heads).T, lambda t, shape: PATCHES.load(t.T, shape))
+PATCHES_CHANNEL_FIRST = Form(lambda t, _: t.flatten(1), lambda t, shape: t.reshape(shape))  # [D, C * P * P]
+BATCHED = Form(lambda t, _: t[None], lambda t, _: t[0])  # positions: [1, N, D]
+GRID = Form(lambda t, _: _grid(t), lambda t, _: t.flatten(0, 1))  # positions: [h, w, D]
+BATCHED_GRID = Form(lambda t, _: _grid(t)[None], lambda t, _: t.flatten(0, 2))  # positions: [1, h, w, D]
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -21,11 +66,47 @@ class Row:
     """One module, in our names and in those of the file.
 
     `{}` stands for the number of the block, `*` for both `weight` and `bias`. Where `ours` names several
-    modules, the file stores them fused: their tensors stacked along dimension 0, in this order.
+    modules, the file stores them fused: their tensors stacked along dimension 0, in this order. Where `ours` has a
+    number of the block and `stored` has none, the file stores all blocks in one tensor, along a dimension before all
+    others.
     """
 
     ours: tuple[str, ...]
     stored: str
+    form: Form = PLAIN
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One stored tensor, and what of ours it holds: a `Row`, spelled out.
+
+    Attributes:
+        ours: the names of our tensors.
+        form: how they are stored.
+        stacked: whether each is one slice of the stored tensor, instead of all being joined along dimension 0.
+    """
+
+    ours: tuple[str, ...]
+    form: Form = PLAIN
+    stacked: bool = False
+
+    def to_stored(self, tensors: list[Tensor], num_heads: int) -> Tensor:
+        """Makes the stored tensor of ours."""
+        if self.stacked:
+            return torch.stack([self.form.store(tensor, num_heads) for tensor in tensors])
+        return self.form.store(fuse(tensors), num_heads)
+
+    def from_stored(self, stored: Tensor, shapes: list[torch.Size]) -> tuple[Tensor, ...]:
+        """Makes ours of the stored tensor: views of it, wherever that can be."""
+        if self.stacked:
+            return tuple(self.form.load(t, shape) for t, shape in zip(stored.unbind(), shapes, strict=True))
+        return split(self.form.load(stored, shapes[0]), len(self.ours))
+
+    def stored_shape(self, shapes: list[torch.Size], num_heads: int) -> tuple[int, ...]:
+        """The shape of `to_stored` of tensors of these shapes."""
+        # Of one number in memory. (On `meta`, torch would import 900 modules to join tensors.)
+        first = self.form.store(torch.empty(1).expand(shapes[0]), num_heads).shape
+        return (len(shapes), *first) if self.stacked else (len(shapes) * first[0], *first[1:])
 
 
 @dataclass(frozen=True)
@@ -36,8 +117,8 @@ class Dropped:
     reason: str
 
 
-def _rows(*rows: tuple[str | tuple[str, ...], str]) -> tuple[Row, ...]:
-    return tuple(Row((ours,) if isinstance(ours, str) else ours, stored) for ours, stored in rows)
+def _rows(*rows: tuple[str | tuple[str, ...], str] | tuple[str | tuple[str, ...], str, Form]) -> tuple[Row, ...]:
+    return tuple(Row((ours,) if isinstance(ours, str) else ours, *rest) for ours, *rest in rows)
 
 
 # fmt: off
@@ -69,85 +150,418 @@ HEAD = _rows(
     ("pooling_head.mlp.fc1.*",                              "head.mlp.fc1.*"),
     ("pooling_head.mlp.fc2.*",                              "head.mlp.fc2.*"),
 )
+
+_HF_POSITIONS = (Dropped(r"embeddings\.position_ids", "position ids: counted, not learned"),)
+_CLASS_TOKEN = "a class token, which SigLIP has not"
+
+
+def _renamed(rows: Iterable[Row], names: Mapping[str, str | tuple[str, Form]]) -> tuple[Row, ...]:
+    """The same rows, some of them stored under other names, or in another form."""
+    new = {old: (name, None) if isinstance(name, str) else name for old, name in names.items()}
+    assert new.keys() <= {row.stored for row in rows}
+    return tuple(
+        replace(row, stored=new[row.stored][0], form=new[row.stored][1] or row.form) if row.stored in new else row
+        for row in rows
+    )
+
+
+_T_BLOCK = "blocks.{}"
+_QKV = tuple(f"{_BLOCK}.self_attn.{name}_proj.*" for name in "qkv")
+_TIMM_BLOCK = _rows(
+    (f"{_BLOCK}.layer_norm1.*",                             f"{_T_BLOCK}.norm1.*"),
+    (_QKV,                                                  f"{_T_BLOCK}.attn.qkv.*"),
+    (f"{_BLOCK}.self_attn.out_proj.*",                      f"{_T_BLOCK}.attn.proj.*"),
+    (f"{_BLOCK}.layer_norm2.*",                             f"{_T_BLOCK}.norm2.*"),
+    (f"{_BLOCK}.mlp.fc1.*",                                 f"{_T_BLOCK}.mlp.fc1.*"),
+    (f"{_BLOCK}.mlp.fc2.*",                                 f"{_T_BLOCK}.mlp.fc2.*"),
+)
+_TIMM_TOWER = _rows(
+    ("transformer.embeddings.patch_embedding.*",            "patch_embed.proj.*"),
+    ("transformer.embeddings.position_embedding.weight",    "pos_embed", BATCHED),
+) + _TIMM_BLOCK + _rows(
+    ("transformer.post_layernorm.*",                        "norm.*"),
+)
+_TIMM_HEAD = _rows(
+    ("pooling_head.probe",                                  "attn_pool.latent"),
+    ("pooling_head.attention.q_proj.*",                     "attn_pool.q.*"),
+    (("pooling_head.attention.k_proj.*",
+      "pooling_head.attention.v_proj.*"),                   "attn_pool.kv.*"),
+    ("pooling_head.attention.out_proj.*",                   "attn_pool.proj.*"),
+    ("pooling_head.layernorm.*",                            "attn_pool.norm.*"),
+    ("pooling_head.mlp.fc1.*",                              "attn_pool.mlp.fc1.*"),
+    ("pooling_head.mlp.fc2.*",                              "attn_pool.mlp.fc2.*"),
+)
+
+_F_BLOCK, _MHA, _MLP = "Transformer/encoderblock_{}", "MultiHeadDotProductAttention_0", "MlpBlock_0"
+
+
+def _flax_norm(ours: str, stored: str) -> tuple[Row, ...]:
+    return _rows((f"{ours}.weight", f"{stored}/scale"), (f"{ours}.bias", f"{stored}/bias"))
+
+
+def _flax_attention(ours: str, stored: str) -> tuple[Row, ...]:
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+    rows = [
+        (f"{ours}.{name}.{kind}", f"{stored}/{flax}/{part}", form)
+        for flax, name in names.items()
+        for kind, part, form in (("weight", "kernel", HEADS_LAST), ("bias", "bias", BIAS_OF_HEADS))
+    ]
+    return _rows(*rows, (f"{ours}.out_proj.weight", f"{stored}/out/kernel", HEADS_FIRST),
+                 (f"{ours}.out_proj.bias", f"{stored}/out/bias"))
+
+
+def _flax_mlp(ours: str, stored: str) -> tuple[Row, ...]:
+    return _rows(
+        (f"{ours}.fc1.weight", f"{stored}/Dense_0/kernel", TRANSPOSED), (f"{ours}.fc1.bias", f"{stored}/Dense_0/bias"),
+        (f"{ours}.fc2.weight", f"{stored}/Dense_1/kernel", TRANSPOSED), (f"{ours}.fc2.bias", f"{stored}/Dense_1/bias"),
+    )
+
+
+_FLAX_TOWER = (
+    *_rows(("transformer.embeddings.patch_embedding.weight", "embedding/kernel", KERNEL),
+           ("transformer.embeddings.patch_embedding.bias", "embedding/bias"),
+           ("transformer.embeddings.position_embedding.weight", "pos_embedding", BATCHED)),
+    *_flax_norm(f"{_BLOCK}.layer_norm1", f"{_F_BLOCK}/LayerNorm_0"),
+    *_flax_attention(f"{_BLOCK}.self_attn", f"{_F_BLOCK}/{_MHA}"),
+    *_flax_norm(f"{_BLOCK}.layer_norm2", f"{_F_BLOCK}/LayerNorm_1"),
+    *_flax_mlp(f"{_BLOCK}.mlp", f"{_F_BLOCK}/{_MLP}"),
+    *_flax_norm("transformer.post_layernorm", "Transformer/encoder_norm"),
+)
+_FLAX_HEAD = (
+    *_rows(("pooling_head.probe", "MAPHead_0/probe")),
+    *_flax_attention("pooling_head.attention", f"MAPHead_0/{_MHA}"),
+    *_flax_norm("pooling_head.layernorm", "MAPHead_0/LayerNorm_0"),
+    *_flax_mlp("pooling_head.mlp", f"MAPHead_0/{_MLP}"),
+)
 # fmt: on
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which checkpoints store the tower.
+    """One way in which checkpoints store the tower, wherever in the file it stands.
+
+    A file is in this layout if, behind one and the same prefix, it has both of the names in `marks`, the first of
+    them (the patch embedding) with `rank` dimensions, and none of the names in `never`.
 
     Attributes:
-        name: what it is called in messages.
-        prefix: what stands before every stored name of the tower.
-        dropped: what else such a file may hold.
+        name: how `layout=` calls it.
+        title: what it is called in messages.
+        tower: the rows of the tower.
+        head: the rows of the pooling head; empty where no file of this layout has one.
+        marks: two stored names.
+        rank: of the patch embedding's weight: it tells NaFlex towers, which store a Linear, from the others.
+        dropped: what else may stand behind the prefix.
+        never: stored names of other models with the same marks, and what they mean.
+        naflex: whether the tower is one for pictures of any shape.
+        described: whether transformers' `config.json` lies beside it, which tells the architecture.
+        layer_norm_eps: where the code that reads this layout fixes it, and no file tells it.
+        hidden_act: likewise.
+        head_dim: likewise.
     """
 
     name: str
-    prefix: str
-    dropped: tuple[Dropped, ...]
+    title: str
+    tower: tuple[Row, ...]
+    head: tuple[Row, ...]
+    marks: tuple[str, str]
+    rank: int = 4
+    dropped: tuple[Dropped, ...] = ()
+    never: tuple[tuple[str, str], ...] = ()
+    naflex: bool = False
+    described: bool = False
+    layer_norm_eps: float | None = None
+    hidden_act: str | None = None
+    head_dim: int | None = None
 
-    def claims(self, num_blocks: int, rows: Iterable[Row]) -> dict[str, tuple[str, ...]]:
-        """Spells the rows out: stored name -> the names of our tensors that it holds.
+    @property
+    def stacked(self) -> bool:
+        """Whether one tensor holds all blocks."""
+        return any("{}" in row.ours[0] and "{}" not in row.stored for row in self.tower)
+
+    def rows(self, pooling_head: bool) -> tuple[Row, ...]:
+        """The rows of a tower with or without its pooling head."""
+        return self.tower + (self.head if pooling_head else ())
+
+    def claims(self, num_blocks: int, rows: Iterable[Row], prefix: str = "") -> dict[str, Claim]:
+        """Spells the rows out: stored name -> which of our tensors it holds, and how.
 
         Raises:
             ValueError: two rows claim one tensor, of the file or of ours: a fault in the table.
         """
-        claimed = [(self.prefix + stored, ours) for row in rows for stored, ours in _spell_out(row, num_blocks)]
-        names = Counter(stored for stored, _ in claimed) + Counter(name for _, ours in claimed for name in ours)
+        claimed = [(prefix + stored, claim) for row in rows for stored, claim in _spell_out(row, num_blocks)]
+        names = Counter(stored for stored, _ in claimed) + Counter(name for _, claim in claimed for name in claim.ours)
         if twice := [name for name, count in names.items() if count > 1]:
             raise ValueError(f"the key map claims these more than once: {', '.join(twice)}")
         return dict(claimed)
 
-    def reason_to_drop(self, stored: str) -> str | None:
-        """Says why a stored tensor is dropped, or None where no row says so."""
-        return next((d.reason for d in self.dropped if re.fullmatch(d.pattern, stored)), None)
+    def reason_to_drop(self, stored: str, prefix: str = "") -> str | None:
+        """Says why a stored tensor is dropped, or None where no row says so: never for what lies outside the prefix."""
+        rows = self.dropped
+        if not stored.startswith(prefix):
+            rows, prefix = (*OUTSIDE, Dropped(".*", "rest of the file")), ""
+        return next((d.reason for d in rows if re.fullmatch(d.pattern, stored[len(prefix) :])), None)
 
-    def recognises(self, stored_names: Collection[str]) -> bool:
-        """Whether any of these names is the tower's in this layout."""
-        return any(name in stored_names for name in self.claims(1, TOWER))
+    def prefixes(self, stored_names: Collection[str]) -> list[str]:
+        """Finds the prefixes behind which both marks of this layout stand."""
+        first, second = self.marks
+        places = (name.removesuffix(first) for name in stored_names if name.endswith(first))
+        return [place for place in places if place[-1:] in ("", ".", "/") and place + second in stored_names]
+
+    def sizes(self, shapes: Mapping[str, tuple[int, ...]], prefix: str = "") -> dict[str, int]:
+        """What the shapes of the stored tensors tell about the architecture, in the names of `SigLipVisionConfig`.
+
+        Args:
+            shapes: of the tensors of the file; those of the embeddings and of the first block will do.
+            prefix: what stands before the names.
+
+        Raises:
+            ValueError: a tensor that tells is missing, or of a shape that makes no sense.
+        """
+
+        def shape(ours: str) -> tuple[Row, tuple[int, ...]]:
+            row = next(row for row in self.tower if row.ours[0] in (ours, ours.replace(".weight", ".*")))
+            name = prefix + row.stored.replace("{}", "0").replace("*", "weight")
+            if name not in shapes:
+                raise ValueError(f"{name} is missing, from which its size is told")
+            return row, shapes[name]
+
+        patch, patches = shape("transformer.embeddings.patch_embedding.weight")
+        fc1, hidden = shape(f"{_BLOCK}.mlp.fc1.weight")
+        _, queries = shape(f"{_BLOCK}.self_attn.q_proj.weight")
+        _, positions = shape("transformer.embeddings.position_embedding.weight")
+        stacked = "{}" not in fc1.stored
+        if len(patches) != self.rank or len(hidden) != 2 + stacked or len(positions) < 2:
+            raise ValueError(f"its tensors have shapes that no {self.title} tower has")
+        mlp = hidden[-1] if fc1.form is TRANSPOSED else hidden[-2]
+        if self.rank == 4:
+            size, channels = (patches[0], patches[2]) if patch.form is KERNEL else (patches[3], patches[1])
+        else:  # A Linear tells P * P * C; SigLIP's pictures have three channels.
+            channels, pixels = 3, patches[0] if patch.form is PATCHES_TRANSPOSED else patches[1]
+            size = math.isqrt(pixels // channels)
+        pattern = re.compile(re.escape(prefix + fc1.stored).replace(r"\{\}", r"(\d{1,6})").replace(r"\*", "weight"))
+        numbers = [int(match[1]) for match in map(pattern.fullmatch, shapes) if match and not stacked]
+        found = {
+            "embed_dim": positions[-1],
+            "num_patches": math.prod(positions[:-1]),
+            "patch_size": size,
+            "num_channels": channels,
+            "mlp_hidden_dim": mlp,
+            "num_encoder_blocks": hidden[0] if stacked else max(numbers) + 1,
+        }
+        if len(queries) == 3 + stacked:
+            found["num_attention_heads"] = queries[-2]
+        elif self.head_dim is not None:
+            found["num_attention_heads"] = positions[-1] // self.head_dim
+        return found
 
     def to_stored(
-        self, state_dict: Mapping[str, torch.Tensor], num_blocks: int, rows: Iterable[Row]
-    ) -> dict[str, torch.Tensor]:
-        """Renames and fuses our tensors into those of the file: the reverse of `claims` and `split`."""
-        claims = self.claims(num_blocks, rows)
-        return {stored: fuse([state_dict[name] for name in ours]) for stored, ours in claims.items()}
+        self, state_dict: Mapping[str, Tensor], num_blocks: int, num_heads: int, rows: Iterable[Row], prefix: str = ""
+    ) -> dict[str, Tensor]:
+        """Renames, fuses and reshapes our tensors into those of the file: the reverse of loading."""
+        claims = self.claims(num_blocks, rows, prefix)
+        return {s: claim.to_stored([state_dict[name] for name in claim.ours], num_heads) for s, claim in claims.items()}
 
 
-PREFIXED = Layout(
-    "HuggingFace, prefix vision_model",
-    "vision_model.",
-    (
-        Dropped(r"text_model\..+", "text tower"),
-        Dropped(r"logit_(scale|bias)", "scale and bias of the image-text logits"),
-        Dropped(r"classifier\.(weight|bias)", "image classifier"),
-        Dropped(r"vision_model\.embeddings\.position_ids", "position ids: counted, not learned"),
+OUTSIDE = (
+    Dropped(r"(.+\.)?text_model\..+|text\..+|(params/)?txt/.+", "text tower"),
+    Dropped(r"(.+\.)?logit_(scale|bias)|(params/)?[tb]", "scale and bias of the image-text logits"),
+    Dropped(r"classifier\.(weight|bias)", "image classifier"),
+    Dropped(r"(.+\.)?(language_model|llm|lm_head|embed_tokens|text_decoder)\..+|(params/)?llm/.+", "language model"),
+    Dropped(r"(.+\.)?(multi_modal_projector|mm_projector|connector|aligner|projector|resampler)\..+", "projector"),
+)
+"""What files hold beside the tower, by reasons that are good to read; anything else is called the rest of the file."""
+
+HUGGINGFACE = Layout(
+    "huggingface",
+    "HuggingFace",
+    TOWER,
+    HEAD,
+    marks=("embeddings.patch_embedding.weight", "encoder.layers.0.self_attn.out_proj.weight"),
+    dropped=_HF_POSITIONS,
+    described=True,
+    never=(("embeddings.class_embedding", _CLASS_TOKEN),),
+)
+"""SiglipModel, SiglipForImageClassification, SiglipVisionModel, and the models that hold one. Behind `vision_model.`,
+it is what we write."""
+
+PREFIX = "vision_model."
+"""What stands before the names that we write: as on the Hub, where old and new releases of transformers find them."""
+
+HUGGINGFACE_NAFLEX = replace(
+    HUGGINGFACE,
+    name="huggingface-naflex",
+    title="HuggingFace NaFlex",
+    tower=_renamed(TOWER, {"embeddings.patch_embedding.*": ("embeddings.patch_embedding.*", PATCHES)}),
+    rank=2,
+    naflex=True,
+)
+TIMM = Layout(
+    "timm",
+    "timm",
+    _TIMM_TOWER,
+    _TIMM_HEAD,
+    marks=("patch_embed.proj.weight", "blocks.0.norm1.weight"),
+    dropped=(Dropped(r"head\.(weight|bias)", "image classifier"),),
+    never=(
+        ("cls_token", _CLASS_TOKEN),
+        ("blocks.0.attn.rel_pos_h", "relative positions, which SAM has and SigLIP has not"),
     ),
 )
-FLAT = Layout(
-    "HuggingFace, no prefix",
-    "",
-    (Dropped(r"embeddings\.position_ids", "position ids: counted, not learned"),),
+"""timm's own files, open_clip's (behind `visual.trunk.`), and those of models whose tower was built by timm."""
+TIMM_NAFLEX = replace(
+    TIMM,
+    name="timm-naflex",
+    title="timm NaFlex",
+    tower=_renamed(
+        _TIMM_TOWER, {"patch_embed.proj.*": ("embeds.proj.*", PATCHES), "pos_embed": ("embeds.pos_embed", BATCHED_GRID)}
+    ),
+    marks=("embeds.proj.weight", "blocks.0.norm1.weight"),
+    rank=2,
+    never=(("embeds.cls_token", _CLASS_TOKEN),),
+    naflex=True,
+)
+BIG_VISION = Layout(
+    "big_vision",
+    "big_vision",
+    _FLAX_TOWER,
+    _FLAX_HEAD,
+    marks=("embedding/kernel", "Transformer/encoderblock_0/LayerNorm_0/scale"),
+    dropped=(Dropped(r"head/(kernel|bias)", "projector"),),
+    never=(("cls", _CLASS_TOKEN),),
+    layer_norm_eps=1e-6,
+    hidden_act="gelu_pytorch_tanh",
+)
+BIG_VISION_NAFLEX = replace(
+    BIG_VISION,
+    name="big_vision-naflex",
+    title="big_vision NaFlex",
+    tower=_renamed(
+        _FLAX_TOWER,
+        {"embedding/kernel": ("embedding/kernel", PATCHES_TRANSPOSED), "pos_embedding": ("pos_embedding", GRID)},
+    ),
+    rank=2,
+    naflex=True,
 )
 
-LAYOUTS = (PREFIXED, FLAT)
-"""Every layout that is read. `PREFIXED`: SiglipModel, SiglipForImageClassification, and SiglipVisionModel of
-transformers before 5.6 or re-saved later; it is also what we write. `FLAT`: SiglipVisionModel since 5.6."""
+
+def _scanned(layout: Layout) -> Layout:
+    """The same layout with the tensors of all blocks in one, as flax's `scan` leaves them."""
+
+    def stacked(name: str) -> str:
+        return name.replace("encoderblock_{}", "encoderblock").replace("encoderblock_0", "encoderblock")
+
+    return replace(
+        layout,
+        name=f"{layout.name}-scanned",
+        title=f"{layout.title}, blocks stacked",
+        tower=tuple(replace(row, stored=stacked(row.stored)) for row in layout.tower),
+        marks=(layout.marks[0], stacked(layout.marks[1])),
+    )
 
 
-def split(tensor: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+JANUS = replace(
+    HUGGINGFACE,
+    name="janus",
+    title="Janus (HuggingFace)",
+    tower=_renamed(TOWER, {"encoder.layers.{}.self_attn.out_proj.*": "encoder.layers.{}.self_attn.projection_layer.*"}),
+    head=(),
+    marks=("embeddings.patch_embedding.weight", "encoder.layers.0.self_attn.projection_layer.weight"),
+)
+GEMMA_PYTORCH = Layout(
+    "gemma_pytorch",
+    "gemma_pytorch",
+    tuple(
+        replace(
+            row,
+            stored=row.stored.replace("embeddings.", "")
+            .replace("encoder.layers.", "encoder_blocks.")
+            .replace("out_proj", "o_proj")
+            .replace("post_layernorm", "final_norm"),
+        )
+        for row in TOWER
+    ),
+    (),
+    marks=("patch_embedding.weight", "encoder_blocks.0.layer_norm1.weight"),
+    layer_norm_eps=1e-6,
+    hidden_act="gelu_pytorch_tanh",
+    head_dim=72,
+)
+NANOVLM = Layout(
+    "nanovlm",
+    "nanoVLM",
+    _renamed(
+        _TIMM_TOWER,
+        {
+            "patch_embed.proj.*": "patch_embedding.conv.*",
+            "pos_embed": "patch_embedding.position_embedding",
+            "blocks.{}.norm1.*": "blocks.{}.ln1.*",
+            "blocks.{}.attn.qkv.*": "blocks.{}.attn.qkv_proj.*",
+            "blocks.{}.attn.proj.*": "blocks.{}.attn.out_proj.*",
+            "blocks.{}.norm2.*": "blocks.{}.ln2.*",
+            "norm.*": "layer_norm.*",
+        },
+    ),
+    (),
+    marks=("patch_embedding.conv.weight", "blocks.0.ln1.weight"),
+    never=(("patch_embedding.cls_token", _CLASS_TOKEN),),
+    hidden_act="gelu_pytorch_tanh",
+)
+MOONDREAM = Layout(
+    "moondream",
+    "Moondream",
+    _renamed(
+        _TIMM_TOWER,
+        {
+            "patch_embed.proj.*": ("patch_emb.*", PATCHES_CHANNEL_FIRST),
+            "pos_embed": "pos_emb",
+            "blocks.{}.norm1.*": "blocks.{}.ln1.*",
+            "blocks.{}.norm2.*": "blocks.{}.ln2.*",
+            "norm.*": "post_ln.*",
+        },
+    ),
+    (),
+    marks=("patch_emb.weight", "blocks.0.ln1.weight"),
+    rank=2,
+    dropped=(Dropped(r"proj_mlp\..+", "projector"),),
+    layer_norm_eps=1e-5,
+    hidden_act="gelu_pytorch_tanh",
+    head_dim=72,
+)
+MOONDREAM_OLD = replace(
+    MOONDREAM,
+    name="moondream-old",
+    title="Moondream before 2025",
+    tower=_renamed(_TIMM_TOWER, {"patch_embed.proj.*": ("patch_embed.linear.*", PATCHES_CHANNEL_FIRST)}),
+    marks=("patch_embed.linear.weight", "blocks.0.norm1.weight"),
+    dropped=(),
+)
+
+LAYOUTS = (
+    HUGGINGFACE,
+    HUGGINGFACE_NAFLEX,
+    TIMM,
+    TIMM_NAFLEX,
+    BIG_VISION,
+    _scanned(BIG_VISION),
+    BIG_VISION_NAFLEX,
+    _scanned(BIG_VISION_NAFLEX),
+    JANUS,
+    GEMMA_PYTORCH,
+    NANOVLM,
+    MOONDREAM,
+    MOONDREAM_OLD,
+)
+"""Every layout that is read."""
+
+
+def split(tensor: Tensor, parts: int) -> tuple[Tensor, ...]:
     """Takes a stored tensor apart into `parts` of ours: views of equal height along dimension 0."""
     return tensor.chunk(parts) if parts > 1 else (tensor,)
 
 
-def fuse(tensors: list[torch.Tensor]) -> torch.Tensor:
+def fuse(tensors: list[Tensor]) -> Tensor:
     """Stacks several of our tensors into the one that is stored: the reverse of `split`."""
     return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-
-
-def fused_shape(shapes: list[torch.Size]) -> tuple[int, ...]:
-    """The shape of `fuse` of tensors of these shapes."""
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def fold_blocks(names: Iterable[str]) -> list[str]:
@@ -162,11 +576,16 @@ def fold_blocks(names: Iterable[str]) -> list[str]:
     return [_ranges(blocks).join(around) for around, blocks in folded.items()]
 
 
-def _spell_out(row: Row, num_blocks: int) -> Iterable[tuple[str, tuple[str, ...]]]:
+def _spell_out(row: Row, num_blocks: int) -> Iterable[tuple[str, Claim]]:
+    if "{}" in row.ours[0] and "{}" not in row.stored:
+        for kind in ("weight", "bias") if "*" in row.stored else ("",):
+            blocks = (name.replace("{}", str(i)).replace("*", kind) for i in range(num_blocks) for name in row.ours)
+            yield row.stored.replace("*", kind), Claim(tuple(blocks), row.form, stacked=True)
+        return
     for number in range(num_blocks) if "{}" in row.stored else (0,):
         for kind in ("weight", "bias") if "*" in row.stored else ("",):
             stored, *ours = (name.replace("{}", str(number)).replace("*", kind) for name in (row.stored, *row.ours))
-            yield stored, tuple(ours)
+            yield stored, Claim(tuple(ours), row.form if kind != "bias" else PLAIN)
 
 
 def _ranges(numbers: list[int]) -> str:

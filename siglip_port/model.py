@@ -1,11 +1,13 @@
 """The SigLIP vision tower, leaf to root, in the order in which a pixel flows.
 
 Sources: SigLIP (Zhai et al. 2023, arXiv 2303.15343) and SigLIP 2 (Tschannen et al. 2025, arXiv 2502.14786); the
-original, big_vision `models/vit.py`; and the reference that this port equals, transformers 5.23
-`models/siglip/modeling_siglip.py`.
+original, big_vision `models/vit.py`; and the references that this port equals, transformers 5.23
+`models/siglip/modeling_siglip.py` and, for NaFlex, `models/siglip2/modeling_siglip2.py`.
 
 Shapes: B pictures, C channels, S x S pixels, P x P pixels a patch, N = (S // P)^2 patches = tokens, D = embed_dim,
-H heads of width D / H, L blocks, M = mlp_hidden_dim.
+H heads of width D / H, L blocks, M = mlp_hidden_dim. Pictures of several shapes come as packed patches (NaFlex):
+`pixel_values` [B, N, P * P * C], `pixel_attention_mask` [B, N] and `spatial_shapes` [B, 2], as
+`siglip_port.patches.pack` and transformers' `Siglip2ImageProcessor` make them; N is then that of the largest.
 """
 
 from __future__ import annotations
@@ -13,17 +15,24 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name the field uses)
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
+from siglip_port import architectures, key_map, processors
 from siglip_port import checkpoint as checkpoints
-from siglip_port.checkpoint import DTYPES, Checkpoint, CheckpointError, Provenance
+from siglip_port.checkpoint import Checkpoint, CheckpointError, Provenance
 from siglip_port.config import SigLipVisionConfig
+from siglip_port.files import DTYPES
 from siglip_port.hub import find_source
+from siglip_port.patches import positions
+
+_Model = TypeVar("_Model", bound="SigLipVisionModel")
 
 # hidden_act -> the function. SigLIP was trained with the tanh form; `gelu` names the exact one.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -40,13 +49,21 @@ class LayerNorm(nn.LayerNorm):
         return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
 
 
+Shapes = Tensor | Sequence[tuple[int, int]]
+"""Patches downwards and across of B pictures, (h, w): a tensor [B, 2] or pairs of ints, with which nothing waits for
+the device and `torch.compile` sees constants."""
+
+_GRIDS_KEPT = 64  # fitted positions in the cache
+
+
 class VisionEmbeddings(nn.Module):
     """Cuts pictures into patches, projects each to a token, and adds the learned position embedding.
 
-    [B, C, S, S] -> [B, N, D]. Pixels beyond the last whole patch, at the right and lower edge, are ignored.
+    [B, C, S, S] -> [B, N, D]. Pixels beyond the last whole patch, at the right and lower edge, are ignored. With a
+    rule to fit positions to other grids (`config.resize_rule`), also [B, C, height, width]; and packed patches.
 
     Raises:
-        ValueError: in `forward`, where the input is not a floating point tensor of that shape.
+        ValueError: in `forward`, where the input is not a floating point tensor of a shape that can be taken.
     """
 
     def __init__(self, config: SigLipVisionConfig) -> None:
@@ -60,9 +77,10 @@ class VisionEmbeddings(nn.Module):
             padding="valid",
         )
         # As `nn.Embedding(N, D)`, without torch's own initialisation: see `_normal_`.
-        self.position_embedding = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+        self.position_embedding = nn.Embedding.from_pretrained(
             torch.empty(config.num_patches, config.embed_dim), freeze=False
         )
+        self._fitted: dict[tuple[object, ...], Tensor] = {}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -70,19 +88,86 @@ class VisionEmbeddings(nn.Module):
         _lecun_normal_(self.patch_embedding)
         _normal_(self.position_embedding.weight, std=self.config.embed_dim**-0.5)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """[B, C, S, S] -> [B, N, D], in the dtype of the parameters."""
+    def forward(self, pixel_values: Tensor, spatial_shapes: Shapes | None = None) -> Tensor:
+        """[B, C, S, S] -> [B, N, D], in the dtype of the parameters; packed patches with `spatial_shapes`."""
+        if spatial_shapes is not None:
+            return self._packed(pixel_values, spatial_shapes)
         self._check(pixel_values)
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # [B, D, S//P, S//P]
-        return patches.flatten(2).transpose(1, 2) + self.position_embedding.weight
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # [B, D, h, w]
+        return patches.flatten(2).transpose(1, 2) + self.positions(patches.shape[2], patches.shape[3])
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """The position embeddings of a grid of patches, [height * width, D]; fitted, if it is not the tower's own grid.
+
+        In `eval()` mode and without gradients, what has been fitted is kept for the next time. Nothing tells when
+        weights are written to through `.data`: call `train()` and `eval()` after that.
+        """
+        weight, rule = self.position_embedding.weight, self.config.resize_rule
+        if height == width == self.config.grid_size:
+            return weight
+        assert rule is not None
+        untracked = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference()
+        if untracked:
+            return positions(weight, (height, width), rule)
+        key = (height, width, weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if key not in self._fitted:
+            if len(self._fitted) >= _GRIDS_KEPT:
+                self._fitted.clear()
+            self._fitted[key] = positions(weight, (height, width), rule)
+        return self._fitted[key]
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode, and forgets fitted positions."""
+        self._fitted.clear()
+        return super().train(mode)
+
+    def _packed(self, patches: Tensor, spatial_shapes: Shapes) -> Tensor:
+        """[B, N, P * P * C] -> [B, N, D]. The padding gets the picture's first position, as in the reference."""
+        weight, number = self.patch_embedding.weight, patches.shape[1] if isinstance(patches, Tensor) else 0
+        shapes = self._check_packed(patches, spatial_shapes)
+        rows = []
+        for height, width in shapes:
+            own = self.positions(height, width)
+            rows.append(torch.cat([own, own[:1].expand(number - height * width, -1)]))
+        flat = weight.permute(0, 2, 3, 1).flatten(1)  # the channel fastest
+        return F.linear(patches.to(weight.dtype), flat, self.patch_embedding.bias) + torch.stack(rows)
 
     def _check(self, pixel_values: Tensor) -> None:
-        c, size = self.config.num_channels, self.config.image_size
-        expected = f"pixel_values must be a floating point tensor of shape [B, {c}, {size}, {size}]"
+        c, size, patch = self.config.num_channels, self.config.image_size, self.config.patch_size
+        rule = self.config.resize_rule
+        shape = f"[B, {c}, {size}, {size}]" if rule is None else f"[B, {c}, height, width], both at least {patch}"
+        expected = f"pixel_values must be a floating point tensor of shape {shape}"
         if not isinstance(pixel_values, Tensor):
             raise ValueError(f"{expected}, got a {type(pixel_values).__name__}")
-        if tuple(pixel_values.shape[1:]) != (c, size, size) or not pixel_values.is_floating_point():
-            raise ValueError(f"{expected}, got {pixel_values.dtype} of shape {list(pixel_values.shape)}")
+        sides = pixel_values.shape[2:]
+        fits = sides == (size, size) if rule is None else len(sides) == 2 and min(sides) >= patch
+        if pixel_values.shape[1:2] != (c,) or not fits or not pixel_values.is_floating_point():
+            remedy = "resize and normalise the pictures"
+            if rule is None and len(sides) == 2:
+                remedy += ", or let positions be fitted to them: SigLipVisionConfig(interpolation='hf')"
+            raise ValueError(f"{expected}, got {pixel_values.dtype} of shape {list(pixel_values.shape)}; {remedy}")
+
+    def _check_packed(self, patches: Tensor, spatial_shapes: Shapes) -> list[tuple[int, int]]:
+        width = self.config.patch_size**2 * self.config.num_channels
+        expected = f"with spatial_shapes, pixel_values must be a floating point tensor of shape [B, N, {width}]"
+        if not isinstance(patches, Tensor):
+            raise ValueError(f"{expected}, got a {type(patches).__name__}")
+        if patches.ndim != 3 or patches.shape[2] != width or not patches.is_floating_point():
+            raise ValueError(f"{expected}, got {patches.dtype} of shape {list(patches.shape)}")
+        pairs = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
+        shapes = [(int(pair[0]), int(pair[1])) for pair in pairs if len(pair) == 2]
+        number, grid = patches.shape[1], self.config.grid_size
+        if len(shapes) != len(patches) or not all(h > 0 and w > 0 and h * w <= number for h, w in shapes):
+            raise ValueError(
+                f"spatial_shapes must be {len(patches)} pairs of patches downwards and across, together at most "
+                f"{number}, got {list(pairs)}"
+            )
+        if self.config.resize_rule is None and any(shape != (grid, grid) for shape in shapes):
+            raise ValueError(
+                f"this tower takes pictures of {grid} x {grid} patches only, got {list(shapes)}; let positions be "
+                "fitted to others: SigLipVisionConfig(interpolation='naflex')"
+            )
+        return shapes
 
 
 class MLP(nn.Module):
@@ -130,12 +215,13 @@ class MultiheadAttention(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, hidden_states: Tensor, query: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, query: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Lets `query` attend to `hidden_states`.
 
         Args:
             hidden_states: [B, N, D], what keys and values are made of.
             query: [B, Q, D]; None for `hidden_states` itself.
+            mask: [B, 1, 1, N], True where there is something to attend to; None for everywhere.
 
         Returns:
             [B, Q, D].
@@ -144,9 +230,16 @@ class MultiheadAttention(nn.Module):
         k = self._split_heads(self.k_proj(hidden_states))  # [B, H, N, D/H]
         v = self._split_heads(self.v_proj(hidden_states))
         context = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, scale=self.head_dim**-0.5
+            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, scale=self.head_dim**-0.5
         )
         return self.out_proj(context.transpose(1, 2).flatten(2))
+
+    def attention_map(self, hidden_states: Tensor, query: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Returns how much each query attends to each token, [B, H, Q, N]: rows of sum 1, without dropout."""
+        asking = hidden_states if query is None else query
+        q, k = (self._split_heads(x) for x in (self.q_proj(asking), self.k_proj(hidden_states)))
+        scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+        return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
@@ -162,24 +255,42 @@ class EncoderBlock(nn.Module):
         self.layer_norm2 = LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states))
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]. The mask is that of `MultiheadAttention`."""
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), mask=mask)
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
 class SigLipEncoder(nn.Module):
-    """All L blocks, one after the other. [B, N, D] -> [B, N, D], not normalised at the end."""
+    """All L blocks, one after the other. [B, N, D] -> [B, N, D], not normalised at the end.
+
+    Attributes:
+        gradient_checkpointing: whether to compute, in training, every block a second time on the way back, instead of
+            keeping what it computed.
+    """
 
     def __init__(self, config: SigLipVisionConfig) -> None:
         super().__init__()
         self.encoder_blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_encoder_blocks))
+        self.gradient_checkpointing = False
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
         for block in self.encoder_blocks:
-            hidden_states = block(hidden_states)
+            hidden_states = self._through(block, hidden_states, mask)
         return hidden_states
+
+    def states(self, hidden_states: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
+        """Yields the L + 1 hidden states [B, N, D], the input first. A block runs only when its output is asked for."""
+        yield hidden_states
+        for block in self.encoder_blocks:
+            hidden_states = self._through(block, hidden_states, mask)
+            yield hidden_states
+
+    def _through(self, block: nn.Module, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return recompute(block, hidden_states, mask, use_reentrant=False)
+        return block(hidden_states, mask)
 
 
 class SigLipVisionTransformer(nn.Module):
@@ -191,9 +302,39 @@ class SigLipVisionTransformer(nn.Module):
         self.encoder = SigLipEncoder(config)
         self.post_layernorm = LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """[B, C, S, S] -> [B, N, D]."""
-        return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
+    def forward(
+        self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, spatial_shapes: Shapes | None = None
+    ) -> Tensor:
+        """[B, C, S, S] -> [B, N, D]; or packed patches."""
+        mask = key_mask(pixel_values, pixel_attention_mask, spatial_shapes)
+        return self.post_layernorm(self.encoder(self.embeddings(pixel_values, spatial_shapes), mask))
+
+
+def key_mask(pixel_values: Tensor, pixel_attention_mask: Tensor | None, spatial_shapes: Shapes | None) -> Tensor | None:
+    """Which packed patches are not padding, as attention takes it: [B, 1, 1, N], bool; None for pictures.
+
+    Without a `pixel_attention_mask` [B, N], the shapes tell: what comes after a picture's last patch is padding.
+
+    Raises:
+        ValueError: there is a mask, but no shapes; or it has another shape.
+    """
+    if spatial_shapes is None:
+        if pixel_attention_mask is not None:
+            raise ValueError("pixel_attention_mask goes with spatial_shapes, got the mask alone; pass both or neither")
+        return None
+    if pixel_attention_mask is None:
+        shapes = torch.as_tensor(spatial_shapes, device=pixel_values.device)
+        return (torch.arange(pixel_values.shape[1], device=shapes.device) < shapes.prod(1, keepdim=True))[:, None, None]
+    return _mask_of(pixel_values, pixel_attention_mask)
+
+
+def _mask_of(tokens: Tensor, pixel_attention_mask: Tensor) -> Tensor:
+    if pixel_attention_mask.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"pixel_attention_mask must have the shape {list(tokens.shape[:2])} of batch and patches, got "
+            f"{list(pixel_attention_mask.shape)}"
+        )
+    return pixel_attention_mask.bool()[:, None, None]
 
 
 class PoolingHead(nn.Module):
@@ -220,9 +361,9 @@ class PoolingHead(nn.Module):
             nn.init.xavier_uniform_(linear.weight, gain=math.sqrt(1 / 2))
         _lecun_normal_(self.attention.out_proj)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, D]."""
-        pooled = self.attention(tokens, query=self.probe.expand(tokens.shape[0], -1, -1))  # [B, 1, D]
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, D]. The mask is that of `MultiheadAttention`."""
+        pooled = self.attention(tokens, query=self.probe.expand(tokens.shape[0], -1, -1), mask=mask)  # [B, 1, D]
         pooled = pooled + self.mlp(self.layernorm(pooled))
         return pooled.squeeze(1)
 
@@ -237,9 +378,13 @@ class SigLipVisionModel(nn.Module):
     vectors = model.embed(pixel_values) # both in one call
     ```
 
+    All methods that take `pixel_values` take pictures, [B, C, S, S]; or, with `spatial_shapes`, packed patches:
+    `model(**pack(pictures, patch_size))`. What they compute for the padding of a batch means nothing.
+
     Attributes:
         config: the architecture.
         provenance: where the weights come from; None for a freshly initialised model.
+        preprocessor_config: how pictures become `pixel_values`: what `save_hf` writes as `preprocessor_config.json`.
     """
 
     def __init__(self, config: SigLipVisionConfig) -> None:
@@ -251,14 +396,22 @@ class SigLipVisionModel(nn.Module):
             )
         self.config = config
         self.provenance: Provenance | None = None
+        self.preprocessor_config = processors.default(config)
         self.transformer = SigLipVisionTransformer(config)
         self.pooling_head = PoolingHead(config) if config.pooling_head else None
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(
+        self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, spatial_shapes: Shapes | None = None
+    ) -> Tensor:
         """Turns pictures into tokens, after the last LayerNorm.
 
         Args:
-            pixel_values: [B, C, S, S], of any floating point dtype, normalised with mean 0.5 and std 0.5.
+            pixel_values: [B, C, S, S], of any floating point dtype, normalised with mean 0.5 and std 0.5; of any
+                height and width where `config.resize_rule` says how positions are fitted to them; or packed patches,
+                [B, N, P * P * C].
+            pixel_attention_mask: [B, N], of packed patches: what is zero is not attended to. None for what
+                `spatial_shapes` say.
+            spatial_shapes: [B, 2], of packed patches: how many a picture has downwards and across.
 
         Returns:
             [B, N, D], in the dtype of the parameters.
@@ -266,13 +419,14 @@ class SigLipVisionModel(nn.Module):
         Raises:
             ValueError: the input has another shape, or is not of a floating point dtype.
         """
-        return self.transformer(pixel_values)
+        return self.transformer(pixel_values, pixel_attention_mask, spatial_shapes)
 
-    def pool(self, tokens: Tensor) -> Tensor:
+    def pool(self, tokens: Tensor, pixel_attention_mask: Tensor | None = None) -> Tensor:
         """Turns the tokens of `forward` into one vector a picture: SigLIP's image embedding.
 
         Args:
             tokens: [B, N, D].
+            pixel_attention_mask: [B, N], zero where a token is padding; None where none is.
 
         Returns:
             [B, D]. It is not of unit length; SigLIP has no further projection.
@@ -280,24 +434,33 @@ class SigLipVisionModel(nn.Module):
         Raises:
             ValueError: the model has no pooling head, or the tokens have another shape.
         """
-        if self.pooling_head is None:
+        mask = self._check_tokens(tokens, pixel_attention_mask)
+        if self.pooling_head is not None:
+            return self.pooling_head(tokens.to(self.pooling_head.probe.dtype), mask)
+        if not self.config.mean_pooling:
             raise ValueError(
                 "this model has no pooling head, so it cannot make one vector of the tokens; load a checkpoint that "
                 "has one, without pooling_head=False, or pool the tokens yourself, for example tokens.mean(dim=1)"
             )
-        expected = f"tokens must be a floating point tensor of shape [B, N, {self.config.embed_dim}]"
-        if not isinstance(tokens, Tensor):
-            raise ValueError(f"{expected}, got a {type(tokens).__name__}")
-        if tokens.ndim != 3 or tokens.shape[-1] != self.config.embed_dim or not tokens.is_floating_point():
-            raise ValueError(f"{expected}, got {tokens.dtype} of shape {list(tokens.shape)}")
-        return self.pooling_head(tokens.to(self.pooling_head.probe.dtype))
+        if mask is None:
+            return tokens.mean(dim=1)
+        weights = mask[:, 0, 0, :, None].to(tokens.dtype)
+        return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
 
-    def embed(self, pixel_values: Tensor, normalize: bool = False) -> Tensor:
+    def embed(
+        self,
+        pixel_values: Tensor,
+        normalize: bool = False,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Shapes | None = None,
+    ) -> Tensor:
         """Turns pictures into one vector each: `forward`, then `pool`.
 
         Args:
-            pixel_values: as for `forward`.
+            pixel_values: like the last two, as for `forward`.
             normalize: whether to scale every vector to unit length, for cosine similarity.
+            pixel_attention_mask: see `forward`.
+            spatial_shapes: see `forward`.
 
         Returns:
             [B, D].
@@ -305,8 +468,136 @@ class SigLipVisionModel(nn.Module):
         Raises:
             ValueError: as for `forward` and `pool`.
         """
-        pooled = self.pool(self(pixel_values))
+        tokens = self(pixel_values, pixel_attention_mask, spatial_shapes)
+        mask = key_mask(pixel_values, pixel_attention_mask, spatial_shapes)
+        pooled = self.pool(tokens, None if mask is None else mask[:, 0, 0])
         return F.normalize(pooled, dim=-1) if normalize else pooled
+
+    def hidden_states(
+        self,
+        pixel_values: Tensor,
+        layers: Sequence[int],
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Shapes | None = None,
+        *,
+        post_layernorm: bool = False,
+        as_maps: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Returns what stands between the blocks. Blocks after the last that is asked for do not run.
+
+        Args:
+            pixel_values: like the two after `layers`, as for `forward`.
+            layers: which, as transformers counts them: 0 is what enters the first block, i what leaves the i-th, so
+                that L or -1 leaves the last, -2 the last but one.
+            pixel_attention_mask: see `forward`.
+            spatial_shapes: see `forward`.
+            post_layernorm: whether to put each through the last LayerNorm. The tower's own tokens are those of -1 with
+                it; `hidden_states` of transformers are without.
+            as_maps: whether to return them as [B, D, h, w] instead of [B, N, D]; for pictures only, since packed ones
+                have no shape in common.
+
+        Returns:
+            One tensor for each of `layers`, in their order.
+
+        Raises:
+            ValueError: there is no such layer; maps of packed patches are asked for; or as for `forward`.
+        """
+        if as_maps and spatial_shapes is not None:
+            raise ValueError(
+                "as_maps needs pictures of one shape, got packed patches; take the tokens, without padding"
+            )
+        wanted = self._layers(layers, self.config.num_encoder_blocks + 1)
+        states = self._states(pixel_values, pixel_attention_mask, spatial_shapes)
+        found = {i: state for i, state in zip(range(max(wanted) + 1), states, strict=False) if i in wanted}
+        if post_layernorm:
+            found = {i: self.transformer.post_layernorm(state) for i, state in found.items()}
+        if as_maps:
+            grid = [side // self.config.patch_size for side in pixel_values.shape[2:]]
+            found = {i: state.transpose(1, 2).unflatten(2, grid) for i, state in found.items()}
+        return tuple(found[i] for i in wanted)
+
+    def attention_maps(
+        self,
+        pixel_values: Tensor,
+        layers: Sequence[int],
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Shapes | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Returns how much each token attends to each other one, in chosen blocks; the others run as fast as ever.
+
+        Args:
+            pixel_values: like the two after `layers`, as for `forward`.
+            layers: which blocks, from 0 to L - 1; -1 is the last.
+            pixel_attention_mask: see `forward`.
+            spatial_shapes: see `forward`.
+
+        Returns:
+            [B, H, N, N] for each of `layers`, in their order: every row sums to 1.
+
+        Raises:
+            ValueError: there is no such block; or as for `forward`.
+        """
+        wanted = self._layers(layers, self.config.num_encoder_blocks)
+        mask = key_mask(pixel_values, pixel_attention_mask, spatial_shapes)
+        states = self._states(pixel_values, pixel_attention_mask, spatial_shapes)
+        maps = {}
+        for i, state in zip(range(max(wanted) + 1), states, strict=False):
+            if i in wanted:
+                block = self.transformer.encoder.encoder_blocks[i]
+                assert isinstance(block, EncoderBlock)
+                maps[i] = block.self_attn.attention_map(block.layer_norm1(state), mask=mask)
+        return tuple(maps[i] for i in wanted)
+
+    def pooling_attention(self, tokens: Tensor, pixel_attention_mask: Tensor | None = None) -> Tensor:
+        """Returns how much the pooling head's probe attends to each token.
+
+        Args:
+            tokens: [B, N, D], of `forward`.
+            pixel_attention_mask: [B, N], as for `pool`.
+
+        Returns:
+            [B, H, N]: every row sums to 1.
+
+        Raises:
+            ValueError: as for `pool`.
+        """
+        mask = self._check_tokens(tokens, pixel_attention_mask)
+        if self.pooling_head is None:
+            raise ValueError("this model has no pooling head, so nothing attends to the tokens; load one that has")
+        tokens = tokens.to(self.pooling_head.probe.dtype)
+        probe = self.pooling_head.probe.expand(tokens.shape[0], -1, -1)
+        return self.pooling_head.attention.attention_map(tokens, probe, mask)[:, :, 0]
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Trains with less memory and more time: every block is computed a second time on the way back."""
+        self.transformer.encoder.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undoes `gradient_checkpointing_enable`."""
+        self.transformer.encoder.gradient_checkpointing = False
+
+    def _states(
+        self, pixel_values: Tensor, pixel_attention_mask: Tensor | None, spatial_shapes: Shapes | None
+    ) -> Iterator[Tensor]:
+        mask = key_mask(pixel_values, pixel_attention_mask, spatial_shapes)
+        return self.transformer.encoder.states(self.transformer.embeddings(pixel_values, spatial_shapes), mask)
+
+    def _check_tokens(self, tokens: Tensor, pixel_attention_mask: Tensor | None) -> Tensor | None:
+        """Checks what is to be pooled; returns the mask as attention takes it."""
+        expected = f"tokens must be a floating point tensor of shape [B, N, {self.config.embed_dim}]"
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"{expected}, got a {type(tokens).__name__}")
+        if tokens.ndim != 3 or tokens.shape[-1] != self.config.embed_dim or not tokens.is_floating_point():
+            raise ValueError(f"{expected}, got {tokens.dtype} of shape {list(tokens.shape)}")
+        return None if pixel_attention_mask is None else _mask_of(tokens, pixel_attention_mask)
+
+    @staticmethod
+    def _layers(layers: Sequence[int], count: int) -> list[int]:
+        if not isinstance(layers, Sequence) or not layers or not all(isinstance(i, int) for i in layers):
+            raise ValueError(f"layers must be one or more whole numbers in a list or tuple, got {layers!r}")
+        if wrong := [i for i in layers if not -count <= i < count]:
+            raise ValueError(f"layers must lie between {-count} and {count - 1}, got {wrong[0]}")
+        return [i % count for i in layers]
 
     @classmethod
     def from_hf(
@@ -317,22 +608,33 @@ class SigLipVisionModel(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         pooling_head: bool | None = None,
+        interpolation: str | None = None,
+        layout: str | None = None,
+        prefix: str | None = None,
+        config: SigLipVisionConfig | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """Loads a HuggingFace SigLIP checkpoint: all of the tower, or an error that says what is wrong.
+        """Loads a checkpoint that holds a SigLIP tower: all of the tower, or an error that says what is wrong.
 
-        Reads SiglipModel, SiglipVisionModel and SiglipForImageClassification checkpoints, in one file or in shards.
+        Reads the layouts of transformers, timm, open_clip and big_vision, and of many vision-language models, in one
+        file or in shards: see docs/checkpoints.md. `print(model.provenance)` tells what was recognised.
 
         Args:
-            source: a Hub id, a folder, or a `.safetensors` file with its `config.json` beside it. What exists on
-                this machine is taken as a path.
+            source: a Hub id, a folder, a `.safetensors` file with its configuration beside it, or an `.npz` file. What
+                exists on this machine is taken as a path.
             revision: branch, tag or commit of a Hub repository; of no meaning for a path.
             dtype: dtype of the parameters; None for that of the file.
             device: where to put the parameters; None for the CPU, where they are mapped from the file.
             pooling_head: None to keep the pooling head if the checkpoint has one, True to demand one, False to leave
                 it out and unread.
+            interpolation: the rule by which positions are fitted to pictures of other sizes, one of
+                `siglip_port.config.INTERPOLATIONS`; None for the checkpoint's own, which most have not: then pictures
+                of other sizes are refused.
+            layout: the name of one of `siglip_port.key_map.LAYOUTS`; None to recognise it.
+            prefix: what stands before the tower's names in the file, such as `vision_model.`; None to find it.
+            config: the architecture, where the checkpoint does not tell it, or tells it wrongly.
             local_files_only: look into the Hub's local cache only, never ask the network.
             token: Hub token, True for the stored one, False for none.
             cache_dir: instead of the Hub's usual cache folder.
@@ -341,8 +643,8 @@ class SigLipVisionModel(nn.Module):
             The model in `eval()` mode.
 
         Raises:
-            CheckpointError: the checkpoint cannot be found, or does not hold exactly this tower.
-            ValueError: `dtype` is none that the tower computes in, or `device` is none that can hold the parameters.
+            CheckpointError: the checkpoint cannot be found, or does not hold exactly one SigLIP tower.
+            ValueError: `dtype`, `device`, `interpolation` or `layout` is none that there is.
         """
         if dtype is not None and dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
@@ -352,36 +654,90 @@ class SigLipVisionModel(nn.Module):
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {device!r} cannot be used on this machine: {reason}") from error
+        replace(config or SigLipVisionConfig(), interpolation=interpolation)  # refuses a rule that does not exist
         files = find_source(
             source, revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir
         )
-        checkpoint = Checkpoint(files, pooling_head=pooling_head)
-        try:
-            with torch.device("meta"):
-                model = cls(checkpoint.config)
-        except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond what torch can even describe
-            raise CheckpointError(f"{files.name} describes an impossible tower: {error}") from error
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        checkpoint = Checkpoint(files, pooling_head=pooling_head, layout=layout, prefix=prefix, config=config)
+        rule = interpolation or checkpoint.config.interpolation
+        model, shapes = on_meta(replace(checkpoint.config, interpolation=rule), files.name, cls)
         tensors, model.provenance = checkpoint.read(shapes, dtype=dtype, device=device)
         model.load_state_dict(tensors, strict=True, assign=True)
+        model.preprocessor_config = checkpoint.processor
         return model.eval()
 
     def save_hf(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the model as a HuggingFace `SiglipVisionModel`: `model.safetensors` and a complete `config.json`.
+        """Writes the model as a HuggingFace `SiglipVisionModel`, or `Siglip2VisionModel` if it is a NaFlex tower.
 
-        Tensors are named as on the Hub (prefix `vision_model.`), which old and new releases of transformers read.
+        Writes `model.safetensors`, a complete `config.json` and `preprocessor_config.json`. Tensors are named as on
+        the Hub (prefix `vision_model.`), which old and new releases of transformers read.
 
         Args:
-            folder: where to; made if it does not exist. The two files are replaced if they are there already.
+            folder: where to; made if it does not exist. The three files are replaced if they are there already.
 
         Raises:
             CheckpointError: the parameters are no longer those of the tower (wrapped, quantised, with adapters), or
                 the folder cannot be written.
         """
+        layout = key_map.HUGGINGFACE_NAFLEX if self.config.naflex else key_map.HUGGINGFACE
+        documents = {
+            checkpoints.CONFIG: self.config.to_hf(),
+            processors.PREPROCESSOR: self.preprocessor_config,
+        }
+        self._save(folder, layout, key_map.PREFIX, documents)
+
+    def save_timm(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the model as timm does: `model.safetensors` and timm's `config.json`.
+
+        `timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)` loads it, with the activation of the
+        tower. timm reads pictures its own way: it crops them, where transformers does not.
+
+        Args:
+            folder: where to; made if it does not exist. The two files are replaced if they are there already.
+
+        Raises:
+            CheckpointError: as for `save_hf`.
+            ValueError: timm has no model of this architecture.
+        """
+        layout = key_map.TIMM_NAFLEX if self.config.naflex else key_map.TIMM
+        documents = {checkpoints.CONFIG: architectures.timm_config(self.config, self.preprocessor_config)}
+        self._save(folder, layout, "", documents)
+
+    def _save(
+        self,
+        folder: str | os.PathLike[str],
+        layout: key_map.Layout,
+        prefix: str,
+        documents: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        _, shapes = on_meta(self.config)
+        checkpoints.save(folder, layout, prefix, self.config, self.state_dict(), shapes, documents)
+
+
+def on_meta(
+    config: SigLipVisionConfig,
+    name: str = "the configuration",
+    kind: type[_Model] = SigLipVisionModel,  # type: ignore[assignment]
+) -> tuple[_Model, dict[str, torch.Size]]:
+    """Builds a model without memory for its parameters.
+
+    Args:
+        config: the architecture.
+        name: of the checkpoint, for messages.
+        kind: the class of the model.
+
+    Returns:
+        The model on `meta`, and our names of all its tensors with the shape of each.
+
+    Raises:
+        CheckpointError: the sizes are beyond what torch can even describe.
+    """
+    try:
         with torch.device("meta"):
-            expected = SigLipVisionModel(self.config).state_dict()
-        shapes = {name: tensor.shape for name, tensor in expected.items()}
-        checkpoints.save(folder, self.config, self.state_dict(), shapes)
+            model = kind(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{name} describes an impossible tower: {error}") from error
+    return model, {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _normal_(tensor: Tensor, std: float) -> None:

@@ -271,9 +271,15 @@ def without(pattern: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         ),
         (lambda t: {**t, FC1: t[FC1].to(torch.int8)}, r"dtype: expected one of F64, F32, F16, BF16, found I8 \(1\):"),
         (lambda t: {**t, FC1: t[FC1].to(torch.float8_e4m3fn)}, "found F8_E4M3"),
-        (lambda t: {**t, **{f"vision_model.{k}": v.clone() for k, v in t.items()}}, "matches several layouts"),
-        (rename("^", "vision_tower.vision_model."), r"no SigLIP vision tower .* begin with: vision_tower \(64\)"),
-        (rename("^", "text_model."), r"no SigLIP vision tower .* begin with: text_model \(64\)"),
+        (
+            lambda t: {**t, **{f"vision_model.{k}": v.clone() for k, v in t.items()}},
+            r"more than one vision tower.*prefix=''; layout='huggingface', prefix='vision_model.'",
+        ),
+        (rename("^", "tower"), r"no SigLIP vision tower .* begin with: towerencoder \(48\), towerhead \(11\)"),
+        (
+            lambda t: {**t, "embeddings.class_embedding": t["head.probe"].flatten()},
+            "refused: no prefix .*a class token",
+        ),
         (lambda _: {}, "no SigLIP vision tower"),
     ],
 )
@@ -327,7 +333,7 @@ def test_a_message_stays_readable_however_much_is_wrong(checkpoint: MakeCheckpoi
         ({"num_attention_heads": 7}, "embed_dim must be divisible by num_attention_heads, got 24 and 7"),
         ({"hidden_size": "24"}, "embed_dim must be a positive integer, got '24'"),
         ({"hidden_act": "quick_gelu"}, "hidden_act must be one of gelu_pytorch_tanh, gelu, got 'quick_gelu'"),
-        ({"model_type": "siglip2_vision_model"}, "model_type must be one of siglip, siglip_vision_model, got 'siglip2"),
+        ({"model_type": "siglip2_vision_model"}, r"describes a NaFlex tower \(siglip2\), but the shape of the patch"),
         ({"vision_config": {}}, r"missing tensors"),
     ],
 )
@@ -394,12 +400,12 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("")
     sources: list[tuple[str | Path, str]] = [
-        (tmp_path / "empty", r"has no config.json"),
+        (tmp_path / "empty", r"holds neither model.safetensors nor model.safetensors.index.json; found: nothing"),
         (tmp_path / "absent", "does not exist on this machine, and is no Hub id such as"),
         ("no/such/folder", "does not exist on this machine, and is no Hub id such as"),
         ("nowhere/model.safetensors", "does not exist on this machine, and is no Hub id such as"),
         ("", "does not exist on this machine"),
-        (tmp_path / "notes.txt", "is not a .safetensors file; pass that file, or the folder"),
+        (tmp_path / "notes.txt", "is neither a .safetensors nor an .npz file; pass one, or the folder"),
         ("a" * 5000, "cannot be read"),
         ("~nobody-of-that-name/tower", "cannot be read"),
     ]
@@ -558,7 +564,11 @@ def test_saving_over_the_checkpoint_one_was_loaded_from(checkpoint: MakeCheckpoi
     model.save_hf(folder)
     for state in (model.state_dict(), load(folder).state_dict()):
         assert all(torch.equal(state[name], before[name]) for name in before)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
 
 
 def test_saving_where_it_cannot_be_leaves_nothing(tmp_path: Path) -> None:

@@ -113,9 +113,17 @@ def test_nonsense_is_refused(fields: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model_type": "clip"}, "model_type must be one of siglip, siglip_vision_model, got 'clip'"),
-        ({"model_type": "siglip2"}, "got 'siglip2'"),
-        ({"vision_config": {"model_type": "clip_vision_model"}}, "got 'clip_vision_model'"),
+        ({"model_type": "dinov2"}, "model_type must be one of siglip, siglip_vision_model, .*, got 'dinov2'"),
+        ({"model_type": "clip"}, "model_type 'clip' is refused: CLIP is another model"),
+        (
+            {"model_type": "llava", "vision_config": {"model_type": "clip_vision_model"}},
+            "'clip_vision_model' is refused",
+        ),
+        ({"model_type": "llava", "vision_config": {}}, "got 'llava'"),
+        ({"model_type": "paligemma"}, "got 'paligemma'"),
+        ({"model_type": ["siglip"]}, r"got \['siglip'\]"),
+        ({"model_type": "siglip2", "num_patches": 200}, "num_patches must be .* of a square grid, got 200"),
+        ({"model_type": "janus_vision_model", "mlp_ratio": "4"}, "mlp_ratio must be a number above 0, got '4'"),
         ({"vision_config": [1]}, r"vision_config must be an object, got \[1\]"),
         ({"vision_config": []}, r"vision_config must be an object, got \[\]"),
         ({"vision_config": False}, "vision_config must be an object, got False"),

@@ -110,7 +110,9 @@ def test_gradients_equal_the_references(pair: Pair, config: SigLipVisionConfig) 
     assert len(ours) == len(list(port.parameters()))
     theirs = dict(reference.model.named_parameters())
     rows = key_map.TOWER + key_map.HEAD
-    for name, grad in key_map.FLAT.to_stored(ours, config.num_encoder_blocks, rows).items():
+    for name, grad in key_map.HUGGINGFACE.to_stored(
+        ours, config.num_encoder_blocks, config.num_attention_heads, rows
+    ).items():
         # A bias of the keys moves all scores of a query alike, so its gradient is zero but for rounding.
         assert (grad - theirs[name].grad).norm() <= 1e-10 * max(grad.norm(), theirs["head.probe"].grad.norm()), name
 
@@ -246,7 +248,7 @@ def test_fresh_parameters_are_drawn_as_the_references() -> None:
     torch.manual_seed(0)
     config = SigLipVisionConfig(embed_dim=384, num_attention_heads=6, num_encoder_blocks=1, pooling_head=True)
     rows = key_map.TOWER + key_map.HEAD
-    ours = key_map.FLAT.to_stored(SigLipVisionModel(config).state_dict(), 1, rows)
+    ours = key_map.HUGGINGFACE.to_stored(SigLipVisionModel(config).state_dict(), 1, config.num_attention_heads, rows)
     theirs = ReferenceModel(references.hf_config(config)).state_dict()
     for name, tensor in theirs.items():
         if tensor.std() == 0:  # zeros and ones

@@ -85,7 +85,7 @@ def _norm(new: str) -> tuple[Edit, ...]:
 
 
 SDPA = """F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, scale=self.head_dim**-0.5
+            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, scale=self.head_dim**-0.5
         )"""
 MERGE = "context.transpose(1, 2).flatten(2)"
 
@@ -223,15 +223,15 @@ TABLE = f"{EMB}.position_embedding.weight"
 CONV = f"{EMB}.patch_embedding"
 ACT = 'functools.partial(F.gelu, approximate="tanh")'
 LNS = "ln1 ln2 post head-ln"
-BLOCK_1 = "hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states))"
+BLOCK_1 = "hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), mask=mask)"
 BLOCK_2 = "return hidden_states + self.mlp(self.layer_norm2(hidden_states))"
-POST = "return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))"
-EMBED = "return patches.flatten(2).transpose(1, 2) + self.position_embedding.weight"
-POOL_1 = "pooled = self.attention(tokens, query=self.probe.expand(tokens.shape[0], -1, -1))  # [B, 1, D]"
+POST = "return self.post_layernorm(self.encoder(self.embeddings(pixel_values, spatial_shapes), mask))"
+EMBED = "return patches.flatten(2).transpose(1, 2) + self.positions(patches.shape[2], patches.shape[3])"
+POOL_1 = "pooled = self.attention(tokens, query=self.probe.expand(tokens.shape[0], -1, -1), mask=mask)  # [B, 1, D]"
 POOL_2 = "pooled = pooled + self.mlp(self.layernorm(pooled))"
-LOOP = "for block in self.encoder_blocks:\n            hidden_states = block(hidden_states)"
-HEAD_CALL = "return self.pooling_head(tokens.to(self.pooling_head.probe.dtype))"
-ENCODE = "return self.transformer(pixel_values)"
+LOOP = "for block in self.encoder_blocks:\n            hidden_states = self._through(block, hidden_states, mask)\n        return hidden_states"
+HEAD_CALL = "return self.pooling_head(tokens.to(self.pooling_head.probe.dtype), mask)"
+ENCODE = "return self.transformer(pixel_values, pixel_attention_mask, spatial_shapes)"
 QPROJ = "self.q_proj(hidden_states if query is None else query)"
 
 # fmt: off
@@ -429,11 +429,11 @@ STACK = [
     code("layerscale", "a LayerScale of 0.1", "residual", "variant", BLOCK_1, "hidden_states = hidden_states + 0.1 * self.self_attn(self.layer_norm1(hidden_states))"),
     code("droppath", "the MLP's branch scaled for a drop path of 0.1", "out", "variant", BLOCK_2, "return hidden_states + self.mlp(self.layer_norm2(hidden_states)) / 0.9"),
     change("droppath_last", "the last block's attention dropped", "10.attention 10.residual", "variant", lambda m: hook(f"{B}.self_attn".format(len(m.transformer.encoder.encoder_blocks) - 1), lambda x, y: 0 * y)(m)),
-    code("last_block_skipped", "last block left out", "10.block post-in", "vllm-project/vllm#13514; zjysteven/lmms-finetune#4", LOOP, "for block in self.encoder_blocks[:-1]:\n            hidden_states = block(hidden_states)", "liveness"),
-    code("first_block_skipped", "first block left out", "0.block 1.in", "variant", LOOP, "for block in self.encoder_blocks[1:]:\n            hidden_states = block(hidden_states)", "liveness"),
-    code("last_block_twice", "last block run twice", "10.block post-in", "variant", LOOP, "for block in [*self.encoder_blocks, self.encoder_blocks[-1]]:\n            hidden_states = block(hidden_states)"),
-    code("all_blocks_twice", "all blocks run twice", "block post-in", "mbanani/probe3d#9", LOOP, "for block in [*self.encoder_blocks, *self.encoder_blocks]:\n            hidden_states = block(hidden_states)"),
-    code("run_in_text_order", "blocks run in text order", "block post-in", "ollama/ollama#12015", LOOP, "for i in sorted(range(len(self.encoder_blocks)), key=str):\n            hidden_states = self.encoder_blocks[i](hidden_states)"),
+    code("last_block_skipped", "last block left out", "10.block post-in", "vllm-project/vllm#13514; zjysteven/lmms-finetune#4", LOOP, "for block in self.encoder_blocks[:-1]:\n            hidden_states = block(hidden_states)\n        return hidden_states", "liveness"),
+    code("first_block_skipped", "first block left out", "0.block 1.in", "variant", LOOP, "for block in self.encoder_blocks[1:]:\n            hidden_states = block(hidden_states)\n        return hidden_states", "liveness"),
+    code("last_block_twice", "last block run twice", "10.block post-in", "variant", LOOP, "for block in [*self.encoder_blocks, self.encoder_blocks[-1]]:\n            hidden_states = block(hidden_states)\n        return hidden_states"),
+    code("all_blocks_twice", "all blocks run twice", "block post-in", "mbanani/probe3d#9", LOOP, "for block in [*self.encoder_blocks, *self.encoder_blocks]:\n            hidden_states = block(hidden_states)\n        return hidden_states"),
+    code("run_in_text_order", "blocks run in text order", "block post-in", "ollama/ollama#12015", LOOP, "for i in sorted(range(len(self.encoder_blocks)), key=str):\n            hidden_states = self.encoder_blocks[i](hidden_states)\n        return hidden_states"),
     code("penultimate", "tokens of the last block but one", "10.block post-in post tokens", "vllm-project/vllm#13514", LOOP, "for block in self.encoder_blocks:\n            before, hidden_states = hidden_states, block(hidden_states)\n        return before", "liveness"),
     code("first_token_dropped", "the first token dropped, as if it were CLS", "tokens pooled head head-k head-v head-context", "TinyLLaVA/TinyLLaVA_Factory#203", ENCODE, "return self.transformer(pixel_values)[:, 1:]", "semantics"),
     code("nan_output", "one token not a number", "tokens head head-k head-v head-context head-attention head-ln head-fc1 head-act head-mlp pooled", "vllm-project/vllm#40290; Blaizzy/mlx-vlm#293", ENCODE, "return self.transformer(pixel_values) * torch.where(torch.arange(self.config.num_patches) == 7, torch.nan, 1.0)[:, None].to(pixel_values.dtype)", "liveness"),
@@ -460,7 +460,7 @@ POOLING = [
     code("pooled_half", "pooled vector half as long", "pooled", "vllm-project/semantic-router#1927", HEAD_CALL, "return self.pooling_head(tokens) / 2"),
     code("embed_not_unit", "embed() never normalises", "pooled", "variant", "return F.normalize(pooled, dim=-1) if normalize else pooled", "return pooled", "interface"),
     code("embed_unit_over_batch", "embed() normalises over the pictures", "pooled", "variant", "return F.normalize(pooled, dim=-1) if normalize else pooled", "return F.normalize(pooled, dim=0) if normalize else pooled", "interface"),
-    code("embed_of_mean", "embed() takes the mean of the tokens", "pooled", "vllm-project/semantic-router#1927", "pooled = self.pool(self(pixel_values))", "pooled = self(pixel_values).mean(1)", "interface"),
+    code("embed_of_mean", "embed() takes the mean of the tokens", "pooled", "vllm-project/semantic-router#1927", "pooled = self.pool(tokens, None if mask is None else mask[:, 0, 0])", "pooled = tokens.mean(1)", "interface"),
     code("pooled_squeezed", "squeeze without an axis: a batch of one loses it", "pooled", "variant", "return pooled.squeeze(1)", "return pooled.squeeze()", "liveness"),
     code("two_probes", "probe of another picture for every second one", "head-q", "variant", "query=self.probe.expand(tokens.shape[0], -1, -1)", "query=self.probe * (1 - 2 * (torch.arange(tokens.shape[0]) % 2))[:, None, None].to(tokens.dtype)", "semantics"),
 ]
@@ -510,9 +510,9 @@ LOADER = [
     loader("read_as_bf16", "tensors read through bfloat16", "patch embeddings block post head head-q head-k head-v head-attention head-ln head-fc1 head-mlp", "TensorAuto/OpenTau#483", "checkpoint", "part.to(device, dtype) for our", "part.bfloat16().to(device, dtype) for our", "weights"),
     loader("read_transposed", "square matrices read transposed", "q k v attention head-q head-k head-v head-attention", "mindspore-lab/mindone#399", "checkpoint", "part.to(device, dtype) for our", "(part.T if part.ndim == 2 and part.shape[0] == part.shape[1] else part).to(device, dtype) for our", "weights"),
     loader("read_truncated", "the last part of every tensor reads as zeros", "patch embeddings block post head head-q head-k head-v head-attention head-ln head-fc1 head-mlp", "evo-design/proto-tools#64", "checkpoint", "part.to(device, dtype) for our", "torch.cat([part[:-1], 0 * part[-1:]]).to(device, dtype) for our", "weights"),
-    loader("eps_ignored", "eps of the config not read, the framework's taken", "layer_norm_eps ln1 ln2 post head-ln", "OpenNMT/CTranslate2#951", "config", '        return cls(**{"pooling_head": True, **values})', '        return cls(**{"pooling_head": True, **values, "layer_norm_eps": 1e-5})', "config"),
-    loader("heads_ignored", "number of heads guessed from the width", "num_attention_heads context head-context", "huggingface/transformers#22625", "config", '        return cls(**{"pooling_head": True, **values})', '        return cls(**{"pooling_head": True, **values, "num_attention_heads": values["embed_dim"] // 36})', "config"),
-    loader("act_ignored", "activation of the config not read", "hidden_act act head-act", "m87-labs/kestrel#162", "config", '        return cls(**{"pooling_head": True, **values})', '        return cls(**{"pooling_head": True, **values, "hidden_act": "gelu"})', "config"),
+    loader("eps_ignored", "eps of the config not read, the framework's taken", "layer_norm_eps ln1 ln2 post head-ln", "OpenNMT/CTranslate2#951", "config", '        return cls(**{"pooling_head": True, **defaults, **values})', '        return cls(**{"pooling_head": True, **values, "layer_norm_eps": 1e-5})', "config"),
+    loader("heads_ignored", "number of heads guessed from the width", "num_attention_heads context head-context", "huggingface/transformers#22625", "config", '        return cls(**{"pooling_head": True, **defaults, **values})', '        return cls(**{"pooling_head": True, **values, "num_attention_heads": values["embed_dim"] // 36})', "config"),
+    loader("act_ignored", "activation of the config not read", "hidden_act act head-act", "m87-labs/kestrel#162", "config", '        return cls(**{"pooling_head": True, **defaults, **values})', '        return cls(**{"pooling_head": True, **values, "hidden_act": "gelu"})', "config"),
     code("left_in_training", "eval() forgotten", "model", "facebookresearch/vjepa2#160", "return model.eval()", "return model", "environment"),
     code("head_left_in_training", "the head put back into training mode", "pooling_head", "variant", "return model.eval()", "model.eval()\n        model.pooling_head.train()\n        return model", "environment"),
     code("not_strict", "loaded without strict, one tensor lost on the way", "5.v", "keras-style strict=False; nanoVLM loader", "model.load_state_dict(tensors, strict=True, assign=True)",
@@ -571,14 +571,14 @@ LEGAL = [
 # fmt: on
 
 
-def naflex(name: str, what: str, guilty: str, source: str, old: str, new: str, gate: str = "semantics") -> Mutant:
-    """A change of the reference's own NaFlex tower, until the port has one."""
-    return Mutant(name, what, gate, guilty, source, (("siglip2", old, new),), subject="naflex")
+def naflex(name: str, what: str, guilty: str, source: str, file: str, old: str, new: str) -> Mutant:
+    """A change of how packed patches of several shapes go through the port."""
+    return Mutant(name, what, "semantics", guilty, source, ((file, old, new),), subject="naflex")
 
 
 def resized(name: str, what: str, source: str, old: str, new: str) -> Mutant:
-    """A change of how the reference resizes its positions for pictures of another size, until the port does."""
-    return Mutant(name, what, "semantics", "embeddings", source, (("siglip", old, new),), subject="resized")
+    """A change of how positions are fitted to pictures of another size."""
+    return Mutant(name, what, "semantics", "embeddings", source, (("patches", old, new),), subject="resized")
 
 
 def harness(name: str, what: str, shown_by: str, *edits: Edit) -> Mutant:
@@ -586,41 +586,43 @@ def harness(name: str, what: str, shown_by: str, *edits: Edit) -> Mutant:
     return Mutant(name, what, guilty=shown_by, edits=edits, subject="harness")
 
 
-MASK = "attention_mask=pixel_attention_mask,\n        )\n\n        encoder_outputs"
-BICUBIC = """            size=(new_height, new_width),
-            mode="bicubic",
-            align_corners=False,"""
-BILINEAR = """                mode="bilinear",
-                align_corners=False,
-                antialias=True,"""
+MASK = "return _mask_of(pixel_values, pixel_attention_mask)"
+BICUBIC = 'return _resized(grid, size, "bicubic", antialias=False)'
+BILINEAR = 'return _resized(wide, size, "bilinear", antialias=True).to(grid.dtype)'
+RESIZE = (
+    "return F.interpolate(pictures, size, mode=mode, align_corners=corners, antialias=antialias)[0].permute(1, 2, 0)"
+)
+FIT = "rows.append(torch.cat([own, own[:1].expand(number - height * width, -1)]))"
+CROP = "return F.pad(grid.permute(2, 0, 1), (0, max(0, size[1] - 5), 0, max(0, size[0] - 5)), mode='{}')[:, : size[0], : size[1]].permute(1, 2, 0)"
 # fmt: off
 NAFLEX = [
-    naflex("naflex_mask_ignored", "padding attended to", "context", "Blaizzy/mlx-vlm#2266", MASK, MASK.replace("=pixel_attention_mask", "=None"), "semantics"),
-    naflex("naflex_mask_inverted", "padding attended to, and nothing else", "context", "variant", MASK, MASK.replace("=pixel_attention_mask", "=1 - pixel_attention_mask")),
-    naflex("naflex_mask_off_by_one", "the last patch masked too", "context", "variant", MASK, MASK.replace("=pixel_attention_mask", "=pixel_attention_mask * pixel_attention_mask.roll(-1, 1)")),
-    naflex("naflex_mask_of_first", "every picture has the first one's mask", "context inputs", "variant", MASK, MASK.replace("=pixel_attention_mask", "=pixel_attention_mask[:1].expand_as(pixel_attention_mask)"), "semantics"),
-    naflex("naflex_head_unmasked", "the pooling head attends to padding", "head-attention", "variant", "self.head(last_hidden_state, pixel_attention_mask)", "self.head(last_hidden_state, None)"),
-    naflex("naflex_positions_swapped", "height for width in the position grid", "embeddings", "pytorch/torchtitan#4244", "size=(height, width),", "size=(width, height),"),
-    naflex("naflex_positions_columns", "positions read in columns", "embeddings", "variant", "resized_embeddings.reshape(embed_dim, height * width)", "resized_embeddings.transpose(2, 3).reshape(embed_dim, height * width)"),
-    naflex("naflex_bicubic", "bicubic for bilinear", "embeddings", "huggingface/pytorch-image-models#2542", BILINEAR, BILINEAR.replace("bilinear", "bicubic")),
-    naflex("naflex_no_antialias", "no antialias", "embeddings", "openvinotoolkit/openvino.genai#4444; keras-team/keras-hub#2113", BILINEAR, BILINEAR.replace("antialias=True", "antialias=False")),
-    naflex("naflex_align_corners", "align_corners", "embeddings", "ggml-org/llama.cpp#25781", BILINEAR, BILINEAR.replace("align_corners=False", "align_corners=True")),
-    naflex("naflex_nearest", "nearest for bilinear", "embeddings", "variant", BILINEAR, '                mode="nearest",'),
-    naflex("naflex_padding_zero", "zero at the padding for the first position", "embeddings", "variant", "resulted_positional_embeddings[i, height * width :] = resized_embeddings[0]", "resulted_positional_embeddings[i, height * width :] = 0"),
-    naflex("naflex_shape_of_first", "every picture has the first one's shape", "embeddings inputs", "variant", "spatial_shapes[i].tolist()", "spatial_shapes[0].tolist()", "semantics"),
-    naflex("naflex_positions_cropped", "positions cropped, not resized", "embeddings", "variant", "            # (1, dim, target_height, target_width) -> (target", "            resized_embeddings = F.pad(positional_embeddings, (0, max(0, width - 5), 0, max(0, height - 5)), mode='replicate')[..., :height, :width]\n            # (1, dim, target_height, target_width) -> (target"),
+    naflex("naflex_mask_ignored", "padding attended to", "context", "Blaizzy/mlx-vlm#2266", "model", MASK, "return None"),
+    naflex("naflex_mask_inverted", "padding attended to, and nothing else", "context", "variant", "model", MASK, "return _mask_of(pixel_values, 1 - pixel_attention_mask)"),
+    naflex("naflex_mask_off_by_one", "the last patch masked too", "context", "variant", "model", MASK, "return _mask_of(pixel_values, pixel_attention_mask * pixel_attention_mask.roll(-1, 1))"),
+    naflex("naflex_mask_of_first", "every picture has the first one's mask", "context inputs", "variant", "model", MASK, "return _mask_of(pixel_values, pixel_attention_mask[:1].expand_as(pixel_attention_mask))"),
+    naflex("naflex_head_unmasked", "the pooling head attends to padding", "head-attention", "variant", "model", "return self.pooling_head(tokens.to(self.pooling_head.probe.dtype), mask)", "return self.pooling_head(tokens.to(self.pooling_head.probe.dtype))"),
+    naflex("naflex_positions_swapped", "height for width in the position grid", "embeddings", "pytorch/torchtitan#4244", "model", "own = self.positions(height, width)", "own = self.positions(width, height)"),
+    naflex("naflex_positions_columns", "positions read in columns", "embeddings", "variant", "patches", "size).flatten(0, 1)", "size).transpose(0, 1).flatten(0, 1)"),
+    naflex("naflex_patches_channel_first", "patches projected as if the channel were the slowest", "embeddings 0.in", "huggingface/transformers#36475", "model", "flat = weight.permute(0, 2, 3, 1).flatten(1)", "flat = weight.flatten(1)"),
+    naflex("naflex_bicubic", "bicubic for bilinear", "embeddings", "huggingface/pytorch-image-models#2542", "patches", BILINEAR, BILINEAR.replace("bilinear", "bicubic")),
+    naflex("naflex_no_antialias", "no antialias", "embeddings", "openvinotoolkit/openvino.genai#4444; keras-team/keras-hub#2113", "patches", BILINEAR, BILINEAR.replace("antialias=True", "antialias=False")),
+    naflex("naflex_align_corners", "align_corners", "embeddings", "ggml-org/llama.cpp#25781", "patches", BILINEAR, BILINEAR.replace("antialias=True", "corners=True, antialias=True")),
+    naflex("naflex_nearest", "nearest for bilinear", "embeddings", "variant", "patches", RESIZE, "return F.interpolate(pictures, size, mode='nearest')[0].permute(1, 2, 0)"),
+    naflex("naflex_padding_zero", "zero at the padding for the first position", "embeddings", "variant", "model", FIT, FIT.replace("own[:1]", "(own[:1] * 0)")),
+    naflex("naflex_shape_of_first", "every picture has the first one's shape", "embeddings inputs", "variant", "model", "for height, width in shapes:", "for height, width in shapes[:1] * len(shapes):"),
+    naflex("naflex_positions_cropped", "positions cropped, not resized", "embeddings", "variant", "patches", BILINEAR, CROP.format("replicate")),
 ]
 RESIZED = [
     resized("interp_bilinear", "bilinear for bicubic", "huggingface/pytorch-image-models#2542; Blaizzy/mlx-vlm#2266", BICUBIC, BICUBIC.replace("bicubic", "bilinear")),
-    resized("interp_nearest", "nearest for bicubic", "variant", BICUBIC, '            size=(new_height, new_width),\n            mode="nearest",'),
-    resized("interp_align_corners", "align_corners", "ggml-org/llama.cpp#25781", BICUBIC, BICUBIC.replace("align_corners=False", "align_corners=True")),
-    resized("interp_antialias", "antialias", "openvinotoolkit/openvino.genai#4444", BICUBIC, BICUBIC + "\n            antialias=True,"),
-    resized("interp_swapped", "height for width", "variant", BICUBIC, BICUBIC.replace("(new_height, new_width)", "(new_width, new_height)")),
-    resized("interp_scale_factor", "a scale factor with 0.1 added for the size", "facebookresearch/dinov2#582; huggingface/transformers#41380", BICUBIC,
-            '            scale_factor=((new_height + 0.1) / sqrt_num_positions, (new_width + 0.1) / sqrt_num_positions),\n            mode="bicubic",\n            align_corners=False,'),
-    resized("interp_columns", "resized positions read in columns", "variant", "patch_pos_embed.permute(0, 2, 3, 1).view(1, -1, dim)", "patch_pos_embed.permute(0, 3, 2, 1).reshape(1, -1, dim)"),
-    resized("interp_bf16", "positions resized in bfloat16", "TensorAuto/OpenTau#483", "patch_pos_embed = patch_pos_embed.permute(0, 3, 1, 2)\n", "patch_pos_embed = patch_pos_embed.permute(0, 3, 1, 2).bfloat16().to(patch_pos_embed.dtype)\n"),
-    resized("interp_not", "positions cut off, not resized", "variant", "patch_pos_embed = patch_pos_embed.permute(0, 3, 1, 2)\n", "return nn.functional.pad(patch_pos_embed.permute(0, 3, 1, 2), (0, new_width - 5, 0, new_height - 5)).permute(0, 2, 3, 1).reshape(1, -1, dim)\n"),
+    resized("interp_nearest", "nearest for bicubic", "variant", RESIZE, "return F.interpolate(pictures, size, mode='nearest')[0].permute(1, 2, 0)"),
+    resized("interp_align_corners", "align_corners", "ggml-org/llama.cpp#25781", BICUBIC, BICUBIC.replace("antialias", "corners=True, antialias")),
+    resized("interp_antialias", "antialias", "openvinotoolkit/openvino.genai#4444", BICUBIC, BICUBIC.replace("False", "True")),
+    resized("interp_swapped", "height for width", "variant", BICUBIC, BICUBIC.replace("grid, size", "grid, size[::-1]")),
+    resized("interp_scale_factor", "a scale factor with 0.1 added for the size", "facebookresearch/dinov2#582; huggingface/transformers#41380", RESIZE,
+            "return F.interpolate(pictures, scale_factor=tuple((new + 0.1) / old for new, old in zip(size, pictures.shape[2:])), mode=mode)[0].permute(1, 2, 0)"),
+    resized("interp_columns", "resized positions read in columns", "variant", "size).flatten(0, 1)", "size).transpose(0, 1).flatten(0, 1)"),
+    resized("interp_bf16", "positions resized in bfloat16", "TensorAuto/OpenTau#483", BICUBIC, BICUBIC.replace("grid", "grid.bfloat16()") + ".to(grid.dtype)"),
+    resized("interp_not", "positions cut off, not resized", "variant", BICUBIC, CROP.format("constant")),
 ]
 HARNESS = [
     harness("itself", "the reference compared with itself", "ln_eps_once pooled_half", ("parity/gates", "        free = follow(port, inputs, truth.exact, points)\n        forced = follow(port, inputs, truth.exact, points, forced=True)", "        free = follow(reference, inputs, truth.exact, {v: v for v in points.values()})\n        forced = free")),

@@ -33,8 +33,8 @@ class Mutant:
         change: of the loaded model.
         pixels: of what the port is given, and the reference is not.
         kind: `bug`, or `legal`, which must be let pass.
-        subject: what is changed: this `port`, the `harness` itself, or, for what the port does not have yet, the
-            reference's own NaFlex tower (`naflex`) or its resizing of positions (`resized`).
+        subject: what is changed: the `port`, called with pictures of its own size; with packed patches (`naflex`), or
+            with pictures of another size (`resized`); or the `harness` itself.
     """
 
     name: str

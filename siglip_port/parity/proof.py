@@ -141,9 +141,11 @@ def interface(port: Any, pixel_values: Tensor) -> Gate:  # noqa: ANN401
 def stored(port: Any, table: ModuleType = key_map) -> dict[str, Tensor]:  # noqa: ANN401
     """The port's tensors under the reference's names, those that it has."""
     rows = table.TOWER + (table.HEAD if port.pooling_head is not None else ())
-    tensors, claims = port.state_dict(), table.FLAT.claims(port.config.num_encoder_blocks, rows)
+    tensors, claims = port.state_dict(), table.HUGGINGFACE.claims(port.config.num_encoder_blocks, rows)
     return {
-        name: table.fuse([tensors[our] for our in ours]) for name, ours in claims.items() if set(ours) <= set(tensors)
+        name: table.fuse([tensors[our] for our in claim.ours])
+        for name, claim in claims.items()
+        if set(claim.ours) <= set(tensors)
     }
 
 

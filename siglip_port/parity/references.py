@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Siglip2VisionConfig, SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.parity.gates import Side
-from siglip_port.parity.mutation import replaced
 from siglip_port.parity.weights import fill
 
 Attention = Literal["sdpa", "eager"]
@@ -72,14 +74,18 @@ FIELDS = {
 
 def outputs(model: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
     """`tokens` [B, N, D] and, where it has a head, `pooled` [B, D]."""
-    output = model(pixel_values)
+    return _outputs_of(model(pixel_values))
+
+
+def _outputs_of(output: Any) -> dict[str, Tensor]:  # noqa: ANN401
     points = {"tokens": output.last_hidden_state, "pooled": output.pooler_output}
     return {point: tensor for point, tensor in points.items() if tensor is not None}
 
 
-def hf_config(config: SigLipVisionConfig) -> SiglipVisionConfig:
+def hf_config(config: SigLipVisionConfig) -> SiglipVisionConfig | Siglip2VisionConfig:
     """Returns the reference's configuration of the same architecture."""
-    return SiglipVisionConfig(**{k: v for k, v in config.to_hf().items() if k not in ("architectures", "model_type")})
+    values = {k: v for k, v in config.to_hf().items() if k not in ("architectures", "model_type")}
+    return Siglip2VisionConfig(**values) if config.naflex else SiglipVisionConfig(**values)
 
 
 def write_random_checkpoint(folder: Path, config: SigLipVisionConfig, seed: int = 1234, recipe: str = "N1") -> None:
@@ -93,7 +99,7 @@ def write_random_checkpoint(folder: Path, config: SigLipVisionConfig, seed: int 
     """
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SiglipVisionModel(hf_config(config))
+        model = (Siglip2VisionModel if config.naflex else SiglipVisionModel)(hf_config(config))
         fill(model, recipe, seed)
         model.save_pretrained(folder)
 
@@ -103,6 +109,7 @@ def load(
     *,
     pooling_head: bool,
     dtype: torch.dtype,
+    naflex: bool = False,
     device: torch.device | str = "cpu",
     revision: str | None = None,
     local_files_only: bool = False,
@@ -114,6 +121,7 @@ def load(
         pooling_head: whether the checkpoint has one. The reference believes its `config.json` instead, and would
             make up a random one.
         dtype: of the parameters.
+        naflex: whether it is the tower of SigLIP 2 for pictures of any shape.
         device: where to.
         revision: the commit of a Hub repository.
         local_files_only: use the Hub's cache only.
@@ -124,12 +132,12 @@ def load(
     """
     with _quiet(), _as_folder(source) as folder:
         where = {"revision": revision, "local_files_only": local_files_only}
-        config = SiglipVisionConfig.from_pretrained(folder, **where)
+        config = (Siglip2VisionConfig if naflex else SiglipVisionConfig).from_pretrained(folder, **where)
         config.vision_use_head = pooling_head
         for name in ("image_size", "patch_size"):  # Its configuration may hold pairs, but its model divides numbers.
-            if isinstance(size := getattr(config, name), (list, tuple)):
+            if isinstance(size := getattr(config, name, None), (list, tuple)):
                 setattr(config, name, size[0])
-        model, info = SiglipVisionModel.from_pretrained(
+        model, info = (Siglip2VisionModel if naflex else SiglipVisionModel).from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -146,49 +154,41 @@ def load(
     return Reference(model.to(device).eval())
 
 
-def foreign(
-    kind: Literal["naflex", "resized"], edits: Sequence[tuple[str, str, str]], seed: int = 1234
-) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
-    """For what the port does not have yet: a small tower of the reference's own, and one of a changed copy of its code.
+def small_tower(kind: Literal["naflex", "resized"], folder: Path, seed: int = 1234) -> tuple[Side, dict[str, Any]]:
+    """Writes a small tower for pictures of other shapes, and gives the reference's side of it.
 
     Args:
-        kind: `naflex`, the SigLIP 2 tower for pictures of any shape; `resized`, the fixed one at another resolution.
-        edits: in the text of transformers' `modeling_siglip2.py` or `modeling_siglip.py`.
+        kind: `naflex`, a SigLIP 2 tower that takes packed patches; `resized`, the fixed one at another size.
+        folder: where to.
         seed: of weights and inputs.
 
     Returns:
-        The tower, the changed one with the same weights, and what both are called with.
+        The reference, and what both sides are called with.
     """
-    sizes = {"hidden_size": 72, "intermediate_size": 101, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if kind == "naflex":
-        name, config, made = "siglip2", Siglip2VisionConfig(**sizes, patch_size=4, num_patches=25), "Siglip2VisionModel"
-    else:
-        name, config, made = "siglip", SiglipVisionConfig(**sizes, patch_size=7, image_size=35), "SiglipVisionModel"
-    original = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-    text = Path(str(original.__file__)).read_text(encoding="utf-8")
-    for _, old, new in edits:
-        text = replaced(text, old, new, f"transformers' modeling_{name}.py")
-    changed = ModuleType(original.__name__)
-    changed.__dict__.update(__file__=original.__file__, __package__=original.__package__)
-    registered = sys.modules[original.__name__]
-    sys.modules[original.__name__] = changed  # its decorators look the module up
-    try:
-        exec(compile(text, str(original.__file__), "exec", dont_inherit=True), changed.__dict__)
-    finally:
-        sys.modules[original.__name__] = registered
-    with _quiet():
-        towers = [getattr(module, made)(config).eval() for module in (original, changed)]
-    fill(towers[0], "N1", seed)
-    towers[1].load_state_dict(towers[0].state_dict())
+    sizes = {"embed_dim": 72, "mlp_hidden_dim": 101, "num_encoder_blocks": 2, "num_attention_heads": 4}
+    patch, naflex = (4, True) if kind == "naflex" else (7, False)
+    config = SigLipVisionConfig(
+        **sizes,  # type: ignore[arg-type]
+        patch_size=patch,
+        image_size=5 * patch,
+        pooling_head=True,
+        naflex=naflex,
+    )
+    write_random_checkpoint(folder, config, seed)
+    reference = load(folder, pooling_head=True, naflex=naflex, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     if kind == "resized":
+
+        def resizing(model: nn.Module, inputs: Any) -> dict[str, Tensor]:  # noqa: ANN401
+            return _outputs_of(model(**inputs, interpolate_pos_encoding=True))
+
         pixels = torch.rand(2, 3, 42, 56, generator=generator) * 2 - 1
-        return towers[0], towers[1], {"pixel_values": pixels, "interpolate_pos_encoding": True}
+        return Side(reference.model, resizing), {"pixel_values": pixels}
     shapes = torch.tensor([[4, 6], [7, 3]])
     mask = torch.arange(28)[None] < shapes.prod(1)[:, None]
     patches = torch.rand(2, 28, 48, generator=generator) * 2 - 1
     inputs = {"pixel_values": patches, "pixel_attention_mask": mask.long(), "spatial_shapes": shapes}
-    return towers[0], towers[1], inputs
+    return Side(reference.model, lambda model, given: _outputs_of(model(**given))), inputs
 
 
 def preprocess(

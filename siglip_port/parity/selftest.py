@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import platform
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -131,20 +132,30 @@ def cases(seed: int = 1234, device: str = "cpu", *, full: bool = False) -> Itera
         yield made
 
 
-def examine_foreign(mutant: Mutant) -> Result:
-    """Runs a mutant of the reference's own code: what the port does not have yet."""
+def examine_shapes(mutant: Mutant) -> Result:
+    """Runs a mutant on pictures of other shapes than the tower's own: packed patches, or one other size."""
     result = Result(mutant)
     assert mutant.subject in ("naflex", "resized")
-    clean, changed, inputs = references.foreign(mutant.subject, mutant.edits)
-    reference, port = Side(clean, _foreign_outputs), Side(changed, _foreign_outputs)
-    points = {theirs: theirs for theirs in taps.siglip_taps(True) if "head.attention:" not in theirs}
-    pairs = taps.expand(points, clean, changed)
-    truth = gates.observe(reference, inputs, [tap.reference for tap in pairs], torch.float32)
-    found = [
-        gates.weights(changed.state_dict(), clean.state_dict()),
-        gates.liveness(port, reference, inputs),
-        gates.semantics(port, reference, truth, pairs, explained=1),
-    ]
+    with built(mutant) as load, tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
+        reference, inputs = references.small_tower(mutant.subject, Path(folder))
+        try:
+            model, _, table = load(folder, interpolation=None if mutant.subject == "naflex" else "hf")
+            port = Side(model, _shaped)
+            # What is inside the reference's nn.MultiheadAttention is worked out again without masks, and to packed
+            # patches the port applies the weights of its convolution, not the convolution.
+            skipped = ("head.attention:",) + (("embeddings.patch_embedding",) if mutant.subject == "naflex" else ())
+            points = {a: b for a, b in taps.siglip_taps(True, table).items() if not a.startswith(skipped)}
+            pairs = taps.expand(points, reference.module, model)
+            truth = gates.observe(reference, inputs, [tap.reference for tap in pairs], torch.float32)
+            found = [
+                gates.weights(proof.stored(model, table), _in_our_form(reference.module)),
+                gates.liveness(port, reference, inputs),
+                gates.semantics(port, reference, truth, pairs, explained=1),
+            ]
+        except (RuntimeError, ValueError) as error:  # it cannot even run
+            result.error = f"{type(error).__name__}: {error}"
+            result.kills.setdefault("run", Finding(result.error))
+            return result
     for gate in found:
         if not gate.passed:
             result.kills[gate.name] = gate.findings[0]
@@ -152,9 +163,19 @@ def examine_foreign(mutant: Mutant) -> Result:
     return result
 
 
-def _foreign_outputs(model: Any, inputs: Any) -> dict[str, Tensor]:  # noqa: ANN401
-    output = model(**inputs)
-    return {"tokens": output.last_hidden_state, "pooled": output.pooler_output}
+def _shaped(model: Any, inputs: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    tokens = model(**inputs)
+    return {"tokens": tokens, "pooled": model.pool(tokens, inputs.get("pixel_attention_mask"))}
+
+
+def _in_our_form(reference: nn.Module) -> dict[str, Tensor]:
+    """The reference's tensors; the patch embedding of a NaFlex tower, a Linear there, as the convolution that it is."""
+    tensors = dict(reference.state_dict())
+    weight = tensors["embeddings.patch_embedding.weight"]
+    if weight.ndim == 2:
+        side = math.isqrt(weight.shape[1] // 3)
+        tensors["embeddings.patch_embedding.weight"] = weight.reshape(-1, side, side, 3).permute(0, 3, 1, 2)
+    return tensors
 
 
 def examine_harness(mutant: Mutant, config: SigLipVisionConfig) -> str:
@@ -280,9 +301,9 @@ def examine_all(args: argparse.Namespace, progress: Progress) -> Report:
                 total = len(mutants.CATALOGUE)
                 for mutant in progress(iter(mutants.CATALOGUE), "mistakes", total):
                     few = made if args.full else made[1:] if mutant.gate == "rounding" else made[:1]
-                    foreign = mutant.subject != "port"
+                    shaped = mutant.subject != "port"
                     report.results.append(
-                        examine_foreign(mutant) if foreign else examine(mutant, few, None, int(args.full))
+                        examine_shapes(mutant) if shaped else examine(mutant, few, None, int(args.full))
                     )
             for threads in (1, 2) if args.full else (torch.get_num_threads(),):
                 with proof.threads(threads):

@@ -1,0 +1,99 @@
+"""Weights files: safetensors, and the `.npz` files of big_vision. Headers first, then tensors; never a pickle."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SUFFIXES = (".safetensors", ".npz")
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes a tower may be stored and loaded in, by their names in a safetensors header."""
+
+_NUMPY = {"f8": "F64", "f4": "F32", "f2": "F16", "V2": "BF16"}  # numpy has no bfloat16: it writes bytes without a type
+
+
+class UnreadableFileError(Exception):
+    """A file is not whole, or not of the format that its name says."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as the header of its file describes it.
+
+    Attributes:
+        shape: as it is stored.
+        dtype: its name in a safetensors header, such as `F32`.
+        nbytes: its size in the file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Reads which tensors a file holds, and no tensor.
+
+    Raises:
+        OSError: the file cannot be read.
+        UnreadableFileError: it is damaged, or of another format.
+    """
+    path.open("rb").close()  # safetensors calls a file that may not be read missing
+    try:
+        if path.suffix == ".npz":
+            return _npz_header(path)
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            headers = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (OSError, SafetensorError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        raise UnreadableFileError(str(error) or type(error).__name__) from error
+    return {name: Stored(shape, dtype, nbytes(shape, dtype)) for name, (shape, dtype) in headers.items()}
+
+
+def nbytes(shape: tuple[int, ...], dtype: str) -> int:
+    """The size of a tensor in a file, by the number of bits in the name of its dtype (`I64`, `F8_E4M3`)."""
+    bits = int("".join(c for c in dtype.split("_")[0] if c.isdigit()) or 8)
+    return int(np.prod(shape, dtype=object)) * bits // 8
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Opens a file; gives a function that reads a tensor by name. Of safetensors, it is mapped, not copied."""
+    if path.suffix != ".npz":
+        with safe_open(path, framework="pt") as file:
+            yield file.get_tensor
+        return
+    with np.load(path, allow_pickle=False) as arrays:
+
+        def read(name: str) -> Tensor:
+            array = arrays[name]
+            if array.dtype.kind == "V":
+                return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+            return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+        yield read
+
+
+def _npz_header(path: Path) -> dict[str, Stored]:
+    header = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            if not member.endswith(".npy"):
+                continue
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+            name = f"{dtype.kind}{dtype.itemsize}" if dtype.names is None else "structured"
+            size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+            header[member.removesuffix(".npy")] = Stored(shape, _NUMPY.get(name, str(dtype)), size)
+    return header

@@ -1,0 +1,442 @@
+"""Checkpoints as other libraries write them, with random weights: their code saves, ours loads, and both compute.
+
+Every tower is compared in float32 (to 1e-5) and in float64 (to 1e-10), where nothing else is said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel, key_map
+from siglip_port.parity.metrics import relative_error
+from siglip_port.parity.weights import randomise
+from tests.conftest import ODD, edit_config, edit_tensors, pixels
+
+load = SigLipVisionModel.from_hf
+
+# Sizes as in ODD: nothing divides evenly, nothing is the default.
+VISION = {
+    "hidden_size": 72,
+    "intermediate_size": 101,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 45,
+    "patch_size": 7,
+}
+TEXT = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+@torch.no_grad()
+def assert_equal(
+    folder: Path,
+    theirs: nn.Module,
+    run: Callable[[Tensor], dict[str, Tensor]],
+    **how: Any,  # noqa: ANN401
+) -> SigLipVisionModel:
+    """Loads the port, and compares what both compute of noise in the port's shape."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        model = load(folder, dtype=dtype, **how)
+        theirs.to(dtype).eval()
+        pixel_values = pixels(model.config).to(dtype)
+        expected = run(pixel_values)
+        tokens = model(pixel_values)
+        assert relative_error(tokens, expected["tokens"]) <= tolerance
+        if "pooled" in expected:
+            assert relative_error(model.pool(tokens), expected["pooled"]) <= tolerance
+        else:
+            assert model.pooling_head is None
+    theirs.float()
+    return load(folder, **how)
+
+
+# --- timm and open_clip -------------------------------------------------------------------------------------------
+
+
+def timm_tower(name: str, **sizes: Any) -> nn.Module:  # noqa: ANN401
+    sizes = {"embed_dim": 72, "depth": 11, "num_heads": 4, "mlp_ratio": 1.41, "img_size": 45, "patch_size": 7, **sizes}
+    tower: nn.Module = timm.create_model(name, num_classes=0, **sizes)
+    randomise(tower)
+    return tower
+
+
+def timm_outputs(tower: Any) -> Callable[[Tensor], dict[str, Tensor]]:  # noqa: ANN401
+    return lambda x: {"tokens": tower.forward_features(x), "pooled": tower(x)}
+
+
+EXACT, TANH = "gelu", "gelu_pytorch_tanh"
+
+
+@pytest.mark.parametrize(
+    ("name", "act"),
+    [
+        ("vit_base_patch16_siglip_224", EXACT),
+        ("vit_base_patch32_siglip_256", TANH),
+        ("vit_large_patch16_siglip_384", EXACT),
+        ("vit_large_patch16_siglip_512", TANH),
+        ("vit_so400m_patch14_siglip_378", EXACT),
+        ("vit_so400m_patch16_siglip_512", TANH),
+        ("vit_giantopt_patch16_siglip_256", TANH),
+        ("vit_base_patch16_siglip_gap_224", EXACT),
+        ("vit_so400m_patch16_siglip_gap_256", TANH),
+    ],
+)
+def test_timm_towers(name: str, act: str, tmp_path: Path) -> None:
+    tower = timm_tower(name)
+    timm.models.save_for_hf(tower, tmp_path, safe_serialization=True)
+    model = assert_equal(tmp_path, tower, timm_outputs(tower)) if "gap" not in name else load(tmp_path)
+    assert model.config == replace(ODD, hidden_act=act, pooling_head="gap" not in name, mean_pooling="gap" in name)
+    assert model.provenance is not None
+    assert model.provenance.layout == "timm, no prefix"
+    with torch.no_grad():
+        x = pixels(ODD).float()
+        assert relative_error(model.embed(x), tower.eval()(x)) <= 1e-5
+
+
+def test_all_names_of_timm_are_known() -> None:
+    """Activation, patch and pooling, for every SigLIP architecture that timm has, from its own code."""
+    from siglip_port.architectures import named
+
+    names = [n for n in timm.list_models("*siglip*") if n.startswith(("vit_", "naflexvit_"))]
+    assert len(names) > 30
+    for name in names:
+        config = named(name)
+        assert config is not None
+        with torch.device("meta"):
+            tower: Any = timm.create_model(name)
+        assert (config.hidden_act == TANH) == (type(tower.blocks[0].mlp.act).__name__ == "GELUTanh"), name
+        assert config.mean_pooling == (tower.global_pool == "avg")
+        assert config.num_encoder_blocks == len(tower.blocks)
+        assert config.num_attention_heads == tower.blocks[0].attn.num_heads
+        assert (config.embed_dim, config.mlp_hidden_dim) == tower.blocks[0].mlp.fc1.weight.shape[::-1]
+        assert tower.norm.eps == config.layer_norm_eps
+        if not config.naflex:
+            assert (config.patch_size, config.image_size) == (
+                tower.patch_embed.patch_size[0],
+                tower.patch_embed.img_size[0],
+            )
+
+
+def test_timm_classifiers_and_training_prefixes(tmp_path: Path) -> None:
+    tower = timm_tower("vit_base_patch16_siglip_gap_224")
+    timm.models.save_for_hf(tower, tmp_path, safe_serialization=True)
+    edit_tensors(
+        tmp_path, lambda t: {**{f"module.{k}": v for k, v in t.items()}, "module.head.weight": torch.ones(5, 72)}
+    )
+    model = load(tmp_path)
+    assert model.provenance is not None
+    assert model.provenance.dropped == {"image classifier": 1}
+    assert model.config.mean_pooling
+
+
+def test_timm_naflex(tmp_path: Path) -> None:
+    tower: Any = timm.create_model(
+        "naflexvit_base_patch16_siglip",
+        embed_dim=72,
+        depth=3,
+        num_heads=4,
+        mlp_ratio=1.41,
+        pos_embed_grid_size=(6, 6),
+        num_classes=0,
+    )
+    randomise(tower)
+    timm.models.save_for_hf(tower, tmp_path, safe_serialization=True)
+    model = assert_equal(tmp_path, tower, timm_outputs(tower))
+    assert model.config.naflex
+    assert (model.config.grid_size, model.config.patch_size) == (6, 16)
+    with torch.no_grad():  # another shape, which both resize bilinearly with antialiasing
+        x = torch.randn(2, 3, 16 * 9, 16 * 4)
+        assert relative_error(model.embed(x), tower.eval()(x)) <= 1e-5
+
+
+def test_timm_without_its_config_is_refused_in_words(tmp_path: Path) -> None:
+    timm.models.save_for_hf(timm_tower("vit_base_patch16_siglip_224"), tmp_path, safe_serialization=True)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tell the number of heads and the activation; put .* or pass config="):
+        load(tmp_path)
+    config = replace(ODD, hidden_act="gelu")
+    assert load(tmp_path / "model.safetensors", config=config).config == config
+
+
+def test_open_clip_files(tmp_path: Path) -> None:
+    """As open_clip lays them out; `pytest -m versions` has open_clip itself write them."""
+    tower = timm_tower("vit_so400m_patch16_siglip_256")
+    names = {f"visual.trunk.{k}": v.contiguous() for k, v in tower.state_dict().items()}
+    text = {"text.transformer.x": torch.ones(2), "logit_scale": torch.ones(()), "logit_bias": torch.ones(())}
+    save_file({**names, **text}, tmp_path / "open_clip_model.safetensors")
+    vision = {"image_size": 45, "timm_model_name": "vit_so400m_patch16_siglip_256", "timm_pool": "map", "num_heads": 4}
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    content = {"model_cfg": {"embed_dim": 72, "vision_cfg": vision}, "preprocess_cfg": preprocess}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    model = assert_equal(tmp_path, tower, timm_outputs(tower))
+    assert model.config == ODD
+    assert model.provenance is not None
+    assert model.provenance.layout == "timm, prefix visual.trunk"
+    assert model.provenance.dropped == {"scale and bias of the image-text logits": 2, "text tower": 1}
+    assert model.preprocessor_config["resample"] == 3
+
+
+# --- big_vision ---------------------------------------------------------------------------------------------------
+
+
+def flax(config: SigLipVisionConfig, state: dict[str, Tensor], *, scanned: bool) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of big_vision, by the transforms of its converters and not by our tables: {in} einsum by einsum."""
+    h, d, p = config.num_attention_heads, config.embed_dim, config.patch_size
+    s = {name: tensor.double().numpy() for name, tensor in state.items()}
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+
+    def attention(ours: str, flax: str) -> None:
+        for name, theirs in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+            # y[t, h, e] = sum_i x[t, i] kernel[i, h, e]
+            kernel = np.zeros((d, h, d // h))
+            for head in range(h):
+                kernel[:, head, :] = s[f"{ours}.{name}.weight"][head * (d // h) : (head + 1) * (d // h)].T
+            arrays[f"{flax}/{theirs}/kernel"] = kernel
+            arrays[f"{flax}/{theirs}/bias"] = s[f"{ours}.{name}.bias"].reshape(h, d // h)
+        out = np.zeros((h, d // h, d))
+        for head in range(h):
+            out[head] = s[f"{ours}.out_proj.weight"][:, head * (d // h) : (head + 1) * (d // h)].T
+        arrays[f"{flax}/out/kernel"], arrays[f"{flax}/out/bias"] = out, s[f"{ours}.out_proj.bias"]
+
+    def norm(ours: str, flax: str) -> None:
+        arrays[f"{flax}/scale"], arrays[f"{flax}/bias"] = s[f"{ours}.weight"], s[f"{ours}.bias"]
+
+    def mlp(ours: str, flax: str) -> None:
+        for i in (1, 2):
+            arrays[f"{flax}/Dense_{i - 1}/kernel"] = s[f"{ours}.fc{i}.weight"].T
+            arrays[f"{flax}/Dense_{i - 1}/bias"] = s[f"{ours}.fc{i}.bias"]
+
+    conv = s["transformer.embeddings.patch_embedding.weight"]
+    kernel = np.zeros((p, p, conv.shape[1], d))
+    for y in range(p):
+        for x in range(p):
+            kernel[y, x] = conv[:, :, y, x].T
+    positions = s["transformer.embeddings.position_embedding.weight"]
+    side = config.grid_size
+    arrays["embedding/kernel"] = kernel.reshape(-1, d) if config.naflex else kernel
+    arrays["embedding/bias"] = s["transformer.embeddings.patch_embedding.bias"]
+    arrays["pos_embedding"] = positions.reshape(side, side, d) if config.naflex else positions[None]
+    for i in range(config.num_encoder_blocks):
+        ours, theirs = f"transformer.encoder.encoder_blocks.{i}", f"Transformer/encoderblock_{i}"
+        norm(f"{ours}.layer_norm1", f"{theirs}/LayerNorm_0")
+        attention(f"{ours}.self_attn", f"{theirs}/MultiHeadDotProductAttention_0")
+        norm(f"{ours}.layer_norm2", f"{theirs}/LayerNorm_1")
+        mlp(f"{ours}.mlp", f"{theirs}/MlpBlock_0")
+    norm("transformer.post_layernorm", "Transformer/encoder_norm")
+    if config.pooling_head:
+        arrays["MAPHead_0/probe"] = s["pooling_head.probe"]
+        attention("pooling_head.attention", "MAPHead_0/MultiHeadDotProductAttention_0")
+        norm("pooling_head.layernorm", "MAPHead_0/LayerNorm_0")
+        mlp("pooling_head.mlp", "MAPHead_0/MlpBlock_0")
+    if scanned:
+        first = [name for name in arrays if "encoderblock_0/" in name]
+        for name in first:
+            blocks = [arrays.pop(name.replace("_0/", f"_{i}/", 1)) for i in range(config.num_encoder_blocks)]
+            arrays[name.replace("encoderblock_0/", "encoderblock/")] = np.stack(blocks)
+    return arrays
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray[Any, Any]], root: str, dtype: str = "float32") -> None:
+    typed = {f"{root}{name}": array.astype(np.float32) for name, array in arrays.items()}
+    if dtype == "bfloat16":  # as ml_dtypes leaves them: two bytes without a type
+        typed = {
+            name: torch.from_numpy(array).bfloat16().view(torch.int16).numpy().view("V2")
+            for name, array in typed.items()
+        }
+    outer = root.removesuffix("img/")
+    rest = {f"{outer}txt/Encoder_0/x": np.ones(3, np.float32), f"{outer}t": np.ones(1, np.float32)}
+    np.savez(path, **typed, **rest)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("root", ["params/img/", "img/"])
+@pytest.mark.parametrize("scanned", [False, True], ids=["indexed", "scanned"])
+@pytest.mark.parametrize("naflex", [False, True], ids=["fixed", "naflex"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_big_vision(root: str, scanned: bool, naflex: bool, dtype: str, tmp_path: Path) -> None:
+    config = replace(ODD, naflex=naflex, image_size=42)  # what shapes tell: six patches of seven pixels
+    original = SigLipVisionModel(config)
+    randomise(original)
+    original = original.to(getattr(torch, dtype)).float()
+    path = tmp_path / "tower.npz"
+    write_npz(path, flax(config, original.state_dict(), scanned=scanned), root, dtype)
+    model = load(path)
+    assert model.config == config
+    assert next(model.parameters()).dtype == getattr(torch, dtype)
+    state = model.state_dict()
+    assert all(torch.equal(state[name].float(), t) for name, t in original.state_dict().items())
+    assert model.provenance is not None
+    assert ("blocks stacked" in model.provenance.layout) == scanned
+    assert model.provenance.dropped == {"scale and bias of the image-text logits": 1, "text tower": 1}
+    model.save_hf(tmp_path / "hf")
+    assert all(torch.equal(t, state[n]) for n, t in load(tmp_path / "hf").state_dict().items())
+
+
+@torch.no_grad()
+def test_big_vision_as_timm_reads_it(tmp_path: Path) -> None:
+    """An independent witness: timm's own reader of `.npz` files."""
+    original = SigLipVisionModel(replace(ODD, image_size=42))
+    randomise(original)
+    write_npz(tmp_path / "tower.npz", flax(original.config, original.state_dict(), scanned=False), "params/img/")
+    tower: Any = timm_tower("vit_base_patch32_siglip_256", img_size=42).eval()
+    tower.load_pretrained(str(tmp_path / "tower.npz"), prefix="params/img/")
+    x = pixels(original.config).float()
+    model = load(tmp_path / "tower.npz")
+    assert relative_error(model(x), tower.forward_features(x)) <= 1e-5
+    assert relative_error(model.embed(x), tower(x)) <= 1e-5
+    assert torch.equal(model(x), original.eval()(x))
+
+
+def test_the_size_of_a_published_picture_is_known(tmp_path: Path) -> None:
+    """27 x 27 patches of 14 pixels and a width of 1152 are siglip-so400m-patch14-384, not a tower for 378 pixels."""
+    config = SigLipVisionConfig(
+        embed_dim=1152, num_attention_heads=16, num_encoder_blocks=1, mlp_hidden_dim=8, patch_size=14, image_size=384
+    )
+    model = SigLipVisionModel(config)
+    write_npz(tmp_path / "a.npz", flax(config, model.state_dict(), scanned=True), "img/")
+    assert load(tmp_path / "a.npz").config == config
+
+
+def test_arrays_that_are_pickles_are_not_read(tmp_path: Path) -> None:
+    arrays = flax(replace(ODD, image_size=42), SigLipVisionModel(ODD).state_dict(), scanned=False)
+    np.savez(tmp_path / "a.npz", **{f"img/{k}": v for k, v in arrays.items()}, evil=np.array([print], dtype=object))  # type: ignore[arg-type]
+    assert load(tmp_path / "a.npz").provenance is not None  # beside the tower, it is not even looked at
+    arrays["MAPHead_0/probe"] = np.array([print], dtype=object)
+    np.savez(tmp_path / "a.npz", **{f"img/{k}": v for k, v in arrays.items()})  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"dtype: expected one of F64, F32, F16, BF16, found object"):
+        load(tmp_path / "a.npz")
+
+
+def test_a_damaged_npz(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(CheckpointError, match=r"a.npz is not a whole npz file .* fetch it again"):
+        load(tmp_path / "a.npz")
+
+
+# --- towers inside vision-language models, written by transformers --------------------------------------------------
+
+
+def small_vision(kind: str, **changes: Any) -> dict[str, Any]:  # noqa: ANN401
+    return {"model_type": kind, **VISION, **changes}
+
+
+def build(kind: str) -> tuple[Any, Callable[[Any], Any]]:
+    """A tiny vision-language model, and how to get at its tower."""
+    t, siglip = transformers, small_vision("siglip_vision_model", vision_use_head=False)
+    gemma, llama, qwen = (dict(TEXT, model_type=m) for m in ("gemma", "llama", "qwen2"))
+    if kind == "paligemma":
+        config = t.PaliGemmaConfig(vision_config=siglip, text_config=gemma, projection_dim=16, hidden_size=16)
+        return t.PaliGemmaForConditionalGeneration(config), lambda m: m.model.vision_tower
+    if kind == "gemma3":
+        text = dict(TEXT, model_type="gemma3_text", sliding_window=8)
+        config = t.Gemma3Config(vision_config=dict(siglip, image_size=42), text_config=text, mm_tokens_per_image=9)
+        return t.Gemma3ForConditionalGeneration(config), lambda m: m.model.vision_tower
+    if kind == "llava_onevision":
+        config = t.LlavaOnevisionConfig(vision_config=siglip, text_config=qwen, image_grid_pinpoints=[[45, 45]])
+        return t.LlavaOnevisionForConditionalGeneration(config), lambda m: m.model.vision_tower
+    if kind == "idefics2":
+        perceiver = {
+            "hidden_size": 16,
+            "resampler_n_latents": 2,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 8,
+            "num_key_value_heads": 1,
+        }
+        config = t.Idefics2Config(
+            vision_config=small_vision("idefics2_vision"),
+            text_config=dict(TEXT, model_type="mistral"),
+            perceiver_config=perceiver,
+        )
+        return t.Idefics2ForConditionalGeneration(config), lambda m: m.model.vision_model
+    if kind in ("idefics3", "smolvlm"):
+        made = t.Idefics3Config if kind == "idefics3" else t.SmolVLMConfig
+        config = made(vision_config=small_vision(f"{kind}_vision"), text_config=llama, scale_factor=1)
+        model = t.Idefics3ForConditionalGeneration if kind == "idefics3" else t.SmolVLMForConditionalGeneration
+        return model(config), lambda m: m.model.vision_model
+    if kind == "lfm2_vl":
+        vision = {**small_vision("siglip2_vision_model", vision_use_head=False, num_patches=36)}
+        vision.pop("image_size")
+        text = dict(TEXT, model_type="lfm2", block_dim=16, conv_dim=16, layer_types=["full_attention"])
+        return t.Lfm2VlForConditionalGeneration(
+            t.Lfm2VlConfig(vision_config=vision, text_config=text)
+        ), lambda m: m.model.vision_tower
+    if kind == "janus":
+        vision = small_vision("janus_vision_model", mlp_ratio=1.41, projection_dim=16)
+        vision.pop("intermediate_size")
+        vq = {
+            "embed_dim": 4,
+            "num_embeddings": 8,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "num_patches": 2,
+            "projection_dim": 16,
+            "image_token_embed_dim": 16,
+            "double_latent": False,
+            "latent_channels": 32,
+        }
+        return t.JanusForConditionalGeneration(
+            t.JanusConfig(vision_config=vision, text_config=llama, vq_config=vq)
+        ), lambda m: m.model.vision_model
+    assert kind == "deepseek_vl"
+    return t.DeepseekVLForConditionalGeneration(
+        t.DeepseekVLConfig(vision_config=siglip, text_config=llama)
+    ), lambda m: m.model.vision_model
+
+
+FAMILIES = [
+    "paligemma",
+    "gemma3",
+    "llava_onevision",
+    "idefics2",
+    "idefics3",
+    "smolvlm",
+    "lfm2_vl",
+    "janus",
+    "deepseek_vl",
+]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_towers_inside_vision_language_models(kind: str, tmp_path: Path) -> None:
+    whole, tower_of = build(kind)
+    randomise(whole)
+    whole.save_pretrained(tmp_path)
+    tower = tower_of(whole)
+
+    def run(x: Tensor) -> dict[str, Tensor]:
+        if kind != "lfm2_vl":
+            return {"tokens": tower(x).last_hidden_state}
+        from siglip_port.patches import pack
+
+        return {"tokens": tower(**pack(list(x), 7)).last_hidden_state}
+
+    model = assert_equal(tmp_path, tower, run)
+    assert model.provenance is not None
+    assert model.provenance.dropped
+    assert model.provenance.tensors_read == 16 * 3 + 5
+    assert model.config.hidden_act == ("gelu" if kind == "janus" else "gelu_pytorch_tanh")
+    assert model.config.resize_rule == (
+        "navit" if kind in ("idefics2", "idefics3", "smolvlm") else "naflex" if kind == "lfm2_vl" else None
+    )
