@@ -42,7 +42,8 @@ def test_only_sdpa_computes_in_float64(checkpoint: MakeCheckpoint) -> None:
 
 def test_its_config_is_read_without_the_ports_own_table(checkpoint: MakeCheckpoint) -> None:
     reference = references.load(checkpoint(ODD), pooling_head=True, dtype=torch.float32)
-    assert reference.config() == vars(ODD)
+    ours_alone = ("mean_pooling", "naflex", "interpolation")  # which no SiglipVisionModel has
+    assert reference.config() == {name: value for name, value in vars(ODD).items() if name not in ours_alone}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
