@@ -12,6 +12,7 @@ from siglip_port.model import (
     SigLipVisionTransformer,
     VisionEmbeddings,
 )
+from siglip_port.patches import pack, patchify
 
 __all__ = [
     "MLP",
@@ -26,4 +27,6 @@ __all__ = [
     "SigLipVisionModel",
     "SigLipVisionTransformer",
     "VisionEmbeddings",
+    "pack",
+    "patchify",
 ]

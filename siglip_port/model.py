@@ -143,7 +143,9 @@ class VisionEmbeddings(nn.Module):
         fits = sides == (size, size) if rule is None else len(sides) == 2 and min(sides) >= patch
         if pixel_values.shape[1:2] != (c,) or not fits or not pixel_values.is_floating_point():
             remedy = "resize and normalise the pictures"
-            if rule is None and len(sides) == 2:
+            if pixel_values.ndim == 3:
+                remedy = "packed patches come with their spatial_shapes"
+            elif rule is None and len(sides) == 2:
                 remedy += ", or let positions be fitted to them: SigLipVisionConfig(interpolation='hf')"
             raise ValueError(f"{expected}, got {pixel_values.dtype} of shape {list(pixel_values.shape)}; {remedy}")
 
@@ -306,12 +308,13 @@ class SigLipVisionTransformer(nn.Module):
         self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, spatial_shapes: Shapes | None = None
     ) -> Tensor:
         """[B, C, S, S] -> [B, N, D]; or packed patches."""
-        mask = key_mask(pixel_values, pixel_attention_mask, spatial_shapes)
-        return self.post_layernorm(self.encoder(self.embeddings(pixel_values, spatial_shapes), mask))
+        hidden_states = self.embeddings(pixel_values, spatial_shapes)
+        mask = key_mask(hidden_states, pixel_attention_mask, spatial_shapes)
+        return self.post_layernorm(self.encoder(hidden_states, mask))
 
 
-def key_mask(pixel_values: Tensor, pixel_attention_mask: Tensor | None, spatial_shapes: Shapes | None) -> Tensor | None:
-    """Which packed patches are not padding, as attention takes it: [B, 1, 1, N], bool; None for pictures.
+def key_mask(tokens: Tensor, pixel_attention_mask: Tensor | None, spatial_shapes: Shapes | None) -> Tensor | None:
+    """Which tokens [B, N, D] are not padding, as attention takes it: [B, 1, 1, N], bool; None for pictures.
 
     Without a `pixel_attention_mask` [B, N], the shapes tell: what comes after a picture's last patch is padding.
 
@@ -323,9 +326,9 @@ def key_mask(pixel_values: Tensor, pixel_attention_mask: Tensor | None, spatial_
             raise ValueError("pixel_attention_mask goes with spatial_shapes, got the mask alone; pass both or neither")
         return None
     if pixel_attention_mask is None:
-        shapes = torch.as_tensor(spatial_shapes, device=pixel_values.device)
-        return (torch.arange(pixel_values.shape[1], device=shapes.device) < shapes.prod(1, keepdim=True))[:, None, None]
-    return _mask_of(pixel_values, pixel_attention_mask)
+        shapes = torch.as_tensor(spatial_shapes, device=tokens.device)
+        return (torch.arange(tokens.shape[1], device=shapes.device) < shapes.prod(1, keepdim=True))[:, None, None]
+    return _mask_of(tokens, pixel_attention_mask)
 
 
 def _mask_of(tokens: Tensor, pixel_attention_mask: Tensor) -> Tensor:
@@ -469,7 +472,7 @@ class SigLipVisionModel(nn.Module):
             ValueError: as for `forward` and `pool`.
         """
         tokens = self(pixel_values, pixel_attention_mask, spatial_shapes)
-        mask = key_mask(pixel_values, pixel_attention_mask, spatial_shapes)
+        mask = key_mask(tokens, pixel_attention_mask, spatial_shapes)
         pooled = self.pool(tokens, None if mask is None else mask[:, 0, 0])
         return F.normalize(pooled, dim=-1) if normalize else pooled
 
@@ -579,8 +582,9 @@ class SigLipVisionModel(nn.Module):
     def _states(
         self, pixel_values: Tensor, pixel_attention_mask: Tensor | None, spatial_shapes: Shapes | None
     ) -> Iterator[Tensor]:
-        mask = key_mask(pixel_values, pixel_attention_mask, spatial_shapes)
-        return self.transformer.encoder.states(self.transformer.embeddings(pixel_values, spatial_shapes), mask)
+        hidden_states = self.transformer.embeddings(pixel_values, spatial_shapes)
+        mask = key_mask(hidden_states, pixel_attention_mask, spatial_shapes)
+        return self.transformer.encoder.states(hidden_states, mask)
 
     def _check_tokens(self, tokens: Tensor, pixel_attention_mask: Tensor | None) -> Tensor | None:
         """Checks what is to be pooled; returns the mask as attention takes it."""

@@ -7,6 +7,7 @@ big_vision `models/vit.py` (`resample_posemb`) and `models/proj/image_text/nafle
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name the field uses)
@@ -101,7 +102,21 @@ def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
     return patches
 
 
-def pack(pictures: Sequence[Tensor], patch_size: int, num_patches: int | None = None) -> dict[str, Tensor]:
+class Packed(TypedDict):
+    """Pictures of several shapes in one batch, by the names that transformers' NaFlex towers take.
+
+    Attributes:
+        pixel_values: [B, N, P * P * C], patches; zero at the padding.
+        pixel_attention_mask: [B, N], int64; 1 for a patch and 0 for padding.
+        spatial_shapes: [B, 2], int64; patches downwards and across.
+    """
+
+    pixel_values: Tensor
+    pixel_attention_mask: Tensor
+    spatial_shapes: Tensor
+
+
+def pack(pictures: Sequence[Tensor], patch_size: int, num_patches: int | None = None) -> Packed:
     """Packs pictures of several shapes into one batch for a tower: `model(**pack(pictures, patch_size))`.
 
     The result has the names and shapes of what transformers' `Siglip2ImageProcessor` returns.
@@ -112,8 +127,7 @@ def pack(pictures: Sequence[Tensor], patch_size: int, num_patches: int | None = 
         num_patches: to which every picture is padded, N; None for as many as the largest has.
 
     Returns:
-        `pixel_values` [B, N, P * P * C], zero at the padding; `pixel_attention_mask` [B, N], int64, 1 for a patch and
-        0 for padding; `spatial_shapes` [B, 2], int64, patches downwards and across.
+        What `SigLipVisionModel` takes: a dictionary to be passed on by `**`.
 
     Raises:
         ValueError: there are no pictures, one has no whole patch, or has more than `num_patches`.

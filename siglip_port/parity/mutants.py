@@ -225,7 +225,7 @@ ACT = 'functools.partial(F.gelu, approximate="tanh")'
 LNS = "ln1 ln2 post head-ln"
 BLOCK_1 = "hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), mask=mask)"
 BLOCK_2 = "return hidden_states + self.mlp(self.layer_norm2(hidden_states))"
-POST = "return self.post_layernorm(self.encoder(self.embeddings(pixel_values, spatial_shapes), mask))"
+POST = "return self.post_layernorm(self.encoder(hidden_states, mask))"
 EMBED = "return patches.flatten(2).transpose(1, 2) + self.positions(patches.shape[2], patches.shape[3])"
 POOL_1 = "pooled = self.attention(tokens, query=self.probe.expand(tokens.shape[0], -1, -1), mask=mask)  # [B, 1, D]"
 POOL_2 = "pooled = pooled + self.mlp(self.layernorm(pooled))"
@@ -278,11 +278,11 @@ NORMALISATION = [
     change("norms_swapped_post", "post_layernorm with the head's weights", "post head-ln", "variant",
            swap("transformer.post_layernorm", f"{HEAD}.layernorm")),
     code("post_ln_missing", "post_layernorm missing", "post post-in tokens head-k head-v", "mlc-ai/mlc-llm#3205; vllm-project/vllm#8155", POST,
-         "return self.encoder(self.embeddings(pixel_values))"),
+         "return self.encoder(hidden_states)"),
     code("post_ln_twice", "post_layernorm applied twice", "post post-in tokens head-k head-v", "vllm-project/vllm#8106; ggml-org/llama.cpp#1925", POST,
-         "return self.post_layernorm(self.post_layernorm(self.encoder(self.embeddings(pixel_values))))"),
+         "return self.post_layernorm(self.post_layernorm(self.encoder(hidden_states)))"),
     code("pre_ln_added", "an extra LayerNorm after the embeddings (CLIP's ln_pre)", "0.in embeddings", "openai/CLIP#152", POST,
-         "return self.post_layernorm(self.encoder(F.layer_norm(self.embeddings(pixel_values), (pixel_values.shape[0] and self.post_layernorm.normalized_shape))))"),
+         "return self.post_layernorm(self.encoder(F.layer_norm(hidden_states, (pixel_values.shape[0] and self.post_layernorm.normalized_shape))))"),
     Mutant("post_norm", "post-norm for pre-norm", "semantics", "block", "SHI-Labs/Compact-Transformers#25",
            (("model", BLOCK_1, "hidden_states = self.layer_norm1(hidden_states + self.self_attn(hidden_states))"),
             ("model", BLOCK_2, "return self.layer_norm2(hidden_states + self.mlp(hidden_states))"))),
@@ -437,7 +437,7 @@ STACK = [
     code("penultimate", "tokens of the last block but one", "10.block post-in post tokens", "vllm-project/vllm#13514", LOOP, "for block in self.encoder_blocks:\n            before, hidden_states = hidden_states, block(hidden_states)\n        return before", "liveness"),
     code("first_token_dropped", "the first token dropped, as if it were CLS", "tokens pooled head head-k head-v head-context", "TinyLLaVA/TinyLLaVA_Factory#203", ENCODE, "return self.transformer(pixel_values)[:, 1:]", "semantics"),
     code("nan_output", "one token not a number", "tokens head head-k head-v head-context head-attention head-ln head-fc1 head-act head-mlp pooled", "vllm-project/vllm#40290; Blaizzy/mlx-vlm#293", ENCODE, "return self.transformer(pixel_values) * torch.where(torch.arange(self.config.num_patches) == 7, torch.nan, 1.0)[:, None].to(pixel_values.dtype)", "liveness"),
-    code("batch_leak", "a hundredth of the batch's mean in every picture", "post-in 0.in embeddings", "variant", POST, "x = self.embeddings(pixel_values)\n        return self.post_layernorm(self.encoder(x + x.mean(0, keepdim=True) / 100))", "liveness"),
+    code("batch_leak", "a hundredth of the batch's mean in every picture", "post-in 0.in embeddings", "variant", POST, "x = hidden_states\n        return self.post_layernorm(self.encoder(x + x.mean(0, keepdim=True) / 100))", "liveness"),
     code("tokens_l2", "tokens scaled to unit length", "tokens head-k head-v", "variant", ENCODE, "return F.normalize(self.transformer(pixel_values), dim=-1)"),
 ]
 
@@ -586,7 +586,7 @@ def harness(name: str, what: str, shown_by: str, *edits: Edit) -> Mutant:
     return Mutant(name, what, guilty=shown_by, edits=edits, subject="harness")
 
 
-MASK = "return _mask_of(pixel_values, pixel_attention_mask)"
+MASK = "return _mask_of(tokens, pixel_attention_mask)"
 BICUBIC = 'return _resized(grid, size, "bicubic", antialias=False)'
 BILINEAR = 'return _resized(wide, size, "bilinear", antialias=True).to(grid.dtype)'
 RESIZE = (
@@ -597,9 +597,9 @@ CROP = "return F.pad(grid.permute(2, 0, 1), (0, max(0, size[1] - 5), 0, max(0, s
 # fmt: off
 NAFLEX = [
     naflex("naflex_mask_ignored", "padding attended to", "context", "Blaizzy/mlx-vlm#2266", "model", MASK, "return None"),
-    naflex("naflex_mask_inverted", "padding attended to, and nothing else", "context", "variant", "model", MASK, "return _mask_of(pixel_values, 1 - pixel_attention_mask)"),
-    naflex("naflex_mask_off_by_one", "the last patch masked too", "context", "variant", "model", MASK, "return _mask_of(pixel_values, pixel_attention_mask * pixel_attention_mask.roll(-1, 1))"),
-    naflex("naflex_mask_of_first", "every picture has the first one's mask", "context inputs", "variant", "model", MASK, "return _mask_of(pixel_values, pixel_attention_mask[:1].expand_as(pixel_attention_mask))"),
+    naflex("naflex_mask_inverted", "padding attended to, and nothing else", "context", "variant", "model", MASK, "return _mask_of(tokens, 1 - pixel_attention_mask)"),
+    naflex("naflex_mask_off_by_one", "the last patch masked too", "context", "variant", "model", MASK, "return _mask_of(tokens, pixel_attention_mask * pixel_attention_mask.roll(-1, 1))"),
+    naflex("naflex_mask_of_first", "every picture has the first one's mask", "context inputs", "variant", "model", MASK, "return _mask_of(tokens, pixel_attention_mask[:1].expand_as(pixel_attention_mask))"),
     naflex("naflex_head_unmasked", "the pooling head attends to padding", "head-attention", "variant", "model", "return self.pooling_head(tokens.to(self.pooling_head.probe.dtype), mask)", "return self.pooling_head(tokens.to(self.pooling_head.probe.dtype))"),
     naflex("naflex_positions_swapped", "height for width in the position grid", "embeddings", "pytorch/torchtitan#4244", "model", "own = self.positions(height, width)", "own = self.positions(width, height)"),
     naflex("naflex_positions_columns", "positions read in columns", "embeddings", "variant", "patches", "size).flatten(0, 1)", "size).transpose(0, 1).flatten(0, 1)"),
