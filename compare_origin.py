@@ -163,9 +163,8 @@ def main_case(
     where: dict[str, Any] = {"revision": port.provenance.commit, "local_files_only": offline}
     dtype = getattr(torch, args.dtype)
     warn_of_memory(port, dtype)
-    reference = references.load(
-        source, pooling_head=port.pooling_head is not None, dtype=dtype, device=args.device, **where
-    )
+    kind = {"pooling_head": port.pooling_head is not None, "naflex": port.config.naflex, **where}
+    reference = references.load(source, dtype=dtype, device=args.device, **kind)
     pixels = with_noise(references.preprocess(photograph, port.config.image_size, source, **where))
     dtypes = [dtype, *(getattr(torch, name) for name in DTYPES if args.full and name not in (args.dtype, "float64"))]
     weights = "random weights, N1" if is_random else "checkpoint weights"

@@ -74,6 +74,7 @@ _REFUSED = {
     "minicpmv4_6": "its tower merges tokens between its blocks",
     "minicpmv4_6_vision": "its tower merges tokens between its blocks",
     "youtu_vl": "its tower has rotary positions and windows of attention",
+    "bagel": "its configuration does not tell whether its positions are learned or rotary",
     "phi3_v": "its tower is CLIP's, not SigLIP's",
     "clip": "CLIP is another model",
     "clip_vision_model": "CLIP is another model",

@@ -80,7 +80,8 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding.from_pretrained(
             torch.empty(config.num_patches, config.embed_dim), freeze=False
         )
-        self._fitted: dict[tuple[object, ...], Tensor] = {}
+        self._fitted: dict[tuple[int, int], Tensor] = {}
+        self._fitted_from: tuple[Tensor, tuple[object, ...]] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -106,20 +107,25 @@ class VisionEmbeddings(nn.Module):
         if height == width == self.config.grid_size:
             return weight
         assert rule is not None
-        untracked = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference()
-        if untracked:
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
             return positions(weight, (height, width), rule)
-        key = (height, width, weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if key not in self._fitted:
-            if len(self._fitted) >= _GRIDS_KEPT:
-                self._fitted.clear()
-            self._fitted[key] = positions(weight, (height, width), rule)
-        return self._fitted[key]
+        # The table is kept too: as long as it is, no other one can lie at its address.
+        made_of = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if self._fitted_from is None or self._fitted_from[1] != made_of or len(self._fitted) >= _GRIDS_KEPT:
+            self._fitted_from = (weight.detach(), made_of)
+            self._fitted.clear()
+        if (height, width) not in self._fitted:
+            self._fitted[height, width] = positions(weight, (height, width), rule)
+        return self._fitted[height, width]
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode, and forgets fitted positions."""
-        self._fitted.clear()
+        self._fitted, self._fitted_from = {}, None
         return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but the fitted positions."""
+        return {**self.__dict__, "_fitted": {}, "_fitted_from": None}
 
     def _packed(self, patches: Tensor, spatial_shapes: Shapes) -> Tensor:
         """[B, N, P * P * C] -> [B, N, D]. The padding gets the picture's first position, as in the reference."""

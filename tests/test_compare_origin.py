@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,17 @@ def test_sizes_written_as_pairs(checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint()
     edit_config(folder, image_size=[16, 16], patch_size=[8, 8])
     assert call("--checkpoint", folder) == 0
+
+
+@pytest.mark.parametrize("resample", [2, 3])
+def test_a_naflex_checkpoint(checkpoint: MakeCheckpoint, resample: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint(replace(SMALL, naflex=True))
+    processor = {"image_processor_type": "Siglip2ImageProcessor", "resample": resample, "patch_size": 8}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert compare_origin.main(["--checkpoint", str(folder), "--attn", "sdpa"]) == 0
+    # The small towers are NaFlex too, and given pictures that are not square: another rule would be noticed.
+    monkeypatch.setattr(SigLipVisionConfig, "resize_rule", property(lambda _: "timm"))
+    assert compare_origin.main(["--checkpoint", str(folder), "--attn", "sdpa"]) == 1
 
 
 def test_headless_checkpoints_are_compared_before_pooling(

@@ -114,6 +114,7 @@ def test_nonsense_is_refused(fields: dict[str, Any], message: str) -> None:
     ("content", "message"),
     [
         ({"model_type": "dinov2"}, "model_type must be one of siglip, siglip_vision_model, .*, got 'dinov2'"),
+        ({"model_type": "bagel"}, "model_type .bagel. is refused: its configuration does not tell"),
         ({"model_type": "clip"}, "model_type 'clip' is refused: CLIP is another model"),
         (
             {"model_type": "llava", "vision_config": {"model_type": "clip_vision_model"}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,14 @@ def test_later_blocks_do_not_run() -> None:
     for i, block in enumerate(port.transformer.encoder.encoder_blocks):
         block.register_forward_hook(functools.partial(note, i))
     x = pixels(SMALL_ODD).float()
-    for call, expected in (
+    calls: list[tuple[Callable[[], object], list[int]]] = [
         (lambda: port.hidden_states(x, [0]), []),
         (lambda: port.hidden_states(x, [1, 0]), [0]),
         (lambda: port.hidden_states(x, [-2]), [0, 1]),
         (lambda: port.attention_maps(x, [0]), []),
         (lambda: port.attention_maps(x, [1]), [0]),
-    ):
+    ]
+    for call, expected in calls:
         ran.clear()
         call()
         assert ran == expected

@@ -1,4 +1,4 @@
-"""Checkpoints as other releases of transformers write them, and what those releases make of them.
+"""Checkpoints as other releases of transformers write them, and what those releases make of them, and of ours.
 
 `uv run pytest -m versions`: needs uv and a package index; installs every release in an environment of its own.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 
 from siglip_port import SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
+from siglip_port.parity.weights import randomise
+from tests.conftest import ODD
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +31,10 @@ pytestmark = pytest.mark.versions
 @pytest.fixture(scope="module", params=FLOAT64_TOLERANCE)
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
+    for name, naflex in (("ours", False), ("ours-naflex", True)):
+        ours = SigLipVisionModel(replace(ODD, naflex=naflex, image_size=42 if naflex else 45))
+        randomise(ours)
+        ours.save_hf(folder / name)
     torch_version = version("torch").split("+")[0]
     packages = [f"transformers=={request.param}", f"torch=={torch_version}", "safetensors", "numpy", "pillow"]
     script = ROOT / "tests" / "other_transformers.py"
@@ -39,10 +46,12 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return request.param, folder
 
 
-@pytest.mark.parametrize("kind", ["full", "vision", "headless", "classifier"])
+@pytest.mark.parametrize("kind", ["full", "vision", "headless", "classifier", "llava", "paligemma", "ours"])
 @torch.no_grad()
 def test_a_checkpoint_of_that_release(written: tuple[str, Path], kind: str) -> None:
     release, folder = written
+    if not (folder / kind).exists():
+        pytest.skip(f"transformers {release} has no such model")
     expected = load_file(folder / kind / "expected.safetensors")
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, FLOAT64_TOLERANCE[release])):
         model = SigLipVisionModel.from_hf(folder / kind, dtype=dtype)
@@ -51,3 +60,16 @@ def test_a_checkpoint_of_that_release(written: tuple[str, Path], kind: str) -> N
         assert (model.pooling_head is not None) == (f"pooled.{dtype}" in expected)
         if model.pooling_head is not None:
             assert relative_error(model.pool(tokens), expected[f"pooled.{dtype}"]) <= tolerance
+
+
+@torch.no_grad()
+def test_a_naflex_checkpoint_of_ours_in_that_release(written: tuple[str, Path]) -> None:
+    release, folder = written
+    if not (folder / "ours-naflex" / "expected.safetensors").exists():
+        pytest.skip(f"transformers {release} has no Siglip2VisionModel")
+    expected = load_file(folder / "ours-naflex" / "expected.safetensors")
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        model = SigLipVisionModel.from_hf(folder / "ours-naflex", dtype=dtype)
+        names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+        pooled = model.embed(**{name: expected[name] for name in names})  # type: ignore[arg-type]
+        assert relative_error(pooled, expected[f"pooled.{dtype}"]) <= tolerance

@@ -70,6 +70,8 @@ class Case:
     def _taps(self, port: nn.Module, table: ModuleType = key_map) -> list[taps.Tap]:
         has_head = hasattr(self.reference.model, "head")
         pairs = taps.siglip_taps(has_head, table)
+        if references.is_naflex(self.reference.model):
+            del pairs["embeddings.patch_embedding"]  # a Linear over patches there, a convolution of pictures here
         if port is self.reference.model:
             return taps.expand({theirs: theirs for theirs in pairs}, port, port)
         return taps.expand(pairs, self.reference.model, port)
@@ -123,7 +125,8 @@ def interface(port: Any, pixel_values: Tensor) -> Gate:  # noqa: ANN401
     findings = []
     with torch.inference_mode():
         tokens = port(pixel_values)
-        expected = (len(pixel_values), port.config.num_patches, port.config.embed_dim)
+        rows, columns = (side // port.config.patch_size for side in pixel_values.shape[2:])
+        expected = (len(pixel_values), rows * columns, port.config.embed_dim)
         if tokens.shape != expected:
             findings.append(Finding(f"shape {list(tokens.shape)}, expected {list(expected)}", "tokens", "forward"))
         if port.pooling_head is not None:
@@ -134,24 +137,45 @@ def interface(port: Any, pixel_values: Tensor) -> Gate:  # noqa: ANN401
             allowed = 4 * torch.finfo(unit.dtype).eps
             if unit.shape != pooled.shape or not relative_error(unit, pooled.double() / size) <= allowed:
                 findings.append(Finding("embed(normalize=True) is not pooled / ||pooled||", "pooled", "embed"))
-    checked = 1 if port.pooling_head is None else 3
+        if port.config.naflex:
+            findings += [Finding(what, "tokens", "forward") for what in _packed_differs(port, pixel_values)]
+    checked = 1 + 2 * (port.pooling_head is not None) + port.config.naflex
     return Gate("interface", checked, gates.MEANING["interface"][1], tuple(findings))
+
+
+def _packed_differs(port: Any, pixel_values: Tensor) -> list[str]:  # noqa: ANN401
+    """Whether packed patches, beside those of a smaller picture and padding, give other tokens than the picture."""
+    patch, (height, width) = port.config.patch_size, pixel_values.shape[2:]
+    small = pixel_values[0, :, : height - patch, : width - patch]
+    with gates.cast(port, pixel_values.dtype, torch.float64):
+        wide = [picture.double() for picture in (*pixel_values, small)]
+        packed = port(**siglip_port.pack(wide, patch))
+        for tokens, picture in zip(packed, wide, strict=True):
+            alone = port(picture[None])[0]
+            if not relative_error(tokens[: len(alone)], alone) <= gates.FLOAT64_BOUND:
+                return [f"packed patches of {list(picture.shape[1:])} pixels give other tokens than the picture"]
+    return []
 
 
 def stored(port: Any, table: ModuleType = key_map) -> dict[str, Tensor]:  # noqa: ANN401
     """The port's tensors under the reference's names, those that it has."""
-    rows = table.TOWER + (table.HEAD if port.pooling_head is not None else ())
-    tensors, claims = port.state_dict(), table.HUGGINGFACE.claims(port.config.num_encoder_blocks, rows)
+    layout = table.HUGGINGFACE_NAFLEX if port.config.naflex else table.HUGGINGFACE
+    tensors, claims = (
+        port.state_dict(),
+        layout.claims(port.config.num_encoder_blocks, layout.rows(port.config.pooling_head)),
+    )
     return {
-        name: table.fuse([tensors[our] for our in claim.ours])
+        name: claim.to_stored([tensors[our] for our in claim.ours], port.config.num_attention_heads)
         for name, claim in claims.items()
         if set(claim.ours) <= set(tensors)
     }
 
 
 def noise(config: SigLipVisionConfig, batch: int = 2, seed: int = 0) -> Tensor:
-    """Pictures of uniform noise in [-1, 1]: [batch, C, S, S]."""
-    shape = (batch, config.num_channels, config.image_size, config.image_size)
+    """Pictures of uniform noise in [-1, 1]: [batch, C, S, S]; for NaFlex towers of another shape than their own."""
+    size, patch = config.image_size, config.patch_size
+    sides = (size - patch, size + 2 * patch) if config.naflex else (size, size)
+    shape = (batch, config.num_channels, *sides)
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -174,7 +198,8 @@ def made(
     """A checkpoint with the weights of a recipe, written by the reference, and read by both sides as any other is."""
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
         references.write_random_checkpoint(Path(folder), config, seed, recipe)
-        reference = references.load(folder, pooling_head=config.pooling_head, dtype=torch.float32, device=device)
+        kind: dict[str, Any] = {"pooling_head": config.pooling_head, "naflex": config.naflex, "device": device}
+        reference = references.load(folder, dtype=torch.float32, **kind)
         inputs = noise(config, seed=seed).to(device)
         yield Case(name, f"{recipe}, seed {seed}", folder, reference, inputs, gates, dtypes, attentions)
 
@@ -190,7 +215,7 @@ def small_cases(
         attentions: of the reference, whose rounding counts.
         full: all gates on all recipes, with two seeds and all dtypes, instead of what each recipe is best for.
     """
-    code = {name: getattr(config, name) for name in ("hidden_act", "layer_norm_eps", "pooling_head")}
+    code = {name: getattr(config, name) for name in ("hidden_act", "layer_norm_eps", "pooling_head", "naflex")}
     odd, mini = replace(ODD, **code), replace(MINI, **code)
     how: dict[str, Any] = {"device": device, "attentions": attentions}
     if full:

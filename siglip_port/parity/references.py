@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.parity.gates import Side
@@ -33,7 +35,7 @@ class BrokenReferenceError(RuntimeError):
 
 
 class Reference:
-    """transformers' `SiglipVisionModel`, in `eval()` mode.
+    """transformers' `SiglipVisionModel`, or `Siglip2VisionModel` for NaFlex towers, in `eval()` mode.
 
     Attributes:
         model: the module.
@@ -53,7 +55,10 @@ class Reference:
     def config(self) -> dict[str, object]:
         """Its architecture as it says itself, field by field, in the port's names."""
         theirs = self.model.config
-        return {ours: getattr(theirs, name) for ours, name in FIELDS.items()}
+        told = {ours: getattr(theirs, name) for ours, name in FIELDS.items() if hasattr(theirs, name)}
+        if isinstance(self.model, Siglip2VisionModel):
+            told |= {"naflex": True, "image_size": math.isqrt(theirs.num_patches) * theirs.patch_size}
+        return told
 
 
 # Not `config.py`'s own table: what that one gets wrong must be seen here.
@@ -73,13 +78,25 @@ FIELDS = {
 
 
 def outputs(model: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
-    """`tokens` [B, N, D] and, where it has a head, `pooled` [B, D]."""
-    return _outputs_of(model(pixel_values))
+    """`tokens` [B, N, D] and, with a head, `pooled` [B, D]; of pictures, which NaFlex towers take in patches."""
+    if not isinstance(model, Siglip2VisionModel):
+        return _outputs_of(model(pixel_values))
+    patch = model.config.patch_size
+    shape = torch.tensor([side // patch for side in pixel_values.shape[2:]])
+    whole = pixel_values[..., : shape[0] * patch, : shape[1] * patch]
+    patches = torch.stack([convert_image_to_patches(picture, patch) for picture in whole])
+    mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+    return _outputs_of(model(patches, mask, shape.expand(len(patches), 2)))
 
 
 def _outputs_of(output: Any) -> dict[str, Tensor]:  # noqa: ANN401
     points = {"tokens": output.last_hidden_state, "pooled": output.pooler_output}
     return {point: tensor for point, tensor in points.items() if tensor is not None}
+
+
+def is_naflex(model: nn.Module) -> bool:
+    """Whether it is the reference's tower for pictures of any shape."""
+    return isinstance(model, Siglip2VisionModel)
 
 
 def hf_config(config: SigLipVisionConfig) -> SiglipVisionConfig | Siglip2VisionConfig:
