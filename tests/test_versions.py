@@ -73,3 +73,24 @@ def test_a_naflex_checkpoint_of_ours_in_that_release(written: tuple[str, Path]) 
         names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
         pooled = model.embed(**{name: expected[name] for name in names})  # type: ignore[arg-type]
         assert relative_error(pooled, expected[f"pooled.{dtype}"]) <= tolerance
+
+
+@torch.no_grad()
+def test_what_open_clip_writes(tmp_path: Path) -> None:
+    """Of the two, one has the exact GELU and one the tanh form: what open_clip inherits from timm."""
+    torch_version = version("torch").split("+")[0]
+    packages = ["open_clip_torch==3.3.0", f"torch=={torch_version}", "torchvision", "safetensors", "numpy"]
+    script = ROOT / "tests" / "other_open_clip.py"
+    subprocess.run(
+        ["uv", "run", "--no-project", "--isolated", *(f"--with={p}" for p in packages), "python", script, tmp_path],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    acts = []
+    for folder in sorted(path for path in tmp_path.iterdir()):
+        expected = load_file(folder / "expected.safetensors")
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+            model = SigLipVisionModel.from_hf(folder, dtype=dtype)
+            assert relative_error(model.embed(expected["pixel_values"]), expected[f"pooled.{dtype}"]) <= tolerance
+        acts.append(model.config.hidden_act)
+    assert acts == ["gelu", "gelu_pytorch_tanh"]
