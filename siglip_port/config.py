@@ -199,6 +199,11 @@ class SigLipVisionConfig:
         Raises:
             ValueError: it describes another kind of model, or a value makes no sense.
         """
+        if "vision_config" not in hf_config:  # a model around a vision-language model, as ColPali's
+            inner = [
+                v for v in hf_config.values() if isinstance(v, Mapping) and isinstance(v.get("vision_config"), Mapping)
+            ]
+            hf_config = inner[0] if len(inner) == 1 else hf_config
         vision = hf_config.get("vision_config")
         if vision is not None and not isinstance(vision, Mapping):
             raise ValueError(f"vision_config must be an object, got {vision!r}")

@@ -307,6 +307,22 @@ def test_big_vision_as_timm_reads_it(tmp_path: Path) -> None:
     assert torch.equal(model(x), original.eval()(x))
 
 
+def test_paligemmas_own_file(tmp_path: Path) -> None:
+    """No pooling head, and the projector under the tower's own prefix."""
+    config = replace(ODD, pooling_head=False, image_size=42)
+    original = SigLipVisionModel(config)
+    randomise(original)
+    arrays = flax(config, original.state_dict(), scanned=True)
+    arrays |= {"head/kernel": np.ones((72, 16)), "head/bias": np.ones(16)}
+    language = {"params/llm/layers/mlp/linear": np.ones(3, np.float32)}
+    np.savez(tmp_path / "pt.npz", **{f"params/img/{k}": v.astype(np.float32) for k, v in arrays.items()}, **language)  # type: ignore[arg-type]
+    model = load(tmp_path / "pt.npz")
+    assert model.config == config
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in original.state_dict().items())
+    assert model.provenance is not None
+    assert model.provenance.dropped == {"language model": 1, "projector": 2}
+
+
 def test_the_size_of_a_published_picture_is_known(tmp_path: Path) -> None:
     """27 x 27 patches of 14 pixels and a width of 1152 are siglip-so400m-patch14-384, not a tower for 378 pixels."""
     config = SigLipVisionConfig(
@@ -347,6 +363,12 @@ def build(kind: str) -> tuple[Any, Callable[[Any], Any]]:
     if kind == "paligemma":
         config = t.PaliGemmaConfig(vision_config=siglip, text_config=gemma, projection_dim=16, hidden_size=16)
         return t.PaliGemmaForConditionalGeneration(config), lambda m: m.model.vision_tower
+    if kind == "colpali":
+        whole, _ = build("paligemma")
+        config = t.ColPaliConfig(vlm_config=whole.config, embedding_dim=8)
+        return t.ColPaliForRetrieval(
+            config
+        ), lambda m: m.vlm.vision_tower if hasattr(m.vlm, "vision_tower") else m.vlm.model.vision_tower
     if kind == "gemma3":
         text = dict(TEXT, model_type="gemma3_text", sliding_window=8)
         config = t.Gemma3Config(vision_config=dict(siglip, image_size=42), text_config=text, mm_tokens_per_image=9)
@@ -415,6 +437,7 @@ FAMILIES = [
     "lfm2_vl",
     "janus",
     "deepseek_vl",
+    "colpali",
 ]
 
 
