@@ -43,6 +43,11 @@ class Published:
     resample: int
 
     @property
+    def size(self) -> str:
+        """Which of the four sizes it is: base, large, so400m or giant-opt."""
+        return next(name for name, sizes in _SIZES.items() if sizes["embed_dim"] == self.config.embed_dim)
+
+    @property
     def vision_bytes(self) -> int:
         """Size of the vision tower in the file, which is float32 in all of them."""
         return 4 * self.vision_parameters

@@ -48,6 +48,18 @@ class HubUnreachableError(CheckpointError):
     """A file is not in the local cache, and the Hub could not be reached, or was not to be asked."""
 
 
+class SeveralTowersError(CheckpointError):
+    """A file holds more than one vision tower, or one that matches several layouts.
+
+    Attributes:
+        towers: layout and prefix of each.
+    """
+
+    def __init__(self, message: str, towers: list[tuple[key_map.Layout, str]]) -> None:
+        super().__init__(message)
+        self.towers = towers
+
+
 class Source(Protocol):
     """Something that holds the files of one checkpoint: see `siglip_port.hub`.
 
@@ -130,6 +142,7 @@ class Checkpoint:
 
     Raises:
         CheckpointError: there is no such checkpoint, or it does not hold a SigLIP vision tower.
+        SeveralTowersError: it holds several, and neither layout nor prefix tells which is meant.
         ValueError: there is no layout of this name.
     """
 
@@ -176,6 +189,20 @@ class Checkpoint:
     def title(self) -> str:
         """The layout and the prefix, for people."""
         return f"{self.layout.title}, " + (f"prefix {self.prefix.rstrip('./')}" if self.prefix else "no prefix")
+
+    @property
+    def towers(self) -> list[tuple[key_map.Layout, str]]:
+        """Layout and prefix of every tower that the file holds, whichever this checkpoint has taken."""
+        return self._candidates(key_map.LAYOUTS, None)[0] or [(self.layout, self.prefix)]
+
+    def headers(self) -> dict[str, dict[str, Stored] | None]:
+        """Reads the headers of all weights files: by the name of the file, None where it is not there or damaged."""
+        headers: dict[str, dict[str, Stored] | None] = {}
+        for filename in dict.fromkeys(self._file_of.values()):
+            headers[filename] = None
+            with contextlib.suppress(CheckpointError):
+                headers[filename] = self._header(filename)
+        return headers
 
     def check(self, shapes: Mapping[str, torch.Size]) -> dict[str, Stored]:
         """Checks the headers against the model.
@@ -273,13 +300,36 @@ class Checkpoint:
 
     def _recognise(self, name: str | None, prefix: str | None) -> tuple[key_map.Layout, str]:
         """Finds the one layout and prefix whose rule the names and shapes meet."""
-        names = self._file_of.keys()
         layouts = [layout for layout in key_map.LAYOUTS if name in (None, layout.name)]
         if not layouts:
             known = ", ".join(layout.name for layout in key_map.LAYOUTS)
             raise ValueError(f"layout must be None or one of {known}, got {name!r}")
         if name is not None and prefix is not None:
             return layouts[0], prefix
+        found, refused = self._candidates(layouts, prefix)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            which = "; ".join(f"layout={layout.name!r}, prefix={place!r}" for layout, place in found)
+            raise SeveralTowersError(
+                f"{self._source.name} holds more than one vision tower, or one that matches several layouts: {which}; "
+                "say which by layout= and prefix=",
+                found,
+            )
+        groups = Counter(re.split(r"[./]", name)[0] for name in self._file_of)
+        raise CheckpointError(
+            f"{self._source.name} holds no SigLIP vision tower in a layout that is known here "
+            f"({', '.join(layout.title for layout in layouts)})"
+            + ("" if prefix is None else f" behind the prefix {prefix!r}")
+            + "; its tensors begin with: "
+            + ", ".join(f"{group} ({count})" for group, count in groups.most_common(12))
+            + "".join(f"; refused: {what}" for what in refused)
+        )
+
+    def _candidates(
+        self, layouts: Iterable[key_map.Layout], prefix: str | None
+    ) -> tuple[list[tuple[key_map.Layout, str]], list[str]]:
+        """Finds all layouts and prefixes whose rule the names and shapes meet, and says why others are refused."""
         found: list[tuple[key_map.Layout, str]] = []
         refused = []
         for layout in layouts:
@@ -295,25 +345,9 @@ class Checkpoint:
                 found.append((layout, place))
         if not found and not refused and (layout := key_map.HUGGINGFACE) in layouts:
             # A damaged file that has lost what it is recognised by, in the commonest places: to say what is missing.
-            places = [place for place in ("", key_map.PREFIX) if prefix in (None, place)]
+            names, places = self._file_of.keys(), [p for p in ("", key_map.PREFIX) if prefix in (None, p)]
             found = [(layout, place) for place in places if layout.claims(1, layout.rows(True), place).keys() & names]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            which = "; ".join(f"layout={layout.name!r}, prefix={place!r}" for layout, place in found)
-            raise CheckpointError(
-                f"{self._source.name} holds more than one vision tower, or one that matches several layouts: {which}; "
-                "say which by layout= and prefix="
-            )
-        groups = Counter(re.split(r"[./]", name)[0] for name in self._file_of)
-        raise CheckpointError(
-            f"{self._source.name} holds no SigLIP vision tower in a layout that is known here "
-            f"({', '.join(layout.title for layout in layouts)})"
-            + ("" if prefix is None else f" behind the prefix {prefix!r}")
-            + "; its tensors begin with: "
-            + ", ".join(f"{group} ({count})" for group, count in groups.most_common(12))
-            + "".join(f"; refused: {what}" for what in refused)
-        )
+        return found, refused
 
     def _configure(self, contents: Mapping[str, Any] | None) -> SigLipVisionConfig:
         """Takes the architecture from transformers' configuration, or from shapes and whatever else tells."""

@@ -18,7 +18,7 @@ from siglip_port.checkpoint import (
     header_of,
     pickle_advice,
 )
-from siglip_port.files import SUFFIXES, Stored
+from siglip_port.files import SUFFIXES, Stored, nbytes
 
 _FILE_SUFFIXES = (*SUFFIXES, ".json", *PICKLE_SUFFIXES)
 
@@ -53,6 +53,15 @@ class HubRepository:
 
     Once the first file has told the commit, all others are taken from that commit, so that a push between two
     requests cannot mix two versions.
+
+    Args:
+        name: the Hub id.
+        revision: branch, tag or commit.
+        local_files_only: use the cache only, never the network.
+        token: a Hub token, True for the stored one, False for none.
+        cache_dir: instead of the Hub's usual cache folder.
+        headers_only: read the headers of weights files over the network, without the weights, where the cache has not
+            got the file.
     """
 
     def __init__(
@@ -63,9 +72,11 @@ class HubRepository:
         local_files_only: bool = False,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        headers_only: bool = False,
     ) -> None:
         self.name, self.revision, self.local_files_only = name, revision, local_files_only
         self.token, self.cache_dir = token, None if cache_dir is None else Path(cache_dir)
+        self.headers_only = headers_only
         self.commit: str | None = None
         self.weights: str | None = None
 
@@ -101,8 +112,37 @@ class HubRepository:
         Raises:
             CheckpointError: as `get` does; or the file is damaged.
         """
+        from huggingface_hub import constants
+
+        offline = self.local_files_only or constants.HF_HUB_OFFLINE
+        if self.headers_only and not offline and not self._is_cached(filename):
+            return self._remote_header(filename)
         path = self.get(filename)
         return None if path is None else header_of(path)
+
+    def _is_cached(self, filename: str) -> bool:
+        from huggingface_hub import try_to_load_from_cache
+
+        revision = self.commit or self.revision
+        return isinstance(try_to_load_from_cache(self.name, filename, self.cache_dir, revision), str)
+
+    def _remote_header(self, filename: str) -> dict[str, Stored] | None:
+        """Reads the first bytes of a safetensors file, by requests for a range of it."""
+        from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        try:
+            with self._in_plain_words(filename):
+                if self.commit is None:  # No other file has told it.
+                    url = hf_hub_url(self.name, filename, revision=self.revision)
+                    self.commit = get_hf_file_metadata(url, token=self.token).commit_hash
+                revision = self.commit or self.revision
+                api = HfApi(token=self.token)
+                found = api.parse_safetensors_file_metadata(self.name, filename, revision=revision).tensors
+                shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+                return {name: Stored(s, found[name].dtype, nbytes(s, found[name].dtype)) for name, s in shapes.items()}
+        except RemoteEntryNotFoundError:
+            return None
 
     def listing(self) -> list[str]:
         """Returns the names of the files in the repository, or nothing where the Hub does not say."""
@@ -145,6 +185,10 @@ class HubRepository:
                 f"{filename} of {at} is not in the local cache, and {why}; connect once to fetch it, or pass a "
                 "folder that holds the checkpoint"
             ) from error
+        except errors.SafetensorsParsingError as error:
+            raise CheckpointError(
+                f"{filename} of {at} is not a whole safetensors file ({error}); it is damaged or of another format"
+            ) from error
         except errors.HfHubHTTPError as error:
             raise CheckpointError(
                 f"the Hub refused {filename} of {at} (HTTP {error.response.status_code}); try again later, "
@@ -166,6 +210,7 @@ def find_source(
     local_files_only: bool = False,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    headers_only: bool = False,
 ) -> Source:
     """Decides what `source` is: what exists on this machine is local, else what looks like a Hub id is one.
 
@@ -175,6 +220,7 @@ def find_source(
         local_files_only: use the Hub's cache only, never the network.
         token: a Hub token, True for the stored one, False for none.
         cache_dir: instead of the Hub's usual cache folder.
+        headers_only: of weights on the Hub, fetch no more than the headers; then nothing can be loaded.
 
     Raises:
         CheckpointError: it is none of these, or a file of another format.
@@ -198,7 +244,12 @@ def find_source(
         return LocalFolder(path.parent, name, weights=path.name)
     if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix not in _FILE_SUFFIXES:
         return HubRepository(
-            name, revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir
+            name,
+            revision=revision,
+            local_files_only=local_files_only,
+            token=token,
+            cache_dir=cache_dir,
+            headers_only=headers_only,
         )
     raise CheckpointError(
         f"{name!r} does not exist on this machine, and is no Hub id such as 'google/siglip-base-patch16-224'; "

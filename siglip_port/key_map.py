@@ -573,7 +573,19 @@ def fold_blocks(names: Iterable[str]) -> list[str]:
     for name in names:
         around = re.split(r"(?<=\.)(\d{1,9})(?=\.)", name, maxsplit=1)
         folded.setdefault(tuple(around[::2]), []).extend(int(number) for number in around[1:2])
-    return [_ranges(blocks).join(around) for around, blocks in folded.items()]
+    return [ranges(blocks).join(around) for around, blocks in folded.items()]
+
+
+def ranges(numbers: list[int]) -> str:
+    """Writes `[0, 1, 2, 5]` as `{0...2,5}`, and one number as itself."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    text = ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}...{r[-1]}" for r in runs)
+    return f"{{{text}}}" if len(set(numbers)) > 1 else text
 
 
 def _spell_out(row: Row, num_blocks: int) -> Iterable[tuple[str, Claim]]:
@@ -586,15 +598,3 @@ def _spell_out(row: Row, num_blocks: int) -> Iterable[tuple[str, Claim]]:
         for kind in ("weight", "bias") if "*" in row.stored else ("",):
             stored, *ours = (name.replace("{}", str(number)).replace("*", kind) for name in (row.stored, *row.ours))
             yield stored, Claim(tuple(ours), row.form if kind != "bias" else PLAIN)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Writes `[0, 1, 2, 5]` as `{0...2,5}`, and one number as itself."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    text = ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}...{r[-1]}" for r in runs)
-    return f"{{{text}}}" if len(set(numbers)) > 1 else text

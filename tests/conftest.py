@@ -64,6 +64,7 @@ def hub() -> Iterator[Hub]:
     """Our Hub, empty."""
     HUB.repositories.clear()
     HUB.requests.clear()
+    HUB.sent.clear()
     HUB.broken, HUB.breaks_off = False, ""
     yield HUB
     HUB.repositories.clear()

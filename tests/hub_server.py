@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -30,12 +31,14 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The server. `repositories` may be changed while it runs; `requests` counts by method and file. `broken` answers
-    with errors of its own; `breaks_off` names the request, as `requests` does, whose connection breaks in the middle.
+    """The server. `repositories` may be changed while it runs; `requests` counts by method and file, where RANGE is a
+    GET of a part, and `sent` counts the bytes of a file that were sent. `broken` answers with errors of its own;
+    `breaks_off` names the request, as `requests` does, whose connection breaks in the middle.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: Counter[str] = field(default_factory=Counter)
+    sent: Counter[str] = field(default_factory=Counter)
     broken: bool = False
     breaks_off: str = ""
 
@@ -56,14 +59,22 @@ class Hub:
                 if hub.breaks_off == f"{self.command} {self.path.rsplit('/', 1)[-1]}":
                     self.connection.close()
                     return
-                status, headers, body = hub.respond(urlsplit(self.path).path, self.command)
+                part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                method = "RANGE" if part else self.command
+                status, headers, found = hub.respond(urlsplit(self.path).path, method)
+                body = found.read_bytes() if isinstance(found, Path) else found
+                if part and status == 200:
+                    first, whole = int(part[1]), len(body)
+                    body = body[first : int(part[2]) + 1]
+                    status, headers["Content-Range"] = 206, f"bytes {first}-{first + len(body) - 1}/{whole}"
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(body.stat().st_size if isinstance(body, Path) else len(body)))
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 if self.command == "GET":
-                    self.wfile.write(body.read_bytes() if isinstance(body, Path) else body)
+                    hub.sent[self.path.rsplit("/", 1)[-1]] += len(body)
+                    self.wfile.write(body)
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

@@ -32,7 +32,17 @@ def test_an_import_brings_nothing_that_a_local_checkpoint_does_not_need() -> Non
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = set(done.stdout.split())
     assert {"torch", "safetensors", "siglip_port"} <= imported
-    assert not imported & {"transformers", "huggingface_hub", "PIL", "matplotlib", "pyarrow", "timm", "httpx"}
+    assert not imported & {
+        "transformers",
+        "huggingface_hub",
+        "PIL",
+        "matplotlib",
+        "pyarrow",
+        "timm",
+        "httpx",
+        "typer",
+        "rich",
+    }
 
 
 def test_loading_a_local_checkpoint_imports_next_to_nothing(checkpoint: MakeCheckpoint) -> None:

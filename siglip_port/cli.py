@@ -1,0 +1,17 @@
+"""The entry point of the command `siglip-port`. The commands are in `siglip_port.commands`, and need an extra."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Runs the command line; exits with code 2 and a sentence where what it needs is not installed."""
+    try:
+        from siglip_port.commands import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        print(f"siglip-port needs {error.name}, which is not installed: install siglip-port[cli]", file=sys.stderr)
+        sys.exit(2)
+    app()

@@ -1,0 +1,272 @@
+"""The commands of `siglip-port`: look into a checkpoint, take the tower out of it, list what is published.
+
+Imported by the entry point alone: it needs typer and rich, which the library does not.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import torch
+import typer
+import typer.core
+from rich.console import Console
+from rich.table import Table
+
+from siglip_port import key_map
+from siglip_port.architectures import PUBLISHED, Published
+from siglip_port.checkpoint import CheckpointError, SeveralTowersError
+from siglip_port.extraction import Format, extract
+from siglip_port.hub import find_source
+from siglip_port.inspection import Inspection, inspect
+from siglip_port.model import SigLipVisionModel
+from siglip_port.processors import RESAMPLE
+
+_WIDTH = 100_000  # columns: nothing is cut off or broken; a narrower terminal wraps by itself
+
+
+class _Sentences(typer.core.TyperGroup):
+    """Says what went wrong in a sentence. What is not foreseen here is a fault of ours, and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 (typer's own, which releases call differently)
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader has seen enough, as in `siglip-port list | head`
+            raise
+        except SeveralTowersError as error:
+            choices = "; ".join(_arguments(layout.name, prefix) for layout, prefix in error.towers)
+            _fail(f"the checkpoint holds more than one vision tower; pass one of: {choices}", 1)
+        except (CheckpointError, ValueError, OSError) as error:
+            _fail(str(error), 1)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+
+
+app = typer.Typer(
+    cls=_Sentences,
+    help="Looks into checkpoints that hold a SigLIP vision tower, and takes the tower out of them.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"siglip-port {version('siglip-port')}")
+        raise typer.Exit
+
+
+def _known_layout(name: str | None) -> str | None:
+    known = [layout.name for layout in key_map.LAYOUTS]
+    if name is not None and name not in known:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}")
+    return name
+
+
+SourceArgument = Annotated[str, typer.Argument(help="A Hub id, a folder, or a .safetensors or .npz file.")]
+LayoutOption = Annotated[
+    str | None, typer.Option(help="Name of the layout, instead of recognising it.", callback=_known_layout)
+]
+PrefixOption = Annotated[
+    str | None, typer.Option(help="What stands before the tower's names, such as 'vision_model.'; may be ''.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Use the Hub's local cache only.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Takes the options that belong to no command."""
+
+
+@app.command("inspect")
+def inspect_command(
+    source: SourceArgument,
+    as_json: JsonOption = False,
+    layout: LayoutOption = None,
+    prefix: PrefixOption = None,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Tell what a checkpoint holds, and whether it can be loaded. Of weights on the Hub, only headers are fetched.
+
+    Exit code 0: it can be loaded. 1: it cannot, or holds several towers.
+    """
+    files = find_source(source, revision=revision, local_files_only=offline, headers_only=True)
+    try:
+        found = inspect(files, layout=layout, prefix=prefix)
+    except SeveralTowersError as error:
+        if as_json:
+            towers = [{"layout": tower.name, "prefix": place} for tower, place in error.towers]
+            _print_json({"source": files.name, "commit": files.commit, "towers": towers, "problem": str(error)})
+        raise
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _print_inspection(found)
+    if found.problem is not None:
+        raise CheckpointError(found.problem)
+
+
+@app.command("extract")
+def extract_command(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Argument(help="The folder to be written: one that does not exist, or an empty one.")],
+    layout: LayoutOption = None,
+    prefix: PrefixOption = None,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16", "float64"] | None,
+        typer.Option(help="Of the parameters, instead of the file's own."),
+    ] = None,
+    written_as: Annotated[Format, typer.Option("--format", help="For transformers, or for timm.")] = "hf",
+    force: Annotated[
+        bool, typer.Option("--force", help="Write into a folder that is not empty: files of the same names are lost.")
+    ] = False,
+) -> None:
+    """Write the tower of a checkpoint as a checkpoint of its own, and verify it bit for bit.
+
+    Exit code 0: written and verified. 1: it cannot be loaded, written or verified. 2: wrong arguments.
+    """
+    _check_out(out, Path(source), force)
+    model = SigLipVisionModel.from_hf(
+        source,
+        revision=revision,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        layout=layout,
+        prefix=prefix,
+        local_files_only=offline,
+    )
+    done = extract(model, out, written_as=written_as)
+    typer.echo(model.provenance)
+    for number, file in enumerate(done.files):
+        typer.echo(f"{'' if number else 'written':9}{file} ({_amount(file.stat().st_size)})")
+    what = f"tokens {list(done.tokens)}" + (f" and vector {list(done.pooled)}" if done.pooled else "")
+    typer.echo(f"verified {done.parameters} parameters, and {what} of a picture of noise: the same bits")
+    if model.config.interpolation is not None:
+        typer.echo(f"note     the files cannot tell interpolation={model.config.interpolation!r}: pass it to from_hf")
+
+
+@app.command("list")
+def list_command(as_json: JsonOption = False) -> None:
+    """List the published checkpoints, and how much of each is the vision tower."""
+    rows = [_published(published) for published in PUBLISHED]
+    if as_json:
+        _print_json({"published": rows})
+        return
+    table = _table("repository", "size", "image", "patch", "width", "resample", "parameters", "in float32", "share")
+    for column in table.columns[2:5] + table.columns[6:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(
+            row["repo"],
+            row["size"],
+            "any" if row["naflex"] else str(row["image_size"]),
+            str(row["patch_size"]),
+            str(row["embed_dim"]),
+            row["resample"],
+            f"{row['vision_parameters']:,}",
+            _amount(row["vision_bytes"]),
+            f"{row['share']:.0%}",
+        )
+    _print(table)
+
+
+def _published(published: Published) -> dict[str, Any]:
+    config = published.config
+    return {
+        "repo": published.repo,
+        "size": published.size,
+        "image_size": config.image_size,
+        "naflex": config.naflex,
+        "patch_size": config.patch_size,
+        "embed_dim": config.embed_dim,
+        "resample": next(name for name, number in RESAMPLE.items() if number == published.resample),
+        "vision_parameters": published.vision_parameters,
+        "vision_bytes": published.vision_bytes,
+        "total_parameters": published.total_parameters,
+        "share": published.vision_parameters / published.total_parameters,
+    }
+
+
+def _check_out(out: Path, source: Path, force: bool) -> None:
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"the folder {out.parent}, in which it is to be made, does not exist")
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"{out} is a file")
+    if out.exists() and any(out.iterdir()) and not force:
+        raise typer.BadParameter(f"{out} exists and is not empty; pass another folder, or --force")
+    if source.exists() and out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise typer.BadParameter(f"{out} holds the checkpoint itself; pass another folder")
+
+
+def _print_inspection(found: Inspection) -> None:
+    typer.echo(f"source   {found.source}" + (f" at commit {found.commit}" if found.commit else ""))
+    typer.echo(f"files    {', '.join(found.files)}")
+    for number, tower in enumerate(found.towers):
+        typer.echo(f"{'' if number else 'towers':9}{_arguments(*tower)}")
+    typer.echo(f"layout   {found.title}")
+    typer.echo(f"tower    {found.tower.parameters:,} parameters, {_amount(found.tower.bytes)}")
+    unread = f", without {', '.join(found.unread)}" if found.unread else ""
+    typer.echo(f"whole    {found.whole.parameters:,} parameters, {_amount(found.whole.bytes)}{unread}")
+    dropped = "; ".join(f"{count} of the {reason}" for reason, count in found.dropped.items())
+    typer.echo(f"dropped  {dropped or 'nothing'}")
+    typer.echo(
+        f"headers  {'fit' if found.problem is None else 'do not fit'} the tower that the configuration describes"
+    )
+    for number, (field, value) in enumerate(asdict(found.config).items()):
+        typer.echo(f"{'' if number else 'config':9}{field}={value!r}")
+    table = _table("ours", "stored", "dtype", "shape", "form")
+    for entry in found.entries:
+        shape = "missing" if entry.shape is None else str(list(entry.shape))
+        table.add_row("\n".join(entry.ours), entry.stored, entry.dtype or "", shape, entry.form)
+    typer.echo()
+    _print(table)
+
+
+def _arguments(layout: str, prefix: str) -> str:
+    """What to pass to mean this tower."""
+    return f"--layout {layout} --prefix {shlex.quote(prefix)}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
+def _print(table: Table) -> None:
+    console = Console(width=_WIDTH, markup=False, highlight=False)
+    with console.capture() as printed:
+        console.print(table)
+    for line in printed.get().splitlines():
+        typer.echo(line.rstrip())  # without the spaces that fill the last column
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    typer.echo(json.dumps(content, indent=2))
+
+
+def _amount(size: int) -> str:
+    """A number of bytes, in the decimal unit that suits it."""
+    unit, name = next((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if size >= u or u == 1)
+    return f"{size / unit:.1f} {name}" if unit > 1 else f"{size} B"
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    typer.echo(sentence, err=True)
+    raise typer.Exit(code)
