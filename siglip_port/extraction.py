@@ -48,9 +48,11 @@ def extract(model: SigLipVisionModel, out: Path, *, written_as: Format = "hf") -
         ValueError: timm has no model of this architecture.
         OSError: the folder cannot be made or moved.
     """
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
+    # On the same file system as what it becomes: a folder that exists may be one of its own, as volumes are.
+    place = out if out.exists() else out.parent
+    with tempfile.TemporaryDirectory(dir=place, prefix=".extracting-") as unfinished:
         # A folder within, which has the permissions that a folder usually has: a temporary one is private.
-        folder = Path(unfinished, out.name)
+        folder = Path(unfinished, "tower")
         (model.save_hf if written_as == "hf" else model.save_timm)(folder)
         parameters, outputs = _verify(model, folder)
         names = sorted(path.name for path in folder.iterdir())

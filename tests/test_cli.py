@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -476,7 +477,9 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
         (interrupted, 130, "interrupted\n"),
     ],
 )
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "empty"])
 def test_nothing_stays_behind(
+    exists: bool,
     fault: Callable[[pytest.MonkeyPatch], None],
     code: int,
     says: str,
@@ -484,6 +487,8 @@ def test_nothing_stays_behind(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if exists:
+        (tmp_path / "out").mkdir()
     before = sorted(tmp_path.rglob("*"))
     fault(monkeypatch)
     done = run("extract", full, tmp_path / "out", code=code)
@@ -536,7 +541,7 @@ def test_the_installed_command(full: Path) -> None:
         command = [str(COMMAND), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    assert out_of("--version").stdout == "siglip-port 0.1.0\n"
+    assert out_of("--version").stdout == f"siglip-port {version('siglip-port')}\n"
     done = out_of("inspect", full)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == run("inspect", full).stdout
