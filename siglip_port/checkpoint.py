@@ -335,10 +335,10 @@ class Checkpoint:
         for layout in layouts:
             for place in layout.prefixes(self._file_of):
                 weight = self._stored(place + layout.marks[0])
-                if prefix not in (None, place) or (weight is not None and len(weight.shape) != layout.rank):
+                if prefix not in (None, place) or (weight is not None and not layout.fits(weight.shape)):
                     continue
                 if weight is None and any(place == other for _, other in found):
-                    continue  # A damaged file, whose rank cannot tell: the first that fits has to do.
+                    continue  # A damaged file, whose shape cannot tell: the first that fits has to do.
                 if reasons := [why for other, why in layout.never if place + other in self._file_of]:
                     refused.append(f"{place or 'no prefix'} ({layout.title}): it has {reasons[0]}")
                     continue

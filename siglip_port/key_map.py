@@ -241,7 +241,7 @@ class Layout:
     """One way in which checkpoints store the tower, wherever in the file it stands.
 
     A file is in this layout if, behind one and the same prefix, it has both of the names in `marks`, the first of
-    them (the patch embedding) with `rank` dimensions, and none of the names in `never`.
+    them (the patch embedding) of a shape that `fits`, and none of the names in `never`.
 
     Attributes:
         name: how `layout=` calls it.
@@ -249,7 +249,8 @@ class Layout:
         tower: the rows of the tower.
         head: the rows of the pooling head; empty where no file of this layout has one.
         marks: two stored names.
-        rank: of the patch embedding's weight: it tells NaFlex towers, which store a Linear, from the others.
+        square: which two dimensions of the patch embedding's weight are the height and width of a patch, and therefore
+            equal; None where it is stored as a matrix, as NaFlex towers do.
         dropped: what else may stand behind the prefix.
         never: stored names of other models with the same marks, and what they mean.
         naflex: whether the tower is one for pictures of any shape.
@@ -264,7 +265,7 @@ class Layout:
     tower: tuple[Row, ...]
     head: tuple[Row, ...]
     marks: tuple[str, str]
-    rank: int = 4
+    square: tuple[int, int] | None = (2, 3)
     dropped: tuple[Dropped, ...] = ()
     never: tuple[tuple[str, str], ...] = ()
     naflex: bool = False
@@ -277,6 +278,12 @@ class Layout:
     def stacked(self) -> bool:
         """Whether one tensor holds all blocks."""
         return any("{}" in row.ours[0] and "{}" not in row.stored for row in self.tower)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether the weight of the patch embedding may have this shape in this layout."""
+        if self.square is None:
+            return len(shape) == 2
+        return len(shape) == 4 and shape[self.square[0]] == shape[self.square[1]]
 
     def rows(self, pooling_head: bool) -> tuple[Row, ...]:
         """The rows of a tower with or without its pooling head."""
@@ -330,12 +337,12 @@ class Layout:
         _, queries = shape(f"{_BLOCK}.self_attn.q_proj.weight")
         _, positions = shape("transformer.embeddings.position_embedding.weight")
         stacked = "{}" not in fc1.stored
-        if len(patches) != self.rank or len(hidden) != 2 + stacked or len(positions) < 2:
+        if not self.fits(patches) or len(hidden) != 2 + stacked or len(positions) < 2:
             raise ValueError(f"its tensors have shapes that no {self.title} tower has")
         mlp = hidden[-1] if fc1.form is TRANSPOSED else hidden[-2]
-        if self.rank == 4:
-            size, channels = (patches[0], patches[2]) if patch.form is KERNEL else (patches[3], patches[1])
-        else:  # A Linear tells P * P * C; SigLIP's pictures have three channels.
+        if self.square is not None:
+            _, channels, size, _ = patch.form.load(torch.empty(1).expand(patches), ()).shape
+        else:  # A matrix tells P * P * C; SigLIP's pictures have three channels.
             channels, pixels = 3, patches[0] if patch.form is PATCHES_TRANSPOSED else patches[1]
             size = math.isqrt(pixels // channels)
         pattern = re.compile(re.escape(prefix + fc1.stored).replace(r"\{\}", r"(\d{1,6})").replace(r"\*", "weight"))
@@ -392,7 +399,7 @@ HUGGINGFACE_NAFLEX = replace(
     name="huggingface-naflex",
     title="HuggingFace NaFlex",
     tower=_renamed(TOWER, {"embeddings.patch_embedding.*": ("embeddings.patch_embedding.*", PATCHES)}),
-    rank=2,
+    square=None,
     naflex=True,
 )
 TIMM = Layout(
@@ -416,7 +423,7 @@ TIMM_NAFLEX = replace(
         _TIMM_TOWER, {"patch_embed.proj.*": ("embeds.proj.*", PATCHES), "pos_embed": ("embeds.pos_embed", BATCHED_GRID)}
     ),
     marks=("embeds.proj.weight", "blocks.0.norm1.weight"),
-    rank=2,
+    square=None,
     never=(("embeds.cls_token", _CLASS_TOKEN),),
     naflex=True,
 )
@@ -426,6 +433,7 @@ BIG_VISION = Layout(
     _FLAX_TOWER,
     _FLAX_HEAD,
     marks=("embedding/kernel", "Transformer/encoderblock_0/LayerNorm_0/scale"),
+    square=(0, 1),
     dropped=(Dropped(r"head/(kernel|bias)", "projector"),),
     never=(("cls", _CLASS_TOKEN),),
     layer_norm_eps=1e-6,
@@ -439,7 +447,7 @@ BIG_VISION_NAFLEX = replace(
         _FLAX_TOWER,
         {"embedding/kernel": ("embedding/kernel", PATCHES_TRANSPOSED), "pos_embedding": ("pos_embedding", GRID)},
     ),
-    rank=2,
+    square=None,
     naflex=True,
 )
 
@@ -521,7 +529,7 @@ MOONDREAM = Layout(
     ),
     (),
     marks=("patch_emb.weight", "blocks.0.ln1.weight"),
-    rank=2,
+    square=None,
     dropped=(Dropped(r"proj_mlp\..+", "projector"),),
     layer_norm_eps=1e-5,
     hidden_act="gelu_pytorch_tanh",
