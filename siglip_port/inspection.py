@@ -20,6 +20,7 @@ FORMS = {
     key_map.HEADS_FIRST: "[head, in of head, out]",
     key_map.BIAS_OF_HEADS: "[head, out of head]",
     key_map.KERNEL: "[y, x, channel, out]",
+    key_map.CHANNEL_LAST: "[out, y, x, channel]",
     key_map.PATCHES: "[out, y x channel]",
     key_map.PATCHES_TRANSPOSED: "[y x channel, out]",
     key_map.PATCHES_CHANNEL_FIRST: "[out, channel y x]",

@@ -6,7 +6,8 @@ ours to guess: it is an error.
 
 Sources of the stored names: transformers `models/siglip`, `models/siglip2` and `models/janus`, releases 4.37 to 5.23;
 timm 1.0.31 `models/vision_transformer.py` and `models/naflexvit.py`; big_vision `models/vit.py`; gemma_pytorch
-`gemma/siglip_vision`; nanoVLM `models/vision_transformer.py`; moondream `moondream/torch/vision.py`.
+`gemma/siglip_vision`; mlx-vlm `mlx_vlm/models/*/vision.py`; nanoVLM `models/vision_transformer.py`; moondream
+`moondream/torch/vision.py`.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ HEADS_FIRST = Form(  # flax: from [H, D/H] to [out]
     lambda t, heads: t.T.unflatten(0, (heads, -1)), lambda t, _: t.flatten(0, 1).T)
 BIAS_OF_HEADS = Form(lambda t, heads: t.unflatten(0, (heads, -1)), lambda t, _: t.flatten())
 KERNEL = Form(lambda t, _: t.permute(2, 3, 1, 0), lambda t, _: t.permute(3, 2, 0, 1))  # flax: [P, P, C, D]
+CHANNEL_LAST = Form(lambda t, _: t.permute(0, 2, 3, 1), lambda t, _: t.permute(0, 3, 1, 2))  # mlx: [D, P, P, C]
 PATCHES = Form(  # a Linear over patches, the channel fastest: [D, P * P * C]
     lambda t, _: t.permute(0, 2, 3, 1).flatten(1),
     lambda t, shape: t.reshape(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2))
@@ -281,9 +283,11 @@ class Layout:
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether the weight of the patch embedding may have this shape in this layout."""
-        if self.square is None:
-            return len(shape) == 2
-        return len(shape) == 4 and shape[self.square[0]] == shape[self.square[1]]
+        if self.square is None or len(shape) != 4:
+            return len(shape) == 2 and self.square is None
+        # Of three channels in patches of 3 x 3 pixels, only torch's own order can be meant.
+        a, b = self.square
+        return shape[a] == shape[b] and (self.square == (2, 3) or shape[2] != shape[3])
 
     def rows(self, pooling_head: bool) -> tuple[Row, ...]:
         """The rows of a tower with or without its pooling head."""
@@ -544,9 +548,19 @@ MOONDREAM_OLD = replace(
     dropped=(),
 )
 
+MLX = replace(
+    HUGGINGFACE,
+    name="mlx",
+    title="mlx",
+    tower=_renamed(TOWER, {"embeddings.patch_embedding.*": ("embeddings.patch_embedding.*", CHANNEL_LAST)}),
+    square=(1, 2),
+)
+"""Files converted by mlx-vlm and mlx-embeddings, as far as they are not quantised."""
+
 LAYOUTS = (
     HUGGINGFACE,
     HUGGINGFACE_NAFLEX,
+    MLX,
     TIMM,
     TIMM_NAFLEX,
     BIG_VISION,

@@ -708,6 +708,26 @@ def test_prefixes(prefix: str, tmp_path: Path) -> None:
     assert torch.equal(model.state_dict()["pooling_head.probe"], tensors["head.probe"])
 
 
+def test_mlx(tmp_path: Path) -> None:
+    """mlx-vlm, `sanitize`: `v.transpose(0, 2, 3, 1)` of the patch embedding: height and width are then in the middle."""
+    tensors = {f"vision_tower.{name}": tensor for name, tensor in hf_tower(tmp_path).items()}
+    expected = load(tmp_path).state_dict()
+    patch = "vision_tower.embeddings.patch_embedding.weight"
+    tensors[patch] = torch.from_numpy(np.ascontiguousarray(tensors[patch].numpy().transpose(0, 2, 3, 1)))
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = load(tmp_path)
+    assert model.provenance is not None
+    assert model.provenance.layout == "mlx, prefix vision_tower"
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_patches_as_large_as_there_are_channels(tmp_path: Path) -> None:
+    """Their shape, [D, 3, 3, 3], would fit the order of mlx too."""
+    config = replace(ODD, patch_size=3, image_size=9)
+    hf_tower(tmp_path, config)
+    assert load(tmp_path).config == config
+
+
 def test_llava_as_it_was_first_written(tmp_path: Path) -> None:
     """Its config.json describes the language model and names the tower; the last block of that one is not stored."""
     config = replace(ODD, embed_dim=1152, num_attention_heads=16, pooling_head=False, num_encoder_blocks=2)
