@@ -13,23 +13,6 @@ from siglip_port.config import SigLipVisionConfig
 from siglip_port.files import Stored
 from siglip_port.model import on_meta
 
-FORMS = {
-    key_map.PLAIN: "",
-    key_map.TRANSPOSED: "transposed",
-    key_map.HEADS_LAST: "[in, head, out of head]",
-    key_map.HEADS_FIRST: "[head, in of head, out]",
-    key_map.BIAS_OF_HEADS: "[head, out of head]",
-    key_map.KERNEL: "[y, x, channel, out]",
-    key_map.CHANNEL_LAST: "[out, y, x, channel]",
-    key_map.PATCHES: "[out, y x channel]",
-    key_map.PATCHES_TRANSPOSED: "[y x channel, out]",
-    key_map.PATCHES_CHANNEL_FIRST: "[out, channel y x]",
-    key_map.BATCHED: "[1, position, out]",
-    key_map.GRID: "[y, x, out]",
-    key_map.BATCHED_GRID: "[1, y, x, out]",
-}
-"""How a tensor is stored that is not stored as it is here: in words, or by what its dimensions are."""
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -163,7 +146,7 @@ def _folded(checkpoint: Checkpoint, stored: Mapping[str, Stored], row: key_map.R
     for number, name in enumerate(names):
         blocks.setdefault(stored.get(name), []).append(number)
     claim = checkpoint.claims[names[0]]
-    form = ("blocks stacked", FORMS[claim.form]) if claim.stacked else (FORMS[claim.form],)
+    form = ("blocks stacked", claim.form.name) if claim.stacked else (claim.form.name,)
     for tensor, numbers in blocks.items():
         ranges = key_map.ranges(list(range(number_of_blocks)) if claim.stacked else numbers)
         yield Entry(

@@ -15,52 +15,28 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Form:
-    """How a stored tensor is made of ours, and ours of it. Both ways are exact: they only move values.
-
-    Attributes:
-        store: (ours, number of heads) -> stored.
-        load: (stored, the shape of ours) -> ours.
-    """
-
-    store: Callable[[Tensor, int], Tensor]
-    load: Callable[[Tensor, tuple[int, ...]], Tensor]
-
-
-def _grid(positions: Tensor) -> Tensor:
-    side = math.isqrt(len(positions))
-    grid: Tensor = positions.unflatten(0, (side, side))
-    return grid
-
-
-# fmt: off
-PLAIN = Form(lambda t, _: t, lambda t, _: t)
-TRANSPOSED = Form(lambda t, _: t.T, lambda t, _: t.T)  # flax: [in, out]
-HEADS_LAST = Form(  # flax: from [in] to [H, D/H]
-    lambda t, heads: t.T.unflatten(-1, (heads, -1)), lambda t, _: t.flatten(1).T)
-HEADS_FIRST = Form(  # flax: from [H, D/H] to [out]
-    lambda t, heads: t.T.unflatten(0, (heads, -1)), lambda t, _: t.flatten(0, 1).T)
-BIAS_OF_HEADS = Form(lambda t, heads: t.unflatten(0, (heads, -1)), lambda t, _: t.flatten())
-KERNEL = Form(lambda t, _: t.permute(2, 3, 1, 0), lambda t, _: t.permute(3, 2, 0, 1))  # flax: [P, P, C, D]
-CHANNEL_LAST = Form(lambda t, _: t.permute(0, 2, 3, 1), lambda t, _: t.permute(0, 3, 1, 2))  # mlx: [D, P, P, C]
-PATCHES = Form(  # a Linear over patches, the channel fastest: [D, P * P * C]
-    lambda t, _: t.permute(0, 2, 3, 1).flatten(1),
-    lambda t, shape: t.reshape(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2))
-PATCHES_TRANSPOSED = Form(
-    lambda t, heads: PATCHES.store(t, heads).T, lambda t, shape: PATCHES.load(t.T, shape))
-PATCHES_CHANNEL_FIRST = Form(lambda t, _: t.flatten(1), lambda t, shape: t.reshape(shape))  # [D, C * P * P]
-BATCHED = Form(lambda t, _: t[None], lambda t, _: t[0])  # positions: [1, N, D]
-GRID = Form(lambda t, _: _grid(t), lambda t, _: t.flatten(0, 1))  # positions: [h, w, D]
-BATCHED_GRID = Form(lambda t, _: _grid(t)[None], lambda t, _: t.flatten(0, 2))  # positions: [1, h, w, D]
-# fmt: on
+from siglip_port.forms import (
+    BATCHED,
+    BATCHED_GRID,
+    BIAS_OF_HEADS,
+    CHANNEL_LAST,
+    GRID,
+    HEADS_FIRST,
+    HEADS_LAST,
+    KERNEL,
+    PATCHES,
+    PATCHES_CHANNEL_FIRST,
+    PATCHES_TRANSPOSED,
+    PLAIN,
+    TRANSPOSED,
+    Form,
+)
 
 
 @dataclass(frozen=True)

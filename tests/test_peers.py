@@ -709,7 +709,7 @@ def test_prefixes(prefix: str, tmp_path: Path) -> None:
 
 
 def test_mlx(tmp_path: Path) -> None:
-    """mlx-vlm, `sanitize`: `v.transpose(0, 2, 3, 1)` of the patch embedding: height and width are then in the middle."""
+    """mlx-vlm, `sanitize`: `v.transpose(0, 2, 3, 1)` of the patch embedding, so that the channels come last."""
     tensors = {f"vision_tower.{name}": tensor for name, tensor in hf_tower(tmp_path).items()}
     expected = load(tmp_path).state_dict()
     patch = "vision_tower.embeddings.patch_embedding.weight"
