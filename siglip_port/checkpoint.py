@@ -502,6 +502,10 @@ def save(
         "a dtype or device that cannot be saved": [
             name for name, tensor in tensors.items() if tensor.dtype not in DTYPES.values() or tensor.is_meta
         ],
+        # A subclass of torch's Tensor: FSDP's DTensor, say, of which every process holds a part.
+        "sharded or quantised; to be gathered or dequantised first": [
+            name for name, tensor in tensors.items() if type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        ],
     }
     if found := [(what, names) for what, names in problems.items() if names]:
         raise CheckpointError(_report("the model to be saved", found))

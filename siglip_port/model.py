@@ -101,19 +101,23 @@ class VisionEmbeddings(nn.Module):
         """The position embeddings of a grid of patches, [height * width, D]; fitted, if it is not the tower's own grid.
 
         In `eval()` mode and without gradients, what has been fitted is kept for the next time. Nothing tells when
-        weights are written to through `.data`: call `train()` and `eval()` after that.
+        weights are written to through `.data`: call `train()` and `eval()` after that. Fused optimizers do so too;
+        for them, a pass with gradients forgets what was kept, and while gradients are pending, nothing is kept.
         """
         weight, rule = self.position_embedding.weight, self.config.resize_rule
         if height == width == self.config.grid_size:
             return weight
         assert rule is not None
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
+        if torch.is_grad_enabled():
+            self._fitted, self._fitted_from = {}, None
+            return positions(weight, (height, width), rule)
+        untracked = self.training or torch.compiler.is_compiling() or weight.is_inference()
+        if untracked or weight.grad is not None:
             return positions(weight, (height, width), rule)
         # The table is kept too: as long as it is, no other one can lie at its address.
         made_of = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._fitted_from is None or self._fitted_from[1] != made_of or len(self._fitted) >= _GRIDS_KEPT:
-            self._fitted_from = (weight.detach(), made_of)
-            self._fitted.clear()
+            self._fitted, self._fitted_from = {}, (weight.detach(), made_of)
         if (height, width) not in self._fitted:
             self._fitted[height, width] = positions(weight, (height, width), rule)
         return self._fitted[height, width]
