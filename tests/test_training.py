@@ -71,7 +71,7 @@ def packs() -> dict[str, Any]:
     """A picture of 2 x 6 patches, one of 5 x 3, and one on the tower's own grid, which leaves no padding."""
     sizes = [(14, 42), (35, 21), (35, 35)]
     shapes = [pixels(replace(NAFLEX, image_size=42), seed=i)[0, :, :h, :w] for i, (h, w) in enumerate(sizes)]
-    return pack(shapes, NAFLEX.patch_size)
+    return {**pack(shapes, NAFLEX.patch_size)}
 
 
 def backward(value: Tensor) -> None:
