@@ -199,7 +199,7 @@ def timm_config(config: SigLipVisionConfig, processor: Mapping[str, Any]) -> dic
         processor: the contents of its `preprocessor_config.json`.
 
     Raises:
-        ValueError: timm fixes the LayerNorms' epsilon at 1e-6, or has no attention pooling for this tower.
+        ValueError: the tower has another epsilon than 1e-6, which timm fixes.
     """
     if config.layer_norm_eps != SigLipVisionConfig.layer_norm_eps:
         raise ValueError(f"timm's SigLIP towers have layer_norm_eps 1e-6, this one has {config.layer_norm_eps}")

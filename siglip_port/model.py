@@ -105,14 +105,13 @@ class VisionEmbeddings(nn.Module):
         for them, a pass with gradients forgets what was kept, and while gradients are pending, nothing is kept.
         """
         weight, rule = self.position_embedding.weight, self.config.resize_rule
+        tracked, pending = torch.is_grad_enabled(), weight.grad is not None  # a step may follow
+        if tracked and self._fitted:
+            self._fitted, self._fitted_from = {}, None
         if height == width == self.config.grid_size:
             return weight
         assert rule is not None
-        if torch.is_grad_enabled():
-            self._fitted, self._fitted_from = {}, None
-            return positions(weight, (height, width), rule)
-        untracked = self.training or torch.compiler.is_compiling() or weight.is_inference()
-        if untracked or weight.grad is not None:
+        if tracked or pending or self.training or torch.compiler.is_compiling() or weight.is_inference():
             return positions(weight, (height, width), rule)
         # The table is kept too: as long as it is, no other one can lie at its address.
         made_of = (weight.data_ptr(), weight._version, weight.dtype, weight.device)

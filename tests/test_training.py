@@ -420,13 +420,14 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("side", [16, 24], ids=["its own size", "another size"])
 def test_fitted_positions_follow_an_optimizer_in_eval_mode(
-    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], compiled: bool
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], compiled: bool, side: int
 ) -> None:
     model = tower(replace(SMALL, num_encoder_blocks=1, interpolation="hf"))
     run: Run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     optimizer = make(list(model.parameters()))
-    x = pictures(SMALL, 24)
+    x = pictures(SMALL, side)
     for _ in range(2):
         assert is_right(model)
         backward(run(x).square().mean())
