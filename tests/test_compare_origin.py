@@ -105,7 +105,7 @@ def test_exact_gelu_ends_in_exit_code_1(checkpoint: MakeCheckpoint, tmp_path: Pa
 
 def test_wrong_calls_end_in_exit_code_2_and_one_sentence(tmp_path: Path) -> None:
     calls: list[tuple[list[str | Path], str]] = [
-        (["--checkpoint", tmp_path], r"could not compare: .* has no config.json"),
+        (["--checkpoint", tmp_path], r"could not compare: .* holds neither model.safetensors nor .*; found: nothing"),
         (["--image", tmp_path / "absent.png"], r"could not compare: --image .*No such file.*; pass a JPEG or PNG"),
     ]
     for args, sentence in calls:

@@ -148,7 +148,7 @@ def examine_shapes(mutant: Mutant) -> Result:
             pairs = taps.expand(points, reference.module, model)
             truth = gates.observe(reference, inputs, [tap.reference for tap in pairs], torch.float32)
             found = [
-                gates.weights(proof.stored(model, table), _in_our_form(reference.module)),
+                gates.weights(proof.stored(model, table), reference.module.state_dict()),
                 gates.liveness(port, reference, inputs),
                 gates.semantics(port, reference, truth, pairs, explained=1),
             ]
@@ -166,16 +166,6 @@ def examine_shapes(mutant: Mutant) -> Result:
 def _shaped(model: Any, inputs: Any) -> dict[str, Tensor]:  # noqa: ANN401
     tokens = model(**inputs)
     return {"tokens": tokens, "pooled": model.pool(tokens, inputs.get("pixel_attention_mask"))}
-
-
-def _in_our_form(reference: nn.Module) -> dict[str, Tensor]:
-    """The reference's tensors; the patch embedding of a NaFlex tower, a Linear there, as the convolution that it is."""
-    tensors = dict(reference.state_dict())
-    weight = tensors["embeddings.patch_embedding.weight"]
-    if weight.ndim == 2:
-        side = math.isqrt(weight.shape[1] // 3)
-        tensors["embeddings.patch_embedding.weight"] = weight.reshape(-1, side, side, 3).permute(0, 3, 1, 2)
-    return tensors
 
 
 def examine_harness(mutant: Mutant, config: SigLipVisionConfig) -> str:
