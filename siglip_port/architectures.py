@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from siglip_port.config import SigLipVisionConfig
+from siglip_port.config import SigLipVisionConfig, refuse
 from siglip_port.key_map import Layout
 from siglip_port.processors import RESAMPLE as _RESAMPLE
 
@@ -155,16 +155,17 @@ def describe(layout: Layout, sizes: Mapping[str, int], contents: Mapping[str, An
     Raises:
         ValueError: something remains unknown, or several towers are mentioned.
     """
+    refuse(contents)
     names = {v: replace(found, pooling_head=False) for v in _strings(contents) if (found := named(v))}
     if len(set(names.values())) > 1:
         raise ValueError(f"its configuration names several towers ({', '.join(names)}); pass config=")
     known = next(iter(names.values()), None)
+    told = _told(contents)
 
-    heads = sizes.get("num_attention_heads") or _first(contents, "num_heads", "vit_n_heads", "enc_n_heads")
+    heads = sizes.get("num_attention_heads") or _first(told, "num_heads", "vit_n_heads")
     if heads is None and known is not None and known.embed_dim == sizes["embed_dim"]:
         heads = known.num_attention_heads
-    act: str | None = _first(contents, "act_layer") or (known.hidden_act if known else layout.hidden_act)
-    eps = _first(contents, "vit_ln_eps") or layout.layer_norm_eps or SigLipVisionConfig.layer_norm_eps
+    act = _first(told, "act_layer") or layout.hidden_act or (known.hidden_act if known else None)
     unknown = [what for what, value in (("the number of heads", heads), ("the activation", act)) if value is None]
     if unknown:
         raise ValueError(
@@ -174,8 +175,8 @@ def describe(layout: Layout, sizes: Mapping[str, int], contents: Mapping[str, An
     grid, patch = math.isqrt(sizes["num_patches"]), sizes["patch_size"]
     if grid**2 != sizes["num_patches"]:
         raise ValueError(f"its {sizes['num_patches']} positions form no square grid")
-    sides = (*_all(contents, "img_size", "image_size", "vit_img_size", "input_size", "crop_size"), *_by_shape(sizes))
-    sides = (*((known.image_size,) if known else ()), *sides)
+    sides = [*_pixels(told), *((known.image_size,) if known else ()), *_by_shape(sizes)]
+    pool = _first(told, "global_pool", "timm_pool")
     return SigLipVisionConfig(
         num_channels=sizes["num_channels"],
         embed_dim=sizes["embed_dim"],
@@ -184,9 +185,9 @@ def describe(layout: Layout, sizes: Mapping[str, int], contents: Mapping[str, An
         num_attention_heads=heads,
         num_encoder_blocks=sizes["num_encoder_blocks"],
         mlp_hidden_dim=sizes["mlp_hidden_dim"],
-        layer_norm_eps=eps,
+        layer_norm_eps=_first(told, "vit_ln_eps") or layout.layer_norm_eps or SigLipVisionConfig.layer_norm_eps,
         hidden_act="gelu_pytorch_tanh" if act == "gelu_tanh" else str(act),
-        mean_pooling=contents.get("global_pool") == "avg" or bool(known and known.mean_pooling),
+        mean_pooling=bool(known and known.mean_pooling) if pool is None else pool == "avg",
         naflex=layout.naflex,
     )
 
@@ -251,24 +252,36 @@ def _by_shape(sizes: Mapping[str, int]) -> Iterator[int]:
             yield published.config.image_size
 
 
-def _walk(content: object) -> Iterator[tuple[str, object]]:
-    for key, value in content.items() if isinstance(content, Mapping) else enumerate(content):  # type: ignore[arg-type]
-        yield str(key), value
-        if isinstance(value, (Mapping, list)):
-            yield from _walk(value)
+def _strings(content: object) -> Iterator[str]:
+    """All texts in a piece of JSON, however deep."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, (Mapping, list)):
+        for value in content.values() if isinstance(content, Mapping) else content:
+            yield from _strings(value)
 
 
-def _strings(contents: Mapping[str, Any]) -> Iterator[str]:
-    yield from (value for _, value in _walk(contents) if isinstance(value, str))
+def _told(contents: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The places in which timm, open_clip, Janus, nanoVLM and others write what is true of the vision tower."""
+    paths = (("model_args",), ("model_cfg", "vision_cfg"), ("vision_config", "params"), ("pretrained_cfg",), ())
+    found = []
+    for path in paths:
+        place: object = contents
+        for key in path:
+            place = place.get(key) if isinstance(place, Mapping) else None
+        found += [place] if isinstance(place, Mapping) else []
+    return found
 
 
-def _all(contents: Mapping[str, Any], *keys: str) -> Iterator[int]:
-    """All whole numbers under these keys; of a list, the last, which is the width."""
-    for key, value in _walk(contents):
-        number = value[-1] if isinstance(value, list) and value else value
-        if key in keys and isinstance(number, int) and not isinstance(number, bool):
-            yield number
+def _pixels(told: list[Mapping[str, Any]]) -> Iterator[int]:
+    """Sizes of a picture; of a list, the last, which is the width."""
+    for place in told:
+        for key in ("img_size", "image_size", "vit_img_size", "input_size"):
+            value = place.get(key)
+            size = value[-1] if isinstance(value, list) and value else value
+            if isinstance(size, int) and not isinstance(size, bool):
+                yield size
 
 
-def _first(contents: Mapping[str, Any], *keys: str) -> Any:  # noqa: ANN401 (a value of JSON)
-    return next((value for key, value in _walk(contents) if key in keys and value is not None), None)
+def _first(told: list[Mapping[str, Any]], *keys: str) -> Any:  # noqa: ANN401 (a value of JSON)
+    return next((place[key] for place in told for key in keys if place.get(key) is not None), None)

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from siglip_port import architectures, key_map, processors
-from siglip_port.config import SigLipVisionConfig
+from siglip_port.config import SigLipVisionConfig, UnknownModelError
 from siglip_port.files import DTYPES, Stored, UnreadableFileError, open_tensors, read_header
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -36,6 +36,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NAMES_SHOWN = 40  # of one kind of problem; the 27 rows of a whole tower fit
 
 _BOTH_AGAIN = f"fetch the weights and {CONFIG} again, both from the same place and the same commit"
+
+_NOT_SIGLIP = "this is not the configuration of a SigLIP vision tower that can be loaded; if it is wrong, pass config="
 
 _MOST_BLOCKS = 1000  # of a tower whose blocks are stacked, so that the number of tensors says nothing
 
@@ -157,10 +159,24 @@ class Checkpoint:
     ) -> None:
         self._source = source
         self._headers: dict[str, dict[str, Stored]] = {}  # by file
-        contents = read_contents(source)
+        contents = None
+        try:
+            contents = read_contents(source)
+        except CheckpointError:
+            if config is None:
+                raise
         self._file_of = self._find_tensors()  # the name of every stored tensor -> the name of its file
         self.layout, self.prefix = self._recognise(layout, prefix)
+        if contents is not None and not self.layout.described:
+            contents = {**(read_contents(source, (OPEN_CLIP_CONFIG,)) or {}), **contents}
+        self._told_by = CONFIG if config is None and self.layout.described else "the architecture"
         config = config or self._configure(contents)
+        if config.naflex != self.layout.naflex:
+            kinds = {True: "a NaFlex tower (siglip2)", False: "a tower for pictures of one size (siglip)"}
+            raise CheckpointError(
+                f"{source.name}: {self._told_by} describes {kinds[config.naflex]}, but the shape of the patch "
+                f"embedding is that of {kinds[self.layout.naflex]}; {_BOTH_AGAIN}"
+            )
 
         head = self.layout.claims(0, self.layout.head, self.prefix).keys() & self._file_of.keys()
         if pooling_head and not head:
@@ -169,14 +185,16 @@ class Checkpoint:
             )
         keep_head = bool(head) if pooling_head is None else pooling_head
         self._left_out = set() if keep_head else head
-        self.config = replace(config, pooling_head=keep_head, mean_pooling=config.mean_pooling and not keep_head)
+        self.config = replace(
+            config, pooling_head=keep_head, mean_pooling=config.mean_pooling and pooling_head is None and not head
+        )
         self.processor = processors.derive(self.config, read_processor(source), contents or {}, source.name)
 
         # Before all blocks are spelled out, since in a damaged file this number may be of any size.
         if config.num_encoder_blocks > (_MOST_BLOCKS if self.layout.stacked else len(self._file_of)):
             raise CheckpointError(
-                f"{source.name}: {CONFIG} asks for {config.num_encoder_blocks} blocks, but the weights have only "
-                f"{len(self._file_of)} tensors; {_BOTH_AGAIN}"
+                f"{source.name}: {self._told_by} asks for {config.num_encoder_blocks} blocks, but the weights have "
+                f"only {len(self._file_of)} tensors; {_BOTH_AGAIN}"
             )
         self._claims = self.layout.claims(config.num_encoder_blocks, self.layout.rows(keep_head), self.prefix)
 
@@ -255,7 +273,11 @@ class Checkpoint:
             with open_tensors(path) as get_tensor:
                 for name in (name for name in stored if self._file_of[name] == filename):
                     ours = self._claims[name].ours
-                    parts = self._claims[name].from_stored(get_tensor(name), [shapes[our] for our in ours])
+                    try:
+                        tensor = get_tensor(name)
+                    except UnreadableFileError as error:
+                        raise CheckpointError(f"{path}: {name} is damaged ({error}); fetch the file again") from error
+                    parts = self._claims[name].from_stored(tensor, [shapes[our] for our in ours])
                     parts = tuple(part.contiguous() for part in parts)
                     tensors |= {our: part.to(device, dtype) for our, part in zip(ours, parts, strict=True)}
         return tensors, Provenance(
@@ -296,6 +318,7 @@ class Checkpoint:
         raise CheckpointError(
             f"{source.name} holds neither {WEIGHTS} nor {INDEX}; found: {', '.join(found) or 'nothing'}"
             + pickle_advice(found)
+            + "".join(f"; pass the file {name} itself" for name in found if name.endswith(".npz"))
         )
 
     def _recognise(self, name: str | None, prefix: str | None) -> tuple[key_map.Layout, str]:
@@ -304,7 +327,15 @@ class Checkpoint:
         if not layouts:
             known = ", ".join(layout.name for layout in key_map.LAYOUTS)
             raise ValueError(f"layout must be None or one of {known}, got {name!r}")
+        if prefix and prefix[-1] not in "./":  # as messages show it
+            prefix += "/" if name and name.startswith("big_vision") else "."
         if name is not None and prefix is not None:
+            weight = self._stored(prefix + layouts[0].marks[0])
+            if weight is not None and not layouts[0].fits(weight.shape):
+                raise CheckpointError(
+                    f"{self._source.name}: the patch embedding has the shape {list(weight.shape)}, which it cannot "
+                    f"have in the layout {name!r}; leave layout= out"
+                )
             return layouts[0], prefix
         found, refused = self._candidates(layouts, prefix)
         if len(found) == 1:
@@ -335,7 +366,9 @@ class Checkpoint:
         for layout in layouts:
             for place in layout.prefixes(self._file_of):
                 weight = self._stored(place + layout.marks[0])
-                if prefix not in (None, place) or (weight is not None and not layout.fits(weight.shape)):
+                if prefix is not None and place.rstrip("./") != prefix.rstrip("./"):
+                    continue
+                if weight is not None and not layout.fits(weight.shape):
                     continue
                 if weight is None and any(place == other for _, other in found):
                     continue  # A damaged file, whose shape cannot tell: the first that fits has to do.
@@ -359,26 +392,18 @@ class Checkpoint:
                     "the weights, or pass config="
                 )
             try:
-                config = SigLipVisionConfig.from_hf(contents)
+                return SigLipVisionConfig.from_hf(contents)
+            except UnknownModelError as error:
+                refusal = error  # It may name its tower, as the first LLaVAs' do.
             except ValueError as error:
-                refusal = error
-            else:
-                if config.naflex != self.layout.naflex:
-                    kinds = {True: "a NaFlex tower (siglip2)", False: "a tower for pictures of one size (siglip)"}
-                    raise CheckpointError(
-                        f"{source}: {CONFIG} describes {kinds[config.naflex]}, but the shape of the patch embedding is "
-                        f"that of {kinds[self.layout.naflex]}; {_BOTH_AGAIN}"
-                    )
-                return config
+                raise CheckpointError(f"{source}: {error}; {_NOT_SIGLIP}") from error
         names = (name for name in self._file_of if name.startswith(self.prefix))
         shapes = {name: stored.shape for name in names if (stored := self._stored(name)) is not None}
         try:
             return architectures.describe(self.layout, self.layout.sizes(shapes, self.prefix), contents or {})
         except ValueError as error:
             if refusal is not None:
-                raise CheckpointError(
-                    f"{source}: {refusal}; this is not the configuration of a SigLIP vision tower that can be loaded"
-                ) from error
+                raise CheckpointError(f"{source}: {refusal}; {_NOT_SIGLIP}") from error
             raise CheckpointError(f"{source} (layout: {self.title}): {error}") from error
 
     def _sort_out_the_rest(self) -> tuple[dict[str, int], list[str]]:
@@ -420,7 +445,7 @@ class Checkpoint:
             claim = self._claims[name]
             expected = claim.stored_shape([shapes[our] for our in claim.ours], self.config.num_attention_heads)
             if tensor.shape != expected:
-                what = f"shape: expected {list(expected)} by {CONFIG}, found {list(tensor.shape)}"
+                what = f"shape: expected {list(expected)} by {self._told_by}, found {list(tensor.shape)}"
                 problems.setdefault(what, []).append(name)
             if tensor.dtype not in DTYPES:
                 what = f"dtype: expected one of {', '.join(DTYPES)}, found {tensor.dtype}"
@@ -448,26 +473,42 @@ class Checkpoint:
         return path
 
 
-def read_contents(source: Source) -> dict[str, Any] | None:
+def read_contents(source: Source, filenames: Iterable[str] = (CONFIG, OPEN_CLIP_CONFIG)) -> dict[str, Any] | None:
     """Reads the checkpoint's configuration, or open_clip's, as it is; None where there is neither.
 
     Raises:
         CheckpointError: it is not readable.
+        HubUnreachableError: neither is cached, and there may be one.
     """
-    for filename in (CONFIG, OPEN_CLIP_CONFIG):
-        path = source.get(filename)
+    not_cached: HubUnreachableError | None = None
+    for filename in filenames:
+        try:
+            path = source.get(filename)
+        except HubUnreachableError as error:
+            not_cached = not_cached or error
+            continue
         if path is not None:
             return _read_json(path)
+    if not_cached is not None:
+        raise not_cached
     return None
 
 
 def read_processor(source: Source) -> dict[str, Any] | None:
-    """Reads the checkpoint's `preprocessor_config.json`; None where there is none that can be had and read."""
+    """Reads how the checkpoint's pictures are made; None where no file tells, or none is cached.
+
+    Raises:
+        CheckpointError: the file is not readable.
+    """
     try:
-        path = source.get(processors.PREPROCESSOR)
-        return None if path is None else _read_json(path)
-    except CheckpointError:  # The tower can do without.
+        if (path := source.get(processors.PREPROCESSOR)) is not None:
+            return _read_json(path)
+        if (path := source.get(processors.PROCESSOR)) is not None:  # of transformers 5
+            inner = _read_json(path).get("image_processor")
+            return inner if isinstance(inner, dict) else None
+    except HubUnreachableError:  # The tower can do without.
         return None
+    return None
 
 
 def save(
@@ -531,7 +572,7 @@ def save(
             weights.chmod(others[0].stat().st_mode)  # safetensors hides its files from everybody else
             for file in (weights, *others):
                 file.replace(Path(folder, file.name))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError) as error:  # TypeError: a document that is no JSON
         raise CheckpointError(f"the checkpoint could not be written to {os.fspath(folder)}: {error}") from error
 
 
@@ -549,7 +590,7 @@ def pickle_advice(filenames: Iterable[str]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):

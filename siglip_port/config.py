@@ -32,6 +32,7 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     "idefics3_vision": _IDEFICS3,
     "smolvlm": _IDEFICS3,
     "smolvlm_vision": _IDEFICS3,
+    "minicpmv_vision": _NAVIT,
     "phi4_multimodal_vision": {
         "embed_dim": 1152,
         "image_size": 448,
@@ -94,6 +95,10 @@ _HF_KEYS = {
     "hidden_act": "hidden_act",
     "pooling_head": "vision_use_head",
 }
+
+
+class UnknownModelError(ValueError):
+    """A configuration without a vision part is of a kind of model that is unknown here."""
 
 
 @dataclass(frozen=True)
@@ -198,12 +203,17 @@ class SigLipVisionConfig:
 
         Raises:
             ValueError: it describes another kind of model, or a value makes no sense.
+            UnknownModelError: it describes another kind of model, and none that is known to hold another tower.
         """
+        if not isinstance(hf_config, Mapping):
+            raise ValueError(f"a configuration must be an object, got {hf_config!r}")
+        refuse(hf_config)
         if "vision_config" not in hf_config:  # a model around a vision-language model, as ColPali's
-            inner = [
-                v for v in hf_config.values() if isinstance(v, Mapping) and isinstance(v.get("vision_config"), Mapping)
-            ]
-            hf_config = inner[0] if len(inner) == 1 else hf_config
+            parts = {k: v for k, v in hf_config.items() if isinstance(v, Mapping)}
+            inner = {k: v for k, v in parts.items() if isinstance(v.get("vision_config"), Mapping)}
+            if len(inner) > 1:
+                raise ValueError(f"there must be one vision_config, got one each in {', '.join(inner)}")
+            hf_config = next(iter(inner.values()), hf_config)
         vision = hf_config.get("vision_config")
         if vision is not None and not isinstance(vision, Mapping):
             raise ValueError(f"vision_config must be an object, got {vision!r}")
@@ -220,7 +230,7 @@ class SigLipVisionConfig:
             values["image_size"] = _side(vision.get("num_patches", 256)) * (patch_size if _is_int(patch_size) else 1)
         if kind == "janus_vision_model":
             values["mlp_hidden_dim"] = _janus_mlp(values.get("embed_dim", 1024), vision.get("mlp_ratio", 4.0))
-        if vision.get("mean_pooling"):
+        if vision.get("mean_pooling") is True:
             values |= {"mean_pooling": True, "pooling_head": False}
         if hf_config.get("model_type") in _MINICPM and hf_config.get("drop_vision_last_layer", True):
             blocks = values.get("num_encoder_blocks", cls.num_encoder_blocks)
@@ -241,29 +251,40 @@ class SigLipVisionConfig:
         return {"architectures": ["Siglip2VisionModel"], "model_type": "siglip2_vision_model", **values}
 
 
+def refuse(hf_config: Mapping[str, Any]) -> None:
+    """Refuses models by name whose tower is not SigLIP's, whatever they call it.
+
+    Raises:
+        ValueError: it is one of them.
+    """
+    vision = hf_config.get("vision_config")
+    for part in (hf_config, vision if isinstance(vision, Mapping) else {}):
+        if isinstance(kind := part.get("model_type"), str) and kind in _REFUSED:
+            raise ValueError(f"model_type {kind!r} is refused: {_REFUSED[kind]}")
+
+
 def _model_type(hf_config: Mapping[str, Any], vision: Mapping[str, Any]) -> str:
     """Finds what kind of tower it is, from the vision part where it tells, else from the whole."""
     whole, part = hf_config.get("model_type"), vision.get("model_type")
-    if whole in _MINICPM:  # whose vision part says `siglip` or nothing
-        return "idefics2_vision" if part in (None, "siglip", "siglip_vision_model") else str(part)
     found = _TOWER_OF.get(str(whole), whole) if part is None else part
     found = "siglip_vision_model" if found is None else found
+    if whole in _MINICPM and vision is not hf_config and found in (whole, "siglip", "siglip_vision_model"):
+        return "minicpmv_vision"
     if not isinstance(found, str) or found not in MODEL_TYPES:
-        if reason := next((_REFUSED[str(kind)] for kind in (whole, part) if str(kind) in _REFUSED), None):
-            raise ValueError(f"model_type {found!r} is refused: {reason}")
-        raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {found!r}")
+        message = f"model_type must be one of {', '.join(MODEL_TYPES)}, got {found!r}"
+        raise UnknownModelError(message) if vision is hf_config else ValueError(message)
     return found
 
 
 def _side(num_patches: object) -> int:
     """The side of the square grid that the positions of a NaFlex tower form."""
-    if not isinstance(num_patches, int) or num_patches < 1 or math.isqrt(num_patches) ** 2 != num_patches:
+    if not _is_int(num_patches) or num_patches < 1 or math.isqrt(num_patches) ** 2 != num_patches:
         raise ValueError(f"num_patches must be the number of patches of a square grid, got {num_patches!r}")
     return math.isqrt(num_patches)
 
 
 def _janus_mlp(embed_dim: object, mlp_ratio: object) -> int:
-    if not _is_int(embed_dim) or not _is_number(mlp_ratio) or not 0 < mlp_ratio < 1000:
+    if not _is_int(embed_dim) or embed_dim > 10**9 or not _is_number(mlp_ratio) or not 0 < mlp_ratio < 1000:
         raise ValueError(f"mlp_ratio must be a number above 0, got {mlp_ratio!r} for a width of {embed_dim!r}")
     return int(embed_dim * mlp_ratio)
 

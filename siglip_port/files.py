@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 SUFFIXES = (".safetensors", ".npz")
@@ -48,15 +48,21 @@ def read_header(path: Path) -> dict[str, Stored]:
         UnreadableFileError: it is damaged, or of another format.
     """
     path.open("rb").close()  # safetensors calls a file that may not be read missing
-    try:
+    with _readable():
         if path.suffix == ".npz":
             return _npz_header(path)
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             headers = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except (OSError, SafetensorError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-        raise UnreadableFileError(str(error) or type(error).__name__) from error
     return {name: Stored(shape, dtype, nbytes(shape, dtype)) for name, (shape, dtype) in headers.items()}
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # safetensors', and of zip files those of zipfile, zlib, struct and numpy
+        raise UnreadableFileError(f"{error or type(error).__name__}") from error
 
 
 def nbytes(shape: tuple[int, ...], dtype: str) -> int:
@@ -67,20 +73,27 @@ def nbytes(shape: tuple[int, ...], dtype: str) -> int:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Callable[[str], Tensor]]:
-    """Opens a file; gives a function that reads a tensor by name. Of safetensors, it is mapped, not copied."""
-    if path.suffix != ".npz":
-        with safe_open(path, framework="pt") as file:
-            yield file.get_tensor
-        return
-    with np.load(path, allow_pickle=False) as arrays:
+    """Opens a file; gives a function that reads a tensor by name. Of safetensors, it is mapped, not copied.
+
+    Raises:
+        UnreadableFileError: of the function: the tensor is damaged.
+    """
+    opened = zipfile.ZipFile(path) if path.suffix == ".npz" else safe_open(path, framework="pt")
+    with opened as file:
 
         def read(name: str) -> Tensor:
-            array = arrays[name]
-            if array.dtype.kind == "V":
-                return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-            return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+            with _readable():
+                return _npz_tensor(file, name) if isinstance(file, zipfile.ZipFile) else file.get_tensor(name)
 
         yield read
+
+
+def _npz_tensor(archive: zipfile.ZipFile, name: str) -> Tensor:
+    with archive.open(f"{name}.npy") as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    if array.dtype.kind == "V":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def _npz_header(path: Path) -> dict[str, Stored]:

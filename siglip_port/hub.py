@@ -88,9 +88,12 @@ class HubRepository:
             CheckpointError: the Hub refuses, or the file cannot be stored.
         """
         # Imported here: a fifth of a second that a local checkpoint does not need.
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
+        known = try_to_load_from_cache(self.name, filename, self.cache_dir, self.commit or self.revision)
+        if self.local_files_only and known is _CACHED_NO_EXIST:
+            return None
         try:
             with self._in_plain_words(filename):
                 path = hf_hub_download(

@@ -325,6 +325,8 @@ class Layout:
         else:  # A matrix tells P * P * C; SigLIP's pictures have three channels.
             channels, pixels = 3, patches[0] if patch.form is PATCHES_TRANSPOSED else patches[1]
             size = math.isqrt(pixels // channels)
+            if not size or channels * size**2 != pixels:
+                raise ValueError(f"its patch embedding takes {pixels} values, which are no square of 3 channels")
         pattern = re.compile(re.escape(prefix + fc1.stored).replace(r"\{\}", r"(\d{1,6})").replace(r"\*", "weight"))
         numbers = [int(match[1]) for match in map(pattern.fullmatch, shapes) if match and not stacked]
         found = {

@@ -115,11 +115,16 @@ class VisionEmbeddings(nn.Module):
             return positions(weight, (height, width), rule)
         # The table is kept too: as long as it is, no other one can lie at its address.
         made_of = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if self._fitted_from is None or self._fitted_from[1] != made_of or len(self._fitted) >= _GRIDS_KEPT:
+        if self._fitted_from is None or self._fitted_from[1] != made_of:
             self._fitted, self._fitted_from = {}, (weight.detach(), made_of)
-        if (height, width) not in self._fitted:
-            self._fitted[height, width] = positions(weight, (height, width), rule)
-        return self._fitted[height, width]
+        kept = self._fitted  # another thread may put another in its place
+        fitted = kept.get((height, width))
+        if fitted is None:
+            fitted = positions(weight, (height, width), rule)
+            if len(kept) >= _GRIDS_KEPT:
+                kept.clear()
+            kept[height, width] = fitted
+        return fitted
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode, and forgets fitted positions."""
@@ -153,7 +158,9 @@ class VisionEmbeddings(nn.Module):
         if pixel_values.shape[1:2] != (c,) or not fits or not pixel_values.is_floating_point():
             remedy = "resize and normalise the pictures"
             if pixel_values.ndim == 3:
+                single = pixel_values.shape[0] == c and pixel_values.shape[1] > 1
                 remedy = "packed patches come with their spatial_shapes"
+                remedy = "a single picture needs a batch of one: pixel_values[None]" if single else remedy
             elif rule is None and len(sides) == 2:
                 remedy += ", or let positions be fitted to them: SigLipVisionConfig(interpolation='hf')"
             raise ValueError(f"{expected}, got {pixel_values.dtype} of shape {list(pixel_values.shape)}; {remedy}")
@@ -165,13 +172,11 @@ class VisionEmbeddings(nn.Module):
             raise ValueError(f"{expected}, got a {type(patches).__name__}")
         if patches.ndim != 3 or patches.shape[2] != width or not patches.is_floating_point():
             raise ValueError(f"{expected}, got {patches.dtype} of shape {list(patches.shape)}")
-        pairs = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
-        shapes = [(int(pair[0]), int(pair[1])) for pair in pairs if len(pair) == 2]
-        number, grid = patches.shape[1], self.config.grid_size
+        shapes, number, grid = _pairs(spatial_shapes), patches.shape[1], self.config.grid_size
         if len(shapes) != len(patches) or not all(h > 0 and w > 0 and h * w <= number for h, w in shapes):
             raise ValueError(
                 f"spatial_shapes must be {len(patches)} pairs of patches downwards and across, together at most "
-                f"{number}, got {list(pairs)}"
+                f"{number}, got {spatial_shapes}"
             )
         if self.config.resize_rule is None and any(shape != (grid, grid) for shape in shapes):
             raise ValueError(
@@ -179,6 +184,15 @@ class VisionEmbeddings(nn.Module):
                 "fitted to others: SigLipVisionConfig(interpolation='naflex')"
             )
         return shapes
+
+
+def _pairs(spatial_shapes: Shapes) -> list[tuple[int, int]]:
+    """The shapes as numbers; none at all where they are no pairs of whole numbers."""
+    rows: object = spatial_shapes.tolist() if hasattr(spatial_shapes, "tolist") else spatial_shapes
+    rows = rows if isinstance(rows, (list, tuple)) else []
+    pairs = [tuple(row) for row in rows if isinstance(row, (list, tuple)) and len(row) == 2]
+    whole = len(pairs) == len(rows) and all(isinstance(n, int) for pair in pairs for n in pair)
+    return [(pair[0], pair[1]) for pair in pairs] if whole else []
 
 
 class MLP(nn.Module):
@@ -278,12 +292,14 @@ class SigLipEncoder(nn.Module):
     Attributes:
         gradient_checkpointing: whether to compute, in training, every block a second time on the way back, instead of
             keeping what it computed.
+        checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
     """
 
     def __init__(self, config: SigLipVisionConfig) -> None:
         super().__init__()
         self.encoder_blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_encoder_blocks))
         self.gradient_checkpointing = False
+        self.checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
@@ -300,7 +316,7 @@ class SigLipEncoder(nn.Module):
 
     def _through(self, block: nn.Module, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return recompute(block, hidden_states, mask, use_reentrant=False)
+            return recompute(block, hidden_states, mask, **self.checkpointing_kwargs)
         return block(hidden_states, mask)
 
 
@@ -335,12 +351,14 @@ def key_mask(tokens: Tensor, pixel_attention_mask: Tensor | None, spatial_shapes
             raise ValueError("pixel_attention_mask goes with spatial_shapes, got the mask alone; pass both or neither")
         return None
     if pixel_attention_mask is None:
-        shapes = torch.as_tensor(spatial_shapes, device=tokens.device)
+        shapes = torch.as_tensor(_pairs(spatial_shapes), device=tokens.device)
         return (torch.arange(tokens.shape[1], device=shapes.device) < shapes.prod(1, keepdim=True))[:, None, None]
     return _mask_of(tokens, pixel_attention_mask)
 
 
 def _mask_of(tokens: Tensor, pixel_attention_mask: Tensor) -> Tensor:
+    if not isinstance(pixel_attention_mask, Tensor):
+        raise ValueError(f"pixel_attention_mask must be a tensor, got a {type(pixel_attention_mask).__name__}")
     if pixel_attention_mask.shape != tokens.shape[:2]:
         raise ValueError(
             f"pixel_attention_mask must have the shape {list(tokens.shape[:2])} of batch and patches, got "
@@ -456,8 +474,8 @@ class SigLipVisionModel(nn.Module):
             )
         if mask is None:
             return tokens.mean(dim=1)
-        weights = mask[:, 0, 0, :, None].to(tokens.dtype)
-        return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
+        counted = mask[:, 0, 0, :, None].float()
+        return (tokens * (counted / counted.sum(dim=1, keepdim=True)).to(tokens.dtype)).sum(dim=1)
 
     def embed(
         self,
@@ -519,7 +537,7 @@ class SigLipVisionModel(nn.Module):
                 "as_maps needs pictures of one shape, got packed patches; take the tokens, without padding"
             )
         wanted = self._layers(layers, self.config.num_encoder_blocks + 1)
-        states = self._states(pixel_values, pixel_attention_mask, spatial_shapes)
+        states, _ = self._states(pixel_values, pixel_attention_mask, spatial_shapes)
         found = {i: state for i, state in zip(range(max(wanted) + 1), states, strict=False) if i in wanted}
         if post_layernorm:
             found = {i: self.transformer.post_layernorm(state) for i, state in found.items()}
@@ -550,8 +568,7 @@ class SigLipVisionModel(nn.Module):
             ValueError: there is no such block; or as for `forward`.
         """
         wanted = self._layers(layers, self.config.num_encoder_blocks)
-        mask = key_mask(pixel_values, pixel_attention_mask, spatial_shapes)
-        states = self._states(pixel_values, pixel_attention_mask, spatial_shapes)
+        states, mask = self._states(pixel_values, pixel_attention_mask, spatial_shapes)
         maps = {}
         for i, state in zip(range(max(wanted) + 1), states, strict=False):
             if i in wanted:
@@ -580,9 +597,17 @@ class SigLipVisionModel(nn.Module):
         probe = self.pooling_head.probe.expand(tokens.shape[0], -1, -1)
         return self.pooling_head.attention.attention_map(tokens, probe, mask)[:, :, 0]
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Trains with less memory and more time: every block is computed a second time on the way back."""
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Trains with less memory and more time: every block is computed a second time on the way back.
+
+        Args:
+            gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`, as transformers' method takes them.
+        """
         self.transformer.encoder.gradient_checkpointing = True
+        self.transformer.encoder.checkpointing_kwargs = {
+            "use_reentrant": False,
+            **(gradient_checkpointing_kwargs or {}),
+        }
 
     def gradient_checkpointing_disable(self) -> None:
         """Undoes `gradient_checkpointing_enable`."""
@@ -590,10 +615,11 @@ class SigLipVisionModel(nn.Module):
 
     def _states(
         self, pixel_values: Tensor, pixel_attention_mask: Tensor | None, spatial_shapes: Shapes | None
-    ) -> Iterator[Tensor]:
+    ) -> tuple[Iterator[Tensor], Tensor | None]:
+        """All hidden states, computed one by one when they are asked for, and the mask."""
         hidden_states = self.transformer.embeddings(pixel_values, spatial_shapes)
         mask = key_mask(hidden_states, pixel_attention_mask, spatial_shapes)
-        return self.transformer.encoder.states(hidden_states, mask)
+        return self.transformer.encoder.states(hidden_states, mask), mask
 
     def _check_tokens(self, tokens: Tensor, pixel_attention_mask: Tensor | None) -> Tensor | None:
         """Checks what is to be pooled; returns the mask as attention takes it."""
@@ -664,9 +690,13 @@ class SigLipVisionModel(nn.Module):
         try:
             if torch.empty(0, device=device).is_meta:
                 raise ValueError("device must be one that holds values, got 'meta'")
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {device!r} cannot be used on this machine: {reason}") from error
+        if config is not None and not isinstance(config, SigLipVisionConfig):
+            raise ValueError(f"config must be a SigLipVisionConfig, got a {type(config).__name__}")
+        if prefix is not None and not isinstance(prefix, str):
+            raise ValueError(f"prefix must be a text, got {prefix!r}")
         replace(config or SigLipVisionConfig(), interpolation=interpolation)  # refuses a rule that does not exist
         files = find_source(
             source, revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir

@@ -132,13 +132,20 @@ def pack(pictures: Sequence[Tensor], patch_size: int, num_patches: int | None = 
     Raises:
         ValueError: there are no pictures, one has no whole patch, or has more than `num_patches`.
     """
-    if not pictures or any(picture.ndim != 3 for picture in pictures):
-        raise ValueError(f"pictures must be one or more tensors of shape [C, H, W], got {len(pictures)}")
+    if len(pictures) == 0 or not all(isinstance(p, Tensor) and p.ndim == 3 for p in pictures):
+        kinds = [list(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in pictures]
+        raise ValueError(f"pictures must be one or more tensors of shape [C, H, W], got {kinds}")
+    if not isinstance(patch_size, int) or patch_size < 1:
+        raise ValueError(f"patch_size must be a positive integer, got {patch_size!r}")
+    channels, dtypes = {p.shape[0] for p in pictures}, {p.dtype for p in pictures}
+    if len(channels) > 1 or len(dtypes) > 1:
+        raise ValueError(f"pictures must have one number of channels and one dtype, got {channels} and {dtypes}")
     shapes = [(p.shape[-2] // patch_size, p.shape[-1] // patch_size) for p in pictures]
     counts = [rows * columns for rows, columns in shapes]
     if not min(counts):
+        small = next(list(p.shape) for p, count in zip(pictures, counts, strict=True) if not count)
         raise ValueError(
-            f"every picture must hold a patch of {patch_size} x {patch_size} pixels, got one that does not"
+            f"every picture must hold a patch of {patch_size} x {patch_size} pixels, got one of shape {small}"
         )
     size = max(counts) if num_patches is None else num_patches
     if max(counts) > size:

@@ -6,12 +6,14 @@ Sources: the files of the google/siglip* repositories; transformers 5.23
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from siglip_port.config import SigLipVisionConfig
+from siglip_port.files import SUFFIXES
 
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """PIL's numbers of the filters that a picture is resized with."""
@@ -47,26 +49,36 @@ def derive(
 
     Args:
         config: of the tower.
-        found: what lies beside the weights as `preprocessor_config.json`: of a SigLIP processor, it is kept as it is;
-            of another model's, filter, mean and std are taken from it.
+        found: what lies beside the weights as `preprocessor_config.json`: of a SigLIP processor, it is kept, but for a
+            size that is not the tower's; of another model's, filter, mean and std are taken from it.
         contents: of the configuration, in which timm and open_clip write the same.
         name: of the checkpoint. Where nothing else tells, SigLIP 2 is resized bilinearly, SigLIP bicubically: the rule
             of transformers' own converter.
     """
-    made = default(config, 2 if "siglip2" in name.lower() else None)
+    made = default(config, 2 if "siglip2" in _own_name(name).lower() else None)
     if found is not None:
         kind = str(found.get("image_processor_type", found.get("feature_extractor_type", "")))
         if kind.startswith("Siglip2" if config.naflex else "SiglipImage"):
-            return {**made, **found}
+            return {**made, **found, **({} if config.naflex else {"size": made["size"]})}
     for content in (*_timm(contents), *([found] if found else ())):
         for theirs, ours in (("mean", "image_mean"), ("std", "image_std"), ("image_mean",) * 2, ("image_std",) * 2):
             value = content.get(theirs)
-            if isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value):
+            if isinstance(value, list) and len(value) == 3 and all(_is_number(v) for v in value):
                 made[ours] = value
         resample = content.get("resample", RESAMPLE.get(str(content.get("interpolation"))))
-        if isinstance(resample, int) and resample in RESAMPLE.values():
+        if _is_number(resample) and resample in RESAMPLE.values():
             made["resample"] = resample
     return made
+
+
+def _own_name(name: str) -> str:
+    """The name of the checkpoint itself, without the folders that it lies in; of a file, with that of its folder."""
+    parts = name.replace("\\", "/").rstrip("/").split("/")
+    return "/".join(parts[-2:] if parts[-1].endswith(SUFFIXES) else parts[-1:])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _timm(contents: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -152,7 +152,7 @@ def test_layouts_that_fix_what_no_file_tells() -> None:
         ({}, {"img_size": 230}, 230),  # its patches are as many
         ({}, {"input_size": [3, 239, 239]}, 239),
         ({}, {"img_size": 240}, 224),  # its patches are more
-        ({}, {"img_size": 384, "crop_size": 225}, 225),
+        ({}, {"img_size": 384, "image_size": 225}, 225),
         ({}, {"img_size": True}, 224),
         ({"embed_dim": 1152, "patch_size": 14, "num_patches": 729}, {}, 384),  # 27 * 14 is 378
         ({"embed_dim": 1152, "patch_size": 14, "num_patches": 729}, {"architecture": "siglip-vit-so-384px"}, 384),

@@ -115,6 +115,13 @@ def test_nonsense_is_refused(fields: dict[str, Any], message: str) -> None:
     [
         ({"model_type": "dinov2"}, "model_type must be one of siglip, siglip_vision_model, .*, got 'dinov2'"),
         ({"model_type": "bagel"}, "model_type .bagel. is refused: its configuration does not tell"),
+        ({"model_type": "youtu_vl", "vision_config": {"model_type": "siglip2_vision_model"}}, "'youtu_vl' is refused"),
+        ({"model_type": "minicpmv", "vision_config": {"model_type": "siglip_navit"}}, "got 'siglip_navit'"),
+        ({"model_type": "minicpmv"}, "got 'minicpmv'"),
+        ({"model_type": "siglip2", "num_patches": True}, "num_patches must be .* got True"),
+        ({"a": {"vision_config": {}}, "b": {"vision_config": {}}}, "must be one vision_config, got one each in a, b"),
+        ([], r"a configuration must be an object, got \[\]"),
+        ({"model_type": "janus_vision_model", "hidden_size": 10**400}, "mlp_ratio must be a number"),
         ({"model_type": "clip"}, "model_type 'clip' is refused: CLIP is another model"),
         (
             {"model_type": "llava", "vision_config": {"model_type": "clip_vision_model"}},

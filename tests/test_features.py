@@ -199,6 +199,8 @@ def test_pooling_by_the_mean() -> None:
     inputs = pack([torch.randn(3, 14, 21), torch.randn(3, 28, 28)], 7)
     tokens = port(**inputs)
     assert relative_error(port.embed(**inputs)[0], tokens[0, :6].mean(0)) <= 1e-6
+    half = port.half().pool(torch.full((2, 1024, 72), 80.0).half(), torch.ones(2, 1024))
+    assert relative_error(half, torch.full((2, 72), 80.0)) <= 1e-2  # a sum of float16 would overflow
     with pytest.raises(ValueError, match="mean_pooling and pooling_head exclude each other"):
         replace(SMALL_ODD, mean_pooling=True)
 
@@ -271,20 +273,28 @@ PUBLISHED_PROCESSOR = {
             {"image_processor_type": "SmolVLMImageProcessor", "resample": 1, "image_mean": [0.4] * 3, "size": {"x": 9}},
             {"resample": 1, "image_mean": [0.4] * 3, "image_std": [0.5] * 3, "size": {"height": 45, "width": 45}},
         ),
-        ("siglip-small", "not json", {"resample": 3}),
+        (
+            "siglip2-experiments/../siglip-small",
+            {**PUBLISHED_PROCESSOR, "resample": 3, "size": {"height": 384, "width": 384}},
+            {**PUBLISHED_PROCESSOR, "resample": 3},
+        ),
+        (
+            "siglip-small",
+            {"image_processor_type": "X", "resample": True, "image_mean": [float("nan")] * 3},
+            {"resample": 3},
+        ),
     ],
 )
 def test_the_image_processor_of_the_source_is_kept(
     folder: str,
-    beside: dict[str, Any] | str | None,
+    beside: dict[str, Any] | None,
     expected: dict[str, Any],
     checkpoint: MakeCheckpoint,
     tmp_path: Path,
 ) -> None:
     source = checkpoint(SMALL_ODD, name=folder)
     if beside is not None:
-        text = beside if isinstance(beside, str) else json.dumps(beside)
-        (source / "preprocessor_config.json").write_text(text)
+        (source / "preprocessor_config.json").write_text(json.dumps(beside))
     load(source).save_hf(tmp_path / "out")
     written = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert expected.items() <= written.items()
@@ -292,17 +302,38 @@ def test_the_image_processor_of_the_source_is_kept(
     assert load(tmp_path / "out").preprocessor_config == written
 
 
+def test_where_else_the_image_processor_is_looked_for(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    (tmp_path / "siglip2-experiments").mkdir()
+    source = checkpoint(SMALL_ODD, name="siglip2-experiments/siglip-small")
+    assert load(source).preprocessor_config["resample"] == 3  # the folder around it says nothing of it
+    inner = {"image_processor_type": "Gemma3ImageProcessor", "resample": 2, "image_mean": [0.4] * 3}
+    (source / "processor_config.json").write_text(json.dumps({"image_processor": inner}))  # as transformers 5 has it
+    found = load(source).preprocessor_config
+    assert (found["resample"], found["image_mean"], found["image_std"]) == (2, [0.4] * 3, [0.5] * 3)
+    (source / "preprocessor_config.json").write_text("not json")
+    with pytest.raises(CheckpointError, match=r"preprocessor_config.json is not readable JSON"):
+        load(source)
+
+
+def test_a_processor_that_is_no_json_is_not_written(tmp_path: Path) -> None:
+    model = SigLipVisionModel(SMALL_ODD)
+    model.preprocessor_config = {"image_mean": {0.5}}
+    with pytest.raises(CheckpointError, match=r"could not be written to .*not JSON serializable"):
+        model.save_hf(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
 @torch.no_grad()
 def test_timm_loads_what_is_saved(act: str, tmp_path: Path) -> None:
-    port = SigLipVisionModel(replace(SMALL_ODD, hidden_act=act)).eval()
+    port = SigLipVisionModel(replace(SMALL_ODD, hidden_act=act, image_size=46)).eval()
     randomise(port)
     port.save_timm(tmp_path)
     tower: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
-    x = pixels(SMALL_ODD).float()
+    x = pixels(port.config).float()
     assert relative_error(port(x), tower.forward_features(x)) <= 1e-5
     assert relative_error(port.embed(x), tower(x)) <= 1e-5
-    assert load(tmp_path).config == port.config
+    assert load(tmp_path).config == port.config  # the size of a picture too, which timm's architecture says otherwise
 
 
 def test_what_timm_has_not_is_refused(tmp_path: Path) -> None:

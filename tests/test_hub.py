@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import threading
 from pathlib import Path
@@ -57,8 +58,27 @@ def test_what_is_not_cached_cannot_be_had_offline(hub: Hub, folder: Path, cache:
     (folder / "model.safetensors").rename(folder / "elsewhere")
     with pytest.raises(CheckpointError):
         SigLipVisionModel.from_hf(NAME, cache_dir=cache)  # caches config.json alone
-    with pytest.raises(HubUnreachableError, match=r"model.safetensors of 'google/siglip-small' is not in the local"):
+    with pytest.raises(CheckpointError, match=r"holds neither model.safetensors nor"):  # which the cache remembers
         SigLipVisionModel.from_hf(NAME, cache_dir=cache, local_files_only=True)
+    from huggingface_hub import hf_hub_download
+
+    other = cache.with_name("other")
+    hf_hub_download(NAME, "config.json", cache_dir=other)
+    with pytest.raises(HubUnreachableError, match=r"model.safetensors of 'google/siglip-small' is not in the local"):
+        SigLipVisionModel.from_hf(NAME, cache_dir=other, local_files_only=True)
+
+
+def test_open_clip_repositories_load_offline(hub: Hub, folder: Path, cache: Path) -> None:
+    """They have no config.json, which the cache remembers, or may not know of at all."""
+    (folder / "config.json").rename(folder / "open_clip_config.json")
+    (folder / "model.safetensors").rename(folder / "open_clip_model.safetensors")
+    model = SigLipVisionModel.from_hf(NAME, cache_dir=cache)
+    hub.broken = True
+    again = SigLipVisionModel.from_hf(NAME, cache_dir=cache, local_files_only=True)
+    assert again.config == model.config == SMALL
+    for marker in cache.rglob(".no_exist"):
+        shutil.rmtree(marker)
+    assert SigLipVisionModel.from_hf(NAME, cache_dir=cache, local_files_only=True).config == SMALL
 
 
 def test_revisions(hub: Hub, folder: Path, cache: Path) -> None:

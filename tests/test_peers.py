@@ -837,3 +837,122 @@ def test_any_layout_becomes_ours_and_comes_back(layout: key_map.Layout, tmp_path
         assert other.config == config
         assert all(torch.equal(t, other.state_dict()[n]) for n, t in original.state_dict().items())
         assert all(t.is_contiguous() for t in other.state_dict().values())
+
+
+# --- what must not be believed --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"hidden_act": "quick_gelu"},
+        {"layer_norm_eps": "1e-5"},
+        {"vision_use_head": None},
+        {"image_size": [45, 54]},
+        {"model_type": "siglip2_navit"},
+        {"model_type": "clip_vision_model"},
+    ],
+)
+def test_a_configuration_that_is_refused_is_not_replaced_by_a_name(vision: dict[str, Any], tmp_path: Path) -> None:
+    """Most fine-tuned checkpoints name the published one that they began with."""
+    hf_tower(tmp_path)
+    own = json.loads((tmp_path / "config.json").read_text())
+    content = {"_name_or_path": "google/siglip-base-patch16-224", "model_type": "x", "vision_config": {**own, **vision}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(
+        CheckpointError, match=r"not the configuration of a SigLIP vision tower .* if it is wrong, pass"
+    ):
+        load(tmp_path)
+    assert load(tmp_path, config=ODD).config == ODD
+    (tmp_path / "config.json").write_text("{")
+    assert load(tmp_path, config=ODD).config == ODD
+
+
+def test_bagel_is_refused_whatever_it_names(tmp_path: Path) -> None:
+    hf_tower(tmp_path, replace(ODD, naflex=True, image_size=42))
+    content = {"model_type": "bagel", "vit_path": "google/siglip-so400m-patch14-384"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="'bagel' is refused"):
+        load(tmp_path)
+
+
+def test_heads_of_other_parts_are_not_the_towers(tmp_path: Path) -> None:
+    config = replace(ODD, embed_dim=1152, num_attention_heads=16, pooling_head=False, num_encoder_blocks=1)
+    hf_tower(tmp_path, config)
+    content = {"model_type": "llava_qwen", "mm_vision_tower": "google/siglip-so400m-patch14-384"}
+    (tmp_path / "config.json").write_text(json.dumps({**content, "audio_config": {"num_heads": 8}}))
+    assert load(tmp_path).config.num_attention_heads == 16
+
+
+def test_big_vision_beside_a_configuration_of_timm(tmp_path: Path) -> None:
+    original = SigLipVisionModel(replace(ODD, image_size=42))
+    write_npz(tmp_path / "tower.npz", flax(original.config, original.state_dict(), scanned=False), "img/")
+    (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch16_siglip_224"}')
+    assert load(tmp_path / "tower.npz").config == original.config  # the tanh form, whatever timm does
+    with pytest.raises(CheckpointError, match=r"holds neither .*; pass the file tower.npz itself"):
+        load(tmp_path)
+
+
+def test_a_configuration_for_remote_code_beside_open_clips(tmp_path: Path) -> None:
+    tower = timm_tower("vit_base_patch16_siglip_224")
+    save_file({f"visual.trunk.{k}": v for k, v in tower.state_dict().items()}, tmp_path / "model.safetensors")
+    vision = {"image_size": 45, "timm_model_name": "vit_base_patch16_siglip_224", "num_heads": 4}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": vision}}))
+    (tmp_path / "config.json").write_text('\ufeff{"model_type": "siglip", "auto_map": {"AutoModel": "code.Model"}}')
+    assert load(tmp_path).config == EXACT_ODD
+
+
+@pytest.mark.parametrize(
+    ("name", "pool", "by_mean"),
+    [("vit_base_patch16_siglip_224", "avg", True), ("vit_base_patch16_siglip_gap_224", "", False)],
+)
+def test_how_timm_pools_is_told_by_its_arguments(name: str, pool: str, by_mean: bool, tmp_path: Path) -> None:
+    tower = timm_tower(name, global_pool=pool, fc_norm=False)
+    tensors = {k: v for k, v in tower.state_dict().items() if not k.startswith("attn_pool")}
+    timm.models.save_for_hf(tower, str(tmp_path), safe_serialization=True)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert load(tmp_path).config.mean_pooling == by_mean
+    assert not load(tmp_path, pooling_head=False).config.mean_pooling
+
+
+@pytest.mark.parametrize("prefix", ["vision_tower.vision_model.", "vision_tower.vision_model"])
+def test_a_prefix_may_be_given_as_messages_show_it(prefix: str, tmp_path: Path) -> None:
+    tensors = hf_tower(tmp_path)
+    save_file({f"vision_tower.vision_model.{n}": t for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    assert load(tmp_path, prefix=prefix).config == ODD
+    assert load(tmp_path, prefix=prefix, layout="huggingface").config == ODD
+    with pytest.raises(CheckpointError, match=r"has the shape \[72, 3, 7, 7\], which it cannot have in the layout"):
+        load(tmp_path, prefix=prefix, layout="huggingface-naflex")
+    with pytest.raises(CheckpointError, match=r"the architecture describes a NaFlex tower"):
+        load(tmp_path, config=replace(ODD, naflex=True))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"config": {"hidden_size": 72}}, "config must be a SigLipVisionConfig, got a dict"),
+        ({"prefix": 3}, "prefix must be a text, got 3"),
+        ({"device": 1.5}, "device 1.5 cannot be used"),
+    ],
+)
+def test_arguments_of_other_types(how: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, **how)
+
+
+@pytest.mark.parametrize("damage", ["data", "header", "before"])
+def test_a_damaged_npz_member(damage: str, tmp_path: Path) -> None:
+    config = replace(ODD, image_size=42, num_encoder_blocks=1)
+    path = tmp_path / "a.npz"
+    write_npz(path, flax(config, SigLipVisionModel(config).state_dict(), scanned=True), "img/")
+    content = bytearray(path.read_bytes())
+    at = content.index(b"Transformer/encoder_norm/scale.npy")
+    if damage == "before":
+        content[:0] = b"shell script"
+        content[-200:] = bytes(200)
+    else:
+        at = content.index(b"NUMPY", at) + (200 if damage == "data" else -1)
+        content[at] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a.npz.*(fetch it again|fetch the file again)"):
+        load(path)

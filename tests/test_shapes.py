@@ -86,6 +86,7 @@ def test_the_mask_may_be_left_out_and_shapes_may_be_numbers(pair: tuple[SigLipVi
     patches = inputs["pixel_values"]
     assert torch.equal(port(patches, spatial_shapes=inputs["spatial_shapes"]), expected)
     assert torch.equal(port(patches, spatial_shapes=SHAPES), expected)
+    assert torch.equal(port(patches, spatial_shapes=inputs["spatial_shapes"].numpy()), expected)
     assert torch.equal(port(patches, inputs["pixel_attention_mask"].bool(), SHAPES), expected)
     assert torch.equal(port.embed(patches, spatial_shapes=SHAPES), port.embed(**inputs))
 
@@ -121,10 +122,16 @@ def test_packing_makes_what_the_processor_makes() -> None:
 
 
 def test_what_cannot_be_packed() -> None:
-    with pytest.raises(ValueError, match=r"pictures must be one or more tensors of shape \[C, H, W\], got 0"):
+    with pytest.raises(ValueError, match=r"pictures must be one or more tensors of shape \[C, H, W\], got \[\]"):
         pack([], 7)
     with pytest.raises(ValueError, match=r"must hold a patch of 7 x 7 pixels"):
         pack([torch.ones(3, 6, 20)], 7)
+    with pytest.raises(ValueError, match=r"got \['list'\]"):
+        pack([[1]], 7)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"patch_size must be a positive integer, got 0"):
+        pack(pictures((2, 3)), 0)
+    with pytest.raises(ValueError, match=r"one number of channels and one dtype, got .*float32"):
+        pack([torch.ones(3, 9, 9), torch.ones(3, 9, 9).double()], 7)
     with pytest.raises(ValueError, match=r"a picture has 6 patches, more than num_patches=5"):
         pack(pictures((2, 3)), 7, num_patches=5)
 
@@ -146,6 +153,12 @@ def test_what_cannot_be_packed() -> None:
         ({"spatial_shapes": [(2, 3)]}, r"spatial_shapes must be 2 pairs of patches .* at most 6, got \[\(2, 3\)\]"),
         ({"spatial_shapes": [(2, 3), (2, 4)]}, r"got \[\(2, 3\), \(2, 4\)\]"),
         ({"spatial_shapes": [(2, 3), (0, 4)]}, r"spatial_shapes must be 2 pairs"),
+        ({"spatial_shapes": [(2, 3), (1, 2.0)]}, r"spatial_shapes must be 2 pairs"),
+        ({"spatial_shapes": torch.tensor([[2.4, 3.0], [1.0, 2.0]])}, r"spatial_shapes must be 2 pairs"),
+        ({"spatial_shapes": [3, 4]}, r"spatial_shapes must be 2 pairs .*got \[3, 4\]"),
+        ({"spatial_shapes": torch.tensor(3)}, r"spatial_shapes must be 2 pairs"),
+        ({"spatial_shapes": 3}, r"spatial_shapes must be 2 pairs"),
+        ({"pixel_attention_mask": [[1] * 6] * 2}, r"pixel_attention_mask must be a tensor, got a list"),
         ({"pixel_attention_mask": torch.ones(2, 5)}, r"pixel_attention_mask must have the shape \[2, 6\] .* \[2, 5\]"),
     ],
 )
@@ -232,6 +245,8 @@ def test_other_sizes_are_refused_unless_asked_for(size: tuple[int, int]) -> None
         with_rule(None)(**pack(pictures((4, 9)), 7))
     with pytest.raises(ValueError, match=r"\[B, 3, height, width\], both at least 7, got .*\[1, 3, 42, 6\]"):
         with_rule("hf")(torch.ones(1, 3, 42, 6, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"\[3, 42, 42\]; a single picture needs a batch of one: pixel_values\[None\]"):
+        with_rule("hf")(torch.ones(3, 42, 42, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"interpolation must be None or one of hf, timm, .*, got 'bicubic'"):
         SigLipVisionModel.from_hf("anything", interpolation="bicubic")
 
@@ -241,6 +256,8 @@ def test_fitted_positions_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_rule("hf")
     x, y = torch.randn(1, 3, 56, 84).double(), torch.randn(1, 3, 84, 56).double()
     expected = model(x), model(y)
+    for width in range(1, 63):  # as many grids as are kept
+        model.transformer.embeddings.positions(1, width)
     monkeypatch.setattr("siglip_port.model.positions", lambda *_: pytest.fail("fitted again"))
     assert torch.equal(model(x), expected[0])
     assert torch.equal(model(y), expected[1])
