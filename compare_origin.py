@@ -50,6 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def path(text: str) -> Path:
+    """Reads a path; an empty one, which would mean this folder, is a mistake."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
@@ -67,15 +74,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="auto: the checkpoint's own, or random ones where the default checkpoint cannot be had; hub: the "
         "checkpoint's own, or fail; random: random ones of its architecture (%(default)s)",
     )
-    add("--image", type=Path, default=PHOTOGRAPH, metavar="PATH", help="a photograph (tests/images/chelsea.png)")
+    add("--image", type=path, default=PHOTOGRAPH, metavar="PATH", help="a photograph (tests/images/chelsea.png)")
     add("--dtype", choices=DTYPES, default=DTYPES[0], help="of weights and arithmetic (%(default)s)")
     add("--attn", choices=ATTENTIONS, default="both", help="the reference's attention, for its rounding (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
     add("--full", action="store_true", help="all recipes of weights, two seeds, all dtypes; with --selftest likewise")
     add("--second-ref", metavar="NAME", help=f"ask a third implementation who is right: {', '.join(SECONDS)}")
-    add("--json", type=Path, metavar="PATH", help="write all figures to this file")
-    add("--report", type=Path, metavar="FOLDER", help="write report.json, .md, .html and junit.xml to this folder")
-    add("--baseline", type=Path, metavar="PATH", help="compare with an earlier JSON report")
+    add("--json", type=path, metavar="PATH", help="write all figures to this file")
+    add("--report", type=path, metavar="FOLDER", help="write report.json, .md, .html and junit.xml to this folder")
+    add("--baseline", type=path, metavar="PATH", help="compare with an earlier JSON report")
     other = parser.add_argument_group("instead of a comparison").add_mutually_exclusive_group()
     add = other.add_argument
     add("--list-gates", action="store_true", help="say what each gate means")
@@ -163,6 +170,14 @@ def main_case(
     where: dict[str, Any] = {"revision": port.provenance.commit, "local_files_only": offline}
     dtype = getattr(torch, args.dtype)
     warn_of_memory(port, dtype)
+    layout = port.provenance.layout
+    if layout.partition(",")[0] not in ("HuggingFace", "HuggingFace NaFlex") or not layout.endswith(
+        ("no prefix", "prefix vision_model")
+    ):
+        raise ValueError(
+            f"{args.checkpoint} (layout: {layout}) is no checkpoint that transformers loads as a SigLIP tower; take "
+            f"the tower out, `siglip-port extract {args.checkpoint} FOLDER`, and compare that folder"
+        )
     kind = {"pooling_head": port.pooling_head is not None, "naflex": port.config.naflex, **where}
     reference = references.load(source, dtype=dtype, device=args.device, **kind)
     pixels = with_noise(references.preprocess(photograph, port.config.image_size, source, **where))

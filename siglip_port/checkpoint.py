@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from siglip_port import architectures, key_map, processors
 from siglip_port.config import SigLipVisionConfig, UnknownModelError
-from siglip_port.files import DTYPES, Stored, UnreadableFileError, open_tensors, read_header
+from siglip_port.files import DTYPES, SUFFIXES, Stored, UnreadableFileError, open_tensors, read_header
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -318,7 +318,7 @@ class Checkpoint:
         raise CheckpointError(
             f"{source.name} holds neither {WEIGHTS} nor {INDEX}; found: {', '.join(found) or 'nothing'}"
             + pickle_advice(found)
-            + "".join(f"; pass the file {name} itself" for name in found if name.endswith(".npz"))
+            + "".join(f"; pass the file {name} itself" for name in found if name.endswith(SUFFIXES))
         )
 
     def _recognise(self, name: str | None, prefix: str | None) -> tuple[key_map.Layout, str]:
@@ -350,7 +350,7 @@ class Checkpoint:
         groups = Counter(re.split(r"[./]", name)[0] for name in self._file_of)
         raise CheckpointError(
             f"{self._source.name} holds no SigLIP vision tower in a layout that is known here "
-            f"({', '.join(layout.title for layout in layouts)})"
+            f"({', '.join(layout.name for layout in layouts)})"
             + ("" if prefix is None else f" behind the prefix {prefix!r}")
             + "; its tensors begin with: "
             + ", ".join(f"{group} ({count})" for group, count in groups.most_common(12))
@@ -550,6 +550,8 @@ def save(
     }
     if found := [(what, names) for what, names in problems.items() if names]:
         raise CheckpointError(_report("the model to be saved", found))
+    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+        raise CheckpointError(f"the checkpoint needs a folder to be written to, got {folder!r}")
     rows = layout.rows(config.pooling_head)
     stored = layout.to_stored(tensors, config.num_encoder_blocks, config.num_attention_heads, rows, prefix)
     try:

@@ -6,7 +6,9 @@ Imported by the entry point alone: it needs typer and rich, which the library do
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import sys
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +39,8 @@ class _Sentences(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:  # the reader has seen enough, as in `siglip-port list | head`
-            raise
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (what is left unwritten would raise again at the end)
+            raise typer.Exit from None
         except SeveralTowersError as error:
             choices = "; ".join(_arguments(layout.name, prefix) for layout, prefix in error.towers)
             _fail(f"the checkpoint holds more than one vision tower; pass one of: {choices}", 1)
@@ -203,6 +206,8 @@ def _published(published: Published) -> dict[str, Any]:
 
 
 def _check_out(out: Path, source: Path, force: bool) -> None:
+    if not out.name:
+        raise typer.BadParameter("OUT must name a folder")
     if not out.parent.is_dir():
         raise typer.BadParameter(f"the folder {out.parent}, in which it is to be made, does not exist")
     if out.exists() and not out.is_dir():

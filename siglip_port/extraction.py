@@ -46,8 +46,14 @@ def extract(model: SigLipVisionModel, out: Path, *, written_as: Format = "hf") -
     Raises:
         CheckpointError: it cannot be written, or what is read back is not the same.
         ValueError: timm has no model of this architecture.
-        OSError: the folder cannot be made or moved.
     """
+    try:
+        return _extract(model, out, written_as)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
+
+
+def _extract(model: SigLipVisionModel, out: Path, written_as: Format) -> Extraction:
     # On the same file system as what it becomes: a folder that exists may be one of its own, as volumes are.
     place = out if out.exists() else out.parent
     with tempfile.TemporaryDirectory(dir=place, prefix=".extracting-") as unfinished:

@@ -186,7 +186,7 @@ class HubRepository:
                 why = f"the Hub answered HTTP {error.__cause__.response.status_code}"
             raise HubUnreachableError(
                 f"{filename} of {at} is not in the local cache, and {why}; connect once to fetch it, or pass a "
-                "folder that holds the checkpoint"
+                "folder that holds the checkpoint (there is none of this name here: check the spelling)"
             ) from error
         except errors.SafetensorsParsingError as error:
             raise CheckpointError(

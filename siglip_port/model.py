@@ -157,11 +157,15 @@ class VisionEmbeddings(nn.Module):
         fits = sides == (size, size) if rule is None else len(sides) == 2 and min(sides) >= patch
         if pixel_values.shape[1:2] != (c,) or not fits or not pixel_values.is_floating_point():
             remedy = "resize and normalise the pictures"
-            if pixel_values.ndim == 3:
+            if not pixel_values.is_floating_point():
+                remedy = "convert them to floating point and normalise them to [-1, 1]"
+            elif pixel_values.ndim == 4 and pixel_values.shape[-1] == c != pixel_values.shape[1]:
+                remedy = "the channels come first: pixel_values.permute(0, 3, 1, 2)"
+            elif pixel_values.ndim == 3:
                 single = pixel_values.shape[0] == c and pixel_values.shape[1] > 1
                 remedy = "packed patches come with their spatial_shapes"
                 remedy = "a single picture needs a batch of one: pixel_values[None]" if single else remedy
-            elif rule is None and len(sides) == 2:
+            elif rule is None and len(sides) == 2 and pixel_values.shape[1] == c:
                 remedy += ", or let positions be fitted to them: SigLipVisionConfig(interpolation='hf')"
             raise ValueError(f"{expected}, got {pixel_values.dtype} of shape {list(pixel_values.shape)}; {remedy}")
 
@@ -474,7 +478,7 @@ class SigLipVisionModel(nn.Module):
             )
         if mask is None:
             return tokens.mean(dim=1)
-        counted = mask[:, 0, 0, :, None].float()
+        counted = mask[:, 0, 0, :, None].to(torch.promote_types(tokens.dtype, torch.float32))
         return (tokens * (counted / counted.sum(dim=1, keepdim=True)).to(tokens.dtype)).sum(dim=1)
 
     def embed(

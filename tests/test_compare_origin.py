@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
 import compare_origin
-from siglip_port import SigLipVisionConfig
+from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port import model as port
 from siglip_port.parity import references
 from siglip_port.parity.proof import Case
@@ -142,7 +142,6 @@ def call(*args: str | Path) -> int:
         ),
         (["--baseline", "absent"], r"could not compare: --baseline absent cannot be used: .*No such file"),
         (["--second-ref", "clip"], r"could not compare: there is no witness 'clip'; known are timm and open_clip"),
-        (["--json", ""], r"could not compare: --json .* is no file that could be replaced"),
         (["--json", "/dev/null"], r"could not compare: --json /dev/null is no file that could be replaced"),
     ],
 )
@@ -165,6 +164,8 @@ def test_wrong_arguments(args: list[str], sentence: str, capsys: pytest.CaptureF
         ["--attn", "flash"],
         ["surplus"],
         ["--check", "x"],
+        ["--json", ""],
+        ["--report", ""],
         ["--selftest", "--calibrate"],
     ],
 )
@@ -250,6 +251,21 @@ def test_a_naflex_checkpoint(checkpoint: MakeCheckpoint, resample: int, monkeypa
     # The small towers are NaFlex too, and given pictures that are not square: another rule would be noticed.
     monkeypatch.setattr(SigLipVisionConfig, "resize_rule", property(lambda _: "timm"))
     assert compare_origin.main(["--checkpoint", str(folder), "--attn", "sdpa"]) == 1
+
+
+def test_layouts_that_transformers_cannot_load(
+    checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The way is to take the tower out, and to compare that."""
+    folder = checkpoint(SMALL, prefix="vision_tower.vision_model.")
+    assert call("--checkpoint", folder) == 2
+    assert re.search(
+        r"\(layout: HuggingFace, prefix vision_tower.vision_model\) is no checkpoint that transformers loads .*; take "
+        r"the tower out, `siglip-port extract .* FOLDER`, and compare that folder",
+        capsys.readouterr().err,
+    )
+    SigLipVisionModel.from_hf(folder).save_hf(tmp_path / "taken out")
+    assert call("--checkpoint", tmp_path / "taken out") == 0
 
 
 def test_headless_checkpoints_are_compared_before_pooling(
