@@ -168,7 +168,8 @@ class Checkpoint:
         self._file_of = self._find_tensors()  # the name of every stored tensor -> the name of its file
         self.layout, self.prefix = self._recognise(layout, prefix)
         if contents is not None and not self.layout.described:
-            contents = {**(read_contents(source, (OPEN_CLIP_CONFIG,)) or {}), **contents}
+            with contextlib.suppress(HubUnreachableError):  # open_clip's may lie beside one that says nothing
+                contents = {**(read_contents(source, (OPEN_CLIP_CONFIG,)) or {}), **contents}
         self._told_by = CONFIG if config is None and self.layout.described else "the architecture"
         config = config or self._configure(contents)
         if config.naflex != self.layout.naflex:

@@ -54,8 +54,8 @@ MEANING = {
     ),
     "interface": (
         "the port's other entrances agree with the one that is proven: embed() is pool() of the tokens, and of unit "
-        "length where that is asked for",
-        "equality of every bit; lengths to four roundings of the dtype",
+        "length where that is asked for; of NaFlex towers, packed patches give the tokens of the pictures",
+        "equality of every bit; lengths to four roundings of the dtype, packed patches to 1e-10 in float64",
     ),
     "rounding": (
         "the port rounds no worse than the reference does: in float32, bfloat16 and float16, at every tap",
