@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from siglip_port import SigLipVisionConfig, key_map, processors
 from siglip_port.architectures import PUBLISHED, Published, describe, named, timm_config
@@ -226,3 +228,24 @@ def test_timm_computes_the_width_of_the_mlp_that_is_meant() -> None:
 def test_timm_has_one_epsilon() -> None:
     with pytest.raises(ValueError, match=r"timm's SigLIP towers have layer_norm_eps 1e-6, this one has 1e-05"):
         timm_words(replace(ODD, layer_norm_eps=1e-5))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["gelu", "vit_base_patch16_siglip_224"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+PLACES = st.sampled_from(
+    ["architecture", "model_args", "model_cfg", "vision_cfg", "pretrained_cfg", "vision_config", "params", "model_type"]
+)
+KEYS = st.sampled_from(["num_heads", "vit_n_heads", "act_layer", "vit_ln_eps", "img_size", "input_size", "global_pool"])
+
+
+@given(st.dictionaries(PLACES | KEYS, JSON | st.dictionaries(PLACES | KEYS, JSON, max_size=4), max_size=6))
+def test_any_json_object_is_understood_or_refused_in_words(content: dict[str, Any]) -> None:
+    try:
+        config = describe(key_map.TIMM, BASE, content)
+        processors.derive(config, content, content, "made")
+    except ValueError:
+        return
+    assert config.num_patches == BASE["num_patches"]
