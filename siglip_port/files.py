@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
+import os
+import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SUFFIXES = (".safetensors", ".npz")
@@ -47,14 +52,36 @@ def read_header(path: Path) -> dict[str, Stored]:
         OSError: the file cannot be read.
         UnreadableFileError: it is damaged, or of another format.
     """
-    path.open("rb").close()  # safetensors calls a file that may not be read missing
-    with _readable():
+    with path.open("rb"), _readable():  # to open it says best what forbids it
         if path.suffix == ".npz":
             return _npz_header(path)
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            headers = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    return {name: Stored(shape, dtype, nbytes(shape, dtype)) for name, (shape, dtype) in headers.items()}
+        return {name: stored for name, (stored, _) in _safetensors_header(path).items()}
+
+
+def _safetensors_header(path: Path) -> dict[str, tuple[Stored, int]]:
+    """Reads the header alone, and where in the file each tensor begins.
+
+    safetensors' own reader maps the whole file first, which fails for files larger than memory.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > size - 8:
+            raise ValueError(f"its header is said to have {length} bytes, the file has {size}")
+        content = json.loads(file.read(length))
+    found = {}
+    for name, tensor in content.items():
+        if name != "__metadata__":
+            shape, (begin, end) = tuple(tensor["shape"]), tensor["data_offsets"]
+            stored = Stored(shape, tensor["dtype"], nbytes(shape, tensor["dtype"]))
+            if begin < 0 or end - begin != stored.nbytes:
+                raise ValueError(f"{name} is said to have {end - begin} bytes, its shape asks for {stored.nbytes}")
+            found[name] = stored, 8 + length + begin
+    end = max((at + stored.nbytes for stored, at in found.values()), default=size)
+    if end != size:
+        raise ValueError(f"its tensors take {end} bytes, the file has {size}")
+    return found
 
 
 @contextmanager
@@ -78,14 +105,31 @@ def open_tensors(path: Path) -> Iterator[Callable[[str], Tensor]]:
     Raises:
         UnreadableFileError: of the function: the tensor is damaged.
     """
-    opened = zipfile.ZipFile(path) if path.suffix == ".npz" else safe_open(path, framework="pt")
-    with opened as file:
+    with contextlib.ExitStack() as stack:
+        if path.suffix == ".npz":
+            with _readable():
+                get = functools.partial(_npz_tensor, stack.enter_context(zipfile.ZipFile(path)))
+        else:
+            try:
+                get = stack.enter_context(safe_open(path, framework="pt")).get_tensor
+            except (OSError, RuntimeError, SafetensorError):  # too large to be mapped as a whole
+                with _readable():
+                    get = functools.partial(_safetensors_tensor, path, _safetensors_header(path))
 
         def read(name: str) -> Tensor:
             with _readable():
-                return _npz_tensor(file, name) if isinstance(file, zipfile.ZipFile) else file.get_tensor(name)
+                tensor: Tensor = get(name)
+                return tensor
 
         yield read
+
+
+def _safetensors_tensor(path: Path, header: Mapping[str, tuple[Stored, int]], name: str) -> Tensor:
+    stored, at = header[name]
+    with path.open("rb") as file:
+        file.seek(at)
+        content = bytearray(file.read(stored.nbytes))
+    return torch.frombuffer(content, dtype=DTYPES[stored.dtype]).reshape(stored.shape)
 
 
 def _npz_tensor(archive: zipfile.ZipFile, name: str) -> Tensor:

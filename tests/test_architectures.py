@@ -36,6 +36,18 @@ def test_published_towers_have_as_many_parameters_as_published(published: Publis
     assert published.vision_parameters < published.total_parameters
 
 
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.repo)
+def test_published_configurations_are_read_back(published: Published) -> None:
+    """As they lie on the Hub: nested, and without all that equals a default of transformers."""
+    default = SigLipVisionConfig(pooling_head=True, naflex=published.config.naflex, image_size=256).to_hf()
+    default |= {} if published.config.naflex else {"image_size": 224}
+    left = {k: v for k, v in published.config.to_hf().items() if default[k] != v}
+    kind = "siglip2" if published.config.naflex else "siglip"
+    content = {"model_type": kind, "text_config": {"hidden_size": 1}, "vision_config": left}
+    assert SigLipVisionConfig.from_hf(content) == published.config
+    assert len(left) < 8
+
+
 def test_the_table() -> None:
     assert len({published.repo for published in PUBLISHED}) == 28
     by_name = {published.repo.split("/")[1]: published for published in PUBLISHED}

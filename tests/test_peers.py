@@ -376,6 +376,9 @@ def build(kind: str) -> tuple[Any, Callable[[Any], Any]]:
     if kind == "llava_onevision":
         config = t.LlavaOnevisionConfig(vision_config=siglip, text_config=qwen, image_grid_pinpoints=[[45, 45]])
         return t.LlavaOnevisionForConditionalGeneration(config), lambda m: m.model.vision_tower
+    if kind == "llava_next":
+        config = t.LlavaNextConfig(vision_config=siglip, text_config=llama, image_grid_pinpoints=[[45, 45]])
+        return t.LlavaNextForConditionalGeneration(config), lambda m: m.model.vision_tower
     if kind == "idefics2":
         perceiver = {
             "hidden_size": 16,
@@ -438,6 +441,7 @@ FAMILIES = [
     "janus",
     "deepseek_vl",
     "colpali",
+    "llava_next",
 ]
 
 
