@@ -298,3 +298,16 @@ def test_navit_towers_take_pictures_of_any_shape(kind: str) -> None:
     for i, (h, w) in enumerate(shapes):
         assert relative_error(tokens[i, : h * w], expected[i, :h, :w].flatten(0, 1)) <= 1e-10
         assert relative_error(port(batch[i][None])[0], tokens[i, : h * w]) <= 1e-10
+
+
+@pytest.mark.parametrize("size", [(13, 40), (27, 7), (70, 19), (20, 21)])
+@torch.no_grad()
+def test_navit_positions_of_large_pictures(size: tuple[int, int]) -> None:
+    """The reference's embeddings of pictures of zeros, without a bias: the positions alone."""
+    module = transformers.models.idefics2
+    config = module.configuration_idefics2.Idefics2VisionConfig(hidden_size=8, image_size=40, patch_size=2)
+    embeddings = module.modeling_idefics2.Idefics2VisionEmbeddings(config)
+    embeddings.patch_embedding.bias.zero_()
+    mask = torch.ones(1, *size, dtype=torch.bool)
+    expected = embeddings(torch.zeros(1, 3, 2 * size[0], 2 * size[1]), mask)[0]
+    assert torch.equal(positions(embeddings.position_embedding.weight, size, "navit"), expected)
