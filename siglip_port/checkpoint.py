@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from siglip_port import architectures, key_map, processors
 from siglip_port.config import SigLipVisionConfig, UnknownModelError
-from siglip_port.files import DTYPES, SUFFIXES, Stored, UnreadableFileError, open_tensors, read_header
+from siglip_port.files import DTYPES, SUFFIXES, Header, Stored, UnreadableFileError, open_tensors, read_header
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -78,7 +78,7 @@ class Source(Protocol):
     def get(self, filename: str) -> Path | None:
         """Returns where the file lies on this machine, or None where the source does not hold it."""
 
-    def header(self, filename: str) -> dict[str, Stored] | None:
+    def header(self, filename: str) -> Header | None:
         """Reads which tensors a weights file holds; None where the source does not hold the file."""
 
     def listing(self) -> list[str]:
@@ -158,7 +158,7 @@ class Checkpoint:
         config: SigLipVisionConfig | None = None,
     ) -> None:
         self._source = source
-        self._headers: dict[str, dict[str, Stored]] = {}  # by file
+        self._headers: dict[str, Header] = {}  # by file
         contents = None
         try:
             contents = read_contents(source)
@@ -214,9 +214,9 @@ class Checkpoint:
         """Layout and prefix of every tower that the file holds, whichever this checkpoint has taken."""
         return self._candidates(key_map.LAYOUTS, None)[0] or [(self.layout, self.prefix)]
 
-    def headers(self) -> dict[str, dict[str, Stored] | None]:
+    def headers(self) -> dict[str, Header | None]:
         """Reads the headers of all weights files: by the name of the file, None where it is not there or damaged."""
-        headers: dict[str, dict[str, Stored] | None] = {}
+        headers: dict[str, Header | None] = {}
         for filename in dict.fromkeys(self._file_of.values()):
             headers[filename] = None
             with contextlib.suppress(CheckpointError):
@@ -301,7 +301,7 @@ class Checkpoint:
     def _find_tensors(self) -> dict[str, str]:
         source = self._source
         if source.weights is not None:
-            return dict.fromkeys(self._header(source.weights), source.weights)
+            return dict.fromkeys(self._header(source.weights).tensors, source.weights)
         not_cached: HubUnreachableError | None = None
         for filename in WEIGHTS_FILES:
             try:
@@ -310,7 +310,7 @@ class Checkpoint:
                         return _read_index(path)
                 elif (header := source.header(filename)) is not None:
                     self._headers[filename] = header
-                    return dict.fromkeys(header, filename)
+                    return dict.fromkeys(header.tensors, filename)
             except HubUnreachableError as error:  # Offline, a cache tells what it has, not what the repository has.
                 not_cached = not_cached or error
         if not_cached is not None:
@@ -428,7 +428,7 @@ class Checkpoint:
         for filename in dict.fromkeys(self._file_of[name] for name in self._claims if name in self._file_of):
             expected = [name for name in self._claims if self._file_of.get(name) == filename]
             try:
-                header = self._header(filename)
+                header = self._header(filename).tensors
             except CheckpointError as error:
                 problems.append((f"{error}, so these cannot be read", expected))
                 continue
@@ -453,7 +453,7 @@ class Checkpoint:
                 problems.setdefault(what, []).append(name)
         return list(problems.items())
 
-    def _header(self, filename: str) -> dict[str, Stored]:
+    def _header(self, filename: str) -> Header:
         if filename not in self._headers:
             header = self._source.header(filename)
             if header is None:
@@ -464,7 +464,7 @@ class Checkpoint:
     def _stored(self, name: str) -> Stored | None:
         """The header of one tensor; None where there is none, or it cannot be read, which is found out again later."""
         with contextlib.suppress(CheckpointError):
-            return self._header(self._file_of[name]).get(name) if name in self._file_of else None
+            return self._header(self._file_of[name]).tensors.get(name) if name in self._file_of else None
         return None
 
     def _fetch(self, filename: str) -> Path:
@@ -613,7 +613,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return files
 
 
-def header_of(path: Path) -> dict[str, Stored]:
+def header_of(path: Path) -> Header:
     """Reads which tensors a weights file holds.
 
     Raises:

@@ -18,7 +18,7 @@ from siglip_port.checkpoint import (
     header_of,
     pickle_advice,
 )
-from siglip_port.files import SUFFIXES, Stored, nbytes
+from siglip_port.files import SUFFIXES, Header, Stored, nbytes
 
 _FILE_SUFFIXES = (*SUFFIXES, ".json", *PICKLE_SUFFIXES)
 
@@ -38,7 +38,7 @@ class LocalFolder:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
-    def header(self, filename: str) -> dict[str, Stored] | None:
+    def header(self, filename: str) -> Header | None:
         """Reads which tensors a weights file holds; None where there is no such file."""
         path = self.get(filename)
         return None if path is None else header_of(path)
@@ -109,7 +109,7 @@ class HubRepository:
         self.commit = Path(path).parent.name  # .../snapshots/<commit>/<filename>
         return Path(path)
 
-    def header(self, filename: str) -> dict[str, Stored] | None:
+    def header(self, filename: str) -> Header | None:
         """Reads which tensors a weights file holds; None where there is no such file.
 
         Raises:
@@ -129,7 +129,7 @@ class HubRepository:
         revision = self.commit or self.revision
         return isinstance(try_to_load_from_cache(self.name, filename, self.cache_dir, revision), str)
 
-    def _remote_header(self, filename: str) -> dict[str, Stored] | None:
+    def _remote_header(self, filename: str) -> Header | None:
         """Reads the first bytes of a safetensors file, by requests for a range of it."""
         from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -143,7 +143,9 @@ class HubRepository:
                 api = HfApi(token=self.token)
                 found = api.parse_safetensors_file_metadata(self.name, filename, revision=revision).tensors
                 shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-                return {name: Stored(s, found[name].dtype, nbytes(s, found[name].dtype)) for name, s in shapes.items()}
+                return Header(
+                    {name: Stored(s, found[name].dtype, nbytes(s, found[name].dtype)) for name, s in shapes.items()}, 0
+                )
         except RemoteEntryNotFoundError:
             return None
 

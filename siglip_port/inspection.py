@@ -111,7 +111,7 @@ def inspect(source: Source, *, layout: str | None = None, prefix: str | None = N
     except CheckpointError as error:
         problem = str(error)
     headers = checkpoint.headers()
-    stored = {name: tensor for header in headers.values() for name, tensor in (header or {}).items()}
+    stored = {name: tensor for header in headers.values() if header for name, tensor in header.tensors.items()}
     return Inspection(
         source=source.name,
         commit=source.commit,

@@ -64,7 +64,7 @@ def full(tmp_path: Path) -> Path:
 
 def test_a_whole_model(full: Path) -> None:
     found = inspect(full)
-    header = read_header(full / "model.safetensors")
+    header = read_header(full / "model.safetensors").tensors
     assert found.keys() == {
         *("source", "commit", "files", "unread", "towers", "layout", "prefix", "title", "config"),
         *("tower", "whole", "entries", "dropped", "problem"),
