@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,11 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 WEIGHTS_FILES = (WEIGHTS, INDEX, "open_clip_model.safetensors")
 
+ORIGIN = "origin"  # in the metadata of files written here: see `Provenance.origin`
+
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 _NAMES_SHOWN = 40  # of one kind of problem; the 27 rows of a whole tower fit
 
@@ -81,6 +85,12 @@ class Source(Protocol):
     def header(self, filename: str) -> Header | None:
         """Reads which tensors a weights file holds; None where the source does not hold the file."""
 
+    def local(self, filename: str) -> Path | None:
+        """Returns where the file lies on this machine, if it does already."""
+
+    def fetch(self, wanted: Mapping[str, Collection[str]]) -> dict[str, Path]:
+        """Makes tensors available: names by weights file. Returns, by weights file, a file that holds them."""
+
     def listing(self) -> list[str]:
         """Returns the names of the files that the source holds, as far as it can tell; for messages."""
 
@@ -95,10 +105,13 @@ class Provenance:
         files: the files that were read.
         layout: the layout that was recognised.
         tensors_read: number of stored tensors that make up the tower.
-        bytes_read: their size in the file.
+        bytes_read: their size in the files.
+        bytes_whole: the size of all weights files, as far as the source tells.
         dropped: number of stored tensors left unread, by reason.
         stored_dtypes: the dtypes of the tower's tensors in the file.
         dtype: the dtype they were loaded in.
+        origin: the Hub id and commit of the weights, `name@commit`; of a local file, where a file that was written
+            here says so; else None.
     """
 
     source: str
@@ -107,19 +120,24 @@ class Provenance:
     layout: str
     tensors_read: int
     bytes_read: int
+    bytes_whole: int
     dropped: Mapping[str, int]
     stored_dtypes: tuple[torch.dtype, ...]
     dtype: torch.dtype
+    origin: str | None
 
     def __str__(self) -> str:
         dropped = "; ".join(f"{count} of the {reason}" for reason, count in self.dropped.items())
+        unit, name = next((u, n) for u, n in _UNITS if self.bytes_whole >= u or n == "kB")
+        read = f"{self.bytes_read / unit:.2f} of {self.bytes_whole / unit:.2f} {name}, {self.tensors_read} tensors"
+        origin = "" if self.commit or not self.origin else f", made from {self.origin}"
         stored = ", ".join(map(str, self.stored_dtypes))
         return "\n".join(
             (
-                f"source   {self.source}" + (f" at commit {self.commit}" if self.commit else ""),
+                f"source   {self.source}" + (f" at commit {self.commit}" if self.commit else origin),
                 f"files    {', '.join(path.name for path in self.files)}",
                 f"layout   {self.layout}",
-                f"read     {self.tensors_read} tensors, {self.bytes_read / 1e6:.1f} MB",
+                f"read     {read}",
                 f"dropped  {dropped or 'nothing'}",
                 f"dtype    {self.dtype}" + (f" (stored: {stored})" if stored != str(self.dtype) else ""),
             )
@@ -159,6 +177,7 @@ class Checkpoint:
     ) -> None:
         self._source = source
         self._headers: dict[str, Header] = {}  # by file
+        self._bytes_told = 0  # of all shards, by their index
         contents = None
         try:
             contents = read_contents(source)
@@ -269,10 +288,14 @@ class Checkpoint:
         stored_dtypes = tuple(dict.fromkeys(DTYPES[tensor.dtype] for tensor in stored.values()))
         dtype = dtype or functools.reduce(torch.promote_types, stored_dtypes)
         tensors: dict[str, torch.Tensor] = {}
-        files = dict.fromkeys(self._file_of[name] for name in stored)
-        for path, filename in ((self._fetch(filename), filename) for filename in files):
+        wanted: dict[str, list[str]] = {}
+        for name in stored:
+            wanted.setdefault(self._file_of[name], []).append(name)
+        paths = self._source.fetch(wanted)
+        for filename, names in wanted.items():
+            path = paths[filename]
             with open_tensors(path) as get_tensor:
-                for name in (name for name in stored if self._file_of[name] == filename):
+                for name in names:
                     ours = self._claims[name].ours
                     try:
                         tensor = get_tensor(name)
@@ -284,14 +307,24 @@ class Checkpoint:
         return tensors, Provenance(
             source=self._source.name,
             commit=self._source.commit,
-            files=tuple(self._fetch(filename) for filename in files),
+            files=tuple(dict.fromkeys(paths[filename] for filename in wanted)),
             layout=self.title,
             tensors_read=len(stored),
             bytes_read=sum(tensor.nbytes for tensor in stored.values()),
+            bytes_whole=max(self._bytes_told, sum(self._header(filename).size for filename in wanted)),
             dropped=self.dropped,
             stored_dtypes=stored_dtypes,
             dtype=dtype,
+            origin=self._origin(wanted),
         )
+
+    def _origin(self, filenames: Iterable[str]) -> str | None:
+        """Where the weights were fetched from, or where their file says that they were when it was made."""
+        if self._source.commit is not None:
+            return f"{self._source.name}@{self._source.commit}"
+        told = {self._header(filename).metadata.get(ORIGIN, "") for filename in filenames}
+        origin = told.pop() if len(told) == 1 else ""
+        return origin if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+@[0-9a-f]{40}", origin, re.ASCII) else None
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -307,7 +340,8 @@ class Checkpoint:
             try:
                 if filename == INDEX:
                     if (path := source.get(filename)) is not None:
-                        return _read_index(path)
+                        files, self._bytes_told = _read_index(path)
+                        return files
                 elif (header := source.header(filename)) is not None:
                     self._headers[filename] = header
                     return dict.fromkeys(header.tensors, filename)
@@ -467,12 +501,6 @@ class Checkpoint:
             return self._header(self._file_of[name]).tensors.get(name) if name in self._file_of else None
         return None
 
-    def _fetch(self, filename: str) -> Path:
-        path = self._source.get(filename)
-        if path is None:
-            raise CheckpointError(f"{self._source.name} has no file {filename}")
-        return path
-
 
 def read_contents(source: Source, filenames: Iterable[str] = (CONFIG, OPEN_CLIP_CONFIG)) -> dict[str, Any] | None:
     """Reads the checkpoint's configuration, or open_clip's, as it is; None where there is neither.
@@ -520,6 +548,7 @@ def save(
     tensors: Mapping[str, torch.Tensor],
     shapes: Mapping[str, torch.Size],
     documents: Mapping[str, Mapping[str, Any]],
+    origin: str | None = None,
 ) -> None:
     """Writes a checkpoint, each file whole or not at all.
 
@@ -531,6 +560,7 @@ def save(
         tensors: our names with the tensors.
         shapes: our names of all that the architecture has, with the shape of each.
         documents: names and contents of the JSON files that go with them.
+        origin: where the weights come from, if from the Hub: see `Provenance.origin`.
 
     Raises:
         CheckpointError: the tensors are not those of the architecture, or the folder cannot be written.
@@ -564,7 +594,8 @@ def save(
             save_file(
                 {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()},
                 weights,
-                metadata={"format": "pt"},  # without it, transformers 4.40 cannot read the file
+                # without its format, transformers 4.40 cannot read the file
+                metadata={"format": "pt"} | ({} if origin is None else {ORIGIN: origin}),
             )
             for file in others:
                 content = dict(documents[file.name])
@@ -601,16 +632,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Reads which shard holds which tensor. A shard is a file beside the index: no path leads elsewhere."""
-    files = _read_json(path).get("weight_map")
+def _read_index(path: Path) -> tuple[dict[str, str], int]:
+    """Reads which shard holds which tensor, and how many bytes all have together; 0 where the index does not tell.
+
+    A shard is a file beside the index: no path leads elsewhere.
+    """
+    content = _read_json(path)
+    files, metadata = content.get("weight_map"), content.get("metadata")
+    told = metadata.get("total_size") if isinstance(metadata, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise CheckpointError(f"{path} has no usable weight_map (tensor name -> file name); fetch it again")
     if bad := sorted({file for file in files.values() if not re.fullmatch(r"[\w.-]+\.safetensors", file)}):
         raise CheckpointError(
             f"{path} names shards that are no plain .safetensors file names: {', '.join(bad[:5])}" + pickle_advice(bad)
         )
-    return files
+    return files, told if isinstance(told, int) and not isinstance(told, bool) and 0 < told < 1e15 else 0
 
 
 def header_of(path: Path) -> Header:

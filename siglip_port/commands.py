@@ -107,7 +107,7 @@ def inspect_command(
 
     Exit code 0: it can be loaded. 1: it cannot, or holds several towers.
     """
-    files = find_source(source, revision=revision, local_files_only=offline, headers_only=True)
+    files = find_source(source, revision=revision, local_files_only=offline)
     try:
         found = inspect(files, layout=layout, prefix=prefix)
     except SeveralTowersError as error:

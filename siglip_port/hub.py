@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from siglip_port import towers
 from siglip_port.checkpoint import (
     CONFIG,
     PICKLE_SUFFIXES,
@@ -18,7 +21,12 @@ from siglip_port.checkpoint import (
     header_of,
     pickle_advice,
 )
-from siglip_port.files import SUFFIXES, Header, Stored, nbytes
+from siglip_port.files import LONGEST_JSON, SUFFIXES, Header, UnreadableFileError
+from siglip_port.ranges import GivenUpError, NoRangesError, RemoteFile
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_OURS = ".siglip_port"  # a folder in a repository's folder of the cache: see `siglip_port.towers`
+_MOST = 0.8  # of a file: a tower that is more of it is not worth a copy of its own, which nobody else can use
 
 _FILE_SUFFIXES = (*SUFFIXES, ".json", *PICKLE_SUFFIXES)
 
@@ -43,6 +51,14 @@ class LocalFolder:
         path = self.get(filename)
         return None if path is None else header_of(path)
 
+    def local(self, filename: str) -> Path | None:
+        """As `get`: all of it is here."""
+        return self.get(filename)
+
+    def fetch(self, wanted: Mapping[str, Collection[str]]) -> dict[str, Path]:
+        """Returns where the weights files are."""
+        return {filename: self.folder / filename for filename in wanted}
+
     def listing(self) -> list[str]:
         """Returns the names of the files in the folder."""
         return sorted(path.name for path in self.folder.iterdir() if path.is_file())
@@ -60,8 +76,7 @@ class HubRepository:
         local_files_only: use the cache only, never the network.
         token: a Hub token, True for the stored one, False for none.
         cache_dir: instead of the Hub's usual cache folder.
-        headers_only: read the headers of weights files over the network, without the weights, where the cache has not
-            got the file.
+        vision_only: of weights that the cache has not got, read the headers and fetch the tower alone.
     """
 
     def __init__(
@@ -72,13 +87,15 @@ class HubRepository:
         local_files_only: bool = False,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
-        headers_only: bool = False,
+        vision_only: bool = True,
     ) -> None:
         self.name, self.revision, self.local_files_only = name, revision, local_files_only
         self.token, self.cache_dir = token, None if cache_dir is None else Path(cache_dir)
-        self.headers_only = headers_only
+        self.vision_only = vision_only
         self.commit: str | None = None
         self.weights: str | None = None
+        self._headers: dict[str, tuple[Header, str]] = {}  # by file, of those not fetched as a whole: with the etag
+        self._files: dict[str, RemoteFile] = {}  # that have been asked for
 
     def get(self, filename: str) -> Path | None:
         """Fetches the file into the cache, or finds it there; None where the repository has no such file.
@@ -88,14 +105,16 @@ class HubRepository:
             CheckpointError: the Hub refuses, or the file cannot be stored.
         """
         # Imported here: a fifth of a second that a local checkpoint does not need.
-        from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
-        known = try_to_load_from_cache(self.name, filename, self.cache_dir, self.commit or self.revision)
-        if self.local_files_only and known is _CACHED_NO_EXIST:
+        known = self._known(filename)
+        if (self._offline or self._commit()) and known is _CACHED_NO_EXIST:
             return None
         try:
             with self._in_plain_words(filename):
+                if known is None and not self._offline:
+                    self._reach(filename)
                 path = hf_hub_download(
                     self.name,
                     filename,
@@ -107,6 +126,8 @@ class HubRepository:
         except RemoteEntryNotFoundError:
             return None
         self.commit = Path(path).parent.name  # .../snapshots/<commit>/<filename>
+        if known is None:
+            self._verify(Path(path))
         return Path(path)
 
     def header(self, filename: str) -> Header | None:
@@ -115,45 +136,170 @@ class HubRepository:
         Raises:
             CheckpointError: as `get` does; or the file is damaged.
         """
-        from huggingface_hub import constants
-
-        offline = self.local_files_only or constants.HF_HUB_OFFLINE
-        if self.headers_only and not offline and not self._is_cached(filename):
-            return self._remote_header(filename)
+        if self.vision_only and not self.local(filename):
+            if self._kept(filename):
+                return self._headers[filename][0]
+            if not self._offline:
+                with contextlib.suppress(NoRangesError):
+                    return self._remote_header(filename)
         path = self.get(filename)
         return None if path is None else header_of(path)
 
-    def _is_cached(self, filename: str) -> bool:
+    def fetch(self, wanted: Mapping[str, Collection[str]]) -> dict[str, Path]:
+        """Fetches tensors, or finds them in the cache.
+
+        The tower alone, where it is the lesser part of files that are not in the cache and can be read in parts.
+
+        Args:
+            wanted: the names of the tensors, by weights file.
+
+        Returns:
+            By weights file, a file on this machine that holds these tensors, and perhaps others.
+
+        Raises:
+            CheckpointError: as `get` does.
+        """
+        whole = {filename: path for filename in wanted if (path := self.local(filename)) is not None}
+        if self.vision_only and len(whole) < len(wanted):
+            with self._in_plain_words(" and ".join(wanted)), contextlib.suppress(NoRangesError):
+                if (tower := self._tower(wanted)) is not None:
+                    return dict.fromkeys(wanted, tower)
+        for filename in wanted.keys() - whole.keys():
+            if (path := self.get(filename)) is None:
+                raise CheckpointError(f"{self.name} has no file {filename}")
+            whole[filename] = path
+        return whole
+
+    def local(self, filename: str) -> Path | None:
+        """Returns the path of the file, where the cache has it whole; without asking the Hub."""
+        path = self._known(filename)
+        return Path(path) if isinstance(path, str) else None
+
+    @property
+    def _offline(self) -> bool:
+        from huggingface_hub import constants
+
+        return self.local_files_only or constants.HF_HUB_OFFLINE
+
+    def _known(self, filename: str) -> object:
+        """What the cache knows of the file: its path, that there is no such file, or nothing (None)."""
         from huggingface_hub import try_to_load_from_cache
 
-        revision = self.commit or self.revision
-        return isinstance(try_to_load_from_cache(self.name, filename, self.cache_dir, revision), str)
+        with self._in_plain_words(filename):
+            return try_to_load_from_cache(self.name, filename, self.cache_dir, self.commit or self.revision)
+
+    @property
+    def _folder(self) -> Path:
+        """Where the repository is in the Hub's cache."""
+        from huggingface_hub import constants
+
+        return Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser() / f"models--{self.name.replace('/', '--')}"
+
+    def _commit(self) -> str | None:
+        """The commit, where it is known without asking the Hub: told by a file, or demanded; offline, what was last."""
+        if self.commit is None and self.revision is not None and _COMMIT.fullmatch(self.revision):
+            return self.revision
+        if self.commit is None and self._offline:
+            with contextlib.suppress(OSError, ValueError):
+                last = (self._folder / "refs" / (self.revision or "main")).read_text(encoding="ascii")
+                return last if _COMMIT.fullmatch(last) else None
+        return self.commit
+
+    def _reach(self, filename: str) -> None:
+        """Asks for a file's size before it is fetched: tells soon when nobody answers, and refuses what is no JSON."""
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        with contextlib.suppress(RemoteEntryNotFoundError, NoRangesError):
+            file = self._open(filename)
+            if filename.endswith(".json") and file.size > LONGEST_JSON:
+                raise CheckpointError(
+                    f"{filename} of {self.name!r} has {file.size} bytes, more than the {LONGEST_JSON} that such a file "
+                    "may have; it is not fetched"
+                )
+
+    def _open(self, filename: str) -> RemoteFile:
+        if filename not in self._files:
+            file = RemoteFile(self.name, filename, self.commit or self.revision, self.token)
+            if file.commit is None or not _COMMIT.fullmatch(file.commit):
+                raise NoRangesError("the Hub does not tell the commit")
+            self._files[filename] = file
+        return self._files[filename]
+
+    def _verify(self, path: Path) -> None:
+        """Checks a file that has just been fetched as a whole, where the Hub has told its hash.
+
+        The hash is the name of the file that the cache's link leads to. A file that is not right is removed, so that
+        the next attempt fetches it again.
+        """
+        blob = path.resolve()
+        if not re.fullmatch(r"[0-9a-f]{64}", blob.name):
+            return
+        with blob.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != blob.name:
+            path.unlink(missing_ok=True)
+            blob.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{path.name} of {self.name!r} did not arrive as it left: its SHA-256 should be {blob.name}, and is "
+                f"{found}; it has been removed: try again"
+            )
+
+    def _kept(self, filename: str) -> bool:
+        """Whether the header of a file is known already."""
+        if filename not in self._headers and (commit := self._commit()) is not None:
+            kept = towers.kept_header(self._place_of_header(commit, filename))
+            if kept is not None:
+                self.commit, self._headers[filename] = commit, kept
+        return filename in self._headers
+
+    def _place_of_header(self, commit: str, filename: str) -> Path:
+        return self._folder / _OURS / commit / f"{filename}.header"
 
     def _remote_header(self, filename: str) -> Header | None:
         """Reads the first bytes of a safetensors file, by requests for a range of it."""
-        from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
         try:
             with self._in_plain_words(filename):
-                if self.commit is None:  # No other file has told it.
-                    url = hf_hub_url(self.name, filename, revision=self.revision)
-                    self.commit = get_hf_file_metadata(url, token=self.token).commit_hash
-                revision = self.commit or self.revision
-                api = HfApi(token=self.token)
-                found = api.parse_safetensors_file_metadata(self.name, filename, revision=revision).tensors
-                shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-                return Header(
-                    {name: Stored(s, found[name].dtype, nbytes(s, found[name].dtype)) for name, s in shapes.items()}, 0
-                )
+                file = self._open(filename)
+                header, content = file.header()
         except RemoteEntryNotFoundError:
+            return None if self.get(filename) is None else self.header(filename)  # so that the cache learns of it
+        self.commit = file.commit
+        self._headers[filename] = header, file.etag
+        towers.keep_header(self._place_of_header(file.commit or "", filename), file, content)
+        return header
+
+    def _tower(self, wanted: Mapping[str, Collection[str]]) -> Path | None:
+        """Fetches the tower alone, or finds it in the cache; None where the whole files are to be had instead."""
+        missing = [filename for filename in wanted if not self._kept(filename)]
+        if missing and self._offline:
             return None
+        for filename in missing:
+            self._remote_header(filename)
+        parts = [towers.Part(filename, *self._headers[filename], names) for filename, names in wanted.items()]
+        tower = towers.Tower(self._folder / _OURS, self.name, parts)
+        if tower.nbytes > _MOST * sum(part.header.size for part in parts):
+            return None
+        if tower.is_whole():
+            return tower.path
+        if self._offline:
+            if tower.path.exists():
+                raise CheckpointError(
+                    f"{tower.path} is damaged; it is fetched again when the Hub may be asked (now: local files only)"
+                )
+            return None
+        files = {part.filename: self._open(part.filename) for part in parts}
+        if changed := [part.filename for part in parts if files[part.filename].etag != part.etag]:
+            raise GivenUpError(f"{' and '.join(changed)} changed while it was read")
+        tower.fetch(files, f"{self.name}, tower")
+        return tower.path
 
     def listing(self) -> list[str]:
         """Returns the names of the files in the repository, or nothing where the Hub does not say."""
         from huggingface_hub import HfApi
 
-        if self.local_files_only:
+        if self._offline:
             return []
         try:
             return sorted(HfApi(token=self.token).list_repo_files(self.name, revision=self.commit))
@@ -162,18 +308,28 @@ class HubRepository:
 
     @contextmanager
     def _in_plain_words(self, filename: str) -> Iterator[None]:
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
 
         at = f"{self.name!r} at revision {self.revision!r}" if self.revision else f"{self.name!r}"
         try:
             yield
-        except errors.RemoteEntryNotFoundError:
+        except (errors.RemoteEntryNotFoundError, NoRangesError, CheckpointError):
             raise
+        except GivenUpError as error:
+            raise HubUnreachableError(
+                f"{filename} of {at} could not be fetched: {error}; try again later, or pass a folder that holds the "
+                "checkpoint (there is none of this name here: check the spelling)"
+            ) from error
+        except UnreadableFileError as error:
+            raise CheckpointError(
+                f"{filename} of {at} is not a whole safetensors file ({error}); it is damaged or of another format"
+            ) from error
         except errors.HFValidationError as error:
             raise CheckpointError(f"{self.name!r} is neither a path nor a Hub id: {error}") from error
         except errors.GatedRepoError as error:
             raise CheckpointError(
-                f"{at} is gated: ask for access on its Hub page, then log in with `hf auth login` or pass token="
+                f"{at} is gated: ask for access at {constants.ENDPOINT}/{self.name}, then log in with "
+                "`hf auth login` or pass token="
             ) from error
         except errors.RepositoryNotFoundError as error:
             raise CheckpointError(
@@ -189,10 +345,6 @@ class HubRepository:
             raise HubUnreachableError(
                 f"{filename} of {at} is not in the local cache, and {why}; connect once to fetch it, or pass a "
                 "folder that holds the checkpoint (there is none of this name here: check the spelling)"
-            ) from error
-        except errors.SafetensorsParsingError as error:
-            raise CheckpointError(
-                f"{filename} of {at} is not a whole safetensors file ({error}); it is damaged or of another format"
             ) from error
         except errors.HfHubHTTPError as error:
             raise CheckpointError(
@@ -215,7 +367,7 @@ def find_source(
     local_files_only: bool = False,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-    headers_only: bool = False,
+    vision_only: bool = True,
 ) -> Source:
     """Decides what `source` is: what exists on this machine is local, else what looks like a Hub id is one.
 
@@ -225,7 +377,7 @@ def find_source(
         local_files_only: use the Hub's cache only, never the network.
         token: a Hub token, True for the stored one, False for none.
         cache_dir: instead of the Hub's usual cache folder.
-        headers_only: of weights on the Hub, fetch no more than the headers; then nothing can be loaded.
+        vision_only: of weights on the Hub, fetch the tower alone, where that is less than the file.
 
     Raises:
         CheckpointError: it is none of these, or a file of another format.
@@ -254,7 +406,7 @@ def find_source(
             local_files_only=local_files_only,
             token=token,
             cache_dir=cache_dir,
-            headers_only=headers_only,
+            vision_only=vision_only,
         )
     raise CheckpointError(
         f"{name!r} does not exist on this machine, and is no Hub id such as 'google/siglip-base-patch16-224'; "

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self, TypeVar
@@ -658,6 +659,7 @@ class SigLipVisionModel(nn.Module):
         local_files_only: bool = False,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        vision_only: bool = True,
     ) -> Self:
         """Loads a checkpoint that holds a SigLIP tower: all of the tower, or an error that says what is wrong.
 
@@ -681,6 +683,8 @@ class SigLipVisionModel(nn.Module):
             local_files_only: look into the Hub's local cache only, never ask the network.
             token: Hub token, True for the stored one, False for none.
             cache_dir: instead of the Hub's usual cache folder.
+            vision_only: of weights on the Hub, fetch the tower alone, where that is less than the file; False for
+                whole files, as other libraries fetch them.
 
         Returns:
             The model in `eval()` mode.
@@ -701,9 +705,16 @@ class SigLipVisionModel(nn.Module):
             raise ValueError(f"config must be a SigLipVisionConfig, got a {type(config).__name__}")
         if prefix is not None and not isinstance(prefix, str):
             raise ValueError(f"prefix must be a text, got {prefix!r}")
+        if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
+            raise ValueError("token must be the Hub token itself: it has characters, or is as short, as none can be")
         replace(config or SigLipVisionConfig(), interpolation=interpolation)  # refuses a rule that does not exist
         files = find_source(
-            source, revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir
+            source,
+            revision=revision,
+            local_files_only=local_files_only,
+            token=token,
+            cache_dir=cache_dir,
+            vision_only=vision_only,
         )
         checkpoint = Checkpoint(files, pooling_head=pooling_head, layout=layout, prefix=prefix, config=config)
         rule = interpolation or checkpoint.config.interpolation
@@ -758,7 +769,8 @@ class SigLipVisionModel(nn.Module):
         documents: Mapping[str, Mapping[str, Any]],
     ) -> None:
         _, shapes = on_meta(self.config)
-        checkpoints.save(folder, layout, prefix, self.config, self.state_dict(), shapes, documents)
+        origin = None if self.provenance is None else self.provenance.origin
+        checkpoints.save(folder, layout, prefix, self.config, self.state_dict(), shapes, documents, origin)
 
 
 def on_meta(

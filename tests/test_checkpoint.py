@@ -189,11 +189,12 @@ def test_provenance_tells_what_was_done(checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint()
     lines = str(load(folder, dtype=torch.bfloat16, pooling_head=False).provenance).splitlines()
     size = sum(t.nbytes for k, t in load_file(folder / "model.safetensors").items() if not k.startswith("head."))
+    whole = (folder / "model.safetensors").stat().st_size
     assert lines == [
         f"source   {folder}",
         "files    model.safetensors",
         "layout   HuggingFace, no prefix",
-        f"read     53 tensors, {size / 1e6:.1f} MB",
+        f"read     {size / 1e3:.2f} of {whole / 1e3:.2f} kB, 53 tensors",
         "dropped  11 of the pooling head, left out",
         "dtype    torch.bfloat16 (stored: torch.float32)",
     ]
