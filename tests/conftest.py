@@ -62,12 +62,9 @@ SMALL = SigLipVisionConfig(
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     """Our Hub, empty."""
-    HUB.repositories.clear()
-    HUB.requests.clear()
-    HUB.sent.clear()
-    HUB.broken, HUB.breaks_off = False, ""
+    HUB.reset()
     yield HUB
-    HUB.repositories.clear()
+    HUB.reset()
 
 
 MakeCheckpoint = Callable[..., Path]

@@ -22,7 +22,7 @@ from siglip_port import model as port
 from siglip_port.parity import references
 from siglip_port.parity.proof import Case
 from tests.conftest import SMALL, MakeCheckpoint, edit_config, edit_tensors
-from tests.hub_server import Hub, Repository
+from tests.hub_server import Fault, Hub, Repository
 from tests.test_hub import silent_port
 
 ROOT = Path(compare_origin.__file__).parent
@@ -387,7 +387,7 @@ def test_a_hub_that_answers_and_then_breaks_off(
     monkeypatch.setattr(compare_origin, "CHECKPOINT", "google/siglip-broken")
     monkeypatch.setattr("siglip_port.SigLipVisionConfig", lambda **_: SMALL)
     hub.repositories["google/siglip-broken"] = Repository(checkpoint())
-    hub.breaks_off = "GET model.safetensors"
+    hub.faults = [Fault("reset", "CDN * model.safetensors", times=None)]
     assert call("--checkpoint", "google/siglip-broken") == 0
     out, err = capsys.readouterr()
     assert re.search(r"model.safetensors of 'google/siglip-broken' .*: comparing random weights of the same", err)

@@ -13,7 +13,7 @@ import torch
 from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel
 from siglip_port.hub import hub_answers
 from tests.conftest import SMALL, MakeCheckpoint, edit_tensors, shard
-from tests.hub_server import Hub, Repository
+from tests.hub_server import Fault, Hub, Repository
 
 NAME = "google/siglip-small"
 
@@ -38,7 +38,7 @@ def test_a_hub_id_loads_and_is_pinned_to_its_commit(hub: Hub, folder: Path, cach
     assert model.provenance is not None
     assert model.provenance.commit == hub.repositories[NAME].commit
     assert str(model.provenance).startswith(f"source   {NAME} at commit {hub.repositories[NAME].commit}\n")
-    assert hub.requests["GET model.safetensors"] == 1
+    assert hub.requests["CDN GET model.safetensors"] == 1
 
 
 @pytest.mark.parametrize("in_shards", [False, True], ids=["one file", "shards"])
@@ -73,7 +73,7 @@ def test_open_clip_repositories_load_offline(hub: Hub, folder: Path, cache: Path
     (folder / "config.json").rename(folder / "open_clip_config.json")
     (folder / "model.safetensors").rename(folder / "open_clip_model.safetensors")
     model = SigLipVisionModel.from_hf(NAME, cache_dir=cache)
-    hub.broken = True
+    hub.faults = [Fault("status", status=501, times=None)]
     again = SigLipVisionModel.from_hf(NAME, cache_dir=cache, local_files_only=True)
     assert again.config == model.config == SMALL
     for marker in cache.rglob(".no_exist"):
@@ -115,7 +115,7 @@ def test_repositories_that_do_not_open(hub: Hub, folder: Path, cache: Path) -> N
     hub.repositories[NAME].gated = True
     with pytest.raises(CheckpointError, match=r"'google/siglip-small' is gated: ask for access at http"):
         SigLipVisionModel.from_hf(NAME, cache_dir=cache)
-    hub.broken = True
+    hub.faults = [Fault("status", status=501, times=None)]
     with pytest.raises(
         CheckpointError, match=r"the Hub refused config.json of 'google/siglip-small' \(HTTP 501\); try again"
     ):
@@ -138,12 +138,12 @@ def test_a_local_path_asks_nothing_of_the_hub(hub: Hub, folder: Path) -> None:
     assert not hub.requests
 
 
-@pytest.mark.parametrize("method", ["HEAD", "GET"])
+@pytest.mark.parametrize("method", ["HEAD", "CDN GET"])
 def test_a_transfer_that_breaks_off(hub: Hub, folder: Path, cache: Path, method: str) -> None:
-    hub.breaks_off = f"{method} model.safetensors"
+    hub.faults = [Fault("reset", f"{method} model.safetensors", times=None)]
     with pytest.raises(CheckpointError, match=r"model.safetensors of 'google/siglip-small'"):
         SigLipVisionModel.from_hf(NAME, cache_dir=cache)
-    hub.breaks_off = ""
+    hub.faults.clear()
     assert SigLipVisionModel.from_hf(NAME, cache_dir=cache).config == SMALL
 
 
@@ -153,9 +153,9 @@ def test_whether_the_hub_answers(hub: Hub, folder: Path, monkeypatch: pytest.Mon
     template = "HUGGINGFACE_CO_URL_TEMPLATE"
     assert hub_answers(NAME)
     assert hub_answers("google/absent")  # a refusal is an answer
-    hub.broken = True
+    hub.faults = [Fault("status", status=501, times=None)]
     assert not hub_answers(NAME)
-    hub.broken = False
+    hub.faults.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert not hub_answers(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
