@@ -255,7 +255,9 @@ def load_port(args: argparse.Namespace, scratch: Path) -> tuple[SigLipVisionMode
     offline = is_local or (args.weights == "random" and is_default) or not hub_answers(args.checkpoint)
     try:
         if args.weights != "random":
-            return SigLipVisionModel.from_hf(args.checkpoint, local_files_only=offline, **how), False, offline
+            # Whole files, since the reference reads the same ones.
+            port = SigLipVisionModel.from_hf(args.checkpoint, local_files_only=offline, vision_only=False, **how)
+            return port, False, offline
         # The default checkpoint's architecture is the default one: no file is needed to know it.
         config = SigLipVisionConfig(pooling_head=True)
         if not is_default:

@@ -16,7 +16,7 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,14 @@ from siglip_port.files import DTYPES, Header, UnreadableFileError, parse_header,
 from siglip_port.ranges import RemoteFile
 
 PIECE = 16 * 1024 * 1024
-"""Bytes: what is asked for at once, and what an interruption can lose; also what is hashed at once."""
+"""Bytes: what is asked for at once, what an interruption can lose, and what is hashed at once.
+
+To change it makes all towers that are kept invalid."""
 
 AT_ONCE = 4
 """Requests at a time."""
 
-_DIGEST = "sha256"  # of the tensors, in the metadata of a tower; see `digest`
+_DIGEST = "sha256"  # in the metadata of a tower: see `_digest`
 _UNKNOWN = "0" * 64
 
 
@@ -105,6 +107,7 @@ class Tower:
             for (_, name), tensor, begin, end in zip(tensors, stored, ends[:-1], ends[1:], strict=True)
         }
         self._begin = len(self._first_bytes(_UNKNOWN))
+        self._pieces = list(self._cut())
 
     def is_whole(self) -> bool:
         """Whether the file is there, with every byte as it was fetched.
@@ -112,14 +115,7 @@ class Tower:
         Raises:
             OSError: it cannot be read.
         """
-        try:
-            found = read_header(self.path)
-        except (FileNotFoundError, UnreadableFileError):
-            return False
-        with self.path.open("rb") as file:
-            first = file.read(self._begin)
-        kept = found.metadata.get(_DIGEST, "")
-        return first == self._first_bytes(kept) and digest(self.path, self._begin) == kept
+        return self._is_whole(self.path)
 
     def fetch(self, files: Mapping[str, RemoteFile], title: str) -> None:
         """Fetches what is missing of the file. What an interrupted attempt has fetched is used.
@@ -138,22 +134,42 @@ class Tower:
         with WeakFileLock(self.path.with_suffix(".lock")):
             if self.is_whole():  # another process has just fetched it
                 return
-            incomplete, journal = self.path.with_suffix(".incomplete"), self.path.with_suffix(".journal")
-            self._prepare(incomplete, journal)
-            pieces = list(self._pieces())
-            fetched = _kept(incomplete, journal, pieces)
-            self._fetch(files, title, incomplete, journal, pieces, fetched)
-            with incomplete.open("r+b") as file:
-                file.write(self._first_bytes(digest(incomplete, self._begin)))
-            incomplete.replace(self.path)
+            try:
+                self._fetch_and_move(files, title)
+            except FileNotFoundError:
+                if not self.is_whole():  # the same, on a file system whose locks do not hold
+                    raise
+
+    def _fetch_and_move(self, files: Mapping[str, RemoteFile], title: str) -> None:
+        incomplete, journal = self.path.with_suffix(".incomplete"), self.path.with_suffix(".journal")
+        self._prepare(incomplete, journal)
+        checksums = self._kept(incomplete, journal)
+        self._fetch_missing(files, title, incomplete, journal, checksums)
+        with incomplete.open("r+b") as file:
+            file.write(self._first_bytes(_digest(checksums[number] for number in range(len(self._pieces)))))
+        if not self._is_whole(incomplete):
             journal.unlink(missing_ok=True)
+            raise OSError(errno.EIO, "what was written is not what was fetched: try again", str(incomplete))
+        incomplete.replace(self.path)
+        journal.unlink(missing_ok=True)
+
+    def _is_whole(self, path: Path) -> bool:
+        try:
+            kept = read_header(path).metadata.get(_DIGEST, "")
+        except (FileNotFoundError, UnreadableFileError):
+            return False
+        with path.open("rb") as file:
+            if file.read(self._begin) != self._first_bytes(kept):
+                return False
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            return _digest(pool.map(lambda piece: _checksum(path, piece), self._pieces)) == kept
 
     def _first_bytes(self, digest: str) -> bytes:
         content = json.dumps({"__metadata__": {**self._metadata, _DIGEST: digest}, **self._header}).encode()
         content += b" " * (-len(content) % 8)
         return struct.pack("<Q", len(content)) + content
 
-    def _pieces(self) -> Iterator[_Piece]:
+    def _cut(self) -> Iterator[_Piece]:
         """Joins neighbours, then cuts what is long."""
         at = self._begin
         spans: list[_Piece] = []
@@ -189,20 +205,29 @@ class Tower:
                     raise
                 file.truncate(size)
 
-    def _fetch(
+    def _kept(self, incomplete: Path, journal: Path) -> dict[int, str]:
+        """Returns the checksums of the pieces that an earlier attempt has fetched, noted, and still as they were."""
+        noted: dict[int, str] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for line in journal.read_text(encoding="ascii", errors="replace").splitlines():
+                number, _, checksum = line.partition(" ")
+                if number.isdecimal() and int(number) < len(self._pieces):
+                    noted[int(number)] = checksum
+        return {n: checksum for n, checksum in noted.items() if _checksum(incomplete, self._pieces[n]) == checksum}
+
+    def _fetch_missing(
         self,
         files: Mapping[str, RemoteFile],
         title: str,
         incomplete: Path,
         journal: Path,
-        pieces: Collection[_Piece],
-        fetched: Collection[int],
+        checksums: dict[int, str],
     ) -> None:
-        """Fetches several pieces at a time. The first that fails stops all."""
+        """Fetches several pieces at a time, and puts down their checksums. The first that fails stops all."""
         from huggingface_hub.utils import tqdm
 
         stop, lock = threading.Event(), threading.Lock()
-        done = sum(piece.stop - piece.first for number, piece in enumerate(pieces) if number in fetched)
+        done = sum(self._pieces[number].stop - self._pieces[number].first for number in checksums)
         look = {"unit": "B", "unit_scale": True, "desc": title, "disable": None}  # None: where nobody looks on
         with (
             tqdm(total=self.nbytes, initial=done, **look) as bar,  # type: ignore[no-untyped-call]
@@ -220,10 +245,12 @@ class Tower:
                         with lock:
                             bar.update(len(chunk))
                 with lock:
+                    checksums[number] = checksum.hexdigest()
                     notes.write(f"{number} {checksum.hexdigest()}\n")
                     notes.flush()
 
-            running = [pool.submit(fetch, *item) for item in enumerate(pieces) if item[0] not in fetched]
+            missing = [item for item in enumerate(self._pieces) if item[0] not in checksums]
+            running = [pool.submit(fetch, *item) for item in missing]
             try:
                 for future in as_completed(running):
                     future.result()
@@ -233,38 +260,15 @@ class Tower:
                 raise
 
 
-def digest(path: Path, begin: int) -> str:
-    """Returns the SHA-256, in hexadecimal, of the SHA-256s of all pieces of a file from `begin` on.
-
-    In pieces, so that all cores can help: it is computed at every use of a tower.
-    """
-    starts = range(begin, max(path.stat().st_size, begin + 1), PIECE)
-
-    def of_piece(start: int) -> bytes:
-        with path.open("rb") as file:
-            file.seek(start)
-            return hashlib.sha256(file.read(PIECE)).digest()
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return hashlib.sha256(b"".join(pool.map(of_piece, starts))).hexdigest()
+def _checksum(path: Path, piece: _Piece) -> str:
+    with path.open("rb") as file:
+        file.seek(piece.at)
+        return hashlib.sha256(file.read(piece.stop - piece.first)).hexdigest()
 
 
-def _kept(incomplete: Path, journal: Path, pieces: Collection[_Piece]) -> set[int]:
-    """Returns which pieces an earlier attempt has fetched: noted, and still as they were."""
-    noted: dict[int, str] = {}
-    with contextlib.suppress(FileNotFoundError):
-        for line in journal.read_text(encoding="ascii", errors="replace").splitlines():
-            piece_number, _, checksum = line.partition(" ")
-            if piece_number.isdecimal():
-                noted[int(piece_number)] = checksum
-    kept = set()
-    with incomplete.open("rb") as file:
-        for number, piece in enumerate(pieces):
-            if number in noted:
-                file.seek(piece.at)
-                if hashlib.sha256(file.read(piece.stop - piece.first)).hexdigest() == noted[number]:
-                    kept.add(number)
-    return kept
+def _digest(checksums: Iterable[str]) -> str:
+    """One for all pieces, of the bytes that arrived. Taken by pieces, so that all cores can help at every later use."""
+    return hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
 def keep_header(path: Path, file: RemoteFile, content: bytes) -> None:

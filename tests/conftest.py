@@ -60,8 +60,11 @@ SMALL = SigLipVisionConfig(
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    """Our Hub, empty."""
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Our Hub, empty. Attempts follow each other almost at once."""
+    from siglip_port import ranges
+
+    monkeypatch.setattr(ranges, "WAITS", (0.01,) * len(ranges.WAITS))
     HUB.reset()
     yield HUB
     HUB.reset()
