@@ -22,7 +22,7 @@ from siglip_port.checkpoint import (
     pickle_advice,
 )
 from siglip_port.files import LONGEST_JSON, SUFFIXES, Header, UnreadableFileError
-from siglip_port.ranges import GivenUpError, NoRangesError, RemoteFile
+from siglip_port.ranges import GivenUpError, NoRangesError, RemoteFile, patiently
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _OURS = ".siglip_port"  # a folder in a repository's folder of the cache: see `siglip_port.towers`
@@ -105,7 +105,7 @@ class HubRepository:
             CheckpointError: the Hub refuses, or the file cannot be stored.
         """
         # Imported here: a fifth of a second that a local checkpoint does not need.
-        from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download
+        from huggingface_hub import _CACHED_NO_EXIST
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
         known = self._known(filename)
@@ -115,20 +115,12 @@ class HubRepository:
             with self._in_plain_words(filename):
                 if known is None and not self._offline:
                     self._reach(filename)
-                path = hf_hub_download(
-                    self.name,
-                    filename,
-                    revision=self.commit or self.revision,
-                    local_files_only=self.local_files_only,
-                    token=self.token,
-                    cache_dir=self.cache_dir,
-                )
-                self.commit = Path(path).parent.name  # .../snapshots/<commit>/<filename>
-                if path != known:
-                    self._verify(Path(path))
+                path = self._download(filename, local_files_only=self.local_files_only)
+                self.commit = path.parent.name  # .../snapshots/<commit>/<filename>
+                self._verify(path, fresh=str(path) != known)
         except RemoteEntryNotFoundError:
             return None
-        return Path(path)
+        return path
 
     def header(self, filename: str) -> Header | None:
         """Reads which tensors a weights file holds; None where there is no such file.
@@ -205,6 +197,25 @@ class HubRepository:
                 return last if _COMMIT.fullmatch(last) else None
         return self.commit
 
+    def _download(self, filename: str, *, local_files_only: bool = False, force_download: bool = False) -> Path:
+        """The client's `hf_hub_download`, with patience: by itself it gives up at the first connection that breaks."""
+        from huggingface_hub import hf_hub_download, hf_hub_url
+
+        revision = self.commit or self.revision
+
+        def download() -> str:
+            return hf_hub_download(
+                self.name,
+                filename,
+                revision=revision,
+                local_files_only=local_files_only,
+                force_download=force_download,
+                token=self.token,
+                cache_dir=self.cache_dir,
+            )
+
+        return Path(patiently(download, hf_hub_url(self.name, filename, revision=revision)))
+
     def _reach(self, filename: str) -> None:
         """Asks for a file's size before it is fetched: tells soon when nobody answers, and refuses what is no JSON."""
         from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -225,34 +236,31 @@ class HubRepository:
             self._files[filename] = file
         return self._files[filename]
 
-    def _verify(self, path: Path) -> None:
-        """Checks a file that has just been fetched as a whole, where the Hub has told its hash.
+    def _verify(self, path: Path, fresh: bool) -> None:
+        """Checks a file that was fetched as a whole, where the Hub has told its hash.
 
-        The hash is the name of the file that the cache's link leads to: SHA-256 of large files, git's own of others.
+        What is in the cache for long is checked where that costs nothing: where it is small.
+
+        Args:
+            path: in the cache.
+            fresh: whether it has just been fetched. If so, and it is not right, it is fetched again, and then removed.
         """
-        from huggingface_hub import hf_hub_download
-
-        blob = path.resolve()
-        if re.fullmatch(r"[0-9a-f]{64}", blob.name):
-            with blob.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != blob.name:
-                path.unlink(missing_ok=True)
-                blob.unlink(missing_ok=True)
-                raise CheckpointError(
-                    f"{path.name} of {self.name!r} did not arrive as it left: its SHA-256 should be {blob.name}, and "
-                    f"is {found}; it has been removed: try again"
-                )
-        elif _COMMIT.fullmatch(blob.name) and _git_hash(blob) != blob.name:
-            # A push between the client's two requests, for the hash and for the file; or a proxy with hashes of its
-            # own. Asked for by its commit, it is the right one either way.
-            hf_hub_download(
-                self.name,
-                path.name,
-                revision=self.commit,
-                token=self.token,
-                cache_dir=self.cache_dir,
-                force_download=True,
+        if (not fresh and path.suffix != ".json") or _is_as_it_left(path):
+            return
+        if not fresh:
+            raise CheckpointError(
+                f"{path} has changed since it was fetched from the Hub: delete it, and it is fetched again; or, to keep "
+                "the change, copy the checkpoint to a folder and pass that"
+            )
+        # Perhaps a push came between the client's two requests, for the hash and for the file: now by its commit.
+        self._download(path.name, force_download=True)
+        if not _is_as_it_left(path):
+            blob = path.resolve()
+            path.unlink(missing_ok=True)
+            blob.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{path.name} of {self.name!r} did not arrive as it left: its hash should be {blob.name}; it has been "
+                "removed: try again"
             )
 
     def _kept(self, filename: str) -> bool:
@@ -371,9 +379,20 @@ class HubRepository:
             ) from error
 
 
-def _git_hash(path: Path) -> str:
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+def _is_as_it_left(path: Path) -> bool:
+    """Whether a file of the cache has the hash that its link's target is called by; True where that is no hash.
+
+    SHA-256 of large files; of others git's own, or, from some proxies, SHA-1.
+    """
+    blob = path.resolve()
+    with blob.open("rb") as file:
+        if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+            return hashlib.file_digest(file, "sha256").hexdigest() == blob.name
+        if not _COMMIT.fullmatch(blob.name):
+            return True
+        content = file.read()
+    git = b"blob %d\0" % len(content) + content
+    return blob.name in (hashlib.sha1(data, usedforsecurity=False).hexdigest() for data in (git, content))
 
 
 def find_source(

@@ -7,14 +7,17 @@ expires. The Hub's token is sent to the Hub alone; the address is asked for agai
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from types import NoneType
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from siglip_port.files import Header, header_length, parse_header, readable
+
+T = TypeVar("T")
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further attempt, where the one before has brought nothing at all."""
@@ -159,8 +162,8 @@ class RemoteFile:
                     patience.renew()
                     yield chunk
             except _ExpiredError as error:
-                patience.wait(error)
-                self._renew(place)
+                if self._renew(place):
+                    patience.wait(error)
             except _PassingError as error:
                 try:
                     patience.wait(error)
@@ -171,32 +174,26 @@ class RemoteFile:
 
     def _find(self) -> _Place:
         """Asks the Hub for the file's address, etag and size."""
-        from huggingface_hub import constants, get_hf_file_metadata
+        from huggingface_hub import HfFileMetadata, constants, get_hf_file_metadata
 
-        patience = Patience()
-        while True:
-            try:
-                with _passing(self._url):
-                    found = get_hf_file_metadata(self._url, token=self._token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-                break
-            except _PassingError as error:
-                if isinstance(error, _UnreachableError):
-                    patience.wait(error, attempts=2)  # That is seldom better a few seconds later.
-                else:
-                    patience.wait(error)
+        def ask() -> HfFileMetadata:
+            return get_hf_file_metadata(self._url, token=self._token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+
+        found = patiently(ask, self._url, if_unreachable=2)
         if found.etag is None or found.size is None:
             raise NoRangesError("the Hub does not tell its size and etag")
         return _Place(found.location, found.commit_hash, found.etag, found.size)
 
-    def _renew(self, place: _Place) -> None:
-        """Asks for the address again, unless another thread has just done so."""
+    def _renew(self, place: _Place) -> bool:
+        """Asks for the address again, unless another thread has just done so; returns whether it has asked."""
         with self._lock:
             if self._place is not place:
-                return
+                return False
             new = self._find()
             if (new.etag, new.size) != (place.etag, place.size):
                 raise GivenUpError("the file has been replaced while it was read")
             self._place = new
+            return True
 
     def _ask(self, place: _Place, first: int, stop: int) -> Iterator[bytes]:
         """One request. Yields bytes from `first` on, perhaps not all; whatever ends it early is a `_PassingError`."""
@@ -206,12 +203,12 @@ class RemoteFile:
         here = _origin(place.address) == _origin(self._url)
         headers = {**_headers(self._token if here else False), "Range": f"bytes={first}-{stop - 1}"}
         with (
-            _passing(place.address),
+            _passing(self._url, place.address),
             get_session().stream(
                 "GET", place.address, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
             ) as response,
         ):
-            self._check(response, place, here, first, stop)
+            self._check(response, place, first, stop)
             for chunk in response.iter_raw():
                 if len(chunk) > stop - first:
                     raise _RangeError("the server sends more bytes than were asked for")
@@ -220,7 +217,7 @@ class RemoteFile:
         if first < stop:
             raise _PassingError("the connection was closed before all bytes had arrived")
 
-    def _check(self, response: Any, place: _Place, here: bool, first: int, stop: int) -> None:  # noqa: ANN401
+    def _check(self, response: Any, place: _Place, first: int, stop: int) -> None:  # noqa: ANN401
         """Checks that what is coming are the bytes that were asked for, of the file that was asked for."""
         from huggingface_hub.utils import hf_raise_for_status
 
@@ -229,9 +226,7 @@ class RemoteFile:
             raise NoRangesError("the server does not serve parts of files")
         if status == 416:
             raise _RangeError("the server has no such bytes (HTTP 416)")
-        if not here and status in _EXPIRED:
-            raise _ExpiredError(f"the address that the Hub gave for the file is refused (HTTP {status})", wait=0)
-        hf_raise_for_status(response)  # a passing status is sorted out by `_passing`
+        hf_raise_for_status(response)  # what may pass is sorted out by `_passing`
         begin, _, rest = headers.get("Content-Range", "").removeprefix("bytes ").partition("-")
         end, _, size = rest.partition("/")
         if (
@@ -262,23 +257,64 @@ class _UnreachableError(_PassingError):
     """There is no connection at all."""
 
 
-@contextmanager
-def _passing(url: str) -> Iterator[None]:
-    """Sorts out what the client raises: what may pass becomes a `_PassingError`; what the Hub refuses does not."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+def patiently(ask: Callable[[], T], url: str, if_unreachable: int = len(WAITS) + 1) -> T:
+    """Calls a function of the Hub's client, again where it fails in a way that may pass.
 
-    host = urlsplit(url).hostname
+    Args:
+        ask: the call.
+        url: of the file at the Hub.
+        if_unreachable: how many attempts there are to be where there is no connection at all.
+
+    Raises:
+        GivenUpError: it keeps failing.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+        OSError: of this machine's own: the disk, say.
+    """
+    patience = Patience()
+    while True:
+        try:
+            with _passing(url):
+                return ask()
+        except _UnreachableError as error:
+            patience.wait(error, if_unreachable)
+        except _PassingError as error:
+            patience.wait(error)
+
+
+@contextmanager
+def _passing(url: str, address: str | None = None) -> Iterator[None]:
+    """Sorts out what the client raises: what may pass becomes a `_PassingError`; what is final does not.
+
+    Args:
+        url: of the file at the Hub.
+        address: that is asked, if another.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
     try:
         yield
-    except (_PassingError, NoRangesError, GivenUpError, OfflineModeIsEnabled):
+    except (_PassingError, NoRangesError, GivenUpError, OfflineModeIsEnabled, HFValidationError):
         raise
+    except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, (NoneType, OfflineModeIsEnabled)):  # the Hub was not to be asked
+            raise
+        raise _UnreachableError(f"no connection to {urlsplit(url).hostname}") from error
     except HfHubHTTPError as error:
         status, wait = error.response.status_code, error.response.headers.get("Retry-After", "")
+        asked = str(error.response.url)
+        if status in _EXPIRED and _origin(asked) != _origin(url):
+            what = f"the address that the Hub gave for the file is refused (HTTP {status})"
+            raise _ExpiredError(what, wait=0) from error
         if status not in _PASSING:
             raise
-        raise _PassingError(f"{host} answers HTTP {status}", float(wait) if wait.isdecimal() else None) from error
+        what = f"{urlsplit(asked).hostname} answers HTTP {status}"
+        raise _PassingError(what, float(wait) if wait.isdecimal() else None) from error
     except Exception as error:  # Of the client's HTTP library, without a base in common. Its text may hold addresses.
-        raise _UnreachableError(f"no connection to {host} ({type(error).__name__})") from error
+        if isinstance(error, OSError) and error.errno is not None:  # of this machine; the client's own have no number
+            raise
+        raise _UnreachableError(
+            f"no connection to {urlsplit(address or url).hostname} ({type(error).__name__})"
+        ) from error
 
 
 def _headers(token: str | bool | None) -> dict[str, str]:

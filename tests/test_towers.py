@@ -385,11 +385,49 @@ def test_a_damaged_header_is_noticed_and_read_again(hub: Hub, folder: Path, cach
 
 
 def test_a_whole_file_that_did_not_arrive_as_it_left(hub: Hub, folder: Path, cache: Path) -> None:
-    hub.faults = [Fault("wrong bytes", "CDN GET model.safetensors", after=100_000)]
-    with pytest.raises(CheckpointError, match=r"did not arrive as it left: its SHA-256 should be .*has been removed"):
+    hub.faults = [Fault("wrong bytes", "CDN GET model.safetensors", times=2, after=100_000)]
+    with pytest.raises(CheckpointError, match=r"did not arrive as it left: its hash should be .*has been removed"):
         load(NAME, cache_dir=cache, vision_only=False)
     assert not list(cache.rglob("*.safetensors"))
     assert_same(load(NAME, cache_dir=cache, vision_only=False), folder)
+    shutil.rmtree(cache)
+    hub.faults = [Fault("wrong bytes", "CDN GET model.safetensors", after=100_000)]
+    assert_same(load(NAME, cache_dir=cache, vision_only=False), folder)  # fetched a second time
+
+
+def test_a_configuration_that_has_changed_in_the_cache(hub: Hub, folder: Path, cache: Path) -> None:
+    load(NAME, cache_dir=cache)
+    (path,) = cache.rglob("config.json")
+    path.write_text(path.read_text().replace("1e-06", "1e-05"))
+    for offline in (True, False):
+        with pytest.raises(CheckpointError, match=rf"{path} has changed since it was fetched from the Hub: delete it"):
+            load(NAME, cache_dir=cache, local_files_only=offline)
+    path.resolve().unlink()
+    path.unlink()
+    assert_same(load(NAME, cache_dir=cache), folder)
+
+
+def test_a_push_between_the_clients_own_two_requests(hub: Hub, folder: Path, cache: Path, tmp_path: Path) -> None:
+    """It asks `main` for the hash, then `main` for the file: of two commits, which only a hash can tell apart."""
+    pushed = tmp_path / "pushed"
+    shutil.copytree(folder, pushed)
+    config = (folder / "config.json").read_text()
+    (pushed / "config.json").write_text(config.replace("1e-06", "1e-05"))
+    assert "1e-06" in config
+    head = iter([None, lambda: hub.repositories[NAME].push(pushed)])  # of two, the first is our own
+
+    def then() -> None:
+        if (push := next(head)) is None:
+            hub.after["HEAD config.json"] = then
+        else:
+            push()
+
+    first, hub.after["HEAD config.json"] = hub.repositories[NAME].commit, then
+    model = load(NAME, cache_dir=cache)
+    assert model.provenance is not None
+    assert model.provenance.commit == first
+    assert hub.repositories[NAME].commit != first
+    assert_same(model, folder)
 
 
 # --- interruptions --------------------------------------------------------------------------------------------------
