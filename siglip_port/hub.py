@@ -249,8 +249,8 @@ class HubRepository:
             return
         if not fresh:
             raise CheckpointError(
-                f"{path} has changed since it was fetched from the Hub: delete it, and it is fetched again; or, to keep "
-                "the change, copy the checkpoint to a folder and pass that"
+                f"{path} has changed since it was fetched from the Hub: delete it, and it is fetched again; or, to "
+                "keep the change, copy the checkpoint to a folder and pass that"
             )
         # Perhaps a push came between the client's two requests, for the hash and for the file: now by its commit.
         self._download(path.name, force_download=True)
