@@ -20,7 +20,10 @@ from siglip_port.files import Header, header_length, parse_header, readable
 T = TypeVar("T")
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds before each further attempt, where the one before has brought nothing at all."""
+"""Seconds before each further attempt, where the one before has brought next to nothing."""
+
+LEAST = 65_536
+"""Bytes that an attempt has to bring to count as progress: at less, a tower would take thousands of requests."""
 
 _LONGEST_WAIT = 300  # seconds that the Hub may ask us to wait ("Retry-After") before that is told instead of done
 
@@ -35,7 +38,7 @@ class NoRangesError(Exception):
 
 
 class GivenUpError(Exception):
-    """Several attempts in a row have brought nothing. The message says what the last one met, for a sentence."""
+    """Several attempts in a row have brought next to nothing. The message says what the last one met, for a sentence."""
 
 
 class _PassingError(Exception):
@@ -51,7 +54,7 @@ class _PassingError(Exception):
 
 
 class Patience:
-    """Waits between attempts, longer each time, and gives up after a few that have brought nothing.
+    """Waits between attempts, longer each time, and gives up after a few that have brought next to nothing.
 
     Args:
         stop: when set, nothing is waited for any more.
@@ -153,13 +156,14 @@ class RemoteFile:
         """
         patience = Patience(interrupt)
         while first < stop:
-            place = self._place
+            place, begun = self._place, first
             try:
                 for chunk in self._ask(place, first, stop):
                     if patience.stop.is_set():
                         raise GivenUpError("interrupted")
                     first += len(chunk)
-                    patience.renew()
+                    if first - begun >= LEAST:
+                        patience.renew()
                     yield chunk
             except _ExpiredError as error:
                 if self._renew(place):

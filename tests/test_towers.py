@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel, key_map, towers
+from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel, key_map, ranges, towers
 from siglip_port.hub import find_source
 from siglip_port.inspection import inspect
 from siglip_port.parity.weights import randomise
@@ -447,11 +447,21 @@ def test_an_interrupted_download_continues(hub: Hub, folder: Path, cache: Path) 
     assert 0 < hub.sent["model.safetensors"] <= size_of_tower(folder) - 8 * 4096
 
 
-def test_a_connection_that_always_breaks_is_enough(hub: Hub, folder: Path, cache: Path) -> None:
-    """As long as each attempt brings something, there is another."""
+def test_a_connection_that_always_breaks_is_enough(
+    hub: Hub, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as each attempt brings enough, there is another."""
+    monkeypatch.setattr(ranges, "LEAST", 1000)
     hub.faults = [Fault("reset", WEIGHTS, times=None, after=1000)]
     assert_same(load(NAME, cache_dir=cache), folder)
     assert hub.sent["model.safetensors"] == 65_536 + size_of_tower(folder)
+
+
+def test_a_connection_that_brings_next_to_nothing_is_given_up(hub: Hub, folder: Path, cache: Path) -> None:
+    hub.faults = [Fault("none", WEIGHTS), Fault("reset", WEIGHTS, times=None, after=10)]
+    with pytest.raises(HubUnreachableError, match=r"could not be fetched: no connection to 127.0.0.1"):
+        load(NAME, cache_dir=cache)
+    assert hub.requests[WEIGHTS] <= 1 + towers.AT_ONCE * (len(ranges.WAITS) + 1)
 
 
 def test_what_an_interrupted_download_has_left_is_not_believed(hub: Hub, folder: Path, cache: Path) -> None:
