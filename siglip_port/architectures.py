@@ -165,7 +165,11 @@ def describe(layout: Layout, sizes: Mapping[str, int], contents: Mapping[str, An
     heads = sizes.get("num_attention_heads") or _first(told, "num_heads", "vit_n_heads")
     if heads is None and known is not None and known.embed_dim == sizes["embed_dim"]:
         heads = known.num_attention_heads
-    act = _first(told, "act_layer") or layout.hidden_act or (known.hidden_act if known else None)
+    implied = {
+        "act_layer": layout.hidden_act or (known.hidden_act if known else None),
+        "vit_ln_eps": layout.layer_norm_eps or SigLipVisionConfig.layer_norm_eps,
+    }
+    act = _first([*told, implied], "act_layer")
     unknown = [what for what, value in (("the number of heads", heads), ("the activation", act)) if value is None]
     if unknown:
         raise ValueError(
@@ -185,7 +189,7 @@ def describe(layout: Layout, sizes: Mapping[str, int], contents: Mapping[str, An
         num_attention_heads=heads,
         num_encoder_blocks=sizes["num_encoder_blocks"],
         mlp_hidden_dim=sizes["mlp_hidden_dim"],
-        layer_norm_eps=_first(told, "vit_ln_eps") or layout.layer_norm_eps or SigLipVisionConfig.layer_norm_eps,
+        layer_norm_eps=_first([*told, implied], "vit_ln_eps"),
         hidden_act="gelu_pytorch_tanh" if act == "gelu_tanh" else str(act),
         mean_pooling=bool(known and known.mean_pooling) if pool is None else pool == "avg",
         naflex=layout.naflex,
@@ -222,7 +226,6 @@ def timm_config(config: SigLipVisionConfig, processor: Mapping[str, Any]) -> dic
         "global_pool": pool,
         "fc_norm": False,
     }
-    names = {v: k for k, v in _RESAMPLE.items()}
     return {
         "architecture": "naflexvit_base_patch16_siglip" if config.naflex else "vit_base_patch16_siglip_224",
         "num_classes": 0,
@@ -233,7 +236,7 @@ def timm_config(config: SigLipVisionConfig, processor: Mapping[str, Any]) -> dic
             "custom_load": False,
             "input_size": [config.num_channels, size, size],
             "fixed_input_size": not config.naflex,
-            "interpolation": names.get(processor.get("resample", 3), "bicubic"),
+            "interpolation": next((name for name, n in _RESAMPLE.items() if n == processor.get("resample")), "bicubic"),
             "crop_pct": 1.0,
             "crop_mode": "squash",
             "mean": processor.get("image_mean"),

@@ -7,6 +7,7 @@ change a weight never changes the file), so the weights are never in memory twic
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import functools
 import json
@@ -14,7 +15,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,19 @@ from safetensors.torch import save_file
 
 from siglip_port import architectures, key_map, processors
 from siglip_port.config import SigLipVisionConfig, UnknownModelError
-from siglip_port.files import DTYPES, SUFFIXES, Header, Stored, UnreadableFileError, open_tensors, read_header
+from siglip_port.files import (
+    DTYPES,
+    LONGEST_JSON,
+    MOST_UNPACKED,
+    PICKLES_REFUSED,
+    SUFFIXES,
+    Header,
+    Stored,
+    UnreadableFileError,
+    open_tensors,
+    parse_json,
+    read_header,
+)
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -43,7 +56,10 @@ _BOTH_AGAIN = f"fetch the weights and {CONFIG} again, both from the same place a
 
 _NOT_SIGLIP = "this is not the configuration of a SigLIP vision tower that can be loaded; if it is wrong, pass config="
 
-_MOST_BLOCKS = 1000  # of a tower whose blocks are stacked, so that the number of tensors says nothing
+_MOST_BLOCKS = 1000  # of a tower; the largest that are published have 40
+_MOST_TOWERS = 100  # places in a checkpoint whose names may mean a tower; to look at one may mean to fetch a header
+
+_AT_ONCE = 1 << 24  # elements: what is looked at for NaN and infinity at once
 
 
 class CheckpointError(ValueError):
@@ -211,10 +227,15 @@ class Checkpoint:
         self.processor = processors.derive(self.config, read_processor(source), contents or {}, source.name)
 
         # Before all blocks are spelled out, since in a damaged file this number may be of any size.
-        if config.num_encoder_blocks > (_MOST_BLOCKS if self.layout.stacked else len(self._file_of)):
+        if not self.layout.stacked and config.num_encoder_blocks > len(self._file_of):
             raise CheckpointError(
                 f"{source.name}: {self._told_by} asks for {config.num_encoder_blocks} blocks, but the weights have "
                 f"only {len(self._file_of)} tensors; {_BOTH_AGAIN}"
+            )
+        if config.num_encoder_blocks > _MOST_BLOCKS:
+            raise CheckpointError(
+                f"{source.name}: {self._told_by} asks for {config.num_encoder_blocks} blocks, and no tower has more "
+                f"than {_MOST_BLOCKS}; {_BOTH_AGAIN}"
             )
         self._claims = self.layout.claims(config.num_encoder_blocks, self.layout.rows(keep_head), self.prefix)
 
@@ -230,8 +251,14 @@ class Checkpoint:
 
     @property
     def towers(self) -> list[tuple[key_map.Layout, str]]:
-        """Layout and prefix of every tower that the file holds, whichever this checkpoint has taken."""
-        return self._candidates(key_map.LAYOUTS, None)[0] or [(self.layout, self.prefix)]
+        """Layout and prefix of every tower that the file holds, whichever this checkpoint has taken.
+
+        Only of the one taken, where they are too many.
+        """
+        with contextlib.suppress(CheckpointError):
+            if found := self._candidates(key_map.LAYOUTS, None)[0]:
+                return found
+        return [(self.layout, self.prefix)]
 
     def headers(self) -> dict[str, Header | None]:
         """Reads the headers of all weights files: by the name of the file, None where it is not there or damaged."""
@@ -287,23 +314,14 @@ class Checkpoint:
         stored = self.check(shapes)
         stored_dtypes = tuple(dict.fromkeys(DTYPES[tensor.dtype] for tensor in stored.values()))
         dtype = dtype or functools.reduce(torch.promote_types, stored_dtypes)
-        tensors: dict[str, torch.Tensor] = {}
-        wanted: dict[str, list[str]] = {}
-        for name in stored:
-            wanted.setdefault(self._file_of[name], []).append(name)
+        wanted = self._by_file(stored)
         paths = self._source.fetch(wanted)
-        for filename, names in wanted.items():
-            path = paths[filename]
-            with open_tensors(path) as get_tensor:
-                for name in names:
-                    ours = self._claims[name].ours
-                    try:
-                        tensor = get_tensor(name)
-                    except UnreadableFileError as error:
-                        raise CheckpointError(f"{path}: {name} is damaged ({error}); fetch the file again") from error
-                    parts = self._claims[name].from_stored(tensor, [shapes[our] for our in ours])
-                    parts = tuple(part.contiguous() for part in parts)
-                    tensors |= {our: part.to(device, dtype) for our, part in zip(ours, parts, strict=True)}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in self._read(wanted, paths):
+            ours = self._claims[name].ours
+            parts = self._claims[name].from_stored(tensor, [shapes[our] for our in ours])
+            parts = tuple(part.contiguous() for part in parts)
+            tensors |= {our: part.to(device, dtype) for our, part in zip(ours, parts, strict=True)}
         return tensors, Provenance(
             source=self._source.name,
             commit=self._source.commit,
@@ -317,6 +335,52 @@ class Checkpoint:
             dtype=dtype,
             origin=self._origin(wanted),
         )
+
+    def count_not_finite(self, stored: Collection[str]) -> dict[str, tuple[int, int]] | None:
+        """Reads tensors, one after the other, and counts what is NaN or infinite in each.
+
+        Args:
+            stored: their names in the file.
+
+        Returns:
+            By name, the number of NaN and of infinite elements; None where the files are not on this machine.
+
+        Raises:
+            CheckpointError: a tensor is damaged.
+        """
+        wanted = self._by_file(stored)
+        paths = {filename: path for filename in wanted if (path := self._source.local(filename)) is not None}
+        if len(paths) < len(wanted):
+            return None
+        counts = {}
+        for name, tensor in self._read(wanted, paths):
+            parts = torch.split(tensor.reshape(-1), _AT_ONCE)  # so that a mapped tensor is never in memory as a whole
+            counts[name] = sum(int(p.isnan().sum()) for p in parts), sum(int(p.isinf().sum()) for p in parts)
+        return counts
+
+    def _by_file(self, stored: Collection[str]) -> dict[str, list[str]]:
+        wanted: dict[str, list[str]] = {}
+        for name in stored:
+            wanted.setdefault(self._file_of[name], []).append(name)
+        return wanted
+
+    def _read(
+        self, wanted: Mapping[str, Collection[str]], paths: Mapping[str, Path]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Reads stored tensors: names by weights file, from the files that hold them."""
+        for filename, names in wanted.items():
+            path, header = paths[filename], self._header(filename)
+            if (unpacked := sum(header.tensors[name].nbytes for name in names)) > MOST_UNPACKED * header.size:
+                raise CheckpointError(
+                    f"{path} has {header.size} bytes, and its tower would have {unpacked}: more than {MOST_UNPACKED} "
+                    "times as many, which no weights have. Nothing was loaded; where you trust it, unpack it yourself"
+                )
+            with open_tensors(path) as get_tensor:
+                for name in names:
+                    try:
+                        yield name, get_tensor(name)
+                    except UnreadableFileError as error:
+                        raise CheckpointError(f"{path}: {name} is damaged ({error}); fetch the file again") from error
 
     def _origin(self, filenames: Iterable[str]) -> str | None:
         """Where the weights were fetched from, or where their file says that they were when it was made."""
@@ -399,10 +463,16 @@ class Checkpoint:
         found: list[tuple[key_map.Layout, str]] = []
         refused = []
         for layout in layouts:
-            for place in layout.prefixes(self._file_of):
+            places = [
+                p for p in layout.prefixes(self._file_of) if prefix is None or p.rstrip("./") == prefix.rstrip("./")
+            ]
+            if len(places) > _MOST_TOWERS:
+                raise CheckpointError(
+                    f"{self._source.name} names {len(places)} towers in the layout {layout.name!r}, more than the "
+                    f"{_MOST_TOWERS} that are looked at; say which is meant by prefix="
+                )
+            for place in places:
                 weight = self._stored(place + layout.marks[0])
-                if prefix is not None and place.rstrip("./") != prefix.rstrip("./"):
-                    continue
                 if weight is not None and not layout.fits(weight.shape):
                     continue
                 if weight is None and any(place == other for _, other in found):
@@ -615,17 +685,15 @@ def pickle_advice(filenames: Iterable[str]) -> str:
     pickles = [name for name in filenames if name.endswith(PICKLE_SUFFIXES)]
     if not pickles:
         return ""
-    return (
-        f". Pickled weights ({', '.join(pickles)}) are refused: to load a pickle can run any code. Where you "
-        "trust their origin, transformers' `SiglipVisionModel.from_pretrained(SOURCE).save_pretrained(FOLDER)` makes "
-        "safetensors of them"
-    )
+    return f". Pickled weights ({', '.join(pickles)}) are refused: {PICKLES_REFUSED}"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        if (size := path.stat().st_size) > LONGEST_JSON:
+            raise ValueError(f"it has {size} bytes, and at most {LONGEST_JSON} are read")
+        content = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, found a {type(content).__name__}; fetch it again")
@@ -635,7 +703,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_index(path: Path) -> tuple[dict[str, str], int]:
     """Reads which shard holds which tensor, and how many bytes all have together; 0 where the index does not tell.
 
-    A shard is a file beside the index: no path leads elsewhere.
+    A shard is a file beside the index, by its plain name: no path leads elsewhere. It may be a link, as all files of
+    the Hub's cache are: what a link leads to is up to whoever made the folder, not to the index.
     """
     content = _read_json(path)
     files, metadata = content.get("weight_map"), content.get("metadata")
@@ -661,9 +730,7 @@ def header_of(path: Path) -> Header:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except UnreadableFileError as error:
         kind = path.suffix.removeprefix(".")
-        raise CheckpointError(
-            f"{path} is not a whole {kind} file ({error}); it is damaged or of another format: fetch it again"
-        ) from error
+        raise CheckpointError(f"{path} is not a whole {kind} file ({error}); {error.advice}") from error
 
 
 def _report(what: str, problems: list[tuple[str, list[str]]]) -> str:

@@ -105,6 +105,8 @@ def inspect_command(
 ) -> None:
     """Tell what a checkpoint holds, and whether it can be loaded. Of weights on the Hub, only headers are fetched.
 
+    Of files on this machine, the tower is read, too, and it is told what in it is NaN or infinite.
+
     Exit code 0: it can be loaded. 1: it cannot, or holds several towers.
     """
     files = find_source(source, revision=revision, local_files_only=offline)
@@ -232,14 +234,24 @@ def _print_inspection(found: Inspection) -> None:
     typer.echo(
         f"headers  {'fit' if found.problem is None else 'do not fit'} the tower that the configuration describes"
     )
+    typer.echo(f"values   {_values(found)}")
     for number, (field, value) in enumerate(asdict(found.config).items()):
         typer.echo(f"{'' if number else 'config':9}{field}={value!r}")
-    table = _table("ours", "stored", "dtype", "shape", "form")
+    table = _table("ours", "stored", "dtype", "shape", "form", "values")
     for entry in found.entries:
         shape = "missing" if entry.shape is None else str(list(entry.shape))
-        table.add_row("\n".join(entry.ours), entry.stored, entry.dtype or "", shape, entry.form)
+        values = f"{entry.nan} NaN, {entry.inf} infinite" if entry.nan or entry.inf else ""
+        table.add_row("\n".join(entry.ours), entry.stored, entry.dtype or "", shape, entry.form, values)
     typer.echo()
     _print(table)
+
+
+def _values(found: Inspection) -> str:
+    """Whether the tower's numbers are any, and which tensors hold others."""
+    if any(entry.nan is None for entry in found.entries):
+        return "not read: only headers were"
+    bad = [entry.stored for entry in found.entries if entry.nan or entry.inf]
+    return f"NaN or infinite in {', '.join(bad)}: see the table below" if bad else "all finite"
 
 
 def _arguments(layout: str, prefix: str) -> str:

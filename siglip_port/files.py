@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
+import itertools
 import json
+import math
 import os
+import re
 import struct
+import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +33,56 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 LONGEST_JSON = 25_000_000
 """Bytes of a header, an index or a configuration: the limit of huggingface_hub, far above any that is known."""
 
+MOST_UNPACKED = 100
+"""How many times larger than its file a tower may be. Weights hardly compress; what does is made to fill the memory."""
+
+PICKLES_REFUSED = (
+    "to load a pickle can run any code. Where you trust its origin, transformers' "
+    "`SiglipVisionModel.from_pretrained(SOURCE).save_pretrained(FOLDER)` makes safetensors of it"
+)
+
+_DEEPEST_JSON = 100  # objects and lists inside each other; Rust's own reader of safetensors allows 127
+_MOST_DIMENSIONS = 64  # torch's own limit
+_MOST_MEMBERS = 100_000  # of an archive; those of big_vision have hundreds
+_LONGEST_NPY = 16_384  # bytes of the header of an array in an archive; numpy's own limit is 10,000
+
 _NUMPY = {"f8": "F64", "f4": "F32", "f2": "F16", "V2": "BF16"}  # numpy has no bfloat16: it writes bytes without a type
+
+_PICKLE = ("a pickle, which is refused", PICKLES_REFUSED)
+_ARCHIVE = ("a zip archive: a pickle of torch.save, which is refused, or an .npz file", PICKLES_REFUSED)
+_PAGE = ("a web page, as a login or an error brings", "fetch it again, logged in where that is needed")
+# What else is found under the names of weights files, by its first bytes, in small letters: what it is, what to do.
+_OTHERS = {
+    b"pk\x03\x04": _ARCHIVE,
+    **{bytes((0x80, protocol)): _PICKLE for protocol in range(2, 6)},
+    b"<!docty": _PAGE,
+    b"<html": _PAGE,
+    b"<?xml": _PAGE,
+    b"{": ("JSON, as an error brings", "fetch it again"),
+    b"version ": ("a pointer of Git LFS in the place of the file", "fetch the file itself: git lfs pull"),
+    b"gguf": ("a GGUF file", "pass the safetensors that it was made from"),
+    b"\x89hdf": ("an HDF5 file", "pass the checkpoint's safetensors"),
+    b"\x93numpy": ("a single array of numpy", "pass an .npz or .safetensors file"),
+    b"\x1f\x8b": ("compressed by gzip", "unpack it first"),
+}
 
 
 class UnreadableFileError(Exception):
-    """A file is not whole, or not of the format that its name says."""
+    """A file is not whole, or not of the format that its name says.
+
+    Attributes:
+        advice: what to do, for messages.
+    """
+
+    advice = "it is damaged or of another format: fetch it again"
+
+
+class OtherFormatError(UnreadableFileError):
+    """A file is of another format than its name says, and of which one is known."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"it is {what}")
+        self.advice = advice
 
 
 @dataclass(frozen=True)
@@ -89,12 +141,15 @@ def header_length(first: bytes, size: int) -> int:
         size: of the whole file.
 
     Raises:
+        OtherFormatError: they are the first of a file of another format.
         ValueError: there cannot be as many, or more than anybody needs.
     """
-    if len(first) < 8:
-        raise ValueError(f"it has {size} bytes, too few for a header")
-    (length,) = struct.unpack("<Q", first)
+    if not first:
+        raise ValueError("it is empty")
+    # What is long enough to be the length of a header is one, whatever else begins like it.
+    length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
     if length > min(size - 8, LONGEST_JSON):
+        _refuse_others(first)
         raise ValueError(f"its header is said to have {length} bytes, the file has {size}")
     return int(length)
 
@@ -109,20 +164,90 @@ def parse_header(content: bytes, size: int) -> Header:
     Raises:
         ValueError: it describes no file of this size.
     """
-    found = json.loads(content)
-    first = 8 + len(content)
-    metadata = found.pop("__metadata__", {})
-    tensors, begins = {}, {}
-    for name, tensor in found.items():
-        shape, (begin, end) = tuple(tensor["shape"]), tensor["data_offsets"]
-        stored = Stored(shape, tensor["dtype"], nbytes(shape, tensor["dtype"]))
-        if begin < 0 or end - begin != stored.nbytes:
-            raise ValueError(f"{name} is said to have {end - begin} bytes, its shape asks for {stored.nbytes}")
-        tensors[name], begins[name] = stored, first + begin
-    last = max((begins[name] + stored.nbytes for name, stored in tensors.items()), default=size)
-    if last != size:
-        raise ValueError(f"its tensors take {last} bytes, the file has {size}")
-    return Header(tensors, size, begins, metadata)
+    found = parse_json(content)
+    if not isinstance(found, dict):
+        raise ValueError("its header is no JSON object")
+    metadata = found.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its __metadata__ must be texts by name")
+    places = {name: _place_of(name, tensor) for name, tensor in found.items()}
+    first, at = 8 + len(content), 0
+    for name, (stored, begin) in sorted(places.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):
+        if begin != at:
+            raise ValueError(f"{name} is said to begin at {begin}, but the tensors before it end at {at}")
+        at += stored.nbytes
+    if first + at != size:
+        raise ValueError(f"its tensors take {first + at} bytes, the file has {size}")
+    tensors = {name: stored for name, (stored, _) in places.items()}
+    return Header(tensors, size, {name: first + begin for name, (_, begin) in places.items()}, metadata)
+
+
+def parse_json(content: bytes) -> Any:  # noqa: ANN401 (whatever it says)
+    """Reads JSON strictly: in UTF-8, no name twice in one object, and no deeper than anybody needs.
+
+    Raises:
+        ValueError: it is no such JSON.
+    """
+    try:
+        found = json.loads(content.decode(), object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError("its lists and objects lie too deep inside each other") from error
+    level, depth = [found], 0
+    while level:
+        for text in level:
+            if isinstance(text, str):
+                text.encode()  # fails where it is half a character, which nobody could print
+        depth += 1
+        if depth > _DEEPEST_JSON:
+            raise ValueError(f"its lists and objects lie more than {_DEEPEST_JSON} deep inside each other")
+        level = [part for whole in level if isinstance(whole, (dict, list)) for part in _parts(whole)]
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a dict of an object; Python's own reader keeps the last of several values, others the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"it says {name!r} more than once")
+    return found
+
+
+def _parts(whole: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return whole if isinstance(whole, list) else itertools.chain(whole, whole.values())
+
+
+def _place_of(name: str, tensor: object) -> tuple[Stored, int]:
+    """Understands what a header says of one tensor: what it is, and where it begins after the header."""
+    if not isinstance(tensor, dict) or tensor.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} must have a dtype, a shape and data_offsets, and nothing else")
+    dtype, shape, offsets = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise ValueError(f"{name} must have a dtype, a shape and two data_offsets, found {str(tensor)[:200]}")
+    count, (begin, end) = _count(name, shape), offsets
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
+        raise ValueError(f"{name} is said to lie from {begin!r} to {end!r}")
+    # A dtype that is unknown here says nothing of its size; such a tensor is never read.
+    bits = re.fullmatch(r"BOOL|B?[FIUC](\d{1,3})(_\w+)?", dtype)
+    if bits and (end - begin) * 8 != count * int(bits[1] or 8):
+        raise ValueError(f"{name} is said to have {end - begin} bytes, which {dtype} of shape {shape} has not")
+    return Stored(tuple(shape), dtype, end - begin), begin
+
+
+def _count(name: str, shape: Collection[object]) -> int:
+    """The number of elements, where a tensor can have this shape at all."""
+    sizes = [size for size in shape if type(size) is int and size >= 0]  # True is an int, too
+    if len(sizes) < len(shape) or len(sizes) > _MOST_DIMENSIONS or math.prod(size or 1 for size in sizes) >= 2**63:
+        raise ValueError(f"{name} is said to have the shape {str(shape)[:200]}, which no tensor has")
+    return math.prod(sizes)
+
+
+def _refuse_others(first: bytes) -> None:
+    start = first.lstrip().lower()
+    for begins, (what, advice) in _OTHERS.items():
+        if start.startswith(begins):
+            raise OtherFormatError(what, advice)
 
 
 @contextmanager
@@ -130,14 +255,10 @@ def readable() -> Iterator[None]:
     """Turns whatever a damaged file does to its reader into an `UnreadableFileError`."""
     try:
         yield
+    except UnreadableFileError:
+        raise
     except Exception as error:  # safetensors', and of zip files those of zipfile, zlib, struct and numpy
         raise UnreadableFileError(f"{error or type(error).__name__}") from error
-
-
-def nbytes(shape: tuple[int, ...], dtype: str) -> int:
-    """The size of a tensor in a file, by the number of bits in the name of its dtype (`I64`, `F8_E4M3`)."""
-    bits = int("".join(c for c in dtype.split("_")[0] if c.isdigit()) or 8)
-    return int(np.prod(shape, dtype=object)) * bits // 8
 
 
 @contextmanager
@@ -183,16 +304,40 @@ def _npz_tensor(archive: zipfile.ZipFile, name: str) -> Tensor:
 
 
 def _npz_header(path: Path) -> Header:
-    tensors = {}
+    with path.open("rb") as file:
+        if not (first := file.read(8)).startswith(b"PK"):
+            _refuse_others(first)
+    tensors: dict[str, Stored] = {}
     with zipfile.ZipFile(path) as archive:
-        for member in archive.namelist():
-            if not member.endswith(".npy"):
+        members = archive.infolist()
+        if len(members) > _MOST_MEMBERS:
+            raise ValueError(f"it holds {len(members)} files, and at most {_MOST_MEMBERS} are read")
+        for member in members:
+            if member.filename.endswith("data.pkl"):
+                raise OtherFormatError(*_PICKLE)
+            if not member.filename.endswith(".npy"):
                 continue
-            with archive.open(member) as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, dtype = read(file)
-            name = f"{dtype.kind}{dtype.itemsize}" if dtype.names is None else "structured"
-            size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-            tensors[member.removesuffix(".npy")] = Stored(shape, _NUMPY.get(name, str(dtype)), size)
+            if (name := member.filename.removesuffix(".npy")) in tensors:
+                raise ValueError(f"it holds {name} more than once")
+            tensors[name] = _npy_header(archive, member)
     return Header(tensors, path.stat().st_size)
+
+
+def _npy_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Stored:
+    """Reads the header of one array, and no more of it, however much it says that there is."""
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # of others, Python unpacks all at once
+        raise ValueError(f"{member.filename} is compressed as numpy does not compress")
+    with archive.open(member) as file:
+        start = io.BytesIO(file.read(_LONGEST_NPY))
+    version = np.lib.format.read_magic(start)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # numpy mends, with a warning, what Python 2 wrote
+        shape, _, dtype = read(start)
+    size = _count(member.filename, shape) * dtype.itemsize
+    if dtype.hasobject:  # it is never read
+        return Stored(shape, "a pickle", member.file_size)
+    if start.tell() + size != member.file_size:
+        raise ValueError(f"{member.filename} has {member.file_size} bytes, its header asks for {start.tell() + size}")
+    name = f"{dtype.kind}{dtype.itemsize}" if dtype.names is None else "structured"
+    return Stored(shape, _NUMPY.get(name, str(dtype)), size)

@@ -341,7 +341,7 @@ class HubRepository:
             ) from error
         except UnreadableFileError as error:
             raise CheckpointError(
-                f"{filename} of {at} is not a whole safetensors file ({error}); it is damaged or of another format"
+                f"{filename} of {at} is not a whole safetensors file ({error}); {error.advice}"
             ) from error
         except errors.HFValidationError as error:
             raise CheckpointError(f"{self.name!r} is neither a path nor a Hub id: {error}") from error

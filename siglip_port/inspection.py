@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as its headers tell: no weight is read."""
+"""What a checkpoint holds, as its headers tell; and whether its numbers are any, where they are on this machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from siglip_port.config import SigLipVisionConfig
 from siglip_port.files import Stored
 from siglip_port.model import on_meta
 
+_Counts = Mapping[str, tuple[int, int]]  # of NaN and of infinite elements, by the tensor's name in the file
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -24,6 +26,8 @@ class Entry:
         form: how it is stored, where not as it is here; else empty.
         shape: in the file; None where the file does not hold it.
         dtype: its name in a safetensors header; None where the file does not hold it.
+        nan: how many of its elements are NaN; None where the weights were not read.
+        inf: how many are infinite; likewise.
     """
 
     ours: tuple[str, ...]
@@ -31,6 +35,8 @@ class Entry:
     form: str
     shape: tuple[int, ...] | None
     dtype: str | None
+    nan: int | None
+    inf: int | None
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,9 @@ class Inspection:
 def inspect(source: Source, *, layout: str | None = None, prefix: str | None = None) -> Inspection:
     """Looks at the configuration and the headers of a checkpoint.
 
+    Where it can be loaded, and its files are on this machine, the tower's tensors are read, one after the other, to
+    count what is NaN or infinite. Nothing else is read, and of the Hub, nothing is fetched but headers.
+
     Args:
         source: where its files come from.
         layout: the name of one of `siglip_port.key_map.LAYOUTS`; None to recognise it.
@@ -105,9 +114,9 @@ def inspect(source: Source, *, layout: str | None = None, prefix: str | None = N
     """
     checkpoint = Checkpoint(source, layout=layout, prefix=prefix)
     _, shapes = on_meta(checkpoint.config, source.name)
-    problem = None
+    problem, counts = None, None
     try:
-        checkpoint.check(shapes)
+        counts = checkpoint.count_not_finite(checkpoint.check(shapes))
     except CheckpointError as error:
         problem = str(error)
     headers = checkpoint.headers()
@@ -124,30 +133,34 @@ def inspect(source: Source, *, layout: str | None = None, prefix: str | None = N
         config=checkpoint.config,
         tower=Size.of(stored[name] for name in checkpoint.claims if name in stored),
         whole=Size.of(stored.values()),
-        entries=tuple(_entries(checkpoint, stored)),
+        entries=tuple(_entries(checkpoint, stored, counts)),
         dropped=checkpoint.dropped,
         problem=problem,
     )
 
 
-def _entries(checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> Iterator[Entry]:
+def _entries(checkpoint: Checkpoint, stored: Mapping[str, Stored], counts: _Counts | None) -> Iterator[Entry]:
     """Goes through the key map row by row: only a row knows which number in a name is that of the block."""
     for row in checkpoint.layout.rows(checkpoint.config.pooling_head):
         for kind in ("weight", "bias") if "*" in row.stored else ("",):
             ours = tuple(name.replace("*", kind) for name in row.ours)
-            yield from _folded(checkpoint, stored, replace(row, ours=ours, stored=row.stored.replace("*", kind)))
+            yield from _folded(
+                checkpoint, stored, counts, replace(row, ours=ours, stored=row.stored.replace("*", kind))
+            )
 
 
-def _folded(checkpoint: Checkpoint, stored: Mapping[str, Stored], row: key_map.Row) -> Iterator[Entry]:
-    """One entry for all blocks, or several where they are not stored alike."""
+def _folded(
+    checkpoint: Checkpoint, stored: Mapping[str, Stored], counts: _Counts | None, row: key_map.Row
+) -> Iterator[Entry]:
+    """One entry for all blocks, or several where they are not stored alike, or not all finite."""
     number_of_blocks = checkpoint.config.num_encoder_blocks
     names = list(checkpoint.layout.claims(number_of_blocks, [row], checkpoint.prefix))
-    blocks: dict[Stored | None, list[int]] = {}
+    blocks: dict[tuple[Stored | None, bool], list[int]] = {}
     for number, name in enumerate(names):
-        blocks.setdefault(stored.get(name), []).append(number)
+        blocks.setdefault((stored.get(name), counts is not None and any(counts[name])), []).append(number)
     claim = checkpoint.claims[names[0]]
     form = ("blocks stacked", claim.form.name) if claim.stacked else (claim.form.name,)
-    for tensor, numbers in blocks.items():
+    for (tensor, _), numbers in blocks.items():
         ranges = key_map.ranges(list(range(number_of_blocks)) if claim.stacked else numbers)
         yield Entry(
             ours=tuple(name.replace("{}", ranges) for name in row.ours),
@@ -155,4 +168,6 @@ def _folded(checkpoint: Checkpoint, stored: Mapping[str, Stored], row: key_map.R
             form=", ".join(word for word in form if word),
             shape=None if tensor is None else tensor.shape,
             dtype=None if tensor is None else tensor.dtype,
+            nan=None if counts is None else sum(counts[names[number]][0] for number in numbers),
+            inf=None if counts is None else sum(counts[names[number]][1] for number in numbers),
         )

@@ -38,7 +38,7 @@ class NoRangesError(Exception):
 
 
 class GivenUpError(Exception):
-    """Several attempts in a row have brought next to nothing. The message says what the last one met, for a sentence."""
+    """Several attempts in a row have brought next to nothing. The message says what the last met, for a sentence."""
 
 
 class _PassingError(Exception):

@@ -87,6 +87,8 @@ def test_a_whole_model(full: Path) -> None:
         "form": "",
         "shape": [40, 24],
         "dtype": "F32",
+        "nan": 0,
+        "inf": 0,
     }
     assert len(entry(found, "vision_model.head.attention.in_proj_bias")["ours"]) == 3
 
@@ -179,6 +181,28 @@ def test_blocks_that_are_not_stored_alike_are_told_apart(checkpoint: MakeCheckpo
     assert entry(found, "encoder.layers.{0,2}.mlp.fc1.bias")["dtype"] == "F32"
 
 
+def test_what_is_no_number_is_counted(checkpoint: MakeCheckpoint) -> None:
+    """By tensor, and in the tower alone."""
+    folder = checkpoint(prefix="vision_model.")
+    assert "values   all finite\n" in run("inspect", folder).stdout
+    fc1, norm = "vision_model.encoder.layers.{}.mlp.fc1.weight", "vision_model.post_layernorm.bias"
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for number in (0, 2):
+            tensors[fc1.format(number)][1, :2] = torch.nan
+        tensors[norm][:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+        return {**tensors, "text_model.w": torch.tensor(torch.nan)}
+
+    edit_tensors(folder, spoil)
+    found = inspect(folder)
+    counts = {one["stored"]: (one["nan"], one["inf"]) for one in found["entries"] if one["nan"] or one["inf"]}
+    assert counts == {fc1.format("{0,2}"): (4, 0), norm: (1, 2)}
+    assert entry(found, fc1.format(1))["nan"] == 0
+    printed = run("inspect", folder).stdout
+    assert f"values   NaN or infinite in {fc1.format('{0,2}')}, {norm}: see the table below\n" in printed
+    assert "1 NaN, 2 infinite\n" in printed
+
+
 @pytest.fixture
 def several(checkpoint: MakeCheckpoint) -> Path:
     """Two towers in one file."""
@@ -263,7 +287,10 @@ def test_of_weights_on_the_hub_only_the_header_is_fetched(
     edit_tensors(full, lambda tensors: {**tensors, **text})
     hub.repositories["google/a"] = Repository(full)
     local, found = inspect(full), inspect("google/a")
-    assert found == {**local, "source": "google/a", "commit": hub.repositories["google/a"].commit}
+    unread = [{**entry, "nan": None, "inf": None} for entry in local["entries"]]
+    commit = hub.repositories["google/a"].commit
+    assert found == {**local, "source": "google/a", "commit": commit, "entries": unread}
+    assert "values   not read: only headers were\n" in run("inspect", "google/a").stdout
     assert hub.requests["CDN RANGE model.safetensors"] == ranges
     assert not {"GET model.safetensors", "CDN GET model.safetensors"} & hub.requests.keys()
     assert hub.sent["model.safetensors"] < 500_000

@@ -310,13 +310,35 @@ def test_weights_that_are_not_the_files_are_noticed(
     )
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_weights_that_are_not_numbers_are_no_verdict(
+    value: float, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One element in each of two blocks: they are named, and nothing is called equal or different."""
+    folder = checkpoint()
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for number in (0, 2):
+            tensors[f"encoder.layers.{number}.mlp.fc1.bias"][3] = value
+        return tensors
+
+    edit_tensors(folder, spoil)
+    assert call("--checkpoint", folder) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == (
+        "could not compare: the reference's weights hold NaN or infinity in float32, so there is nothing to compare "
+        "with: encoder.layers.{0,2}.mlp.fc1.bias"
+    )
+    assert printed.out == ""
+
+
+def test_weights_that_a_narrow_dtype_cannot_hold_are_no_verdict(
     checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = checkpoint()
-    edit_tensors(folder, lambda t: {**t, "post_layernorm.bias": t["post_layernorm.bias"] * float("nan")})
-    assert call("--checkpoint", folder) == 2
-    assert "could not compare: the reference itself gives NaN or infinity (" in capsys.readouterr().err
+    edit_tensors(folder, lambda t: {**t, "post_layernorm.bias": t["post_layernorm.bias"] + 1e5})
+    assert call("--checkpoint", folder, "--dtype", "float16") == 2
+    assert "hold NaN or infinity in float16, so there is nothing to compare with: post_lay" in capsys.readouterr().err
 
 
 def test_a_port_that_gives_no_number_is_different(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from siglip_port.key_map import fold_blocks
 from siglip_port.parity import hints
 from siglip_port.parity.metrics import bits, relative_error
 from siglip_port.parity.taps import Recording, Tap, listening, record
@@ -217,18 +218,19 @@ def observe(
     """Runs the reference: once in float64 and, if its rounding is wanted, once with each attention in `dtype`.
 
     Raises:
-        ValueError: what it computes is no truth: not finite, or not float64 throughout.
+        ValueError: what it computes is no truth: not finite, or not float64 throughout; or its weights are not finite.
     """
     inputs = cast_inputs(inputs, dtype)
     reference.attend(reference.attentions[0])
     exact_inputs = cast_inputs(inputs, torch.float64)
     with cast(reference.module, dtype, torch.float64):
+        _check_finite(reference.module, dtype)
         exact = record(reference.module, points, lambda: reference.run(exact_inputs))
         for name, tensor in {**exact.outputs, **exact.taps}.items():
             if not tensor.isfinite().all():
                 raise ValueError(
                     f"the reference itself gives NaN or infinity ({name}), so there is nothing to compare with: the "
-                    "weights or inputs hold such numbers"
+                    "inputs hold such numbers, or the weights are so large that they make them"
                 )
             if not tensor.any():
                 raise ValueError(
@@ -252,6 +254,15 @@ def observe(
             truth.noise[name] = (max(error, before[0]), max(worst, before[1]))
     reference.attend(reference.attentions[0])
     return truth
+
+
+def _check_finite(reference: nn.Module, dtype: torch.dtype) -> None:
+    """Refuses weights that are not finite: in what is NaN on both sides, no difference shows."""
+    if bad := [name for name, weight in reference.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(
+            f"the reference's weights hold NaN or infinity in {str(dtype)[6:]}, so there is nothing to compare with: "
+            f"{', '.join(fold_blocks(bad))}"
+        )
 
 
 def _check_smooth(reference: Side, inputs: Inputs, outputs: Mapping[str, Tensor]) -> None:
