@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-from fuzz_mutants import CONFIG, INDEX, KINDS, NPZ, PREPROCESSOR, WEIGHTS, Files, make, split
+from fuzz_mutants import CONFIG, INDEX, KINDS, NPZ, PREPROCESSOR, WEIGHTS, Files, join, make, split
 from torch import Tensor, nn
 
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
@@ -275,6 +275,9 @@ def _safetensors(content: bytes, name: str) -> dict[str, Tensor]:
     try:
         found = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
+        # What is outside the tower may be of a dtype that this release of the library does not know yet.
+        if "unknown variant" in str(error) and (known := _of_known_dtypes(content)) != content:
+            return _safetensors(known, name)
         raise UnusableError(f"{name}: {error}") from error
     names = [key for key, _ in json.loads(split(content)[0], object_pairs_hook=list) if key != "__metadata__"]
     if len(names) > len(found):
@@ -285,6 +288,20 @@ def _safetensors(content: bytes, name: str) -> dict[str, Tensor]:
         else torch.empty(0)
         for key, value in found
     }
+
+
+def _of_known_dtypes(content: bytes) -> bytes:
+    """The same file, where what is of a dtype unknown to the library is that many bytes instead."""
+    header, data = split(content)
+    try:
+        tensors = json.loads(header)
+        for key, tensor in tensors.items():
+            if key != "__metadata__" and tensor["dtype"] not in DTYPES:
+                begin, end = tensor["data_offsets"]
+                tensor |= {"dtype": "U8", "shape": [end - begin]}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return content
+    return join(json.dumps(tensors).encode(), data)
 
 
 def _npz(content: bytes) -> dict[str, Tensor]:

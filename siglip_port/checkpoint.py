@@ -10,13 +10,14 @@ from __future__ import annotations
 import codecs
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,7 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 WEIGHTS_FILES = (WEIGHTS, INDEX, "open_clip_model.safetensors")
 
 ORIGIN = "origin"  # in the metadata of files written here: see `Provenance.origin`
+FINGERPRINT = "config"  # likewise: that of the configuration written beside them, which no rename can do as one step
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -206,7 +208,9 @@ class Checkpoint:
             with contextlib.suppress(HubUnreachableError):  # open_clip's may lie beside one that says nothing
                 contents = {**(read_contents(source, (OPEN_CLIP_CONFIG,)) or {}), **contents}
         self._told_by = CONFIG if config is None and self.layout.described else "the architecture"
-        config = config or self._configure(contents)
+        if config is None:
+            config = self._configure(contents)
+            self._refuse_other_weights(config)
         if config.naflex != self.layout.naflex:
             kinds = {True: "a NaFlex tower (siglip2)", False: "a tower for pictures of one size (siglip)"}
             raise CheckpointError(
@@ -511,6 +515,16 @@ class Checkpoint:
                 raise CheckpointError(f"{source}: {refusal}; {_NOT_SIGLIP}") from error
             raise CheckpointError(f"{source} (layout: {self.title}): {error}") from error
 
+    def _refuse_other_weights(self, config: SigLipVisionConfig) -> None:
+        """Where files written here say which configuration belongs to them, it must be the one that was found."""
+        told = {header.metadata.get(FINGERPRINT) for header in self._headers.values()} - {None}
+        if told - {fingerprint(config)}:
+            raise CheckpointError(
+                f"{self._source.name}: the configuration is not the one that these weights were saved with: saving was "
+                "interrupted between the files, or one of them was changed since; save or fetch both again, or, if "
+                "it is right, pass it: config=SigLipVisionConfig(...)"
+            )
+
     def _sort_out_the_rest(self) -> tuple[dict[str, int], list[str]]:
         """Splits what is not the tower's into what is dropped, counted by reason, and what is unknown."""
         dropped: Counter[str] = Counter()
@@ -665,8 +679,10 @@ def save(
                 {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()},
                 weights,
                 # without its format, transformers 4.40 cannot read the file
-                metadata={"format": "pt"} | ({} if origin is None else {ORIGIN: origin}),
+                metadata={"format": "pt", FINGERPRINT: fingerprint(config)}
+                | ({} if origin is None else {ORIGIN: origin}),
             )
+            _sort_metadata(weights)
             for file in others:
                 content = dict(documents[file.name])
                 if file.name == CONFIG and layout.described:
@@ -678,6 +694,28 @@ def save(
                 file.replace(Path(folder, file.name))
     except (OSError, SafetensorError, TypeError) as error:  # TypeError: a document that is no JSON
         raise CheckpointError(f"the checkpoint could not be written to {os.fspath(folder)}: {error}") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the metadata of a safetensors file in order, which the library writes in another one each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
+
+
+def fingerprint(config: SigLipVisionConfig) -> str:
+    """A hash of all that a configuration says of what its tower computes.
+
+    Not of what no file says (`interpolation`), of what the tensors say better (`pooling_head`), of the dropout, which
+    timm does not store, nor of pixels at the edge of a NaFlex tower's picture.
+    """
+    told = asdict(replace(config, interpolation=None, pooling_head=False, attention_dropout=0.0))
+    if config.naflex:
+        told["image_size"] = config.grid_size * config.patch_size
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def pickle_advice(filenames: Iterable[str]) -> str:

@@ -59,7 +59,10 @@ def _extract(model: SigLipVisionModel, out: Path, written_as: Format) -> Extract
     with tempfile.TemporaryDirectory(dir=place, prefix=".extracting-") as unfinished:
         # A folder within, which has the permissions that a folder usually has: a temporary one is private.
         folder = Path(unfinished, "tower")
-        (model.save_hf if written_as == "hf" else model.save_timm)(folder)
+        try:
+            (model.save_hf if written_as == "hf" else model.save_timm)(folder)
+        except CheckpointError as error:  # which speaks of a folder that nobody has asked for
+            raise CheckpointError(str(error).replace(str(folder), str(out))) from error
         parameters, outputs = _verify(model, folder)
         names = sorted(path.name for path in folder.iterdir())
         if out.exists():

@@ -305,8 +305,9 @@ def _npz_tensor(archive: zipfile.ZipFile, name: str) -> Tensor:
 
 def _npz_header(path: Path) -> Header:
     with path.open("rb") as file:
-        if not (first := file.read(8)).startswith(b"PK"):
+        if not (first := file.read(8)).startswith(b"PK\3\4"):  # zipfile alone would be content with what comes last
             _refuse_others(first)
+            raise ValueError("it does not begin as a zip archive does")
     tensors: dict[str, Stored] = {}
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()

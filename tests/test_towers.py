@@ -496,9 +496,9 @@ CHILD = textwrap.dedent("""
 """)
 
 
-def start(cache: Path) -> subprocess.Popen[str]:
-    """Loads the model in a process of its own."""
-    command = [sys.executable, "-c", CHILD, NAME, str(cache)]
+def start(cache: Path, first: str = "") -> subprocess.Popen[str]:
+    """Loads the model in a process of its own, which runs `first` before."""
+    command = [sys.executable, "-c", first + CHILD, NAME, str(cache)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
 
 
