@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from siglip_port import architectures, key_map, processors
+from siglip_port import architectures, key_map, processors, writing
 from siglip_port.config import SigLipVisionConfig, UnknownModelError
 from siglip_port.files import (
     DTYPES,
@@ -46,7 +45,7 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 WEIGHTS_FILES = (WEIGHTS, INDEX, "open_clip_model.safetensors")
 
 ORIGIN = "origin"  # in the metadata of files written here: see `Provenance.origin`
-FINGERPRINT = "config"  # likewise: that of the configuration written beside them, which no rename can do as one step
+FINGERPRINT = "siglip_port_config"  # likewise: of the configuration that belongs to them, see `fingerprint`
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -670,11 +669,10 @@ def save(
     rows = layout.rows(config.pooling_head)
     stored = layout.to_stored(tensors, config.num_encoder_blocks, config.num_attention_heads, rows, prefix)
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         # Beside their places and then moved there: a reader sees the old files or the new ones, never a part, and
         # a model that is mapped from the old file keeps it.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
-            weights, *others = (Path(unfinished, name) for name in (WEIGHTS, *documents))
+        with writing.unfinished(Path(folder)) as unfinished:
+            weights, *others = (unfinished / name for name in (WEIGHTS, *documents))
             save_file(
                 {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()},
                 weights,
@@ -690,8 +688,7 @@ def save(
                     content["dtype"] = str(dtype).removeprefix("torch.")
                 file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             weights.chmod(others[0].stat().st_mode)  # safetensors hides its files from everybody else
-            for file in (weights, *others):
-                file.replace(Path(folder, file.name))
+            writing.put((weights, *others), Path(folder))
     except (OSError, SafetensorError, TypeError) as error:  # TypeError: a document that is no JSON
         raise CheckpointError(f"the checkpoint could not be written to {os.fspath(folder)}: {error}") from error
 

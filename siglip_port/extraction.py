@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -11,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from siglip_port import key_map
+from siglip_port import key_map, writing
 from siglip_port.checkpoint import CheckpointError
 from siglip_port.model import SigLipVisionModel
 
@@ -55,19 +54,18 @@ def extract(model: SigLipVisionModel, out: Path, *, written_as: Format = "hf") -
 
 def _extract(model: SigLipVisionModel, out: Path, written_as: Format) -> Extraction:
     # On the same file system as what it becomes: a folder that exists may be one of its own, as volumes are.
-    place = out if out.exists() else out.parent
-    with tempfile.TemporaryDirectory(dir=place, prefix=".extracting-") as unfinished:
+    exists = out.exists()
+    with writing.unfinished(out if exists else out.parent) as unfinished:
         # A folder within, which has the permissions that a folder usually has: a temporary one is private.
-        folder = Path(unfinished, "tower")
+        folder = unfinished / "tower"
         try:
             (model.save_hf if written_as == "hf" else model.save_timm)(folder)
         except CheckpointError as error:  # which speaks of a folder that nobody has asked for
             raise CheckpointError(str(error).replace(str(folder), str(out))) from error
         parameters, outputs = _verify(model, folder)
         names = sorted(path.name for path in folder.iterdir())
-        if out.exists():
-            for name in names:
-                (folder / name).replace(out / name)
+        if exists:
+            writing.put([folder / name for name in names], out)
         else:
             folder.rename(out)
     shapes = [tuple(output.shape) for output in outputs]

@@ -5,13 +5,15 @@ Arguments: what to do (`save_hf`, `save_timm`, `extract`), to a folder that hold
 
 - by SIGKILL, before the n-th thing it does to the file system, for every n;
 - by the kernel, in the middle of a write: SIGXFSZ at a number of bytes (RLIMIT_FSIZE);
-- with an error in place of that signal (EFBIG: as of a full disk), or without permission.
+- with an error in place of that signal (EFBIG: as of a full disk), or without permission;
+- by an error (EIO), or by Ctrl-C, in place of the n-th thing it does to the file system.
 
 Prints JSON: for each attempt, what was found in the folder afterwards.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -65,12 +67,29 @@ def attempt(write: Callable[[Path], object], folder: Path, limit: Callable[[], N
         code = 0
     except CheckpointError as error:
         code = 1 if str(folder) in str(error) else 98
+    except KeyboardInterrupt:
+        code = 130
     finally:
         os._exit(code)
 
 
-def kill_at(n: int, folder: Path) -> Callable[[], None]:
-    """Ends the process before the n-th event in or around the folder."""
+def kill() -> None:
+    """Ends the process as nothing else does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    """As a disk that is broken."""
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def interrupt() -> None:
+    """As Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def at(n: int, folder: Path, disturb: Callable[[], None]) -> Callable[[], None]:
+    """Disturbs the n-th event in or around the folder."""
 
     def install() -> None:
         left = [n]
@@ -78,8 +97,8 @@ def kill_at(n: int, folder: Path) -> Callable[[], None]:
         def hook(event: str, arguments: tuple[object, ...]) -> None:
             if event in EVENTS and any(str(folder) in str(argument) for argument in arguments[:2]):
                 left[0] -= 1
-                if left[0] < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                if left[0] == -1:
+                    disturb()
 
         sys.addaudithook(hook)
 
@@ -154,7 +173,7 @@ def attempts(what: str, where: str, room: Path) -> Iterator[tuple[str, int, str]
             shutil.copytree(before, folder)
         code = attempt(write, folder, limit)
         found = judge(folder, olds, news, states)
-        if code in (0, 1) and [*folder.glob(".*"), *room.glob(".*")]:
+        if how != "interrupt" and code in (0, 1) and [*folder.glob(".*"), *room.glob(".*")]:
             found = "left something behind"
         write(folder)  # whatever is there, a second attempt does it
         if contents(folder) != {**olds, **news} or judge(folder, {}, news, states) != "new":
@@ -164,10 +183,13 @@ def attempts(what: str, where: str, room: Path) -> Iterator[tuple[str, int, str]
         return how, code, found
 
     for n in range(1000):
-        how, code, found = one("kill", kill_at(n, room))
+        how, code, found = one("kill", at(n, room, kill))
         yield how, code, found
         if code == 0:
             break
+    for disturb in (fail, interrupt) if (what, where) == ("save_hf", "over") else ():
+        for i in range(n):
+            yield one(disturb.__name__, at(i, room, disturb))
     size = len(news["model.safetensors"])
     for most in (0, 7, 1000, size // 2, size - 1):
         yield one("kill in a write", file_size(most, signal.SIG_DFL))

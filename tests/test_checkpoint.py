@@ -554,7 +554,7 @@ def test_what_is_saved_loads_here_and_in_transformers(
     torch.testing.assert_close(model(x), reference(x).last_hidden_state)
     with safe_open(tmp_path / "new" / "folder" / "model.safetensors", "pt") as file:
         assert all(name.startswith("vision_model.") for name in file.keys())  # noqa: SIM118
-        assert file.metadata().keys() == {"format", "config"}
+        assert file.metadata().keys() == {"format", "siglip_port_config"}
         assert file.metadata()["format"] == "pt"
 
 

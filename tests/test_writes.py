@@ -36,9 +36,24 @@ def test_the_old_files_or_the_new(what: str, where: str, tmp_path: Path) -> None
     killed = sum(count for (how, code, _), count in found.items() if (how, code) == ("kill", -9))
     assert killed >= 8, found  # at as many different moments, at least
     assert found["kill", 0, "new"] == 1
+    mixed = {how for (how, _, state) in found if state == "both"}
+    assert mixed <= {"kill"}, found  # nobody is left to put the old files back
     assert sum(count for (how, code, _), count in found.items() if (how, code) == ("full disk", 1)) == 5, found
     assert found["kill in a write", -25, "old"] == 5, found
     assert where == "new" or found["no permission", 1, "new"] == 1, found  # new: by the attempt before
+
+
+def test_a_place_that_cannot_be_taken_leaves_the_old_files(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """The weights are moved before it is found out that the configuration cannot be."""
+    model = SigLipVisionModel.from_hf(checkpoint())
+    for write in (SigLipVisionModel.save_hf, extract):
+        place = tmp_path / write.__name__
+        (place / "config.json").mkdir(parents=True)
+        (place / "model.safetensors").write_text("the old ones")
+        with pytest.raises(CheckpointError, match=rf"{place}.* written"):
+            write(model, place)
+        assert (place / "model.safetensors").read_text() == "the old ones"
+        assert sorted(path.name for path in place.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_files_of_two_checkpoints_do_not_load_as_one(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
