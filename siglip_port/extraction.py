@@ -60,9 +60,9 @@ def _extract(model: SigLipVisionModel, out: Path, written_as: Format) -> Extract
         folder = unfinished / "tower"
         try:
             (model.save_hf if written_as == "hf" else model.save_timm)(folder)
+            parameters, outputs = _verify(model, folder)
         except CheckpointError as error:  # which speaks of a folder that nobody has asked for
             raise CheckpointError(str(error).replace(str(folder), str(out))) from error
-        parameters, outputs = _verify(model, folder)
         names = sorted(path.name for path in folder.iterdir())
         if exists:
             writing.put([folder / name for name in names], out)

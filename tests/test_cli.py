@@ -492,7 +492,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     ("fault", "code", "says"),
     [
         (wrong_weights, 1, "what was written is not what was read, and has been removed; different: pooling_head"),
-        (wrong_config, 1, "and has been removed; different: the configuration\n"),
+        (wrong_config, 1, "out: the configuration is not the one that these weights were saved with"),
         (wrong_outputs, 1, "and has been removed; different: what it computes of a picture of noise\n"),
         (interrupted, 130, "interrupted\n"),
     ],

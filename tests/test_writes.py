@@ -50,7 +50,7 @@ def test_a_place_that_cannot_be_taken_leaves_the_old_files(checkpoint: MakeCheck
         place = tmp_path / write.__name__
         (place / "config.json").mkdir(parents=True)
         (place / "model.safetensors").write_text("the old ones")
-        with pytest.raises(CheckpointError, match=rf"{place}.* written"):
+        with pytest.raises(CheckpointError, match="written"):
             write(model, place)
         assert (place / "model.safetensors").read_text() == "the old ones"
         assert sorted(path.name for path in place.iterdir()) == ["config.json", "model.safetensors"]
