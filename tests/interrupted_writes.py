@@ -173,7 +173,7 @@ def attempts(what: str, where: str, room: Path) -> Iterator[tuple[str, int, str]
             shutil.copytree(before, folder)
         code = attempt(write, folder, limit)
         found = judge(folder, olds, news, states)
-        if how != "interrupt" and code in (0, 1) and [*folder.glob(".*"), *room.glob(".*")]:
+        if how not in ("fail", "interrupt") and code in (0, 1) and [*folder.glob(".*"), *room.glob(".*")]:
             found = "left something behind"
         write(folder)  # whatever is there, a second attempt does it
         if contents(folder) != {**olds, **news} or judge(folder, {}, news, states) != "new":
