@@ -155,6 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where to write the figures to")
     parser.add_argument("--keep", type=Path, help="where to put the files of mutants that fail, or of that of --only")
     options = parser.parse_args(arguments)
+    if not 0 <= options.hub_share <= 1:
+        parser.error(f"--hub-share must lie from 0 to 1, got {options.hub_share}")
+    for name in ("count", "seconds", "only"):
+        value, least = getattr(options, name), 0 if name == "only" else 1
+        if value is not None and value < least:
+            parser.error(f"--{name} must be at least {least}, got {value}")
     options.count = options.count or (10**9 if options.seconds else 1000)
     began = time.monotonic()
     options.end = began + (options.seconds or float("inf"))

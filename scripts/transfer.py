@@ -8,6 +8,7 @@ files: configurations, headers and weights.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -175,4 +176,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Counts the bytes that are fetched from a Hub on loopback.").parse_args()
     main()

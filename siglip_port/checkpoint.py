@@ -207,9 +207,9 @@ class Checkpoint:
             with contextlib.suppress(HubUnreachableError):  # open_clip's may lie beside one that says nothing
                 contents = {**(read_contents(source, (OPEN_CLIP_CONFIG,)) or {}), **contents}
         self._told_by = CONFIG if config is None and self.layout.described else "the architecture"
-        if config is None:
-            config = self._configure(contents)
-            self._refuse_other_weights(config)
+        by_files = config is None
+        config = config or self._configure(contents)
+        self._by_files = config if by_files else None
         if config.naflex != self.layout.naflex:
             kinds = {True: "a NaFlex tower (siglip2)", False: "a tower for pictures of one size (siglip)"}
             raise CheckpointError(
@@ -292,6 +292,7 @@ class Checkpoint:
         if problems:
             what = f"{self._source.name} (layout: {self.title})"
             raise CheckpointError(f"{_report(what, problems)}\nNothing was loaded; {_BOTH_AGAIN}.")
+        self._refuse_other_weights()  # last, since all else says more
         return stored
 
     def read(
@@ -514,10 +515,10 @@ class Checkpoint:
                 raise CheckpointError(f"{source}: {refusal}; {_NOT_SIGLIP}") from error
             raise CheckpointError(f"{source} (layout: {self.title}): {error}") from error
 
-    def _refuse_other_weights(self, config: SigLipVisionConfig) -> None:
+    def _refuse_other_weights(self) -> None:
         """Where files written here say which configuration belongs to them, it must be the one that was found."""
         told = {header.metadata.get(FINGERPRINT) for header in self._headers.values()} - {None}
-        if told - {fingerprint(config)}:
+        if self._by_files is not None and told - {fingerprint(self._by_files)}:
             raise CheckpointError(
                 f"{self._source.name}: the configuration is not the one that these weights were saved with: saving was "
                 "interrupted between the files, or one of them was changed since; save or fetch both again, or, if "

@@ -307,7 +307,7 @@ def _npz_header(path: Path) -> Header:
     with path.open("rb") as file:
         if not (first := file.read(8)).startswith(b"PK\3\4"):  # zipfile alone would be content with what comes last
             _refuse_others(first)
-            raise ValueError("it does not begin as a zip archive does")
+            raise ValueError("not a zip archive: it does not begin as one does")
     tensors: dict[str, Stored] = {}
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()

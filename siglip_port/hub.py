@@ -214,6 +214,8 @@ class HubRepository:
                 cache_dir=self.cache_dir,
             )
 
+        if self._offline:
+            return Path(download())
         return Path(patiently(download, hf_hub_url(self.name, filename, revision=revision)))
 
     def _reach(self, filename: str) -> None:
@@ -372,6 +374,11 @@ class HubRepository:
             ) from error
         except OSError as error:
             raise CheckpointError(f"{filename} of {at} could not be fetched: {error}") from error
+        except ValueError as error:
+            raise CheckpointError(
+                f"{filename} of {at}: what the cache says of it makes no sense ({error}); delete {self._folder}, and "
+                "it is fetched again"
+            ) from error
         except Exception as error:  # The client lets its HTTP library's errors through, which have no base in common.
             raise HubUnreachableError(
                 f"{filename} of {at} could not be fetched ({type(error).__name__}); try again later, or pass a folder "

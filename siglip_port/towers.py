@@ -38,6 +38,7 @@ _UNKNOWN = "0" * 64
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISTURBED = (errno.ENOENT, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,16 @@ class Tower:
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(self.path.with_suffix(".lock")):
-            if self.is_whole():  # another process has just fetched it
-                return
-            try:
-                self._fetch_and_move(files, title)
-            except FileNotFoundError:
-                if not self.is_whole():  # the same, on a file system whose locks do not hold
-                    raise
+            for left in (2, 1, 0):
+                if self.is_whole():  # another process has just fetched it
+                    return
+                try:
+                    self._fetch_and_move(files, title)
+                    return
+                except OSError as error:
+                    # Where locks do not hold, as on some network file systems, others may move the file, or begin anew.
+                    if error.errno not in _DISTURBED or (not left and not self.is_whole()):
+                        raise
 
     def _fetch_and_move(self, files: Mapping[str, RemoteFile], title: str) -> None:
         incomplete, journal = self.path.with_suffix(".incomplete"), self.path.with_suffix(".journal")

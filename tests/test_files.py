@@ -96,5 +96,5 @@ def test_an_archive_begins_as_one(tmp_path: Path) -> None:
     assert read_header(path).tensors.keys() == {"weight"}
     content = path.read_bytes()
     path.write_bytes(content[:2] + b"?" + content[3:])
-    with pytest.raises(UnreadableFileError, match="does not begin as a zip archive does"):
+    with pytest.raises(UnreadableFileError, match="not a zip archive: it does not begin as one does"):
         read_header(path)

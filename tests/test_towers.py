@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -430,6 +431,53 @@ def test_a_push_between_the_clients_own_two_requests(hub: Hub, folder: Path, cac
     assert_same(model, folder)
 
 
+def as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def as_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+BAD_CACHES: dict[str, tuple[str, Any, str | None]] = {  # what is damaged, how, and what is said where it is not mended
+    "no file behind the link": ("snapshots/*/config.json", lambda path: path.resolve().unlink(), None),
+    "a link to itself": ("snapshots/*/config.json", as_loop, None),
+    "a folder for a file": ("snapshots/*/config.json", as_folder, "Is a directory: '.*config.json'"),
+    "a commit that is none": ("refs/main", lambda path: path.write_text("../../elsewhere"), None),
+    "a commit that is no text": (
+        "refs/main",
+        lambda path: path.write_bytes(b"\xff\xfe"),
+        "makes no sense .*delete .*google",
+    ),
+    "a folder for the commit": ("refs/main", as_folder, None),
+    "a folder for the tower": (".siglip_port/*.safetensors", as_folder, "Is a directory: '.*safetensors'"),
+    "a loop for the tower": (
+        ".siglip_port/*.safetensors",
+        as_loop,
+        "Too many levels of symbolic links: '.*safetensors'",
+    ),
+    "a folder for the header": (".siglip_port/*/*.header", as_folder, None),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CACHES)
+def test_a_bad_cache(case: str, hub: Hub, folder: Path, cache: Path) -> None:
+    """Mended where the Hub may be asked, or told with its place; offline, told or right."""
+    pattern, damage, message = BAD_CACHES[case]
+    load(NAME, cache_dir=cache)
+    (path,) = cache.glob(f"models--*/{pattern}")
+    damage(path)
+    with contextlib.suppress(CheckpointError):
+        assert_same(load(NAME, cache_dir=cache, local_files_only=True), folder)
+    if message is None:
+        assert_same(load(NAME, cache_dir=cache), folder)
+    else:
+        with pytest.raises(CheckpointError, match=message):
+            load(NAME, cache_dir=cache)
+
+
 # --- interruptions --------------------------------------------------------------------------------------------------
 
 
@@ -555,8 +603,6 @@ def test_two_processes_whose_locks_do_not_hold(
     hub: Hub, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on some network file systems: they write the same bytes to the same places."""
-    import contextlib
-
     import huggingface_hub.utils
 
     monkeypatch.setattr(huggingface_hub.utils, "WeakFileLock", lambda _: contextlib.nullcontext())

@@ -21,17 +21,26 @@ from tests.test_towers import NAME, WEIGHTS, assert_same, cache, folder, kept, s
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks, and is stopped by Linux's limits")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, and is stopped by Linux's limits")
+
+
+def interrupted(*arguments: object) -> dict[tuple[str, int, str], int]:
+    """How many attempts were disturbed so, ended so, and left so."""
+    command = [sys.executable, "-m", "tests.interrupted_writes", *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert not run.returncode, run.stderr
+    found = {(how, code, state): count for how, code, state, count in json.loads(run.stdout)}
+    print(f"{arguments[:2]}: {found}")
+    return found
+
+
+@linux
 @pytest.mark.parametrize(
     ("what", "where"),
     [("save_hf", "over"), ("save_hf", "new"), ("save_timm", "over"), ("extract", "over"), ("extract", "new")],
 )
 def test_the_old_files_or_the_new(what: str, where: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.interrupted_writes", what, where, str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert not run.returncode, run.stderr
-    found = {(how, code, state): count for how, code, state, count in json.loads(run.stdout)}
-    print(f"{what}, {where}: {found}")
+    found = interrupted(what, where, tmp_path)
     assert {state for _, _, state in found} <= {"old", "new", "both"}, found
     killed = sum(count for (how, code, _), count in found.items() if (how, code) == ("kill", -9))
     assert killed >= 8, found  # at as many different moments, at least
@@ -102,6 +111,14 @@ def test_a_cache_that_may_only_be_read_serves_what_it_holds(
     finally:
         for path in [*cache.rglob("*")]:
             path.chmod(0o755)
+
+
+@linux
+def test_a_download_that_is_killed_anywhere(hub: Hub, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    found = interrupted("cache", NAME, folder, tmp_path)
+    assert {state for _, _, state in found} == {"right"}, found
+    assert found["kill", -9, "right"] > 15
+    assert found["kill", 0, "right"] == 1
 
 
 @pytest.mark.parametrize("most", [100, 20_000])
