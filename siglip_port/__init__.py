@@ -2,6 +2,7 @@
 
 from siglip_port.checkpoint import CheckpointError, HubUnreachableError, Provenance
 from siglip_port.config import SigLipVisionConfig
+from siglip_port.inference import OptimizedModel, optimize
 from siglip_port.model import (
     MLP,
     EncoderBlock,
@@ -20,6 +21,7 @@ __all__ = [
     "EncoderBlock",
     "HubUnreachableError",
     "MultiheadAttention",
+    "OptimizedModel",
     "PoolingHead",
     "Provenance",
     "SigLipEncoder",
@@ -27,6 +29,7 @@ __all__ = [
     "SigLipVisionModel",
     "SigLipVisionTransformer",
     "VisionEmbeddings",
+    "optimize",
     "pack",
     "patchify",
 ]
