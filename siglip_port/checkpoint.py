@@ -649,9 +649,12 @@ def save(
     Raises:
         CheckpointError: the tensors are not those of the architecture, or the folder cannot be written.
     """
+    # Quantised modules keep other things among their state than tensors; all of it is unknown here.
+    other = sorted(name for name, value in tensors.items() if not isinstance(value, torch.Tensor))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in other}
     problems = {
         "missing tensors": sorted(shapes.keys() - tensors.keys()),
-        "unknown tensors": sorted(tensors.keys() - shapes.keys()),
+        "unknown tensors": sorted([*(tensors.keys() - shapes.keys()), *other]),
         "another shape than the configuration says": [
             n for n in shapes if n in tensors and tensors[n].shape != shapes[n]
         ],

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from siglip_port import native, writing
 from siglip_port.model import SigLipVisionModel, SigLipVisionTransformer, on_meta
 
-BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
-"""By how much the tokens and vectors of a form may differ from those of the tower in the same dtype: the largest
-difference over the largest number."""
+BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3, torch.int8: 0.2}
+"""By how much the tokens and vectors of a form may differ from those of the tower in the same dtype (in float32, for
+int8): the largest difference over the largest number."""
 
 WORTH = 0.97
 """An engine must need less than this share of the tower's own time, or the tower stays as it is."""
@@ -146,6 +146,13 @@ def _compiled(model: OptimizedModel, kept: Path) -> None:
     model.transformer = EngineTransformer(model.transformer, run)
 
 
+def _int8(model: OptimizedModel, kept: Path) -> None:
+    if _home(model).device.type != "cpu":
+        raise EngineError("it is for CPUs")
+    if reason := native.quantise(model):
+        raise EngineError(reason)
+
+
 def export_any_batch(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     """Exports a module of one input for every batch size; `example` is its input, of a batch of more than one."""
     batch = torch.export.Dim("batch", min=1, max=65536)
@@ -162,7 +169,7 @@ def _openvino(model: OptimizedModel, kept: Path) -> None:
         import openvino
     except ImportError as error:
         raise EngineError("it is not installed: pip install 'siglip-port[openvino]'") from error
-    path = kept / f"{_fingerprint(model)}.xml"
+    path = kept / f"tower-{precisions[home.dtype]}.xml"
     try:
         if not path.exists():
             with writing.unfinished(kept) as place:
@@ -172,7 +179,7 @@ def _openvino(model: OptimizedModel, kept: Path) -> None:
             "INFERENCE_PRECISION_HINT": precisions[home.dtype],
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "CACHE_DIR": str(kept / "openvino"),
+            "CACHE_DIR": str(kept),
         }
         compiled = openvino.Core().compile_model(path, "CPU", settings)
     except Exception as error:  # of many kinds, none of them documented
@@ -201,9 +208,10 @@ ENGINES: dict[str, Engine] = {
     "packed-gelu": _packed_fused,
     "openvino": _openvino,
     "compiled": _compiled,
+    "int8": _int8,
 }
 """What can be tried, the simplest first: the tower as it is; its Linears packed for oneDNN, without and with GELU in
-the same kernel; run by OpenVINO; compiled by Inductor into CUDA graphs."""
+the same kernel; run by OpenVINO; compiled by Inductor into CUDA graphs; and, for int8, Linears of 8 bits."""
 
 
 def optimize(
@@ -217,13 +225,14 @@ def optimize(
     """Turns a loaded tower into its fastest form for inference on the machine at hand.
 
     Every engine is built, compared with the tower itself and timed beside it. The fastest that stays inside `BOUNDS` is
-    taken; the tower itself, if none is faster. What was found is kept, and what was compiled, so that the next process
-    starts with it.
+    taken; the tower itself, if none is faster. What was found for these weights is kept, and what was compiled, so that
+    the next process starts with it.
 
     Args:
         model: the tower; not changed. Its parameters are shared, so let them be.
         dtype: float32, bfloat16 or float16; None for the model's own. Results change by rounding where it is another.
-        engines: which of `ENGINES` may be taken, besides the tower itself; None for all. `[]` for none.
+            int8 for Linears of 8 bits around results of float32: what that costs stands in docs/performance.md.
+        engines: which of `ENGINES` may be taken, besides the tower itself; None for all of the dtype. `[]` for none.
         batch_size: for how many pictures at a time to choose.
         cache_dir: where to keep what was compiled and found; None for `siglip_port` in the user's cache folder. What is
             in there is trusted: let it be a folder that nobody else writes to.
@@ -235,20 +244,21 @@ def optimize(
         ValueError: an argument is none that there is, or the model is no longer a tower of its configuration.
     """
     names = _checked(model, dtype, engines, batch_size)
-    tower = _copy(model, dtype)
+    tower = _copy(model, torch.float32 if dtype == torch.int8 else dtype)
     home = _home(tower)
-    kept = Path(cache_dir) if cache_dir is not None else _cache()
-    conditions = f"{str(home.dtype).removeprefix('torch.')}, batch {batch_size}, {_machine(home.device)}"
-    found = kept / f"{_hash(repr(tower.config), conditions, *names, *_versions())}.json"
+    kept = (Path(cache_dir) if cache_dir is not None else _cache()) / _fingerprint(tower)
+    form = dtype or home.dtype
+    conditions = f"{str(form).removeprefix('torch.')}, batch {batch_size}, {_machine(home.device)}"
+    found = kept / f"{_hash(conditions, *names)}.json"
     if (choice := _read(found)) is not None:
         try:
             ENGINES[choice.engine](tower, kept)
         except EngineError:
-            tower = _copy(model, dtype)  # it was there and is not any more: look again
+            tower = _copy(tower, None)  # it was there and is not any more: look again
         else:
             tower.choice = choice
             return tower
-    tower = _choose(model, dtype, names, batch_size, kept, conditions)
+    tower = _choose(tower, names, batch_size, kept, conditions, BOUNDS[form])
     _write(found, tower.choice)
     return tower
 
@@ -260,8 +270,6 @@ def _checked(
         raise ValueError(f"model must be a SigLipVisionModel, got a {type(model).__name__}")
     if isinstance(model, OptimizedModel):
         raise ValueError("the model is optimized already; pass the one that it was made of")
-    if dtype in (torch.int8, torch.qint8):
-        raise ValueError("int8 is not offered: it was measured, and is not worth it; docs/performance.md says why")
     if dtype is not None and dtype not in BOUNDS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, BOUNDS))}, got {dtype!r}")
     if not isinstance(batch_size, int) or batch_size < 1:
@@ -269,7 +277,8 @@ def _checked(
     names = list(ENGINES) if engines is None else engines
     if isinstance(names, str) or not all(name in ENGINES for name in names):
         raise ValueError(f"engines must be a list of some of {', '.join(ENGINES)}, got {engines!r}")
-    return [name for name in ENGINES if name == "eager" or name in names]
+    asked = [name for name in names if (name == "int8") == (dtype == torch.int8)]
+    return [name for name in ENGINES if name == "eager" or name in asked]
 
 
 def _copy(model: SigLipVisionModel, dtype: torch.dtype | None) -> OptimizedModel:
@@ -283,7 +292,9 @@ def _copy(model: SigLipVisionModel, dtype: torch.dtype | None) -> OptimizedModel
             "the parameters are not those of a SigLIP tower (it was wrapped, quantised, or given adapters); merge or "
             "remove what was added first"
         ) from error
-    if len(dtypes := {parameter.dtype for parameter in fast.parameters()}) > 1 or not dtypes <= set(BOUNDS):
+    if len(dtypes := {parameter.dtype for parameter in fast.parameters()}) > 1 or not dtypes <= set(BOUNDS) - {
+        torch.int8
+    }:
         raise ValueError(f"the parameters are of {', '.join(map(str, dtypes))}: name one dtype with dtype=")
     fast.provenance, fast.preprocessor_config = model.provenance, model.preprocessor_config
     return fast.requires_grad_(False).eval()
@@ -291,20 +302,14 @@ def _copy(model: SigLipVisionModel, dtype: torch.dtype | None) -> OptimizedModel
 
 @torch.inference_mode()
 def _choose(
-    model: SigLipVisionModel,
-    dtype: torch.dtype | None,
-    names: Sequence[str],
-    batch_size: int,
-    kept: Path,
-    conditions: str,
+    tower: OptimizedModel, names: Sequence[str], batch_size: int, kept: Path, conditions: str, bound: float
 ) -> OptimizedModel:
     """Builds what can be built, compares it with the tower, and times all of it in turns, so that drift cancels."""
-    built, left_out, differences = {"eager": _copy(model, dtype)}, {}, {"eager": 0.0}
-    noise = pictures(built["eager"], batch_size)
-    truth = _outputs(built["eager"], noise)
-    bound = BOUNDS[noise.dtype]
+    built, left_out, differences = {"eager": tower}, {}, {"eager": 0.0}
+    noise = pictures(tower, batch_size)
+    truth = _outputs(tower, noise)
     for name in [name for name in names if name != "eager"]:
-        candidate = _copy(model, dtype)
+        candidate = _copy(tower, None)
         try:
             ENGINES[name](candidate, kept)
             far = difference(_outputs(candidate, noise), truth)
@@ -402,11 +407,11 @@ def _versions() -> list[str]:
 
 
 def _fingerprint(model: SigLipVisionModel) -> str:
-    """Names what is compiled of these weights on this machine."""
+    """Names the folder of what holds for these very weights, on this processor, with these versions."""
     digest = hashlib.sha256(_hash(repr(model.config), *_versions()).encode())
-    for name, tensor in model.transformer.state_dict().items():
+    for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
 
 

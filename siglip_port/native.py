@@ -6,6 +6,7 @@ Sources: torch 2.15 `aten/src/ATen/native/mkldnn/Linear.cpp`, `torch/csrc/induct
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, Self, cast
 
@@ -99,6 +100,25 @@ def why_not_packed(dtype: torch.dtype) -> str:
             return f"oneDNN cannot do it here: {str(error).splitlines()[0]}"
     if not (packed - plain).abs().max() <= 100 * torch.finfo(dtype).eps * plain.abs().max():
         return "oneDNN's result is not that of torch's own Linear"
+    return ""
+
+
+def quantise(model: nn.Module) -> str:
+    """Turns every Linear of a float32 model, in place, into one of int8 weights; inputs are quantised as they come.
+
+    By `torch.ao.quantization`, which torch means to drop in favour of torchao; torchao's int8 needs a compiler on CPUs.
+
+    Returns:
+        Why it cannot be done here; empty if it is done.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from torch.ao.quantization import quantize_dynamic
+
+            quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)  # type: ignore[no-untyped-call]
+        except (ImportError, AttributeError, RuntimeError, NotImplementedError) as error:
+            return f"this torch cannot do it: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     return ""
 
 

@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["HF_ENDPOINT"] = HUB.url
         os.environ["HF_HOME"] = HOME.name
         os.environ.pop("HF_HUB_OFFLINE", None)
+    os.environ["XDG_CACHE_HOME"] = str(Path(HOME.name) / "cache")  # what `optimize` keeps
 
 
 # Widths, heads and sizes that no mistake survives by luck: head_dim differs from the number of heads, 1/sqrt(head_dim)

@@ -36,6 +36,8 @@ FAULTS: list[dict[str, Any]] = [
 
 # Which refusals are final, even if they are met only once. The CDN's mostly mean that the signed address has expired.
 FINAL = (400, 401, 403, 404, 410, 416, 418, 451)
+# Refusals that nothing but their number tells from one of the others: for ever, one of a kind is enough.
+ALIKE = (400, 410, 418, 451, 408, 502, 504)
 REQUESTS: dict[str, tuple[dict[str, Any], Iterable[int]]] = {
     "HEAD config.json": ({}, FINAL),
     "GET config.json": ({}, FINAL),
@@ -77,7 +79,8 @@ def test_faults(
     how, final = REQUESTS[request_]
     expected = load(folder).state_dict()
     failed: dict[str, str] = {}
-    for number, fault in enumerate(FAULTS):
+    tried = [fault for fault in FAULTS if times == 1 or fault.get("status") not in ALIKE]
+    for number, fault in enumerate(tried):
         what = describe(fault)
         arguments = {"cache_dir": tmp_path / f"{number}", "token": TOKEN, **how}
         hub.faults = [Fault(request=request_, times=times, **fault)]
@@ -98,7 +101,7 @@ def test_faults(
             assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in expected.items()), what
             assert TOKEN not in f"{model.provenance!r}"
     assert not [address for address, _ in hub.authorizations if address == hub.cdn_url]
-    print(f"{request_}, {'always' if times is None else 'once'}: {len(FAULTS) - len(failed)} of {len(FAULTS)} survived")
+    print(f"{request_}, {'always' if times is None else 'once'}: {len(tried) - len(failed)} of {len(tried)} survived")
     if times == 1:
         assert failed.keys() == {f"status {status}" for status in final}, failed
 

@@ -12,13 +12,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from siglip_port import OptimizedModel, SigLipVisionConfig, SigLipVisionModel, inference, native, optimize, pack
+from siglip_port import (
+    CheckpointError,
+    OptimizedModel,
+    SigLipVisionConfig,
+    SigLipVisionModel,
+    inference,
+    native,
+    optimize,
+    pack,
+)
 from siglip_port.inference import BOUNDS, ENGINES, EngineError
 from siglip_port.parity import gates, proof, randomise
 from siglip_port.parity.gates import Side
 from tests.conftest import SMALL, pixels
 
-ON_CPU = [name for name in ENGINES if name != "compiled"]
+ON_CPU = [name for name in ENGINES if name not in ("compiled", "int8")]
 HEADED = replace(SMALL, pooling_head=True, interpolation="hf")
 
 
@@ -37,7 +46,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made_by(engine: str, model: SigLipVisionModel, kept: Path, dtype: torch.dtype | None = None) -> OptimizedModel:
     """A model in the form of one engine, whichever is the fastest."""
     fast = inference._copy(model, dtype)
-    ENGINES[engine](fast, kept)
+    ENGINES[engine](fast, kept / inference._fingerprint(fast))
     return fast
 
 
@@ -70,10 +79,7 @@ def test_every_method_works_in_every_form(engine: str, kept: Path, tmp_path: Pat
         (fast.attention_maps(x, [0])[0], model.attention_maps(x, [0])[0]),
         (fast.pooling_attention(fast(x)), model.pooling_attention(model(x))),
         (fast(wide), model(wide)),
-        (
-            fast.embed(**pack([wide[0], x[0]], HEADED.patch_size)),
-            model.embed(**pack([wide[0], x[0]], HEADED.patch_size)),
-        ),
+        (fast.embed(**packed), model.embed(**packed)),
         (fast(x[:0]), model(x[:0])),
     ]
     assert all(not ours.numel() or difference(ours, theirs) <= bound for ours, theirs in pairs)
@@ -97,6 +103,25 @@ def test_the_other_dtypes(dtype: torch.dtype, kept: Path, caplog: pytest.LogCapt
     assert cosine.min() > 0.999
     assert fast.choice.difference <= fast.choice.bound == BOUNDS[dtype]
     assert next(model.parameters()).dtype == torch.float32
+
+
+def test_int8_is_for_those_who_ask(monkeypatch: pytest.MonkeyPatch, kept: Path, tmp_path: Path) -> None:
+    model, x = tower(), pixels(HEADED, 2).float()
+    plain = lambda model, x: float(any(type(part) is torch.nn.Linear for part in model.modules()))  # noqa: E731
+    monkeypatch.setattr(inference, "_seconds", plain)  # whatever is plain is slow
+    fast = optimize(model, dtype=torch.int8, cache_dir=kept)
+    assert fast.choice.engine == "int8"
+    assert 1e-4 < fast.choice.difference <= fast.choice.bound == BOUNDS[torch.int8]
+    with torch.inference_mode():
+        assert fast(x).dtype == torch.float32
+        assert torch.cosine_similarity(fast.embed(x), model.embed(x), dim=-1).min() > 0.99
+    with pytest.raises(CheckpointError, match=r"(?s)missing tensors.*unknown tensors|unknown tensors.*missing tensors"):
+        fast.save_hf(tmp_path)
+    assert "int8" not in optimize(model, cache_dir=tmp_path).choice.milliseconds
+    monkeypatch.setitem(BOUNDS, torch.int8, 1e-6)
+    refused = optimize(model, dtype=torch.int8, cache_dir=tmp_path).choice
+    assert refused.engine == "eager"
+    assert "bound 1e-06" in refused.left_out["int8"]
 
 
 def test_the_fastest_is_taken_and_the_reason_told(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
@@ -147,7 +172,7 @@ def test_what_cannot_be_used_is_told_and_the_tower_stays(monkeypatch: pytest.Mon
 def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, x = tower(), pixels(HEADED, 1).float()
     first = optimize(model, engines=["packed"], cache_dir=tmp_path)
-    (file,) = tmp_path.glob("*.json")
+    (file,) = tmp_path.glob("*/*.json")
     monkeypatch.setattr(inference, "_choose", None)  # not asked a second time
     second = optimize(model, engines=["packed"], cache_dir=tmp_path)
     assert second.choice == first.choice
@@ -158,6 +183,11 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         with pytest.raises(TypeError, match="not callable"):
             optimize(model, **{"engines": ["packed"], "cache_dir": tmp_path, **change})
     monkeypatch.undo()
+    with torch.no_grad():
+        model.transformer.post_layernorm.bias[0] += 1  # other weights: compared and timed anew
+    assert optimize(model, engines=["packed"], cache_dir=tmp_path).choice
+    assert len(list(tmp_path.glob("*/*.json"))) == 2
+    model = tower()
     for damage in ("", "{}", "[1]", '{"engine": "none", "conditions": ""}'):
         file.write_text(damage)
         assert optimize(model, engines=["packed"], cache_dir=tmp_path).choice.engine in ENGINES
@@ -167,11 +197,11 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_openvino_converts_once_for_its_weights(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
     model, x = tower(), pixels(HEADED, 3).float()
     made_by("openvino", model, kept)
-    before = set(kept.glob("*.xml"))
+    before = set(kept.glob("*/*.xml"))
     monkeypatch.setattr(inference, "_convert", None)  # not called again
     with torch.inference_mode():
         assert difference(made_by("openvino", model, kept)(x), model(x)) <= BOUNDS[torch.float32]
-    assert before == set(kept.glob("*.xml"))
+    assert before == set(kept.glob("*/*.xml"))
     with torch.no_grad():
         model.transformer.post_layernorm.bias[0] += 1
     with pytest.raises(EngineError, match="not callable"):
@@ -180,7 +210,8 @@ def test_openvino_converts_once_for_its_weights(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_damaged_file_of_an_engine_is_named(kept: Path, tmp_path: Path) -> None:
     model = tower()
-    path = tmp_path / f"{inference._fingerprint(inference._copy(model, None))}.xml"
+    path = tmp_path / inference._fingerprint(inference._copy(model, None)) / "tower-f32.xml"
+    path.parent.mkdir()
     path.write_text("<net")
     with pytest.raises(EngineError, match=f"OpenVINO cannot take the tower: .*delete {path}"):
         made_by("openvino", model, tmp_path)
@@ -219,8 +250,10 @@ def test_gradients_for_pixels_go_the_ordinary_way(engine: str, kept: Path) -> No
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"dtype": torch.int8}, "int8 is not offered"),
-        ({"dtype": torch.int32}, "dtype must be one of torch.float32, torch.bfloat16, torch.float16, got torch.int32"),
+        (
+            {"dtype": torch.int32},
+            "dtype must be one of torch.float32, torch.bfloat16, torch.float16, torch.int8, got torch.int32",
+        ),
         ({"engines": ["fast"]}, r"engines must be a list of some of eager, packed, .*, got \['fast'\]"),
         ({"engines": "packed"}, "engines must be a list of some of"),
         ({"batch_size": 0}, "batch_size must be a whole number from 1 on, got 0"),

@@ -87,7 +87,7 @@ def test_the_examples_of_the_documents_run(
     SigLipVisionModel(SigLipVisionConfig(pooling_head=True)).save_hf(tmp_path / "served")
     hub.repositories["google/siglip-base-patch16-224"] = Repository(tmp_path / "served")
     monkeypatch.chdir(tmp_path)
-    for file in ("README.md", "docs/checkpoints.md", "docs/other_ports.md"):
+    for file in ("README.md", "docs/checkpoints.md", "docs/other_ports.md", "docs/performance.md"):
         for block in python_blocks(file):
             exec(compile(block, file, "exec"), {})
             printed = capsys.readouterr().out
