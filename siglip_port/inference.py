@@ -15,18 +15,19 @@ import logging
 import os
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from siglip_port import native, writing
-from siglip_port.model import SigLipVisionModel, SigLipVisionTransformer, on_meta
+from siglip_port.model import Shapes, SigLipVisionModel, SigLipVisionTransformer, on_meta
 
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3, torch.int8: 0.2}
 """By how much the tokens and vectors of a form may differ from those of the tower in the same dtype (in float32, for
@@ -84,30 +85,39 @@ class OptimizedModel(SigLipVisionModel):
 class EngineTransformer(SigLipVisionTransformer):
     """Sends pictures of the tower's own size through an engine, and all else through its own modules.
 
+    A copy, a pickle, and a tower that was moved or cast afterwards go through its own modules alone: an engine holds
+    weights of its own, in one dtype, on one machine.
+
     Attributes:
-        run: [B, C, S, S] -> [B, N, D], in the tower's dtype.
+        run: [B, C, S, S] -> [B, N, D], in the tower's dtype; None for no engine.
     """
+
+    run: Callable[[Tensor], Tensor] | None
 
     def __init__(self, tower: SigLipVisionTransformer, run: Callable[[Tensor], Tensor]) -> None:
         nn.Module.__init__(self)
         self.embeddings, self.encoder, self.post_layernorm = tower.embeddings, tower.encoder, tower.post_layernorm
         self.run = run
 
-    def forward(self, pixel_values: Tensor, pixel_attention_mask: Any = None, spatial_shapes: Any = None) -> Tensor:  # noqa: ANN401
+    def forward(
+        self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, spatial_shapes: Shapes | None = None
+    ) -> Tensor:
         """[B, C, S, S] -> [B, N, D]; or packed patches."""
         size, home = self.embeddings.config.image_size, self.post_layernorm.weight
-        own = isinstance(pixel_values, Tensor) and pixel_values.shape[2:] == (size, size)
-        follows = own and torch.is_grad_enabled() and pixel_values.requires_grad
-        if (
-            not own
-            or follows
-            or pixel_attention_mask is not None
-            or spatial_shapes is not None
-            or not len(pixel_values)
-        ):
+        packed = pixel_attention_mask is not None or spatial_shapes is not None
+        own = isinstance(pixel_values, Tensor) and pixel_values.shape[2:] == (size, size) and len(pixel_values) > 0
+        if self.run is None or packed or not own or (torch.is_grad_enabled() and pixel_values.requires_grad):
             return super().forward(pixel_values, pixel_attention_mask, spatial_shapes)
         self.embeddings._check(pixel_values)
         return self.run(pixel_values.detach().to(home.device, home.dtype).contiguous())
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 (torch's own signature)
+        self.run = None
+        return cast("Self", super()._apply(*args, **kwargs))  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but the engine."""
+        return {**self.__dict__, "run": None}
 
 
 class EngineError(Exception):
@@ -186,8 +196,12 @@ def _openvino(model: OptimizedModel, kept: Path) -> None:
         where = f"; if it could before, delete {path}" if path.exists() else ""
         raise EngineError(f"OpenVINO cannot take the tower: {_last_line(error)}{where}") from error
 
+    one_at_a_time, dtype = threading.Lock(), home.dtype  # OpenVINO refuses a second thread
+
     def run(pixel_values: Tensor) -> Tensor:
-        return torch.from_numpy(compiled(pixel_values.float().numpy(), share_inputs=True)[0].copy()).to(home.dtype)
+        with one_at_a_time:
+            output = compiled(pixel_values.float().numpy(), share_inputs=True)[0].copy()
+        return torch.from_numpy(output).to(dtype)
 
     model.transformer = EngineTransformer(model.transformer, run)
 

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,9 +230,20 @@ def test_packed_linears_follow_their_weights() -> None:
     with torch.inference_mode():
         assert difference(fast(x), before) > 1e-3
         assert difference(fast(x), model(x)) <= BOUNDS[torch.float32]  # they share their parameters
-        assert difference(copy.deepcopy(fast)(x), model(x)) <= BOUNDS[torch.float32]
-        assert difference(pickle.loads(pickle.dumps(fast))(x), model(x)) <= BOUNDS[torch.float32]
-        assert difference(fast.double()(x), model.double()(x)) <= 1e-12
+
+
+@pytest.mark.parametrize("engine", ON_CPU)
+@torch.inference_mode()
+def test_copies_casts_and_threads(engine: str, kept: Path) -> None:
+    model, x = tower(), pixels(HEADED, 2).float()
+    fast, bound = made_by(engine, model, kept), BOUNDS[torch.float32]
+    with ThreadPoolExecutor(4) as threads:
+        assert all(difference(out, model(x)) <= bound for out in threads.map(torch.inference_mode()(fast), [x] * 20))
+    assert difference(copy.deepcopy(fast)(x), model(x)) <= bound
+    assert difference(pickle.loads(pickle.dumps(fast))(x), model(x)) <= bound
+    truth = tower().double()(x)
+    assert difference(fast.double()(x), truth) <= 1e-12  # an engine of float32 would show
+    assert difference(fast.float()(x), truth) <= bound
 
 
 @pytest.mark.parametrize("engine", ON_CPU)
