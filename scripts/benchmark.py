@@ -142,8 +142,7 @@ def openvino_peer(bench: Bench) -> Run:
     """OpenVINO on its own, head included; not by way of our `optimize`."""
     import openvino
 
-    from siglip_port.export import Outputs
-    from siglip_port.inference import export_any_batch
+    from siglip_port.inference import Outputs, export_any_batch
 
     if bench.dtype == torch.float16 or bench.device != "cpu":
         raise ValueError("measured in float32 and bfloat16 on a CPU only")
@@ -440,6 +439,8 @@ def main() -> int:
         return 2
     if args.rounds is not None and args.rounds < 2:
         parser.error("--rounds must be at least 2, for a spread")
+    if not args.output.absolute().parent.is_dir():
+        parser.error(f"--output {args.output}: its folder does not exist")
     warnings.simplefilter("ignore")
     rounds = args.rounds or (5 if args.quick else 8)
     with prepared(args) as bench:

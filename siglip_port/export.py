@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from siglip_port import native, writing
-from siglip_port.inference import BOUNDS, OptimizedModel, difference, export_any_batch, pictures
+from siglip_port.inference import BOUNDS, OptimizedModel, Outputs, difference, export_any_batch, frozen, pictures
 from siglip_port.model import SigLipVisionModel
 
 Run = Callable[[Tensor], Sequence[Tensor]]
@@ -25,20 +23,6 @@ BATCHES = (2, 1, 5)
 
 class ExportError(Exception):
     """Nothing was written; the message says why."""
-
-
-class Outputs(nn.Module):
-    """A model as one function: [B, C, S, S] -> tokens [B, N, D] and, if it has one vector a picture, pooled [B, D]."""
-
-    def __init__(self, model: SigLipVisionModel) -> None:
-        super().__init__()
-        self.model = model
-        self.names = ["tokens", "pooled"] if model.pooling_head is not None or model.config.mean_pooling else ["tokens"]
-
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Runs `forward` and `pool`."""
-        tokens = self.model(pixel_values)
-        return (tokens, self.model.pool(tokens)) if len(self.names) > 1 else (tokens,)
 
 
 def export_onnx(model: SigLipVisionModel, path: str | os.PathLike[str]) -> float:
@@ -58,14 +42,10 @@ def export_onnx(model: SigLipVisionModel, path: str | os.PathLike[str]) -> float
     """
 
     def write(outputs: Outputs, place: Path) -> None:
-        batch = torch.export.Dim("batch", min=1, max=65536)
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            outputs,
-            (pictures(model, BATCHES[0]),),
+            export_any_batch(outputs, pictures(model, BATCHES[0])),
             input_names=["pixel_values"],
             output_names=outputs.names,
-            dynamic_shapes=({0: batch},),
             dynamo=True,
             verbose=False,
         )
@@ -80,7 +60,7 @@ def export_onnx(model: SigLipVisionModel, path: str | os.PathLike[str]) -> float
             torch.from_numpy(o) for o in session.run(None, {"pixel_values": pixel_values.numpy()})
         ]
 
-    return _export(model, Path(path), ".onnx", write, load, (torch.float32,), needs="onnx, onnxscript and onnxruntime")
+    return _export(model, path, ".onnx", write, load, (torch.float32,), needs="onnx, onnxscript and onnxruntime")
 
 
 def export_program(model: SigLipVisionModel, path: str | os.PathLike[str]) -> float:
@@ -103,7 +83,7 @@ def export_program(model: SigLipVisionModel, path: str | os.PathLike[str]) -> fl
     def load(place: Path) -> Run:
         return torch.export.load(place).module()
 
-    return _export(model, Path(path), ".pt2", write, load, tuple(BOUNDS))
+    return _export(model, path, ".pt2", write, load, native.PACKED)
 
 
 def export_package(model: SigLipVisionModel, path: str | os.PathLike[str]) -> float:
@@ -130,12 +110,12 @@ def export_package(model: SigLipVisionModel, path: str | os.PathLike[str]) -> fl
         # The batch is symbolic, which makes Inductor take oneDNN's kernels instead of MKL's.
         aoti_compile_and_package(exported, package_path=str(place), inductor_configs={"freezing": True})
 
-    return _export(model, Path(path), ".pt2", write, native.load_package, tuple(BOUNDS))
+    return _export(model, path, ".pt2", write, native.load_package, native.PACKED)
 
 
 def _export(
     model: SigLipVisionModel,
-    path: Path,
+    path: str | os.PathLike[str],
     suffix: str,
     write: Callable[[Outputs, Path], None],
     load: Callable[[Path], Run],
@@ -143,6 +123,11 @@ def _export(
     needs: str = "",
 ) -> float:
     """Writes beside the place, loads, compares, and only then puts it there."""
+    if not isinstance(model, SigLipVisionModel):
+        raise ExportError(f"model must be a SigLipVisionModel, got a {type(model).__name__}")
+    if not isinstance(path, (str, os.PathLike)):
+        raise ExportError(f"path must be that of a file, got {path!r}")
+    path = Path(path)
     if isinstance(model, OptimizedModel):
         raise ExportError("the model is optimized for this machine; export the one that it was made of")
     home = model.transformer.post_layernorm.weight
@@ -152,7 +137,7 @@ def _export(
         )
     if path.suffix != suffix:
         raise ExportError(f"the file must be named *{suffix}, got {path.name!r}")
-    outputs = Outputs(copy.copy(model)).eval()
+    outputs = Outputs(frozen(model, None)).eval()
     try:
         with writing.unfinished(path.absolute().parent) as folder, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporters, about themselves

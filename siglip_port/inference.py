@@ -257,8 +257,8 @@ def optimize(
     Raises:
         ValueError: an argument is none that there is, or the model is no longer a tower of its configuration.
     """
-    names = _checked(model, dtype, engines, batch_size)
-    tower = _copy(model, torch.float32 if dtype == torch.int8 else dtype)
+    names = _checked(model, dtype, engines, batch_size, cache_dir)
+    tower = frozen(model, torch.float32 if dtype == torch.int8 else dtype)
     home = _home(tower)
     kept = (Path(cache_dir) if cache_dir is not None else _cache()) / _fingerprint(tower)
     form = dtype or home.dtype
@@ -268,7 +268,7 @@ def optimize(
         try:
             ENGINES[choice.engine](tower, kept)
         except EngineError:
-            tower = _copy(tower, None)  # it was there and is not any more: look again
+            tower = frozen(tower, None)  # it was there and is not any more: look again
         else:
             tower.choice = choice
             return tower
@@ -278,7 +278,11 @@ def optimize(
 
 
 def _checked(
-    model: SigLipVisionModel, dtype: torch.dtype | None, engines: Sequence[str] | None, batch_size: int
+    model: SigLipVisionModel,
+    dtype: torch.dtype | None,
+    engines: Sequence[str] | None,
+    batch_size: int,
+    cache_dir: str | os.PathLike[str] | None,
 ) -> list[str]:
     if not isinstance(model, SigLipVisionModel):
         raise ValueError(f"model must be a SigLipVisionModel, got a {type(model).__name__}")
@@ -286,16 +290,23 @@ def _checked(
         raise ValueError("the model is optimized already; pass the one that it was made of")
     if dtype is not None and dtype not in BOUNDS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, BOUNDS))}, got {dtype!r}")
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if cache_dir is not None and not isinstance(cache_dir, (str, os.PathLike)):
+        raise ValueError(f"cache_dir must be a path, got {cache_dir!r}")
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number from 1 on, got {batch_size!r}")
-    names = list(ENGINES) if engines is None else engines
-    if isinstance(names, str) or not all(name in ENGINES for name in names):
+    fitting = [name for name in ENGINES if name == "eager" or (name == "int8") == (dtype == torch.int8)]
+    if engines is None:
+        return fitting
+    if not isinstance(engines, (list, tuple)) or not all(name in list(ENGINES) for name in engines):
         raise ValueError(f"engines must be a list of some of {', '.join(ENGINES)}, got {engines!r}")
-    asked = [name for name in names if (name == "int8") == (dtype == torch.int8)]
-    return [name for name in ENGINES if name == "eager" or name in asked]
+    if wrong := [name for name in engines if name not in fitting]:
+        raise ValueError(
+            f"engine {wrong[0]} does not go with dtype {dtype}: int8 goes with torch.int8, and nothing else"
+        )
+    return [name for name in fitting if name == "eager" or name in engines]
 
 
-def _copy(model: SigLipVisionModel, dtype: torch.dtype | None) -> OptimizedModel:
+def frozen(model: SigLipVisionModel, dtype: torch.dtype | None) -> OptimizedModel:
     """A tower of its own around the same parameters, or around parameters of another dtype."""
     fast, _ = on_meta(model.config, kind=OptimizedModel)
     state = {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in model.state_dict().items()}
@@ -321,12 +332,12 @@ def _choose(
     """Builds what can be built, compares it with the tower, and times all of it in turns, so that drift cancels."""
     built, left_out, differences = {"eager": tower}, {}, {"eager": 0.0}
     noise = pictures(tower, batch_size)
-    truth = _outputs(tower, noise)
+    truth = Outputs(tower)(noise)
     for name in [name for name in names if name != "eager"]:
-        candidate = _copy(tower, None)
+        candidate = frozen(tower, None)
         try:
             ENGINES[name](candidate, kept)
-            far = difference(_outputs(candidate, noise), truth)
+            far = difference(Outputs(candidate)(noise), truth)
         except (EngineError, OSError, RuntimeError) as error:
             left_out[name] = _last_line(error)
             continue
@@ -361,10 +372,18 @@ def pictures(model: SigLipVisionModel, batch_size: int) -> Tensor:
     return noise.to(home.device, home.dtype)
 
 
-def _outputs(model: SigLipVisionModel, pixel_values: Tensor) -> list[Tensor]:
-    tokens = model(pixel_values)
-    pools = model.pooling_head is not None or model.config.mean_pooling
-    return [tokens, model.pool(tokens)] if pools else [tokens]
+class Outputs(nn.Module):
+    """A model as one function: [B, C, S, S] -> tokens [B, N, D] and, if it has one vector a picture, pooled [B, D]."""
+
+    def __init__(self, model: SigLipVisionModel) -> None:
+        super().__init__()
+        self.model = model
+        self.names = ["tokens", "pooled"] if model.pooling_head is not None or model.config.mean_pooling else ["tokens"]
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Runs `forward` and `pool`."""
+        tokens = self.model(pixel_values)
+        return (tokens, self.model.pool(tokens)) if len(self.names) > 1 else (tokens,)
 
 
 def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
@@ -378,7 +397,7 @@ def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 def _seconds(model: SigLipVisionModel, pixel_values: Tensor) -> float:
     started = time.perf_counter()
-    _outputs(model, pixel_values)
+    Outputs(model)(pixel_values)
     if pixel_values.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - started

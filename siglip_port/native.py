@@ -92,7 +92,7 @@ def why_not_packed(dtype: torch.dtype) -> str:
     """Says why Linears of a dtype cannot be packed on this machine; empty if they can."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "this torch was built without oneDNN"
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]):  # a Linear draws its weights
         linear, ones = nn.Linear(64, 32).to(dtype), torch.linspace(-1, 1, 16 * 64, dtype=dtype).reshape(16, 64)
         try:
             packed, plain = PackedLinear.of(linear)(ones).double(), linear(ones).double()

@@ -35,7 +35,7 @@ def test_load(benchmark: Benchmark, folder: Path) -> None:
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "compiled"])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_embed(benchmark: Benchmark, folder: Path, tmp_path: Path, engine: str, batch: int) -> None:
-    fast = inference._copy(SigLipVisionModel.from_hf(folder), None)
+    fast = inference.frozen(SigLipVisionModel.from_hf(folder), None)
     ENGINES[engine](fast, tmp_path)
     x = torch.rand(batch, 3, 224, 224)
     with torch.inference_mode():

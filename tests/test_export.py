@@ -34,9 +34,10 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
 def test_onnx_runs_elsewhere(tmp_path: Path) -> None:
     import onnxruntime
 
-    model, x = tower(), pixels(HEADED, 4).float()
+    model, x = tower().train(), pixels(HEADED, 4).float()
     assert export_onnx(model, tmp_path / "tower.onnx") <= BOUNDS[torch.float32]
     assert [file.name for file in tmp_path.iterdir()] == ["tower.onnx"]
+    assert all(part.training for part in model.modules())  # the model is left as it was
     session = onnxruntime.InferenceSession(tmp_path / "tower.onnx")
     assert [output.name for output in session.get_outputs()] == ["tokens", "pooled"]
     assert session.get_inputs()[0].shape[1:] == [3, HEADED.image_size, HEADED.image_size]
@@ -103,6 +104,10 @@ def test_what_is_refused_before_any_work(tmp_path: Path) -> None:
             write(tower(), tmp_path / "tower.bin")
     with pytest.raises(ExportError, match=r"must be on the CPU, of torch.float32, got torch.bfloat16 on cpu"):
         export_onnx(tower().bfloat16(), tmp_path / "tower.onnx")
+    with pytest.raises(ExportError, match="model must be a SigLipVisionModel, got a str"):
+        export_onnx("tower", tmp_path / "tower.onnx")  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match="path must be that of a file, got 5"):
+        export_onnx(tower(), 5)  # type: ignore[arg-type]
     fast = optimize(tower(), engines=[], cache_dir=tmp_path / "kept")
     with pytest.raises(ExportError, match="export the one that it was made of"):
         export_program(fast, tmp_path / "tower.pt2")

@@ -46,7 +46,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made_by(engine: str, model: SigLipVisionModel, kept: Path, dtype: torch.dtype | None = None) -> OptimizedModel:
     """A model in the form of one engine, whichever is the fastest."""
-    fast = inference._copy(model, dtype)
+    fast = inference.frozen(model, dtype)
     ENGINES[engine](fast, kept / inference._fingerprint(fast))
     return fast
 
@@ -211,7 +211,7 @@ def test_openvino_converts_once_for_its_weights(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_damaged_file_of_an_engine_is_named(kept: Path, tmp_path: Path) -> None:
     model = tower()
-    path = tmp_path / inference._fingerprint(inference._copy(model, None)) / "tower-f32.xml"
+    path = tmp_path / inference._fingerprint(inference.frozen(model, None)) / "tower-f32.xml"
     path.parent.mkdir()
     path.write_text("<net")
     with pytest.raises(EngineError, match=f"OpenVINO cannot take the tower: .*delete {path}"):
@@ -221,7 +221,7 @@ def test_a_damaged_file_of_an_engine_is_named(kept: Path, tmp_path: Path) -> Non
 
 def test_packed_linears_follow_their_weights() -> None:
     model, x = tower(), pixels(HEADED, 2).float()
-    fast = inference._copy(model, None)
+    fast = inference.frozen(model, None)
     native.pack(fast, fuse=True)
     with torch.inference_mode():
         before = fast(x)
@@ -268,13 +268,41 @@ def test_gradients_for_pixels_go_the_ordinary_way(engine: str, kept: Path) -> No
         ),
         ({"engines": ["fast"]}, r"engines must be a list of some of eager, packed, .*, got \['fast'\]"),
         ({"engines": "packed"}, "engines must be a list of some of"),
+        ({"engines": 5}, "engines must be a list of some of"),
+        ({"engines": [["packed"]]}, "engines must be a list of some of"),
+        ({"engines": ["int8"]}, "engine int8 does not go with dtype None"),
+        ({"engines": ["packed"], "dtype": torch.int8}, "engine packed does not go with dtype torch.int8"),
         ({"batch_size": 0}, "batch_size must be a whole number from 1 on, got 0"),
+        ({"batch_size": True}, "batch_size must be a whole number from 1 on, got True"),
+        ({"cache_dir": 7}, "cache_dir must be a path, got 7"),
     ],
 )
 def test_wrong_arguments(how: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        optimize(tower(), cache_dir=tmp_path, **how)
+        optimize(tower(), **{"cache_dir": tmp_path, **how})
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_optimized_has_gradients_and_nothing_global_has_changed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(inference, "_seconds", lambda model, x: float(not _is_packed(model)))
+    model, x, before = tower().train(), pixels(HEADED, 2).float().requires_grad_(), torch.get_rng_state()
+    for dtype in (torch.float32, torch.int8):
+        fast = optimize(model, dtype=dtype, cache_dir=tmp_path)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert not any(part.training for part in fast.modules())
+        assert all(part.training for part in model.modules())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    fast = optimize(model, cache_dir=tmp_path)
+    assert _is_packed(fast)
+    fast.embed(x).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert x.grad.any()
+
+
+def _is_packed(model: torch.nn.Module) -> bool:
+    return any(isinstance(part, native.PackedLinear) for part in model.modules())
 
 
 def test_what_is_no_tower(tmp_path: Path) -> None:
