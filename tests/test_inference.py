@@ -237,8 +237,10 @@ def test_packed_linears_follow_their_weights() -> None:
 def test_copies_casts_and_threads(engine: str, kept: Path) -> None:
     model, x = tower(), pixels(HEADED, 2).float()
     fast, bound = made_by(engine, model, kept), BOUNDS[torch.float32]
-    with ThreadPoolExecutor(4) as threads:
-        assert all(difference(out, model(x)) <= bound for out in threads.map(torch.inference_mode()(fast), [x] * 20))
+    many = [torch.rand(256, *x.shape[1:]) for _ in range(40)]  # large, so that threads meet
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(torch.inference_mode()(fast), many))
+    assert all(difference(ours, model(pictures)) <= bound for ours, pictures in zip(found, many, strict=True))
     assert difference(copy.deepcopy(fast)(x), model(x)) <= bound
     assert difference(pickle.loads(pickle.dumps(fast))(x), model(x)) <= bound
     truth = tower().double()(x)
