@@ -17,7 +17,7 @@ import shutil
 import struct
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,6 +231,7 @@ class Tower:
         from huggingface_hub.utils import tqdm
 
         stop, lock = threading.Event(), threading.Lock()
+        errors: list[Exception] = []
         done = sum(self._pieces[number].stop - self._pieces[number].first for number in checksums)
         look = {"unit": "B", "unit_scale": True, "desc": title, "disable": None}  # None: where nobody looks on
         with (
@@ -253,15 +254,25 @@ class Tower:
                     notes.write(f"{number} {checksum.hexdigest()}\n")
                     notes.flush()
 
+            def fetch_unless_stopped(number: int, piece: _Piece) -> None:
+                """Stops all where it fails, before this thread can begin another piece."""
+                if stop.is_set():
+                    return
+                try:
+                    fetch(number, piece)
+                except Exception as error:
+                    errors.append(error)
+                    stop.set()
+
             missing = [item for item in enumerate(self._pieces) if item[0] not in checksums]
-            running = [pool.submit(fetch, *item) for item in missing]
+            running = [pool.submit(fetch_unless_stopped, *item) for item in missing]
             try:
-                for future in as_completed(running):
-                    future.result()
-            except BaseException:
+                wait(running)
+            except BaseException:  # Ctrl-C
                 stop.set()
-                pool.shutdown(cancel_futures=True)
                 raise
+        if errors:
+            raise errors[0]  # those after it are of pieces that were stopped
 
 
 def _checksum(path: Path, piece: _Piece) -> str:
