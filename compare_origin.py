@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from siglip_port import SigLipVisionModel
     from siglip_port.parity.comparison import Comparison
+    from siglip_port.parity.gates import Gate
     from siglip_port.parity.proof import Case
     from siglip_port.parity.report import Json
 
@@ -80,6 +81,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
     add("--full", action="store_true", help="all recipes of weights, two seeds, all dtypes; with --selftest likewise")
     add("--second-ref", metavar="NAME", help=f"ask a third implementation who is right: {', '.join(SECONDS)}")
+    add(
+        "--optimized",
+        action="store_true",
+        help="judge the rounding of every form that siglip_port.optimize can choose from here, too",
+    )
     add("--json", type=path, metavar="PATH", help="write all figures to this file")
     add("--report", type=path, metavar="FOLDER", help="write report.json, .md, .html and junit.xml to this folder")
     add("--baseline", type=path, metavar="PATH", help="compare with an earlier JSON report")
@@ -214,14 +220,32 @@ def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case) -> Comp
     from siglip_port.parity import proof
     from siglip_port.parity.comparison import Comparison, Section
 
-    sections = [Section(case.name, case.weights, tuple(progress(case.check(port), "checkpoint")))]
+    found = [*progress(case.check(port), "checkpoint")]
+    if args.optimized:
+        found += progress(optimized_forms(case, port), "optimized")
+    sections = [Section(case.name, case.weights, tuple(found))]
     case.truths = {dtype: truth for dtype, truth in case.truths.items() if dtype == case.dtypes[0]}
     for made in proof.small_cases(port.config, args.device, attentions(args), full=args.full):
         with proof.threads(1), made as small:
             candidate = proof.load_port(small.source, device=args.device)
-            gates = tuple(progress(small.check(candidate), f"{small.name}, {small.weights}"))
-            sections.append(Section(small.name, small.weights, gates))
+            found = [*progress(small.check(candidate), f"{small.name}, {small.weights}")]
+            if args.optimized and "rounding" in small.gates:
+                found += progress(optimized_forms(small, candidate), f"optimized {small.name}, {small.weights}")
+            sections.append(Section(small.name, small.weights, tuple(found)))
     return Comparison(tuple(sections), case.weights.split(",")[0])
+
+
+def optimized_forms(case: Case, port: SigLipVisionModel) -> Iterator[Gate]:
+    """Judges every form that the port can be had in; says which it cannot, and why."""
+    from siglip_port.inference import ENGINES, EngineError
+    from siglip_port.parity import proof
+
+    for engine in [name for name in ENGINES if name not in ("eager", "int8")]:  # the port itself; not meant to be equal
+        with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
+            try:
+                yield from proof.form_gates(case, port, engine, Path(scratch))
+            except EngineError as error:
+                print(f"{engine} is not judged on the {case.name}: {error}", file=sys.stderr)
 
 
 def progress(items: Iterator[Any], what: str, total: int = 0) -> Iterator[Any]:

@@ -184,7 +184,7 @@ def peers(bench: Bench, batch: int, *, quick: bool) -> dict[str, Run]:
         "ONNX Runtime": onnxruntime_peer,
         "OpenVINO": openvino_peer,
         "siglip_port": ours_eager,
-        "siglip_port optimize, without [openvino]": ours_fast(["packed", "packed-gelu", "compiled"], batch),
+        "siglip_port optimize, without extras": ours_fast(["packed", "packed-gelu", "compiled"], batch),
         "siglip_port optimize": ours_fast(None, batch),
         **(
             {INT8: ours_fast(None, batch, torch.int8)} if bench.dtype == torch.float32 and bench.device == "cpu" else {}
@@ -323,6 +323,8 @@ COLD = {
         TIMMS + "timm.create_model('local-dir:timm', pretrained=True, num_classes=0).eval()(torch.rand(1, 3, {s}, {s}))"
     ),
     "siglip_port, loaded": OURS + "[p.sum() for p in M.from_hf('hf').parameters()]",
+    "siglip_port, batch 8": OURS + "M.from_hf('hf').embed(torch.rand(8, 3, {s}, {s}))",
+    "siglip_port, batch 32": OURS + "M.from_hf('hf').embed(torch.rand(32, 3, {s}, {s}))",
     "transformers, loaded": THEIRS + "[p.sum() for p in M.from_pretrained('hf').parameters()]",
 }
 """Whole programs. `optimized` finds what the benchmark of batch 1 has kept."""

@@ -165,6 +165,46 @@ def extract_command(
         typer.echo(f"note     the files cannot tell interpolation={model.config.interpolation!r}: pass it to from_hf")
 
 
+@app.command("export")
+def export_command(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Argument(help="The file to be written: *.onnx, or *.pt2. Replaced if it is there.")],
+    kind: Annotated[
+        Literal["onnx", "program", "package"],
+        typer.Option(
+            "--format", help="ONNX; a torch.export program; or an AOTInductor package for processors such as this one."
+        ),
+    ] = "onnx",
+    layout: LayoutOption = None,
+    prefix: PrefixOption = None,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Write the tower for other programs, run what was written, and compare it with the tower.
+
+    Input pixel_values [batch, 3, size, size], outputs tokens and pooled, for every batch size.
+
+    Exit code 0: written and compared. 1: it cannot be loaded, written or is not equal. 2: wrong arguments.
+    """
+    from siglip_port.export import EXPORTS, ExportError
+
+    write, suffix = EXPORTS[kind]
+    if out.suffix != suffix:
+        raise typer.BadParameter(f"OUT must be named *{suffix} for --format {kind}, got {str(out)!r}")
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"the folder {out.parent}, in which it is to be written, does not exist")
+    model = SigLipVisionModel.from_hf(
+        source, revision=revision, layout=layout, prefix=prefix, local_files_only=offline, dtype=torch.float32
+    )
+    try:
+        far = write(model, out)
+    except ExportError as error:
+        _fail(str(error), 1)
+    typer.echo(model.provenance)
+    typer.echo(f"written  {out} ({_amount(out.stat().st_size)})")
+    typer.echo(f"compared with the tower, in batches of 1, 2 and 5: differs by {far:.1e}")
+
+
 @app.command("list")
 def list_command(as_json: JsonOption = False) -> None:
     """List the published checkpoints, and how much of each is the vision tower."""

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from siglip_port import native, writing
-from siglip_port.inference import BOUNDS, OptimizedModel, Outputs, difference, export_any_batch, frozen, pictures
+from siglip_port.inference import (
+    BOUNDS,
+    OptimizedModel,
+    Outputs,
+    difference,
+    export_any_batch,
+    frozen,
+    pictures,
+    write_onnx,
+)
 from siglip_port.model import SigLipVisionModel
 
 Run = Callable[[Tensor], Sequence[Tensor]]
@@ -42,15 +51,7 @@ def export_onnx(model: SigLipVisionModel, path: str | os.PathLike[str]) -> float
     """
 
     def write(outputs: Outputs, place: Path) -> None:
-        program = torch.onnx.export(
-            export_any_batch(outputs, pictures(model, BATCHES[0])),
-            input_names=["pixel_values"],
-            output_names=outputs.names,
-            dynamo=True,
-            verbose=False,
-        )
-        assert program is not None
-        program.save(place, external_data=False)
+        write_onnx(outputs, pictures(model, BATCHES[0]), outputs.names, place, one_file=True)
 
     def load(place: Path) -> Run:
         import onnxruntime
@@ -160,3 +161,11 @@ def _export(
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise ExportError(f"{path.name} is not written: {reason}") from error
     return found
+
+
+EXPORTS: dict[str, tuple[Callable[[SigLipVisionModel, Path], float], str]] = {
+    "onnx": (export_onnx, ".onnx"),
+    "program": (export_program, ".pt2"),
+    "package": (export_package, ".pt2"),
+}
+"""What can be written, by the name of its format: how, and what the file's name must end in."""

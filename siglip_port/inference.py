@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -17,11 +16,12 @@ import platform
 import statistics
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ WORTH = 0.97
 ROUNDS = 5
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,11 @@ class EngineTransformer(SigLipVisionTransformer):
         return self.run(pixel_values.detach().to(home.device, home.dtype).contiguous())
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 (torch's own signature)
-        self.run = None
-        return cast("Self", super()._apply(*args, **kwargs))  # type: ignore[no-untyped-call]
+        before = [(p.data_ptr(), p.dtype) for p in self.parameters()]
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if before != [(p.data_ptr(), p.dtype) for p in self.parameters()]:
+            self.run = None
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: all but the engine."""
@@ -170,6 +174,46 @@ def export_any_batch(module: nn.Module, example: Tensor) -> torch.export.Exporte
         return torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
 
 
+def write_onnx(module: nn.Module, example: Tensor, outputs: Sequence[str], path: Path, *, one_file: bool) -> None:
+    """Writes a module of one input as ONNX, for every batch size; `one_file` for weights within it, below 2 GB."""
+    program = torch.onnx.export(
+        export_any_batch(module, example),
+        input_names=["pixel_values"],
+        output_names=list(outputs),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    program.save(path, external_data=not one_file)
+
+
+def _onnxruntime(model: OptimizedModel, kept: Path) -> None:
+    home = _home(model)
+    if home.device.type != "cpu" or home.dtype != torch.float32:
+        raise EngineError("it is for float32 on CPUs")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError("it is not installed: pip install 'siglip-port[onnx]'") from error
+
+    def write(path: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter, about itself
+            write_onnx(model.transformer, pictures(model, 2), ["tokens"], path, one_file=False)
+
+    def load(path: Path) -> Any:  # noqa: ANN401 (untyped)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    session = _kept_file("ONNX Runtime", kept, ["tower.onnx.data", "tower.onnx"], write, load)
+
+    def run(pixel_values: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"pixel_values": pixel_values.numpy()})[0])
+
+    model.transformer = EngineTransformer(model.transformer, run)
+
+
 def _openvino(model: OptimizedModel, kept: Path) -> None:
     home = _home(model)
     precisions = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -179,23 +223,23 @@ def _openvino(model: OptimizedModel, kept: Path) -> None:
         import openvino
     except ImportError as error:
         raise EngineError("it is not installed: pip install 'siglip-port[openvino]'") from error
-    path = kept / f"tower-{precisions[home.dtype]}.xml"
-    try:
-        if not path.exists():
-            with writing.unfinished(kept) as place:
-                _convert(model, place / path.name)
-                writing.put([place / path.with_suffix(".bin").name, place / path.name], kept)
+
+    def write(path: Path) -> None:
+        tower = copy.deepcopy(model.transformer).float()
+        exported = export_any_batch(tower, pictures(model, 2).float())
+        openvino.save_model(openvino.convert_model(exported), path, compress_to_fp16=False)
+
+    def load(path: Path) -> Any:  # noqa: ANN401 (untyped)
         settings = {
             "INFERENCE_PRECISION_HINT": precisions[home.dtype],
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "CACHE_DIR": str(kept),
         }
-        compiled = openvino.Core().compile_model(path, "CPU", settings)
-    except Exception as error:  # of many kinds, none of them documented
-        where = f"; if it could before, delete {path}" if path.exists() else ""
-        raise EngineError(f"OpenVINO cannot take the tower: {_last_line(error)}{where}") from error
+        return openvino.Core().compile_model(path, "CPU", settings)
 
+    name = f"tower-{precisions[home.dtype]}"
+    compiled = _kept_file("OpenVINO", kept, [f"{name}.bin", f"{name}.xml"], write, load)
     one_at_a_time, dtype = threading.Lock(), home.dtype  # OpenVINO refuses a second thread
 
     def run(pixel_values: Tensor) -> Tensor:
@@ -206,13 +250,20 @@ def _openvino(model: OptimizedModel, kept: Path) -> None:
     model.transformer = EngineTransformer(model.transformer, run)
 
 
-def _convert(model: OptimizedModel, path: Path) -> None:
-    """Writes a tower as OpenVINO's own files, `.xml` and `.bin`, in float32."""
-    import openvino
-
-    tower = copy.deepcopy(model.transformer).float()
-    exported = export_any_batch(tower, pictures(model, 2).float())
-    openvino.save_model(openvino.convert_model(exported), path, compress_to_fp16=False)
+def _kept_file(
+    program: str, kept: Path, names: Sequence[str], write: Callable[[Path], None], load: Callable[[Path], T]
+) -> T:
+    """Loads what another program makes of a tower: the last of `names`; written first, with the others, if need be."""
+    path = kept / names[-1]
+    try:
+        if not path.exists():
+            with writing.unfinished(kept) as place:
+                write(place / path.name)
+                writing.put([place / name for name in names], kept)
+        return load(path)
+    except Exception as error:  # of many kinds, none of them documented
+        where = f"; if it could before, delete {path}" if path.exists() else ""
+        raise EngineError(f"{program} cannot take the tower: {_last_line(error)}{where}") from error
 
 
 Engine = Callable[[OptimizedModel, Path], None]
@@ -220,12 +271,14 @@ ENGINES: dict[str, Engine] = {
     "eager": _eager,
     "packed": _packed,
     "packed-gelu": _packed_fused,
+    "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "compiled": _compiled,
     "int8": _int8,
 }
 """What can be tried, the simplest first: the tower as it is; its Linears packed for oneDNN, without and with GELU in
-the same kernel; run by OpenVINO; compiled by Inductor into CUDA graphs; and, for int8, Linears of 8 bits."""
+the same kernel; run by ONNX Runtime, or by OpenVINO; compiled by Inductor into CUDA graphs; and, for int8, Linears of
+8 bits."""
 
 
 def optimize(
@@ -260,7 +313,7 @@ def optimize(
     names = _checked(model, dtype, engines, batch_size, cache_dir)
     tower = frozen(model, torch.float32 if dtype == torch.int8 else dtype)
     home = _home(tower)
-    kept = (Path(cache_dir) if cache_dir is not None else _cache()) / _fingerprint(tower)
+    kept = _folder(tower, cache_dir)
     form = dtype or home.dtype
     conditions = f"{str(form).removeprefix('torch.')}, batch {batch_size}, {_machine(home.device)}"
     found = kept / f"{_hash(conditions, *names)}.json"
@@ -274,6 +327,31 @@ def optimize(
             return tower
     tower = _choose(tower, names, batch_size, kept, conditions, BOUNDS[form])
     _write(found, tower.choice)
+    return tower
+
+
+def in_form(
+    model: SigLipVisionModel,
+    engine: str,
+    *,
+    dtype: torch.dtype | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> OptimizedModel:
+    """The tower in the form of one engine, whether that is fast here or not, and not yet compared with anything.
+
+    Args:
+        model: as for `optimize`.
+        engine: a name of `ENGINES`.
+        dtype: as for `optimize`.
+        cache_dir: as for `optimize`.
+
+    Raises:
+        ValueError: as for `optimize`.
+        EngineError: the engine cannot be used here.
+    """
+    _checked(model, dtype, [engine], 1, cache_dir)
+    tower = frozen(model, torch.float32 if dtype == torch.int8 else dtype)
+    ENGINES[engine](tower, _folder(tower, cache_dir))
     return tower
 
 
@@ -412,8 +490,11 @@ def _last_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "siglip_port" / "engines"
+def _folder(model: SigLipVisionModel, cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Where to keep what belongs to a model."""
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "siglip_port" / "engines"
+    return Path(cache_dir) / _fingerprint(model)
 
 
 def _machine(device: torch.device) -> str:
@@ -433,10 +514,17 @@ def _processor() -> dict[str, str]:
 
 
 def _versions() -> list[str]:
-    """What makes compiled code useless when it changes: torch, OpenVINO, and what the processor can do."""
-    has_openvino = importlib.util.find_spec("openvino") is not None
+    """What makes compiled code useless when it changes: torch, the engines, and what the processor can do."""
     flags = _processor().get("flags", platform.processor())
-    return [torch.__version__, version("openvino") if has_openvino else "", flags, version("siglip-port")]
+    return [torch.__version__, *map(_installed, ("onnxruntime", "openvino", "siglip-port")), flags]
+
+
+def _installed(package: str) -> str:
+    """Its version; empty where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _fingerprint(model: SigLipVisionModel) -> str:

@@ -535,6 +535,32 @@ def test_bits_are_compared_and_not_values() -> None:
     assert not extraction._same(zero, None)
 
 
+# --- export -------------------------------------------------------------------------------------------------------
+
+
+def test_exported_for_other_programs(full: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    out = tmp_path / "tower.onnx"
+    told = run("export", full, out).stdout
+    assert f"written  {out} (" in told
+    assert "compared with the tower, in batches of 1, 2 and 5: differs by " in told
+    x, model = pixels(SMALL, 3).float(), load(full)
+    (tokens, *_) = onnxruntime.InferenceSession(out).run(None, {"pixel_values": x.numpy()})
+    with torch.inference_mode():
+        assert relative_error(torch.from_numpy(tokens), model(x).double()) < 1e-5
+    run("export", full, tmp_path / "tower.pt2", "--format", "program")
+    assert torch.export.load(tmp_path / "tower.pt2").module()(x)[0].shape == tokens.shape
+
+
+def test_what_cannot_be_exported(full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "must be named *.pt2" in run("export", full, "a.onnx", "--format", "package", code=2).output
+    assert "does not exist" in run("export", full, tmp_path / "no" / "a.onnx", code=2).output
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "a.onnx is not written: it needs" in run("export", full, tmp_path / "a.onnx", code=1).stderr
+    assert not (tmp_path / "a.onnx").exists()
+
+
 # --- list, and the command itself ---------------------------------------------------------------------------------
 
 

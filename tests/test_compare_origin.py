@@ -19,7 +19,7 @@ from PIL import Image
 import compare_origin
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port import model as port
-from siglip_port.parity import references
+from siglip_port.parity import proof, references
 from siglip_port.parity.proof import Case
 from tests.conftest import SMALL, MakeCheckpoint, edit_config, edit_tensors
 from tests.hub_server import Fault, Hub, Repository
@@ -469,3 +469,16 @@ def test_large_towers_state_their_need(capsys: pytest.CaptureFixture[str]) -> No
     assert re.match(r"this tower has 428 M parameters: needs about 1\d GB", capsys.readouterr().err)
     compare_origin.warn_of_memory(towers[1], torch.float32)
     assert capsys.readouterr().err == ""
+
+
+def test_every_form_of_optimize_is_judged(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with proof.made(proof.ODD, "L7", gates=("rounding",)) as case:
+        found = list(compare_origin.optimized_forms(case, proof.load_port(case.source)))
+    assert [gate.name for gate in found] == [
+        f"rounding float32, {engine}" for engine in ("packed", "packed-gelu", "onnxruntime")
+    ]
+    assert all(gate.passed and gate.checked == 2 for gate in found)
+    told = capsys.readouterr().err
+    assert "openvino is not judged on the odd tower: it is not installed" in told
+    assert "compiled is not judged on the odd tower: it is for GPUs" in told

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +25,7 @@ from siglip_port import (
     pack,
 )
 from siglip_port.inference import BOUNDS, ENGINES, EngineError
-from siglip_port.parity import gates, proof, randomise
-from siglip_port.parity.gates import Side
+from siglip_port.parity import proof, randomise
 from tests.conftest import SMALL, pixels
 
 ON_CPU = [name for name in ENGINES if name not in ("compiled", "int8")]
@@ -45,10 +45,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made_by(engine: str, model: SigLipVisionModel, kept: Path, dtype: torch.dtype | None = None) -> OptimizedModel:
-    """A model in the form of one engine, whichever is the fastest."""
-    fast = inference.frozen(model, dtype)
-    ENGINES[engine](fast, kept / inference._fingerprint(fast))
-    return fast
+    return inference.in_form(model, engine, dtype=dtype, cache_dir=kept)
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -159,12 +156,14 @@ def test_what_cannot_be_used_is_told_and_the_tower_stays(monkeypatch: pytest.Mon
 
     monkeypatch.setitem(ENGINES, "packed", wrong)
     monkeypatch.setitem(ENGINES, "packed-gelu", nothing)
-    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    for package in ("openvino", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, package, None)
     fast = optimize(tower(), cache_dir=tmp_path)
     assert fast.choice.engine == "eager"
     left_out = fast.choice.left_out
     assert left_out["compiled"].startswith("it is for GPUs")
     assert left_out["openvino"] == "it is not installed: pip install 'siglip-port[openvino]'"
+    assert left_out["onnxruntime"] == "it is not installed: pip install 'siglip-port[onnx]'"
     assert left_out["packed"].endswith(", bound 2e-05")
     assert left_out["packed-gelu"].startswith("its results differ from the tower's own by inf")
     assert "compiled is left out:" in str(fast.choice)
@@ -195,28 +194,41 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         assert json.loads(file.read_text())["bound"] == BOUNDS[torch.float32]
 
 
-def test_openvino_converts_once_for_its_weights(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "writer", "file"),
+    [
+        ("openvino", "openvino.convert_model", "tower-f32.xml"),
+        ("onnxruntime", "siglip_port.inference.write_onnx", "tower.onnx"),
+    ],
+)
+def test_another_program_s_file_is_written_once_for_its_weights(
+    engine: str, writer: str, file: str, monkeypatch: pytest.MonkeyPatch, kept: Path
+) -> None:
     model, x = tower(), pixels(HEADED, 3).float()
-    made_by("openvino", model, kept)
-    before = set(kept.glob("*/*.xml"))
-    monkeypatch.setattr(inference, "_convert", None)  # not called again
+    made_by(engine, model, kept)
+    before = set(kept.glob(f"*/{file}"))
+    monkeypatch.setattr(writer, None)  # not called again
     with torch.inference_mode():
-        assert difference(made_by("openvino", model, kept)(x), model(x)) <= BOUNDS[torch.float32]
-    assert before == set(kept.glob("*/*.xml"))
+        assert difference(made_by(engine, model, kept)(x), model(x)) <= BOUNDS[torch.float32]
+    assert before == set(kept.glob(f"*/{file}"))
     with torch.no_grad():
         model.transformer.post_layernorm.bias[0] += 1
     with pytest.raises(EngineError, match="not callable"):
-        made_by("openvino", model, kept)
+        made_by(engine, model, kept)
 
 
-def test_a_damaged_file_of_an_engine_is_named(kept: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "program", "file"),
+    [("openvino", "OpenVINO", "tower-f32.xml"), ("onnxruntime", "ONNX Runtime", "tower.onnx")],
+)
+def test_a_damaged_file_of_an_engine_is_named(engine: str, program: str, file: str, tmp_path: Path) -> None:
     model = tower()
-    path = tmp_path / inference._fingerprint(inference.frozen(model, None)) / "tower-f32.xml"
+    path = tmp_path / inference._fingerprint(inference.frozen(model, None)) / file
     path.parent.mkdir()
     path.write_text("<net")
-    with pytest.raises(EngineError, match=f"OpenVINO cannot take the tower: .*delete {path}"):
-        made_by("openvino", model, tmp_path)
-    assert optimize(model, engines=["openvino"], cache_dir=tmp_path).choice.engine == "eager"
+    with pytest.raises(EngineError, match=f"{program} cannot take the tower: .*delete {path}"):
+        made_by(engine, model, tmp_path)
+    assert optimize(model, engines=[engine], cache_dir=tmp_path).choice.engine == "eager"
 
 
 def test_packed_linears_follow_their_weights() -> None:
@@ -331,6 +343,8 @@ def test_a_folder_that_cannot_be_written_to_costs_only_time(tmp_path: Path, capl
 def test_engines_that_this_dtype_or_machine_has_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="it is for float32 and bfloat16 on CPUs"):
         made_by("openvino", tower(), tmp_path, torch.float16)
+    with pytest.raises(EngineError, match="it is for float32 on CPUs"):
+        made_by("onnxruntime", tower(), tmp_path, torch.bfloat16)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(EngineError, match="built without oneDNN"):
         made_by("packed", tower(), tmp_path)
@@ -351,10 +365,28 @@ def test_the_whole_harness_passes_the_packed_form(kept: Path) -> None:
 def test_rounding_of_every_engine_is_that_of_the_reference(engine: str, kept: Path) -> None:
     """The gate of the comparison, with the weights that make rounding loud, on what comes out of each engine."""
     with proof.made(proof.ODD, "L7", gates=("rounding",)) as case:
-        port = made_by(engine, proof.load_port(case.source), kept)
-        gate = gates.rounding(Side(port, proof.outputs), case.truth(torch.float32), [])
+        port = proof.load_port(case.source)
+        (gate,) = proof.form_gates(case, port, engine, kept)
+        assert gate.name == f"rounding float32, {engine}"
         assert gate.passed, gate.findings
         assert gate.checked >= 2
-        rough = proof.load_port(case.source).bfloat16().float()
-        rough_port = made_by(engine, rough, kept)
-        assert not gates.rounding(Side(rough_port, proof.outputs), case.truth(torch.float32), []).passed
+        (rough,) = proof.form_gates(case, port.bfloat16().float(), engine, kept)
+        assert not rough.passed
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_what_an_engine_computes_reaches_the_gate(engine: str, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tower's own modules are not what is judged: with a mistake in the engine alone, the gate fails."""
+    make = ENGINES[engine]
+
+    def slightly_off(model: OptimizedModel, kept: Path) -> None:
+        make(model, kept)
+        assert isinstance(model.transformer, inference.EngineTransformer)
+        run = model.transformer.run
+        assert run is not None
+        model.transformer.run = lambda x: run(x) * 1.01
+
+    monkeypatch.setitem(ENGINES, engine, slightly_off)
+    with proof.made(proof.ODD, "L7", gates=("rounding",)) as case:
+        (gate,) = proof.form_gates(case, proof.load_port(case.source), engine, kept)
+        assert not gate.passed

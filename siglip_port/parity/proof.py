@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import siglip_port
-from siglip_port import SigLipVisionConfig, key_map
+from siglip_port import SigLipVisionConfig, inference, key_map
 from siglip_port.parity import gates, references, taps
 from siglip_port.parity.gates import HINTS, Finding, Gate, Side, Truth
 from siglip_port.parity.metrics import bits, relative_error
@@ -177,6 +177,35 @@ def noise(config: SigLipVisionConfig, batch: int = 2, seed: int = 0) -> Tensor:
     sides = (size - patch, size + 2 * patch) if config.naflex else (size, size)
     shape = (batch, config.num_channels, *sides)
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def form_gates(case: Case, port: siglip_port.SigLipVisionModel, engine: str, cache_dir: Path) -> Iterator[Gate]:
+    """Judges the rounding of a port in a form of `siglip_port.optimize`, by what comes out: it may have no inside.
+
+    Args:
+        case: what to judge it on.
+        port: loaded from its source.
+        engine: a name of `siglip_port.inference.ENGINES`.
+        cache_dir: where to keep what is compiled.
+
+    Yields:
+        A gate for each dtype of the case that the form can compute in.
+
+    Raises:
+        siglip_port.inference.EngineError: it can compute in none of them.
+    """
+    reasons, judged = [], 0
+    for dtype in case.dtypes:
+        try:
+            form = inference.in_form(port, engine, dtype=dtype, cache_dir=cache_dir)
+        except inference.EngineError as error:
+            reasons.append(error)
+            continue
+        judged += 1
+        gate = gates.rounding(Side(form, outputs), case.truth(dtype), [])
+        yield replace(gate, name=f"{gate.name}, {engine}")
+    if not judged:
+        raise reasons[0]
 
 
 LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
