@@ -217,6 +217,7 @@ def warn_of_memory(port: SigLipVisionModel, dtype: Any) -> None:  # noqa: ANN401
 
 def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case) -> Comparison:
     """Runs all gates on the checkpoint, and on small towers of its kind with weights that make mistakes loud."""
+    from siglip_port import inference
     from siglip_port.parity import proof
     from siglip_port.parity.comparison import Comparison, Section
 
@@ -226,7 +227,7 @@ def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case) -> Comp
     sections = [Section(case.name, case.weights, tuple(found))]
     case.truths = {dtype: truth for dtype, truth in case.truths.items() if dtype == case.dtypes[0]}
     for made in proof.small_cases(port.config, args.device, attentions(args), full=args.full):
-        with proof.threads(1), made as small:
+        with inference.threads(1), made as small:
             candidate = proof.load_port(small.source, device=args.device)
             found = [*progress(small.check(candidate), f"{small.name}, {small.weights}")]
             if args.optimized and "rounding" in small.gates:

@@ -5,10 +5,12 @@ Imported by the entry point alone: it needs typer and rich, which the library do
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
 import sys
+import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +27,7 @@ from siglip_port.architectures import PUBLISHED, Published
 from siglip_port.checkpoint import CheckpointError, SeveralTowersError
 from siglip_port.extraction import Format, extract
 from siglip_port.hub import find_source
+from siglip_port.inference import EngineError
 from siglip_port.inspection import Inspection, inspect
 from siglip_port.model import SigLipVisionModel
 from siglip_port.processors import RESAMPLE
@@ -203,6 +206,157 @@ def export_command(
     typer.echo(model.provenance)
     typer.echo(f"written  {out} ({_amount(out.stat().st_size)})")
     typer.echo(f"compared with the tower, in batches of 1, 2 and 5: differs by {far:.1e}")
+
+
+@app.command("embed")
+def embed_command(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="Folders, pictures, patterns in quotation marks, .txt lists, .tar or .parquet files."),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to be written; a run that it holds goes on.")],
+    source: Annotated[str, typer.Option("--model", help="A Hub id, a folder, or a file.")] = PUBLISHED[0].repo,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="To compute in; the file's own.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    form: Annotated[
+        str | None, typer.Option(help="An engine of `siglip_port.optimize`; measured and chosen, if not named.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU, for the model; as many as fit.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 16,
+    shard_size: Annotated[int, typer.Option(min=1, help="Rows a file; also what an interruption can cost.")] = 2048,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that decode; with --engine ray, that hold the model. As many as fit."),
+    ] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Write all tokens, not one vector a picture.")] = False,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale vectors to unit length.")] = False,
+    store: Annotated[Literal["float32", "float16"], typer.Option(help="As what numbers to write.")] = "float32",
+    file_format: Annotated[
+        Literal["parquet", "npy"],
+        typer.Option("--format", help="Vectors in the parquet files, or in arrays beside them."),
+    ] = "parquet",
+    backend: Annotated[
+        Literal["pil", "torchvision"], typer.Option(help="What resizes; torchvision is an extra.")
+    ] = "pil",
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="This machine, or a Ray cluster.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster; the one that Ray finds, or a new one.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the vectors of many pictures as parquet files.
+
+    Exit code 0: all pictures have a vector. 3: some could not be read: their rows say why. 1: it could not go on; what
+    is complete stays, and the same command goes on from there. 2: wrong arguments. 130: interrupted, likewise.
+    """
+    embedding = _embedding()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    model = SigLipVisionModel.from_hf(source, revision=revision, local_files_only=offline, device=device)
+    line = _Line()
+    try:
+        done = embedding.embed(
+            inputs,
+            out,
+            model,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            form=form,
+            threads=threads,
+            batch_size=batch_size,
+            shard_size=shard_size,
+            workers=workers,
+            output="tokens" if tokens else "pooled",
+            normalize=normalize,
+            store=store,
+            format=file_format,
+            backend=backend,
+            engine=engine,
+            address=address,
+            report=lambda progress: line.show(_progress(progress)),
+        )
+    except (embedding.EmbedError, EngineError) as error:
+        line.clear()
+        _fail(str(error), 1)
+    line.clear()
+    if as_json:
+        _print_json({"out": str(out), **done.to_json()})
+    else:
+        typer.echo(f"{done.done} of {done.total} pictures in {out}, {done.failed} of them with an error instead")
+        typer.echo(
+            f"{done.fresh} now, {done.rate:.1f} a second; seconds: {done.waiting:.1f} waiting for pictures, "
+            f"{done.model:.1f} model, {done.writing:.1f} writing; {done.decoding:.1f} decoding, beside all that"
+        )
+    if done.failed:
+        raise typer.Exit(3)
+
+
+@app.command("search")
+def search_command(
+    out: Annotated[Path, typer.Argument(help="A folder that `embed` has written.")],
+    query: Annotated[Path, typer.Argument(help="A picture.")],
+    count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many pictures.")] = 10,
+    source: Annotated[str | None, typer.Option("--model", help="Where the model is now, if it has moved.")] = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the pictures of a folder of vectors that are nearest to one, by cosine.
+
+    Exit code 0: found. 1: there are no vectors, or the picture or the model cannot be read.
+    """
+    embedding, nearest = _embedding(), importlib.import_module("siglip_port.search")
+    try:
+        vector = nearest.vector_like(out, query, source=source, local_files_only=offline)
+        found = nearest.search(out, vector, count)
+    except embedding.EmbedError as error:
+        _fail(str(error), 1)
+    if as_json:
+        rows = [{"cosine": cosine, "id": name, "path": path} for cosine, name, path in found]
+        _print_json({"query": str(query), "nearest": rows})
+        return
+    for cosine, name, _ in found:
+        typer.echo(f"{cosine:.4f}  {name}")
+
+
+def _embedding() -> Any:  # noqa: ANN401 (the module, which needs an extra)
+    try:
+        import pyarrow  # noqa: F401
+    except ModuleNotFoundError:
+        _fail("this needs pyarrow, which is not installed: install siglip-port[embed]", 2)
+    from siglip_port import embed
+
+    return embed
+
+
+class _Line:
+    """One line on the terminal that is written over; nothing where there is no terminal."""
+
+    def __init__(self) -> None:
+        self.terminal, self.last = sys.stderr.isatty(), 0.0
+
+    def show(self, text: str) -> None:
+        if self.terminal and time.monotonic() > self.last + 0.2:
+            self.last = time.monotonic()
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _progress(progress: Any) -> str:  # noqa: ANN401
+    left = (progress.total - progress.done) / progress.rate if progress.rate else 0.0
+    shares = {name: getattr(progress, name) / (progress.seconds or 1) for name in ("waiting", "model", "writing")}
+    where = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    return (
+        f"{progress.done}/{progress.total}, {progress.failed} failed, {progress.rate:.1f} pictures/s, "
+        f"{left / 60:.0f} min left ({where})"
+    )
 
 
 @app.command("list")

@@ -7,6 +7,7 @@ with it at once. See docs/performance.md for what each engine brought where.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -17,7 +18,7 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -355,6 +356,17 @@ def in_form(
     return tower
 
 
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Runs with another number of threads. Small towers are fastest with one, by far where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _checked(
     model: SigLipVisionModel,
     dtype: torch.dtype | None,
@@ -529,11 +541,16 @@ def _installed(package: str) -> str:
 
 def _fingerprint(model: SigLipVisionModel) -> str:
     """Names the folder of what holds for these very weights, on this processor, with these versions."""
-    digest = hashlib.sha256(_hash(repr(model.config), *_versions()).encode())
+    return _hash(repr(model.config), *_versions(), weights_hash(model))
+
+
+def weights_hash(model: SigLipVisionModel) -> str:
+    """A hash of every bit of every parameter, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()
 
 
 def _hash(*parts: str) -> str:

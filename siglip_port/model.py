@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name the field uses)
@@ -32,6 +32,9 @@ from siglip_port.config import SigLipVisionConfig
 from siglip_port.files import DTYPES
 from siglip_port.hub import find_source
 from siglip_port.patches import positions
+
+if TYPE_CHECKING:  # Pillow takes a while, and only pictures need it
+    from siglip_port.image import Backend, Picture
 
 _Model = TypeVar("_Model", bound="SigLipVisionModel")
 
@@ -507,6 +510,38 @@ class SigLipVisionModel(nn.Module):
         mask = key_mask(tokens, pixel_attention_mask, spatial_shapes)
         pooled = self.pool(tokens, None if mask is None else mask[:, 0, 0])
         return F.normalize(pooled, dim=-1) if normalize else pooled
+
+    @torch.inference_mode()
+    def embed_images(
+        self, pictures: Sequence[Picture], *, batch_size: int = 32, normalize: bool = False, backend: Backend = "pil"
+    ) -> Tensor:
+        """Turns pictures as they are into one vector each: `siglip_port.image.ImageProcessor`, then `embed`.
+
+        Args:
+            pictures: paths, contents of files, pictures of Pillow's, or uint8 arrays or tensors; one or several.
+            batch_size: how many at a time.
+            normalize: whether to scale every vector to unit length.
+            backend: what resizes: `pil`, or `torchvision`, which is an extra.
+
+        Returns:
+            [B, D], on the model's device.
+
+        Raises:
+            siglip_port.image.ImageError: a picture cannot be read; the message says which.
+            ValueError: as for `embed`, or `preprocessor_config` cannot be followed.
+        """
+        from siglip_port.image import ImageProcessor, listed
+
+        processor = ImageProcessor.from_config(self.preprocessor_config, backend)
+        home, several = self.transformer.post_layernorm.weight, listed(pictures)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number from 1 on, got {batch_size!r}")
+        vectors = []
+        for first in range(0, len(several), batch_size):
+            pixels: Any = processor(several[first : first + batch_size])
+            moved = {name: part.to(home.device) for name, part in pixels.items()}
+            vectors.append(self.embed(**moved, normalize=normalize))
+        return torch.cat(vectors) if vectors else home.new_zeros(0, self.config.embed_dim)
 
     def hidden_states(
         self,

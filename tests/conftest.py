@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +18,11 @@ from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from siglip_port import SigLipVisionConfig
+from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from tests.hub_server import Hub
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+from make_pictures import make
 
 torch.set_num_threads(1)  # towers of a few columns are slower with more
 
@@ -92,6 +96,26 @@ def checkpoint(tmp_path: Path) -> MakeCheckpoint:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of `SMALL`, on which nothing is zero and nothing is one."""
+    from siglip_port.parity import randomise
+
+    folder = tmp_path_factory.mktemp("tower")
+    model = SigLipVisionModel(SMALL).eval()
+    randomise(model, seed=0)
+    model.save_hf(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 pictures, several of them broken: `broken.json` says which."""
+    folder = tmp_path_factory.mktemp("photos")
+    assert len(set(make(folder, 50, 0.2, 0).values())) >= 3
+    return folder
 
 
 def edit_tensors(

@@ -260,17 +260,6 @@ def small_cases(
     yield made(odd, "S1", gates=("rounding",), dtypes=LOW_DTYPES[1:], **how)
 
 
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Runs with another number of threads. Small towers are fastest with one, by far where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def load_port(source: str, **how: Any) -> siglip_port.SigLipVisionModel:  # noqa: ANN401
     """Loads the port as a user does."""
     return siglip_port.SigLipVisionModel.from_hf(source, **how)

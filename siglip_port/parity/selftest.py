@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from siglip_port import inference
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.parity import gates, mutants, proof, references, taps
 from siglip_port.parity.comparison import describe
@@ -279,7 +280,7 @@ def run(args: argparse.Namespace, progress: Progress) -> bool:
         args: of compare_origin.py: `device`, `full` and `json` count.
         progress: passes items on, and shows how far it is.
     """
-    with proof.threads(1):
+    with inference.threads(1):
         report = examine_all(args, progress)
     if args.json is not None:
         write(args.json, json.dumps(as_json(report), indent=1) + "\n")
@@ -304,7 +305,7 @@ def examine_all(args: argparse.Namespace, progress: Progress) -> Report:
                         examine_shapes(mutant) if shaped else examine(mutant, few, None, int(args.full))
                     )
             for threads in (1, 2) if args.full else (torch.get_num_threads(),):
-                with proof.threads(threads):
+                with inference.threads(threads):
                     for mutant in progress(iter(mutants.LEGAL), f"legal variants, seed {seed}", len(mutants.LEGAL)):
                         report.alarms.append((f"seed {seed}, {threads} threads", examine(mutant, made)))
             if args.full:

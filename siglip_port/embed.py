@@ -1,0 +1,484 @@
+"""Many pictures become vectors on disk: parquet files that are complete or absent, a run that can be continued.
+
+Every batch holds the same pictures, at the same places, however often the run was interrupted: batch b of shard s is
+items `s * shard_size + b * batch_size` and those after it, with blank pictures for what cannot be read. So the vectors
+do not depend on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from siglip_port import inference, writing
+from siglip_port.embedder import Decoded, Embedder, Output, Store, decode
+from siglip_port.image import Backend, ImageProcessor
+from siglip_port.model import SigLipVisionModel
+from siglip_port.pictures import Item, digest, find_items
+
+SETTINGS, KEY = "run.json", b"siglip_port"
+"""The file that tells of a folder how it came about, and the key of the same in a parquet file's metadata."""
+
+PATIENCE = 15.0
+"""Seconds to wait for another run to end: the workers of one that was killed hold its lock until they notice it."""
+
+Format = Literal["parquet", "npy"]
+
+
+class EmbedError(Exception):
+    """A run cannot begin, or not go on; the message says why. What is complete stays."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides which rows and numbers a run ends with. A folder holds rows of one alone.
+
+    Attributes:
+        source: the model's name: a Hub id or a path.
+        commit: of the Hub repository, if it is one.
+        weights: a hash of all parameters.
+        dtype: in which they are computed with.
+        form: a name of `siglip_port.inference.ENGINES`.
+        device: `cpu`, `cuda`, ...
+        threads: of the CPU, for the model.
+        batch_size: pictures at a time.
+        shard_size: rows a file.
+        output: `pooled`, a vector a picture; or `tokens`, [N, D] row by row.
+        normalize: whether vectors are of unit length.
+        store: `float32` or `float16`.
+        format: `parquet`; or `npy`, vectors beside the parquet files.
+        preprocess: a hash of every choice that changes a pixel.
+        processor: those choices.
+        pictures: how many.
+        ids: a hash of their ids.
+    """
+
+    source: str
+    commit: str | None
+    weights: str
+    dtype: str
+    form: str
+    device: str
+    threads: int
+    batch_size: int
+    shard_size: int
+    output: Output
+    normalize: bool
+    store: Store
+    format: Format
+    preprocess: str
+    processor: dict[str, Any]
+    pictures: int
+    ids: str
+
+
+@dataclass
+class Progress:
+    """How far a run is, and where its time has gone. Also its summary.
+
+    Attributes:
+        total: pictures.
+        done: rows that are written or in memory, those of earlier runs included.
+        failed: rows with an error among them.
+        fresh: rows of this run.
+        seconds: of this run, altogether; and of it `waiting` for pictures, `model`, `writing`. On a cluster, `waiting`
+            is for results, and `model` is of all models together.
+        decoding: seconds in all workers together, while all else went on.
+    """
+
+    total: int
+    done: int = 0
+    failed: int = 0
+    fresh: int = 0
+    seconds: float = 0.0
+    waiting: float = 0.0
+    model: float = 0.0
+    writing: float = 0.0
+    decoding: float = 0.0
+    started: float = field(default_factory=time.perf_counter, repr=False)
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second, of this run."""
+        return self.fresh / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> dict[str, float]:
+        """All figures."""
+        return {**{k: v for k, v in asdict(self).items() if k != "started"}, "rate": self.rate}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures that go through the model together.
+
+    Attributes:
+        number: of the batches that are to be done in a run.
+        shard: of which it is a part.
+        items: the pictures.
+    """
+
+    number: int
+    shard: int
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a batch.
+
+    Attributes:
+        number: of the batch.
+        sizes: (height, width) of each picture, if it could be read.
+        errors: why not, or empty.
+        vectors: [B, embedding_dim], NaN where there is an error.
+        decoding: seconds that it took.
+        model: seconds that it took.
+    """
+
+    number: int
+    sizes: tuple[tuple[int, int] | None, ...]
+    errors: tuple[str, ...]
+    vectors: NDArray[Any]
+    decoding: float
+    model: float
+
+
+def embed(
+    inputs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    model: SigLipVisionModel,
+    *,
+    dtype: torch.dtype | None = None,
+    form: str | None = None,
+    threads: int | None = None,
+    batch_size: int = 16,
+    shard_size: int = 2048,
+    workers: int | None = None,
+    output: Output = "pooled",
+    normalize: bool = False,
+    store: Store = "float32",
+    format: Format = "parquet",
+    backend: Backend = "pil",
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Progress:
+    """Writes the vectors of many pictures as parquet files, `part-000000.parquet` and so on.
+
+    Columns: `id`, `path`, `width`, `height`, `embedding` (a list of fixed size, NaN where there is an error), `error`
+    (null where there is none). The metadata of each file tells how it came about. A run that was ended by whatever is
+    continued by the same call; what is complete is not done again.
+
+    Args:
+        inputs: see `siglip_port.pictures.find_items`.
+        out: a folder; made if it does not exist.
+        model: the tower, where it is to run.
+        dtype: to compute in; None for the model's own.
+        form: a name of `siglip_port.inference.ENGINES`; None for the one that an earlier run of this folder took,
+            or `optimize` chooses.
+        threads: of the CPU, for the model; None for as many as an earlier run of this folder took, or torch does.
+        batch_size: pictures at a time.
+        shard_size: rows a file, rounded up to whole batches.
+        workers: processes that decode, 0 for none besides this one, None for as many as there are processors; on a
+            cluster, processes that hold the model, None for as many as fit.
+        output: vectors, or tokens.
+        normalize: whether to scale vectors to unit length.
+        store: as what numbers to write them.
+        format: where to: a column `embedding`; or, of each part, an array beside it, [rows, D], NaN where there is
+            an error.
+        backend: of `siglip_port.image.ImageProcessor`.
+        engine: this machine, or a Ray cluster: see `siglip_port.cluster`.
+        address: of the cluster; None for the one that Ray finds, or a new one on this machine.
+        report: called after every batch.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: an argument is none that there is.
+        EmbedError: the folder holds rows of other settings, is in use, or cannot be written to.
+    """
+    _check(model, shard_size, workers, format, engine)
+    folder, items = Path(out), find_items([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)
+    earlier = read_settings(folder) or {}
+    threads = threads or earlier.get("threads") or torch.get_num_threads()
+    embedder = Embedder(
+        model, dtype=dtype, form=form or earlier.get("form") or "eager", threads=threads, batch_size=batch_size,
+        output=output, normalize=normalize, store=store, backend=backend,
+    )  # fmt: skip
+    if form is None and "form" not in earlier:
+        with inference.threads(threads):
+            embedder.form = inference.optimize(model, dtype=dtype, batch_size=batch_size).choice.engine
+    settings = _settings(embedder, items, shard_size, format)
+    try:
+        with _alone(folder):
+            _keep_settings(folder, settings)
+            run = _Run(folder, items, settings, report)
+            batches = list(run.missing())
+            if engine == "ray":
+                from siglip_port.cluster import on_ray
+
+                run.take(batches, on_ray(embedder, batches, workers, address))
+            else:
+                run.take(batches, here(embedder, batches, workers))
+            return run.progress
+    except OSError as error:
+        raise EmbedError(
+            f"{folder} cannot be written to: {error.strerror or error}; what is complete stays, and the same command "
+            "goes on from there"
+        ) from error
+
+
+def _check(model: SigLipVisionModel, shard_size: int, workers: int | None, form: str, engine: str) -> None:
+    if not isinstance(model, SigLipVisionModel):
+        raise ValueError(f"model must be a SigLipVisionModel, got a {type(model).__name__}")
+    for name, value, least in (("shard_size", shard_size, 1), ("workers", 0 if workers is None else workers, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
+    if form not in ("parquet", "npy") or engine not in ("local", "ray"):
+        raise ValueError(f"format must be parquet or npy, engine local or ray, got {form!r} and {engine!r}")
+
+
+def _settings(embedder: Embedder, items: Sequence[Item], shard_size: int, form: Format) -> Settings:
+    home = embedder.plain.transformer.post_layernorm.weight
+    return Settings(
+        source=embedder.name,
+        commit=embedder.commit,
+        weights=inference.weights_hash(embedder.plain)[:16],
+        dtype=str(embedder.dtype or home.dtype).removeprefix("torch."),
+        form=embedder.form,
+        device=str(home.device),
+        threads=embedder.threads,
+        batch_size=embedder.batch_size,
+        shard_size=-(-shard_size // embedder.batch_size) * embedder.batch_size,
+        output=embedder.output,
+        normalize=embedder.normalize,
+        store=embedder.store,
+        format=form,
+        preprocess=embedder.processor.fingerprint,
+        processor=asdict(embedder.processor),
+        pictures=len(items),
+        ids=digest(items),
+    )
+
+
+# --- the work --------------------------------------------------------------------------------------------------------
+
+
+class Pictures(Dataset[Decoded]):
+    """Reads, decodes and resizes pictures; in worker processes, by `DataLoader`."""
+
+    def __init__(self, items: Sequence[Item], processor: ImageProcessor) -> None:
+        self.items, self.processor = items, processor
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Decoded:
+        """One of them. Never raises for what is wrong with a picture."""
+        return decode(self.items[index], self.processor)
+
+
+def here(embedder: Embedder, batches: Sequence[Batch], workers: int | None) -> Iterator[Result]:
+    """Decodes in worker processes, and runs the model in this one.
+
+    Args:
+        embedder: the model.
+        batches: what is to be done.
+        workers: see `embed`.
+    """
+    items = [item for batch in batches for item in batch.items]
+    ends = itertools.accumulate((len(batch.items) for batch in batches), initial=0)
+    loader: DataLoader[Any] = DataLoader(
+        Pictures(items, embedder.processor),
+        batch_sampler=[list(range(first, end)) for first, end in itertools.pairwise(ends)],
+        num_workers=min(len(os.sched_getaffinity(0)) if workers is None else workers, len(batches)),
+        collate_fn=list,
+        worker_init_fn=_quiet_worker,
+    )
+    if batches:
+        for batch, decoded in zip(batches, loader, strict=True):
+            yield result(embedder, batch.number, decoded)
+
+
+def result(embedder: Embedder, number: int, decoded: Sequence[Decoded]) -> Result:
+    """Runs the model on what was decoded of the batch of this number."""
+    started = time.perf_counter()
+    vectors, errors = embedder.vectors(decoded)
+    seconds = time.perf_counter() - started
+    sizes = tuple(each.size for each in decoded)
+    return Result(number, sizes, tuple(errors), vectors, sum(each.seconds for each in decoded), seconds)
+
+
+def _quiet_worker(number: int) -> None:
+    """Ctrl-C goes to all processes of a terminal; the main one stops its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class _Run:
+    """What is missing, and how it is written."""
+
+    def __init__(
+        self, folder: Path, items: Sequence[Item], settings: Settings, report: Callable[[Progress], None]
+    ) -> None:
+        self.folder, self.items, self.settings, self.report = folder, items, settings, report
+        self.progress = Progress(len(items))
+
+    def missing(self) -> Iterator[Batch]:
+        """The batches of all shards that are not there. Counts those that are."""
+        size, step, number = self.settings.shard_size, self.settings.batch_size, itertools.count()
+        for shard, first in enumerate(range(0, len(self.items), size)):
+            items = self.items[first : first + size]
+            if (path := self._path(shard)).exists():
+                rows, failed = _count(path)
+                if rows != len(items):
+                    raise EmbedError(f"{path} holds {rows} rows, expected {len(items)}; delete it, and run again")
+                self.progress.done += rows
+                self.progress.failed += failed
+            else:
+                for at in range(0, len(items), step):
+                    yield Batch(next(number), shard, tuple(items[at : at + step]))
+
+    def take(self, batches: Sequence[Batch], results: Iterator[Result]) -> None:
+        """Takes results in any order; writes a shard when all of it is there."""
+        left: dict[int, set[int]] = {}
+        for batch in batches:
+            left.setdefault(batch.shard, set()).add(batch.number)
+        waiting, progress = dict[int, Result](), self.progress
+        asked = time.perf_counter()
+        for found in results:
+            progress.waiting += max(0.0, time.perf_counter() - asked - found.model)
+            progress.model += found.model
+            progress.decoding += found.decoding
+            progress.fresh += len(found.errors)
+            progress.done += len(found.errors)
+            progress.failed += sum(map(bool, found.errors))
+            waiting[found.number] = found
+            numbers = left[shard := batches[found.number].shard]
+            if numbers <= waiting.keys():
+                started = time.perf_counter()
+                self._write(shard, [(batches[n].items, waiting.pop(n)) for n in sorted(numbers)])
+                progress.writing += time.perf_counter() - started
+            asked = time.perf_counter()
+            progress.seconds = asked - progress.started
+            self.report(progress)
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"part-{shard:06}.parquet"
+
+    def _write(self, shard: int, parts: Sequence[tuple[Sequence[Item], Result]]) -> None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        items = [item for some, _ in parts for item in some]
+        errors = [error or None for _, found in parts for error in found.errors]
+        sizes = [size or (None, None) for _, found in parts for size in found.sizes]
+        vectors = np.concatenate([found.vectors for _, found in parts])
+        columns = {
+            "id": pa.array([_text(item.id) for item in items], pa.string()),
+            "path": pa.array([_text(item.path) for item in items], pa.string()),
+            "width": pa.array([width for _, width in sizes], pa.int32()),
+            "height": pa.array([height for height, _ in sizes], pa.int32()),
+            # No nulls: releases of pyarrow before 26 write lists of fixed size that are null, and cannot read them.
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1]),
+            "error": pa.array(errors, pa.string()),
+        }
+        if self.settings.format == "npy":
+            del columns["embedding"]
+        about = {**asdict(self.settings), "failed": sum(e is not None for e in errors), "versions": _versions()}
+        table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(about)})
+        with writing.unfinished(self.folder) as place:
+            files = [place / self._path(shard).name]
+            parquet.write_table(table, files[0])
+            if self.settings.format == "npy":  # before the other, which says that the shard is there
+                files.insert(0, files[0].with_suffix(".npy"))
+                np.save(files[0], vectors)
+            writing.put(files, self.folder)
+
+
+def _text(name: str) -> str:
+    """A name of a file, which may be no Unicode."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _versions() -> dict[str, str]:
+    names = ("siglip-port", "torch", "pillow", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+# --- what is there already -------------------------------------------------------------------------------------------
+
+
+def _count(path: Path) -> tuple[int, int]:
+    """How many rows a file has, and how many of them failed."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        metadata = parquet.read_metadata(path)
+        return metadata.num_rows, json.loads(metadata.metadata[KEY])["failed"]
+    except (OSError, pa.ArrowException, TypeError, KeyError, ValueError) as error:
+        raise EmbedError(f"{path} is no file of this program, or damaged: {error}; delete it, and run again") from error
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """How a folder came about: `Settings` as a dictionary; None where nothing says so.
+
+    Raises:
+        EmbedError: what says so is damaged.
+    """
+    try:
+        content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise EmbedError(f"{folder / SETTINGS} cannot be read: {error}; take another folder") from error
+    if not isinstance(content, dict):
+        raise EmbedError(f"{folder / SETTINGS} is not of this program; take another folder")
+    return content
+
+
+def _keep_settings(folder: Path, settings: Settings) -> None:
+    """Writes down what this folder holds; or makes sure that it is the same."""
+    wanted = json.loads(json.dumps(asdict(settings)))
+    earlier = read_settings(folder)
+    if earlier is None:
+        if any(folder.glob("part-*.parquet")):
+            raise EmbedError(f"{folder} holds parquet files, but no {SETTINGS}; take another folder")
+        with writing.unfinished(folder) as place:
+            (place / SETTINGS).write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+            writing.put([place / SETTINGS], folder)
+        return
+    differs = [name for name in wanted if earlier.get(name) != wanted[name] and name != "processor"]
+    if differs:
+        told = "; ".join(f"{name} was {earlier.get(name)!r} and would be {wanted[name]!r}" for name in differs)
+        raise EmbedError(f"{folder} holds rows of another run: {told}; take another folder, or the same settings")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other runs out of it. The lock ends with the process, however that ends."""
+    from huggingface_hub.utils import WeakFileLock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with WeakFileLock(folder / ".lock", timeout=PATIENCE):
+            yield
+    except TimeoutError as error:
+        raise EmbedError(f"another run is writing to {folder}; wait for it, or take another folder") from error

@@ -1,0 +1,434 @@
+"""Many pictures to vectors: what is written, what a run survives, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+from siglip_port import SigLipVisionModel, writing
+from siglip_port import embed as embedding
+from siglip_port.embed import KEY, EmbedError, embed
+from siglip_port.image import ImageError, ImageProcessor
+from siglip_port.parity import randomise
+from siglip_port.pictures import Item, find_items, read
+from siglip_port.search import search, vector_like
+from tests.conftest import SMALL
+from tests.test_cli import run as command
+
+HOW: dict[str, Any] = {"form": "eager", "batch_size": 4, "shard_size": 12, "workers": 0}
+
+
+@pytest.fixture
+def model(tower: Path) -> SigLipVisionModel:
+    return SigLipVisionModel.from_hf(tower)
+
+
+def broken(photos: Path) -> dict[str, str]:
+    return dict(json.loads((photos / "broken.json").read_text()))
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [row for path in sorted(out.glob("part-*.parquet")) for row in parquet.read_table(path).to_pylist()]
+
+
+def exact(out: Path) -> list[str]:
+    """The rows, for comparison: NaN is not even equal to itself."""
+    return list(map(repr, rows(out)))
+
+
+def test_every_picture_has_its_row(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
+    done = embed([photos], tmp_path / "out", model, **HOW)
+    found, bad = rows(tmp_path / "out"), broken(photos)
+    assert [row["id"] for row in found] == sorted(p.relative_to(photos).as_posix() for p in photos.glob("*/*"))
+    assert {row["id"] for row in found if row["error"]} == set(bad)
+    assert (done.done, done.total, done.fresh, done.failed) == (50, 50, 50, len(bad))
+    processor = ImageProcessor.from_config(model.preprocessor_config)
+    for row in found:
+        assert row["path"] == str(photos / row["id"])
+        if row["error"]:
+            assert row["width"] is row["height"] is None
+            assert np.isnan(row["embedding"]).all()
+            assert row["error"].startswith("the picture cannot be read: ")
+            continue
+        with torch.inference_mode():
+            alone = model.embed(**processor(photos / row["id"]))[0]
+        assert torch.allclose(torch.tensor(row["embedding"]), alone, rtol=1e-4, atol=1e-4)
+        with Image.open(photos / row["id"]) as image:
+            assert {row["width"], row["height"]} == set(image.size)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        ".lock", *(f"part-{i:06}.parquet" for i in range(5)), "run.json"
+    ]  # fmt: skip
+
+
+def test_what_a_file_tells_of_itself(photos: Path, tower: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
+    embed([photos], tmp_path, model, store="float16", normalize=True, **HOW)
+    file = parquet.ParquetFile(tmp_path / "part-000001.parquet")
+    assert str(file.schema_arrow.field("embedding").type) == f"fixed_size_list<element: halffloat>[{SMALL.embed_dim}]"
+    about = json.loads(file.schema_arrow.metadata[KEY])
+    assert (about["source"], about["commit"], about["dtype"]) == (str(tower), None, "float32")
+    assert (about["normalize"], about["store"], about["output"]) == (True, "float16", "pooled")
+    assert about["preprocess"] == ImageProcessor.from_config(model.preprocessor_config).fingerprint
+    assert about["failed"] == sum(row["error"] is not None for row in file.read().to_pylist())
+    assert about["versions"]["torch"] == torch.__version__.partition("+")[0] or about["versions"]["torch"]
+    vectors = [row["embedding"] for row in rows(tmp_path) if not row["error"]]
+    assert np.allclose(np.linalg.norm(np.array(vectors, dtype=float), axis=1), 1, atol=1e-2)
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars", "duckdb"])
+def test_others_read_it(library: str, photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
+    other = pytest.importorskip(library)
+    embed([photos], tmp_path, model, **HOW)
+    if library == "duckdb":
+        query = f"select id, embedding from read_parquet('{tmp_path}/part-*.parquet') where error is null order by id"
+        found = other.sql(query).fetchall()
+    elif library == "polars":
+        table = other.read_parquet(tmp_path / "part-*.parquet").filter(other.col("error").is_null())
+        found = list(zip(table["id"].to_list(), table["embedding"].to_list(), strict=True))
+    else:
+        table = other.concat(other.read_parquet(path) for path in sorted(tmp_path.glob("part-*.parquet")))
+        table = table[table["error"].isna()]
+        found = list(zip(table["id"], table["embedding"], strict=True))
+    expected = [(row["id"], row["embedding"]) for row in rows(tmp_path) if not row["error"]]
+    assert [name for name, _ in found] == [name for name, _ in expected]
+    assert np.array_equal(np.array([list(v) for _, v in found]), np.array([v for _, v in expected]))
+
+
+def test_arrays_beside_the_parquet_files(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
+    embed([photos], tmp_path / "npy", model, format="npy", **HOW)
+    embed([photos], tmp_path / "parquet", model, **HOW)
+    parts = sorted((tmp_path / "npy").glob("part-*"))
+    assert [path.name for path in parts] == [f"part-{i:06}.{kind}" for i in range(5) for kind in ("npy", "parquet")]
+    vectors = np.concatenate([np.load(path) for path in parts[::2]])
+    expected = rows(tmp_path / "parquet")
+    assert vectors.dtype == np.float32
+    assert np.array_equal(vectors, np.array([row.pop("embedding") for row in expected], np.float32), equal_nan=True)
+    assert rows(tmp_path / "npy") == expected
+    query = torch.from_numpy(vectors[1])
+    assert search(tmp_path / "npy", query, 3) == search(tmp_path / "parquet", query, 3)
+
+
+def test_tokens(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
+    embed([photos], tmp_path, model, output="tokens", **HOW)
+    row = next(row for row in rows(tmp_path) if not row["error"])
+    with torch.inference_mode():
+        tokens = model(**ImageProcessor.from_config(model.preprocessor_config)(row["path"]))[0]
+    assert torch.allclose(torch.tensor(row["embedding"]).reshape(tokens.shape), tokens, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("naflex", [False, True])
+def test_the_vectors_do_not_depend_on_workers_or_interruptions(naflex: bool, photos: Path, tmp_path: Path) -> None:
+    """Ended after each batch in turn: the same bits as in one go."""
+    model = SigLipVisionModel(replace(SMALL, naflex=naflex)).eval()
+    randomise(model, seed=0)
+    embed([photos], tmp_path / "one", model, **HOW)
+    embed([photos], tmp_path / "two", model, **{**HOW, "workers": 2})
+    assert exact(tmp_path / "one") == exact(tmp_path / "two")
+
+    class StopError(Exception):
+        pass
+
+    def stop(progress: embedding.Progress) -> None:
+        if progress.fresh >= 16:
+            raise StopError
+
+    for attempt in range(100):
+        try:
+            done = embed([photos], tmp_path / "three", model, report=stop, **HOW)
+            break
+        except StopError:
+            assert attempt < 50
+    assert attempt >= 2
+    assert done.done == 50
+    assert exact(tmp_path / "three") == exact(tmp_path / "one")
+
+
+PROGRAM = """
+import sys, time
+from siglip_port import SigLipVisionModel
+from siglip_port.embed import embed
+embed([sys.argv[1]], sys.argv[2], SigLipVisionModel.from_hf(sys.argv[3]), form="eager", batch_size=4, shard_size=12,
+      workers=2, report=lambda progress: (print(progress.done, flush=True), time.sleep(0.05)))
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_begun_again(kind: signal.Signals, photos: Path, tower: Path, tmp_path: Path) -> None:
+    model, out = SigLipVisionModel.from_hf(tower), tmp_path / "out"
+    arguments = [sys.executable, "-c", PROGRAM, str(photos), str(out), str(tower)]
+    for wanted in (8, 24) if kind == signal.SIGKILL else (8,):
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if int(line) >= wanted:
+                    process.send_signal(kind)
+                    break
+        for path in out.glob("part-*.parquet"):
+            assert parquet.read_table(path).num_rows == 12
+    embed([photos], out, model, **HOW)
+    embed([photos], tmp_path / "whole", model, **HOW)
+    assert exact(out) == exact(tmp_path / "whole")
+    assert not list(out.glob(f"{writing.UNFINISHED}*"))
+
+
+def test_another_run_of_the_same_folder_is_refused(
+    photos: Path, model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed([photos], tmp_path, model, **HOW)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = SigLipVisionModel(SMALL).eval()
+    randomise(other, seed=1)
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"batch_size": 6}, "batch_size was 4 and would be 6"),
+        ({"normalize": True}, "normalize was False and would be True"),
+        ({"form": "packed"}, "form was 'eager' and would be 'packed'"),
+        ({"backend": "torchvision"}, "preprocess was "),
+        ({"store": "float16"}, "store was 'float32' and would be 'float16'"),
+        ({"dtype": torch.bfloat16}, "dtype was 'float32' and would be 'bfloat16'"),
+        ({"model": other}, "weights was "),
+        ({"inputs": [photos / "000" / "*.jpg"]}, "pictures was 50 and would be "),
+    ]
+    for change, message in changes:
+        arguments = {"inputs": [photos], "out": tmp_path, "model": model, **HOW, **change}
+        if "inputs" in change:
+            arguments["inputs"] = [str(change["inputs"][0])]
+        with pytest.raises(EmbedError, match=f"holds rows of another run: .*{message}"):
+            embed(**arguments)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert embed([photos], tmp_path, model, **{**HOW, "form": None}).fresh == 0  # takes what the folder says
+    monkeypatch.setattr(embedding, "PATIENCE", 0.1)
+    with embedding._alone(tmp_path), pytest.raises(EmbedError, match="another run is writing to"):
+        embed([photos], tmp_path, model, **HOW)
+
+
+def test_damaged_results_are_told(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
+    embed([photos], tmp_path, model, **HOW)
+    part = tmp_path / "part-000001.parquet"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:100])
+    with pytest.raises(EmbedError, match=f"{part} is no file of this program, or damaged: .*; delete it"):
+        embed([photos], tmp_path, model, **HOW)
+    part.unlink()
+    done = embed([photos], tmp_path, model, **HOW)
+    assert (done.fresh, done.done) == (12, 50)
+    assert part.read_bytes() == whole
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(EmbedError, match=r"run\.json cannot be read"):
+        embed([photos], tmp_path, model, **HOW)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(EmbedError, match=r"holds parquet files, but no run\.json"):
+        embed([photos], tmp_path, model, **HOW)
+
+
+def test_a_full_disk_loses_nothing(
+    photos: Path, model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, left = parquet.write_table, [2]
+
+    def full(table: pa.Table, where: Path) -> None:
+        write(table, where)
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parquet, "write_table", full)
+    with pytest.raises(EmbedError, match="cannot be written to: No space left on device; what is complete stays"):
+        embed([photos], tmp_path, model, **HOW)
+    assert len(list(tmp_path.glob("part-*.parquet"))) == 2
+    assert not list(tmp_path.glob(f"{writing.UNFINISHED}*"))
+    monkeypatch.undo()
+    assert embed([photos], tmp_path, model, **HOW).fresh == 26
+
+
+def test_a_vector_that_is_no_number_is_an_error(photos: Path, tmp_path: Path) -> None:
+    model = SigLipVisionModel(SMALL).eval()
+    with torch.no_grad():
+        model.transformer.post_layernorm.bias[0] = torch.nan
+    done = embed([photos], tmp_path, model, **HOW)
+    assert done.failed == 50
+    assert {row["error"] for row in rows(tmp_path)} >= {"the model gave what is no number"}
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_of_every_kind_give_the_same(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
+    names = sorted(p.relative_to(photos).as_posix() for p in photos.glob("*/*"))
+    contents = [(photos / name).read_bytes() for name in names]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in zip(names, contents, strict=True):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+            tar.addfile(tarfile.TarInfo(name + ".json"))
+    (tmp_path / "list.txt").write_text("\n".join(str(photos / name) for name in names) + "\n\n")
+    structs = [{"bytes": content, "path": name} for name, content in zip(names, contents, strict=True)]
+    tables = {
+        "bytes": pa.table({"id": names, "bytes": contents}),
+        "image": pa.table({"id": names, "image": structs}),
+        "path": pa.table({"id": names, "path": [str(photos / name) for name in names]}),
+    }
+    for name, table in tables.items():
+        parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=7)
+    expected = [(item.id, read(item)) for item in find_items([photos])]
+    assert [name for name, _ in expected] == names
+    for given in ("a.tar", "bytes.parquet", "image.parquet", "path.parquet"):
+        assert [(item.id, read(item)) for item in find_items([tmp_path / given])] == expected, given
+    assert [read(item) for item in find_items([tmp_path / "list.txt"])] == contents
+    assert [read(item) for item in find_items([f"{photos}/**/*.*g"])] == [
+        (photos / name).read_bytes() for name in names if name.endswith("g")
+    ]
+    embed([photos], tmp_path / "folder", model, **HOW)
+    embed([tmp_path / "bytes.parquet"], tmp_path / "parquet", model, **HOW)
+    pairs = zip(rows(tmp_path / "folder"), rows(tmp_path / "parquet"), strict=True)
+    assert all((a["id"], repr(a["embedding"])) == (b["id"], repr(b["embedding"])) for a, b in pairs)
+
+
+def test_several_inputs_keep_their_names_apart(photos: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        Image.new("RGB", (4, 4)).save(folder / "a.png")
+    assert [item.id for item in find_items([one, two])] == [f"{one}/a.png", f"{two}/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("no", None, "does not exist"),
+        ("a.tar", b"no tar" * 200, "cannot be read as a tar file"),
+        ("a.parquet", b"no parquet", "cannot be read as a parquet file"),
+        ("a.txt", b"\xff\xfe\xff", "cannot be read as a list of paths"),
+        ("b.txt", b"\n\n", "holds no picture"),
+        ("folder", None, "does not exist"),
+    ],
+)
+def test_inputs_that_are_none(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        find_items([tmp_path / name])
+    with pytest.raises(ValueError, match="there are no inputs"):
+        find_items([])
+    with pytest.raises(ValueError, match="holds no picture"):
+        find_items([tmp_path / "*.jpg"])
+
+
+def test_a_parquet_file_without_pictures(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="has no column bytes or image or path, but text"):
+        find_items([tmp_path / "a.parquet"])
+    parquet.write_table(pa.table({"bytes": pa.array([None], pa.binary())}), tmp_path / "b.parquet")
+    (item,) = find_items([tmp_path / "b.parquet"])
+    with pytest.raises(ImageError, match="holds neither bytes nor a path"):
+        read(item)
+
+
+def test_names_that_are_no_unicode(model: SigLipVisionModel, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(folder / os.fsdecode(b"\xff.png"))
+    embed([folder], tmp_path / "out", model, **HOW)
+    (row,) = rows(tmp_path / "out")
+    assert row["id"] == "\\xff.png"
+    assert row["embedding"]
+
+
+def test_a_file_that_goes_away_is_a_row_with_an_error(model: SigLipVisionModel, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="No such file"):
+        read(Item("a", str(tmp_path / "a.png")))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be a whole number from 1 on, got 0"),
+        ({"workers": -1}, "workers must be a whole number from 0 on, got -1"),
+        ({"shard_size": True}, "shard_size must be"),
+        ({"output": "both"}, "output must be pooled or tokens"),
+        ({"output": "tokens", "normalize": True}, "are not normalised"),
+        ({"form": "fast"}, "form must be one of eager, packed,"),
+        ({"engine": "spark"}, "engine local or ray, got 'parquet' and 'spark'"),
+        ({"format": "csv"}, "format must be parquet or npy"),
+    ],
+)
+def test_wrong_arguments(
+    how: dict[str, Any], message: str, photos: Path, model: SigLipVisionModel, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        embed([photos], tmp_path / "out", model, **{**HOW, **how})
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_make_no_vectors(photos: Path, tmp_path: Path) -> None:
+    headless = SigLipVisionModel(replace(SMALL, pooling_head=False)).eval()
+    with pytest.raises(ValueError, match="no pooling head"):
+        embed([photos], tmp_path / "out", headless, **HOW)
+    with pytest.raises(ValueError, match="model must be a SigLipVisionModel"):
+        embed([photos], tmp_path / "out", "model", **HOW)  # type: ignore[arg-type]
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def test_the_commands(photos: Path, tower: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["embed", photos, "-o", out, "--model", tower, "--batch-size", 8, "--workers", 0]
+    told = json.loads(command(*arguments, "--form", "eager", "--json", code=3).stdout)
+    assert (told["done"], told["failed"], told["fresh"]) == (50, len(broken(photos)), 50)
+    assert "50 of 50 pictures in" in command(*arguments, code=3).stdout
+    assert "holds rows of another run: normalize was" in command(*arguments, "--normalize", code=1).stderr
+    query = next(row for row in rows(out) if not row["error"])
+    nearest = json.loads(command("search", out, query["path"], "-k", 3, "--json").stdout)["nearest"]
+    assert nearest[0]["id"] == query["id"]
+    assert nearest[0]["cosine"] == pytest.approx(1, abs=1e-5)
+    assert len(nearest) == 3
+    assert command("search", out, query["path"]).stdout.startswith("1.0000  ")
+    good = tmp_path / "good"
+    good.mkdir()
+    (good / "a.png").write_bytes((photos / query["id"]).read_bytes())
+    command("embed", good, "-o", tmp_path / "b", "--model", tower, "--form", "eager", "--workers", 0, code=0)
+
+
+def test_commands_that_cannot_be_done(photos: Path, tower: Path, tmp_path: Path) -> None:
+    assert "does not exist" in command("embed", tmp_path / "no", "-o", "out", "--model", tower, code=1).stderr
+    assert (
+        "cannot be used here"
+        in command("embed", photos, "-o", "out", "--model", tower, "--device", "cuda:9", code=2).output
+    )
+    assert "holds no vectors" in command("search", tmp_path, photos / "x.png", code=1).stderr
+
+
+def test_nearest_is_by_cosine(tmp_path: Path) -> None:
+    vectors = np.array([[3.0, 0], [1, 1], [0, 2], [-1, 0]], dtype=np.float32)
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), 2)
+    errors = pa.array([None, None, None, "no"], pa.string())
+    table = pa.table({"id": list("abcd"), "path": list("abcd"), "embedding": lists, "error": errors})
+    parquet.write_table(table, tmp_path / "part-000000.parquet")
+    found = search(tmp_path, torch.tensor([1.0, 0.9]), 2)
+    assert [name for _, name, _ in found] == ["b", "a"]
+    with pytest.raises(EmbedError, match="holds no vectors"):
+        vector_like(tmp_path, "a.png")
+
+
+def test_other_weights_are_not_searched_with(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
+    embed([photos], tmp_path / "out", model, **HOW)
+    other = SigLipVisionModel(SMALL).eval()
+    randomise(other, seed=1)
+    other.save_hf(tmp_path / "other")
+    with pytest.raises(EmbedError, match="are of other weights"):
+        vector_like(tmp_path / "out", photos / "a.png", source=str(tmp_path / "other"))
