@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
         port, is_random, offline = load_port(args, Path(scratch))
         case = main_case(args, port, scratch if is_random else args.checkpoint, photograph, is_random, offline)
-        comparison = prove(args, port, case)
+        comparison = prove(args, port, case, judge_pixels(port, case, photograph, offline))
         report = make_report(args, comparison, port, case)
         print_report(args, comparison, report)
         if args.second_ref:
@@ -186,7 +187,9 @@ def main_case(
         )
     kind = {"pooling_head": port.pooling_head is not None, "naflex": port.config.naflex, **where}
     reference = references.load(source, dtype=dtype, device=args.device, **kind)
-    pixels = with_noise(references.preprocess(photograph, port.config.image_size, source, **where))
+    # A NaFlex tower gets whole pictures here; its own pixels are the matter of another gate.
+    square = references.processors(replace(port.config, naflex=False), source, **where)["pil"]
+    pixels = with_noise(square(photograph)["pixel_values"])
     dtypes = [dtype, *(getattr(torch, name) for name in DTYPES if args.full and name not in (args.dtype, "float64"))]
     weights = "random weights, N1" if is_random else "checkpoint weights"
     return proof.Case(
@@ -215,13 +218,26 @@ def warn_of_memory(port: SigLipVisionModel, dtype: Any) -> None:  # noqa: ANN401
         print(f"this tower has {parameters / 1e6:.0f} M parameters: needs about {need / 1e9:.0f} GB", file=sys.stderr)
 
 
-def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case) -> Comparison:
+def judge_pixels(port: SigLipVisionModel, case: Case, photograph: Image.Image, offline: bool) -> Gate:
+    """Compares what both sides' image processors make of pictures of all kinds, as the checkpoint says."""
+    from siglip_port.image import ImageProcessor
+    from siglip_port.parity import references
+    from siglip_port.parity.pixels import pixels
+
+    assert port.provenance is not None
+    where: dict[str, Any] = {"revision": port.provenance.commit, "local_files_only": offline}
+    theirs = references.processors(port.config, case.source, **where)
+    ours = {backend: ImageProcessor.from_config(port.preprocessor_config, backend) for backend in theirs}
+    return pixels(ours, theirs, photograph, None if port.pooling_head is None else port.embed)
+
+
+def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case, first: Gate) -> Comparison:
     """Runs all gates on the checkpoint, and on small towers of its kind with weights that make mistakes loud."""
     from siglip_port import inference
     from siglip_port.parity import proof
     from siglip_port.parity.comparison import Comparison, Section
 
-    found = [*progress(case.check(port), "checkpoint")]
+    found = [first, *progress(case.check(port), "checkpoint")]
     if args.optimized:
         found += progress(optimized_forms(case, port), "optimized")
     sections = [Section(case.name, case.weights, tuple(found))]
@@ -317,8 +333,6 @@ def with_noise(pixel_values: Tensor) -> Tensor:
 
 def make_report(args: argparse.Namespace, comparison: Comparison, port: SigLipVisionModel, case: Case) -> Json:
     """Puts together all that is known."""
-    import dataclasses
-
     from siglip_port.parity import gates, proof, references, report
     from siglip_port.parity.metrics import cosine
 
@@ -330,8 +344,8 @@ def make_report(args: argparse.Namespace, comparison: Comparison, port: SigLipVi
     return report.to_json(
         comparison,
         environment=describe_environment(args, references.VERSION),
-        provenance=dataclasses.asdict(port.provenance) if port.provenance else None,
-        config=dataclasses.asdict(port.config),
+        provenance=asdict(port.provenance) if port.provenance else None,
+        config=asdict(port.config),
         outputs=[{"dtype": args.dtype, "attention": attention, **f} for f in report.figures(ours, theirs)],
         reference_shapes={name: list(tensor.shape) for name, tensor in theirs.items()},
         patches={

@@ -36,7 +36,7 @@ KNOWN_LINES = [
     "cosine_similarity after pooling.mean(): ",
     "cosine_similarity after pooling.min(): ",
 ]
-GATES = ["environment", "config", "weights", "liveness", "semantics", "interface"]
+GATES = ["pixels", "environment", "config", "weights", "liveness", "semantics", "interface"]
 
 
 def run(*args: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -66,7 +66,10 @@ def test_the_default_command_without_a_network(tmp_path: Path) -> None:
     table = [re.split(r" +\| +", line) for line in lines if " | " in line][1:]
     assert [row[0] for row in table] == [*GATES, "rounding float32", "rounding bfloat16", "rounding float16"]
     assert {row[-1] for row in table} == {"passed"}
-    assert re.match(r"EQUAL \(random weights\): passed environment \(16\), config \(22\), weights \(464\), ", lines[-1])
+    assert re.match(
+        r"EQUAL \(random weights\): passed pixels \(38\), environment \(16\), config \(22\), weights \(464\), ",
+        lines[-1],
+    )
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["equal"] is True
     assert content["weights"] == "random weights"
@@ -420,7 +423,7 @@ def test_a_hub_that_answers_and_then_breaks_off(
 def test_the_photograph_is_not_square_and_pixels_are_not_all_noise() -> None:
     with Image.open(compare_origin.PHOTOGRAPH) as image:
         assert image.width != image.height
-        pixels = compare_origin.with_noise(references.preprocess(image, SMALL.image_size))
+        pixels = compare_origin.with_noise(references.processors(SMALL)["pil"](image)["pixel_values"])
     assert pixels.shape == (2, 3, 16, 16)
     assert pixels.abs().max() <= 1
     assert (pixels[0] - pixels[1]).std() > 0.3

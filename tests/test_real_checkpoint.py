@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, SiglipModel
 
 import compare_origin
 from siglip_port import SigLipVisionModel
-from siglip_port.parity import references
+from siglip_port.image import ImageProcessor
 
 pytestmark = pytest.mark.hub
 
@@ -56,7 +56,8 @@ def test_two_cats() -> None:
     texts = AutoTokenizer.from_pretrained(name)(
         ["a photo of 2 cats", "a photo of 2 dogs"], padding="max_length", return_tensors="pt"
     )
-    found = logits_per_image(name, references.preprocess(image, 224, name), texts["input_ids"])
+    processor = ImageProcessor.from_config(SigLipVisionModel.from_hf(name).preprocessor_config)
+    found = logits_per_image(name, processor(image)["pixel_values"], texts["input_ids"])
     torch.testing.assert_close(found, torch.tensor([[-0.7567, -10.3354]]), rtol=1e-3, atol=1e-3)
 
 

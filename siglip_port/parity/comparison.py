@@ -15,7 +15,7 @@ from siglip_port.parity.taps import expand
 FINDINGS_SHOWN = 10
 
 # Whose address is best: semantics names a step, weights a tensor, the others a symptom.
-_BEST_ADDRESS = ("semantics", "weights", "rounding", "interface", "config", "environment", "liveness")
+_BEST_ADDRESS = ("semantics", "weights", "rounding", "interface", "pixels", "config", "environment", "liveness")
 
 
 @dataclass(frozen=True)

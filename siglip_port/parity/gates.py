@@ -38,6 +38,11 @@ HINTS = 6
 MIXING_ORIGIN = "as in semantics: one picture alone against the same one in a batch"
 
 MEANING = {
+    "pixels": (
+        "pictures of all sizes and modes become the same pixel_values on both sides, by the reference's processors for "
+        "Pillow and, where it is installed, torchvision; all other gates give both sides the same pixels",
+        "equality of every bit",
+    ),
     "environment": (
         "nothing outside the two modules bends the result: both in eval mode and of one dtype, no autocast, no TF32",
         "equality",

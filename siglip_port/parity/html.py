@@ -21,6 +21,7 @@ Json = dict[str, Any]
 FINDINGS_SHOWN = 20
 _FREE, _FORCED = "float64, free-running", "float64, teacher-forced"
 _ASKS = {
+    "pixels": "Do pictures become the same pixels, bit for bit?",
     "environment": "Does nothing outside the two models bend the result?",
     "config": "Is it the same architecture, field by field?",
     "weights": "Is every tensor loaded, bit for bit?",

@@ -50,6 +50,7 @@ PLACES = {
     "head": r"head",
     "pooled": r"pooled",
     "inputs": r"inputs",
+    "pixels": r"pixel_values",
 }
 """Words for places, as patterns of the reference's points; `5.ln1` is that of block 5 alone."""
 
@@ -581,6 +582,11 @@ def resized(name: str, what: str, source: str, old: str, new: str) -> Mutant:
     return Mutant(name, what, "semantics", "embeddings", source, (("patches", old, new),), subject="resized")
 
 
+def images(name: str, what: str, source: str, old: str, new: str) -> Mutant:
+    """A change of how pictures become pixels."""
+    return Mutant(name, what, "pixels", "pixels", source, (("image", old, new),), subject="images")
+
+
 def harness(name: str, what: str, shown_by: str, *edits: Edit) -> Mutant:
     """A mistake in the harness itself: the self-test must fail on it, with the mutants named alone."""
     return Mutant(name, what, guilty=shown_by, edits=edits, subject="harness")
@@ -674,8 +680,42 @@ def _renormalise(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> 
     return ((x + 1) / 2 - m) / s
 
 
+BY_PILLOW = "resized = Image.fromarray(np.moveaxis(pixels, 0, -1)).resize(size[::-1], Image.Resampling(self.resample))"
+NORMALISED = "values = (values - mean) / std"
+WHITE = 'white = Image.new("RGBA", picture.size, (255, 255, 255, 255))'
+ANTIALIASED = "interpolation=mode, antialias=True)"
+# fmt: off
+IMAGES = [
+    images("image_bilinear", "resized by the default filter, whatever the checkpoint says", "keras-team/keras-hub#2113", BY_PILLOW, BY_PILLOW.replace("self.resample", "2")),
+    images("image_no_antialias", "no antialias in the smaller picture", "pytorch/vision#2950", ANTIALIASED, "interpolation=mode, antialias=False)"),
+    images("image_crop", "the shorter side resized, and the middle cut out", "qdrant/fastembed#649", BY_PILLOW, BY_PILLOW.replace("Image.fromarray(np.moveaxis(pixels, 0, -1)).resize(size[::-1]", "ImageOps.fit(Image.fromarray(np.moveaxis(pixels, 0, -1)), size[::-1]").replace("Image.Resampling(self.resample))", "Image.Resampling(self.resample)) if min(size) > 1 else Image.fromarray(np.moveaxis(pixels, 0, -1)).resize(size[::-1])")),
+    images("image_sides_swapped", "height for width", "variant", BY_PILLOW, BY_PILLOW.replace("size[::-1], I", "size, I") + ".transpose(Image.Transpose.TRANSPOSE)"),
+    images("image_twice", "resized to a larger size first", "variant", BY_PILLOW, BY_PILLOW.replace(".resize(", ".resize((256, 256), 3).resize(")),
+    images("image_float", "resized as numbers, not as levels of 255", "huggingface/transformers#27601", "functional.resize(pixels, list(size)", "functional.resize(pixels.float(), list(size)"),
+    images("image_bgr", "BGR for RGB", "PaddlePaddle/PaddleClas#1312", 'np.asarray(picture.convert("RGB")), -1, 0)', 'np.asarray(picture.convert("RGB"))[..., ::-1], -1, 0)'),
+    images("image_alpha_black", "what is transparent becomes black", "variant", WHITE, WHITE.replace("(255, 255, 255, 255)", "(0, 0, 0, 255)")),
+    images("image_alpha_dropped", "what is transparent shows what is below", "variant", 'if "A" in picture.getbands() or', 'if False and'),
+    images("image_palette_alpha", "of palettes, transparency is forgotten", "variant", ' or picture.info.get("transparency") is not None', ""),
+    images("image_mean_std_imagenet", "ImageNet's mean and std", "huggingface/transformers#20995", NORMALISED, "values = (values - np.float32([[[0.485]], [[0.456]], [[0.406]]])) / np.float32([[[0.229]], [[0.224]], [[0.225]]])"),
+    images("image_std_first", "divided by std before mean is subtracted", "variant", NORMALISED, "values = values / std - mean"),
+    images("image_not_normalised", "mean and std forgotten", "vllm-project/semantic-router#1928", NORMALISED, "pass"),
+    images("image_256", "divided by 256", "variant", "(pixels.astype(np.float64) * self.rescale_factor)", "(pixels.astype(np.float64) / 256)"),
+    images("image_not_rescaled", "values of 0 to 255", "variant", "if self.rescale_factor is not None:\n            values", "if False:\n            values"),
+    images("image_bf16", "pixels of bfloat16", "TensorAuto/OpenTau#482", "return torch.from_numpy(np.ascontiguousarray(values))", "return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().float()"),
+    images("image_float64", "normalised in float64", "variant", "np.array(numbers, dtype=np.float32)[:, None, None]", "np.array(numbers, dtype=np.float64)[:, None, None]"),
+    images("image_channels_last", "height, width, channels", "variant", "return torch.from_numpy(np.ascontiguousarray(values))", "return torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, 0, -1)))"),
+    images("image_arrays_transposed", "channels taken for rows in arrays", "variant", "picture = np.moveaxis(picture, -1, 0)", "picture = picture.transpose(2, 1, 0)"),
+    images("image_patches_rounded_down", "NaFlex: sizes rounded down to whole patches", "variant", "math.ceil(side * scale / patch_size) * patch_size", "math.floor(side * scale / patch_size) * patch_size"),
+    images("image_patches_rounded", "NaFlex: sizes rounded to the nearest patch", "variant", "math.ceil(side * scale / patch_size) * patch_size", "round(side * scale / patch_size) * patch_size"),
+    images("image_patches_few", "NaFlex: strictly fewer patches than allowed", "variant", "<= max_num_patches:", "< max_num_patches:"),
+    images("image_patches_largest", "NaFlex: the upper end of the bisection", "variant", "return scaled(smallest, height), scaled(smallest, width)", "return scaled(largest, height), scaled(largest, width)"),
+    images("image_naflex_square", "NaFlex: squashed to a square", "variant", "return naflex_size(height, width, self.patch_size, self.max_num_patches)", "return (math.isqrt(self.max_num_patches) * self.patch_size,) * 2"),
+    images("image_patches_not_padded", "NaFlex: padded to the longest of the batch", "variant", "pack(pixels, self.patch_size, self.max_num_patches)", "pack(pixels, self.patch_size)"),
+]
+# fmt: on
+
 CATALOGUE: list[Mutant] = [
     *ACTIVATION, *NORMALISATION, *ATTENTION, *PROJECTIONS, *BIASES, *WEIGHTS, *PATCHES, *STACK, *POOLING, *ROUNDING,
-    *PIXELS, *LOADER, *NAFLEX, *RESIZED,
+    *PIXELS, *LOADER, *NAFLEX, *RESIZED, *IMAGES,
 ]  # fmt: skip
 """All mistakes, but for those of the harness itself."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 Kind = Literal["bug", "legal"]
-Subject = Literal["port", "harness", "naflex", "resized"]
+Subject = Literal["port", "harness", "naflex", "resized", "images"]
 Edit = tuple[str, str, str]
 """A file of the package without `.py`, a text that occurs there exactly once, and what takes its place."""
 
@@ -34,7 +34,7 @@ class Mutant:
         pixels: of what the port is given, and the reference is not.
         kind: `bug`, or `legal`, which must be let pass.
         subject: what is changed: the `port`, called with pictures of its own size; with packed patches (`naflex`), or
-            with pictures of another size (`resized`); or the `harness` itself.
+            with pictures of another size (`resized`); how `images` become pixels; or the `harness` itself.
     """
 
     name: str

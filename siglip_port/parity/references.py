@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,21 +14,30 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
+    Siglip2ImageProcessor,
     Siglip2VisionConfig,
     Siglip2VisionModel,
+    SiglipImageProcessor,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
 from siglip_port.config import SigLipVisionConfig
+from siglip_port.image import Backend
 from siglip_port.parity.gates import Side
 from siglip_port.parity.weights import fill
 
 Attention = Literal["sdpa", "eager"]
 
 VERSION: str = transformers.__version__
+
+_PROCESSORS: dict[bool, dict[Backend, Any]] = {  # of NaFlex towers, or not
+    False: {"pil": SiglipImageProcessorPil, "torchvision": SiglipImageProcessor},
+    True: {"pil": Siglip2ImageProcessorPil, "torchvision": Siglip2ImageProcessor},
+}
 
 
 class BrokenReferenceError(RuntimeError):
@@ -208,34 +218,41 @@ def small_tower(kind: Literal["naflex", "resized"], folder: Path, seed: int = 12
     return Side(reference.model, lambda model, given: _outputs_of(model(**given))), inputs
 
 
-def preprocess(
-    image: object,
-    image_size: int,
+def processors(
+    config: SigLipVisionConfig,
     source: str | Path | None = None,
     *,
     revision: str | None = None,
     local_files_only: bool = False,
-) -> Tensor:
-    """Turns a PIL picture into `pixel_values` [1, 3, S, S], float32, with the reference's own image processor (PIL).
+) -> dict[Backend, Callable[[Any], dict[str, Tensor]]]:
+    """The reference's own image processors: for Pillow, and for torchvision where that is installed.
+
+    Each turns a picture into what a tower takes: of a PIL picture, `pixel_values` [1, 3, S, S], float32.
 
     Args:
-        image: a `PIL.Image.Image`.
-        image_size: S.
-        source: a checkpoint, for its `preprocessor_config.json`; None, or one without, for the defaults (bicubic).
+        config: of the tower, for its size.
+        source: a checkpoint, for its `preprocessor_config.json`; None, or one without, for the defaults.
         revision: the commit of a Hub repository.
         local_files_only: use the Hub's cache only.
     """
-    size = {"height": image_size, "width": image_size}
-    with _quiet():
-        processor = SiglipImageProcessorPil(size=size)
-        if source is not None:
-            folder = Path(source).parent if Path(source).is_file() else source
-            with contextlib.suppress(OSError):  # A checkpoint may come without one.
-                processor = SiglipImageProcessorPil.from_pretrained(
-                    folder, size=size, revision=revision, local_files_only=local_files_only
-                )
-        pixel_values: Tensor = processor(images=image, return_tensors="pt")["pixel_values"]
-    return pixel_values
+    size: dict[str, Any] = {"size": {"height": config.image_size, "width": config.image_size}}
+    if config.naflex:
+        size = {"patch_size": config.patch_size, "max_num_patches": config.num_patches}
+    folder = Path(source).parent if source is not None and Path(source).is_file() else source
+    made: dict[Backend, Callable[[Any], dict[str, Tensor]]] = {}
+    for backend, kind in _PROCESSORS[config.naflex].items():
+        with _quiet():
+            try:
+                processor = kind(**size)
+            except ImportError:
+                continue
+            if folder is not None:
+                with contextlib.suppress(OSError):  # A checkpoint may come without one.
+                    how = {"revision": revision, "local_files_only": local_files_only}
+                    processor = kind.from_pretrained(folder, **size, **how)
+            processor.do_convert_rgb = True  # as the reference's own pipelines have it; without, it refuses the others
+        made[backend] = functools.partial(processor, return_tensors="pt")
+    return made
 
 
 @contextlib.contextmanager

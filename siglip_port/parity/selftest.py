@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siglip_port import inference
+from siglip_port import inference, processors
 from siglip_port.config import SigLipVisionConfig
-from siglip_port.parity import gates, mutants, proof, references, taps
+from siglip_port.parity import gates, mutants, pixels, proof, references, taps
 from siglip_port.parity.comparison import describe
 from siglip_port.parity.gates import Finding, Gate, Measurement, Side
 from siglip_port.parity.mutation import Mutant, edited
@@ -177,6 +177,21 @@ def _shaped(model: Any, inputs: Any) -> dict[str, Tensor]:  # noqa: ANN401
     return {"tokens": tokens, "pooled": model.pool(tokens, inputs.get("pixel_attention_mask"))}
 
 
+def examine_images(mutant: Mutant) -> Result:
+    """Runs a mutant of the image processor on pictures of all kinds, as SigLIP and as NaFlex towers have them."""
+    result = Result(mutant)
+    with edited(mutant.edits):
+        image = importlib.import_module("siglip_port.image")
+        for config in (SigLipVisionConfig(image_size=64), SigLipVisionConfig(image_size=64, naflex=True)):
+            theirs = references.processors(config)
+            ours = {name: image.ImageProcessor.from_config(processors.default(config), name) for name in theirs}
+            gate = pixels.pixels(ours, theirs, pixels.waves(), explained=0)
+            if not gate.passed:
+                result.kills.setdefault(gate.name, gate.findings[0])
+                result.innocent += innocent(gate.name, gate.findings, mutant)
+    return result
+
+
 def examine_harness(mutant: Mutant, config: SigLipVisionConfig) -> str:
     """Makes a mistake in a copy of the harness, and has it judge the mutants (or the port) that show it.
 
@@ -244,7 +259,7 @@ class Report:
     def census(self) -> list[list[str]]:
         """One row a gate: what it must notice, and does; of all that were tried on it, what it noticed, and alone."""
         rows = [["gate", "must notice", "does", "of all", "alone"]]
-        for gate in (*proof.ALL_GATES, "run"):
+        for gate in ("pixels", *proof.ALL_GATES, "run"):
             own = [r for r in self.results if r.mutant.gate == gate]
             noticed = [r for r in self.results if gate in r.kills]
             alone = [r for r in noticed if len(r.kills) == 1]
@@ -300,9 +315,12 @@ def examine_all(args: argparse.Namespace, progress: Progress) -> Report:
                 total = len(mutants.CATALOGUE)
                 for mutant in progress(iter(mutants.CATALOGUE), "mistakes", total):
                     few = made if args.full else made[1:] if mutant.gate == "rounding" else made[:1]
-                    shaped = mutant.subject != "port"
                     report.results.append(
-                        examine_shapes(mutant) if shaped else examine(mutant, few, None, int(args.full))
+                        examine_images(mutant)
+                        if mutant.subject == "images"
+                        else examine_shapes(mutant)
+                        if mutant.subject != "port"
+                        else examine(mutant, few, None, int(args.full))
                     )
             for threads in (1, 2) if args.full else (torch.get_num_threads(),):
                 with inference.threads(threads):

@@ -213,4 +213,13 @@ def test_inputs_of_all_kinds() -> None:
 
 
 def test_every_gate_has_its_meaning() -> None:
-    assert list(gates.MEANING) == ["environment", "config", "weights", "liveness", "semantics", "interface", "rounding"]
+    assert list(gates.MEANING) == [
+        "pixels",
+        "environment",
+        "config",
+        "weights",
+        "liveness",
+        "semantics",
+        "interface",
+        "rounding",
+    ]

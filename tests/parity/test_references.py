@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from siglip_port.parity import references
 from siglip_port.parity.metrics import relative_error
@@ -74,16 +75,20 @@ def test_a_file_of_any_name(checkpoint: MakeCheckpoint) -> None:
 
 def test_pictures_are_resized_as_the_checkpoint_says(tmp_path: Path) -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))
-    bicubic = references.preprocess(picture, 16)
+
+    def made(source: Path | None = None) -> Tensor:
+        return references.processors(SMALL, source)["pil"](picture)["pixel_values"]
+
+    bicubic = made()
     assert bicubic.shape == (1, 3, 16, 16)
     assert bicubic.dtype == torch.float32
     by_hand = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255 * 2 - 1
     np.testing.assert_allclose(bicubic[0].numpy(), by_hand, atol=1e-6)
-    assert torch.equal(references.preprocess(picture, 16, tmp_path), bicubic)  # no preprocessor_config.json there
+    assert torch.equal(made(tmp_path), bicubic)  # no preprocessor_config.json there
     (tmp_path / "preprocessor_config.json").write_text(
         '{"image_processor_type": "SiglipImageProcessor", "resample": 2, "do_convert_rgb": null, '
         '"size": {"height": 99, "width": 99}}'
     )
-    bilinear = references.preprocess(picture, 16, tmp_path)
+    bilinear = made(tmp_path)
     by_hand = np.asarray(picture.resize((16, 16), Image.Resampling.BILINEAR)).transpose(2, 0, 1) / 255 * 2 - 1
     np.testing.assert_allclose(bilinear[0].numpy(), by_hand, atol=1e-6)
