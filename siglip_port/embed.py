@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -326,9 +328,18 @@ def result(embedder: Embedder, number: int, decoded: Sequence[Decoded]) -> Resul
 
 
 def _quiet_worker(number: int) -> None:
-    """Ctrl-C goes to all processes of a terminal; the main one stops its workers itself."""
+    """Ctrl-C goes to all processes of a terminal; the main one stops its workers itself, or is killed, and they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Else a worker that has pictures left for a process that was killed waits for ever, and keeps its locks."""
+    parent = multiprocessing.parent_process()
+    while parent is not None and os.getppid() == parent.pid:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 class _Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,33 @@ def test_killed_and_begun_again(kind: signal.Signals, photos: Path, tower: Path,
     embed([photos], tmp_path / "whole", model, **HOW)
     assert exact(out) == exact(tmp_path / "whole")
     assert not list(out.glob(f"{writing.UNFINISHED}*"))
+
+
+def test_workers_end_with_the_process_that_is_killed(photos: Path, tmp_path: Path) -> None:
+    """With more pictures on their hands than a pipe holds."""
+    SigLipVisionModel(replace(SMALL, image_size=96)).save_hf(tmp_path / "tower")
+    arguments = [sys.executable, "-c", PROGRAM.replace("0.05", "60"), photos, tmp_path / "out", tmp_path / "tower"]
+    with subprocess.Popen(list(map(str, arguments)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(1)
+        assert len(of_run(tmp_path)) == 3
+        process.kill()
+    for _ in range(100):
+        if not of_run(tmp_path):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"still running: {of_run(tmp_path)}")
+
+
+def of_run(folder: Path) -> list[str]:
+    """The processes that name a folder."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in (place / "cmdline").read_bytes():
+                found.append(place.name)
+    return found
 
 
 def test_another_run_of_the_same_folder_is_refused(
