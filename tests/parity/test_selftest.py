@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +121,55 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     out = capsys.readouterr().out
     assert "ln_eps_once: must be noticed by semantics, was noticed by nothing" in out
     assert out.splitlines()[-1].startswith("LOST POWER: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # since Python 3.12
+def test_on_all_cores_it_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the catalogue; and a gate that is off is off in every process."""
+    few = ("gelu_exact_once", "input_bgr", "left_in_training", "interp_nearest", "eps_ignored")
+    monkeypatch.setattr(mutants, "CATALOGUE", [BY_NAME[name] for name in few])
+    monkeypatch.setattr(mutants, "HARNESS", [BY_NAME["weights_close"]])
+    monkeypatch.setattr(gates, "config", lambda *_: Gate("config", 1, "off"))
+    for full in (False, True):
+        args = argparse.Namespace(full=full, device="cpu")
+        monkeypatch.setattr(mutants, "LEGAL", [] if full else [BY_NAME["as_it_is"]])  # in full, 16 runs of each
+        told: list[str] = []
+
+        def progress(items: Iterator[object], what: str, total: int, told: list[str] = told) -> Iterator[object]:
+            told.append(f"{what}: {total}")
+            return items
+
+        def found(processes: int, args: argparse.Namespace = args) -> Report:
+            with proof.made(SMALL, "N1", gates=proof.ALL_GATES[:-1]) as made:
+                monkeypatch.setattr(selftest, "cases", lambda *_, **__: contextlib.nullcontext([made]))
+                return selftest.examine_all(args, progress, processes)
+
+        one, two = found(1), found(2)
+        assert selftest.as_json(one) == selftest.as_json(two)
+        assert repr(one) == repr(two)  # as text, since NaN is not equal to itself
+        assert [r.mutant.pixels for r in two.results] == [m.pixels for m in mutants.CATALOGUE]
+        assert [failure.split(":")[0] for failure in two.failures] == ["eps_ignored"]
+        assert told[: len(told) // 2] == told[len(told) // 2 :]
+        assert told[0] == "mistakes: 5"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_ctrl_c_ends_all_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def press(_: object) -> str:
+        os.kill(os.getppid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # a terminal sends it to every process
+        return ""
+
+    monkeypatch.setattr(mutants, "CATALOGUE", [])
+    monkeypatch.setattr(mutants, "LEGAL", [])
+    monkeypatch.setattr(mutants, "HARNESS", mutants.HARNESS[:1])
+    monkeypatch.setattr(selftest, "cores", lambda _: 2)
+    monkeypatch.setattr(selftest, "examine_harness", lambda mutant, _: press(mutant))
+    assert compare_origin.main(["--selftest"]) == 130
+    assert capsys.readouterr().err == "interrupted: nothing was compared\n"
+    assert not multiprocessing.active_children()
 
 
 def test_the_census(tmp_path: Path) -> None:
