@@ -206,7 +206,16 @@ def test_pictures_of_all_modes(checkpoint: MakeCheckpoint, tmp_path: Path, mode:
     (folder / "preprocessor_config.json").write_text('{"do_convert_rgb": null, "resample": 2}')
     with Image.open(compare_origin.PHOTOGRAPH) as image:
         image.convert(mode).resize((9, 5)).save(tmp_path / "picture.tif")
-    assert call("--checkpoint", folder, "--image", tmp_path / "picture.tif") == 0
+    arguments = ["--checkpoint", str(folder), "--image", str(tmp_path / "picture.tif")]
+    if mode == "CMYK":  # one of them to the end
+        assert call(*arguments) == 0
+    args = compare_origin.parse(arguments)
+    port, is_random, offline = compare_origin.load_port(args, tmp_path)
+    picture = compare_origin.read_picture(args.image)
+    case = compare_origin.main_case(args, port, str(folder), picture, is_random, offline)
+    assert case.inputs.shape == (2, 3, 16, 16)
+    assert case.inputs.isfinite().all()
+    assert all(gate.passed for gate in case.check(port))
 
 
 def test_the_photograph_is_resized_as_the_checkpoint_says(

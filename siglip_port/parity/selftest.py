@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import importlib
 import json
 import math
+import multiprocessing
+import os
 import platform
+import signal
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -220,6 +226,54 @@ def examine_harness(mutant: Mutant, config: SigLipVisionConfig) -> str:
     return f"misjudged: {', '.join(wrong)}" if wrong else ""
 
 
+# --- all of them, on all cores ----------------------------------------------------------------------------------------
+
+
+Work = Callable[[Mutant], Any]
+_given: tuple[Work, Sequence[Mutant]]
+"""In a process of `each`: what it does, and with which mutants."""
+
+
+def each(work: Work, of: Sequence[Mutant], processes: int = 1) -> Iterator[Any]:
+    """What `work` makes of each mutant, in their order.
+
+    Args:
+        work: makes a `Result` or text of a mutant.
+        of: the mutants.
+        processes: how many to do this in. They are forked from this one, so that they have all that it has, functions
+            without a name and changes made for a test included; only a mutant's number goes in, and plain data out.
+    """
+    if processes == 1:
+        yield from map(work, of)
+        return
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, fork, initializer=_begin, initargs=(work, of)) as pool:
+        for mutant, found in zip(of, pool.map(_do, range(len(of))), strict=True):
+            yield replace(found, mutant=mutant) if isinstance(found, Result) else found
+
+
+def _begin(work: Work, of: Sequence[Mutant]) -> None:
+    global _given
+    _given = work, of
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that asked
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: to end with it, however that ends
+
+
+def _do(number: int) -> Any:  # noqa: ANN401
+    work, of = _given
+    found = work(of[number])
+    if isinstance(found, Result):
+        found.mutant = replace(found.mutant, change=None, pixels=None)  # which cannot be sent
+    return found
+
+
+def cores(device: str) -> int:
+    """In how many processes to work: as many as there are cores, up to 8; one where forking them is not safe."""
+    if sys.platform != "linux" or device != "cpu":  # torch's devices, and much of macOS, do not survive a fork
+        return 1
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
@@ -305,36 +359,41 @@ def run(args: argparse.Namespace, progress: Progress) -> bool:
     return not report.failures
 
 
-def examine_all(args: argparse.Namespace, progress: Progress) -> Report:
-    """Runs all mutants, all legal variants and all mistakes of the harness."""
+def examine_all(args: argparse.Namespace, progress: Progress, processes: int | None = None) -> Report:
+    """Runs all mutants, all legal variants and all mistakes of the harness, on all cores or in so many `processes`."""
     report = Report(full=args.full)
     seeds = (1234, 1, 2, 3) if args.full else (1234,)
+
+    def follow(work: Work, of: Sequence[Mutant], what: str) -> Iterator[Any]:
+        return progress(each(work, of, processes or cores(args.device)), what, len(of))
+
     for seed in seeds:
         with cases(seed, args.device, full=args.full) as made:
+
+            def judge(mutant: Mutant, made: list[Case] = made) -> Result:
+                if mutant.subject != "port":
+                    return examine_images(mutant) if mutant.subject == "images" else examine_shapes(mutant)
+                few = made if args.full else made[1:] if mutant.gate == "rounding" else made[:1]
+                return examine(mutant, few, None, int(args.full))
+
+            def allow(mutant: Mutant, made: list[Case] = made) -> Result:
+                return examine(mutant, made)
+
             if seed == seeds[0]:
-                total = len(mutants.CATALOGUE)
-                for mutant in progress(iter(mutants.CATALOGUE), "mistakes", total):
-                    few = made if args.full else made[1:] if mutant.gate == "rounding" else made[:1]
-                    report.results.append(
-                        examine_images(mutant)
-                        if mutant.subject == "images"
-                        else examine_shapes(mutant)
-                        if mutant.subject != "port"
-                        else examine(mutant, few, None, int(args.full))
-                    )
+                report.results += follow(judge, mutants.CATALOGUE, "mistakes")
             for threads in (1, 2) if args.full else (torch.get_num_threads(),):
                 with inference.threads(threads):
-                    for mutant in progress(iter(mutants.LEGAL), f"legal variants, seed {seed}", len(mutants.LEGAL)):
-                        report.alarms.append((f"seed {seed}, {threads} threads", examine(mutant, made)))
+                    for result in follow(allow, mutants.LEGAL, f"legal variants, seed {seed}"):
+                        report.alarms.append((f"seed {seed}, {threads} threads", result))
             if args.full:
                 for attention in ("sdpa", "eager"):
                     for case in made:
                         case.attentions, case.truths = (attention,), {}
-                    for mutant in progress(iter(mutants.LEGAL), f"legal variants, {attention}", len(mutants.LEGAL)):
-                        report.alarms.append((f"seed {seed}, {attention} alone", examine(mutant, made)))
+                    for result in follow(allow, mutants.LEGAL, f"legal variants, {attention}"):
+                        report.alarms.append((f"seed {seed}, {attention} alone", result))
     small = replace(proof.ODD, num_encoder_blocks=6, embed_dim=72, num_attention_heads=4, image_size=45, patch_size=7)
-    for mutant in progress(iter(mutants.HARNESS), "mistakes in the harness", len(mutants.HARNESS)):
-        report.harness[mutant.name] = examine_harness(mutant, small)
+    shown = follow(lambda mutant: examine_harness(mutant, small), mutants.HARNESS, "mistakes in the harness")
+    report.harness = {mutant.name: found for mutant, found in zip(mutants.HARNESS, shown, strict=True)}
     return report
 
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +99,7 @@ def test_a_harmless_change_of_the_harness_is_not(monkeypatch: pytest.MonkeyPatch
     assert Report(harness={"harmless": ""}).failures == ["mistake in the harness not noticed: harmless"]
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # since Python 3.12
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On a short catalogue: exit code 0, and 3 where a gate has lost its power."""
     few = [BY_NAME[name] for name in ("ln_eps_once", "interp_nearest", "ln_bf16")]
@@ -115,6 +122,52 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     out = capsys.readouterr().out
     assert "ln_eps_once: must be noticed by semantics, was noticed by nothing" in out
     assert out.splitlines()[-1].startswith("LOST POWER: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # since Python 3.12
+def test_on_all_cores_it_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the catalogue; and a gate that is off is off in every process."""
+    few = ("gelu_exact_once", "input_bgr", "left_in_training", "interp_nearest", "eps_ignored")
+    monkeypatch.setattr(mutants, "CATALOGUE", [BY_NAME[name] for name in few])
+    monkeypatch.setattr(mutants, "HARNESS", [BY_NAME["weights_close"]])
+    monkeypatch.setattr(gates, "config", lambda *_: Gate("config", 1, "off"))
+    monkeypatch.setattr(mutants, "LEGAL", [BY_NAME["as_it_is"]])
+    args, told = argparse.Namespace(full=False, device="cpu"), list[str]()
+
+    def progress(items: Iterator[object], what: str, total: int) -> Iterator[object]:
+        told.append(f"{what}: {total}")
+        return items
+
+    def found(processes: int) -> Report:
+        with proof.made(SMALL, "N1", gates=proof.ALL_GATES[:-1]) as made:
+            monkeypatch.setattr(selftest, "cases", lambda *_, **__: contextlib.nullcontext([made]))
+            return selftest.examine_all(args, progress, processes)
+
+    one, two = found(1), found(2)
+    assert selftest.as_json(one) == selftest.as_json(two)
+    assert repr(one) == repr(two)  # as text, since NaN is not equal to itself
+    assert [r.mutant.pixels for r in two.results] == [m.pixels for m in mutants.CATALOGUE]
+    assert [failure.split(":")[0] for failure in two.failures] == ["eps_ignored"]
+    assert told == ["mistakes: 5", "legal variants, seed 1234: 1", "mistakes in the harness: 1"] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_ctrl_c_ends_all_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def press(_: object) -> str:
+        os.kill(os.getppid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # a terminal sends it to every process
+        return ""
+
+    monkeypatch.setattr(mutants, "CATALOGUE", [])
+    monkeypatch.setattr(mutants, "LEGAL", [])
+    monkeypatch.setattr(mutants, "HARNESS", mutants.HARNESS[:1])
+    monkeypatch.setattr(selftest, "cores", lambda _: 2)
+    monkeypatch.setattr(selftest, "examine_harness", lambda mutant, _: press(mutant))
+    assert compare_origin.main(["--selftest"]) == 130
+    assert capsys.readouterr().err == "interrupted: nothing was compared\n"
+    assert not multiprocessing.active_children()
 
 
 def test_the_census(tmp_path: Path) -> None:
