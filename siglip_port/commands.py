@@ -1,4 +1,4 @@
-"""The commands of `siglip-port`: look into a checkpoint, take the tower out of it, list what is published.
+"""The commands of `siglip-port`: look into a checkpoint, take the tower out of it, use it, list what is published.
 
 Imported by the entry point alone: it needs typer and rich, which the library does not.
 """
@@ -27,6 +27,7 @@ from siglip_port.architectures import PUBLISHED, Published
 from siglip_port.checkpoint import CheckpointError, SeveralTowersError
 from siglip_port.extraction import Format, extract
 from siglip_port.hub import find_source
+from siglip_port.image import ImageError, to_rgb
 from siglip_port.inference import EngineError
 from siglip_port.inspection import Inspection, inspect
 from siglip_port.model import SigLipVisionModel
@@ -321,6 +322,42 @@ def search_command(
         return
     for cosine, name, _ in found:
         typer.echo(f"{cosine:.4f}  {name}")
+
+
+@app.command("figures")
+def figures_command(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    out: Annotated[Path, typer.Option("-o", "--out", file_okay=False, help="The folder to be written.")],
+    source: Annotated[str, typer.Option("--model", help="A Hub id, a folder, or a file.")] = PUBLISHED[0].repo,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Draw what the tower has learned, and what it makes of a picture, as PNG files.
+
+    Its patches, filters, positions, tokens, and what its pooling head attends to. Files of the same names are replaced.
+
+    Exit code 0: drawn. 1: the picture or the model cannot be read, or the folder not be written. 2: wrong arguments.
+    """
+    figures = _drawing()
+    try:
+        picture = to_rgb(image)  # before a model is fetched for it
+    except ImageError as error:
+        _fail(f"{image}: {error}", 1)
+    model = SigLipVisionModel.from_hf(source, revision=revision, local_files_only=offline, dtype=torch.float32)
+    for file in figures.draw(model, picture, out):
+        typer.echo(file)
+    if model.pooling_head is None:
+        typer.echo(f"{figures.POOLING} is left out: the tower has no attention pooling head", err=True)
+
+
+def _drawing() -> Any:  # noqa: ANN401 (the module, which needs an extra)
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        _fail("this needs matplotlib, which is not installed: install siglip-port[figures]", 2)
+    from siglip_port import figures
+
+    return figures
 
 
 def _embedding() -> Any:  # noqa: ANN401 (the module, which needs an extra)
