@@ -3,8 +3,8 @@
     uv run scripts/make_pictures.py FOLDER
     uv run scripts/three_ways.py FOLDER [--kills 10] [--seed 0] [--model SOURCE] [--json PATH]
 
-All must end with the same rows and, bit for bit, the same vectors. Without --model, a tower of the width of ViT-Tiny
-with random weights is taken: the rows are what is looked at here, not the speed.
+All must end with the same rows and, bit for bit, the same vectors. Without --model, a small tower with random weights
+is taken: the rows are what is looked at here, not the speed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from pyarrow import parquet
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.parity import randomise
 
-TINY = SigLipVisionConfig(embed_dim=192, num_attention_heads=3, mlp_hidden_dim=768, pooling_head=True)
+TINY = SigLipVisionConfig(
+    embed_dim=192, num_attention_heads=3, num_encoder_blocks=2, mlp_hidden_dim=768, pooling_head=True
+)
 
 
 def command(folder: Path, out: Path, model: str, *more: str) -> list[str]:

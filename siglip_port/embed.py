@@ -313,9 +313,18 @@ def here(embedder: Embedder, batches: Sequence[Batch], workers: int | None) -> I
         collate_fn=list,
         worker_init_fn=_quiet_worker,
     )
-    if batches:
-        for batch, decoded in zip(batches, loader, strict=True):
-            yield result(embedder, batch.number, decoded)
+    numbers = iter(batches)
+    try:
+        for decoded in loader if batches else ():
+            yield result(embedder, next(numbers).number, decoded)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        batch = next(numbers)  # or one of the next ones: workers are ahead
+        raise EmbedError(
+            f"a process that decodes died, at about {batch.items[0].path}: {str(error).splitlines()[0]} What is "
+            "complete stays; take the picture out, or fewer --workers, and run the same command again"
+        ) from error
 
 
 def result(embedder: Embedder, number: int, decoded: Sequence[Decoded]) -> Result:

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -222,7 +223,7 @@ def to_rgb(picture: Picture) -> NDArray[np.uint8]:
         return _rgb_of_array(picture)
     try:
         if isinstance(picture, (str, os.PathLike)):
-            picture = Path(picture).read_bytes()
+            picture = file_contents(picture)
         if isinstance(picture, bytes):
             picture = ImageOps.exif_transpose(Image.open(io.BytesIO(picture)))
         if not isinstance(picture, Image.Image):
@@ -240,6 +241,22 @@ def to_rgb(picture: Picture) -> NDArray[np.uint8]:
         raise ImageError("the picture cannot be read: it is of no kind that Pillow knows") from error
     except Exception as error:  # Pillow's own kinds, the system's, and those of its decoders, of all kinds
         raise ImageError(f"the picture cannot be read: {str(error).strip() or type(error).__name__}") from error
+
+
+def file_contents(path: str | os.PathLike[str]) -> bytes:
+    """Reads a file.
+
+    Raises:
+        ImageError: it is not there, may not be read, or is no regular file: pipes and devices may never end.
+    """
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise ImageError("the picture cannot be read: it is no regular file")
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # the latter of names with a null in them
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"the picture cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _rgb_of_array(picture: NDArray[Any]) -> NDArray[np.uint8]:

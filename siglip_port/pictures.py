@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from siglip_port.image import ImageError, Picture
+from siglip_port.image import ImageError, Picture, file_contents
 
 SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".pgm", ".tif", ".tiff"),
-    ".webp",
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl", ".pgm", ".png"),
+    *(".ppm", ".tif", ".tiff", ".webp"),
 )
-"""What the names of pictures end in, in folders and tar files; other files there are passed over."""
+"""What names of pictures end in, in folders and tar files; other files are passed over. Not all can be read."""
+
+ARCHIVES = (".bz2", ".gz", ".tgz", ".xz", ".zip", ".zst")
 
 COLUMNS = ("bytes", "image", "path")
 """Of a parquet file: contents; a struct of `bytes` and `path`, as the library `datasets` writes it; or paths."""
@@ -63,17 +65,14 @@ def find_items(inputs: Sequence[str | os.PathLike[str]]) -> list[Item]:
 def _items_of(given: str) -> Iterator[Item]:
     path = Path(given)
     if path.is_dir():
-        for parent, folders, names in os.walk(path):
-            folders.sort()
-            for name in sorted(names):
-                file = Path(parent, name)
-                if file.suffix.lower() in SUFFIXES:
-                    yield Item(file.relative_to(path).as_posix(), str(file))
+        yield from _of_folder(path)
     elif path.is_file():
         suffix = path.suffix.lower()
         readers = {".txt": _of_list, ".tar": _of_tar, ".parquet": _of_parquet}
         if suffix in readers:
             yield from readers[suffix](path)
+        elif suffix in ARCHIVES:
+            raise ValueError(f"{given} is a compressed archive: unpack it, or pass an uncompressed .tar file")
         else:
             yield Item(path.name, given)
     elif glob.has_magic(given):
@@ -82,6 +81,22 @@ def _items_of(given: str) -> Iterator[Item]:
                 yield Item(Path(name).as_posix(), name)
     else:
         raise ValueError(f"{given} does not exist; name a folder, a file, or a pattern in quotation marks")
+
+
+def _of_folder(path: Path) -> Iterator[Item]:
+    """In depth, links to folders included, but no folder twice; a folder that cannot be listed is an error."""
+
+    def fail(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be listed: {error.strerror}") from error
+
+    seen = set[str]()
+    for parent, folders, names in os.walk(path, onerror=fail, followlinks=True):
+        seen.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if os.path.realpath(Path(parent, name)) not in seen)
+        for name in sorted(names):
+            file = Path(parent, name)
+            if file.suffix.lower() in SUFFIXES:
+                yield Item(file.relative_to(path).as_posix(), str(file))
 
 
 def _of_list(path: Path) -> Iterator[Item]:
@@ -130,7 +145,7 @@ def read(item: Item) -> bytes:
     """
     try:
         if not item.place:
-            return Path(item.path).read_bytes()
+            return file_contents(item.path)
         if item.path.lower().endswith(".parquet"):
             return _cell(item)
         offset, size = item.place
@@ -152,7 +167,7 @@ def _cell(item: Item) -> bytes:
         if isinstance(found, bytes):
             return found
         if found:
-            return (Path(item.path).parent / found).read_bytes()
+            return file_contents(Path(item.path).parent / found)
     raise ImageError("the row holds neither bytes nor a path")
 
 

@@ -25,6 +25,7 @@ from pyarrow import parquet
 from siglip_port import SigLipVisionModel, writing
 from siglip_port import embed as embedding
 from siglip_port.embed import KEY, EmbedError, embed
+from siglip_port.embedder import Decoded, decode
 from siglip_port.image import ImageError, ImageProcessor
 from siglip_port.parity import randomise
 from siglip_port.pictures import Item, find_items, read
@@ -283,6 +284,49 @@ def test_a_full_disk_loses_nothing(
     assert embed([photos], tmp_path, model, **HOW).fresh == 26
 
 
+def test_a_process_that_dies_is_told(
+    photos: Path, model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(item: Item, processor: ImageProcessor) -> Decoded:
+        return os._exit(1) if item.id.startswith("000/0000030") else decode(item, processor)
+
+    monkeypatch.setattr(embedding, "decode", die)
+    with pytest.raises(EmbedError, match=r"a process that decodes died, at about .*What is complete stays"):
+        embed([photos], tmp_path, model, **{**HOW, "workers": 1})
+    monkeypatch.undo()
+    assert len(list(tmp_path.glob("part-*.parquet"))) >= 1
+    assert embed([photos], tmp_path, model, **HOW).done == 50
+
+
+def test_folders_are_followed_and_pipes_are_not(model: SigLipVisionModel, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "b").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for place in (folder / "b" / "1.png", tmp_path / "elsewhere" / "2.PNG", folder / "3.txt"):
+        Image.new("RGB", (4, 4)).save(place, "PNG")
+    (folder / "a").symlink_to(tmp_path / "elsewhere")
+    (folder / "b" / "again").symlink_to(folder)
+    os.mkfifo(folder / "c.png")
+    (folder / "d.jpg").symlink_to(tmp_path / "absent.jpg")
+    (folder / "e.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    embed([folder], tmp_path / "out", model, **HOW)
+    told = {row["id"]: row["error"] for row in rows(tmp_path / "out")}
+    assert told == {
+        "c.png": "the picture cannot be read: it is no regular file",
+        "d.jpg": "the picture cannot be read: No such file or directory",
+        "e.heic": "the picture cannot be read: it is of no kind that Pillow knows",
+        "a/2.PNG": None,
+        "b/1.png": None,
+    }
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
+def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir(mode=0)
+    with pytest.raises(ValueError, match="a cannot be listed: Permission denied"):
+        find_items([tmp_path])
+
+
 def test_a_vector_that_is_no_number_is_an_error(photos: Path, tmp_path: Path) -> None:
     model = SigLipVisionModel(SMALL).eval()
     with torch.no_grad():
@@ -344,6 +388,7 @@ def test_several_inputs_keep_their_names_apart(photos: Path, tmp_path: Path) -> 
         ("a.txt", b"\xff\xfe\xff", "cannot be read as a list of paths"),
         ("b.txt", b"\n\n", "holds no picture"),
         ("folder", None, "does not exist"),
+        ("a.tar.gz", b"", "is a compressed archive: unpack it"),
     ],
 )
 def test_inputs_that_are_none(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:

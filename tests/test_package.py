@@ -87,7 +87,11 @@ def test_the_examples_of_the_documents_run(
     SigLipVisionModel(SigLipVisionConfig(pooling_head=True)).save_hf(tmp_path / "served")
     hub.repositories["google/siglip-base-patch16-224"] = Repository(tmp_path / "served")
     monkeypatch.chdir(tmp_path)
-    for file in ("README.md", "docs/checkpoints.md", "docs/other_ports.md", "docs/performance.md"):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes((ROOT / "tests/images/chelsea.png").read_bytes())
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no")
+    documents = ("checkpoints", "embedding", "other_ports", "performance", "pixels")
+    for file in ("README.md", *(f"docs/{name}.md" for name in documents)):
         for block in python_blocks(file):
             exec(compile(block, file, "exec"), {})
             printed = capsys.readouterr().out
