@@ -365,8 +365,8 @@ class _Run:
         size, step, number = self.settings.shard_size, self.settings.batch_size, itertools.count()
         for shard, first in enumerate(range(0, len(self.items), size)):
             items = self.items[first : first + size]
-            if (path := self._path(shard)).exists():
-                rows, failed = _count(path)
+            if all(path.exists() for path in self._files(shard)):
+                rows, failed = _count(path := self._files(shard)[-1])
                 if rows != len(items):
                     raise EmbedError(f"{path} holds {rows} rows, expected {len(items)}; delete it, and run again")
                 self.progress.done += rows
@@ -399,8 +399,10 @@ class _Run:
             progress.seconds = asked - progress.started
             self.report(progress)
 
-    def _path(self, shard: int) -> Path:
-        return self.folder / f"part-{shard:06}.parquet"
+    def _files(self, shard: int, folder: Path | None = None) -> list[Path]:
+        """What a shard consists of; the last one is put in its place last."""
+        path = (folder or self.folder) / f"part-{shard:06}.parquet"
+        return [path.with_suffix(".npy"), path] if self.settings.format == "npy" else [path]
 
     def _write(self, shard: int, parts: Sequence[tuple[Sequence[Item], Result]]) -> None:
         import pyarrow as pa
@@ -424,10 +426,9 @@ class _Run:
         about = {**asdict(self.settings), "failed": sum(e is not None for e in errors), "versions": _versions()}
         table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(about)})
         with writing.unfinished(self.folder) as place:
-            files = [place / self._path(shard).name]
-            parquet.write_table(table, files[0])
-            if self.settings.format == "npy":  # before the other, which says that the shard is there
-                files.insert(0, files[0].with_suffix(".npy"))
+            files = self._files(shard, place)
+            parquet.write_table(table, files[-1])
+            if self.settings.format == "npy":
                 np.save(files[0], vectors)
             writing.put(files, self.folder)
 

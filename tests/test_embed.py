@@ -121,6 +121,8 @@ def test_arrays_beside_the_parquet_files(photos: Path, model: SigLipVisionModel,
     assert vectors.dtype == np.float32
     assert np.array_equal(vectors, np.array([row.pop("embedding") for row in expected], np.float32), equal_nan=True)
     assert rows(tmp_path / "npy") == expected
+    (tmp_path / "npy" / "part-000001.npy").unlink()
+    assert embed([photos], tmp_path / "npy", model, format="npy", **HOW).fresh == 12
     query = torch.from_numpy(vectors[1])
     assert search(tmp_path / "npy", query, 3) == search(tmp_path / "parquet", query, 3)
 
