@@ -60,21 +60,19 @@ def to_the_end(arguments: list[str]) -> dict[str, Any]:
 
 def killed(arguments: list[str], out: Path, times: int, chance: random.Random) -> tuple[list[int], dict[str, Any]]:
     """Kills a run at some moments, and then lets it end: how many files were there after each, and what it says."""
-    complete = []
+    complete = [0]
     for _ in range(times):
         with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            wait_for_settings(out)
-            time.sleep(chance.uniform(3, 25))
+            wait_for(out, complete[-1] + chance.randrange(5), process)
+            time.sleep(chance.uniform(0, 5))
             process.send_signal(signal.SIGKILL)
         complete.append(len(list(out.glob("part-*.parquet"))))
-    return complete, to_the_end(arguments)
+    return complete[1:], to_the_end(arguments)
 
 
-def wait_for_settings(out: Path) -> None:
-    """Until it has begun: torch has been imported by then."""
-    for _ in range(600):
-        if (out / "run.json").exists():
-            return
+def wait_for(out: Path, files: int, process: subprocess.Popen[bytes]) -> None:
+    """Until so many files are complete, or the run has ended."""
+    while process.poll() is None and len(list(out.glob("part-*.parquet"))) < files:
         time.sleep(0.1)
 
 

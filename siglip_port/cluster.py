@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import pickle
 import re
 import socket
@@ -39,6 +40,10 @@ def on_ray(
         EmbedError: Ray is not installed, the cluster cannot be reached or is too small, or a process of it died again
             and again.
     """
+    # Read when Ray is imported. Nodes have siglip-port installed: `uv run` need not make them an environment of a copy
+    # of this folder. And a cluster that is begun here reports to nobody.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
         import ray.data
