@@ -261,6 +261,9 @@ def embed_command(
         raise typer.BadParameter(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     model = SigLipVisionModel.from_hf(source, revision=revision, local_files_only=offline, device=device)
     line = _Line()
+    line.show(
+        "listing the pictures" + ("" if form else ", and measuring which form is fastest: kept for the next time")
+    )
     try:
         done = embedding.embed(
             inputs,

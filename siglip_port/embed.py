@@ -33,7 +33,7 @@ from siglip_port.image import Backend, ImageProcessor
 from siglip_port.model import SigLipVisionModel
 from siglip_port.pictures import Item, digest, find_items
 
-SETTINGS, KEY = "run.json", b"siglip_port"
+SETTINGS, KEY = "_run.json", b"siglip_port"
 """The file that tells of a folder how it came about, and the key of the same in a parquet file's metadata."""
 
 PATIENCE = 15.0
