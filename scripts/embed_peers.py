@@ -260,7 +260,7 @@ def read_clip_retrieval(out: Path) -> Vectors:
 
 PEERS = (
     Peer(TRUTH, (), ours("--form", "eager"), read_ours),
-    Peer("siglip-port", (), ours(), read_ours, "the form is measured and chosen while it starts"),
+    Peer("siglip-port, onnxruntime", (), ours("--form", "onnxruntime"), read_ours),
     Peer(
         "sentence-transformers", ("sentence-transformers[image]==6.2.0",), sentence_transformers,
         read_sentence_transformers, "a SiglipModel from a folder; of a tower alone it takes the mean of the tokens",

@@ -224,7 +224,7 @@ def embed_command(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     form: Annotated[
-        str | None, typer.Option(help="An engine of `siglip_port.optimize`; measured and chosen, if not named.")
+        str | None, typer.Option(help="An engine of `siglip_port.optimize`, or fastest: measured once, for minutes.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU, for the model; as many as fit.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 16,
@@ -261,9 +261,7 @@ def embed_command(
         raise typer.BadParameter(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     model = SigLipVisionModel.from_hf(source, revision=revision, local_files_only=offline, device=device)
     line = _Line()
-    line.show(
-        "listing the pictures" + ("" if form else ", and measuring which form is fastest: kept for the next time")
-    )
+    line.show("listing the pictures" + (", and measuring which form is fastest" if form == embedding.FASTEST else ""))
     try:
         done = embedding.embed(
             inputs,

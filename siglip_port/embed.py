@@ -39,6 +39,8 @@ SETTINGS, KEY = "_run.json", b"siglip_port"
 PATIENCE = 15.0
 """Seconds to wait for another run to end: the workers of one that was killed hold its lock until they notice it."""
 
+FASTEST = "fastest"
+
 Format = Literal["parquet", "npy"]
 
 
@@ -191,8 +193,8 @@ def embed(
         out: a folder; made if it does not exist.
         model: the tower, where it is to run.
         dtype: to compute in; None for the model's own.
-        form: a name of `siglip_port.inference.ENGINES`; None for the one that an earlier run of this folder took,
-            or `optimize` chooses.
+        form: a name of `siglip_port.inference.ENGINES`; `fastest` for the one that `optimize` chooses, which takes
+            minutes the first time; None for the one that an earlier run of this folder took, or else the tower itself.
         threads: of the CPU, for the model; None for as many as an earlier run of this folder took, or torch does.
         batch_size: pictures at a time.
         shard_size: rows a file, rounded up to whole batches.
@@ -219,11 +221,13 @@ def embed(
     folder, items = Path(out), find_items([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)
     earlier = read_settings(folder) or {}
     threads = threads or earlier.get("threads") or torch.get_num_threads()
+    if form in (None, FASTEST) and "form" in earlier:
+        form = earlier["form"]
     embedder = Embedder(
-        model, dtype=dtype, form=form or earlier.get("form") or "eager", threads=threads, batch_size=batch_size,
+        model, dtype=dtype, form="eager" if form in (None, FASTEST) else form, threads=threads, batch_size=batch_size,
         output=output, normalize=normalize, store=store, backend=backend,
     )  # fmt: skip
-    if form is None and "form" not in earlier:
+    if form == FASTEST:
         with inference.threads(threads):
             embedder.form = inference.optimize(model, dtype=dtype, batch_size=batch_size).choice.engine
     settings = _settings(embedder, items, shard_size, format)

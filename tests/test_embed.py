@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from siglip_port import SigLipVisionModel, writing
+from siglip_port import OptimizedModel, SigLipVisionModel, inference, optimize, writing
 from siglip_port import embed as embedding
 from siglip_port.embed import KEY, EmbedError, embed
 from siglip_port.embedder import Decoded, decode
@@ -125,6 +125,22 @@ def test_arrays_beside_the_parquet_files(photos: Path, model: SigLipVisionModel,
     assert embed([photos], tmp_path / "npy", model, format="npy", **HOW).fresh == 12
     query = torch.from_numpy(vectors[1])
     assert search(tmp_path / "npy", query, 3) == search(tmp_path / "parquet", query, 3)
+
+
+def test_the_fastest_form(
+    photos: Path, model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(*_: object, batch_size: int, dtype: object) -> OptimizedModel:
+        assert (batch_size, dtype) == (4, None)
+        fast = optimize(model, engines=[])
+        fast.choice = replace(fast.choice, engine="packed")
+        return fast
+
+    monkeypatch.setattr(inference, "optimize", choose)
+    embed([photos], tmp_path / "out", model, **{**HOW, "form": "fastest"})
+    assert json.loads((tmp_path / "out" / "_run.json").read_text())["form"] == "packed"
+    embed([photos], tmp_path / "other", model, **{**HOW, "form": None})
+    assert json.loads((tmp_path / "other" / "_run.json").read_text())["form"] == "eager"
 
 
 def test_tokens(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
@@ -241,7 +257,8 @@ def test_another_run_of_the_same_folder_is_refused(
         with pytest.raises(EmbedError, match=f"holds rows of another run: .*{message}"):
             embed(**arguments)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert embed([photos], tmp_path, model, **{**HOW, "form": None}).fresh == 0  # takes what the folder says
+    for form in (None, "fastest"):  # the folder's
+        assert embed([photos], tmp_path, model, **{**HOW, "form": form}).fresh == 0
     monkeypatch.setattr(embedding, "PATIENCE", 0.1)
     with embedding._alone(tmp_path), pytest.raises(EmbedError, match="another run is writing to"):
         embed([photos], tmp_path, model, **HOW)
