@@ -35,7 +35,8 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from scripts.make_pictures import make
+from make_pictures import make
+
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.parity import randomise
 from tests.hub_server import Hub, Repository
