@@ -191,7 +191,8 @@ class ImageProcessor:
                 "backend='torchvision' needs torchvision: pip install 'siglip-port[torchvision]', or use backend='pil'"
             ) from error
         if self.do_resize:
-            mode = InterpolationMode({number: name for name, number in RESAMPLE.items()}[self.resample])
+            names = {number: name for name, number in RESAMPLE.items()} | {0: "nearest-exact"}  # as Pillow's nearest
+            mode = InterpolationMode(names[self.resample])
             pixels = functional.resize(pixels, list(size), interpolation=mode, antialias=True)
         if self.mean is None or self.std is None:
             return pixels * self.rescale_factor if self.rescale_factor is not None else pixels.float()

@@ -35,10 +35,19 @@ def default(config: SigLipVisionConfig, resample: int | None = None) -> dict[str
         "rescale_factor": 1 / 255,
     }
     if config.naflex:
-        naflex = {"patch_size": config.patch_size, "max_num_patches": config.num_patches, "resample": resample or 2}
+        naflex = {
+            "patch_size": config.patch_size,
+            "max_num_patches": config.num_patches,
+            "resample": 2 if resample is None else resample,
+        }
         return {"image_processor_type": "Siglip2ImageProcessor", **common, **naflex}
     size = {"height": config.image_size, "width": config.image_size}
-    return {"image_processor_type": "SiglipImageProcessor", **common, "resample": resample or 3, "size": size}
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        **common,
+        "resample": 3 if resample is None else resample,
+        "size": size,
+    }
 
 
 def derive(

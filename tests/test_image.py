@@ -108,7 +108,7 @@ def test_naflex_as_the_reference(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("resample", [2, 3])
+@pytest.mark.parametrize("resample", [0, 2, 3])
 def test_torchvision_as_the_reference(mode: str, resample: int) -> None:
     image = MODES[mode]()
     fixed = {**FIXED, "resample": resample}
