@@ -28,7 +28,7 @@ from siglip_port.checkpoint import CheckpointError, SeveralTowersError
 from siglip_port.extraction import Format, extract
 from siglip_port.hub import find_source
 from siglip_port.image import ImageError, to_rgb
-from siglip_port.inference import EngineError
+from siglip_port.inference import ENGINES, EngineError
 from siglip_port.inspection import Inspection, inspect
 from siglip_port.model import SigLipVisionModel
 from siglip_port.processors import RESAMPLE
@@ -72,6 +72,13 @@ def _print_version(wanted: bool) -> None:
 
 def _known_layout(name: str | None) -> str | None:
     known = [layout.name for layout in key_map.LAYOUTS]
+    if name is not None and name not in known:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}")
+    return name
+
+
+def _known_form(name: str | None) -> str | None:
+    known = [*ENGINES, "fastest"]
     if name is not None and name not in known:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}")
     return name
@@ -224,7 +231,10 @@ def embed_command(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     form: Annotated[
-        str | None, typer.Option(help="An engine of `siglip_port.optimize`, or fastest: measured once, for minutes.")
+        str | None,
+        typer.Option(
+            help="An engine of `siglip_port.optimize`, or fastest: measured once, for minutes.", callback=_known_form
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU, for the model; as many as fit.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 16,

@@ -217,9 +217,9 @@ def embed(
         ValueError: an argument is none that there is.
         EmbedError: the folder holds rows of other settings, is in use, or cannot be written to.
     """
-    _check(model, shard_size, workers, format, engine)
+    _check(model, shard_size, workers, format, engine, address)
     folder, items = Path(out), find_items([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)
-    earlier = read_settings(folder) or {}
+    earlier = _earlier(folder) or {}
     threads = threads or earlier.get("threads") or torch.get_num_threads()
     if form in (None, FASTEST) and "form" in earlier:
         form = earlier["form"]
@@ -230,6 +230,11 @@ def embed(
     if form == FASTEST:
         with inference.threads(threads):
             embedder.form = inference.optimize(model, dtype=dtype, batch_size=batch_size).choice.engine
+    if engine == "local":  # before the folder is touched; on a cluster, it is for the nodes to find out
+        try:
+            embedder.model  # noqa: B018
+        except inference.EngineError as error:
+            raise EmbedError(f"form {embedder.form} cannot be used here: {error}; take another, or eager") from error
     settings = _settings(embedder, items, shard_size, format)
     try:
         with _alone(folder):
@@ -250,7 +255,9 @@ def embed(
         ) from error
 
 
-def _check(model: SigLipVisionModel, shard_size: int, workers: int | None, form: str, engine: str) -> None:
+def _check(
+    model: SigLipVisionModel, shard_size: int, workers: int | None, form: str, engine: str, address: str | None
+) -> None:
     if not isinstance(model, SigLipVisionModel):
         raise ValueError(f"model must be a SigLipVisionModel, got a {type(model).__name__}")
     for name, value, least in (("shard_size", shard_size, 1), ("workers", 0 if workers is None else workers, 0)):
@@ -258,6 +265,8 @@ def _check(model: SigLipVisionModel, shard_size: int, workers: int | None, form:
             raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
     if form not in ("parquet", "npy") or engine not in ("local", "ray"):
         raise ValueError(f"format must be parquet or npy, engine local or ray, got {form!r} and {engine!r}")
+    if address is not None and engine != "ray":
+        raise ValueError("an address is that of a Ray cluster: pass engine ray with it")
 
 
 def _settings(embedder: Embedder, items: Sequence[Item], shard_size: int, form: Format) -> Settings:
@@ -479,13 +488,27 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     return content
 
 
+def _earlier(folder: Path) -> dict[str, Any] | None:
+    """How the rows of a folder came about; None where there are none, whatever was tried before.
+
+    Raises:
+        EmbedError: there are rows, and nothing says how they came about.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise EmbedError(f"{folder} is a file; name a folder")
+    if not any(folder.glob("part-*.parquet")):
+        return None
+    earlier = read_settings(folder)
+    if earlier is None:
+        raise EmbedError(f"{folder} holds parquet files, but no {SETTINGS}; take another folder")
+    return earlier
+
+
 def _keep_settings(folder: Path, settings: Settings) -> None:
     """Writes down what this folder holds; or makes sure that it is the same."""
     wanted = json.loads(json.dumps(asdict(settings)))
-    earlier = read_settings(folder)
+    earlier = _earlier(folder)
     if earlier is None:
-        if any(folder.glob("part-*.parquet")):
-            raise EmbedError(f"{folder} holds parquet files, but no {SETTINGS}; take another folder")
         with writing.unfinished(folder) as place:
             (place / SETTINGS).write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
             writing.put([place / SETTINGS], folder)

@@ -132,7 +132,8 @@ class Embedder:
             "device": device,
         }
         self.processor = ImageProcessor.from_config(told, backend)
-        self.dtype, self.form, self.device, self.column = dtype, form, device, column
+        self.dtype = torch.int8 if form == "int8" and dtype is None else dtype
+        self.form, self.device, self.column = form, device, column
         self.threads = torch.get_num_threads() if threads is None else threads
         self.batch_size, self.output, self.normalize, self.store = batch_size, output, normalize, store
         self._check()
