@@ -264,6 +264,41 @@ def test_another_run_of_the_same_folder_is_refused(
         embed([photos], tmp_path, model, **HOW)
 
 
+def test_what_could_not_begin_is_in_nobodys_way(
+    photos: Path, model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A form that cannot be used leaves nothing; settings without rows bind nobody; a file is no folder."""
+    how = {**HOW, "form": "onnxruntime", "dtype": torch.bfloat16}
+    with pytest.raises(
+        EmbedError, match="form onnxruntime cannot be used here: it is for float32 on CPUs; take another"
+    ):
+        embed([photos], tmp_path / "out", model, **how)
+    assert not (tmp_path / "out").exists()
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedding, "result", fail)
+    with pytest.raises(KeyboardInterrupt):
+        embed([photos], tmp_path / "out", model, **HOW)
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "_run.json").exists()
+    assert embed([photos], tmp_path / "out", model, **{**HOW, "form": "packed", "normalize": True}).fresh == 50
+    assert json.loads((tmp_path / "out" / "_run.json").read_text())["form"] == "packed"
+    (tmp_path / "file").touch()
+    with pytest.raises(EmbedError, match="file is a file; name a folder"):
+        embed([photos], tmp_path / "file", model, **HOW)
+
+
+def test_int8(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
+    embed([photos], tmp_path / "int8", model, **{**HOW, "form": "int8"})
+    embed([photos], tmp_path / "float32", model, **HOW)
+    assert json.loads((tmp_path / "int8" / "_run.json").read_text())["dtype"] == "int8"
+    pairs = zip(rows(tmp_path / "int8"), rows(tmp_path / "float32"), strict=True)
+    far = [np.abs(np.subtract(a["embedding"], b["embedding"])).max() for a, b in pairs if not b["error"]]
+    assert 0 < max(far) < 1
+
+
 def test_damaged_results_are_told(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
     embed([photos], tmp_path, model, **HOW)
     part = tmp_path / "part-000001.parquet"
@@ -455,6 +490,7 @@ def test_a_file_that_goes_away_is_a_row_with_an_error(model: SigLipVisionModel, 
         ({"output": "both"}, "output must be pooled or tokens"),
         ({"output": "tokens", "normalize": True}, "are not normalised"),
         ({"form": "fast"}, "form must be one of eager, packed,"),
+        ({"address": "auto"}, "an address is that of a Ray cluster"),
         ({"engine": "spark"}, "engine local or ray, got 'parquet' and 'spark'"),
         ({"format": "csv"}, "format must be parquet or npy"),
     ],
@@ -503,6 +539,8 @@ def test_commands_that_cannot_be_done(photos: Path, tower: Path, tmp_path: Path)
         "cannot be used here"
         in command("embed", photos, "-o", "out", "--model", tower, "--device", "cuda:9", code=2).output
     )
+    wrong = command("embed", photos, "-o", "out", "--model", tower, "--form", "quick", code=2).output
+    assert "'quick' is none of eager, packed" in " ".join(wrong.replace("│", " ").split())
     assert "holds no vectors" in command("search", tmp_path, photos / "x.png", code=1).stderr
 
 
