@@ -220,7 +220,8 @@ def embed(
     _check(model, shard_size, workers, format, engine, address)
     folder, items = Path(out), find_items([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)
     earlier = _earlier(folder) or {}
-    threads = threads or earlier.get("threads") or torch.get_num_threads()
+    if threads is None:
+        threads = earlier.get("threads", torch.get_num_threads())
     if form in (None, FASTEST) and "form" in earlier:
         form = earlier["form"]
     embedder = Embedder(
@@ -256,20 +257,20 @@ def embed(
 
 
 def _check(
-    model: SigLipVisionModel, shard_size: int, workers: int | None, form: str, engine: str, address: str | None
+    model: SigLipVisionModel, shard_size: int, workers: int | None, file_format: str, engine: str, address: str | None
 ) -> None:
     if not isinstance(model, SigLipVisionModel):
         raise ValueError(f"model must be a SigLipVisionModel, got a {type(model).__name__}")
     for name, value, least in (("shard_size", shard_size, 1), ("workers", 0 if workers is None else workers, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
-    if form not in ("parquet", "npy") or engine not in ("local", "ray"):
-        raise ValueError(f"format must be parquet or npy, engine local or ray, got {form!r} and {engine!r}")
+    if file_format not in ("parquet", "npy") or engine not in ("local", "ray"):
+        raise ValueError(f"format must be parquet or npy, engine local or ray, got {file_format!r} and {engine!r}")
     if address is not None and engine != "ray":
         raise ValueError("an address is that of a Ray cluster: pass engine ray with it")
 
 
-def _settings(embedder: Embedder, items: Sequence[Item], shard_size: int, form: Format) -> Settings:
+def _settings(embedder: Embedder, items: Sequence[Item], shard_size: int, file_format: Format) -> Settings:
     home = embedder.plain.transformer.post_layernorm.weight
     return Settings(
         source=embedder.name,
@@ -284,7 +285,7 @@ def _settings(embedder: Embedder, items: Sequence[Item], shard_size: int, form: 
         output=embedder.output,
         normalize=embedder.normalize,
         store=embedder.store,
-        format=form,
+        format=file_format,
         preprocess=embedder.processor.fingerprint,
         processor=asdict(embedder.processor),
         pictures=len(items),
@@ -322,7 +323,7 @@ def here(embedder: Embedder, batches: Sequence[Batch], workers: int | None) -> I
     loader: DataLoader[Any] = DataLoader(
         Pictures(items, embedder.processor),
         batch_sampler=[list(range(first, end)) for first, end in itertools.pairwise(ends)],
-        num_workers=min(len(os.sched_getaffinity(0)) if workers is None else workers, len(batches)),
+        num_workers=min(_processors() if workers is None else workers, len(batches)),
         collate_fn=list,
         worker_init_fn=_quiet_worker,
     )
@@ -347,6 +348,11 @@ def result(embedder: Embedder, number: int, decoded: Sequence[Decoded]) -> Resul
     seconds = time.perf_counter() - started
     sizes = tuple(each.size for each in decoded)
     return Result(number, sizes, tuple(errors), vectors, sum(each.seconds for each in decoded), seconds)
+
+
+def _processors() -> int:
+    """That this process may use; not every system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _quiet_worker(number: int) -> None:

@@ -486,6 +486,7 @@ def test_a_file_that_goes_away_is_a_row_with_an_error(model: SigLipVisionModel, 
     [
         ({"batch_size": 0}, "batch_size must be a whole number from 1 on, got 0"),
         ({"workers": -1}, "workers must be a whole number from 0 on, got -1"),
+        ({"threads": 0}, "threads must be a whole number from 1 on, got 0"),
         ({"shard_size": True}, "shard_size must be"),
         ({"output": "both"}, "output must be pooled or tokens"),
         ({"output": "tokens", "normalize": True}, "are not normalised"),
