@@ -111,6 +111,7 @@ class Embedder:
     ) -> None:
         self._plain: SigLipVisionModel | None = None
         self._fast: OptimizedModel | None = None
+        self._in_memory = isinstance(source, SigLipVisionModel)
         if isinstance(source, SigLipVisionModel):
             if isinstance(source, OptimizedModel):
                 raise ValueError("the model is optimized already; pass the one that it was made of, and name form=")
@@ -154,8 +155,8 @@ class Embedder:
             raise ValueError("the model has no pooling head, so it makes no vectors; take output='tokens'")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the form that it runs in, which may be of this process alone."""
-        return {**self.__dict__, "_fast": None}
+        """Without the form that it runs in, which is of this process alone, and without weights that can be found."""
+        return {**self.__dict__, "_fast": None, "_plain": self._plain if self._in_memory else None}
 
     @property
     def embedding_dim(self) -> int:

@@ -143,6 +143,11 @@ def test_the_fastest_form(
     assert json.loads((tmp_path / "other" / "_run.json").read_text())["form"] == "eager"
 
 
+def test_files_hold_whole_batches(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
+    embed([photos], tmp_path, model, **{**HOW, "shard_size": 18})
+    assert [parquet.read_metadata(path).num_rows for path in sorted(tmp_path.glob("part-*"))] == [20, 20, 10]
+
+
 def test_tokens(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
     embed([photos], tmp_path, model, output="tokens", **HOW)
     row = next(row for row in rows(tmp_path) if not row["error"])
@@ -306,6 +311,9 @@ def test_damaged_results_are_told(photos: Path, model: SigLipVisionModel, tmp_pa
     part.write_bytes(whole[:100])
     with pytest.raises(EmbedError, match=f"{part} is no file of this program, or damaged: .*; delete it"):
         embed([photos], tmp_path, model, **HOW)
+    part.write_bytes((tmp_path / "part-000004.parquet").read_bytes())
+    with pytest.raises(EmbedError, match=f"{part} holds 2 rows, expected 12; delete it"):
+        embed([photos], tmp_path, model, **HOW)
     part.unlink()
     done = embed([photos], tmp_path, model, **HOW)
     assert (done.fresh, done.done) == (12, 50)
@@ -374,9 +382,16 @@ def test_folders_are_followed_and_pipes_are_not(model: SigLipVisionModel, tmp_pa
     }
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
-def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir(mode=0)
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:  # noqa: ANN401
+        if str(path).endswith("a"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may list every folder
     with pytest.raises(ValueError, match="a cannot be listed: Permission denied"):
         find_items([tmp_path])
 

@@ -90,6 +90,8 @@ def test_it_can_be_pickled_at_any_time(in_memory: bool, tower: Path, files: list
     for again in (pickle.loads(before), pickle.loads(pickle.dumps(embedder))):
         assert repr(again({"path": files})) == expected
     assert embedder.name == str(tower)
+    assert (len(pickle.dumps(embedder)) < 10_000) != in_memory  # used or not
+    assert len(pickle.dumps(embedder)) == len(before)
 
 
 def test_what_is_chosen(tower: Path, files: list[str]) -> None:
