@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -302,7 +303,8 @@ def embed_command(
         typer.echo(f"{done.done} of {done.total} pictures in {out}, {done.failed} of them with an error instead")
         typer.echo(
             f"{done.fresh} now, {done.rate:.1f} a second; seconds: {done.waiting:.1f} waiting for pictures, "
-            f"{done.model:.1f} model, {done.writing:.1f} writing; {done.decoding:.1f} decoding, beside all that"
+            f"{done.model:.1f} model, {done.writing:.1f} writing; beside all that, in all processes "
+            f"together, {done.decoding:.1f} decoding, {done.preprocessing:.1f} preprocessing"
         )
     if done.failed:
         raise typer.Exit(3)
@@ -390,6 +392,7 @@ class _Line:
     def show(self, text: str) -> None:
         if self.terminal and time.monotonic() > self.last + 0.2:
             self.last = time.monotonic()
+            text = text[: shutil.get_terminal_size().columns - 1]  # what is wrapped cannot be written over
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
@@ -399,11 +402,11 @@ class _Line:
 
 def _progress(progress: Any) -> str:  # noqa: ANN401
     left = (progress.total - progress.done) / progress.rate if progress.rate else 0.0
-    shares = {name: getattr(progress, name) / (progress.seconds or 1) for name in ("waiting", "model", "writing")}
-    where = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    names = ("model", "waiting", "writing", "decoding", "preprocessing")  # the last two beside the others
+    where = ", ".join(f"{name} {getattr(progress, name) / (progress.seconds or 1):.0%}" for name in names)
     return (
         f"{progress.done}/{progress.total}, {progress.failed} failed, {progress.rate:.1f} pictures/s, "
-        f"{left / 60:.0f} min left ({where})"
+        f"{left / 60:.0f} min left: {where}"
     )
 
 

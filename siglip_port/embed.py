@@ -102,7 +102,8 @@ class Progress:
         fresh: rows of this run.
         seconds: of this run, altogether; and of it `waiting` for pictures, `model`, `writing`. On a cluster, `waiting`
             is for results, and `model` is of all models together.
-        decoding: seconds in all workers together, while all else went on.
+        decoding: seconds in all workers together, while all else went on; reading is part of it.
+        preprocessing: likewise.
     """
 
     total: int
@@ -114,6 +115,7 @@ class Progress:
     model: float = 0.0
     writing: float = 0.0
     decoding: float = 0.0
+    preprocessing: float = 0.0
     started: float = field(default_factory=time.perf_counter, repr=False)
 
     @property
@@ -150,7 +152,8 @@ class Result:
         sizes: (height, width) of each picture, if it could be read.
         errors: why not, or empty.
         vectors: [B, embedding_dim], NaN where there is an error.
-        decoding: seconds that it took.
+        decoding: seconds that it took, of all pictures.
+        preprocessing: likewise.
         model: seconds that it took.
     """
 
@@ -159,6 +162,7 @@ class Result:
     errors: tuple[str, ...]
     vectors: NDArray[Any]
     decoding: float
+    preprocessing: float
     model: float
 
 
@@ -346,8 +350,15 @@ def result(embedder: Embedder, number: int, decoded: Sequence[Decoded]) -> Resul
     started = time.perf_counter()
     vectors, errors = embedder.vectors(decoded)
     seconds = time.perf_counter() - started
-    sizes = tuple(each.size for each in decoded)
-    return Result(number, sizes, tuple(errors), vectors, sum(each.seconds for each in decoded), seconds)
+    return Result(
+        number,
+        tuple(each.size for each in decoded),
+        tuple(errors),
+        vectors,
+        sum(each.decoding for each in decoded),
+        sum(each.preprocessing for each in decoded),
+        seconds,
+    )
 
 
 def _processors() -> int:
@@ -405,6 +416,7 @@ class _Run:
             progress.waiting += max(0.0, time.perf_counter() - asked - found.model)
             progress.model += found.model
             progress.decoding += found.decoding
+            progress.preprocessing += found.preprocessing
             progress.fresh += len(found.errors)
             progress.done += len(found.errors)
             progress.failed += sum(map(bool, found.errors))

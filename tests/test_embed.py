@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from siglip_port import OptimizedModel, SigLipVisionModel, inference, optimize, writing
+from siglip_port import OptimizedModel, SigLipVisionModel, commands, inference, optimize, writing
 from siglip_port import embed as embedding
 from siglip_port.embed import KEY, EmbedError, embed
 from siglip_port.embedder import Decoded, decode
@@ -535,6 +535,7 @@ def test_the_commands(photos: Path, tower: Path, tmp_path: Path) -> None:
     arguments = ["embed", photos, "-o", out, "--model", tower, "--batch-size", 8, "--workers", 0]
     told = json.loads(command(*arguments, "--form", "eager", "--json", code=3).stdout)
     assert (told["done"], told["failed"], told["fresh"]) == (50, len(broken(photos)), 50)
+    assert all(told[kind] > 0 for kind in ("decoding", "preprocessing", "model", "writing"))
     assert "50 of 50 pictures in" in command(*arguments, code=3).stdout
     assert "holds rows of another run: normalize was" in command(*arguments, "--normalize", code=1).stderr
     query = next(row for row in rows(out) if not row["error"])
@@ -547,6 +548,24 @@ def test_the_commands(photos: Path, tower: Path, tmp_path: Path) -> None:
     good.mkdir()
     (good / "a.png").write_bytes((photos / query["id"]).read_bytes())
     command("embed", good, "-o", tmp_path / "b", "--model", tower, "--form", "eager", "--workers", 0, code=0)
+
+
+def test_the_line_of_a_run_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, terminal = os.openpty()
+    with open(terminal, "w") as stderr, open(screen, "rb", buffering=0) as seen:  # noqa: PTH123 (descriptors)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        monkeypatch.setenv("COLUMNS", "30")
+        progress = embedding.Progress(total=10_000, done=5000, failed=47, fresh=100, seconds=10.0, model=9.0)
+        line = commands._Line()
+        line.show(commands._progress(progress))
+        assert seen.read(1000).decode() == "\r\033[K5000/10000, 47 failed, 10.0 p"
+        monkeypatch.setenv("COLUMNS", "200")
+        line.last = 0.0
+        line.show(commands._progress(progress))
+        told = "10.0 pictures/s, 8 min left: model 90%, waiting 0%, writing 0%, decoding 0%, preprocessing 0%"
+        assert seen.read(1000).decode() == f"\r\033[K5000/10000, 47 failed, {told}"
+        line.clear()
+        assert seen.read(1000).decode() == "\r\033[K"
 
 
 def test_commands_that_cannot_be_done(photos: Path, tower: Path, tmp_path: Path) -> None:
