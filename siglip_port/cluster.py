@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from siglip_port.inference import EngineError
 
 def on_ray(
     embedder: Embedder, batches: Sequence[Batch], workers: int | None = None, address: str | None = None
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Does batches on a cluster, by Ray Data: the same batches, of the same size, and so the same vectors.
 
     Pictures must lie where every node finds them under the same path, and siglip-port be installed there; the model is

@@ -16,7 +16,10 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +28,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 
 from siglip_port import inference, writing
 from siglip_port.embedder import Decoded, Embedder, Output, Store, decode
@@ -38,6 +40,8 @@ SETTINGS, KEY = "_run.json", b"siglip_port"
 
 PATIENCE = 15.0
 """Seconds to wait for another run to end: the workers of one that was killed hold its lock until they notice it."""
+
+DIED = "the process that decoded it died, twice: out of memory, or a fault of the decoder"
 
 FASTEST = "fastest"
 
@@ -249,9 +253,11 @@ def embed(
             if engine == "ray":
                 from siglip_port.cluster import on_ray
 
-                run.take(batches, on_ray(embedder, batches, workers, address))
+                results = on_ray(embedder, batches, workers, address)
             else:
-                run.take(batches, here(embedder, batches, workers))
+                results = here(embedder, batches, workers)
+            with contextlib.closing(results):
+                run.take(batches, results)
             return run.progress
     except OSError as error:
         raise EmbedError(
@@ -300,21 +306,7 @@ def _settings(embedder: Embedder, items: Sequence[Item], shard_size: int, file_f
 # --- the work --------------------------------------------------------------------------------------------------------
 
 
-class Pictures(Dataset[Decoded]):
-    """Reads, decodes and resizes pictures; in worker processes, by `DataLoader`."""
-
-    def __init__(self, items: Sequence[Item], processor: ImageProcessor) -> None:
-        self.items, self.processor = items, processor
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Decoded:
-        """One of them. Never raises for what is wrong with a picture."""
-        return decode(self.items[index], self.processor)
-
-
-def here(embedder: Embedder, batches: Sequence[Batch], workers: int | None) -> Iterator[Result]:
+def here(embedder: Embedder, batches: Sequence[Batch], workers: int | None) -> Generator[Result]:
     """Decodes in worker processes, and runs the model in this one.
 
     Args:
@@ -322,27 +314,71 @@ def here(embedder: Embedder, batches: Sequence[Batch], workers: int | None) -> I
         batches: what is to be done.
         workers: see `embed`.
     """
-    items = [item for batch in batches for item in batch.items]
-    ends = itertools.accumulate((len(batch.items) for batch in batches), initial=0)
-    loader: DataLoader[Any] = DataLoader(
-        Pictures(items, embedder.processor),
-        batch_sampler=[list(range(first, end)) for first, end in itertools.pairwise(ends)],
-        num_workers=min(_processors() if workers is None else workers, len(batches)),
-        collate_fn=list,
-        worker_init_fn=_quiet_worker,
-    )
-    numbers = iter(batches)
+    decoded = _decoded(batches, embedder.processor, _processors() if workers is None else workers)
+    for batch, pictures in zip(batches, decoded, strict=True):
+        yield result(embedder, batch.number, pictures)
+
+
+def _decoded(batches: Sequence[Batch], processor: ImageProcessor, workers: int) -> Iterator[list[Decoded]]:
+    """Decodes batches in their order, some of them ahead.
+
+    When a process dies, the batch that was waited for is decoded once more, a picture at a time: so a picture that
+    kills it becomes a row with an error, and one that had only bad luck does not.
+    """
+    workers = min(workers, len(batches))
+    if not workers:
+        yield from (_decode(batch.items, processor) for batch in batches)
+        return
+    left, ahead, pool = deque(batches), deque[Future[list[Decoded]]](), _processes(workers)
     try:
-        for decoded in loader if batches else ():
-            yield result(embedder, next(numbers).number, decoded)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        batch = next(numbers)  # or one of the next ones: workers are ahead
+        while left:
+            try:
+                while len(ahead) < min(2 * workers, len(left)):
+                    ahead.append(pool.submit(_decode, left[len(ahead)].items, processor))
+                found = ahead[0].result()
+                ahead.popleft()
+            except BrokenProcessPool:  # all its processes end, and what they were to do is lost
+                pool.shutdown()
+                ahead.clear()
+                found, pool = _one_by_one(left[0].items, processor), _processes(workers)
+            left.popleft()
+            yield found
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _decode(items: Sequence[Item], processor: ImageProcessor) -> list[Decoded]:
+    return [decode(item, processor) for item in items]
+
+
+def _one_by_one(items: Sequence[Item], processor: ImageProcessor) -> list[Decoded]:
+    found, pool = list[Decoded](), _processes(1)
+    for item in items:
+        decoded = [Decoded(None, None, DIED, 0.0)]
+        for _ in range(2):
+            try:
+                decoded = pool.submit(_decode, [item], processor).result()
+                break
+            except BrokenProcessPool:
+                pool.shutdown()
+                pool = _processes(1)
+        found += decoded
+    pool.shutdown()
+    return found
+
+
+def _processes(count: int) -> ProcessPoolExecutor:
+    """Processes that have begun: else every picture would be found to kill them."""
+    pool = ProcessPoolExecutor(count, initializer=_begin_worker)
+    try:
+        pool.submit(os.getpid).result()
+    except (BrokenProcessPool, OSError) as error:
+        pool.shutdown()
         raise EmbedError(
-            f"a process that decodes died, at about {batch.items[0].path}: {str(error).splitlines()[0]} What is "
-            "complete stays; take the picture out, or fewer --workers, and run the same command again"
+            f"processes to decode cannot be begun: {error}; take fewer workers, or 0. A script of yours must call "
+            "embed under `if __name__ == '__main__':` where Python begins processes by importing it"
         ) from error
+    return pool
 
 
 def result(embedder: Embedder, number: int, decoded: Sequence[Decoded]) -> Result:
@@ -366,7 +402,7 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _quiet_worker(number: int) -> None:
+def _begin_worker() -> None:
     """Ctrl-C goes to all processes of a terminal; the main one stops its workers itself, or is killed, and they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

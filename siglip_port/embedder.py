@@ -56,8 +56,8 @@ def decode(picture: Any, processor: ImageProcessor) -> Decoded:  # noqa: ANN401 
         rgb = to_rgb(contents(picture))
         decoded = time.perf_counter()
         pixels = processor.one(rgb).numpy()
-    except ImageError as error:
-        return Decoded(None, None, str(error), time.perf_counter() - started)
+    except (ImageError, MemoryError) as error:
+        return Decoded(None, None, str(error) or "out of memory", time.perf_counter() - started)
     return Decoded(pixels, (rgb.shape[1], rgb.shape[2]), "", decoded - started, time.perf_counter() - decoded)
 
 

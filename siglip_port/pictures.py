@@ -160,10 +160,15 @@ def read(item: Item) -> bytes:
 
 
 def _cell(item: Item) -> bytes:
+    import pyarrow as pa
+
     group, row = item.place
-    columns = _row_group(item.path, group)
-    for value in (columns[name][row] for name in COLUMNS if columns.get(name)):
-        found = _bytes_or_path(value)
+    try:
+        columns = _row_group(item.path, group)
+        values = [columns[name][row] for name in COLUMNS if name in columns]
+    except (pa.ArrowException, IndexError) as error:  # damaged, or not as it was when it was listed
+        raise ImageError(f"the parquet file cannot be read: {error}") from error
+    for found in map(_bytes_or_path, values):
         if isinstance(found, bytes):
             return found
         if found:

@@ -346,18 +346,50 @@ def test_a_full_disk_loses_nothing(
     assert embed([photos], tmp_path, model, **HOW).fresh == 26
 
 
-def test_a_process_that_dies_is_told(
+@pytest.mark.parametrize("deadly", [True, False], ids=["deadly", "by chance"])
+def test_a_process_that_dies_is_replaced(
+    deadly: bool, photos: Path, model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture that kills whoever decodes it becomes a row with an error; what was killed by chance is done again."""
+
+    def die(item: Item, processor: ImageProcessor) -> Decoded:
+        if Path(item.id).stem in ("0000009", "0000030", "0000031"):
+            (seen := tmp_path / Path(item.id).stem).write_bytes(b"x" * (deaths := size(seen) + 1))
+            if deadly or deaths == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return decode(item, processor)
+
+    embed([photos], tmp_path / "whole", model, **HOW)
+    monkeypatch.setattr(embedding, "decode", die)
+    embed([photos], tmp_path / "out", model, **{**HOW, "workers": 2})
+    for row, expected in zip(rows(tmp_path / "out"), rows(tmp_path / "whole"), strict=True):
+        if deadly and Path(row["id"]).stem in ("0000009", "0000030", "0000031"):
+            assert (row["error"], row["width"]) == (embedding.DIED, None)
+        else:
+            assert repr(row) == repr(expected)
+    assert all(size(tmp_path / name) >= 2 for name in ("0000009", "0000030", "0000031"))
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def test_processes_that_cannot_begin_are_no_fault_of_the_pictures(
     photos: Path, model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(item: Item, processor: ImageProcessor) -> Decoded:
-        return os._exit(1) if item.id.startswith("000/0000030") else decode(item, processor)
+    monkeypatch.setattr(embedding, "_begin_worker", lambda: os._exit(1))
+    with pytest.raises(EmbedError, match=r"processes to decode cannot be begun: .* take fewer workers, or 0"):
+        embed([photos], tmp_path, model, **{**HOW, "workers": 2})
 
-    monkeypatch.setattr(embedding, "decode", die)
-    with pytest.raises(EmbedError, match=r"a process that decodes died, at about .*What is complete stays"):
-        embed([photos], tmp_path, model, **{**HOW, "workers": 1})
+    def refuse() -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
     monkeypatch.undo()
-    assert len(list(tmp_path.glob("part-*.parquet"))) >= 1
-    assert embed([photos], tmp_path, model, **HOW).done == 50
+    monkeypatch.setattr(os, "fork", refuse)
+    with pytest.raises(EmbedError, match=r"cannot be begun: .*Resource temporarily unavailable"):
+        embed([photos], tmp_path, model, **{**HOW, "workers": 2})
+    monkeypatch.undo()
+    assert embed([photos], tmp_path, model, **HOW).fresh == 50
 
 
 def test_folders_are_followed_and_pipes_are_not(model: SigLipVisionModel, tmp_path: Path) -> None:
@@ -494,6 +526,19 @@ def test_names_that_are_no_unicode(model: SigLipVisionModel, tmp_path: Path) -> 
 def test_a_file_that_goes_away_is_a_row_with_an_error(model: SigLipVisionModel, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="No such file"):
         read(Item("a", str(tmp_path / "a.png")))
+
+
+def test_a_parquet_file_that_changes_is_no_end(tmp_path: Path) -> None:
+    pictures, file = pa.table({"bytes": [b"x" * 1000] * 4}), tmp_path / "a.parquet"
+    parquet.write_table(pictures, file, row_group_size=2)
+    items = find_items([file])
+    parquet.write_table(pictures.slice(0, 1), file)
+    for item in items[1:]:
+        with pytest.raises(ImageError, match="the parquet file cannot be read: "):
+            read(item)
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(ImageError, match=r"the parquet file cannot be read: .*footer"):
+        read(items[3])
 
 
 @pytest.mark.parametrize(
