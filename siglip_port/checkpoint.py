@@ -614,11 +614,12 @@ def read_processor(source: Source) -> dict[str, Any] | None:
         CheckpointError: the file is not readable.
     """
     try:
+        if (path := source.get(processors.PROCESSOR)) is not None:  # of transformers 5; it reads this one first, too
+            inner = _read_json(path).get("image_processor")
+            if isinstance(inner, dict):
+                return inner
         if (path := source.get(processors.PREPROCESSOR)) is not None:
             return _read_json(path)
-        if (path := source.get(processors.PROCESSOR)) is not None:  # of transformers 5
-            inner = _read_json(path).get("image_processor")
-            return inner if isinstance(inner, dict) else None
     except HubUnreachableError:  # The tower can do without.
         return None
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -53,7 +53,7 @@ def decode(picture: Any, processor: ImageProcessor) -> Decoded:  # noqa: ANN401 
     """
     started = time.perf_counter()
     try:
-        rgb = to_rgb(contents(picture))
+        rgb = to_rgb(contents(picture), processor.backend)
         decoded = time.perf_counter()
         pixels = processor.one(rgb).numpy()
     except (ImageError, MemoryError) as error:
@@ -194,6 +194,8 @@ class Embedder:
         """
         side = self.config.patch_size if self.config.naflex else self.config.image_size
         blank = torch.zeros(self.config.num_channels, side, side)
+        if not self.processor.do_resize:
+            decoded = [self._fitting(d, blank.shape) for d in decoded]
         pixels = [blank if d.pixels is None else torch.from_numpy(d.pixels) for d in decoded]
         pixels += [blank] * (self.batch_size - len(pixels))
         model, batch = self.model, self.processor.batch(pixels)
@@ -212,6 +214,18 @@ class Embedder:
         ]
         rows[[bool(error) for error in errors]] = np.nan
         return rows, errors
+
+    def _fitting(self, decoded: Decoded, shape: torch.Size) -> Decoded:
+        """Without resizing, a picture may not fit the tower: that is an error of this picture alone."""
+        if decoded.pixels is None:
+            return decoded
+        try:
+            if not self.config.naflex and decoded.pixels.shape != shape:
+                raise ImageError(f"without resizing, a picture must be {list(shape)}, got {list(decoded.pixels.shape)}")
+            self.processor.batch([torch.from_numpy(decoded.pixels)])
+        except ImageError as error:
+            return replace(decoded, pixels=None, size=None, error=str(error))
+        return decoded
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Turns the pictures of a batch of rows into vectors.

@@ -14,8 +14,9 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -30,6 +31,12 @@ Picture = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any] | Tensor
 """A file, its contents, a picture of Pillow's; or uint8, [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels."""
 
 Backend = Literal["pil", "torchvision"]
+
+LARGEST = 4 << 30
+"""Bytes of a file: more than the largest that Pillow opens would take, uncompressed."""
+
+MOST = 65536
+"""Of pixels a side, and of patches a picture."""
 
 RULES = 1
 """The number of the rules that no configuration has a say in. To change one of them is to change this."""
@@ -85,8 +92,11 @@ class ImageProcessor:
         Raises:
             ValueError: a field is none that these processors know, or is of the wrong kind.
         """
-        naflex = str(config.get("image_processor_type", "")).startswith("Siglip2")
-        size = None if naflex else _size(config.get("size", {"height": 224, "width": 224}))
+        kind = str(config.get("image_processor_type", "SiglipImageProcessor"))
+        if not kind.startswith(("Siglip2", "SiglipImage")):
+            raise ValueError(f"image_processor_type must be that of SigLIP or SigLIP 2, got {kind}")
+        naflex = kind.startswith("Siglip2")
+        size = None if naflex else _size(config.get("size", (224, 224)))
         if config.get("do_center_crop") or config.get("do_pad"):
             raise ValueError("the preprocessor crops or pads, as no SigLIP checkpoint does; set that to false")
         resample = config.get("resample", 2 if naflex else 3)
@@ -96,16 +106,16 @@ class ImageProcessor:
             )
         if backend not in ("pil", "torchvision"):
             raise ValueError(f"backend must be 'pil' or 'torchvision', got {backend!r}")
-        if backend == "torchvision" and resample == RESAMPLE["lanczos"]:
-            raise ValueError("torchvision has no Lanczos filter everywhere; use backend='pil'")
-        normalize = config.get("do_normalize", True)
+        if backend == "torchvision":
+            _check_torchvision(lanczos=resample == RESAMPLE["lanczos"])
+        normalize = _flag(config, "do_normalize")
         return cls(
             size=size,
             patch_size=_positive(config, "patch_size", 16) if naflex else None,
             max_num_patches=_positive(config, "max_num_patches", 256) if naflex else None,
-            do_resize=bool(config.get("do_resize", True)),
+            do_resize=_flag(config, "do_resize"),
             resample=int(resample),
-            rescale_factor=_factor(config) if config.get("do_rescale", True) else None,
+            rescale_factor=_factor(config) if _flag(config, "do_rescale") else None,
             mean=_three(config, "image_mean") if normalize else None,
             std=_three(config, "image_std") if normalize else None,
             backend=backend,
@@ -160,16 +170,15 @@ class ImageProcessor:
         Raises:
             ImageError: it cannot be read.
         """
-        pixels = to_rgb(picture)
+        pixels = to_rgb(picture, self.backend)
         size = self._target(*pixels.shape[1:]) if self.do_resize else pixels.shape[1:]
         if self.backend == "torchvision":
             return self._by_torchvision(torch.from_numpy(pixels.copy()), size)
         if self.do_resize:
             resized = Image.fromarray(np.moveaxis(pixels, 0, -1)).resize(size[::-1], Image.Resampling(self.resample))
             pixels = np.moveaxis(np.asarray(resized), -1, 0)
-        values = pixels.astype(np.float32)
-        if self.rescale_factor is not None:
-            values = (pixels.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        factor = 1.0 if self.rescale_factor is None else self.rescale_factor
+        values = (pixels.astype(np.float64) * factor).astype(np.float32)
         if self.mean is not None and self.std is not None:
             mean, std = (np.array(numbers, dtype=np.float32)[:, None, None] for numbers in (self.mean, self.std))
             values = (values - mean) / std
@@ -183,13 +192,9 @@ class ImageProcessor:
         return naflex_size(height, width, self.patch_size, self.max_num_patches)
 
     def _by_torchvision(self, pixels: Tensor, size: Sequence[int]) -> Tensor:
-        try:
-            from torchvision.transforms import InterpolationMode
-            from torchvision.transforms.v2 import functional
-        except ImportError as error:
-            raise ValueError(
-                "backend='torchvision' needs torchvision: pip install 'siglip-port[torchvision]', or use backend='pil'"
-            ) from error
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional
+
         if self.do_resize:
             names = {number: name for name, number in RESAMPLE.items()} | {0: "nearest-exact"}  # as Pillow's nearest
             mode = InterpolationMode(names[self.resample])
@@ -209,24 +214,29 @@ def listed(pictures: Picture | Sequence[Picture]) -> list[Picture]:
     return [pictures]  # type: ignore[list-item]
 
 
-def to_rgb(picture: Picture) -> NDArray[np.uint8]:
+def to_rgb(picture: Picture, backend: Backend = "pil") -> NDArray[np.uint8]:
     """Reads a picture: [3, H, W], 0 to 255.
 
     Files are turned as their EXIF orientation says; what is transparent becomes white; of several frames, the first is
     taken; all other kinds of pixels become RGB as Pillow's `convert` does it.
 
+    Args:
+        picture: any.
+        backend: whose arithmetic lays arrays and tensors with transparency onto white.
+
     Raises:
         ImageError: it cannot be read: damaged, no picture, or so large that Pillow takes it for an attack.
     """
-    if isinstance(picture, Tensor):
-        picture = picture.detach().cpu().numpy()
-    if isinstance(picture, np.ndarray):
-        return _rgb_of_array(picture)
+    if isinstance(picture, (Tensor, np.ndarray)):
+        return _rgb_of_array(picture, backend)
     try:
         if isinstance(picture, (str, os.PathLike)):
             picture = file_contents(picture)
         if isinstance(picture, bytes):
-            picture = ImageOps.exif_transpose(Image.open(io.BytesIO(picture)))
+            opened = Image.open(io.BytesIO(picture))
+            if opened.format == "EPS":
+                raise ImageError("the picture cannot be read: PostScript is a program, and is not run")
+            picture = ImageOps.exif_transpose(opened)
         if not isinstance(picture, Image.Image):
             raise ImageError(f"a picture must be a path, bytes, a PIL image, an array or a tensor, got {type(picture)}")
         if 0 in picture.size:
@@ -251,8 +261,10 @@ def file_contents(path: str | os.PathLike[str]) -> bytes:
         ImageError: it is not there, may not be read, or is no regular file: pipes and devices may never end.
     """
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):
+        found = Path(path).stat()
+        if not stat.S_ISREG(found.st_mode):
             raise ImageError("the picture cannot be read: it is no regular file")
+        check_size(found.st_size)
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # the latter of names with a null in them
         if isinstance(error, ImageError):
@@ -260,12 +272,24 @@ def file_contents(path: str | os.PathLike[str]) -> bytes:
         raise ImageError(f"the picture cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _rgb_of_array(picture: NDArray[Any]) -> NDArray[np.uint8]:
-    if picture.dtype != np.uint8:
+def check_size(size: int) -> None:
+    """Refuses a file of so many bytes before it is read.
+
+    Raises:
+        ImageError: it is larger than any picture that Pillow opens.
+    """
+    if size > LARGEST:
+        raise ImageError(f"the picture cannot be read: {size:,} bytes, more than the {LARGEST:,} of the largest")
+
+
+def _rgb_of_array(picture: NDArray[Any] | Tensor, backend: Backend) -> NDArray[np.uint8]:
+    if picture.dtype != (torch.uint8 if isinstance(picture, Tensor) else np.uint8):
         raise ImageError(
             f"an array or tensor must be of uint8, 0 to 255, got {picture.dtype}; what is already normalised needs no "
             "preprocessing: pass it to the model as it is"
         )
+    if isinstance(picture, Tensor):
+        picture = picture.detach().cpu().numpy()
     if picture.ndim == 2:
         picture = picture[None]
     if picture.ndim != 3 or 0 in picture.shape or not {picture.shape[0], picture.shape[2]} & {1, 3, 4}:
@@ -277,10 +301,31 @@ def _rgb_of_array(picture: NDArray[Any]) -> NDArray[np.uint8]:
         picture = np.moveaxis(picture, -1, 0)
     if len(picture) == 1:
         picture = np.repeat(picture, 3, axis=0)
-    if len(picture) == 4:  # onto white
-        alpha = picture[3:] / 255
-        picture = np.round(alpha * picture[:3] + (1 - alpha) * 255).astype(np.uint8)
-    return picture
+    return _onto_white(picture, backend) if len(picture) == 4 else picture
+
+
+def _onto_white(picture: NDArray[np.uint8], backend: Backend) -> NDArray[np.uint8]:
+    """[4, H, W] -> [3, H, W]. The backends round differently."""
+    if backend == "torchvision":
+        from torchvision.transforms.v2 import functional
+
+        image: Tensor = functional.to_dtype(torch.from_numpy(picture.copy()), torch.float32, scale=True)
+        white = functional.to_dtype(image[:3] * image[3:] + (1 - image[3:]), torch.uint8, scale=True)
+        return white.numpy()  # type: ignore[no-any-return]
+    alpha = picture[3:] / 255
+    return np.round(alpha * picture[:3] + (1 - alpha) * 255).astype(np.uint8)
+
+
+def _check_torchvision(lanczos: bool) -> None:
+    try:
+        import torchvision.transforms.v2  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "backend='torchvision' needs torchvision: pip install 'siglip-port[torchvision]', or use backend='pil'"
+        ) from error
+    release = tuple(map(int, version("torchvision").split(".")[:2]))
+    if lanczos and release < (0, 27):
+        raise ValueError(f"torchvision has no Lanczos filter before 0.27, this is {version('torchvision')}")
 
 
 def naflex_size(height: int, width: int, patch_size: int, max_num_patches: int) -> tuple[int, int]:
@@ -303,24 +348,43 @@ def naflex_size(height: int, width: int, patch_size: int, max_num_patches: int) 
 
 
 def _size(size: Any) -> tuple[int, int]:  # noqa: ANN401 (whatever stands in a file)
-    height, width = (size.get("height"), size.get("width")) if isinstance(size, Mapping) else (None, None)
-    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in (height, width)):
-        raise ValueError(f"size must be {{'height': H, 'width': W}}, got {size!r}; SigLIP keeps no aspect ratio")
-    return height, width  # type: ignore[return-value]
+    if isinstance(size, Mapping):
+        sides = [size.get("height"), size.get("width")]
+    else:
+        sides = list(size) if isinstance(size, (list, tuple)) else []  # one number is the shorter side's
+    height, width = sides if len(sides) == 2 else (None, None)
+    if not _is_whole(height) or not _is_whole(width):
+        raise ValueError(
+            f"size must be {{'height': H, 'width': W}}, of 1 to {MOST}, got {size!r}; SigLIP keeps no aspect ratio"
+        )
+    return height, width
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
+
+
+def _flag(config: Mapping[str, Any], name: str) -> bool:
+    value = config.get(name, True)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    return bool(value)  # null: no, for the reference too
 
 
 def _positive(config: Mapping[str, Any], name: str, default: int) -> int:
     value = config.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+    if not _is_whole(value):
+        raise ValueError(f"{name} must be a whole number from 1 to {MOST}, got {value!r}")
     return value
 
 
 def _three(config: Mapping[str, Any], name: str) -> tuple[float, ...]:
     value = config.get(name, [0.5] * 3)
     numbers = value if isinstance(value, (list, tuple)) else [value] * 3
-    if len(numbers) != 3 or not all(_is_finite(n) for n in numbers) or (name == "image_std" and 0 in numbers):
+    if len(numbers) != 3 or not all(_is_finite(n) for n in numbers):
         raise ValueError(f"{name} must be three numbers, got {value!r}")
+    if name == "image_std" and 0 in np.array(numbers, dtype=np.float32):
+        raise ValueError(f"image_std must be three numbers other than 0, got {value!r}")
     return tuple(float(number) for number in numbers)
 
 
@@ -332,4 +396,4 @@ def _factor(config: Mapping[str, Any]) -> float:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30  # of any float

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from siglip_port.image import ImageError, Picture, file_contents
+from siglip_port.image import ImageError, Picture, check_size, file_contents
 
 SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl", ".pgm", ".png"),
@@ -89,10 +89,13 @@ def _of_folder(path: Path) -> Iterator[Item]:
     def fail(error: OSError) -> None:
         raise ValueError(f"{error.filename} cannot be listed: {error.strerror}") from error
 
-    seen = set[str]()
+    seen = {os.path.realpath(path)}
     for parent, folders, names in os.walk(path, onerror=fail, followlinks=True):
-        seen.add(os.path.realpath(parent))
-        folders[:] = sorted(name for name in folders if os.path.realpath(Path(parent, name)) not in seen)
+        listed, folders[:] = sorted(folders), []
+        for name in listed:
+            if (real := os.path.realpath(Path(parent, name))) not in seen:
+                seen.add(real)
+                folders.append(name)
         for name in sorted(names):
             file = Path(parent, name)
             if file.suffix.lower() in SUFFIXES:
@@ -101,7 +104,7 @@ def _of_folder(path: Path) -> Iterator[Item]:
 
 def _of_list(path: Path) -> Iterator[Item]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # of Windows, some begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a list of paths: {error}") from error
     for line in lines:
@@ -113,6 +116,8 @@ def _of_tar(path: Path) -> Iterator[Item]:
     try:
         with tarfile.open(path, "r:") as tar:  # not compressed: workers read at offsets
             for member in tar:
+                if member.size < 0:  # the next one would be this one again (CVE-2025-8194)
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
                 if member.isreg() and Path(member.name).suffix.lower() in SUFFIXES:
                     yield Item(member.name, str(path), (member.offset_data, member.size))
     except (OSError, tarfile.TarError) as error:
@@ -149,6 +154,7 @@ def read(item: Item) -> bytes:
         if item.path.lower().endswith(".parquet"):
             return _cell(item)
         offset, size = item.place
+        check_size(size)
         with open(item.path, "rb") as file:  # noqa: PTH123 (of many)
             file.seek(offset)
             content = file.read(size)
@@ -164,9 +170,9 @@ def _cell(item: Item) -> bytes:
 
     group, row = item.place
     try:
-        columns = _row_group(item.path, group)
-        values = [columns[name][row] for name in COLUMNS if name in columns]
-    except (pa.ArrowException, IndexError) as error:  # damaged, or not as it was when it was listed
+        table = _row_group(item.path, group, Path(item.path).stat().st_mtime_ns)
+        values = [table.column(name)[row].as_py() for name in COLUMNS if name in table.column_names]
+    except (pa.ArrowException, IndexError, ValueError) as error:  # damaged, or not as it was when it was listed
         raise ImageError(f"the parquet file cannot be read: {error}") from error
     for found in map(_bytes_or_path, values):
         if isinstance(found, bytes):
@@ -197,14 +203,13 @@ def _bytes_or_path(value: Any) -> bytes | str | None:  # noqa: ANN401
     return value if isinstance(value, bytes) or (isinstance(value, str) and value) else None
 
 
-@functools.lru_cache(maxsize=2)
-def _row_group(path: str, group: int) -> dict[str, list[Any]]:
-    """The columns of a part of a parquet file; neighbours are mostly in the same."""
+@functools.lru_cache(maxsize=1)
+def _row_group(path: str, group: int, changed: int) -> Any:  # noqa: ANN401 (pyarrow has no types)
+    """The columns of a part of a parquet file, as it was at a time; neighbours are mostly in the same."""
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path)
-    names = [name for name in COLUMNS if name in file.schema_arrow.names]
-    return file.read_row_group(group, columns=names).to_pydict()  # type: ignore[no-any-return]
+    return file.read_row_group(group, columns=[name for name in COLUMNS if name in file.schema_arrow.names])
 
 
 def digest(items: Sequence[Item]) -> str:

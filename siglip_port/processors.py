@@ -57,8 +57,9 @@ def derive(
 
     Args:
         config: of the tower.
-        found: what lies beside the weights as `preprocessor_config.json`: of a SigLIP processor, it is kept, but for a
-            size that is not the tower's; of another model's, filter, mean and std are taken from it.
+        found: what lies beside the weights as `preprocessor_config.json`: of a SigLIP processor, or of none that is
+            named, it is kept, but for a size that is not the tower's; of another model's, filter, mean and std are
+            taken from it.
         contents: of the configuration, in which timm and open_clip write the same.
         name: of the checkpoint. Where nothing else tells, SigLIP 2 is resized bilinearly, SigLIP bicubically: the rule
             of transformers' own converter.
@@ -66,8 +67,11 @@ def derive(
     made = default(config, 2 if "siglip2" in _own_name(name).lower() else None)
     if found is not None:
         kind = str(found.get("image_processor_type", found.get("feature_extractor_type", "")))
-        if kind.startswith("Siglip2" if config.naflex else "SiglipImage"):
-            return {**made, **found, **({} if config.naflex else {"size": made["size"]})}
+        own = "Siglip2" if config.naflex else "SiglipImage"
+        if not kind or kind.startswith(own):  # what it does not tell is the processor's default, whatever the name
+            known = default(config)
+            size = {} if config.naflex or _keeps_shape(found.get("size")) else {"size": known["size"]}
+            return {**known, **found, **size}
     for content in (*_timm(contents), *([found] if found else ())):
         for theirs, ours in (("mean", "image_mean"), ("std", "image_std"), ("image_mean",) * 2, ("image_std",) * 2):
             value = content.get(theirs)
@@ -77,6 +81,11 @@ def derive(
         if _is_number(resample) and resample in RESAMPLE.values():
             made["resample"] = resample
     return made
+
+
+def _keeps_shape(size: object) -> bool:
+    """Whether a size is one that SigLIP never has, 224 or `{"shortest_edge": 224}`: `ImageProcessor` refuses it."""
+    return isinstance(size, int) or (isinstance(size, Mapping) and not {"height", "width"} <= size.keys())
 
 
 def _own_name(name: str) -> str:

@@ -67,7 +67,7 @@ def test_the_default_command_without_a_network(tmp_path: Path) -> None:
     assert [row[0] for row in table] == [*GATES, "rounding float32", "rounding bfloat16", "rounding float16"]
     assert {row[-1] for row in table} == {"passed"}
     assert re.match(
-        r"EQUAL \(random weights\): passed pixels \(38\), environment \(16\), config \(22\), weights \(464\), ",
+        r"EQUAL \(random weights\): passed pixels \(42\), environment \(16\), config \(22\), weights \(464\), ",
         lines[-1],
     )
     content = json.loads((tmp_path / "out.json").read_text())

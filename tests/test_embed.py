@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from siglip_port import OptimizedModel, SigLipVisionModel, commands, inference, optimize, writing
+from siglip_port import OptimizedModel, SigLipVisionModel, commands, inference, optimize, processors, writing
 from siglip_port import embed as embedding
 from siglip_port.embed import KEY, EmbedError, embed
 from siglip_port.embedder import Decoded, decode
-from siglip_port.image import ImageError, ImageProcessor
+from siglip_port.image import LARGEST, ImageError, ImageProcessor
 from siglip_port.parity import randomise
 from siglip_port.pictures import Item, find_items, read
 from siglip_port.search import search, vector_like
@@ -403,12 +403,16 @@ def test_folders_are_followed_and_pipes_are_not(model: SigLipVisionModel, tmp_pa
     os.mkfifo(folder / "c.png")
     (folder / "d.jpg").symlink_to(tmp_path / "absent.jpg")
     (folder / "e.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "f").symlink_to(tmp_path / "elsewhere")  # as `a` is: nothing twice
+    with open(folder / "g.jpg", "wb") as file:  # noqa: PTH123 (sparse: nothing is written)
+        file.truncate(10**12)
     embed([folder], tmp_path / "out", model, **HOW)
     told = {row["id"]: row["error"] for row in rows(tmp_path / "out")}
     assert told == {
         "c.png": "the picture cannot be read: it is no regular file",
         "d.jpg": "the picture cannot be read: No such file or directory",
         "e.heic": "the picture cannot be read: it is of no kind that Pillow knows",
+        "g.jpg": f"the picture cannot be read: 1,000,000,000,000 bytes, more than the {LARGEST:,} of the largest",
         "a/2.PNG": None,
         "b/1.png": None,
     }
@@ -449,7 +453,7 @@ def test_inputs_of_every_kind_give_the_same(photos: Path, model: SigLipVisionMod
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
             tar.addfile(tarfile.TarInfo(name + ".json"))
-    (tmp_path / "list.txt").write_text("\n".join(str(photos / name) for name in names) + "\n\n")
+    (tmp_path / "list.txt").write_text("\r\n".join(str(photos / name) for name in names) + "\n\n", "utf-8-sig")
     structs = [{"bytes": content, "path": name} for name, content in zip(names, contents, strict=True)]
     tables = {
         "bytes": pa.table({"id": names, "bytes": contents}),
@@ -528,6 +532,39 @@ def test_a_file_that_goes_away_is_a_row_with_an_error(model: SigLipVisionModel, 
         read(Item("a", str(tmp_path / "a.png")))
 
 
+def test_a_tar_file_that_names_itself_for_ever(tmp_path: Path) -> None:
+    """A size of -512 leads back to the same header."""
+    member = tarfile.TarInfo("a.jpg")
+    header = bytearray(member.tobuf())
+    header[124:136] = b"\xff" * 10 + (0x10000 - 512).to_bytes(2, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(10240))
+    with pytest.raises(ValueError, match=r"a.tar cannot be read as a tar file .*: a.jpg has -512 bytes"):
+        find_items([tmp_path / "a.tar"])
+
+
+@pytest.mark.parametrize("naflex", [False, True])
+def test_without_resizing_a_picture_that_does_not_fit_is_a_row(naflex: bool, tmp_path: Path) -> None:
+    model, folder = SigLipVisionModel(replace(SMALL, naflex=naflex)).eval(), tmp_path / "in"
+    randomise(model, seed=0)
+    model.preprocessor_config = {**processors.default(model.config), "do_resize": False}
+    folder.mkdir()
+    for number, size in enumerate([(16, 16), (40, 61), (16, 16), (2, 3)]):
+        Image.new("RGB", size, (number, 90, 9)).save(folder / f"{number}.png")
+    embed([folder], tmp_path / "out", model, **HOW)
+    assert [bool(row["error"]) for row in rows(tmp_path / "out")] == [False, True, False, True]
+
+
+def test_torchvision_is_missed_before_anything_is_written(
+    photos: Path, model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
+    with pytest.raises(ValueError, match="needs torchvision"):
+        embed([photos], tmp_path / "out", model, **HOW, backend="torchvision")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_parquet_file_that_changes_is_no_end(tmp_path: Path) -> None:
     pictures, file = pa.table({"bytes": [b"x" * 1000] * 4}), tmp_path / "a.parquet"
     parquet.write_table(pictures, file, row_group_size=2)
@@ -539,6 +576,10 @@ def test_a_parquet_file_that_changes_is_no_end(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(ImageError, match=r"the parquet file cannot be read: .*footer"):
         read(items[3])
+    paths = pa.array([b"\xff.jpg"], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"path": paths}), file)
+    with pytest.raises(ImageError, match=r"the parquet file cannot be read: .*codec"):
+        read(find_items([file])[0])
 
 
 @pytest.mark.parametrize(

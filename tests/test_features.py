@@ -268,6 +268,10 @@ PUBLISHED_PROCESSOR = {
         ("siglip-small", None, {"resample": 3}),
         ("siglip2-small", None, {"resample": 2}),
         ("siglip-small", PUBLISHED_PROCESSOR, PUBLISHED_PROCESSOR),
+        ("siglip2-small", {"image_processor_type": "SiglipImageProcessor"}, {"resample": 3}),
+        ("siglip-small", {"do_normalize": False, "resample": 0}, {"do_normalize": False, "resample": 0}),
+        ("siglip-small", {"size": {"shortest_edge": 45}}, {"size": {"shortest_edge": 45}}),
+        ("siglip-small", {"size": 45}, {"size": 45}),
         (
             "smolvlm",
             {"image_processor_type": "SmolVLMImageProcessor", "resample": 1, "image_mean": [0.4] * 3, "size": {"x": 9}},
@@ -311,6 +315,8 @@ def test_where_else_the_image_processor_is_looked_for(checkpoint: MakeCheckpoint
     found = load(source).preprocessor_config
     assert (found["resample"], found["image_mean"], found["image_std"]) == (2, [0.4] * 3, [0.5] * 3)
     (source / "preprocessor_config.json").write_text("not json")
+    assert load(source).preprocessor_config == found  # this one is not looked for, as by transformers
+    (source / "processor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"preprocessor_config.json is not readable JSON"):
         load(source)
 

@@ -6,6 +6,7 @@ All other gates give both sides the same pixels. So this one alone says whether 
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,10 +23,6 @@ from siglip_port.parity.metrics import bits, cosine
 
 Theirs = Mapping[Backend, Callable[[Any], Mapping[str, Tensor]]]
 """The reference's processors: what each makes of one picture."""
-
-LEVELS = 127.5
-"""Of 255, in one of the -1 to 1 that mean and std of 0.5 make of them."""
-
 
 _PLACE = ("pixel_values", "siglip_port.image")
 
@@ -52,7 +49,13 @@ def pictures(photograph: Image.Image) -> Iterator[tuple[str, Any]]:
     palette.info["transparency"] = 3
     yield "P, transparent", palette
     yield "a JPEG file", _read_again(photograph, "JPEG")
+    with tempfile.TemporaryDirectory() as folder:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # a quarter turn, as telephones have it
+        photograph.save(path := f"{folder}/turned.jpg", exif=exif)
+        yield "a JPEG file that lies on its side", path
     yield "an array", np.array(small)
+    yield "an array with transparency", random.integers(0, 256, (50, 60, 4), dtype=np.uint8)
     yield "a tensor, channels first", torch.from_numpy(np.array(small)).movedim(-1, 0).contiguous()
 
 
@@ -94,7 +97,7 @@ def pixels(
             except Exception as error:  # whatever it is, one of the two cannot take the picture
                 findings.append(Finding(f"{name}, {backend}: {type(error).__name__}: {error}", *_PLACE))
                 continue
-            if what := _differs(given, expected):
+            if what := _differs(given, expected, levels(processor)):
                 costs = _costs(embed, given, expected) if left > 0 else ""
                 hint = _hint(processor, picture, expected) if left > 0 else ""
                 left -= 1
@@ -102,7 +105,12 @@ def pixels(
     return Gate("pixels", checked, gates.MEANING["pixels"][1], tuple(findings))
 
 
-def _differs(given: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+def levels(processor: ImageProcessor) -> float:
+    """How many of the 255 levels of a picture's values are one of what a processor makes of them, at the most."""
+    return max(processor.std or (1.0,)) / (processor.rescale_factor or 1.0)
+
+
+def _differs(given: Mapping[str, Any], expected: Mapping[str, Any], step: float = 1.0) -> str:
     """What is not the same in two batches; empty where everything is."""
     if given.keys() != expected.keys():
         return f"gives {', '.join(given)}, expected {', '.join(expected)}"
@@ -111,8 +119,10 @@ def _differs(given: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
         if tensor.shape != other.shape:
             return f"{name} of shape {list(tensor.shape)}, expected {list(other.shape)}"
         if name == "pixel_values":
-            if tensor.dtype != other.dtype or not torch.equal(bits(tensor), bits(other)):
-                far = (tensor.double() - other.double()).abs() * LEVELS
+            if tensor.dtype != other.dtype:
+                return f"{name} are {tensor.dtype}, expected {other.dtype}"
+            if not torch.equal(bits(tensor), bits(other)):
+                far = (tensor.double() - other.double()).abs() * step
                 return (
                     f"differs by up to {far.max():.3g} of 255 levels, in {(far > 0).double().mean():.0%} of all values"
                 )

@@ -236,14 +236,18 @@ def processors(
         local_files_only: use the Hub's cache only.
     """
     size: dict[str, Any] = {"size": {"height": config.image_size, "width": config.image_size}}
+    default = dict(size)
     if config.naflex:
-        size = {"patch_size": config.patch_size, "max_num_patches": config.num_patches}
+        size = {}  # what the file says is for these towers to follow
+        default = {"patch_size": config.patch_size, "max_num_patches": config.num_patches}
     folder = Path(source).parent if source is not None and Path(source).is_file() else source
+    if "siglip2" in Path(folder or "").name.lower():
+        default["resample"] = 2  # where no file tells: `convert_siglip2_to_hf.py` writes that of all of them
     made: dict[Backend, Callable[[Any], dict[str, Tensor]]] = {}
     for backend, kind in _PROCESSORS[config.naflex].items():
         with _quiet():
             try:
-                processor = kind(**size)
+                processor = kind(**default)
             except ImportError:
                 continue
             if folder is not None:
@@ -251,7 +255,15 @@ def processors(
                     how = {"revision": revision, "local_files_only": local_files_only}
                     processor = kind.from_pretrained(folder, **size, **how)
             processor.do_convert_rgb = True  # as the reference's own pipelines have it; without, it refuses the others
-        made[backend] = functools.partial(processor, return_tensors="pt")
+        made[backend] = functools.partial(_pixels_of, processor)
+    return made
+
+
+def _pixels_of(processor: Any, picture: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    """Files are opened as the reference opens them for Pillow: torchvision's decoders are deprecated."""
+    if isinstance(picture, str):
+        picture = transformers.image_utils.load_image(picture)
+    made: dict[str, Tensor] = processor(images=picture, return_tensors="pt")
     return made
 
 
