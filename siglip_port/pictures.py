@@ -8,7 +8,7 @@ import hashlib
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,9 @@ def find_items(inputs: Sequence[str | os.PathLike[str]]) -> list[Item]:
     """Lists the pictures of some inputs, in an order that depends on nothing else.
 
     Args:
-        inputs: each a folder, searched in depth; a picture; a pattern such as `photos/*.jpg`; a `.txt` file with a path
-            a line, relative to it; a `.tar` file; or a `.parquet` file, see `COLUMNS`, and `id` if it has one.
+        inputs: each a folder, searched in depth; a picture; a `.txt` file with a path a line, relative to it; a `.tar`
+            file; a `.parquet` file, see `COLUMNS`, and `id` if it has one; or a pattern of these but lists and folders,
+            such as `photos/*.jpg`.
 
     Raises:
         ValueError: an input does not exist, or is none of these, or holds no picture.
@@ -55,7 +56,10 @@ def find_items(inputs: Sequence[str | os.PathLike[str]]) -> list[Item]:
     for given in [os.fspath(each) for each in inputs]:
         found = list(_items_of(given))
         if not found:
-            raise ValueError(f"{given} holds no picture ({', '.join(SUFFIXES)})")
+            raise ValueError(
+                f"{given} holds no picture ({', '.join(SUFFIXES)}); name tar and parquet files one by one, or by a "
+                "pattern such as 'folder/*.tar'"
+            )
         items += found if len(inputs) == 1 else [Item(f"{given}/{i.id}", i.path, i.place) for i in found]
     if not items:
         raise ValueError("there are no inputs; name folders, files or patterns")
@@ -67,20 +71,28 @@ def _items_of(given: str) -> Iterator[Item]:
     if path.is_dir():
         yield from _of_folder(path)
     elif path.is_file():
-        suffix = path.suffix.lower()
-        readers = {".txt": _of_list, ".tar": _of_tar, ".parquet": _of_parquet}
-        if suffix in readers:
-            yield from readers[suffix](path)
-        elif suffix in ARCHIVES:
-            raise ValueError(f"{given} is a compressed archive: unpack it, or pass an uncompressed .tar file")
-        else:
-            yield Item(path.name, given)
+        yield from _of_list(path) if path.suffix.lower() == ".txt" else _of_file(path)
     elif glob.has_magic(given):
         for name in sorted(glob.glob(given, recursive=True)):  # noqa: PTH207 (patterns of absolute paths too)
             if Path(name).is_file():
-                yield Item(Path(name).as_posix(), name)
+                for item in _of_file(Path(name)):
+                    yield replace(
+                        item, id=f"{Path(name).as_posix()}/{item.id}" if item.place else Path(name).as_posix()
+                    )
     else:
         raise ValueError(f"{given} does not exist; name a folder, a file, or a pattern in quotation marks")
+
+
+def _of_file(path: Path) -> Iterator[Item]:
+    suffix = path.suffix.lower()
+    if suffix == ".tar":
+        yield from _of_tar(path)
+    elif suffix == ".parquet":
+        yield from _of_parquet(path)
+    elif suffix in ARCHIVES:
+        raise ValueError(f"{path} is a compressed archive: unpack it, or pass an uncompressed .tar file")
+    else:
+        yield Item(path.name, str(path))
 
 
 def _of_folder(path: Path) -> Iterator[Item]:

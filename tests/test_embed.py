@@ -467,6 +467,9 @@ def test_inputs_of_every_kind_give_the_same(photos: Path, model: SigLipVisionMod
     for given in ("a.tar", "bytes.parquet", "image.parquet", "path.parquet"):
         assert [(item.id, read(item)) for item in find_items([tmp_path / given])] == expected, given
     assert [read(item) for item in find_items([tmp_path / "list.txt"])] == contents
+    shards = find_items([f"{tmp_path}/*.[tp]ar*"])
+    assert [read(item) for item in shards] == contents * 4
+    assert [item.id for item in shards[: len(names)]] == [f"{tmp_path}/a.tar/{name}" for name in names]
     assert [read(item) for item in find_items([f"{photos}/**/*.*g"])] == [
         (photos / name).read_bytes() for name in names if name.endswith("g")
     ]
