@@ -18,6 +18,9 @@ from siglip_port.embedder import Embedder, decode
 from siglip_port.image import ImageProcessor
 from siglip_port.inference import EngineError
 
+RETRIES = 3
+"""How often a batch is begun again whose process has died: a picture may kill each of them."""
+
 
 def on_ray(
     embedder: Embedder, batches: Sequence[Batch], workers: int | None = None, address: str | None = None
@@ -63,7 +66,10 @@ def on_ray(
             )
         yield from _run(ray, embedder, batches, workers)
     except (ConnectionError, ray.exceptions.RayError) as error:
-        raise EmbedError(f"the Ray cluster gave up: {_reason(error)}; the same command goes on from there") from error
+        raise EmbedError(
+            f"the Ray cluster gave up: {_reason(error)}; the same command goes on from there; without --engine "
+            "ray also past a picture that kills the process that decodes it"
+        ) from error
     finally:
         if begun:
             ray.shutdown()
@@ -86,13 +92,14 @@ def _run(ray: Any, embedder: Embedder, batches: Sequence[Batch], workers: int | 
     rows = [{"number": batch.number, "data": pickle.dumps(batch.items)} for batch in batches]
     found = (
         ray.data.from_items(rows)
-        .map(_Decode(embedder.processor), num_cpus=1)
+        .map(_Decode(embedder.processor), num_cpus=1, max_retries=RETRIES)  # Ray Data's own default is for ever
         .map(
             _Model,
             fn_constructor_args=[model],
             compute=ray.data.ActorPoolStrategy(size=workers or fitting),
             num_cpus=embedder.threads,
             num_gpus=1 if gpu else None,
+            max_task_retries=RETRIES,
         )
     )
     for row in found.iter_rows():

@@ -69,7 +69,7 @@ def derive(
         kind = str(found.get("image_processor_type", found.get("feature_extractor_type", "")))
         own = "Siglip2" if config.naflex else "SiglipImage"
         if not kind or kind.startswith(own):  # what it does not tell is the processor's default, whatever the name
-            known = default(config)
+            known = {**default(config), **({"max_num_patches": 256} if config.naflex else {})}
             size = {} if config.naflex or _keeps_shape(found.get("size")) else {"size": known["size"]}
             return {**known, **found, **size}
     for content in (*_timm(contents), *([found] if found else ())):

@@ -2,7 +2,8 @@
 
     python tests/ray_cluster.py PICTURES CHECKPOINT OUT
 
-Goes on with OUT/run as `siglip-port embed --engine ray` does, and writes down what Ray Data gets of an `Embedder`.
+Goes on with OUT/run as `siglip-port embed --engine ray` does; writes down what Ray Data gets of an `Embedder`, and how
+a run ends whose pictures kill the process that decodes them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 # Workers run in this environment, not in one that `uv run` makes of a copy of this folder.
 os.environ |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -21,10 +24,22 @@ import ray.data
 from ray.cluster_utils import Cluster
 
 from siglip_port import SigLipVisionModel
-from siglip_port.embed import embed
+from siglip_port.cluster import on_ray
+from siglip_port.embed import Batch, EmbedError, embed
 from siglip_port.embedder import Embedder
+from siglip_port.pictures import find_items
 
 HOW = {"form": "eager", "batch_size": 4, "shard_size": 12, "threads": 2}
+
+
+class Deadly:
+    """In place of a processor: pictures that kill the process that decodes them."""
+
+    backend = "pil"
+
+    def one(self, picture: object) -> NoReturn:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
 
 
 def main(pictures: str, checkpoint: str, out: Path) -> None:
@@ -48,7 +63,14 @@ def main(pictures: str, checkpoint: str, out: Path) -> None:
         .take_all()
     )
     found = {row["path"]: [row["error"], row["embedding"].tolist()] for row in rows}
-    told = {"fresh": done.fresh, "failed": done.failed, "embedder": found}
+    deadly = Embedder(model, threads=2, batch_size=4)
+    deadly.processor = Deadly()  # type: ignore[assignment]
+    error = ""
+    try:
+        list(on_ray(deadly, [Batch(0, 0, tuple(find_items([pictures])[1:5]))]))
+    except EmbedError as found_out:
+        error = str(found_out)
+    told = {"fresh": done.fresh, "failed": done.failed, "embedder": found, "deadly": error}
     (out / "ray.json").write_text(json.dumps(told))
     ray.shutdown()
     cluster.shutdown()  # type: ignore[no-untyped-call]

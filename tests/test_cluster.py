@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ def test_a_cluster_of_two_workers(photos: Path, tower: Path, tmp_path: Path) -> 
     told = json.loads((tmp_path / "ray.json").read_text())
     assert (told["fresh"], told["failed"]) == (26, whole.failed)
     assert rows(tmp_path / "run") == rows(tmp_path / "here")
+    assert re.match("the Ray cluster gave up: .*died.* without --engine ray also past a picture", told["deadly"])
     embedder = Embedder(tower)
     files = [str(path) for path in sorted(photos.glob("*/*"))]
     expected = embedder({"path": files})
