@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ PATIENCE = 15.0
 """Seconds to wait for another run to end: the workers of one that was killed hold its lock until they notice it."""
 
 DIED = "the process that decoded it died, twice: out of memory, or a fault of the decoder"
+"""The error of a picture that kills whoever decodes it."""
 
 FASTEST = "fastest"
 
@@ -537,7 +538,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise EmbedError(f"{folder / SETTINGS} cannot be read: {error}; take another folder") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not {each.name for each in fields(Settings)} <= content.keys():
         raise EmbedError(f"{folder / SETTINGS} is not of this program; take another folder")
     return content
 

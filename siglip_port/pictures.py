@@ -73,12 +73,13 @@ def _items_of(given: str) -> Iterator[Item]:
     elif path.is_file():
         yield from _of_list(path) if path.suffix.lower() == ".txt" else _of_file(path)
     elif glob.has_magic(given):
-        for name in sorted(glob.glob(given, recursive=True)):  # noqa: PTH207 (patterns of absolute paths too)
-            if Path(name).is_file():
-                for item in _of_file(Path(name)):
-                    yield replace(
-                        item, id=f"{Path(name).as_posix()}/{item.id}" if item.place else Path(name).as_posix()
-                    )
+        names = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 (patterns of absolute paths too)
+        files = [path for path in map(Path, names) if path.is_file()]
+        if not files:
+            raise ValueError(f"{given} is a pattern that no file here matches")
+        for path in files:
+            for item in _of_file(path):
+                yield replace(item, id=f"{path.as_posix()}/{item.id}" if item.place else path.as_posix())
     else:
         raise ValueError(f"{given} does not exist; name a folder, a file, or a pattern in quotation marks")
 

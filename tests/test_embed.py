@@ -506,8 +506,10 @@ def test_inputs_that_are_none(name: str, content: bytes | None, message: str, tm
         find_items([tmp_path / name])
     with pytest.raises(ValueError, match="there are no inputs"):
         find_items([])
-    with pytest.raises(ValueError, match="holds no picture"):
+    with pytest.raises(ValueError, match=r"\*.jpg is a pattern that no file here matches"):
         find_items([tmp_path / "*.jpg"])
+    with pytest.raises(ValueError, match=r"holds no picture .* by a pattern such as 'folder/\*.tar'"):
+        find_items([tmp_path])
 
 
 def test_a_parquet_file_without_pictures(tmp_path: Path) -> None:
@@ -543,7 +545,7 @@ def test_a_tar_file_that_names_itself_for_ever(tmp_path: Path) -> None:
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(10240))
-    with pytest.raises(ValueError, match=r"a.tar cannot be read as a tar file .*: a.jpg has -512 bytes"):
+    with pytest.raises(ValueError, match=r"a.tar cannot be read as a tar file"):  # by newer Pythons themselves
         find_items([tmp_path / "a.tar"])
 
 
@@ -677,6 +679,9 @@ def test_nearest_is_by_cosine(tmp_path: Path) -> None:
     found = search(tmp_path, torch.tensor([1.0, 0.9]), 2)
     assert [name for _, name, _ in found] == ["b", "a"]
     with pytest.raises(EmbedError, match="holds no vectors"):
+        vector_like(tmp_path, "a.png")
+    (tmp_path / "_run.json").write_text('{"output": "pooled"}')
+    with pytest.raises(EmbedError, match="is not of this program"):
         vector_like(tmp_path, "a.png")
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ import compare_origin
 from siglip_port import SigLipVisionConfig, SigLipVisionModel, processors
 from siglip_port.image import Backend, ImageProcessor
 from siglip_port.parity import mutants, randomise, references
-from siglip_port.parity.pixels import pictures, pixels, waves
+from siglip_port.parity.pixels import levels, pictures, pixels, waves
 from siglip_port.parity.selftest import examine_images
 from tests.conftest import SMALL, MakeCheckpoint
 
@@ -82,6 +83,21 @@ def test_what_differs_is_called_by_name(change: dict[str, Any], hint: str) -> No
     assert finding.what.startswith("the photograph, pil: differs by up to ")
     assert finding.hint == hint
     assert not any(other.hint for other in gate.findings[1:])
+
+
+@pytest.mark.parametrize("change", [{}, {"image_std": [0.229] * 3}, {"do_rescale": False}, {"do_normalize": False}])
+def test_differences_are_told_in_levels(change: dict[str, Any]) -> None:
+    ours = ImageProcessor.from_config({**processors.default(SMALL), **change})
+
+    def brighter(picture: Any) -> dict[str, Tensor]:  # noqa: ANN401
+        return {"pixel_values": ours(picture)["pixel_values"] + 2 / levels(ours)}
+
+    step = (
+        ours(np.full((9, 9, 3), 9, np.uint8))["pixel_values"] - ours(np.zeros((9, 9, 3), np.uint8))["pixel_values"]
+    )[0]
+    assert float(step.mean()) == pytest.approx(9 / levels(ours), rel=1e-5)
+    told = pixels({"pil": ours}, {"pil": brighter}, PHOTOGRAPH).findings[0].what
+    assert "differs by up to 2 of 255 levels, in 100%" in told
 
 
 def test_what_it_does_to_a_vector() -> None:
