@@ -12,6 +12,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -56,6 +57,8 @@ _NAMES_SHOWN = 40  # of one kind of problem; the 27 rows of a whole tower fit
 _BOTH_AGAIN = f"fetch the weights and {CONFIG} again, both from the same place and the same commit"
 
 _NOT_SIGLIP = "this is not the configuration of a SigLIP vision tower that can be loaded; if it is wrong, pass config="
+
+log = logging.getLogger(__name__)
 
 _MOST_BLOCKS = 1000  # of a tower; the largest that are published have 40
 _MOST_TOWERS = 100  # places in a checkpoint whose names may mean a tower; to look at one may mean to fetch a header
@@ -613,15 +616,20 @@ def read_processor(source: Source) -> dict[str, Any] | None:
     Raises:
         CheckpointError: the file is not readable.
     """
-    try:
-        if (path := source.get(processors.PROCESSOR)) is not None:  # of transformers 5; it reads this one first, too
-            inner = _read_json(path).get("image_processor")
-            if isinstance(inner, dict):
-                return inner
-        if (path := source.get(processors.PREPROCESSOR)) is not None:
-            return _read_json(path)
-    except HubUnreachableError:  # The tower can do without.
-        return None
+    unreachable: HubUnreachableError | None = None
+    for filename in (processors.PROCESSOR, processors.PREPROCESSOR):  # as transformers 5 reads them
+        try:
+            path = source.get(filename)
+        except HubUnreachableError as error:
+            unreachable = unreachable or error
+            continue
+        if path is not None:
+            document = _read_json(path)
+            processor = document if filename == processors.PREPROCESSOR else document.get("image_processor")
+            if isinstance(processor, dict):
+                return processor
+    if unreachable is not None:  # The tower can do without.
+        log.warning("how pictures are prepared is not known, so it is as SigLIP's towers are: %s", unreachable)
     return None
 
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import errno
+import logging
 import os
 import re
+import shutil
+import tempfile
 import threading
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from siglip_port import towers
+from siglip_port.cache import Receipt, RepositoryCache, is_still, verified
+from siglip_port.causes import harmless, quoted
 from siglip_port.checkpoint import (
     CONFIG,
     PICKLE_SUFFIXES,
@@ -21,11 +29,17 @@ from siglip_port.checkpoint import (
     header_of,
     pickle_advice,
 )
-from siglip_port.files import LONGEST_JSON, SUFFIXES, Header, UnreadableFileError
-from siglip_port.ranges import GivenUpError, NoRangesError, RemoteFile, patiently
+from siglip_port.files import LONGEST_JSON, SUFFIXES, Header, UnreadableFileError, read_header
+from siglip_port.ranges import Budget, GivenUpError, NoRangesError, RemoteFile, within
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_OURS = ".siglip_port"  # a folder in a repository's folder of the cache: see `siglip_port.towers`
 _MOST = 0.8  # of a file: a tower that is more of it is not worth a copy of its own, which nobody else can use
 
 _FILE_SUFFIXES = (*SUFFIXES, ".json", *PICKLE_SUFFIXES)
@@ -64,11 +78,17 @@ class LocalFolder:
         return sorted(path.name for path in self.folder.iterdir() if path.is_file())
 
 
-class HubRepository:
-    """A checkpoint in a model repository of the Hub, through `huggingface_hub`: its cache, variables and login.
+class _NotCachedError(Exception):
+    """A file is not in the cache, and the Hub may not be asked."""
 
-    Once the first file has told the commit, all others are taken from that commit, so that a push between two
-    requests cannot mix two versions.
+
+class HubRepository:
+    """A checkpoint in a model repository of the Hub: with the cache, the variables and the login of `huggingface_hub`.
+
+    Once the Hub has told the commit, with the first file, all others are taken from that commit, so that a push between
+    two requests cannot mix two versions. Where the Hub cannot be asked, it is the commit that the cache knows.
+
+    Every file that is fetched is compared with what the Hub says of it, and again at every use.
 
     Args:
         name: the Hub id.
@@ -77,6 +97,7 @@ class HubRepository:
         token: a Hub token, True for the stored one, False for none.
         cache_dir: instead of the Hub's usual cache folder.
         vision_only: of weights that the cache has not got, read the headers and fetch the tower alone.
+        weights: the name of the weights file; None for the usual ones.
     """
 
     def __init__(
@@ -88,14 +109,20 @@ class HubRepository:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         vision_only: bool = True,
+        weights: str | None = None,
     ) -> None:
         self.name, self.revision, self.local_files_only = name, revision, local_files_only
-        self.token, self.cache_dir = token, None if cache_dir is None else Path(cache_dir)
-        self.vision_only = vision_only
+        self.token, self.cache_dir = token, cache_dir
+        self.vision_only, self.weights = vision_only, weights
         self.commit: str | None = None
-        self.weights: str | None = None
-        self._headers: dict[str, tuple[Header, str]] = {}  # by file, of those not fetched as a whole: with the etag
+        self._budget = Budget()
+        self._failure: Exception | None = None  # of the last request: nothing more is asked
         self._files: dict[str, RemoteFile] = {}  # that have been asked for
+        self._absent: set[str] = set()  # files that the repository has not got
+        self._damaged: set[str] = set()  # files that the cache has, but not as the Hub has them
+        self._headers: dict[str, tuple[Header, str]] = {}  # by file, of those not fetched as a whole: with the etag
+        self._whole: set[str] = set()  # files of which the Hub does not give parts
+        self._scratch: Path | None = None  # a folder for small files, where the cache is read-only
 
     def get(self, filename: str) -> Path | None:
         """Fetches the file into the cache, or finds it there; None where the repository has no such file.
@@ -104,23 +131,7 @@ class HubRepository:
             HubUnreachableError: the file is not cached, and the Hub cannot be reached or may not be asked.
             CheckpointError: the Hub refuses, or the file cannot be stored.
         """
-        # Imported here: a fifth of a second that a local checkpoint does not need.
-        from huggingface_hub import _CACHED_NO_EXIST
-        from huggingface_hub.errors import RemoteEntryNotFoundError
-
-        known = self._known(filename)
-        if (self._offline or self._commit()) and known is _CACHED_NO_EXIST:
-            return None
-        try:
-            with self._in_plain_words(filename):
-                if known is None and not self._offline:
-                    self._reach(filename)
-                path = self._download(filename, local_files_only=self.local_files_only)
-                self.commit = path.parent.name  # .../snapshots/<commit>/<filename>
-                self._verify(path, fresh=str(path) != known)
-        except RemoteEntryNotFoundError:
-            return None
-        return path
+        return self._in_plain_words(filename, lambda: self._get(filename))
 
     def header(self, filename: str) -> Header | None:
         """Reads which tensors a weights file holds; None where there is no such file.
@@ -128,14 +139,7 @@ class HubRepository:
         Raises:
             CheckpointError: as `get` does; or the file is damaged.
         """
-        if self.vision_only and not self.local(filename):
-            if self._kept(filename):
-                return self._headers[filename][0]
-            if not self._offline:
-                with contextlib.suppress(NoRangesError):
-                    return self._remote_header(filename)
-        path = self.get(filename)
-        return None if path is None else header_of(path)
+        return self._in_plain_words(filename, lambda: self._header(filename))
 
     def fetch(self, wanted: Mapping[str, Collection[str]]) -> dict[str, Path]:
         """Fetches tensors, or finds them in the cache.
@@ -151,21 +155,31 @@ class HubRepository:
         Raises:
             CheckpointError: as `get` does.
         """
-        whole = {filename: path for filename in wanted if (path := self.local(filename)) is not None}
-        if self.vision_only and len(whole) < len(wanted):
-            with self._in_plain_words(" and ".join(wanted)), contextlib.suppress(NoRangesError):
-                if (tower := self._tower(wanted)) is not None:
-                    return dict.fromkeys(wanted, tower)
-        for filename in wanted.keys() - whole.keys():
-            if (path := self.get(filename)) is None:
-                raise CheckpointError(f"{self.name} has no file {filename}")
-            whole[filename] = path
-        return whole
+        return self._in_plain_words(" and ".join(wanted), lambda: self._fetch(wanted))
 
     def local(self, filename: str) -> Path | None:
         """Returns the path of the file, where the cache has it whole; without asking the Hub."""
-        path = self._known(filename)
-        return Path(path) if isinstance(path, str) else None
+        commit = self._known_commit
+        return None if commit is None or filename in self._damaged else self.cache.find(commit, filename)
+
+    def listing(self) -> list[str]:
+        """Returns the names of the files in the repository, or nothing where the Hub does not say."""
+        from huggingface_hub import HfApi
+
+        if self._offline or self._failure is not None:
+            return []
+        revision = self.commit or self.revision
+        try:
+            return sorted(within(20, lambda: HfApi(token=self.token).list_repo_files(self.name, revision=revision)))
+        except Exception:  # It only adds to a message about another fault.
+            return []
+
+    @property
+    def cache(self) -> RepositoryCache:
+        """The repository's place in the Hub's cache."""
+        from huggingface_hub import constants
+
+        return RepositoryCache(Path(self.cache_dir or constants.HF_HUB_CACHE), self.name)
 
     @property
     def _offline(self) -> bool:
@@ -173,122 +187,334 @@ class HubRepository:
 
         return self.local_files_only or constants.HF_HUB_OFFLINE
 
-    def _known(self, filename: str) -> object:
-        """What the cache knows of the file: its path, that there is no such file, or nothing (None)."""
-        from huggingface_hub import try_to_load_from_cache
-
-        with self._in_plain_words(filename):
-            return try_to_load_from_cache(self.name, filename, self.cache_dir, self.commit or self.revision)
-
     @property
-    def _folder(self) -> Path:
-        """Where the repository is in the Hub's cache."""
-        from huggingface_hub import constants
-
-        return Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser() / f"models--{self.name.replace('/', '--')}"
-
-    def _commit(self) -> str | None:
-        """The commit, where it is known without asking the Hub: told by a file, or demanded; offline, what was last."""
+    def _known_commit(self) -> str | None:
+        """The commit, where the Hub need not be asked: told by a file, or demanded; offline, what was last."""
         if self.commit is None and self.revision is not None and _COMMIT.fullmatch(self.revision):
             return self.revision
         if self.commit is None and self._offline:
-            with contextlib.suppress(OSError, ValueError):
-                last = (self._folder / "refs" / (self.revision or "main")).read_text(encoding="ascii")
-                return last if _COMMIT.fullmatch(last) else None
+            return self.cache.commit_of(self.revision or "main")
         return self.commit
 
-    def _download(self, filename: str, *, local_files_only: bool = False, force_download: bool = False) -> Path:
-        """The client's `hf_hub_download`, with patience: by itself it gives up at the first connection that breaks."""
-        from huggingface_hub import hf_hub_download, hf_hub_url
+    # --- what is asked of the Hub ---------------------------------------------------------------------------------
 
-        revision = self.commit or self.revision
+    def _settle(self, filename: str) -> None:
+        """Settles which commit is read: as the Hub tells of this file; where it cannot be asked, as the cache does."""
+        from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
-        def download() -> str:
-            return hf_hub_download(
-                self.name,
-                filename,
-                revision=revision,
-                local_files_only=local_files_only,
-                force_download=force_download,
-                token=self.token,
-                cache_dir=self.cache_dir,
+        self.commit = self._known_commit
+        if self.commit is not None or self._offline:
+            return
+        last = self.cache.commit_of(self.revision or "main")
+        try:
+            self._ask(filename, attempts=1 if last is not None and self.cache.has_weights(last) else None)
+        except RemoteEntryNotFoundError:
+            return
+        except RevisionNotFoundError:
+            raise
+        except Exception as error:
+            if last is None or not self.cache.knows(last, filename):
+                raise
+            self.commit = last
+            log.warning(
+                "the Hub cannot be asked for %s (%s): the cache's commit %s is taken, which may not be the newest",
+                self._title,
+                self._cause(filename, error),
+                last,
             )
 
-        if self._offline:
-            return Path(download())
-        return Path(patiently(download, hf_hub_url(self.name, filename, revision=revision)))
+    def _ask(self, filename: str, attempts: int | None = None) -> RemoteFile:
+        """Asks the Hub for a file's etag, size and commit, once; and nothing more once it could not be asked.
 
-    def _reach(self, filename: str) -> None:
-        """Asks for a file's size before it is fetched: tells soon when nobody answers, and refuses what is no JSON."""
+        Raises:
+            huggingface_hub.errors.RemoteEntryNotFoundError: the repository has no such file, which is noted.
+            Exception: the Hub cannot be asked, or refuses.
+        """
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
-        with contextlib.suppress(RemoteEntryNotFoundError, NoRangesError):
-            file = self._open(filename)
-            if filename.endswith(".json") and file.size > LONGEST_JSON:
-                raise CheckpointError(
-                    f"{filename} of {self.name!r} has {file.size} bytes, more than the {LONGEST_JSON} that such a file "
-                    "may have; it is not fetched"
-                )
-
-    def _open(self, filename: str) -> RemoteFile:
+        if self._failure is not None:
+            raise self._failure
         if filename not in self._files:
-            file = RemoteFile(self.name, filename, self.commit or self.revision, self.token)
-            if file.commit is None or not _COMMIT.fullmatch(file.commit):
-                raise NoRangesError("the Hub does not tell the commit")
+            revision = self.commit or self.revision
+            try:
+                file = RemoteFile(self.name, filename, revision, self.token, self._budget, attempts)
+            except RemoteEntryNotFoundError as error:
+                self._absent.add(filename)
+                commit = error.response.headers.get("X-Repo-Commit", "")
+                if _COMMIT.fullmatch(commit):
+                    self._take(commit)
+                    self.cache.note_absent(commit, filename)
+                raise
+            except Exception as error:
+                self._failure = error
+                raise
             self._files[filename] = file
+            self._take(file.commit)
         return self._files[filename]
 
-    def _verify(self, path: Path, fresh: bool) -> None:
-        """Checks a file that was fetched as a whole, where the Hub has told its hash.
+    def _is_absent(self, filename: str) -> bool:
+        """Whether the repository is known not to have the file."""
+        known = self.commit is not None and self.cache.knows_absent(self.commit, filename)
+        return known or filename in self._absent
 
-        What is in the cache for long is checked where that costs nothing: where it is small.
+    def _take(self, commit: str) -> None:
+        """Takes the commit that the Hub has told. The one that the cache knew stays its own until this one is here."""
+        if self.commit is None:
+            self.commit = commit
+            if self.cache.commit_of(self.revision or "main") is None:
+                self.cache.note_commit(self.revision or "main", commit)
 
-        Args:
-            path: in the cache.
-            fresh: whether it has just been fetched. If so, and it is not right, it is fetched again, and then removed.
-        """
-        if (not fresh and path.suffix != ".json") or _is_as_it_left(path):
-            return
-        if not fresh:
+    # --- whole files ----------------------------------------------------------------------------------------------
+
+    def _get(self, filename: str) -> Path | None:
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        self._settle(filename)
+        if self._is_absent(filename):
+            return None
+        if (path := self.local(filename)) is not None:
+            if path.suffix == ".json":
+                self._check_small(path, filename)
+            return path
+        if self._offline:
+            raise _NotCachedError
+        try:
+            file = self._ask(filename)
+        except RemoteEntryNotFoundError:
+            return None
+        return self._fetch_small(file) if filename.endswith(".json") else self._fetch_whole(file)
+
+    def _check_small(self, path: Path, filename: str) -> None:
+        etag = self.cache.etag_of(self.commit or "", filename)
+        if etag is not None and verified(path, etag) is None:
             raise CheckpointError(
                 f"{path} has changed since it was fetched from the Hub: delete it, and it is fetched again; or, to "
                 "keep the change, copy the checkpoint to a folder and pass that"
             )
-        # Perhaps a push came between the client's two requests, for the hash and for the file: now by its commit.
-        self._download(path.name, force_download=True)
-        if not _is_as_it_left(path):
-            blob = path.resolve()
-            path.unlink(missing_ok=True)
-            blob.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{path.name} of {self.name!r} did not arrive as it left: its hash should be {blob.name}; it has been "
-                "removed: try again"
-            )
+
+    def _fetch_small(self, file: RemoteFile) -> Path:
+        """Fetches a configuration. It is kept beside the cache where the cache cannot be written."""
+        with contextlib.suppress(NoRangesError):
+            if file.size > LONGEST_JSON:
+                raise CheckpointError(
+                    f"{file.filename} of {self._title} has {file.size} bytes, more than the {LONGEST_JSON} that such a "
+                    "file may have; it is not fetched"
+                )
+        try:
+            return self._store(file, self._fetch_json)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            log.warning("%s of %s cannot be kept in the cache (%s)", file.filename, self._title, error)
+        if self._scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="siglip_port-"))
+            weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
+        path = self._scratch / file.filename
+        _, arrived = self._verified(file, path, self._fetch_json)
+        return arrived.replace(path)
+
+    def _fetch_whole(self, file: RemoteFile) -> Path:
+        """Fetches weights: by ranges, as a stream where these are refused, by Xet where both are."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        def fetch(file: RemoteFile, path: Path) -> Path:
+            if file.filename not in self._whole:
+                try:
+                    return towers.fetch_whole(file, path, f"{self.name}, {file.filename}")
+                except NoRangesError as error:
+                    log.info("%s of %s cannot be fetched in parts (%s)", file.filename, self._title, error)
+            try:
+                return self._stream(file, path)
+            except (GivenUpError, HfHubHTTPError) as error:
+                if not file.is_xet:
+                    raise
+                log.warning("%s of %s: %s; trying hf_xet", file.filename, self._title, harmless(str(error)))
+                return towers.fetch_by_client(self.name, file, path, self.token)
+
+        return self._store(file, fetch)
+
+    def _fetch_json(self, file: RemoteFile, path: Path) -> Path:
+        return self._stream(file, path, LONGEST_JSON)
+
+    def _stream(self, file: RemoteFile, path: Path, most: int | None = None) -> Path:
+        with contextlib.suppress(NoRangesError):
+            towers.check_room(path.parent, file.size)
+        unfinished = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.stream")
+        try:
+            with unfinished.open("w+b") as out:
+                file.whole(out, most)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        return unfinished
+
+    def _store(self, file: RemoteFile, fetch: Callable[[RemoteFile, Path], Path]) -> Path:
+        """Makes a file of the Hub one of the cache: found there under its etag, or fetched, and compared with that."""
+        if (path := self._blob(file)) is not None:
+            return path
+        cache = self.cache
+        place = cache.own / cache.blob(file.etag).name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with towers.alone(place):
+            for left in (2, 1, 0):
+                if (path := self._blob(file)) is not None:  # another process has just fetched it
+                    return path
+                try:
+                    receipt, arrived = self._verified(file, place, fetch)
+                    path = cache.put(file.commit, file.filename, receipt.etag, arrived)
+                    break
+                except OSError as error:
+                    # Where locks do not hold, as on some network file systems, others may move the file.
+                    if error.errno != errno.ENOENT or not left:
+                        raise
+        assert path is not None
+        return self._stored(file, path, receipt)
+
+    def _blob(self, file: RemoteFile) -> Path | None:
+        """Finds the bytes of a file in the cache, of another commit perhaps; None where they are not right."""
+        cache, blob = self.cache, self.cache.blob(file.etag)
+        if not blob.is_file() or (receipt := verified(blob, file.etag)) is None:
+            return None
+        try:
+            path = cache.link(file.commit, file.filename, file.etag)
+        except OSError:  # The cache cannot be written; it has the bytes nevertheless.
+            path = blob
+        return self._stored(file, path, receipt)
+
+    def _stored(self, file: RemoteFile, path: Path, receipt: Receipt) -> Path:
+        self._damaged.discard(file.filename)
+        self.cache.note_receipt(file.commit, file.filename, receipt)
+        return path
+
+    def _verified(
+        self, file: RemoteFile, place: Path, fetch: Callable[[RemoteFile, Path], Path]
+    ) -> tuple[Receipt, Path]:
+        """Fetches a file, and compares it with what the Hub says of it; twice where they differ, then tells."""
+        for attempt in range(2):
+            if attempt:  # Perhaps it was what the Hub says that was spoiled on its way.
+                file = RemoteFile(self.name, file.filename, file.commit, self.token, self._budget)
+            arrived = fetch(file, place)
+            size = arrived.stat().st_size
+            receipt = verified(arrived, file.etag) if file.has_size(size) else None
+            if receipt is not None:
+                return receipt, arrived
+            arrived.unlink()
+        raise CheckpointError(
+            f"{file.filename} of {self._title} did not arrive as it left: its hash should be {file.etag}, which the "
+            f"{size} bytes that came have not; they have been removed: try again"
+        )
+
+    # --- weights --------------------------------------------------------------------------------------------------
+
+    def _header(self, filename: str) -> Header | None:
+        self._settle(filename)
+        if self._is_absent(filename):
+            return None
+        if (path := self.local(filename)) is not None:
+            try:
+                return read_header(path)
+            except UnreadableFileError:
+                if not self._is_damaged(path, filename):
+                    return header_of(path)  # which says what is wrong with the file that the Hub has
+        if self.vision_only:
+            if self._kept(filename):
+                return self._headers[filename][0]
+            if not self._offline:
+                try:
+                    return self._remote_header(filename)
+                except NoRangesError as error:
+                    self._say_why_whole(filename, error)
+        path = self._get(filename)
+        return None if path is None else header_of(path)
+
+    def _fetch(self, wanted: Mapping[str, Collection[str]]) -> dict[str, Path]:
+        whole = {
+            filename: path
+            for filename, names in wanted.items()
+            if (path := self.local(filename)) is not None and not self._is_damaged(path, filename, names)
+        }
+        if self.vision_only and len(whole) < len(wanted) and not self._whole:
+            try:
+                if (tower := self._tower(wanted)) is not None:
+                    return self._loaded(dict.fromkeys(wanted, tower))
+            except NoRangesError as error:
+                for filename in sorted(wanted.keys() - whole.keys()):
+                    self._say_why_whole(filename, error)
+        for filename in wanted.keys() - whole.keys():
+            if (path := self._get(filename)) is None:
+                raise CheckpointError(f"{self.name} has no file {filename}")
+            whole[filename] = path
+        return self._loaded(whole)
+
+    def _loaded(self, files: dict[str, Path]) -> dict[str, Path]:
+        """Notes that the commit is here: from now on it is what the branch is, when the Hub cannot be asked."""
+        if self.commit is not None and not self._offline:
+            self.cache.note_commit(self.revision or "main", self.commit)
+        return files
+
+    def _say_why_whole(self, filename: str, error: NoRangesError) -> None:
+        """Tells that more than the tower is fetched; the file is not tried in parts again."""
+        self._whole.add(filename)
+        size = ""
+        with contextlib.suppress(NoRangesError):
+            size = f", {self._files[filename].size / 1e6:,.1f} MB,"
+        log.warning(
+            "%s of %s cannot be fetched in parts (%s), so all of it%s is fetched, and not the tower alone",
+            filename,
+            self._title,
+            harmless(str(error)),
+            size,
+        )
+
+    def _is_damaged(self, path: Path, filename: str, names: Collection[str] | None = None) -> bool:
+        """Whether a whole file of the cache is something else than the Hub has.
+
+        Args:
+            path: where it lies.
+            filename: in the repository.
+            names: the tensors that count, where it is known that the file was right once; None for all of it.
+
+        Raises:
+            CheckpointError: it is, and the Hub may not be asked.
+        """
+        commit = self.commit or ""
+        if (etag := self.cache.etag_of(commit, filename)) is None:
+            return False  # fetched by another program, to where there are no links: nobody says what it should be
+        receipt = self.cache.receipt(commit, filename)
+        if names is not None and receipt is not None and receipt.etag == etag:
+            right = is_still(path, receipt, _spans(read_header(path), names))
+        else:
+            receipt = verified(path, etag)
+            right = receipt is not None
+            if receipt is not None:
+                self.cache.note_receipt(commit, filename, receipt)
+        if right:
+            return False
+        if self._offline:
+            raise _damaged(path)
+        log.warning("%s is damaged, or was changed, since it was fetched from the Hub: fetching it again", path)
+        self._damaged.add(filename)
+        return True
 
     def _kept(self, filename: str) -> bool:
         """Whether the header of a file is known already."""
-        if filename not in self._headers and (commit := self._commit()) is not None:
-            kept = towers.kept_header(self._place_of_header(commit, filename))
+        if filename not in self._headers and (commit := self._known_commit) is not None:
+            kept = towers.kept_header(self.cache.header_place(commit, filename))
             if kept is not None:
-                self.commit, self._headers[filename] = commit, kept
+                self._headers[filename] = kept
         return filename in self._headers
-
-    def _place_of_header(self, commit: str, filename: str) -> Path:
-        return self._folder / _OURS / commit / f"{filename}.header"
 
     def _remote_header(self, filename: str) -> Header | None:
         """Reads the first bytes of a safetensors file, by requests for a range of it."""
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
         try:
-            with self._in_plain_words(filename):
-                file = self._open(filename)
-                header, content = file.header()
+            file = self._ask(filename)
         except RemoteEntryNotFoundError:
-            return None if self.get(filename) is None else self.header(filename)  # so that the cache learns of it
-        self.commit = file.commit
+            return None
+        header, content = file.header()
         self._headers[filename] = header, file.etag
-        towers.keep_header(self._place_of_header(file.commit or "", filename), file, content)
+        towers.keep_header(self.cache.header_place(file.commit, filename), file, content)
         return header
 
     def _tower(self, wanted: Mapping[str, Collection[str]]) -> Path | None:
@@ -299,107 +525,176 @@ class HubRepository:
         for filename in missing:
             self._remote_header(filename)
         parts = [towers.Part(filename, *self._headers[filename], names) for filename, names in wanted.items()]
-        tower = towers.Tower(self._folder / _OURS, self.name, parts)
+        tower = towers.Tower(self.cache.own, self.name, parts)
         if tower.nbytes > _MOST * sum(part.header.size for part in parts):
             return None
-        if tower.is_whole():
-            return tower.path
-        if self._offline:
-            if tower.path.exists():
-                raise CheckpointError(
-                    f"{tower.path} is damaged; it is fetched again when the Hub may be asked (now: local files only)"
-                )
-            return None
-        files = {part.filename: self._open(part.filename) for part in parts}
-        if changed := [part.filename for part in parts if files[part.filename].etag != part.etag]:
-            raise GivenUpError(f"{' and '.join(changed)} changed while it was read")
-        tower.fetch(files, f"{self.name}, tower")
+        if not tower.is_whole():
+            if self._offline:
+                if tower.path.exists():
+                    raise _damaged(tower.path)
+                return None
+            files = {part.filename: self._ask(part.filename) for part in parts}
+            if changed := [part.filename for part in parts if files[part.filename].etag != part.etag]:
+                raise GivenUpError(f"{' and '.join(changed)} changed while it was read")
+            tower.fetch(files, f"{self.name}, tower")
+        towers.tidy(self.cache, self.commit or "", tower.path)
         return tower.path
 
-    def listing(self) -> list[str]:
-        """Returns the names of the files in the repository, or nothing where the Hub does not say."""
-        from huggingface_hub import HfApi
+    # --- messages -------------------------------------------------------------------------------------------------
 
-        if self._offline:
-            return []
+    @property
+    def _title(self) -> str:
+        return f"{self.name!r} at revision {self.revision!r}" if self.revision else f"{self.name!r}"
+
+    def _in_plain_words(self, filename: str, do: Callable[[], T]) -> T:
+        """Does something; what the client raises becomes one sentence, which has no signed address in its wake."""
         try:
-            return sorted(HfApi(token=self.token).list_repo_files(self.name, revision=self.commit))
-        except Exception:  # It only adds to a message about another fault.
-            return []
+            return do()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            failure = self._explained(filename, error)
+        raise failure  # out of the handler, so that it does not carry what it came of
 
-    @contextmanager
-    def _in_plain_words(self, filename: str) -> Iterator[None]:
+    def _explained(self, filename: str, error: Exception) -> CheckpointError:
+        """Says what went wrong, and what to do."""
+        from huggingface_hub import errors
+
+        at, elsewhere = self._title, "or pass a folder that holds the checkpoint"
+        spelling = f"{elsewhere} (there is none of this name here: check the spelling)"
+        match error:
+            case _NotCachedError():
+                why = "only local files were allowed" if self.local_files_only else "HF_HUB_OFFLINE is set"
+                return HubUnreachableError(
+                    f"{filename} of {at} is not in the local cache, and {why}; connect once to fetch it, {spelling}"
+                )
+            case GivenUpError() | NoRangesError():
+                cause = self._cause(filename, error)
+                return HubUnreachableError(
+                    f"{filename} of {at} could not be fetched: {cause}; try again later, {spelling}"
+                )
+            case errors.HfHubHTTPError() | UnreadableFileError() | errors.HFValidationError():
+                return CheckpointError(self._cause(filename, error))
+            case OSError():
+                last = self.cache.commit_of(self.revision or "main")
+                before = f"; what was cached before, commit {last}, loads with local_files_only=True"
+                return CheckpointError(
+                    f"{filename} of {at} could not be fetched: {self._cause(filename, error)}"
+                    f"{before if last not in (None, self.commit) else ''}"
+                )
+            case _:
+                return HubUnreachableError(
+                    f"{filename} of {at} could not be fetched ({self._cause(filename, error)}); try again later, "
+                    f"{elsewhere}"
+                )
+
+    def _cause(self, filename: str, error: Exception) -> str:
+        """Says what went wrong, for a sentence."""
+        from huggingface_hub import errors
+
+        match error:
+            case UnreadableFileError():
+                return f"{filename} of {self._title} is not a whole safetensors file ({error}); {error.advice}"
+            case errors.HFValidationError():
+                return f"{self.name!r} is neither a path nor a Hub id: {error}"
+            case errors.HfHubHTTPError():
+                return f"{self._refusal(filename, error)} ({quoted(error)})"
+            case GivenUpError() | NoRangesError() | OSError():
+                return harmless(str(error))
+        return quoted(error)
+
+    def _refusal(self, filename: str, error: HfHubHTTPError) -> str:
+        """Says why the Hub refuses, and what to do."""
         from huggingface_hub import constants, errors
 
-        at = f"{self.name!r} at revision {self.revision!r}" if self.revision else f"{self.name!r}"
-        try:
-            yield
-        except (errors.RemoteEntryNotFoundError, NoRangesError, CheckpointError):
-            raise
-        except GivenUpError as error:
-            raise HubUnreachableError(
-                f"{filename} of {at} could not be fetched: {error}; try again later, or pass a folder that holds the "
-                "checkpoint (there is none of this name here: check the spelling)"
-            ) from error
-        except UnreadableFileError as error:
-            raise CheckpointError(
-                f"{filename} of {at} is not a whole safetensors file ({error}); {error.advice}"
-            ) from error
-        except errors.HFValidationError as error:
-            raise CheckpointError(f"{self.name!r} is neither a path nor a Hub id: {error}") from error
-        except errors.GatedRepoError as error:
-            raise CheckpointError(
-                f"{at} is gated: ask for access at {constants.ENDPOINT}/{self.name}, then log in with "
-                "`hf auth login` or pass token="
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise CheckpointError(
-                f"the Hub has no repository {at}; check the spelling, or, if it is private, log in with "
-                "`hf auth login` or pass token="
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise CheckpointError(f"the Hub repository {self.name!r} has no revision {self.revision!r}") from error
-        except errors.LocalEntryNotFoundError as error:
-            why = "only local files were allowed" if self.local_files_only else "the Hub could not be reached"
-            if isinstance(error.__cause__, errors.HfHubHTTPError):
-                why = f"the Hub answered HTTP {error.__cause__.response.status_code}"
-            raise HubUnreachableError(
-                f"{filename} of {at} is not in the local cache, and {why}; connect once to fetch it, or pass a "
-                "folder that holds the checkpoint (there is none of this name here: check the spelling)"
-            ) from error
-        except errors.HfHubHTTPError as error:
-            raise CheckpointError(
-                f"the Hub refused {filename} of {at} (HTTP {error.response.status_code}); try again later, "
-                "or pass a folder that holds the checkpoint"
-            ) from error
-        except OSError as error:
-            raise CheckpointError(f"{filename} of {at} could not be fetched: {error}") from error
-        except ValueError as error:
-            raise CheckpointError(
-                f"{filename} of {at}: what the cache says of it makes no sense ({error}); delete {self._folder}, and "
-                "it is fetched again"
-            ) from error
-        except Exception as error:  # The client lets its HTTP library's errors through, which have no base in common.
-            raise HubUnreachableError(
-                f"{filename} of {at} could not be fetched ({type(error).__name__}); try again later, or pass a folder "
-                "that holds the checkpoint"
-            ) from error
+        login = "log in with `hf auth login`, or pass token="
+        status, sent = error.response.status_code, error.response.request.headers.get("Authorization")
+        if status == 401 and sent and "invalid" in str(error).lower():
+            return (
+                f"the Hub does not accept the token with which {filename} of {self._title} was asked for: it has "
+                f"expired or was revoked; {login}; or, for what is public, pass token=False or unset HF_TOKEN"
+            )
+        match error:
+            case errors.GatedRepoError():
+                page = f"{constants.ENDPOINT}/{self.name}"
+                return f"{self._title} is gated: ask for access at {page}, then {login}"
+            case errors.RepositoryNotFoundError():
+                return f"the Hub has no repository {self._title}; check the spelling, or, if it is private, {login}"
+            case errors.RevisionNotFoundError():
+                return f"the Hub repository {self.name!r} has no revision {self.revision!r}"
+        return (
+            f"the Hub refused {filename} of {self._title} (HTTP {status}); try again later, or pass a folder that "
+            "holds the checkpoint"
+        )
 
 
-def _is_as_it_left(path: Path) -> bool:
-    """Whether a file of the cache has the hash that its link's target is called by; True where that is no hash.
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged; it is fetched again when the Hub may be asked (now: local files only)")
 
-    SHA-256 of large files; of others git's own, or, from some proxies, SHA-1.
+
+def _spans(header: Header, names: Collection[str]) -> list[tuple[int, int]]:
+    """Where the header and some tensors are in a file: first byte, and one after the last. All of an `.npz` file."""
+    if not header.begins:
+        return [(0, header.size)]
+    tensors = [(header.begins[name], header.begins[name] + header.tensors[name].nbytes) for name in names]
+    return [(0, min(header.begins.values())), *tensors]
+
+
+@dataclass(frozen=True)
+class _Address:
+    """A repository as an address names it: `hf://`, `hf-hub:`, a page of the Hub, or `name@revision`."""
+
+    name: str
+    revision: str | None
+    filename: str | None
+
+
+_ID = r"(?P<name>[\w-][\w.-]*/[\w.-]+)"
+_BARE = re.compile(rf"{_ID}(?:@(?P<revision>[^\s@]+))?")
+_PATH = re.compile(rf"(?:models/)?{_ID}(?:@(?P<revision>[^/\s]+))?(?:/(?P<file>.+))?")
+_PAGE = re.compile(rf"/(?:models/)?{_ID}(?:/(?:tree|blob|resolve|raw)/(?P<revision>[^/]+)(?:/(?P<file>.+))?)?")
+
+
+def _address(source: str) -> _Address | None:
+    """Reads a Hub id or an address of the Hub; None where it is neither.
+
+    Raises:
+        CheckpointError: it is an address, but of no model of the Hub.
     """
-    blob = path.resolve()
-    with blob.open("rb") as file:
-        if re.fullmatch(r"[0-9a-f]{64}", blob.name):
-            return hashlib.file_digest(file, "sha256").hexdigest() == blob.name
-        if not _COMMIT.fullmatch(blob.name):
-            return True
-        content = file.read()
-    git = b"blob %d\0" % len(content) + content
-    return blob.name in (hashlib.sha1(data, usedforsecurity=False).hexdigest() for data in (git, content))
+    from huggingface_hub import constants
+
+    text = source.strip().rstrip("/")
+    scheme, colon, rest = text.partition(":")
+    if not colon:
+        match = _BARE.fullmatch(text)
+        if match is None or Path(match["name"]).suffix in _FILE_SUFFIXES:
+            return None
+        return _Address(match["name"], match["revision"], None)
+    if scheme in ("hf", "hf-hub", "hf_hub"):
+        match = _PATH.fullmatch(rest.removeprefix("//"))
+        kind = rest.removeprefix("//").partition("/")[0]
+    elif scheme in ("http", "https"):
+        parts = urlsplit(text)
+        hubs = {urlsplit(constants.ENDPOINT).netloc, "huggingface.co", "www.huggingface.co", "hf.co"}
+        if parts.netloc not in hubs:
+            raise CheckpointError(
+                f"{harmless(text)} is an address of {parts.hostname}, which is not the Hub; pass a Hub id such as "
+                "'google/siglip-base-patch16-224', or set HF_ENDPOINT where it is a mirror"
+            )
+        path = parts.path
+        if parts.netloc == urlsplit(constants.ENDPOINT).netloc:
+            path = path.removeprefix(urlsplit(constants.ENDPOINT).path)
+        match, kind = _PAGE.fullmatch(path), path.strip("/").partition("/")[0]
+    else:
+        return None
+    if kind in ("datasets", "spaces", "buckets", "kernels"):
+        raise CheckpointError(f"{harmless(text)} is one of the Hub's {kind}, and no model; pass the Hub id of a model")
+    if match is None:
+        raise CheckpointError(
+            f"{harmless(text)} names no model of the Hub; pass a Hub id such as 'google/siglip-base-patch16-224'"
+        )
+    revision = None if match["revision"] is None else unquote(match["revision"])
+    return _Address(match["name"], revision, None if match["file"] is None else unquote(match["file"]))
 
 
 def find_source(
@@ -414,7 +709,9 @@ def find_source(
     """Decides what `source` is: what exists on this machine is local, else what looks like a Hub id is one.
 
     Args:
-        source: a folder, a `.safetensors` file with its `config.json` beside it, an `.npz` file, or a Hub id.
+        source: a folder, a `.safetensors` file with its `config.json` beside it, an `.npz` file, or a Hub id. Also
+            `name@revision`, `hf://name@revision/file`, `hf-hub:name`, and the address of the Hub's page of a model or
+            of one of its files.
         revision: of a Hub repository; like the rest, of no meaning for a local path.
         local_files_only: use the Hub's cache only, never the network.
         token: a Hub token, True for the stored one, False for none.
@@ -430,8 +727,8 @@ def find_source(
     try:
         path = Path(name).expanduser()
         is_folder, is_file = bool(name) and path.is_dir(), path.is_file()  # Path("") would be this folder
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{name} cannot be read: {error}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{name!r} cannot be read: {error}") from error
     if is_folder:
         return LocalFolder(path, name)
     if is_file:
@@ -441,19 +738,38 @@ def find_source(
                 + pickle_advice([path.name])
             )
         return LocalFolder(path.parent, name, weights=path.name)
-    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix not in _FILE_SUFFIXES:
+    if isinstance(source, str) and (address := _address(source)) is not None:
         return HubRepository(
-            name,
-            revision=revision,
+            address.name,
+            revision=_one_revision(source, address.revision, revision),
             local_files_only=local_files_only,
             token=token,
             cache_dir=cache_dir,
             vision_only=vision_only,
+            weights=_weights_of(source, address.filename),
         )
     raise CheckpointError(
         f"{name!r} does not exist on this machine, and is no Hub id such as 'google/siglip-base-patch16-224'; "
         "pass a folder, a .safetensors or .npz file, or a Hub id"
     )
+
+
+def _one_revision(source: str, named: str | None, wanted: str | None) -> str | None:
+    if named is not None and wanted not in (None, named):
+        raise CheckpointError(f"{harmless(source)} names the revision {named!r}, and revision={wanted!r}: pass one")
+    return named or wanted
+
+
+def _weights_of(source: str, filename: str | None) -> str | None:
+    """The weights file that an address names; None where it names the repository, or its configuration."""
+    if filename is None or filename == CONFIG:
+        return None
+    if "/" in filename or not filename.endswith(SUFFIXES):
+        raise CheckpointError(
+            f"{harmless(source)} names {filename!r}; pass the repository, or a .safetensors or .npz file at its top"
+            + pickle_advice([filename])
+        )
+    return filename
 
 
 def hub_answers(name: str, seconds: float = 10.0) -> bool:
@@ -465,23 +781,12 @@ def hub_answers(name: str, seconds: float = 10.0) -> bool:
         name: the Hub id.
         seconds: how long to wait: for name lookup, connection and reply together.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
-    answered = threading.Event()
-
-    def ask() -> None:
-        try:
-            get_hf_file_metadata(hf_hub_url(name, CONFIG), timeout=seconds)
-        except HfHubHTTPError as error:
-            if error.response.status_code >= 500:
-                return
-        except Exception:  # Whatever else goes wrong means the same: no answer.
-            return
-        answered.set()
-
-    # A thread, since a hanging name lookup obeys no timeout; a daemon, so that it cannot keep the process alive.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(seconds)
-    return answered.is_set()
+    try:
+        within(seconds, lambda: RemoteFile(name, CONFIG, None, None, Budget(), attempts=1))
+    except HfHubHTTPError as error:
+        return error.response.status_code < 500
+    except Exception:  # Whatever else goes wrong means the same: no answer.
+        return False
+    return True

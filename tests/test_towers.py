@@ -199,15 +199,14 @@ def test_inspect_costs_kilobytes(hub: Hub, folder: Path, cache: Path) -> None:
 
 def test_on_demand(hub: Hub, folder: Path, cache: Path) -> None:
     assert_same(load(NAME, cache_dir=cache, vision_only=False), folder)
-    assert hub.requests["CDN GET model.safetensors"] == 1
-    assert hub.requests[WEIGHTS] == 0
+    assert hub.sent["model.safetensors"] == (folder / "model.safetensors").stat().st_size
     assert not kept(cache)
 
 
 def test_where_the_tower_is_most_of_it(hub: Hub, folder: Path, cache: Path) -> None:
     edit_tensors(folder, lambda t: {n: v for n, v in t.items() if n.startswith("vision")})
     assert_same(load(NAME, cache_dir=cache), folder)
-    assert (hub.requests[WEIGHTS], hub.requests["CDN GET model.safetensors"]) == (1, 1)  # its header, and then all
+    assert hub.sent["model.safetensors"] == 65_536 + (folder / "model.safetensors").stat().st_size  # header, then all
     assert not kept(cache)
 
 
@@ -386,14 +385,20 @@ def test_a_damaged_header_is_noticed_and_read_again(hub: Hub, folder: Path, cach
 
 
 def test_a_whole_file_that_did_not_arrive_as_it_left(hub: Hub, folder: Path, cache: Path) -> None:
-    hub.faults = [Fault("wrong bytes", "CDN GET model.safetensors", times=2, after=100_000)]
-    with pytest.raises(CheckpointError, match=r"did not arrive as it left: its hash should be .*has been removed"):
-        load(NAME, cache_dir=cache, vision_only=False)
-    assert not list(cache.rglob("*.safetensors"))
-    assert_same(load(NAME, cache_dir=cache, vision_only=False), folder)
-    shutil.rmtree(cache)
-    hub.faults = [Fault("wrong bytes", "CDN GET model.safetensors", after=100_000)]
-    assert_same(load(NAME, cache_dir=cache, vision_only=False), folder)  # fetched a second time
+    for in_parts in (True, False):
+        shutil.rmtree(cache, ignore_errors=True)
+        hub.ranges = in_parts
+        request = WEIGHTS if in_parts else "CDN GET model.safetensors"
+        hub.faults = [Fault("wrong bytes", request, times=None, after=1000)]
+        with pytest.raises(CheckpointError, match=r"did not arrive as it left: its hash should be .*have been removed"):
+            load(NAME, cache_dir=cache, vision_only=False)
+        assert not list(cache.rglob("*.safetensors"))
+        assert not [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size > 10_000]
+        hub.faults = []
+        assert_same(load(NAME, cache_dir=cache, vision_only=False), folder)
+        shutil.rmtree(cache)
+        hub.faults = [Fault("wrong bytes", request, after=1000)]
+        assert_same(load(NAME, cache_dir=cache, vision_only=False), folder)  # fetched a second time
 
 
 def test_a_configuration_that_has_changed_in_the_cache(hub: Hub, folder: Path, cache: Path) -> None:
@@ -408,26 +413,20 @@ def test_a_configuration_that_has_changed_in_the_cache(hub: Hub, folder: Path, c
     assert_same(load(NAME, cache_dir=cache), folder)
 
 
-def test_a_push_between_the_clients_own_two_requests(hub: Hub, folder: Path, cache: Path, tmp_path: Path) -> None:
-    """It asks `main` for the hash, then `main` for the file: of two commits, which only a hash can tell apart."""
+def test_a_push_between_the_hash_and_the_file(hub: Hub, folder: Path, cache: Path, tmp_path: Path) -> None:
+    """`main` is asked for the hash; the file is asked of the commit that this told."""
     pushed = tmp_path / "pushed"
     shutil.copytree(folder, pushed)
     config = (folder / "config.json").read_text()
     (pushed / "config.json").write_text(config.replace("1e-06", "1e-05"))
     assert "1e-06" in config
-    head = iter([None, lambda: hub.repositories[NAME].push(pushed)])  # of two, the first is our own
-
-    def then() -> None:
-        if (push := next(head)) is None:
-            hub.after["HEAD config.json"] = then
-        else:
-            push()
-
-    first, hub.after["HEAD config.json"] = hub.repositories[NAME].commit, then
+    first = hub.repositories[NAME].commit
+    hub.after["HEAD config.json"] = lambda: hub.repositories[NAME].push(pushed)
     model = load(NAME, cache_dir=cache)
     assert model.provenance is not None
     assert model.provenance.commit == first
     assert hub.repositories[NAME].commit != first
+    assert hub.requests["GET config.json"] == 1
     assert_same(model, folder)
 
 
@@ -444,13 +443,9 @@ def as_loop(path: Path) -> None:
 BAD_CACHES: dict[str, tuple[str, Any, str | None]] = {  # what is damaged, how, and what is said where it is not mended
     "no file behind the link": ("snapshots/*/config.json", lambda path: path.resolve().unlink(), None),
     "a link to itself": ("snapshots/*/config.json", as_loop, None),
-    "a folder for a file": ("snapshots/*/config.json", as_folder, "Is a directory: '.*config.json'"),
+    "a folder for a file": ("snapshots/*/config.json", as_folder, None),
     "a commit that is none": ("refs/main", lambda path: path.write_text("../../elsewhere"), None),
-    "a commit that is no text": (
-        "refs/main",
-        lambda path: path.write_bytes(b"\xff\xfe"),
-        "makes no sense .*delete .*google",
-    ),
+    "a commit that is no text": ("refs/main", lambda path: path.write_bytes(b"\xff\xfe"), None),
     "a folder for the commit": ("refs/main", as_folder, None),
     "a folder for the tower": (".siglip_port/*.safetensors", as_folder, "Is a directory: '.*safetensors'"),
     "a loop for the tower": (
@@ -605,7 +600,7 @@ def test_two_processes_whose_locks_do_not_hold(
     """As on some network file systems: they write the same bytes to the same places."""
     import huggingface_hub.utils
 
-    monkeypatch.setattr(huggingface_hub.utils, "WeakFileLock", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(huggingface_hub.utils, "WeakFileLock", lambda *_, **__: contextlib.nullcontext())
     for _ in range(5):
         shutil.rmtree(cache, ignore_errors=True)
         test_threads_at_once(hub, folder, cache)
