@@ -120,9 +120,9 @@ def run(args: argparse.Namespace) -> int:
         return 0 if (selftest.calibrate if args.calibrate else selftest.run)(args, progress) else 3
 
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
-        port, is_random, offline = load_port(args, Path(scratch))
-        case = main_case(args, port, scratch if is_random else args.checkpoint, photograph, is_random, offline)
-        comparison = prove(args, port, case, judge_pixels(port, case, photograph, offline))
+        port, source = load_port(args, scratch)
+        case = main_case(args, port, source, photograph, is_random=source == scratch)
+        comparison = prove(args, port, case, judge_pixels(port, case, photograph))
         report = make_report(args, comparison, port, case)
         print_report(args, comparison, report)
         if args.second_ref:
@@ -166,7 +166,6 @@ def main_case(
     source: str,
     photograph: Image.Image,
     is_random: bool,
-    offline: bool,
 ) -> Case:
     """The checkpoint itself, at full size: a photograph and a picture of noise."""
     import torch
@@ -174,7 +173,7 @@ def main_case(
     from siglip_port.parity import proof, references
 
     assert port.provenance is not None
-    where: dict[str, Any] = {"revision": port.provenance.commit, "local_files_only": offline}
+    where = on_this_machine(port)
     dtype = getattr(torch, args.dtype)
     warn_of_memory(port, dtype)
     layout = port.provenance.layout
@@ -204,6 +203,11 @@ def main_case(
     )
 
 
+def on_this_machine(port: SigLipVisionModel) -> dict[str, Any]:
+    """Where the reference finds the files that the port has read: the same commit, in the cache."""
+    return {"revision": port.provenance and port.provenance.commit, "local_files_only": True}
+
+
 def attentions(args: argparse.Namespace) -> tuple[str, ...]:
     """Whose rounding counts."""
     return ("sdpa", "eager") if args.attn == "both" else (args.attn,)
@@ -218,15 +222,13 @@ def warn_of_memory(port: SigLipVisionModel, dtype: Any) -> None:  # noqa: ANN401
         print(f"this tower has {parameters / 1e6:.0f} M parameters: needs about {need / 1e9:.0f} GB", file=sys.stderr)
 
 
-def judge_pixels(port: SigLipVisionModel, case: Case, photograph: Image.Image, offline: bool) -> Gate:
+def judge_pixels(port: SigLipVisionModel, case: Case, photograph: Image.Image) -> Gate:
     """Compares what both sides' image processors make of pictures of all kinds, as the checkpoint says."""
     from siglip_port.image import ImageProcessor
     from siglip_port.parity import references
     from siglip_port.parity.pixels import pixels
 
-    assert port.provenance is not None
-    where: dict[str, Any] = {"revision": port.provenance.commit, "local_files_only": offline}
-    theirs = references.processors(port.config, case.source, **where)
+    theirs = references.processors(port.config, case.source, **on_this_machine(port))
     ours = {backend: ImageProcessor.from_config(port.preprocessor_config, backend) for backend in theirs}
     return pixels(ours, theirs, photograph, None if port.pooling_head is None else port.embed)
 
@@ -277,12 +279,11 @@ def progress(items: Iterator[Any], what: str, total: int = 0) -> Iterator[Any]:
         print("\r\033[K", end="", file=sys.stderr)
 
 
-def load_port(args: argparse.Namespace, scratch: Path) -> tuple[SigLipVisionModel, bool, bool]:
+def load_port(args: argparse.Namespace, scratch: str) -> tuple[SigLipVisionModel, str]:
     """Loads the port through `from_hf`, as a user does, and decides on the way which weights there are.
 
     Returns:
-        The port; whether its weights are random ones, written to `scratch` by the reference; and whether only
-        local files may be used.
+        The port; and where the reference finds the same weights: in `scratch` if they are random ones, written by it.
     """
     import torch
 
@@ -291,14 +292,19 @@ def load_port(args: argparse.Namespace, scratch: Path) -> tuple[SigLipVisionMode
     from siglip_port.hub import HubRepository, find_source, hub_answers
 
     how = {"dtype": getattr(torch, args.dtype), "device": args.device}
-    is_local = not isinstance(find_source(args.checkpoint), HubRepository)
+    source = find_source(args.checkpoint)
+    is_local = not isinstance(source, HubRepository)
     is_default = args.checkpoint == CHECKPOINT and not is_local
-    offline = is_local or (args.weights == "random" and is_default) or not hub_answers(args.checkpoint)
+    offline = is_local or (args.weights == "random" and is_default) or not hub_answers(source.name)
+    if not is_local and source.weights is not None:
+        raise ValueError(
+            f"{args.checkpoint} names one file, which the reference cannot be told; pass the repository, or a folder"
+        )
     try:
         if args.weights != "random":
             # Whole files, since the reference reads the same ones.
             port = SigLipVisionModel.from_hf(args.checkpoint, local_files_only=offline, vision_only=False, **how)
-            return port, False, offline
+            return port, source.name
         # The default checkpoint's architecture is the default one: no file is needed to know it.
         config = SigLipVisionConfig(pooling_head=True)
         if not is_default:
@@ -319,8 +325,8 @@ def load_port(args: argparse.Namespace, scratch: Path) -> tuple[SigLipVisionMode
         config = SigLipVisionConfig(pooling_head=True)
     from siglip_port.parity.references import write_random_checkpoint
 
-    write_random_checkpoint(scratch, config)
-    return SigLipVisionModel.from_hf(scratch, **how), True, True
+    write_random_checkpoint(Path(scratch), config)
+    return SigLipVisionModel.from_hf(scratch, **how), scratch
 
 
 def with_noise(pixel_values: Tensor) -> Tensor:

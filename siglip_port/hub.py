@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -79,7 +79,15 @@ class LocalFolder:
 
 
 class _NotCachedError(Exception):
-    """A file is not in the cache, and the Hub may not be asked."""
+    """A file is not in the cache, and the Hub may not be asked, or could not be, for another file.
+
+    Attributes:
+        cause: why it could not be asked; None where it may not.
+    """
+
+    def __init__(self, cause: Exception | None = None) -> None:
+        super().__init__()
+        self.cause = cause
 
 
 class HubRepository:
@@ -121,7 +129,7 @@ class HubRepository:
         self._absent: set[str] = set()  # files that the repository has not got
         self._damaged: set[str] = set()  # files that the cache has, but not as the Hub has them
         self._headers: dict[str, tuple[Header, str]] = {}  # by file, of those not fetched as a whole: with the etag
-        self._whole: set[str] = set()  # files of which the Hub does not give parts
+        self._whole: dict[str, Exception] = {}  # files that cannot be fetched in parts, and why
         self._scratch: Path | None = None  # a folder for small files, where the cache is read-only
 
     def get(self, filename: str) -> Path | None:
@@ -213,8 +221,10 @@ class HubRepository:
         except RevisionNotFoundError:
             raise
         except Exception as error:
-            if last is None or not self.cache.knows(last, filename):
+            if last is None:
                 raise
+            if not self.cache.knows(last, filename):  # perhaps it knows another that will do
+                raise _NotCachedError(self._failure or error) from error
             self.commit = last
             log.warning(
                 "the Hub cannot be asked for %s (%s): the cache's commit %s is taken, which may not be the newest",
@@ -233,7 +243,7 @@ class HubRepository:
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
         if self._failure is not None:
-            raise self._failure
+            raise _NotCachedError(self._failure)
         if filename not in self._files:
             revision = self.commit or self.revision
             try:
@@ -318,18 +328,24 @@ class HubRepository:
         from huggingface_hub.errors import HfHubHTTPError
 
         def fetch(file: RemoteFile, path: Path) -> Path:
-            if file.filename not in self._whole:
-                try:
-                    return towers.fetch_whole(file, path, f"{self.name}, {file.filename}")
-                except NoRangesError as error:
-                    log.info("%s of %s cannot be fetched in parts (%s)", file.filename, self._title, error)
+            why = self._whole.get(file.filename)
             try:
+                if why is None:
+                    try:
+                        return towers.fetch_whole(file, path, f"{self.name}, {file.filename}")
+                    except NoRangesError as error:
+                        log.info("%s of %s cannot be fetched in parts (%s)", file.filename, self._title, error)
+                if isinstance(why, GivenUpError):
+                    raise why
                 return self._stream(file, path)
             except (GivenUpError, HfHubHTTPError) as error:
-                if not file.is_xet:
+                if not file.can_xet:
                     raise
                 log.warning("%s of %s: %s; trying hf_xet", file.filename, self._title, harmless(str(error)))
-                return towers.fetch_by_client(self.name, file, path, self.token)
+                try:
+                    return towers.fetch_by_client(self.name, file, path, self.token)
+                except GivenUpError as end:
+                    raise GivenUpError(f"{error}; and {end}") from end
 
         return self._store(file, fetch)
 
@@ -422,8 +438,8 @@ class HubRepository:
             if not self._offline:
                 try:
                     return self._remote_header(filename)
-                except NoRangesError as error:
-                    self._say_why_whole(filename, error)
+                except (NoRangesError, GivenUpError) as error:
+                    self._go_on_with_whole([filename], error)
         path = self._get(filename)
         return None if path is None else header_of(path)
 
@@ -437,9 +453,8 @@ class HubRepository:
             try:
                 if (tower := self._tower(wanted)) is not None:
                     return self._loaded(dict.fromkeys(wanted, tower))
-            except NoRangesError as error:
-                for filename in sorted(wanted.keys() - whole.keys()):
-                    self._say_why_whole(filename, error)
+            except (NoRangesError, GivenUpError) as error:
+                self._go_on_with_whole(sorted(wanted.keys() - whole.keys()), error)
         for filename in wanted.keys() - whole.keys():
             if (path := self._get(filename)) is None:
                 raise CheckpointError(f"{self.name} has no file {filename}")
@@ -452,19 +467,16 @@ class HubRepository:
             self.cache.note_commit(self.revision or "main", self.commit)
         return files
 
-    def _say_why_whole(self, filename: str, error: NoRangesError) -> None:
-        """Tells that more than the tower is fetched; the file is not tried in parts again."""
-        self._whole.add(filename)
-        size = ""
-        with contextlib.suppress(NoRangesError):
-            size = f", {self._files[filename].size / 1e6:,.1f} MB,"
-        log.warning(
-            "%s of %s cannot be fetched in parts (%s), so all of it%s is fetched, and not the tower alone",
-            filename,
-            self._title,
-            harmless(str(error)),
-            size,
-        )
+    def _go_on_with_whole(self, filenames: Iterable[str], error: NoRangesError | GivenUpError) -> None:
+        """Tells that more than the tower is fetched, and why; raises the error where that would not help."""
+        files = [self._files[filename] for filename in filenames if filename in self._files]
+        if isinstance(error, GivenUpError) and not (files and all(file.can_xet for file in files)):
+            raise error
+        for file in files:
+            self._whole[file.filename] = error
+            with contextlib.suppress(NoRangesError):
+                log.warning("%s: all %.1f MB of it are fetched, not the tower alone", file.filename, file.size / 1e6)
+        log.warning("%s cannot be fetched in parts: %s", self._title, harmless(str(error)))
 
     def _is_damaged(self, path: Path, filename: str, names: Collection[str] | None = None) -> bool:
         """Whether a whole file of the cache is something else than the Hub has.
@@ -563,6 +575,11 @@ class HubRepository:
         at, elsewhere = self._title, "or pass a folder that holds the checkpoint"
         spelling = f"{elsewhere} (there is none of this name here: check the spelling)"
         match error:
+            case _NotCachedError(cause=Exception() as failure):
+                return HubUnreachableError(
+                    f"{filename} of {at} is not in the local cache, and the Hub could not be asked: "
+                    f"{self._cause(filename, failure)}; try again later, {spelling}"
+                )
             case _NotCachedError():
                 why = "only local files were allowed" if self.local_files_only else "HF_HUB_OFFLINE is set"
                 return HubUnreachableError(

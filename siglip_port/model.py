@@ -703,7 +703,8 @@ class SigLipVisionModel(nn.Module):
 
         Args:
             source: a Hub id, a folder, a `.safetensors` file with its configuration beside it, or an `.npz` file. What
-                exists on this machine is taken as a path.
+                exists on this machine is taken as a path. Also `name@revision`, `hf://...`, `hf-hub:...`, and the
+                address of a model's page on the Hub, or of one of its weights files.
             revision: branch, tag or commit of a Hub repository; of no meaning for a path.
             dtype: dtype of the parameters; None for that of the file.
             device: where to put the parameters; None for the CPU, where they are mapped from the file.
@@ -719,7 +720,7 @@ class SigLipVisionModel(nn.Module):
             token: Hub token, True for the stored one, False for none.
             cache_dir: instead of the Hub's usual cache folder.
             vision_only: of weights on the Hub, fetch the tower alone, where that is less than the file; False for
-                whole files, as other libraries fetch them.
+                whole files, which other libraries find in the cache, too, and whose hash the Hub tells.
 
         Returns:
             The model in `eval()` mode.

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urljoin, urlsplit
 
@@ -193,7 +194,6 @@ class RemoteFile:
     Attributes:
         commit: the commit that the Hub has taken `revision` for.
         etag: the Hub's identifier of the contents.
-        is_xet: whether the Hub has it in its Xet store, too.
 
     Raises:
         GivenUpError: the Hub cannot be reached, or what answers is not the Hub.
@@ -216,7 +216,7 @@ class RemoteFile:
         self._lock = threading.Lock()
         self._seen: dict[str, str] = {}  # the ETag of the bytes, by host
         place = self._find(attempts)
-        self.commit, self.etag, self.is_xet = place.commit, place.etag, place.is_xet
+        self.commit, self.etag = place.commit, place.etag
         # From now on it is asked for by its commit, so that a push between two requests changes nothing.
         asked, self._url = self._url, hf_hub_url(name, filename, revision=place.commit)
         self._place = replace(place, address=self._url) if place.address == asked else place
@@ -231,6 +231,13 @@ class RemoteFile:
         if self._place.size is None:
             raise NoRangesError("neither the Hub nor the host that it names says how large the file is")
         return self._place.size
+
+    @property
+    def can_xet(self) -> bool:
+        """Whether the Hub has it in its Xet store, too, and the Hub's client may fetch it from there."""
+        from huggingface_hub import constants
+
+        return self._place.is_xet and not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
 
     def has_size(self, size: int) -> bool:
         """Whether this is the size of the file, as far as anybody says."""

@@ -29,7 +29,7 @@ from typing import Any
 from siglip_port.cache import RepositoryCache, checksums
 from siglip_port.causes import quoted
 from siglip_port.files import DTYPES, Header, UnreadableFileError, parse_header, read_header
-from siglip_port.ranges import GivenUpError, NoRangesError, RemoteFile, within
+from siglip_port.ranges import LEAST, GivenUpError, NoRangesError, RemoteFile, within
 
 log = logging.getLogger(__name__)
 
@@ -363,7 +363,7 @@ def fetch_by_client(name: str, file: RemoteFile, path: Path, token: str | bool |
         return hf_hub_download(name, file.filename, revision=file.commit, local_dir=folder, token=token)
 
     def written() -> int:
-        return sum(part.stat().st_size for part in folder.rglob("*") if part.is_file())
+        return sum(part.stat().st_size for part in folder.rglob("*") if part.is_file()) // LEAST
 
     try:
         fetched = path.with_suffix(".stream")
@@ -372,7 +372,8 @@ def fetch_by_client(name: str, file: RemoteFile, path: Path, token: str | bool |
     except Exception as error:  # of Xet, of HTTP, of whatever the client uses; it has no base in common
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise GivenUpError(f"neither the Hub's host for files gives it, nor the Xet store ({quoted(error)})") from error
+        store = "the Xet store (cas-server.xethub.hf.co, for the real Hub)"
+        raise GivenUpError(f"{store} does not give it either ({quoted(error)})") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -2,6 +2,9 @@
 
 Two servers, as in the real world: the Hub, which knows repositories and who may read them, and the CDN, another origin,
 which serves large files to whoever has a signed address, and must never be shown a token. Both obey `Hub.faults`.
+
+What `Hub.store_by_xet` has stored, the Hub says to have in its Xet store, too, as it says of all its large files today:
+the real `hf_xet` then fetches it from a store on disk.
 """
 
 from __future__ import annotations
@@ -35,10 +38,11 @@ HASHED = 64 << 20  # larger files, sparse ones of many GB among them, get an ETa
 DISABLED = "Access to this resource is disabled."  # the client knows a disabled repository by this text
 LOGIN = b"<!DOCTYPE html><html><title>Welcome to the airport</title><form>Accept the terms to go on</form></html>"
 
-RESOLVE = re.compile(r"/(?P<name>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+RESOLVE = re.compile(r"/(?:datasets/)?(?P<name>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 API = re.compile(
     r"/api/models/(?P<name>[^/]+(?:/[^/]+)?)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+)(?:/(?P<below>.+))?)?"
 )
+XET_TOKEN = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)/xet-read-token/[0-9a-f]{40}")
 SIGNED = re.compile(r"/(?P<etag>[^/]+)/(?P<file>.+)")
 
 Kind = Literal[
@@ -294,6 +298,19 @@ class Hub:
         self.most_at_once = 0
         self._busy: Counter[str] = Counter()
         self._signed: dict[str, Signed] = {}
+        self._xet: dict[str, str] = {}  # Xet's hash of a file, by its etag
+        self.xet_url = ""  # of the Xet store
+
+    def store_by_xet(self, store: Path, *paths: Path) -> None:
+        """Puts files into a Xet store on disk, by `hf_xet` itself; from now on the Hub says that it has them there."""
+        import hf_xet
+
+        store.mkdir(parents=True, exist_ok=True)
+        self.xet_url = f"local://{store}"
+        with hf_xet.XetSession().new_upload_commit(self.xet_url, "token", int(time.time()) + 3600) as commit:
+            uploads = [commit.start_upload_file(str(path)) for path in paths]
+        for path, upload in zip(paths, uploads, strict=True):
+            self._xet[etag_of(path, lfs=True)] = upload.result().xet_info.hash
 
     def expire(self) -> None:
         """From now on the CDN refuses all addresses that were signed so far."""
@@ -328,6 +345,10 @@ class Hub:
     def respond(self, target: str, authorization: str | None) -> Answer:
         """Answers as the Hub does."""
         path = urlsplit(target).path
+        if XET_TOKEN.fullmatch(path):
+            expires = str(int(time.time()) + 3600)
+            how = {"Cas-Url": self.xet_url, "Access-Token": "xet-secret", "Token-Expiration": expires}
+            return Answer(200, {f"X-Xet-{name}": value for name, value in how.items()}, b"{}")
         match = RESOLVE.fullmatch(path) or API.fullmatch(path)
         if match is None:
             return refuse(404, "", "Not found")
@@ -344,10 +365,10 @@ class Hub:
             return refuse(404, "RevisionNotFound", "Revision not found")
         commit, folder = found
         if "file" in asked:
-            return self._resolve(repository, commit, folder, asked["file"])
+            return self._resolve(asked["name"], repository, commit, folder, asked["file"])
         return _list(repository, commit, folder, asked)
 
-    def _resolve(self, repository: Repository, commit: str, folder: Path, path: str) -> Answer:
+    def _resolve(self, name: str, repository: Repository, commit: str, folder: Path, path: str) -> Answer:
         """A file, or where the CDN has it."""
         file = folder / path
         if not file.is_file():
@@ -361,6 +382,9 @@ class Hub:
         with self._lock:
             self._signed[target] = Signed(file, expires, self.cdn_uses)
         linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(file.stat().st_size)}
+        if etag in self._xet:
+            token = f"{self.url}/api/models/{name}/xet-read-token/{commit}"
+            linked |= {"X-Xet-Hash": self._xet[etag], "Link": f'<{token}>; rel="xet-auth"'}
         # With a body, whose length is not the file's.
         return Answer(302, headers | linked | {"Location": self.cdn_url + target}, f"Found: {target}".encode())
 

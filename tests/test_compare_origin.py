@@ -210,9 +210,9 @@ def test_pictures_of_all_modes(checkpoint: MakeCheckpoint, tmp_path: Path, mode:
     if mode == "CMYK":  # one of them to the end
         assert call(*arguments) == 0
     args = compare_origin.parse(arguments)
-    port, is_random, offline = compare_origin.load_port(args, tmp_path)
+    port, source = compare_origin.load_port(args, str(tmp_path))
     picture = compare_origin.read_picture(args.image)
-    case = compare_origin.main_case(args, port, str(folder), picture, is_random, offline)
+    case = compare_origin.main_case(args, port, source, picture, is_random=False)
     assert case.inputs.shape == (2, 3, 16, 16)
     assert case.inputs.isfinite().all()
     assert all(gate.passed for gate in case.check(port))
