@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -108,6 +109,12 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     randomise(model, seed=0)
     model.save_hf(folder)
     return folder
+
+
+@pytest.fixture
+def copied(tower: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change: `vision_model.` before the names, and made without the reference."""
+    return Path(shutil.copytree(tower, tmp_path / "served"))
 
 
 @pytest.fixture(scope="session")

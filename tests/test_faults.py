@@ -175,7 +175,7 @@ def test_addresses_that_expire(uses: int, hub: Hub, folder: Path, cache: Path) -
 def test_an_address_that_has_always_expired(hub: Hub, folder: Path, cache: Path) -> None:  # noqa: F811
     hub.cdn_seconds = -1
     with pytest.raises(
-        CheckpointError, match=r"the address that the Hub gave for the file is refused \(HTTP 403 of 127.0.0.1\)"
+        CheckpointError, match=r"the address that the Hub gave for the file is refused \(HTTP 403 of localhost\)"
     ):
         load(NAME, cache_dir=cache)
 
