@@ -626,7 +626,8 @@ class HubRepository:
 
         login = "log in with `hf auth login`, or pass token="
         status, sent = error.response.status_code, error.response.request.headers.get("Authorization")
-        if status == 401 and sent and "invalid" in str(error).lower():
+        is_named = error.response.headers.get("X-Error-Code") in ("RepoNotFound", "GatedRepo")
+        if status == 401 and sent and (not is_named or "invalid credentials" in str(error).lower()):
             return (
                 f"the Hub does not accept the token with which {filename} of {self._title} was asked for: it has "
                 f"expired or was revoked; {login}; or, for what is public, pass token=False or unset HF_TOKEN"

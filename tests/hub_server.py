@@ -383,7 +383,8 @@ class Hub:
             self._signed[target] = Signed(file, expires, self.cdn_uses)
         linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(file.stat().st_size)}
         if etag in self._xet:
-            token = f"{self.url}/api/models/{name}/xet-read-token/{commit}"
+            # The client keeps what is told there, by this address: another store has another.
+            token = f"{self.url}/api/models/{name}/xet-read-token/{commit}?{quote(self.xet_url, safe='')}"
             linked |= {"X-Xet-Hash": self._xet[etag], "Link": f'<{token}>; rel="xet-auth"'}
         # With a body, whose length is not the file's.
         return Answer(302, headers | linked | {"Location": self.cdn_url + target}, f"Found: {target}".encode())

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel
-from siglip_port.hub import hub_answers
+from siglip_port.causes import harmless
+from siglip_port.hub import HubRepository, find_source, hub_answers
 from tests.conftest import SMALL, edit_tensors, shard
-from tests.hub_server import Fault, Hub, Repository
+from tests.hub_server import RESOLVE, Answer, Fault, Hub, Repository, Server
 
 NAME = "google/siglip-small"
 
@@ -179,3 +183,168 @@ def silent_port() -> int:
         closed.bind(("127.0.0.1", 0))
         port: int = closed.getsockname()[1]
         return port
+
+
+# --- addresses --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "revision", "weights"),
+    [
+        ("google/a", None, None),
+        (" google/a\n", None, None),
+        ("google/a/", None, None),
+        ("google/a@v1", "v1", None),
+        ("hf://google/a", None, None),
+        ("hf://models/google/a@refs%2Fpr%2F1", "refs/pr/1", None),
+        ("hf://google/a@v1/model.safetensors", "v1", "model.safetensors"),
+        ("hf-hub:google/a", None, None),
+        ("hf-hub:google/a@v1", "v1", None),
+        ("https://huggingface.co/google/a", None, None),
+        ("https://huggingface.co/google/a/", None, None),
+        ("https://hf.co/google/a/tree/main", "main", None),
+        ("https://huggingface.co/google/a/tree/refs%2Fpr%2F1", "refs/pr/1", None),
+        ("https://huggingface.co/google/a/blob/v1/Model.safetensors", "v1", "Model.safetensors"),
+        ("https://huggingface.co/google/a/resolve/main/a.npz?download=true", "main", "a.npz"),
+        ("https://huggingface.co/google/a/blob/main/config.json", "main", None),
+        ("{hub}/google/a/tree/v1", "v1", None),
+    ],
+)
+def test_what_names_a_repository(address: str, revision: str | None, weights: str | None, hub: Hub) -> None:
+    source = find_source(address.format(hub=hub.url))
+    assert isinstance(source, HubRepository)
+    assert (source.name, source.revision, source.weights) == ("google/a", revision, weights)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("models/google/a", "does not exist on this machine, and is no Hub id"),
+        ("google/a/b", "does not exist on this machine"),
+        ("google", "does not exist on this machine"),
+        ("a\0b", "cannot be read|does not exist"),
+        (
+            "https://example.com/google/a?token=hf_secret",
+            "https://example.com/google/a is an address of example.com, w",
+        ),
+        ("https://huggingface.co/datasets/google/a", "is one of the Hub's datasets, and no model"),
+        ("hf://spaces/google/a", "is one of the Hub's spaces, and no model"),
+        ("https://huggingface.co/google", "names no model of the Hub"),
+        (
+            "https://huggingface.co/google/a/blob/main/README.md",
+            r"names 'README.md'; pass the repository, or a \.safet",
+        ),
+        ("https://huggingface.co/google/a/blob/v1/a.bin", "names 'a.bin'; .*Pickled weights .* are refused"),
+        ("hf://google/a/sub/model.safetensors", "names 'sub/model.safetensors'; pass the repository"),
+        ("google/a@v2", "names the revision 'v2', and revision='v1': pass one"),
+        ("ftp://huggingface.co/google/a", "does not exist on this machine"),
+    ],
+)
+def test_what_names_none(address: str, message: str, hub: Hub) -> None:
+    with pytest.raises(CheckpointError, match=message) as refused:
+        find_source(address, revision="v1")
+    assert "secret" not in str(refused.value)
+
+
+def test_a_file_of_a_repository(hub: Hub, folder: Path, cache: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "Model.safetensors")
+    model = SigLipVisionModel.from_hf(f"https://huggingface.co/{NAME}/blob/main/Model.safetensors", cache_dir=cache)
+    assert model.config == SMALL
+    assert model.provenance is not None
+    assert model.provenance.source == NAME
+    with pytest.raises(CheckpointError, match="has no revision 'v9'"):
+        SigLipVisionModel.from_hf(f"{NAME}@v9", cache_dir=cache)
+
+
+# --- a Hub as others run it -------------------------------------------------------------------------------------------
+
+
+def test_a_repository_that_was_renamed(hub: Hub, folder: Path, cache: Path) -> None:
+    """The Hub redirects from the old name to the new one: within itself, by a relative or an absolute address."""
+    for absolute in (False, True):
+        with redirected(hub, lambda path: path.replace("old/name", NAME), absolute=absolute):
+            assert SigLipVisionModel.from_hf("old/name", cache_dir=cache / str(absolute)).config == SMALL
+        offline = SigLipVisionModel.from_hf("old/name", cache_dir=cache / str(absolute), local_files_only=True)
+        assert offline.config == SMALL
+
+
+def test_small_files_by_the_way_of_the_hubs_own_cache(hub: Hub, folder: Path, cache: Path) -> None:
+    """`307 /api/resolve-cache/...`, as the Hub answers for what git holds itself."""
+    commit = hub.repositories[NAME].commit
+
+    def there(path: str) -> str:
+        return f"/api/resolve-cache/models/{NAME}/{commit}/{path.rsplit('/', 1)[1]}" if path.endswith("json") else path
+
+    with redirected(hub, there):
+        assert SigLipVisionModel.from_hf(NAME, cache_dir=cache).config == SMALL
+    assert hub.requests[f"GET api/resolve-cache/models/{NAME}/{commit}/config.json"] == 1
+    assert hub.requests["GET config.json"] == 0
+
+
+def test_a_mirror_that_redirects_to_the_hub_it_mirrors(
+    hub: Hub, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token goes with it; and to no other host."""
+    from huggingface_hub import constants
+
+    hub.repositories[NAME] = Repository(folder, private=True, readers=("hf_token",))
+    mirror = Server(hub, lambda target, _: Answer(308, {"Location": hub.url + target}), RESOLVE, "MIRROR ")
+    template = "HUGGINGFACE_CO_URL_TEMPLATE"
+    monkeypatch.setattr(constants, template, f"{mirror.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # in the place of huggingface.co, which is always known
+    assert SigLipVisionModel.from_hf(NAME, cache_dir=cache, token="hf_token").config == SMALL
+    assert {address for address, _ in hub.authorizations} == {mirror.url, hub.url}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda headers: {name: f"W/{value}" if "tag" in name.lower() else value for name, value in headers.items()},
+        lambda headers: {name: value.strip('"') if "tag" in name.lower() else value for name, value in headers.items()},
+        lambda headers: {name: value for name, value in headers.items() if name != "X-Linked-Size"},
+    ],
+    ids=["weak ETags", "bare ETags", "no sizes"],
+)
+def test_headers_as_proxies_leave_them(
+    spoil: Callable[[dict[str, str]], dict[str, str]], hub: Hub, folder: Path, cache: Path
+) -> None:
+    respond = hub._hub.respond
+
+    def spoiled(target: str, authorization: str | None) -> Answer:
+        answer = respond(target, authorization)
+        answer.headers = spoil(answer.headers)
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub._hub, "respond", spoiled)
+        assert SigLipVisionModel.from_hf(NAME, cache_dir=cache).config == SMALL
+    assert SigLipVisionModel.from_hf(NAME, cache_dir=cache, local_files_only=True).config == SMALL
+
+
+def test_a_hub_that_answers_no_head(hub: Hub, folder: Path, cache: Path) -> None:
+    hub.faults = [Fault("status", "HEAD *", times=None, status=405)]
+    assert SigLipVisionModel.from_hf(NAME, cache_dir=cache).config == SMALL
+
+
+def test_texts_without_secrets() -> None:
+    text = "GET https://user:word@cdn.hf.co/a/b?X-Amz-Signature=1&Expires=2 failed\n for Bearer hf_abc and hf_def"
+    assert harmless(text) == "GET https://cdn.hf.co/a/b failed for Bearer ... and ..."
+    assert len(harmless("x " * 1000)) < 500
+
+
+@contextmanager
+def redirected(hub: Hub, there: Callable[[str], str], *, absolute: bool = False) -> Iterator[None]:
+    """Makes the Hub redirect to other places of itself; at a place of its cache it answers as at the file's own."""
+    respond = hub._hub.respond
+
+    def redirect(target: str, authorization: str | None) -> Answer:
+        path = target.partition("?")[0]
+        if cached := re.fullmatch(r"/api/resolve-cache/models/(.+/.+)/(.+)/(.+)", path):
+            return respond("/{}/resolve/{}/{}".format(*cached.groups()), authorization)
+        if (place := there(path)) != path:
+            return Answer(307, {"Location": (hub.url if absolute else "") + place})
+        return respond(target, authorization)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub._hub, "respond", redirect)
+        yield

@@ -349,6 +349,27 @@ def test_the_clients_own_tools_are_not_disturbed(hub: Hub, folder: Path, cache: 
     assert not list(cache.rglob("*.safetensors"))  # a tower goes with its repository
 
 
+def test_what_is_kept_of_a_commit_goes_with_it(hub: Hub, folder: Path, cache: Path, tmp_path: Path) -> None:
+    """`hf cache rm` knows nothing of what is kept here; the next load removes it."""
+    from huggingface_hub import scan_cache_dir
+
+    load(NAME, cache_dir=cache)
+    first = hub.repositories[NAME].commit
+    pushed = tmp_path / "pushed"
+    shutil.copytree(folder, pushed)
+    edit_tensors(pushed, lambda t: {name: tensor + 1 for name, tensor in t.items()})
+    hub.repositories[NAME].push(pushed)
+    load(NAME, cache_dir=cache)
+    assert len(kept(cache)) == 2
+    scan_cache_dir(cache).delete_revisions(first).execute()
+    hub.sent.clear()
+    assert_same(load(NAME, cache_dir=cache), pushed)
+    assert not hub.sent
+    assert len(kept(cache)) == 1
+    assert [path.name for path in cache.rglob(".siglip_port/*") if path.is_dir()] == [hub.repositories[NAME].commit]
+    assert_same(load(NAME, cache_dir=cache, revision=first), folder)  # asked for again, it is fetched again
+
+
 def damages(path: Path) -> Iterator[tuple[str, bytes]]:
     whole = path.read_bytes()
     for at in (0, 3, 20, 200, whole.index(b"sha256") + 12, whole.index(b"}} ") + 1, len(whole) // 2, len(whole) - 1):
@@ -382,6 +403,31 @@ def test_a_damaged_header_is_noticed_and_read_again(hub: Hub, folder: Path, cach
         assert_same(load(NAME, cache_dir=cache), folder)
         assert hub.sent["model.safetensors"] == 65_536
         assert path.read_bytes() == whole
+
+
+def test_a_whole_file_that_is_damaged_is_noticed_and_fetched_again(
+    hub: Hub, folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for vision_only in (False, True):
+        shutil.rmtree(cache, ignore_errors=True)
+        load(NAME, cache_dir=cache, vision_only=False)
+        (path,) = cache.rglob("model.safetensors")
+        whole = path.read_bytes()
+        tower = range(whole.index(b"}}") + 2 + BALLAST, len(whole))
+        assert len(tower) > 1000
+        for damage in (
+            whole[: tower[-1]],
+            *(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in (9, tower[0])),
+        ):
+            path.resolve().write_bytes(damage)
+            with pytest.raises(
+                CheckpointError, match=rf"{path} is damaged; it is fetched again when the Hub may be asked"
+            ):
+                load(NAME, cache_dir=cache, local_files_only=True)
+            caplog.clear()
+            assert_same(load(NAME, cache_dir=cache, vision_only=vision_only), folder)
+            assert f"{path} is damaged, or was changed, since it was fetched from the Hub" in caplog.text
+            assert path.read_bytes() == (damage if vision_only else whole)  # the tower alone is fetched beside it
 
 
 def test_a_whole_file_that_did_not_arrive_as_it_left(hub: Hub, folder: Path, cache: Path) -> None:
