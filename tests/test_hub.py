@@ -231,7 +231,7 @@ def test_what_names_a_repository(address: str, revision: str | None, weights: st
         ("hf://spaces/google/a", "is one of the Hub's spaces, and no model"),
         ("https://huggingface.co/google", "names no model of the Hub"),
         (
-            "https://huggingface.co/google/a/blob/main/README.md",
+            "https://huggingface.co/google/a/blob/v1/README.md",
             r"names 'README.md'; pass the repository, or a \.safet",
         ),
         ("https://huggingface.co/google/a/blob/v1/a.bin", "names 'a.bin'; .*Pickled weights .* are refused"),
