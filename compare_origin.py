@@ -289,13 +289,15 @@ def load_port(args: argparse.Namespace, scratch: str) -> tuple[SigLipVisionModel
 
     from siglip_port import HubUnreachableError, SigLipVisionConfig, SigLipVisionModel
     from siglip_port.checkpoint import read_contents
-    from siglip_port.hub import HubRepository, find_source, hub_answers
+    from siglip_port.hub import HubRepository, find_source, no_answer
 
     how = {"dtype": getattr(torch, args.dtype), "device": args.device}
     source = find_source(args.checkpoint)
     is_local = not isinstance(source, HubRepository)
     is_default = args.checkpoint == CHECKPOINT and not is_local
-    offline = is_local or (args.weights == "random" and is_default) or not hub_answers(source.name)
+    no_need = is_local or (args.weights == "random" and is_default)
+    silence = None if no_need else no_answer(source.name)
+    offline = no_need or silence is not None
     if not is_local and source.weights is not None:
         raise ValueError(
             f"{args.checkpoint} names one file, which the reference cannot be told; pass the repository, or a folder"
@@ -314,7 +316,9 @@ def load_port(args: argparse.Namespace, scratch: str) -> tuple[SigLipVisionModel
             config = SigLipVisionConfig.from_hf(contents)
     except HubUnreachableError as error:
         reason = (
-            f"{args.checkpoint} is not in the local cache, and the Hub cannot be reached" if offline else f"{error}"
+            f"{args.checkpoint} is not in the local cache, and the Hub cannot be reached ({silence})"
+            if offline
+            else f"{error}"
         )
         if args.weights != "auto" or not is_default:
             raise HubUnreachableError(

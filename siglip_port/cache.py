@@ -68,7 +68,7 @@ class RepositoryCache:
     def commit_of(self, revision: str) -> str | None:
         """Returns the commit that a branch or tag had when it was last asked for."""
         with contextlib.suppress(OSError, ValueError):
-            commit = (self.folder / "refs" / revision).read_text(encoding="ascii").strip()
+            commit = self._ref(revision).read_text(encoding="ascii").strip()
             return commit if _COMMIT.fullmatch(commit) else None
         return None
 
@@ -99,8 +99,8 @@ class RepositoryCache:
     def note_commit(self, revision: str, commit: str) -> None:
         """Notes what a branch or tag is, where the cache can be written."""
         if revision != commit and self.commit_of(revision) != commit:
-            with contextlib.suppress(OSError):
-                _write(self.folder / "refs" / revision, commit.encode())
+            with contextlib.suppress(OSError, ValueError):
+                _write(self._ref(revision), commit.encode())
 
     def note_absent(self, commit: str, filename: str) -> None:
         """Notes that the commit has no such file, where the cache can be written."""
@@ -198,6 +198,11 @@ class RepositoryCache:
     def header_place(self, commit: str, filename: str) -> Path:
         """Returns where the header of a weights file is kept."""
         return self.own / commit / f"{filename}.header"
+
+    def _ref(self, revision: str) -> Path:
+        if ".." in revision.split("/"):
+            raise ValueError("a name that leads elsewhere")
+        return self.folder / "refs" / revision.lstrip("/")
 
     def _receipt(self, commit: str, filename: str) -> Path:
         return self.own / commit / f"{filename}.receipt"

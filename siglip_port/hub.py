@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_Fetch = Callable[[RemoteFile, Path], Path]  # fetches a file to a place beside a path; returns which
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MOST = 0.8  # of a file: a tower that is more of it is not worth a copy of its own, which nobody else can use
 
@@ -311,7 +313,10 @@ class HubRepository:
                     "file may have; it is not fetched"
                 )
         try:
-            return self._store(file, self._fetch_json)
+            if (path := self._blob(file)) is not None:
+                return path
+            self.cache.own.mkdir(parents=True, exist_ok=True)
+            return self._put(file, self.cache.own / file.filename, self._fetch_json)
         except OSError as error:
             if error.errno is None:
                 raise
@@ -324,30 +329,45 @@ class HubRepository:
         return arrived.replace(path)
 
     def _fetch_whole(self, file: RemoteFile) -> Path:
-        """Fetches weights: by ranges, as a stream where these are refused, by Xet where both are."""
+        """Fetches weights, or finds their bytes in the cache, of another commit perhaps."""
+        if (path := self._blob(file)) is not None:
+            return path
+        place = self.cache.own / self.cache.blob(file.etag).name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        attempts = 3
+        with towers.alone(place):
+            while (path := self._blob(file)) is None:  # unless another process has just fetched it
+                attempts -= 1
+                try:
+                    return self._put(file, place, self._fetch_weights)
+                except OSError as error:
+                    # Where locks do not hold, as on some network file systems, others may move the file.
+                    if error.errno != errno.ENOENT or not attempts:
+                        raise
+        return path
+
+    def _fetch_weights(self, file: RemoteFile, path: Path) -> Path:
+        """Fetches a file by ranges, as a stream where these are refused, by Xet where both are."""
         from huggingface_hub.errors import HfHubHTTPError
 
-        def fetch(file: RemoteFile, path: Path) -> Path:
-            why = self._whole.get(file.filename)
-            try:
-                if why is None:
-                    try:
-                        return towers.fetch_whole(file, path, f"{self.name}, {file.filename}")
-                    except NoRangesError as error:
-                        log.info("%s of %s cannot be fetched in parts (%s)", file.filename, self._title, error)
-                if isinstance(why, GivenUpError):
-                    raise why
-                return self._stream(file, path)
-            except (GivenUpError, HfHubHTTPError) as error:
-                if not file.can_xet:
-                    raise
-                log.warning("%s of %s: %s; trying hf_xet", file.filename, self._title, harmless(str(error)))
+        why = self._whole.get(file.filename)
+        try:
+            if why is None:
                 try:
-                    return towers.fetch_by_client(self.name, file, path, self.token)
-                except GivenUpError as end:
-                    raise GivenUpError(f"{error}; and {end}") from end
-
-        return self._store(file, fetch)
+                    return towers.fetch_whole(file, path, f"{self.name}, {file.filename}")
+                except NoRangesError as error:
+                    log.info("%s of %s cannot be fetched in parts (%s)", file.filename, self._title, error)
+            if isinstance(why, GivenUpError):
+                raise why
+            return self._stream(file, path)
+        except (GivenUpError, HfHubHTTPError) as error:
+            if not file.can_xet:
+                raise
+            log.warning("%s of %s: %s; trying hf_xet", file.filename, self._title, harmless(str(error)))
+            try:
+                return towers.fetch_by_client(self.name, file, path, self.token)
+            except GivenUpError as end:
+                raise GivenUpError(f"{error}; and {end}") from end
 
     def _fetch_json(self, file: RemoteFile, path: Path) -> Path:
         return self._stream(file, path, LONGEST_JSON)
@@ -364,28 +384,6 @@ class HubRepository:
             raise
         return unfinished
 
-    def _store(self, file: RemoteFile, fetch: Callable[[RemoteFile, Path], Path]) -> Path:
-        """Makes a file of the Hub one of the cache: found there under its etag, or fetched, and compared with that."""
-        if (path := self._blob(file)) is not None:
-            return path
-        cache = self.cache
-        place = cache.own / cache.blob(file.etag).name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with towers.alone(place):
-            for left in (2, 1, 0):
-                if (path := self._blob(file)) is not None:  # another process has just fetched it
-                    return path
-                try:
-                    receipt, arrived = self._verified(file, place, fetch)
-                    path = cache.put(file.commit, file.filename, receipt.etag, arrived)
-                    break
-                except OSError as error:
-                    # Where locks do not hold, as on some network file systems, others may move the file.
-                    if error.errno != errno.ENOENT or not left:
-                        raise
-        assert path is not None
-        return self._stored(file, path, receipt)
-
     def _blob(self, file: RemoteFile) -> Path | None:
         """Finds the bytes of a file in the cache, of another commit perhaps; None where they are not right."""
         cache, blob = self.cache, self.cache.blob(file.etag)
@@ -395,16 +393,19 @@ class HubRepository:
             path = cache.link(file.commit, file.filename, file.etag)
         except OSError:  # The cache cannot be written; it has the bytes nevertheless.
             path = blob
-        return self._stored(file, path, receipt)
+        return self._noted(file, path, receipt)
 
-    def _stored(self, file: RemoteFile, path: Path, receipt: Receipt) -> Path:
+    def _put(self, file: RemoteFile, place: Path, fetch: _Fetch) -> Path:
+        """Fetches a file, compares it with what the Hub says of it, and makes it one of the cache."""
+        receipt, arrived = self._verified(file, place, fetch)
+        return self._noted(file, self.cache.put(file.commit, file.filename, receipt.etag, arrived), receipt)
+
+    def _noted(self, file: RemoteFile, path: Path, receipt: Receipt) -> Path:
         self._damaged.discard(file.filename)
         self.cache.note_receipt(file.commit, file.filename, receipt)
         return path
 
-    def _verified(
-        self, file: RemoteFile, place: Path, fetch: Callable[[RemoteFile, Path], Path]
-    ) -> tuple[Receipt, Path]:
+    def _verified(self, file: RemoteFile, place: Path, fetch: _Fetch) -> tuple[Receipt, Path]:
         """Fetches a file, and compares it with what the Hub says of it; twice where they differ, then tells."""
         for attempt in range(2):
             if attempt:  # Perhaps it was what the Hub says that was spoiled on its way.
@@ -432,7 +433,7 @@ class HubRepository:
             except UnreadableFileError:
                 if not self._is_damaged(path, filename):
                     return header_of(path)  # which says what is wrong with the file that the Hub has
-        if self.vision_only:
+        if self.vision_only and filename.endswith(".safetensors"):
             if self._kept(filename):
                 return self._headers[filename][0]
             if not self._offline:
@@ -449,7 +450,8 @@ class HubRepository:
             for filename, names in wanted.items()
             if (path := self.local(filename)) is not None and not self._is_damaged(path, filename, names)
         }
-        if self.vision_only and len(whole) < len(wanted) and not self._whole:
+        in_parts = self.vision_only and not self._whole and all(name.endswith(".safetensors") for name in wanted)
+        if in_parts and len(whole) < len(wanted):
             try:
                 if (tower := self._tower(wanted)) is not None:
                     return self._loaded(dict.fromkeys(wanted, tower))
@@ -474,9 +476,13 @@ class HubRepository:
             raise error
         for file in files:
             self._whole[file.filename] = error
-            with contextlib.suppress(NoRangesError):
-                log.warning("%s: all %.1f MB of it are fetched, not the tower alone", file.filename, file.size / 1e6)
-        log.warning("%s cannot be fetched in parts: %s", self._title, harmless(str(error)))
+            log.warning(
+                "%s of %s cannot be fetched in parts, so all %s of it are fetched, not the tower alone: %s",
+                file.filename,
+                self._title,
+                f"{file.size / 1e6:,.1f} MB" if not file.has_size(-1) else "bytes",
+                harmless(str(error)),
+            )
 
     def _is_damaged(self, path: Path, filename: str, names: Collection[str] | None = None) -> bool:
         """Whether a whole file of the cache is something else than the Hub has.
@@ -682,6 +688,8 @@ def _address(source: str) -> _Address | None:
     from huggingface_hub import constants
 
     text = source.strip().rstrip("/")
+    if re.match(r"((www\.)?huggingface\.co|hf\.co)/[^/]+/", text):
+        text = f"https://{text}"
     scheme, colon, rest = text.partition(":")
     if not colon:
         match = _BARE.fullmatch(text)
@@ -790,8 +798,8 @@ def _weights_of(source: str, filename: str | None) -> str | None:
     return filename
 
 
-def hub_answers(name: str, seconds: float = 10.0) -> bool:
-    """Whether the Hub answers when asked for a repository, told within `seconds`, whatever hangs.
+def no_answer(name: str, seconds: float = 10.0) -> str | None:
+    """Why the Hub does not answer when asked for a repository, told within `seconds`, whatever hangs; None if it does.
 
     Any answer will do, a refusal too, but for a server's own errors (HTTP 500 and above).
 
@@ -804,7 +812,8 @@ def hub_answers(name: str, seconds: float = 10.0) -> bool:
     try:
         within(seconds, lambda: RemoteFile(name, CONFIG, None, None, Budget(), attempts=1))
     except HfHubHTTPError as error:
-        return error.response.status_code < 500
-    except Exception:  # Whatever else goes wrong means the same: no answer.
-        return False
-    return True
+        status = error.response.status_code
+        return f"HTTP {status}" if status >= 500 else None
+    except Exception as error:  # Whatever goes wrong means the same.
+        return HubRepository(name)._cause(CONFIG, error)
+    return None

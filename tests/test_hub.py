@@ -15,7 +15,7 @@ import torch
 
 from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel
 from siglip_port.causes import harmless
-from siglip_port.hub import HubRepository, find_source, hub_answers
+from siglip_port.hub import HubRepository, find_source, no_answer
 from tests.conftest import SMALL, edit_tensors, shard
 from tests.hub_server import RESOLVE, Answer, Fault, Hub, Repository, Server
 
@@ -157,22 +157,22 @@ def test_whether_the_hub_answers(hub: Hub, folder: Path, monkeypatch: pytest.Mon
     from huggingface_hub import constants
 
     template = "HUGGINGFACE_CO_URL_TEMPLATE"
-    assert hub_answers(NAME)
-    assert hub_answers("google/absent")  # a refusal is an answer
+    assert no_answer(NAME) is None
+    assert no_answer("google/absent") is None  # a refusal is an answer
     hub.faults = [Fault("status", status=501, times=None)]
-    assert not hub_answers(NAME)
+    assert no_answer(NAME) == "HTTP 501"
     hub.faults.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert not hub_answers(NAME)
+    assert "HF_HUB_OFFLINE" in (no_answer(NAME) or "")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, template, f"http://127.0.0.1:{silent_port()}/{{repo_id}}/{{revision}}/{{filename}}")
-    assert not hub_answers(NAME)
+    assert "no connection to 127.0.0.1" in (no_answer(NAME) or "")
 
     # A name lookup that hangs, as behind a firewall: no timeout of the client ends it.
     released = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait())
     monkeypatch.setattr(constants, template, "http://hub.invalid/{repo_id}/{revision}/{filename}")
-    assert not hub_answers(NAME, seconds=0.1)
+    assert "no answer within 0 seconds" in (no_answer(NAME, seconds=0.1) or "")
     assert not released.is_set()
     released.set()
 
@@ -207,6 +207,7 @@ def silent_port() -> int:
         ("https://huggingface.co/google/a/blob/v1/Model.safetensors", "v1", "Model.safetensors"),
         ("https://huggingface.co/google/a/resolve/main/a.npz?download=true", "main", "a.npz"),
         ("https://huggingface.co/google/a/blob/main/config.json", "main", None),
+        ("huggingface.co/google/a", None, None),
         ("{hub}/google/a/tree/v1", "v1", None),
     ],
 )
@@ -254,6 +255,19 @@ def test_a_file_of_a_repository(hub: Hub, folder: Path, cache: Path) -> None:
     assert model.provenance.source == NAME
     with pytest.raises(CheckpointError, match="has no revision 'v9'"):
         SigLipVisionModel.from_hf(f"{NAME}@v9", cache_dir=cache)
+
+
+def test_an_archive_of_a_repository(hub: Hub, folder: Path, cache: Path) -> None:
+    """Which is fetched whole."""
+    from tests.test_peers import flax, write_npz
+
+    model = SigLipVisionModel.from_hf(folder)
+    write_npz(folder / "a.npz", flax(SMALL, model.state_dict(), scanned=False), "params/img/")
+    for offline in (False, True):
+        again = SigLipVisionModel.from_hf(
+            f"hf://{NAME}/a.npz", config=SMALL, cache_dir=cache, local_files_only=offline
+        ).state_dict()
+        assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
 
 
 # --- a Hub as others run it -------------------------------------------------------------------------------------------
