@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 _LONGEST = 400  # characters of the client's own text that a message repeats
 
 _ADDRESS = re.compile(r"(?P<scheme>https?|socks\w*)://(?:[^\s/@'\"<>]*@)?(?P<host>[^\s/?#'\"<>]*)(?P<rest>[^\s'\"<>]*)")
-_TOKEN = re.compile(r"\b(hf_|api_org_)\w+|(?i:(?<=bearer )\S+)")
+_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|(?i:(?<=bearer )\S+)")
 
 
 def harmless(text: str) -> str:

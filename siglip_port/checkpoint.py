@@ -90,7 +90,8 @@ class Source(Protocol):
     """Something that holds the files of one checkpoint: see `siglip_port.hub`.
 
     Attributes:
-        name: what the user called it, for messages and provenance.
+        name: what the user called it, for provenance.
+        title: the same for messages: with the revision, where one was asked for.
         commit: the commit of a Hub repository, once its first file has been fetched; else None.
         weights: the name of the weights file, where the user named it; else None.
     """
@@ -98,6 +99,10 @@ class Source(Protocol):
     name: str
     commit: str | None
     weights: str | None
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
 
     def get(self, filename: str) -> Path | None:
         """Returns where the file lies on this machine, or None where the source does not hold it."""
@@ -216,14 +221,14 @@ class Checkpoint:
         if config.naflex != self.layout.naflex:
             kinds = {True: "a NaFlex tower (siglip2)", False: "a tower for pictures of one size (siglip)"}
             raise CheckpointError(
-                f"{source.name}: {self._told_by} describes {kinds[config.naflex]}, but the shape of the patch "
+                f"{source.title}: {self._told_by} describes {kinds[config.naflex]}, but the shape of the patch "
                 f"embedding is that of {kinds[self.layout.naflex]}; {_BOTH_AGAIN}"
             )
 
         head = self.layout.claims(0, self.layout.head, self.prefix).keys() & self._file_of.keys()
         if pooling_head and not head:
             raise CheckpointError(
-                f"{source.name} holds no pooling head, which pooling_head=True demands; load it without, for tokens"
+                f"{source.title} holds no pooling head, which pooling_head=True demands; load it without, for tokens"
             )
         keep_head = bool(head) if pooling_head is None else pooling_head
         self._left_out = set() if keep_head else head
@@ -235,12 +240,12 @@ class Checkpoint:
         # Before all blocks are spelled out, since in a damaged file this number may be of any size.
         if not self.layout.stacked and config.num_encoder_blocks > len(self._file_of):
             raise CheckpointError(
-                f"{source.name}: {self._told_by} asks for {config.num_encoder_blocks} blocks, but the weights have "
+                f"{source.title}: {self._told_by} asks for {config.num_encoder_blocks} blocks, but the weights have "
                 f"only {len(self._file_of)} tensors; {_BOTH_AGAIN}"
             )
         if config.num_encoder_blocks > _MOST_BLOCKS:
             raise CheckpointError(
-                f"{source.name}: {self._told_by} asks for {config.num_encoder_blocks} blocks, and no tower has more "
+                f"{source.title}: {self._told_by} asks for {config.num_encoder_blocks} blocks, and no tower has more "
                 f"than {_MOST_BLOCKS}; {_BOTH_AGAIN}"
             )
         self._claims = self.layout.claims(config.num_encoder_blocks, self.layout.rows(keep_head), self.prefix)
@@ -293,7 +298,7 @@ class Checkpoint:
         if unknown:
             problems.append(("unknown tensors, which no row of the key map claims or drops", unknown))
         if problems:
-            what = f"{self._source.name} (layout: {self.title})"
+            what = f"{self._source.title} (layout: {self.title})"
             raise CheckpointError(f"{_report(what, problems)}\nNothing was loaded; {_BOTH_AGAIN}.")
         self._refuse_other_weights()  # last, since all else says more
         return stored
@@ -422,7 +427,7 @@ class Checkpoint:
             raise not_cached
         found = source.listing()
         raise CheckpointError(
-            f"{source.name} holds neither {WEIGHTS} nor {INDEX}; found: {', '.join(found) or 'nothing'}"
+            f"{source.title} holds neither {WEIGHTS} nor {INDEX}; found: {', '.join(found) or 'nothing'}"
             + pickle_advice(found)
             + "".join(f"; pass the file {name} itself" for name in found if name.endswith(SUFFIXES))
         )
@@ -439,7 +444,7 @@ class Checkpoint:
             weight = self._stored(prefix + layouts[0].marks[0])
             if weight is not None and not layouts[0].fits(weight.shape):
                 raise CheckpointError(
-                    f"{self._source.name}: the patch embedding has the shape {list(weight.shape)}, which it cannot "
+                    f"{self._source.title}: the patch embedding has the shape {list(weight.shape)}, which it cannot "
                     f"have in the layout {name!r}; leave layout= out"
                 )
             return layouts[0], prefix
@@ -449,13 +454,13 @@ class Checkpoint:
         if found:
             which = "; ".join(f"layout={layout.name!r}, prefix={place!r}" for layout, place in found)
             raise SeveralTowersError(
-                f"{self._source.name} holds more than one vision tower, or one that matches several layouts: {which}; "
+                f"{self._source.title} holds more than one vision tower, or one that matches several layouts: {which}; "
                 "say which by layout= and prefix=",
                 found,
             )
         groups = Counter(re.split(r"[./]", name)[0] for name in self._file_of)
         raise CheckpointError(
-            f"{self._source.name} holds no SigLIP vision tower in a layout that is known here "
+            f"{self._source.title} holds no SigLIP vision tower in a layout that is known here "
             f"({', '.join(layout.name for layout in layouts)})"
             + ("" if prefix is None else f" behind the prefix {prefix!r}")
             + "; its tensors begin with: "
@@ -496,7 +501,7 @@ class Checkpoint:
 
     def _configure(self, contents: Mapping[str, Any] | None) -> SigLipVisionConfig:
         """Takes the architecture from transformers' configuration, or from shapes and whatever else tells."""
-        source, refusal = self._source.name, None
+        source, refusal = self._source.title, None
         if self.layout.described:
             if contents is None:
                 raise CheckpointError(
@@ -523,8 +528,8 @@ class Checkpoint:
         told = {header.metadata.get(FINGERPRINT) for header in self._headers.values()} - {None}
         if self._by_files is not None and told - {fingerprint(self._by_files)}:
             raise CheckpointError(
-                f"{self._source.name}: the configuration is not the one that these weights were saved with: saving was "
-                "interrupted between the files, or one of them was changed since; save or fetch both again, or, if "
+                f"{self._source.title}: the configuration is not the one that these weights were saved with: saving "
+                "was interrupted between the files, or one of them was changed since; save or fetch both again, or, if "
                 "it is right, pass it: config=SigLipVisionConfig(...)"
             )
 
@@ -578,7 +583,7 @@ class Checkpoint:
         if filename not in self._headers:
             header = self._source.header(filename)
             if header is None:
-                raise CheckpointError(f"{self._source.name} has no file {filename}")
+                raise CheckpointError(f"{self._source.title} has no file {filename}")
             self._headers[filename] = header
         return self._headers[filename]
 

@@ -54,6 +54,11 @@ class LocalFolder:
         self.folder, self.name, self.weights = folder, name, weights
         self.commit: str | None = None
 
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return self.name
+
     def get(self, filename: str) -> Path | None:
         """Returns the path of the file, or None where there is none."""
         path = self.folder / filename
@@ -185,6 +190,11 @@ class HubRepository:
             return []
 
     @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"{self.name} at revision {self.revision!r}" if self.revision else self.name
+
+    @property
     def cache(self) -> RepositoryCache:
         """The repository's place in the Hub's cache."""
         from huggingface_hub import constants
@@ -297,8 +307,7 @@ class HubRepository:
         return self._fetch_small(file) if filename.endswith(".json") else self._fetch_whole(file)
 
     def _check_small(self, path: Path, filename: str) -> None:
-        etag = self.cache.etag_of(self.commit or "", filename)
-        if etag is not None and verified(path, etag) is None:
+        if not self._is_right(path, filename, [(0, path.stat().st_size)]):
             raise CheckpointError(
                 f"{path} has changed since it was fetched from the Hub: delete it, and it is fetched again; or, to "
                 "keep the change, copy the checkpoint to a folder and pass that"
@@ -459,7 +468,7 @@ class HubRepository:
                 self._go_on_with_whole(sorted(wanted.keys() - whole.keys()), error)
         for filename in wanted.keys() - whole.keys():
             if (path := self._get(filename)) is None:
-                raise CheckpointError(f"{self.name} has no file {filename}")
+                raise CheckpointError(f"{self.title} has no file {filename}")
             whole[filename] = path
         return self._loaded(whole)
 
@@ -495,24 +504,32 @@ class HubRepository:
         Raises:
             CheckpointError: it is, and the Hub may not be asked.
         """
-        commit = self.commit or ""
-        if (etag := self.cache.etag_of(commit, filename)) is None:
-            return False  # fetched by another program, to where there are no links: nobody says what it should be
-        receipt = self.cache.receipt(commit, filename)
-        if names is not None and receipt is not None and receipt.etag == etag:
-            right = is_still(path, receipt, _spans(read_header(path), names))
-        else:
-            receipt = verified(path, etag)
-            right = receipt is not None
-            if receipt is not None:
-                self.cache.note_receipt(commit, filename, receipt)
-        if right:
+        spans = None if names is None else _spans(read_header(path), names)
+        if self._is_right(path, filename, spans):
             return False
         if self._offline:
             raise _damaged(path)
         log.warning("%s is damaged, or was changed, since it was fetched from the Hub: fetching it again", path)
         self._damaged.add(filename)
         return True
+
+    def _is_right(self, path: Path, filename: str, spans: list[tuple[int, int]] | None) -> bool:
+        """Whether a file of the cache is what it was, or as the Hub says, as far as that is known.
+
+        Args:
+            path: where it lies.
+            filename: in the repository.
+            spans: the parts of it that count, where it is known that it was right once; None for all of it.
+        """
+        commit = self.commit or ""
+        if (etag := self.cache.etag_of(commit, filename)) is None:
+            return True  # fetched by another program, to where there are no links: nobody says what it should be
+        receipt = self.cache.receipt(commit, filename)
+        if spans is not None and receipt is not None and receipt.etag == etag:
+            return is_still(path, receipt, spans)
+        if (receipt := verified(path, etag)) is not None:
+            self.cache.note_receipt(commit, filename, receipt)
+        return receipt is not None
 
     def _kept(self, filename: str) -> bool:
         """Whether the header of a file is known already."""

@@ -113,7 +113,7 @@ def inspect(source: Source, *, layout: str | None = None, prefix: str | None = N
         ValueError: there is no layout of this name.
     """
     checkpoint = Checkpoint(source, layout=layout, prefix=prefix)
-    _, shapes = on_meta(checkpoint.config, source.name)
+    _, shapes = on_meta(checkpoint.config, source.title)
     problem, counts = None, None
     try:
         counts = checkpoint.count_not_finite(checkpoint.check(shapes))

@@ -754,7 +754,7 @@ class SigLipVisionModel(nn.Module):
         )
         checkpoint = Checkpoint(files, pooling_head=pooling_head, layout=layout, prefix=prefix, config=config)
         rule = interpolation or checkpoint.config.interpolation
-        model, shapes = on_meta(replace(checkpoint.config, interpolation=rule), files.name, cls)
+        model, shapes = on_meta(replace(checkpoint.config, interpolation=rule), files.title, cls)
         tensors, model.provenance = checkpoint.read(shapes, dtype=dtype, device=device)
         model.load_state_dict(tensors, strict=True, assign=True)
         model.preprocessor_config = checkpoint.processor

@@ -101,10 +101,10 @@ class Budget:
         with self._lock:
             before, self.arrived = self.arrived, self.arrived + number
             if self.arrived // LEAST > before // LEAST:
-                self._spent = 0.0
+                self._spent, self._until = 0.0, max(self._until, time.monotonic())
 
     def spend(self, begun: float, seconds: float = 0.0) -> bool:
-        """Takes the time from `begun` until so many seconds from now, but for what another thread has taken already.
+        """Takes the time from `begun` until so many seconds from now, but for what came before progress, or is taken.
 
         Args:
             begun: by `time.monotonic()`.

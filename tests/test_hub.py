@@ -133,6 +133,8 @@ def test_a_repository_without_safetensors_says_what_it_has(hub: Hub, folder: Pat
     with pytest.raises(CheckpointError, match=r"found: config.json, .*pytorch_model.bin\. Pickled weights .* refused"):
         SigLipVisionModel.from_hf(NAME, cache_dir=cache)
     assert hub.requests["GET pytorch_model.bin"] == 0
+    with pytest.raises(CheckpointError, match=r"google/siglip-small at revision 'v1' holds neither"):
+        SigLipVisionModel.from_hf(NAME, cache_dir=cache, revision="v1")
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds neither .* found: .*pytorch_model.bin\. Pickled"):
         SigLipVisionModel.from_hf(NAME, cache_dir=cache.with_name("other"))
@@ -310,6 +312,17 @@ def test_a_mirror_that_redirects_to_the_hub_it_mirrors(
     assert {address for address, _ in hub.authorizations} == {mirror.url, hub.url}
 
 
+def test_an_endpoint_with_a_path(hub: Hub, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    mirror = Server(hub, lambda target, token: hub.respond(target.removeprefix("/hub/hf"), token), RESOLVE, "MIRROR ")
+    monkeypatch.setattr(constants, "ENDPOINT", f"{mirror.url}/hub/hf")
+    template = f"{mirror.url}/hub/hf/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for source in (NAME, f"{mirror.url}/hub/hf/{NAME}/tree/v1"):
+        assert SigLipVisionModel.from_hf(source, cache_dir=cache).config == SMALL
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -341,8 +354,11 @@ def test_a_hub_that_answers_no_head(hub: Hub, folder: Path, cache: Path) -> None
 
 
 def test_texts_without_secrets() -> None:
-    text = "GET https://user:word@cdn.hf.co/a/b?X-Amz-Signature=1&Expires=2 failed\n for Bearer hf_abc and hf_def"
-    assert harmless(text) == "GET https://cdn.hf.co/a/b failed for Bearer ... and ..."
+    token = "hf_" + "aB3" * 10
+    text = (
+        f"GET https://user:word@cdn.hf.co/a/b?X-Amz-Signature=1&Expires=2 failed\n for Bearer hf_x, {token} in hf_xet"
+    )
+    assert harmless(text) == "GET https://cdn.hf.co/a/b failed for Bearer ... ... in hf_xet"
     assert len(harmless("x " * 1000)) < 500
 
 

@@ -244,8 +244,10 @@ def test_one_budget_for_all_that_a_load_waits_for(monkeypatch: pytest.MonkeyPatc
     now[0] += 200
     assert budget.spend(1200, 90)
     assert not budget.spend(1200, 120)
-    budget.count(ranges.LEAST)  # progress
+    now[0] += 900
+    budget.count(ranges.LEAST)  # progress: what came before counts no more
     assert budget.spend(1200, 290)
+    assert not budget.spend(2100, 301)
 
 
 @pytest.mark.parametrize(

@@ -536,6 +536,18 @@ def test_an_interrupted_download_continues(hub: Hub, folder: Path, cache: Path) 
     assert 0 < hub.sent["model.safetensors"] <= size_of_tower(folder) - 8 * 4096
 
 
+def test_an_interrupted_download_of_a_whole_file_continues(hub: Hub, folder: Path, cache: Path) -> None:
+    size = (folder / "model.safetensors").stat().st_size
+    hub.faults = [Fault("none", WEIGHTS, times=20), Fault("reset", WEIGHTS, times=None)]
+    with pytest.raises(HubUnreachableError, match="could not be fetched: no connection to localhost"):
+        load(NAME, cache_dir=cache, vision_only=False)
+    hub.reset()
+    hub.repositories[NAME] = Repository(folder)
+    assert_same(load(NAME, cache_dir=cache, vision_only=False), folder)
+    assert 0 < hub.sent["model.safetensors"] <= size - (20 - towers.AT_ONCE) * 4096
+    assert not kept(cache, "*.incomplete")
+
+
 def test_a_connection_that_always_breaks_is_enough(
     hub: Hub, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
