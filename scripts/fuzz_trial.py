@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import resource
 import shutil
@@ -214,6 +215,7 @@ def _our_hub(room: Path) -> Hub:
 
     from siglip_port import ranges, towers
 
+    logging.getLogger("siglip_port").setLevel(logging.CRITICAL)  # to say how it copes is no failure
     constants.HF_HUB_DOWNLOAD_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT = 0.3  # type: ignore[assignment]
     ranges.WAITS = (0.01,) * len(ranges.WAITS)  # type: ignore[assignment]
     towers.PIECE = 512
