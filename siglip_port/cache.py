@@ -181,6 +181,27 @@ class RepositoryCache:
             raise
         return path
 
+    def set_aside(self, commit: str, filename: str, etag: str) -> list[Path]:
+        """Moves files out of the way that stand where one is to be put, and are not what they should be.
+
+        They stay in our own folder: they may be somebody's. Links are left where they are, and replaced.
+
+        Args:
+            commit: of the repository.
+            filename: in the repository.
+            etag: the Hub's identifier of the contents that should be there.
+
+        Returns:
+            Where they are now.
+        """
+        moved = []
+        for path in (self.blob(etag), self._snapshot(commit, filename)):
+            if path.is_file() and not path.is_symlink():
+                aside = self.own / f"{path.name}.damaged"
+                path.replace(aside)
+                moved.append(aside)
+        return moved
+
     def commits(self) -> set[str]:
         """Returns the commits of which the cache has files, or which a branch or tag is."""
         found = {path.name for path in self._entries(self.folder / "snapshots")}

@@ -406,7 +406,10 @@ class HubRepository:
 
     def _put(self, file: RemoteFile, place: Path, fetch: _Fetch) -> Path:
         """Fetches a file, compares it with what the Hub says of it, and makes it one of the cache."""
+        stood = self.cache.blob(file.etag).is_file() or file.filename in self._damaged
         receipt, arrived = self._verified(file, place, fetch)
+        for aside in self.cache.set_aside(file.commit, file.filename, file.etag) if stood else ():
+            log.warning("what stood in the place of %s of %s is kept as %s", file.filename, self._title, aside)
         return self._noted(file, self.cache.put(file.commit, file.filename, receipt.etag, arrived), receipt)
 
     def _noted(self, file: RemoteFile, path: Path, receipt: Receipt) -> Path:

@@ -405,9 +405,18 @@ def test_a_damaged_header_is_noticed_and_read_again(hub: Hub, folder: Path, cach
         assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("links", [True, False])
 def test_a_whole_file_that_is_damaged_is_noticed_and_fetched_again(
-    hub: Hub, folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
+    links: bool,
+    hub: Hub,
+    folder: Path,
+    cache: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", not links, raising=False)
     for vision_only in (False, True):
         shutil.rmtree(cache, ignore_errors=True)
         load(NAME, cache_dir=cache, vision_only=False)
@@ -427,7 +436,9 @@ def test_a_whole_file_that_is_damaged_is_noticed_and_fetched_again(
             caplog.clear()
             assert_same(load(NAME, cache_dir=cache, vision_only=vision_only), folder)
             assert f"{path} is damaged, or was changed, since it was fetched from the Hub" in caplog.text
-            assert path.read_bytes() == (damage if vision_only else whole)  # the tower alone is fetched beside it
+            # The tower alone is fetched beside it; and nothing is deleted that somebody may have made.
+            assert path.read_bytes() == (damage if vision_only else whole)
+            assert [aside.read_bytes() for aside in kept(cache, "*.damaged")] == ([] if vision_only else [damage])
 
 
 def test_a_whole_file_that_did_not_arrive_as_it_left(hub: Hub, folder: Path, cache: Path) -> None:
