@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel
+from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel, key_map
 from siglip_port.causes import harmless
 from siglip_port.hub import HubRepository, find_source, no_answer
 from tests.conftest import SMALL, edit_tensors, shard
@@ -261,10 +262,10 @@ def test_a_file_of_a_repository(hub: Hub, folder: Path, cache: Path) -> None:
 
 def test_an_archive_of_a_repository(hub: Hub, folder: Path, cache: Path) -> None:
     """Which is fetched whole."""
-    from tests.test_peers import flax, write_npz
-
     model = SigLipVisionModel.from_hf(folder)
-    write_npz(folder / "a.npz", flax(SMALL, model.state_dict(), scanned=False), "params/img/")
+    layout = next(layout for layout in key_map.LAYOUTS if "big_vision" in layout.name and not layout.naflex)
+    stored = layout.to_stored(model.state_dict(), 3, 2, layout.rows(True), "params/img/")
+    np.savez(folder / "a.npz", **{name: tensor.numpy() for name, tensor in stored.items()})  # type: ignore[arg-type]
     for offline in (False, True):
         again = SigLipVisionModel.from_hf(
             f"hf://{NAME}/a.npz", config=SMALL, cache_dir=cache, local_files_only=offline
