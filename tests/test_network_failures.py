@@ -162,7 +162,9 @@ def test_every_failure(
             assert NAME in str(refusal), fault
             assert not [secret for secret in (TOKEN, "swordfish", "Signature") if secret in say(refusal)], fault
             assert ("through the proxy http://127.0.0.1:" in str(refusal)) == (fault == "dead proxy")
-        assert sum(hub.requests.values()) <= 45, fault  # a redirect is followed 20 times
+        # Where all is cached, the Hub is not asked with patience. A redirect is followed 20 times.
+        most = 45 if refusal is not None else 20 if fault == "redirects in a circle" else 2
+        assert sum(hub.requests.values()) <= most, fault
         assert before.items() <= files(tmp_path / "cache").items(), fault
     assert_same(load(NAME, **arguments), folder)
     assert_same(load(NAME, **arguments, local_files_only=True), folder)
