@@ -44,16 +44,20 @@ def run(*command: str | Path, release: str | None, folder: Path, **variables: st
     )
 
 
-@pytest.mark.parametrize("xet", [True, False], ids=["xet", "HF_HUB_DISABLE_XET"])
 @pytest.mark.parametrize(
-    "release", [None, pytest.param(THE_REFERENCES, marks=pytest.mark.versions)], ids=["installed", "lowest"]
+    ("release", "xet"),
+    [
+        pytest.param(None, True, id="installed, xet"),
+        *(
+            pytest.param(release, xet, marks=pytest.mark.versions)
+            for release, xet in ((None, False), (THE_REFERENCES, True), (THE_REFERENCES, False))
+        ),
+    ],
 )
 def test_the_real_weights_tests_at_a_hub_of_our_own(release: str | None, xet: bool, hub: Hub, tmp_path: Path) -> None:
     """The comparison among them. With small random weights, whose golden numbers transformers computes."""
     from tests.hub_replicas import serve
 
-    if release is None and not xet:
-        pytest.skip("one of the two is enough, but for `pytest -m versions`")
     goldens = serve(hub, tmp_path / "served", xet=True)
     done = run(
         *("-m", "pytest", "-m", "hub", "-n0", "-p", "no:cacheprovider", "tests/test_real_checkpoint.py"),
