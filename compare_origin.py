@@ -1,7 +1,9 @@
-"""Checks the port against the transformers reference, before and after the pooling head: `uv run compare_origin.py`.
+"""Checks the port against the transformers reference, before and after the pooling head.
 
-Exit status: 0 the two are equal, 1 they differ, 2 they could not be compared, 3 the self-test or the calibration found
-that the gates lack power.
+`uv run compare_origin.py`.
+
+Exit status: 0 the two are equal, 1 they differ, 2 they could not be compared, 3 the self-test or
+the calibration found that the gates lack power.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from siglip_port import SigLipVisionModel
-    from siglip_port.parity.comparison import Comparison
+    from siglip_port.parity.compare import Comparison
     from siglip_port.parity.gates import Gate
-    from siglip_port.parity.proof import Case
-    from siglip_port.parity.report import Json
+    from siglip_port.parity.report.document import Json
+    from siglip_port.parity.siglip.cases import Case
 
 CHECKPOINT = "google/siglip-base-patch16-224"
 PHOTOGRAPH = Path(__file__).parent / "tests" / "images" / "chelsea.png"
@@ -42,8 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         return run(args)
-    except Exception as error:  # Whatever it was, it is no verdict: it must not end in the exit status of one.
-        kind = "" if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: "
+    except (
+        Exception
+    ) as error:  # Whatever it was, it is no verdict: it must not end in the exit status of one.
+        kind = (
+            ""
+            if isinstance(error, (ValueError, OSError, RuntimeError))
+            else f"{type(error).__name__}: "
+        )
         hint = "; run it with `uv run compare_origin.py`" if isinstance(error, ImportError) else ""
         print(f"could not compare: {kind}{error}{hint}", file=sys.stderr)
         return 2
@@ -68,7 +76,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", default=CHECKPOINT, metavar="ID|PATH", help="Hub id, folder or file (%(default)s)")
+    add(
+        "--checkpoint",
+        default=CHECKPOINT,
+        metavar="ID|PATH",
+        help="Hub id, folder or file (%(default)s)",
+    )
     add(
         "--weights",
         choices=("auto", "hub", "random"),
@@ -76,25 +89,59 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="auto: the checkpoint's own, or random ones where the default checkpoint cannot be had; hub: the "
         "checkpoint's own, or fail; random: random ones of its architecture (%(default)s)",
     )
-    add("--image", type=path, default=PHOTOGRAPH, metavar="PATH", help="a photograph (tests/images/chelsea.png)")
-    add("--dtype", choices=DTYPES, default=DTYPES[0], help="of weights and arithmetic (%(default)s)")
-    add("--attn", choices=ATTENTIONS, default="both", help="the reference's attention, for its rounding (%(default)s)")
+    add(
+        "--image",
+        type=path,
+        default=PHOTOGRAPH,
+        metavar="PATH",
+        help="a photograph (tests/images/chelsea.png)",
+    )
+    add(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="of weights and arithmetic (%(default)s)"
+    )
+    add(
+        "--attn",
+        choices=ATTENTIONS,
+        default="both",
+        help="the reference's attention, for its rounding (%(default)s)",
+    )
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
-    add("--full", action="store_true", help="all recipes of weights, two seeds, all dtypes; with --selftest likewise")
-    add("--second-ref", metavar="NAME", help=f"ask a third implementation who is right: {', '.join(SECONDS)}")
+    add(
+        "--full",
+        action="store_true",
+        help="all recipes of weights, two seeds, all dtypes; with --selftest likewise",
+    )
+    add(
+        "--second-ref",
+        metavar="NAME",
+        help=f"ask a third implementation who is right: {', '.join(SECONDS)}",
+    )
     add(
         "--optimized",
         action="store_true",
         help="judge the rounding of every form that siglip_port.optimize can choose from here, too",
     )
     add("--json", type=path, metavar="PATH", help="write all figures to this file")
-    add("--report", type=path, metavar="FOLDER", help="write report.json, .md, .html and junit.xml to this folder")
+    add(
+        "--report",
+        type=path,
+        metavar="FOLDER",
+        help="write report.json, .md, .html and junit.xml to this folder",
+    )
     add("--baseline", type=path, metavar="PATH", help="compare with an earlier JSON report")
     other = parser.add_argument_group("instead of a comparison").add_mutually_exclusive_group()
     add = other.add_argument
     add("--list-gates", action="store_true", help="say what each gate means")
-    add("--selftest", action="store_true", help="prove the gates: every mistake of the catalogue must be noticed")
-    add("--calibrate", action="store_true", help="measure on this device what the bounds on rounding rest on")
+    add(
+        "--selftest",
+        action="store_true",
+        help="prove the gates: every mistake of the catalogue must be noticed",
+    )
+    add(
+        "--calibrate",
+        action="store_true",
+        help="measure on this device what the bounds on rounding rest on",
+    )
     return parser.parse_args(argv)
 
 
@@ -104,10 +151,11 @@ def run(args: argparse.Namespace) -> int:
         check_writable(path, make=path != args.json)
     baseline = read_baseline(args.baseline) if args.baseline else None
 
-    # Imported when needed, the slowest last: a wrong argument should not cost the eight seconds of transformers.
+    # Imported when needed, the slowest last: a wrong argument should not cost the eight seconds of
+    # transformers.
     check_device(args.device)
     if args.second_ref:
-        from siglip_port.parity import witness
+        from siglip_port.parity.siglip import second_reference as witness
 
         witness.parse(args.second_ref)
     photograph = read_picture(args.image)
@@ -128,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
         if args.second_ref:
             print(f"\n{witness.ask(args.second_ref, case, port)}")
     if baseline is not None:
-        from siglip_port.parity.report import against_baseline
+        from siglip_port.parity.report.document import against_baseline
 
         print("\n".join(against_baseline(report, baseline)))
     write_reports(args, report, case)
@@ -144,7 +192,9 @@ def check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used on this machine ({reason}); use cpu") from error
+        raise ValueError(
+            f"--device {device} cannot be used on this machine ({reason}); use cpu"
+        ) from error
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -156,7 +206,8 @@ def read_picture(path: Path) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:  # Pillow's own kinds, the system's, and those of its decoders
         raise ValueError(
-            f"--image {path} cannot be read as a picture ({error}); pass a JPEG or PNG file of this machine"
+            f"--image {path} cannot be read as a picture ({error}); pass a JPEG or PNG file of "
+            "this machine"
         ) from error
 
 
@@ -170,7 +221,8 @@ def main_case(
     """The checkpoint itself, at full size: a photograph and a picture of noise."""
     import torch
 
-    from siglip_port.parity import proof, references
+    from siglip_port.parity.siglip import cases as proof
+    from siglip_port.parity.siglip import reference as references
 
     assert port.provenance is not None
     where = on_this_machine(port)
@@ -181,15 +233,24 @@ def main_case(
         ("no prefix", "prefix vision_model")
     ):
         raise ValueError(
-            f"{args.checkpoint} (layout: {layout}) is no checkpoint that transformers loads as a SigLIP tower; take "
-            f"the tower out, `siglip-port extract {args.checkpoint} FOLDER`, and compare that folder"
+            f"{args.checkpoint} (layout: {layout}) is no checkpoint that transformers loads as a "
+            "SigLIP tower; take "
+            f"the tower out, `siglip-port extract {args.checkpoint} FOLDER`, and compare that "
+            "folder"
         )
     kind = {"pooling_head": port.pooling_head is not None, "naflex": port.config.naflex, **where}
     reference = references.load(source, dtype=dtype, device=args.device, **kind)
     # A NaFlex tower gets whole pictures here; its own pixels are the matter of another gate.
     square = references.processors(replace(port.config, naflex=False), source, **where)["pil"]
     pixels = with_noise(square(photograph)["pixel_values"])
-    dtypes = [dtype, *(getattr(torch, name) for name in DTYPES if args.full and name not in (args.dtype, "float64"))]
+    dtypes = [
+        dtype,
+        *(
+            getattr(torch, name)
+            for name in DTYPES
+            if args.full and name not in (args.dtype, "float64")
+        ),
+    ]
     weights = "random weights, N1" if is_random else "checkpoint weights"
     return proof.Case(
         "checkpoint",
@@ -214,30 +275,43 @@ def attentions(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def warn_of_memory(port: SigLipVisionModel, dtype: Any) -> None:  # noqa: ANN401
-    """States the need of a large tower before it begins: two towers in float64, and all taps of two pictures."""
+    """States the need of a large tower before it begins.
+
+    Two towers in float64, and all taps of two pictures.
+    """
     config, parameters = port.config, sum(p.numel() for p in port.parameters())
-    tokens = 2 * config.num_patches * config.num_encoder_blocks * (11 * config.embed_dim + 2 * config.mlp_hidden_dim)
+    tokens = (
+        2
+        * config.num_patches
+        * config.num_encoder_blocks
+        * (11 * config.embed_dim + 2 * config.mlp_hidden_dim)
+    )
     need = (2 * parameters + tokens) * 8 + 2 * parameters * dtype.itemsize + 1.0e9
     if need > 4e9:
-        print(f"this tower has {parameters / 1e6:.0f} M parameters: needs about {need / 1e9:.0f} GB", file=sys.stderr)
+        print(
+            f"this tower has {parameters / 1e6:.0f} M parameters: needs about {need / 1e9:.0f} GB",
+            file=sys.stderr,
+        )
 
 
 def judge_pixels(port: SigLipVisionModel, case: Case, photograph: Image.Image) -> Gate:
     """Compares what both sides' image processors make of pictures of all kinds, as the checkpoint says."""
-    from siglip_port.image import ImageProcessor
-    from siglip_port.parity import references
-    from siglip_port.parity.pixels import pixels
+    from siglip_port.image_processing import ImageProcessor
+    from siglip_port.parity.siglip import reference as references
+    from siglip_port.parity.siglip.pixels import pixels
 
     theirs = references.processors(port.config, case.source, **on_this_machine(port))
-    ours = {backend: ImageProcessor.from_config(port.preprocessor_config, backend) for backend in theirs}
+    ours = {
+        backend: ImageProcessor.from_config(port.preprocessor_config, backend) for backend in theirs
+    }
     return pixels(ours, theirs, photograph, None if port.pooling_head is None else port.embed)
 
 
 def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case, first: Gate) -> Comparison:
     """Runs all gates on the checkpoint, and on small towers of its kind with weights that make mistakes loud."""
-    from siglip_port import inference
-    from siglip_port.parity import proof
-    from siglip_port.parity.comparison import Comparison, Section
+    from siglip_port.optimize import selection as inference
+    from siglip_port.parity.compare import Comparison, Section
+    from siglip_port.parity.siglip import cases as proof
 
     found = [first, *progress(case.check(port), "checkpoint")]
     if args.optimized:
@@ -249,17 +323,21 @@ def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case, first: 
             candidate = proof.load_port(small.source, device=args.device)
             found = [*progress(small.check(candidate), f"{small.name}, {small.weights}")]
             if args.optimized and "rounding" in small.gates:
-                found += progress(optimized_forms(small, candidate), f"optimized {small.name}, {small.weights}")
+                found += progress(
+                    optimized_forms(small, candidate), f"optimized {small.name}, {small.weights}"
+                )
             sections.append(Section(small.name, small.weights, tuple(found)))
     return Comparison(tuple(sections), case.weights.split(",")[0])
 
 
 def optimized_forms(case: Case, port: SigLipVisionModel) -> Iterator[Gate]:
     """Judges every form that the port can be had in; says which it cannot, and why."""
-    from siglip_port.inference import ENGINES, EngineError
-    from siglip_port.parity import proof
+    from siglip_port.optimize.selection import ENGINES, EngineError
+    from siglip_port.parity.siglip import cases as proof
 
-    for engine in [name for name in ENGINES if name not in ("eager", "int8")]:  # the port itself; not meant to be equal
+    for engine in [
+        name for name in ENGINES if name not in ("eager", "int8")
+    ]:  # the port itself; not meant to be equal
         with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
             try:
                 yield from proof.form_gates(case, port, engine, Path(scratch))
@@ -268,12 +346,19 @@ def optimized_forms(case: Case, port: SigLipVisionModel) -> Iterator[Gate]:
 
 
 def progress(items: Iterator[Any], what: str, total: int = 0) -> Iterator[Any]:
-    """Passes items on, with a line on the terminal that says how far it is; none where there is no terminal."""
+    """Passes items on, with a line on the terminal that says how far it is.
+
+    None where there is no terminal.
+    """
     terminal, start = sys.stderr.isatty(), time.monotonic()
     for number, item in enumerate(items, 1):
         if terminal:
             of = f"/{total}" if total else ""
-            print(f"\r\033[K{what}: {number}{of} ({time.monotonic() - start:.0f} s)", end="", file=sys.stderr)
+            print(
+                f"\r\033[K{what}: {number}{of} ({time.monotonic() - start:.0f} s)",
+                end="",
+                file=sys.stderr,
+            )
         yield item
     if terminal:
         print("\r\033[K", end="", file=sys.stderr)
@@ -283,13 +368,14 @@ def load_port(args: argparse.Namespace, scratch: str) -> tuple[SigLipVisionModel
     """Loads the port through `from_hf`, as a user does, and decides on the way which weights there are.
 
     Returns:
-        The port; and where the reference finds the same weights: in `scratch` if they are random ones, written by it.
+        The port; and where the reference finds the same weights: in `scratch` if they are random
+        ones, written by it.
     """
     import torch
 
     from siglip_port import HubUnreachableError, SigLipVisionConfig, SigLipVisionModel
-    from siglip_port.checkpoint import read_contents
-    from siglip_port.hub import HubRepository, find_source, no_answer
+    from siglip_port.checkpoint.reader import read_contents
+    from siglip_port.hub.repository import HubRepository, find_source, no_answer
 
     how = {"dtype": getattr(torch, args.dtype), "device": args.device}
     source = find_source(args.checkpoint)
@@ -300,51 +386,69 @@ def load_port(args: argparse.Namespace, scratch: str) -> tuple[SigLipVisionModel
     offline = no_need or silence is not None
     if not is_local and source.weights is not None:
         raise ValueError(
-            f"{args.checkpoint} names one file, which the reference cannot be told; pass the repository, or a folder"
+            f"{args.checkpoint} names one file, which the reference cannot be told; pass the "
+            "repository, or a folder"
         )
     try:
         if args.weights != "random":
             # Whole files, since the reference reads the same ones.
-            port = SigLipVisionModel.from_hf(args.checkpoint, local_files_only=offline, vision_only=False, **how)
+            port = SigLipVisionModel.from_hf(
+                args.checkpoint, local_files_only=offline, vision_only=False, **how
+            )
             return port, source.name
         # The default checkpoint's architecture is the default one: no file is needed to know it.
         config = SigLipVisionConfig(pooling_head=True)
         if not is_default:
             contents = read_contents(find_source(args.checkpoint, local_files_only=offline))
             if contents is None:
-                raise ValueError(f"{args.checkpoint} has no config.json, which tells the architecture")
+                raise ValueError(
+                    f"{args.checkpoint} has no config.json, which tells the architecture"
+                )
             config = SigLipVisionConfig.from_hf(contents)
     except HubUnreachableError as error:
         reason = (
-            f"{args.checkpoint} is not in the local cache, and the Hub cannot be reached ({silence})"
+            f"{args.checkpoint} is not in the local cache, and the Hub cannot be reached "
+            f"({silence})"
             if offline
             else f"{error}"
         )
         if args.weights != "auto" or not is_default:
             raise HubUnreachableError(
-                f"{reason}; check the spelling (there is no such path here), unset HF_HUB_OFFLINE if it is set, pass a "
-                "folder that holds it, or compare random weights: --weights random, without --checkpoint"
+                f"{reason}; check the spelling (there is no such path here), unset HF_HUB_OFFLINE "
+                "if it is set, pass a "
+                "folder that holds it, or compare random weights: --weights random, without "
+                "--checkpoint"
             ) from error
-        print(f"{reason}: comparing random weights of the same architecture instead.", file=sys.stderr)
+        print(
+            f"{reason}: comparing random weights of the same architecture instead.", file=sys.stderr
+        )
         config = SigLipVisionConfig(pooling_head=True)
-    from siglip_port.parity.references import write_random_checkpoint
+    from siglip_port.parity.siglip.reference import write_random_checkpoint
 
     write_random_checkpoint(Path(scratch), config)
     return SigLipVisionModel.from_hf(scratch, **how), scratch
 
 
 def with_noise(pixel_values: Tensor) -> Tensor:
-    """Puts a picture of uniform noise in [-1, 1] beside the photograph: [1, C, S, S] -> [2, C, S, S]."""
+    """Puts a picture of uniform noise in [-1, 1] beside the photograph.
+
+    [1, C, S, S] -> [2, C, S, S].
+    """
     import torch
 
     noise = torch.rand(pixel_values.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return torch.cat([pixel_values, noise])
 
 
-def make_report(args: argparse.Namespace, comparison: Comparison, port: SigLipVisionModel, case: Case) -> Json:
+def make_report(
+    args: argparse.Namespace, comparison: Comparison, port: SigLipVisionModel, case: Case
+) -> Json:
     """Puts together all that is known."""
-    from siglip_port.parity import gates, proof, references, report
+    from siglip_port.parity import gates
     from siglip_port.parity.metrics import cosine
+    from siglip_port.parity.report import document as report
+    from siglip_port.parity.siglip import cases as proof
+    from siglip_port.parity.siglip import reference as references
 
     truth = case.truth(case.dtypes[0])
     attention = case.attentions[0]
@@ -356,7 +460,9 @@ def make_report(args: argparse.Namespace, comparison: Comparison, port: SigLipVi
         environment=describe_environment(args, references.VERSION),
         provenance=asdict(port.provenance) if port.provenance else None,
         config=asdict(port.config),
-        outputs=[{"dtype": args.dtype, "attention": attention, **f} for f in report.figures(ours, theirs)],
+        outputs=[
+            {"dtype": args.dtype, "attention": attention, **f} for f in report.figures(ours, theirs)
+        ],
         reference_shapes={name: list(tensor.shape) for name, tensor in theirs.items()},
         patches={
             "grid": port.config.grid_size,
@@ -386,14 +492,17 @@ def describe_environment(args: argparse.Namespace, transformers_version: str) ->
 
 def print_report(args: argparse.Namespace, comparison: Comparison, report: Json) -> None:
     """Prints the lines that users of the original program know, the gates, and what differs."""
-    from siglip_port.parity.report import lines, table
+    from siglip_port.parity.report.document import lines, table
 
     for name, shapes in (
         ("custom", {f["point"]: f["shape"] for f in report["outputs"]}),
         ("original", report["reference_shapes"]),
     ):
         for point, shape in shapes.items():
-            print(f"siglip_{name}{'-afterPooling' if point == 'pooled' else ''}.shape: torch.Size({shape})")
+            print(
+                f"siglip_{name}{'-afterPooling' if point == 'pooled' else ''}.shape: "
+                f"torch.Size({shape})"
+            )
     for figures in report["outputs"]:
         after = " after pooling" if figures["point"] == "pooled" else ""
         print(f"cosine_similarity{after}.mean(): {float(figures['cosine_mean']):.12f}")
@@ -409,7 +518,7 @@ def print_report(args: argparse.Namespace, comparison: Comparison, report: Json)
 
 def verdict_line(comparison: Comparison) -> str:
     """The last line: how it ended."""
-    from siglip_port.parity.report import coloured
+    from siglip_port.parity.report.document import coloured
 
     return coloured(comparison.verdict, comparison.equal, sys.stdout.isatty())
 
@@ -424,7 +533,9 @@ def check_writable(path: Path, *, make: bool = False) -> None:
     if path.exists() and not path.is_file():
         raise OSError(f"{option} {path} is no file that could be replaced; name another")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OSError(f"{option} {path}: its folder does not exist, or may not be written to; name another")
+        raise OSError(
+            f"{option} {path}: its folder does not exist, or may not be written to; name another"
+        )
 
 
 def read_baseline(path: Path) -> Json:
@@ -436,14 +547,16 @@ def read_baseline(path: Path) -> Json:
         if not isinstance(content, dict) or "sections" not in content:
             raise ValueError("it is not a report of this program")
     except (OSError, ValueError) as error:
-        raise ValueError(f"--baseline {path} cannot be used: {error}; name a file written by --json") from error
+        raise ValueError(
+            f"--baseline {path} cannot be used: {error}; name a file written by --json"
+        ) from error
     return content
 
 
 def write_reports(args: argparse.Namespace, report: Json, case: Case) -> None:
     """Writes the files that were asked for."""
-    from siglip_port.parity import html
-    from siglip_port.parity import report as reports
+    from siglip_port.parity.report import document as reports
+    from siglip_port.parity.report import html
 
     if args.json is not None:
         reports.write(args.json, reports.dumps(report))

@@ -1,11 +1,13 @@
 """Keeps the committed `uv.lock` free of download addresses, so that it works behind any package index.
 
     python3 scripts/lock.py            lock, and stage the index-neutral form for the next commit
-    python3 scripts/lock.py --check    does what is staged or committed lock what pyproject.toml asks for?
+    python3 scripts/lock.py --check    does what is staged or committed lock what pyproject.toml
+    asks for?
 
-uv writes the addresses of the index it used into `uv.lock`. The committed copy holds file names instead. `uv run`
-and `uv sync` take its versions, resolve the addresses again, and write the full form into the working tree, where
-it stays: it is never committed. Needs uv and git, and nothing else.
+uv writes the addresses of the index it used into `uv.lock`. The committed copy holds file names
+instead. `uv run` and `uv sync` take its versions, resolve the addresses again, and write the full
+form into the working tree, where it stays: it is never committed. Needs uv and git, and nothing
+else.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def neutral(lock: str) -> str:
     lock = re.sub(r'registry = "[^"]*"', 'registry = "pypi"', lock)
     lock = re.sub(r'url = "[^"]*/([^"/]+)"', r'path = "\1"', lock)
     head, *packages = re.split(r"(?m)^(?=\[\[package\]\]$)", lock)
-    return head + "".join(package for package in packages if f'\nname = "{PROJECT}"\n' not in package)
+    return head + "".join(
+        package for package in packages if f'\nname = "{PROJECT}"\n' not in package
+    )
 
 
 def contents(lock: str) -> set[tuple[str, str, frozenset[str]]]:
@@ -35,7 +39,9 @@ def contents(lock: str) -> set[tuple[str, str, frozenset[str]]]:
     fixed = set()
     for package in tomllib.loads(lock)["package"]:
         files = [*package.get("wheels", []), *([package["sdist"]] if "sdist" in package else [])]
-        fixed.add((package["name"], package.get("version", ""), frozenset(file["hash"] for file in files)))
+        fixed.add(
+            (package["name"], package.get("version", ""), frozenset(file["hash"] for file in files))
+        )
     return fixed
 
 
@@ -57,7 +63,10 @@ def check() -> int:
     """Compares the staged lock with what uv makes of it."""
     staged = run("git", "show", ":uv.lock")
     if "://" in staged:
-        print("uv.lock as staged or committed holds addresses; run: python3 scripts/lock.py", file=sys.stderr)
+        print(
+            "uv.lock as staged or committed holds addresses; run: python3 scripts/lock.py",
+            file=sys.stderr,
+        )
         return 1
     before = LOCK.read_text(encoding="utf-8") if LOCK.exists() else None
     LOCK.write_text(staged, encoding="utf-8")
@@ -70,7 +79,8 @@ def check() -> int:
     if difference := contents(staged) ^ contents(resolved):
         names = ", ".join(sorted({name for name, _, _ in difference}))
         print(
-            f"uv.lock does not lock what pyproject.toml asks for ({names}); run: python3 scripts/lock.py",
+            f"uv.lock does not lock what pyproject.toml asks for ({names}); run: python3 "
+            "scripts/lock.py",
             file=sys.stderr,
         )
         return 1
@@ -79,6 +89,10 @@ def check() -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the lock is stale")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 where the lock is stale"
+    )
     sys.exit(check() if parser.parse_args().check else write())

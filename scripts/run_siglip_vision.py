@@ -1,4 +1,7 @@
-"""Runs the tower on one random picture: `uv run scripts/run_siglip_vision.py`. Fresh random weights, no checkpoint."""
+"""Runs the tower on one random picture: `uv run scripts/run_siglip_vision.py`.
+
+Fresh random weights, no checkpoint.
+"""
 
 import torch
 
@@ -6,7 +9,10 @@ from siglip_port import SigLipVisionConfig, SigLipVisionModel
 
 
 def main() -> None:
-    """Prints the shape of what siglip-base-patch16-224 makes of one picture: 196 tokens of width 768."""
+    """Prints the shape of what siglip-base-patch16-224 makes of one picture.
+
+    196 tokens of width 768.
+    """
     model = SigLipVisionModel(SigLipVisionConfig()).eval()
     with torch.inference_mode():
         print("Output shape:", model(torch.randn(1, 3, 224, 224)).shape)

@@ -1,8 +1,7 @@
 """The SigLIP vision tower in PyTorch, loaded from HuggingFace checkpoints, and proven against transformers."""
 
-from siglip_port.checkpoint import CheckpointError, HubUnreachableError, Provenance
+from siglip_port.checkpoint.reader import CheckpointError, HubUnreachableError, Provenance
 from siglip_port.config import SigLipVisionConfig
-from siglip_port.inference import OptimizedModel, optimize
 from siglip_port.model import (
     MLP,
     EncoderBlock,
@@ -13,6 +12,7 @@ from siglip_port.model import (
     SigLipVisionTransformer,
     VisionEmbeddings,
 )
+from siglip_port.optimize.selection import OptimizedModel, optimize
 from siglip_port.patches import pack, patchify
 
 __all__ = [

@@ -1,8 +1,11 @@
-"""The shape of a SigLIP vision tower: names, defaults, rules, and how transformers' `config.json` spells them.
+"""The shape of a SigLIP vision tower.
 
-The defaults are those of transformers' `SiglipVisionConfig`, i.e. google/siglip-base-patch16-224. They matter
-beyond convenience: published `config.json` files leave out every value that equals the default (that of
-google/siglip-base-patch16-224 holds nothing but `patch_size`), so a missing key *means* the default.
+Names, defaults, rules, and how transformers' `config.json` spells them.
+
+The defaults are those of transformers' `SiglipVisionConfig`, i.e. google/siglip-base-patch16-224.
+They matter beyond convenience: published `config.json` files leave out every value that equals the
+default (that of google/siglip-base-patch16-224 holds nothing but `patch_size`), so a missing key
+*means* the default.
 """
 
 from __future__ import annotations
@@ -13,10 +16,16 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
 
 HIDDEN_ACTS = ("gelu_pytorch_tanh", "gelu")
-"""The activations a SigLIP MLP may name: GELU's tanh form (all Google checkpoints), or the exact (erf) form."""
+"""The activations a SigLIP MLP may name.
+
+GELU's tanh form (all Google checkpoints), or the exact (erf) form.
+"""
 
 INTERPOLATIONS = ("hf", "timm", "naflex", "big_vision", "navit")
-"""The rules by which positions can be fitted to other grids of patches; computed in `siglip_port.patches`."""
+"""The rules by which positions can be fitted to other grids of patches.
+
+Computed in `siglip_port.patches`.
+"""
 
 _NAVIT = {"pooling_head": False, "interpolation": "navit"}
 _SMOL = {**_NAVIT, "patch_size": 32}
@@ -54,7 +63,8 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
 }
 """The `model_type`s of a configuration that describe a SigLIP tower, with the defaults in which they differ."""
 
-# The `model_type` of models whose published files hold no other for their tower, or one that says too little.
+# The `model_type` of models whose published files hold no other for their tower, or one that says
+# too little.
 _TOWER_OF = {
     "paligemma": "siglip_vision_model",
     "gemma3": "siglip_vision_model",
@@ -109,8 +119,9 @@ class SigLipVisionConfig:
         num_channels: channels C of a picture.
         embed_dim: width D of a token.
         image_size: height and width of a picture, in pixels. Pictures are square.
-        patch_size: height and width of a patch, in pixels. What is left at the right and lower edge of a
-            picture that is not a multiple of it is ignored, as in siglip-so400m-patch14-384 (27 x 27 patches).
+        patch_size: height and width of a patch, in pixels. What is left at the right and lower edge
+            of a picture that is not a multiple of it is ignored, as in siglip-so400m-patch14-384
+            (27 x 27 patches).
         num_attention_heads: heads H of every attention; divides `embed_dim`.
         attention_dropout: probability with which an attention weight is dropped, in training only.
         num_encoder_blocks: number of blocks L.
@@ -119,8 +130,8 @@ class SigLipVisionConfig:
         hidden_act: the MLPs' activation, one of `HIDDEN_ACTS`.
         pooling_head: whether the model has the attention pooling head.
         mean_pooling: whether `pool` is the mean of the tokens instead, as in timm's `gap` towers.
-        naflex: whether the tower was trained on pictures of any shape, as SigLIP 2's NaFlex ones were. `image_size`
-            then tells the grid of its positions.
+        naflex: whether the tower was trained on pictures of any shape, as SigLIP 2's NaFlex ones
+            were. `image_size` then tells the grid of its positions.
         interpolation: the rule by which positions are fitted to other grids, one of
             `INTERPOLATIONS`; None for no other grids, except in a NaFlex tower, which has its own.
 
@@ -158,18 +169,24 @@ class SigLipVisionConfig:
                 f"{self.num_attention_heads}"
             )
         if self.patch_size > self.image_size:
-            raise ValueError(f"patch_size must not exceed image_size, got {self.patch_size} and {self.image_size}")
+            raise ValueError(
+                f"patch_size must not exceed image_size, got {self.patch_size} and "
+                f"{self.image_size}"
+            )
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout must lie in [0, 1), got {self.attention_dropout}")
         if not 0 < self.layer_norm_eps < 1:
             raise ValueError(f"layer_norm_eps must lie between 0 and 1, got {self.layer_norm_eps}")
         if self.hidden_act not in HIDDEN_ACTS:
-            raise ValueError(f"hidden_act must be one of {', '.join(HIDDEN_ACTS)}, got {self.hidden_act!r}")
+            raise ValueError(
+                f"hidden_act must be one of {', '.join(HIDDEN_ACTS)}, got {self.hidden_act!r}"
+            )
         if self.mean_pooling and self.pooling_head:
             raise ValueError("mean_pooling and pooling_head exclude each other, got both")
         if self.interpolation is not None and self.interpolation not in INTERPOLATIONS:
             raise ValueError(
-                f"interpolation must be None or one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}"
+                f"interpolation must be None or one of {', '.join(INTERPOLATIONS)}, got "
+                f"{self.interpolation!r}"
             )
 
     @property
@@ -189,7 +206,10 @@ class SigLipVisionConfig:
 
     @property
     def resize_rule(self) -> str | None:
-        """The rule by which positions are fitted to other grids; None where other grids are refused."""
+        """The rule by which positions are fitted to other grids.
+
+        None where other grids are refused.
+        """
         return self.interpolation or ("naflex" if self.naflex else None)
 
     @classmethod
@@ -197,13 +217,14 @@ class SigLipVisionConfig:
         """Reads the contents of a transformers `config.json`.
 
         Args:
-            hf_config: the parsed file: of a model that holds a SigLIP tower (which is described under
-                `vision_config`), or of the tower alone (flat). A missing key takes its default; keys that do not
-                describe the vision tower are ignored.
+            hf_config: the parsed file: of a model that holds a SigLIP tower (which is described
+                under `vision_config`), or of the tower alone (flat). A missing key takes its
+                default; keys that do not describe the vision tower are ignored.
 
         Raises:
             ValueError: it describes another kind of model, or a value makes no sense.
-            UnknownModelError: it describes another kind of model, and none that is known to hold another tower.
+            UnknownModelError: it describes another kind of model, and none that is known to hold
+                another tower.
         """
         if not isinstance(hf_config, Mapping):
             raise ValueError(f"a configuration must be an object, got {hf_config!r}")
@@ -212,7 +233,9 @@ class SigLipVisionConfig:
             parts = {k: v for k, v in hf_config.items() if isinstance(v, Mapping)}
             inner = {k: v for k, v in parts.items() if isinstance(v.get("vision_config"), Mapping)}
             if len(inner) > 1:
-                raise ValueError(f"there must be one vision_config, got one each in {', '.join(inner)}")
+                raise ValueError(
+                    f"there must be one vision_config, got one each in {', '.join(inner)}"
+                )
             hf_config = next(iter(inner.values()), hf_config)
         vision = hf_config.get("vision_config")
         if vision is not None and not isinstance(vision, Mapping):
@@ -227,12 +250,18 @@ class SigLipVisionConfig:
                 values[name] = _square(name, values[name])
         if defaults.get("naflex"):
             patch_size = values.get("patch_size", cls.patch_size)
-            values["image_size"] = _side(vision.get("num_patches", 256)) * (patch_size if _is_int(patch_size) else 1)
+            values["image_size"] = _side(vision.get("num_patches", 256)) * (
+                patch_size if _is_int(patch_size) else 1
+            )
         if kind == "janus_vision_model":
-            values["mlp_hidden_dim"] = _janus_mlp(values.get("embed_dim", 1024), vision.get("mlp_ratio", 4.0))
+            values["mlp_hidden_dim"] = _janus_mlp(
+                values.get("embed_dim", 1024), vision.get("mlp_ratio", 4.0)
+            )
         if vision.get("mean_pooling") is True:
             values |= {"mean_pooling": True, "pooling_head": False}
-        if hf_config.get("model_type") in _MINICPM and hf_config.get("drop_vision_last_layer", True):
+        if hf_config.get("model_type") in _MINICPM and hf_config.get(
+            "drop_vision_last_layer", True
+        ):
             blocks = values.get("num_encoder_blocks", cls.num_encoder_blocks)
             values["num_encoder_blocks"] = blocks - 1 if _is_int(blocks) else blocks
         return cls(**{"pooling_head": True, **defaults, **values})
@@ -240,15 +269,24 @@ class SigLipVisionConfig:
     def to_hf(self) -> dict[str, Any]:
         """Returns the complete flat `config.json` of the same tower as transformers' `Siglip(2)VisionModel`.
 
-        The one thing that it cannot say is `interpolation`, which transformers leaves to the caller.
+        The one thing that it cannot say is `interpolation`, which transformers leaves to the
+        caller.
         """
         values = {theirs: getattr(self, ours) for ours, theirs in _HF_KEYS.items()}
         values |= {"mean_pooling": True} if self.mean_pooling else {}
         if not self.naflex:
-            return {"architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model", **values}
+            return {
+                "architectures": ["SiglipVisionModel"],
+                "model_type": "siglip_vision_model",
+                **values,
+            }
         del values["image_size"]
         values["num_patches"] = self.num_patches
-        return {"architectures": ["Siglip2VisionModel"], "model_type": "siglip2_vision_model", **values}
+        return {
+            "architectures": ["Siglip2VisionModel"],
+            "model_type": "siglip2_vision_model",
+            **values,
+        }
 
 
 def refuse(hf_config: Mapping[str, Any]) -> None:
@@ -268,7 +306,11 @@ def _model_type(hf_config: Mapping[str, Any], vision: Mapping[str, Any]) -> str:
     whole, part = hf_config.get("model_type"), vision.get("model_type")
     found = _TOWER_OF.get(str(whole), whole) if part is None else part
     found = "siglip_vision_model" if found is None else found
-    if whole in _MINICPM and vision is not hf_config and found in (whole, "siglip", "siglip_vision_model"):
+    if (
+        whole in _MINICPM
+        and vision is not hf_config
+        and found in (whole, "siglip", "siglip_vision_model")
+    ):
         return "minicpmv_vision"
     if not isinstance(found, str) or found not in MODEL_TYPES:
         message = f"model_type must be one of {', '.join(MODEL_TYPES)}, got {found!r}"
@@ -279,13 +321,22 @@ def _model_type(hf_config: Mapping[str, Any], vision: Mapping[str, Any]) -> str:
 def _side(num_patches: object) -> int:
     """The side of the square grid that the positions of a NaFlex tower form."""
     if not _is_int(num_patches) or num_patches < 1 or math.isqrt(num_patches) ** 2 != num_patches:
-        raise ValueError(f"num_patches must be the number of patches of a square grid, got {num_patches!r}")
+        raise ValueError(
+            f"num_patches must be the number of patches of a square grid, got {num_patches!r}"
+        )
     return math.isqrt(num_patches)
 
 
 def _janus_mlp(embed_dim: object, mlp_ratio: object) -> int:
-    if not _is_int(embed_dim) or embed_dim > 10**9 or not _is_number(mlp_ratio) or not 0 < mlp_ratio < 1000:
-        raise ValueError(f"mlp_ratio must be a number above 0, got {mlp_ratio!r} for a width of {embed_dim!r}")
+    if (
+        not _is_int(embed_dim)
+        or embed_dim > 10**9
+        or not _is_number(mlp_ratio)
+        or not 0 < mlp_ratio < 1000
+    ):
+        raise ValueError(
+            f"mlp_ratio must be a number above 0, got {mlp_ratio!r} for a width of {embed_dim!r}"
+        )
     return int(embed_dim * mlp_ratio)
 
 

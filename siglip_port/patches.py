@@ -1,6 +1,7 @@
 """Grids of patches: pictures cut into patches, packed into one batch, and positions for grids of any shape.
 
-Sources: transformers 5.23 `models/siglip`, `models/siglip2` and `models/idefics2`; timm 1.0.31 `layers/pos_embed.py`;
+Sources: transformers 5.23 `models/siglip`, `models/siglip2` and `models/idefics2`; timm 1.0.31
+    `layers/pos_embed.py`;
 big_vision `models/vit.py` (`resample_posemb`) and `models/proj/image_text/naflex_vit.py`.
 """
 
@@ -16,10 +17,14 @@ from torch import Tensor
 from siglip_port.config import INTERPOLATIONS
 
 
-def _resized(grid: Tensor, size: tuple[int, int], mode: str, *, corners: bool = False, antialias: bool) -> Tensor:
+def _resized(
+    grid: Tensor, size: tuple[int, int], mode: str, *, corners: bool = False, antialias: bool
+) -> Tensor:
     """[h, w, D] -> [H, W, D], computed in the dtype of the grid."""
     pictures = grid.permute(2, 0, 1)[None]
-    return F.interpolate(pictures, size, mode=mode, align_corners=corners, antialias=antialias)[0].permute(1, 2, 0)
+    return F.interpolate(pictures, size, mode=mode, align_corners=corners, antialias=antialias)[
+        0
+    ].permute(1, 2, 0)
 
 
 def _hf(grid: Tensor, size: tuple[int, int]) -> Tensor:
@@ -46,8 +51,8 @@ def _big_vision(grid: Tensor, size: tuple[int, int]) -> Tensor:
 def _navit(grid: Tensor, size: tuple[int, int]) -> Tensor:
     """The position of the same place in the picture, as Idefics2, Idefics3, SmolVLM, MiniCPM-V and Phi-4 read them.
 
-    In float32, operation by operation as transformers 5 does it, since the rounding decides on which side of a
-    boundary a place lies. Releases before 5.0 round differently.
+    In float32, operation by operation as transformers 5 does it, since the rounding decides on
+    which side of a boundary a place lies. Releases before 5.0 round differently.
     """
     height, width, _ = grid.shape
     rows, columns = (
@@ -69,7 +74,9 @@ _RULES: dict[str, Callable[[Tensor, tuple[int, int]], Tensor]] = dict(
 
 
 def positions(table: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """Fits learned positions to a grid of patches. On their own grid, every rule leaves them as they are.
+    """Fits learned positions to a grid of patches.
+
+    On their own grid, every rule leaves them as they are.
 
     Args:
         table: [N, D], of a square grid, row by row.
@@ -86,7 +93,9 @@ def positions(table: Tensor, size: tuple[int, int], interpolation: str) -> Tenso
 
 
 def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
-    """Cuts pictures into patches, as NaFlex towers take them: row by row, in each the channel fastest.
+    """Cuts pictures into patches, as NaFlex towers take them.
+
+    Row by row, in each the channel fastest.
 
     Args:
         pixel_values: [..., C, H, W]. What is left beyond the last whole patch is ignored.
@@ -97,8 +106,12 @@ def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
     """
     rows, columns = (size // patch_size for size in pixel_values.shape[-2:])
     whole = pixel_values[..., : rows * patch_size, : columns * patch_size]
-    cells = whole.unflatten(-1, (columns, patch_size)).unflatten(-3, (rows, patch_size))  # [..., C, h, P, w, P]
-    patches: Tensor = cells.movedim((-4, -2, -3, -1, -5), (-5, -4, -3, -2, -1)).flatten(-5, -4).flatten(-3)
+    cells = whole.unflatten(-1, (columns, patch_size)).unflatten(
+        -3, (rows, patch_size)
+    )  # [..., C, h, P, w, P]
+    patches: Tensor = (
+        cells.movedim((-4, -2, -3, -1, -5), (-5, -4, -3, -2, -1)).flatten(-5, -4).flatten(-3)
+    )
     return patches
 
 
@@ -117,7 +130,9 @@ class Packed(TypedDict):
 
 
 def pack(pictures: Sequence[Tensor], patch_size: int, num_patches: int | None = None) -> Packed:
-    """Packs pictures of several shapes into one batch for a tower: `model(**pack(pictures, patch_size))`.
+    """Packs pictures of several shapes into one batch for a tower.
+
+    `model(**pack(pictures, patch_size))`.
 
     The result has the names and shapes of what transformers' `Siglip2ImageProcessor` returns.
 
@@ -139,20 +154,27 @@ def pack(pictures: Sequence[Tensor], patch_size: int, num_patches: int | None = 
         raise ValueError(f"patch_size must be a positive integer, got {patch_size!r}")
     channels, dtypes = {p.shape[0] for p in pictures}, {p.dtype for p in pictures}
     if len(channels) > 1 or len(dtypes) > 1:
-        raise ValueError(f"pictures must have one number of channels and one dtype, got {channels} and {dtypes}")
+        raise ValueError(
+            f"pictures must have one number of channels and one dtype, got {channels} and {dtypes}"
+        )
     shapes = [(p.shape[-2] // patch_size, p.shape[-1] // patch_size) for p in pictures]
     counts = [rows * columns for rows, columns in shapes]
     if not min(counts):
         small = next(list(p.shape) for p, count in zip(pictures, counts, strict=True) if not count)
         raise ValueError(
-            f"every picture must hold a patch of {patch_size} x {patch_size} pixels, got one of shape {small}"
+            f"every picture must hold a patch of {patch_size} x {patch_size} pixels, got one of "
+            f"shape {small}"
         )
     size = max(counts) if num_patches is None else num_patches
     if max(counts) > size:
-        raise ValueError(f"a picture has {max(counts)} patches, more than num_patches={size}; make it smaller")
+        raise ValueError(
+            f"a picture has {max(counts)} patches, more than num_patches={size}; make it smaller"
+        )
     patches = [patchify(picture, patch_size) for picture in pictures]
     return {
         "pixel_values": torch.stack([F.pad(p, (0, 0, 0, size - len(p))) for p in patches]),
-        "pixel_attention_mask": (torch.arange(size) < torch.tensor(counts)[:, None]).long().to(patches[0].device),
+        "pixel_attention_mask": (torch.arange(size) < torch.tensor(counts)[:, None])
+        .long()
+        .to(patches[0].device),
         "spatial_shapes": torch.tensor(shapes, device=patches[0].device),
     }

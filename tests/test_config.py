@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import SiglipVisionConfig
 
 from siglip_port import SigLipVisionConfig
+from tests.helpers.strategies import JSON
 
 SIZES = st.integers(1, 512)
 CONFIGS = st.builds(
@@ -44,7 +45,9 @@ def test_defaults_are_those_of_the_reference() -> None:
 
 
 def test_derived_sizes() -> None:
-    so400m = SigLipVisionConfig(embed_dim=1152, image_size=384, patch_size=14, num_attention_heads=16)
+    so400m = SigLipVisionConfig(
+        embed_dim=1152, image_size=384, patch_size=14, num_attention_heads=16
+    )
     assert (so400m.head_dim, so400m.grid_size, so400m.num_patches) == (72, 27, 729)
 
 
@@ -59,7 +62,9 @@ def test_round_trip_through_config_json(config: SigLipVisionConfig) -> None:
 
 
 @given(CONFIGS, st.sets(st.sampled_from(sorted(SigLipVisionConfig().to_hf()))))
-def test_a_key_that_is_left_out_means_its_default(config: SigLipVisionConfig, left_out: set[str]) -> None:
+def test_a_key_that_is_left_out_means_its_default(
+    config: SigLipVisionConfig, left_out: set[str]
+) -> None:
     """What transformers before 4.50 wrote: nested, and only what differs from the defaults."""
     default = SigLipVisionConfig(pooling_head=True).to_hf()
     short = {k: v for k, v in config.to_hf().items() if k not in left_out or v != default[k]}
@@ -99,7 +104,10 @@ def test_keys_seen_on_the_hub_are_tolerated(extra: dict[str, Any]) -> None:
         ({"layer_norm_eps": 10**400}, "layer_norm_eps must lie between 0 and 1, got 1000"),
         ({"attention_dropout": 10**400}, r"attention_dropout must lie in \[0, 1\), got 1000"),
         ({"attention_dropout": 1.0}, r"attention_dropout must lie in \[0, 1\), got 1.0"),
-        ({"hidden_act": "quick_gelu"}, "hidden_act must be one of gelu_pytorch_tanh, gelu, got 'quick_gelu'"),
+        (
+            {"hidden_act": "quick_gelu"},
+            "hidden_act must be one of gelu_pytorch_tanh, gelu, got 'quick_gelu'",
+        ),
         ({"pooling_head": None}, "pooling_head must be True or False, got None"),
     ],
 )
@@ -113,15 +121,30 @@ def test_nonsense_is_refused(fields: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model_type": "dinov2"}, "model_type must be one of siglip, siglip_vision_model, .*, got 'dinov2'"),
+        (
+            {"model_type": "dinov2"},
+            "model_type must be one of siglip, siglip_vision_model, .*, got 'dinov2'",
+        ),
         ({"model_type": "bagel"}, "model_type .bagel. is refused: its configuration does not tell"),
-        ({"model_type": "youtu_vl", "vision_config": {"model_type": "siglip2_vision_model"}}, "'youtu_vl' is refused"),
-        ({"model_type": "minicpmv", "vision_config": {"model_type": "siglip_navit"}}, "got 'siglip_navit'"),
+        (
+            {"model_type": "youtu_vl", "vision_config": {"model_type": "siglip2_vision_model"}},
+            "'youtu_vl' is refused",
+        ),
+        (
+            {"model_type": "minicpmv", "vision_config": {"model_type": "siglip_navit"}},
+            "got 'siglip_navit'",
+        ),
         ({"model_type": "minicpmv"}, "got 'minicpmv'"),
         ({"model_type": "siglip2", "num_patches": True}, "num_patches must be .* got True"),
-        ({"a": {"vision_config": {}}, "b": {"vision_config": {}}}, "must be one vision_config, got one each in a, b"),
+        (
+            {"a": {"vision_config": {}}, "b": {"vision_config": {}}},
+            "must be one vision_config, got one each in a, b",
+        ),
         ([], r"a configuration must be an object, got \[\]"),
-        ({"model_type": "janus_vision_model", "hidden_size": 10**400}, "mlp_ratio must be a number"),
+        (
+            {"model_type": "janus_vision_model", "hidden_size": 10**400},
+            "mlp_ratio must be a number",
+        ),
         ({"model_type": "clip"}, "model_type 'clip' is refused: CLIP is another model"),
         (
             {"model_type": "llava", "vision_config": {"model_type": "clip_vision_model"}},
@@ -130,13 +153,22 @@ def test_nonsense_is_refused(fields: dict[str, Any], message: str) -> None:
         ({"model_type": "llava", "vision_config": {}}, "got 'llava'"),
         ({"model_type": "paligemma"}, "got 'paligemma'"),
         ({"model_type": ["siglip"]}, r"got \['siglip'\]"),
-        ({"model_type": "siglip2", "num_patches": 200}, "num_patches must be .* of a square grid, got 200"),
-        ({"model_type": "janus_vision_model", "mlp_ratio": "4"}, "mlp_ratio must be a number above 0, got '4'"),
+        (
+            {"model_type": "siglip2", "num_patches": 200},
+            "num_patches must be .* of a square grid, got 200",
+        ),
+        (
+            {"model_type": "janus_vision_model", "mlp_ratio": "4"},
+            "mlp_ratio must be a number above 0, got '4'",
+        ),
         ({"vision_config": [1]}, r"vision_config must be an object, got \[1\]"),
         ({"vision_config": []}, r"vision_config must be an object, got \[\]"),
         ({"vision_config": False}, "vision_config must be an object, got False"),
         ({"vision_config": ""}, "vision_config must be an object, got ''"),
-        ({"image_size": [224, 256]}, r"image_size must be one number or two equal ones, got \[224, 256\]"),
+        (
+            {"image_size": [224, 256]},
+            r"image_size must be one number or two equal ones, got \[224, 256\]",
+        ),
     ],
 )
 def test_other_models_are_refused(content: dict[str, Any], message: str) -> None:
@@ -144,11 +176,6 @@ def test_other_models_are_refused(content: dict[str, Any], message: str) -> None
         SigLipVisionConfig.from_hf(content)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
 KEYS = st.sampled_from([*SigLipVisionConfig().to_hf(), "vision_config", "text_config"])
 
 

@@ -1,4 +1,7 @@
-"""What the tower gives beside its tokens: hidden states, attention maps, and itself, as a checkpoint of others."""
+"""What the tower gives beside its tokens.
+
+Hidden states, attention maps, and itself, as a checkpoint of others.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel, pack
 from siglip_port.parity.metrics import relative_error
-from siglip_port.parity.references import hf_config
-from siglip_port.parity.weights import randomise
-from tests.conftest import ODD, MakeCheckpoint, edit_config, pixels
-from tests.test_peers import build
+from siglip_port.parity.siglip.reference import hf_config
+from siglip_port.parity.stress_weights import randomise
+from tests.helpers.checkpoints import ODD, MakeCheckpoint, edit_config, pixels
+from tests.helpers.other_libraries import build
 
 SMALL_ODD = replace(ODD, num_encoder_blocks=3)
 load = SigLipVisionModel.from_hf
@@ -31,11 +34,13 @@ load = SigLipVisionModel.from_hf
 def pair(checkpoint: MakeCheckpoint) -> tuple[SigLipVisionModel, Any]:
     """The port and the reference, of the same weights, in float64."""
     folder = checkpoint(SMALL_ODD)
-    reference = SiglipVisionModel.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+    reference = SiglipVisionModel.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager"
+    ).eval()
     return load(folder, dtype=torch.float64), reference
 
 
-# --- hidden states ------------------------------------------------------------------------------------------------
+# --- hidden states --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -103,10 +108,17 @@ def test_layers_that_are_none(layers: Any, message: str) -> None:  # noqa: ANN40
         SigLipVisionModel(SMALL_ODD).hidden_states(pixels(SMALL_ODD).float(), layers)
 
 
-@pytest.mark.parametrize("kind", ["llava_onevision", "paligemma", "gemma3", "idefics2", "idefics3", "smolvlm"])
+@pytest.mark.parametrize(
+    "kind", ["llava_onevision", "paligemma", "gemma3", "idefics2", "idefics3", "smolvlm"]
+)
 @torch.no_grad()
-def test_what_vision_language_models_feed_to_their_language_model(kind: str, tmp_path: Path) -> None:
-    """The table of docs/checkpoints.md: what enters the projector, caught in the model's own vision path."""
+def test_what_vision_language_models_feed_to_their_language_model(
+    kind: str, tmp_path: Path
+) -> None:
+    """The table of docs/checkpoints.md.
+
+    What enters the projector, caught in the model's own vision path.
+    """
     whole, _ = build(kind)
     randomise(whole)
     whole = whole.double().eval()
@@ -114,9 +126,12 @@ def test_what_vision_language_models_feed_to_their_language_model(kind: str, tmp
     port = load(tmp_path)
     caught: list[Tensor] = []
     path = whole.model
-    projector: nn.Module = path.connector if hasattr(path, "connector") else path.multi_modal_projector
+    projector: nn.Module = (
+        path.connector if hasattr(path, "connector") else path.multi_modal_projector
+    )
     projector.register_forward_pre_hook(
-        lambda _, args, kwargs: caught.append(args[0] if args else kwargs["image_hidden_states"]), with_kwargs=True
+        lambda _, args, kwargs: caught.append(args[0] if args else kwargs["image_hidden_states"]),
+        with_kwargs=True,
     )
     x = pixels(port.config)
     if kind in ("paligemma", "gemma3"):
@@ -135,12 +150,15 @@ def test_what_vision_language_models_feed_to_their_language_model(kind: str, tmp
     assert relative_error(features, expected) <= 1e-10
 
 
-# --- attention maps -----------------------------------------------------------------------------------------------
+# --- attention maps -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_attention_maps_equal_the_reference(pair: tuple[SigLipVisionModel, Any]) -> None:
-    """To 1e-6 in float64 too: the softmax of the reference's eager attention is float32 whatever the dtype."""
+    """To 1e-6 in float64 too.
+
+    The softmax of the reference's eager attention is float32 whatever the dtype.
+    """
     port, reference = pair
     x = pixels(SMALL_ODD)
     expected = reference(x, output_attentions=True).attentions
@@ -185,27 +203,33 @@ def test_attention_to_padding_is_none() -> None:
     assert not probe[0, :, 6:].any()
     assert relative_error(probe.sum(-1), torch.ones(2, 4)) <= 1e-6
     with pytest.raises(ValueError, match="no pooling head, so nothing attends to the tokens"):
-        SigLipVisionModel(replace(SMALL_ODD, pooling_head=False)).pooling_attention(torch.ones(1, 36, 72))
+        SigLipVisionModel(replace(SMALL_ODD, pooling_head=False)).pooling_attention(
+            torch.ones(1, 36, 72)
+        )
 
 
-# --- pooling ------------------------------------------------------------------------------------------------------
+# --- pooling --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_pooling_by_the_mean() -> None:
-    port = SigLipVisionModel(replace(SMALL_ODD, pooling_head=False, mean_pooling=True, interpolation="hf")).eval()
+    port = SigLipVisionModel(
+        replace(SMALL_ODD, pooling_head=False, mean_pooling=True, interpolation="hf")
+    ).eval()
     x = pixels(SMALL_ODD).float()
     assert torch.equal(port.embed(x), port(x).mean(1))
     inputs = pack([torch.randn(3, 14, 21), torch.randn(3, 28, 28)], 7)
     tokens = port(**inputs)
     assert relative_error(port.embed(**inputs)[0], tokens[0, :6].mean(0)) <= 1e-6
     half = port.half().pool(torch.full((2, 1024, 72), 80.0).half(), torch.ones(2, 1024))
-    assert relative_error(half, torch.full((2, 72), 80.0)) <= 1e-2  # a sum of float16 would overflow
+    assert (
+        relative_error(half, torch.full((2, 72), 80.0)) <= 1e-2
+    )  # a sum of float16 would overflow
     with pytest.raises(ValueError, match="mean_pooling and pooling_head exclude each other"):
         replace(SMALL_ODD, mean_pooling=True)
 
 
-# --- as a checkpoint of others ------------------------------------------------------------------------------------
+# --- as a checkpoint of others --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("naflex", [False, True], ids=["fixed", "naflex"])
@@ -229,7 +253,9 @@ def test_transformers_loads_what_is_saved(naflex: bool, head: bool, tmp_path: Pa
         assert relative_error(port.embed(x), output.pooler_output) <= 1e-10
     written = json.loads((tmp_path / "config.json").read_text())
     architecture = set(vars(hf_config(config))) & set(type(hf_config(config)).__annotations__)
-    assert {name: getattr(hf_config(config), name) for name in architecture}.items() <= written.items()
+    assert {
+        name: getattr(hf_config(config), name) for name in architecture
+    }.items() <= written.items()
     again = load(tmp_path)
     assert again.config == config
     assert all(torch.equal(t, port.state_dict()[n]) for n, t in again.state_dict().items())
@@ -269,13 +295,27 @@ PUBLISHED_PROCESSOR = {
         ("siglip2-small", None, {"resample": 2}),
         ("siglip-small", PUBLISHED_PROCESSOR, PUBLISHED_PROCESSOR),
         ("siglip2-small", {"image_processor_type": "SiglipImageProcessor"}, {"resample": 3}),
-        ("siglip-small", {"do_normalize": False, "resample": 0}, {"do_normalize": False, "resample": 0}),
+        (
+            "siglip-small",
+            {"do_normalize": False, "resample": 0},
+            {"do_normalize": False, "resample": 0},
+        ),
         ("siglip-small", {"size": {"shortest_edge": 45}}, {"size": {"shortest_edge": 45}}),
         ("siglip-small", {"size": 45}, {"size": 45}),
         (
             "smolvlm",
-            {"image_processor_type": "SmolVLMImageProcessor", "resample": 1, "image_mean": [0.4] * 3, "size": {"x": 9}},
-            {"resample": 1, "image_mean": [0.4] * 3, "image_std": [0.5] * 3, "size": {"height": 45, "width": 45}},
+            {
+                "image_processor_type": "SmolVLMImageProcessor",
+                "resample": 1,
+                "image_mean": [0.4] * 3,
+                "size": {"x": 9},
+            },
+            {
+                "resample": 1,
+                "image_mean": [0.4] * 3,
+                "image_std": [0.5] * 3,
+                "size": {"height": 45, "width": 45},
+            },
         ),
         (
             "siglip2-experiments/../siglip-small",
@@ -306,16 +346,24 @@ def test_the_image_processor_of_the_source_is_kept(
     assert load(tmp_path / "out").preprocessor_config == written
 
 
-def test_where_else_the_image_processor_is_looked_for(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_where_else_the_image_processor_is_looked_for(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     (tmp_path / "siglip2-experiments").mkdir()
     source = checkpoint(SMALL_ODD, name="siglip2-experiments/siglip-small")
-    assert load(source).preprocessor_config["resample"] == 3  # the folder around it says nothing of it
+    assert (
+        load(source).preprocessor_config["resample"] == 3
+    )  # the folder around it says nothing of it
     inner = {"image_processor_type": "Gemma3ImageProcessor", "resample": 2, "image_mean": [0.4] * 3}
-    (source / "processor_config.json").write_text(json.dumps({"image_processor": inner}))  # as transformers 5 has it
+    (source / "processor_config.json").write_text(
+        json.dumps({"image_processor": inner})
+    )  # as transformers 5 has it
     found = load(source).preprocessor_config
     assert (found["resample"], found["image_mean"], found["image_std"]) == (2, [0.4] * 3, [0.5] * 3)
     (source / "preprocessor_config.json").write_text("not json")
-    assert load(source).preprocessor_config == found  # this one is not looked for, as by transformers
+    assert (
+        load(source).preprocessor_config == found
+    )  # this one is not looked for, as by transformers
     (source / "processor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"preprocessor_config.json is not readable JSON"):
         load(source)
@@ -339,11 +387,15 @@ def test_timm_loads_what_is_saved(act: str, tmp_path: Path) -> None:
     x = pixels(port.config).float()
     assert relative_error(port(x), tower.forward_features(x)) <= 1e-5
     assert relative_error(port.embed(x), tower(x)) <= 1e-5
-    assert load(tmp_path).config == port.config  # the size of a picture too, which timm's architecture says otherwise
+    assert (
+        load(tmp_path).config == port.config
+    )  # the size of a picture too, which timm's architecture says otherwise
 
 
 def test_what_timm_has_not_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="timm's SigLIP towers have layer_norm_eps 1e-6, this one has 1e-05"):
+    with pytest.raises(
+        ValueError, match="timm's SigLIP towers have layer_norm_eps 1e-6, this one has 1e-05"
+    ):
         SigLipVisionModel(replace(SMALL_ODD, layer_norm_eps=1e-5)).save_timm(tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

@@ -1,4 +1,7 @@
-"""The tower, against the reference, in float64 and with random weights: rung by rung, then as users call it."""
+"""The tower, against the reference, in float64 and with random weights.
+
+Rung by rung, then as users call it.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,16 @@ from siglip_port import (
     SigLipVisionModel,
     SigLipVisionTransformer,
     VisionEmbeddings,
-    key_map,
 )
-from siglip_port.parity import references
+from siglip_port.checkpoint import layouts as key_map
 from siglip_port.parity.metrics import relative_error
-from siglip_port.parity.references import Reference
-from siglip_port.parity.weights import randomise
-from tests.conftest import ODD, SMALL, MakeCheckpoint, pixels
+from siglip_port.parity.siglip import reference as references
+from siglip_port.parity.siglip.reference import Reference
+from siglip_port.parity.stress_weights import randomise
+from tests.helpers.checkpoints import ODD, SMALL, MakeCheckpoint, pixels
 
-# The deepest rung that rounding reaches is 1e-15; the weakest mistake of parity/faults.py makes 6e-8.
+# The deepest rung that rounding reaches is 1e-15; the weakest mistake of parity/faults.py makes
+# 6e-8.
 EXACT = 1e-12
 
 CONFIGS = {
@@ -39,7 +43,12 @@ CONFIGS = {
     "exact GELU": replace(ODD, hidden_act="gelu"),
     "three heads": replace(SMALL, embed_dim=27, num_attention_heads=3),
     "heads 72 wide, patch 14, as so400m": replace(
-        SMALL, embed_dim=144, num_attention_heads=2, image_size=40, patch_size=14, mlp_hidden_dim=538
+        SMALL,
+        embed_dim=144,
+        num_attention_heads=2,
+        image_size=40,
+        patch_size=14,
+        mlp_hidden_dim=538,
     ),
     "heads 96 wide, as giant-opt": replace(SMALL, embed_dim=192, num_attention_heads=2),
     "one patch, one head, one channel": replace(
@@ -104,7 +113,7 @@ def test_every_rung_equals_the_reference(pair: Pair, config: SigLipVisionConfig)
 def test_gradients_equal_the_references(pair: Pair, config: SigLipVisionConfig) -> None:
     port, reference = pair
     x = pixels(config)
-    port.embed(x).square().sum().backward()  # type: ignore[no-untyped-call]
+    port.embed(x).square().sum().backward()
     reference.model(x).pooler_output.square().sum().backward()
     ours = {name: p.grad for name, p in port.named_parameters() if p.grad is not None}
     assert len(ours) == len(list(port.parameters()))
@@ -113,8 +122,11 @@ def test_gradients_equal_the_references(pair: Pair, config: SigLipVisionConfig) 
     for name, grad in key_map.HUGGINGFACE.to_stored(
         ours, config.num_encoder_blocks, config.num_attention_heads, rows
     ).items():
-        # A bias of the keys moves all scores of a query alike, so its gradient is zero but for rounding.
-        assert (grad - theirs[name].grad).norm() <= 1e-10 * max(grad.norm(), theirs["head.probe"].grad.norm()), name
+        # A bias of the keys moves all scores of a query alike, so its gradient is zero but for
+        # rounding.
+        assert (grad - theirs[name].grad).norm() <= 1e-10 * max(
+            grad.norm(), theirs["head.probe"].grad.norm()
+        ), name
 
 
 def test_edge_pixels_that_fill_no_patch_are_ignored() -> None:
@@ -141,7 +153,9 @@ def test_dropout_is_of_the_blocks_attention_and_of_training_only() -> None:
     model.train()
     assert not torch.equal(model(x), model(x))
     tokens = plain(x)
-    assert torch.equal(model.pool(tokens), model.pool(tokens))  # the reference's head has no dropout
+    assert torch.equal(
+        model.pool(tokens), model.pool(tokens)
+    )  # the reference's head has no dropout
 
 
 @torch.no_grad()
@@ -152,7 +166,9 @@ def test_embed_is_forward_then_pool_and_may_be_normalised() -> None:
     pooled = model.pool(model(x))
     assert torch.equal(model.embed(x), pooled)
     assert not torch.allclose(pooled.norm(dim=-1), torch.ones(2))
-    torch.testing.assert_close(model.embed(x, normalize=True), pooled / pooled.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(
+        model.embed(x, normalize=True), pooled / pooled.norm(dim=-1, keepdim=True)
+    )
 
 
 @torch.no_grad()
@@ -182,7 +198,10 @@ def test_pixels_are_cast_to_the_dtype_of_the_parameters() -> None:
             r"got torch.float32 of shape \[1, 3, 32, 8\]",
         ),  # the right number of patches, and yet wrong
         (torch.zeros(1, 1, 3, 16, 16), r"got torch.float32 of shape \[1, 1, 3, 16, 16\]"),
-        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), r"got torch.uint8 of shape \[1, 3, 16, 16\]"),
+        (
+            torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
+            r"got torch.uint8 of shape \[1, 3, 16, 16\]",
+        ),
         ([[0.0]], "got a list"),
     ],
 )
@@ -201,7 +220,9 @@ def test_wrong_tokens_and_a_missing_head_get_one_sentence() -> None:
         ([0.0], "a list"),
     ]
     for tokens, found in wrong:
-        with pytest.raises(ValueError, match=rf"^tokens must be a floating .* of shape \[B, N, 24\], got {found}$"):
+        with pytest.raises(
+            ValueError, match=rf"^tokens must be a floating .* of shape \[B, N, 24\], got {found}$"
+        ):
             SigLipVisionModel(SMALL).pool(tokens)  # type: ignore[arg-type]
     headless = SigLipVisionModel(replace(SMALL, pooling_head=False))
     no_head = r"^this model has no pooling head, .*tokens.mean\(dim=1\)$"
@@ -220,7 +241,8 @@ def test_tokens_are_cast_as_pixels_are() -> None:
 def test_a_config_of_another_type_gets_one_sentence() -> None:
     for config in ({"image_size": 224}, "google/siglip-base-patch16-224"):
         with pytest.raises(
-            ValueError, match=r"^config must be a SigLipVisionConfig, got a \w+; to load .* use .*from_hf$"
+            ValueError,
+            match=r"^config must be a SigLipVisionConfig, got a \w+; to load .* use .*from_hf$",
         ):
             SigLipVisionModel(config)  # type: ignore[arg-type]
 
@@ -236,7 +258,9 @@ def test_every_component_can_be_used_alone() -> None:
 
 
 def test_four_blocks_and_two_pictures() -> None:
-    assert SigLipVisionModel(SigLipVisionConfig(num_encoder_blocks=4))(torch.randn(2, 3, 224, 224)).shape == (
+    assert SigLipVisionModel(SigLipVisionConfig(num_encoder_blocks=4))(
+        torch.randn(2, 3, 224, 224)
+    ).shape == (
         2,
         196,
         768,
@@ -244,11 +268,18 @@ def test_four_blocks_and_two_pictures() -> None:
 
 
 def test_fresh_parameters_are_drawn_as_the_references() -> None:
-    """Same spread, same range and same constants, for every tensor; at width 384 chance moves a spread by a percent."""
+    """Same spread, same range and same constants, for every tensor.
+
+    At width 384 chance moves a spread by a percent.
+    """
     torch.manual_seed(0)
-    config = SigLipVisionConfig(embed_dim=384, num_attention_heads=6, num_encoder_blocks=1, pooling_head=True)
+    config = SigLipVisionConfig(
+        embed_dim=384, num_attention_heads=6, num_encoder_blocks=1, pooling_head=True
+    )
     rows = key_map.TOWER + key_map.HEAD
-    ours = key_map.HUGGINGFACE.to_stored(SigLipVisionModel(config).state_dict(), 1, config.num_attention_heads, rows)
+    ours = key_map.HUGGINGFACE.to_stored(
+        SigLipVisionModel(config).state_dict(), 1, config.num_attention_heads, rows
+    )
     theirs = ReferenceModel(references.hf_config(config)).state_dict()
     for name, tensor in theirs.items():
         if tensor.std() == 0:  # zeros and ones

@@ -1,10 +1,12 @@
-"""The real weights: `uv run pytest -m hub`. Needs the HuggingFace Hub (0.8 GB a checkpoint, cached).
+"""The real weights: `uv run pytest -m hub`.
 
-The golden numbers are published ones, of big_vision's own JAX weights and of transformers' tests: they are logits,
-which the port's image vectors give together with the reference's text tower.
+Needs the HuggingFace Hub (0.8 GB a checkpoint, cached).
 
-SIGLIP_PORT_GOLDENS names a JSON file with the numbers of another Hub, which has other weights under the same names: so
-`tests/test_versions.py` runs these tests at a Hub of our own.
+The golden numbers are published ones, of big_vision's own JAX weights and of transformers' tests:
+they are logits, which the port's image vectors give together with the reference's text tower.
+
+SIGLIP_PORT_GOLDENS names a JSON file with the numbers of another Hub, which has other weights under
+the same names: so `tests/test_versions.py` runs these tests at a Hub of our own.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from transformers import AutoTokenizer, SiglipModel
 
 import compare_origin
 from siglip_port import SigLipVisionModel
-from siglip_port.image import ImageProcessor
+from siglip_port.image_processing import ImageProcessor
 
 pytestmark = pytest.mark.hub
 
@@ -50,7 +52,9 @@ def logits_per_image(name: str, pixel_values: Tensor, input_ids: Tensor) -> Tens
     """The port's pictures against the reference's texts: [B, T]."""
     both = SiglipModel.from_pretrained(name).eval()
     with torch.inference_mode():
-        images = SigLipVisionModel.from_hf(name, pooling_head=True).embed(pixel_values, normalize=True)
+        images = SigLipVisionModel.from_hf(name, pooling_head=True).embed(
+            pixel_values, normalize=True
+        )
         texts = F.normalize(both.text_model(input_ids=input_ids).pooler_output, dim=-1)
         logits: Tensor = images @ texts.T * both.logit_scale.exp() + both.logit_bias
     return logits
@@ -79,7 +83,9 @@ def test_logits_of_big_vision(name: str) -> None:
     size = name.rsplit("-", 1)[1]
     suffix = "" if size == "224" else f"_{size}"
     pixel_values, input_ids = (
-        torch.load(hf_hub_download("nielsr/test-image", file, repo_type="dataset"), weights_only=True)
+        torch.load(
+            hf_hub_download("nielsr/test-image", file, repo_type="dataset"), weights_only=True
+        )
         for file in (f"siglip_pixel_values{suffix}.pt", "siglip_input_ids.pt")
     )
     found = logits_per_image(name, pixel_values, input_ids)

@@ -1,4 +1,6 @@
-"""Training and its tools: gradients against the reference's, copies, compilers, adapters, and several processes.
+"""Training and its tools.
+
+Gradients against the reference's, copies, compilers, adapters, and several processes.
 
 In float64, with random weights on which nothing is zero and nothing is one.
 """
@@ -26,16 +28,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel, key_map
-from siglip_port.parity import references
+from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
+from siglip_port.checkpoint import layouts as key_map
 from siglip_port.parity.metrics import relative_error
-from siglip_port.parity.weights import randomise
+from siglip_port.parity.siglip import reference as references
+from siglip_port.parity.stress_weights import randomise
 from siglip_port.patches import pack, positions
-from tests import two_processes
-from tests.conftest import ODD, SMALL, MakeCheckpoint, pixels
+from tests.helpers import two_processes
+from tests.helpers.checkpoints import ODD, SMALL, MakeCheckpoint, pixels
 
 EXACT = 1e-12
-# The deepest gradients; rounding reaches 2e-14 of their size, a mask that is left out moves them by more than 1e-2.
+# The deepest gradients; rounding reaches 2e-14 of their size, a mask that is left out moves them by
+# more than 1e-2.
 GRADIENTS = 1e-11
 
 FIXED = replace(ODD, num_encoder_blocks=3)
@@ -46,7 +50,9 @@ POSITIONS = "transformer.embeddings.position_embedding.weight"
 Run = Callable[[Tensor], Tensor]
 
 
-def load_pair(config: SigLipVisionConfig, checkpoint: MakeCheckpoint) -> tuple[SigLipVisionModel, Any]:
+def load_pair(
+    config: SigLipVisionConfig, checkpoint: MakeCheckpoint
+) -> tuple[SigLipVisionModel, Any]:
     """Port and reference, in float64, each loaded by its own loader from one checkpoint."""
     folder = checkpoint(replace(config, interpolation=None), dtype=torch.float64)
     port = SigLipVisionModel.from_hf(folder, interpolation=config.interpolation)
@@ -56,7 +62,9 @@ def load_pair(config: SigLipVisionConfig, checkpoint: MakeCheckpoint) -> tuple[S
     return port, reference
 
 
-def tower(config: SigLipVisionConfig = SMALL, dtype: torch.dtype = torch.float64) -> SigLipVisionModel:
+def tower(
+    config: SigLipVisionConfig = SMALL, dtype: torch.dtype = torch.float64
+) -> SigLipVisionModel:
     """With random weights, in `eval()` mode."""
     model = SigLipVisionModel(config).to(dtype).eval()
     randomise(model)
@@ -70,12 +78,15 @@ def pictures(config: SigLipVisionConfig, side: int | None = None, batch: int = 2
 def packs() -> dict[str, Any]:
     """A picture of 2 x 6 patches, one of 5 x 3, and one on the tower's own grid, which leaves no padding."""
     sizes = [(14, 42), (35, 21), (35, 35)]
-    shapes = [pixels(replace(NAFLEX, image_size=42), seed=i)[0, :, :h, :w] for i, (h, w) in enumerate(sizes)]
+    shapes = [
+        pixels(replace(NAFLEX, image_size=42), seed=i)[0, :, :h, :w]
+        for i, (h, w) in enumerate(sizes)
+    ]
     return {**pack(shapes, NAFLEX.patch_size)}
 
 
 def backward(value: Tensor) -> None:
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
 
 
 def loss_of(tokens: Tensor, pooled: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -92,8 +103,13 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return grads
 
 
-def as_the_reference_names_them(model: SigLipVisionModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In the names and forms of the reference: q, k and v of the head in one, NaFlex's patch weights as a Linear's."""
+def as_the_reference_names_them(
+    model: SigLipVisionModel, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """In the names and forms of the reference.
+
+    Q, k and v of the head in one, NaFlex's patch weights as a Linear's.
+    """
     config = model.config
     layout = key_map.HUGGINGFACE_NAFLEX if config.naflex else key_map.HUGGINGFACE
     rows = layout.rows(config.pooling_head)
@@ -103,8 +119,8 @@ def as_the_reference_names_them(model: SigLipVisionModel, tensors: dict[str, Ten
 def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, str]:
     """The largest error of a gradient, relative to it, and whose.
 
-    A bias of the keys moves all scores of a query alike, so that its gradient is zero but for rounding: its error is
-    taken relative to the gradient of the weights.
+    A bias of the keys moves all scores of a query alike, so that its gradient is zero but for
+    rounding: its error is taken relative to the gradient of the weights.
     """
     assert ours.keys() == theirs.keys()
     errors = []
@@ -115,11 +131,13 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, st
     return max(errors)
 
 
-# --- gradients ----------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", [None, 31], ids=["its own size", "another size"])
-def test_gradients_of_parameters_and_pictures_are_the_references(checkpoint: MakeCheckpoint, side: int | None) -> None:
+def test_gradients_of_parameters_and_pictures_are_the_references(
+    checkpoint: MakeCheckpoint, side: int | None
+) -> None:
     port, reference = load_pair(FIXED if side is None else RESIZED, checkpoint)
     x, y = (pictures(FIXED, side).requires_grad_() for _ in range(2))
     tokens = port(x)
@@ -151,7 +169,8 @@ def test_gradients_of_packed_patches_are_the_references(checkpoint: MakeCheckpoi
     assert relative_error(x.grad, y.grad) <= GRADIENTS
     grads, expected = as_the_reference_names_them(port, gradients(port)), gradients(reference)
     assert grads["embeddings.patch_embedding.weight"].shape == (72, 3 * 7 * 7)  # a Linear's
-    # On a CPU, both fit positions in float32, and sum the gradients of the pictures in different dtypes.
+    # On a CPU, both fit positions in float32, and sum the gradients of the pictures in different
+    # dtypes.
     name = "embeddings.position_embedding.weight"
     assert relative_error(grads.pop(name), expected.pop(name)) <= 1e-6
     assert worst(grads, expected)[0] <= GRADIENTS, worst(grads, expected)
@@ -181,7 +200,9 @@ def test_gradients_of_mean_pooling_are_those_of_the_references_tokens(
     assert worst(ours, expected)[0] <= GRADIENTS, worst(ours, expected)
 
 
-def test_dropout_draws_as_the_reference_does_and_only_in_training(checkpoint: MakeCheckpoint) -> None:
+def test_dropout_draws_as_the_reference_does_and_only_in_training(
+    checkpoint: MakeCheckpoint,
+) -> None:
     port, reference = load_pair(replace(FIXED, attention_dropout=0.3), checkpoint)
     x = pictures(FIXED)
 
@@ -219,7 +240,10 @@ def test_parameters_of_other_dtypes_and_autocast_are_as_exact_as_the_reference(
     x = pictures(FIXED)
 
     def vectors_and_gradients() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        vectors = [port.embed(x.to(port.pooling_head.probe.dtype)), reference(x.to(reference.dtype)).pooler_output]  # type: ignore[union-attr]
+        vectors = [
+            port.embed(x.to(port.pooling_head.probe.dtype)),  # type: ignore[union-attr]
+            reference(x.to(reference.dtype)).pooler_output,
+        ]
         for vector in vectors:
             backward(vector.square().sum())
         return [v.detach().double() for v in vectors], [
@@ -232,7 +256,11 @@ def test_parameters_of_other_dtypes_and_autocast_are_as_exact_as_the_reference(
     def check() -> None:
         (ours, theirs), grads = vectors_and_gradients()
         assert 0 < relative_error(ours, truth) <= 1.5 * relative_error(theirs, truth)
-        for name in ("embeddings.patch_embedding.weight", "encoder.layers.1.mlp.fc1.weight", "head.probe"):
+        for name in (
+            "embeddings.patch_embedding.weight",
+            "encoder.layers.1.mlp.fc1.weight",
+            "head.probe",
+        ):
             mine, other = (relative_error(g[name], true_gradients[name]) for g in grads)
             assert 0 < mine <= 1.5 * other, name
 
@@ -247,7 +275,9 @@ def test_parameters_of_other_dtypes_and_autocast_are_as_exact_as_the_reference(
             check()
 
 
-def test_a_step_reaches_the_parameters_and_not_the_file_that_they_are_mapped_from(checkpoint: MakeCheckpoint) -> None:
+def test_a_step_reaches_the_parameters_and_not_the_file_that_they_are_mapped_from(
+    checkpoint: MakeCheckpoint,
+) -> None:
     folder = checkpoint(FIXED)
     before = (folder / "model.safetensors").read_bytes()
     model = SigLipVisionModel.from_hf(folder).train()
@@ -259,7 +289,7 @@ def test_a_step_reaches_the_parameters_and_not_the_file_that_they_are_mapped_fro
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-# --- blocks computed twice ----------------------------------------------------------------------------------------
+# --- blocks computed twice ------------------------------------------------------------------------
 
 
 def runs_of_blocks(model: SigLipVisionModel, run: Callable[[], object]) -> int:
@@ -269,15 +299,21 @@ def runs_of_blocks(model: SigLipVisionModel, run: Callable[[], object]) -> int:
     def add(*_: object) -> None:
         count[0] += 1
 
-    hooks = [block.register_forward_pre_hook(add) for block in model.transformer.encoder.encoder_blocks]
+    hooks = [
+        block.register_forward_pre_hook(add) for block in model.transformer.encoder.encoder_blocks
+    ]
     run()
     for hook in hooks:
         hook.remove()
     return count[0]
 
 
-@pytest.mark.parametrize("config", [replace(FIXED, attention_dropout=0.3), NAFLEX], ids=["dropout", "packed patches"])
-def test_gradient_checkpointing_computes_blocks_twice_and_changes_no_bit(config: SigLipVisionConfig) -> None:
+@pytest.mark.parametrize(
+    "config", [replace(FIXED, attention_dropout=0.3), NAFLEX], ids=["dropout", "packed patches"]
+)
+def test_gradient_checkpointing_computes_blocks_twice_and_changes_no_bit(
+    config: SigLipVisionConfig,
+) -> None:
     model = tower(config).train()
     batch: dict[str, Any] = packs() if config.naflex else {"pixel_values": pictures(config)}
 
@@ -291,13 +327,15 @@ def test_gradient_checkpointing_computes_blocks_twice_and_changes_no_bit(config:
     assert runs_of_blocks(model, step) == 6
     twice = gradients(model)
     assert all(torch.equal(twice[name], grad) for name, grad in plain.items())
-    assert runs_of_blocks(model, lambda: model.hidden_states(**batch, layers=[-1])) == 3  # no way back
+    assert (
+        runs_of_blocks(model, lambda: model.hidden_states(**batch, layers=[-1])) == 3
+    )  # no way back
     assert runs_of_blocks(model.eval(), step) == 3
     model.train().gradient_checkpointing_disable()
     assert runs_of_blocks(model, step) == 3
 
 
-# --- copies and dtypes --------------------------------------------------------------------------------------------
+# --- copies and dtypes ----------------------------------------------------------------------------
 
 
 def through_torch_save(model: SigLipVisionModel) -> SigLipVisionModel:
@@ -347,21 +385,28 @@ def test_copies_hold_all_but_fitted_positions_and_live_on_their_own(
 def test_state_dicts_go_round(tmp_path: Path) -> None:
     model, fresh, assigned = tower(FIXED), SigLipVisionModel(FIXED), SigLipVisionModel(FIXED)
     x = pictures(FIXED)
-    assert model.state_dict().keys() == dict(model.named_parameters()).keys()  # nothing is hidden in buffers
+    assert (
+        model.state_dict().keys() == dict(model.named_parameters()).keys()
+    )  # nothing is hidden in buffers
     torch.save(model.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     fresh.load_state_dict(state, strict=True)  # into float32: rounded
     assert torch.equal(fresh.eval().embed(x), copy.deepcopy(model).float().embed(x))
-    for broken in ({n: t for n, t in state.items() if n != POSITIONS}, {**state, "more": torch.zeros(1)}):
+    for broken in (
+        {n: t for n, t in state.items() if n != POSITIONS},
+        {**state, "more": torch.zeros(1)},
+    ):
         with pytest.raises(RuntimeError, match=r"Missing key|Unexpected key"):
             fresh.load_state_dict(broken, strict=True)
-    assigned.load_state_dict(state, strict=True, assign=True)  # last: torch marks `state` by it for ever
+    assigned.load_state_dict(
+        state, strict=True, assign=True
+    )  # last: torch marks `state` by it for ever
     assert all(p.data_ptr() == state[name].data_ptr() for name, p in assigned.named_parameters())
     assert all(p.requires_grad for p in assigned.parameters())
     assert torch.equal(assigned.eval().embed(x), model.embed(x))
 
 
-# --- fitted positions, kept ---------------------------------------------------------------------------------------
+# --- fitted positions, kept -----------------------------------------------------------------------
 
 GRID = (3, 5)
 
@@ -370,7 +415,9 @@ def is_right(model: SigLipVisionModel) -> bool:
     """Whether the tower's positions for another grid, without gradients, are those of its weights as they are now."""
     embeddings = model.transformer.embeddings
     with torch.no_grad():
-        return torch.equal(embeddings.positions(*GRID), positions(embeddings.position_embedding.weight, GRID, "hf"))
+        return torch.equal(
+            embeddings.positions(*GRID), positions(embeddings.position_embedding.weight, GRID, "hf")
+        )
 
 
 def test_fitted_positions_are_kept_without_gradients_and_in_eval_only() -> None:
@@ -394,7 +441,9 @@ def test_fitted_positions_are_kept_without_gradients_and_in_eval_only() -> None:
         assert torch.equal(embeddings.positions(*GRID), kept)
         made_here = tower(RESIZED)  # of tensors without versions
         assert torch.equal(made_here.transformer.embeddings.positions(*GRID), kept)
-    x = pictures(RESIZED, 31).requires_grad_()  # after a look in inference mode, gradients flow as ever
+    x = pictures(
+        RESIZED, 31
+    ).requires_grad_()  # after a look in inference mode, gradients flow as ever
     backward(model.embed(x).square().mean())
     assert all(p.grad is not None for p in model.parameters())
 
@@ -454,7 +503,9 @@ def test_fitted_positions_follow_new_weights() -> None:
     with torch.no_grad():
         model.transformer.embeddings.position_embedding.weight.mul_(2)
     assert is_right(model)
-    model.transformer.embeddings.position_embedding.weight = nn.Parameter(weight.detach().double() * 3)
+    model.transformer.embeddings.position_embedding.weight = nn.Parameter(
+        weight.detach().double() * 3
+    )
     assert is_right(model)
     model.transformer.embeddings.position_embedding.weight.data.mul_(2)  # which nothing tells
     assert not is_right(model)
@@ -471,18 +522,23 @@ def test_while_something_is_kept_of_weights_no_others_can_get_their_address() ->
     model.transformer.embeddings.position_embedding.weight = nn.Parameter(torch.from_numpy(memory))
     del memory
     assert is_right(model)
-    model.transformer.embeddings.position_embedding.weight = nn.Parameter(torch.zeros(36, 72, dtype=torch.float64))
+    model.transformer.embeddings.position_embedding.weight = nn.Parameter(
+        torch.zeros(36, 72, dtype=torch.float64)
+    )
     assert alive() is not None
     model.train()
     assert alive() is None
 
 
-# --- compilers ----------------------------------------------------------------------------------------------------
+# --- compilers ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def compiler() -> Iterator[None]:
-    """Forgets what other tests compiled: torch counts how often a function is compiled again, and gives up."""
+    """Forgets what other tests compiled.
+
+    Torch counts how often a function is compiled again, and gives up.
+    """
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -495,7 +551,9 @@ def shapes_as_ints() -> dict[str, Any]:
     """Packed patches, the shapes as pairs of ints: constants to a compiler."""
     shapes = torch.tensor(SHAPES)
     mask = (torch.arange(8) < shapes.prod(1, keepdim=True)).long()
-    patches = torch.randn(3, 8, 3 * 7 * 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    patches = torch.randn(
+        3, 8, 3 * 7 * 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": SHAPES}
 
 
@@ -566,13 +624,20 @@ def test_other_shapes_are_compiled_once_more_each_and_compute_the_same() -> None
         assert relative_error(embed(patches, spatial_shapes=shapes), whole) <= EXACT
     resized = tower(replace(RESIZED, num_encoder_blocks=1))
     compiled = torch.compile(resized, fullgraph=True, backend="eager")
-    for side, batch in ((31, 2), (38, 2), (45, 3), (66, 4)):  # of which torch makes one graph for all sizes
+    for side, batch in (
+        (31, 2),
+        (38, 2),
+        (45, 3),
+        (66, 4),
+    ):  # of which torch makes one graph for all sizes
         x = pictures(FIXED, side, batch)
         assert relative_error(compiled(x), resized(x)) <= EXACT
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler"
+)
 @torch.no_grad()
 def test_inductor_computes_the_same() -> None:
     model = tower(replace(SMALL, num_encoder_blocks=1, pooling_head=False, mean_pooling=True))
@@ -594,7 +659,9 @@ class Embed(nn.Module):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("config", [FIXED, RESIZED], ids=["its own size", "another size"])
 @torch.no_grad()
-def test_exported_for_any_number_of_pictures(config: SigLipVisionConfig, strict: bool, tmp_path: Path) -> None:
+def test_exported_for_any_number_of_pictures(
+    config: SigLipVisionConfig, strict: bool, tmp_path: Path
+) -> None:
     model, side = tower(config), 45 if config is FIXED else 31
     for module in (model, Embed(model)):
         program = torch.export.export(
@@ -610,7 +677,7 @@ def test_exported_for_any_number_of_pictures(config: SigLipVisionConfig, strict:
             assert relative_error(loaded(x), module(x)) <= EXACT
 
 
-# --- adapters -----------------------------------------------------------------------------------------------------
+# --- adapters -------------------------------------------------------------------------------------
 
 ENCODER = r".*(encoder_blocks|encoder\.layers)\.\d+\..*(_proj|fc1|fc2)"
 
@@ -636,7 +703,10 @@ def test_lora_wraps_every_linear_and_begins_as_the_tower() -> None:
     tokens, vectors = model(x), model.embed(x)
     wrapped = adapted(model)
     assert adapters(wrapped).keys() == linears
-    assert {name.split(".")[-3] for name, p in wrapped.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert {name.split(".")[-3] for name, p in wrapped.named_parameters() if p.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
     assert torch.equal(wrapped(x), tokens)
     assert torch.equal(wrapped.embed(x), vectors)
 
@@ -661,18 +731,28 @@ def test_lora_trains_merges_and_is_saved(tmp_path: Path) -> None:
     assert isinstance(merged, SigLipVisionModel)
     assert relative_error(merged.embed(x).detach(), new) <= EXACT
     unchanged = {name for name, p in merged.named_parameters() if torch.equal(p, before[name])}
-    linears = {f"{name}.weight" for name, module in merged.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        f"{name}.weight" for name, module in merged.named_modules() if isinstance(module, nn.Linear)
+    }
     assert unchanged == before.keys() - linears
     merged.save_hf(tmp_path / "merged")
-    assert relative_error(SigLipVisionModel.from_hf(tmp_path / "merged").embed(x).detach(), new) <= EXACT
+    assert (
+        relative_error(SigLipVisionModel.from_hf(tmp_path / "merged").embed(x).detach(), new)
+        <= EXACT
+    )
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks transformers
-def test_loras_gradients_in_the_blocks_are_those_of_lora_in_the_reference(checkpoint: MakeCheckpoint) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft asks transformers
+def test_loras_gradients_in_the_blocks_are_those_of_lora_in_the_reference(
+    checkpoint: MakeCheckpoint,
+) -> None:
     port, reference = load_pair(FIXED, checkpoint)
     ours, theirs = (adapted(model, fresh=False, targets=ENCODER) for model in (port, reference))
     pairs = {
-        name.replace("transformer.encoder.encoder_blocks", "encoder.layers"): a for name, a in adapters(ours).items()
+        name.replace("transformer.encoder.encoder_blocks", "encoder.layers"): a
+        for name, a in adapters(ours).items()
     }
     others = adapters(theirs)
     assert pairs.keys() == others.keys()
@@ -688,7 +768,9 @@ def test_loras_gradients_in_the_blocks_are_those_of_lora_in_the_reference(checkp
             assert relative_error(mine, other) <= GRADIENTS, (name, part)
 
 
-def test_loras_gradients_everywhere_follow_from_the_references_of_merged_weights(checkpoint: MakeCheckpoint) -> None:
+def test_loras_gradients_everywhere_follow_from_the_references_of_merged_weights(
+    checkpoint: MakeCheckpoint,
+) -> None:
     """W + s B A has the gradient G in the reference; then A has s B^T G, and B has s G A^T."""
     port, reference = load_pair(FIXED, checkpoint)
     shapes = {name: p.shape for name, p in port.named_parameters()}
@@ -703,12 +785,16 @@ def test_loras_gradients_everywhere_follow_from_the_references_of_merged_weights
     reference.load_state_dict(as_the_reference_names_them(merged, dict(merged.state_dict())))
     backward(reference(x).pooler_output.sin().mean())
     grads = gradients(reference)
-    claims = key_map.HUGGINGFACE.claims(FIXED.num_encoder_blocks, key_map.HUGGINGFACE.rows(pooling_head=True))
+    claims = key_map.HUGGINGFACE.claims(
+        FIXED.num_encoder_blocks, key_map.HUGGINGFACE.rows(pooling_head=True)
+    )
     whole = {
         name: grad
         for stored, claim in claims.items()
         for name, grad in zip(
-            claim.ours, claim.from_stored(grads[stored], [shapes[n] for n in claim.ours]), strict=True
+            claim.ours,
+            claim.from_stored(grads[stored], [shapes[n] for n in claim.ours]),
+            strict=True,
         )
     }
     assert len(found) == 6 * (3 + 1)
@@ -721,14 +807,14 @@ def test_loras_gradients_everywhere_follow_from_the_references_of_merged_weights
         assert relative_error(b.grad, scale * grad @ a.detach().T) <= GRADIENTS, name
 
 
-# --- several processes --------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """What both processes of tests/two_processes.py found, and their folder."""
+    """What both processes of tests/helpers/two_processes.py found, and their folder."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "tests.two_processes"]
+    command = [sys.executable, "-m", "tests.helpers.two_processes"]
     running = [
         subprocess.Popen(
             [*command, str(rank), str(folder)],
@@ -752,7 +838,9 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict
 Processes = tuple[Path, list[dict[str, Any]]]
 
 
-def of_one_process(config: SigLipVisionConfig, batch: dict[str, Any]) -> tuple[SigLipVisionModel, dict[str, Tensor]]:
+def of_one_process(
+    config: SigLipVisionConfig, batch: dict[str, Any]
+) -> tuple[SigLipVisionModel, dict[str, Tensor]]:
     """The tower, and its gradients for the whole batch."""
     model = two_processes.tower(config)
     two_processes.backward(model.embed(**batch))
@@ -761,9 +849,13 @@ def of_one_process(config: SigLipVisionConfig, batch: dict[str, Any]) -> tuple[S
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @pytest.mark.parametrize("batch", ["", ", naflex"])
-def test_gradients_of_two_processes_are_those_of_one(processes: Processes, how: str, batch: str) -> None:
+def test_gradients_of_two_processes_are_those_of_one(
+    processes: Processes, how: str, batch: str
+) -> None:
     config = two_processes.naflex() if batch else two_processes.CONFIG
-    _, expected = of_one_process(config, two_processes.packed() if batch else two_processes.pictures())
+    _, expected = of_one_process(
+        config, two_processes.packed() if batch else two_processes.pictures()
+    )
     for found in processes[1]:
         assert worst(found[how + batch], expected)[0] <= GRADIENTS
 
@@ -772,7 +864,10 @@ def test_past_ddp_nothing_is_averaged(processes: Processes) -> None:
     _, expected = of_one_process(two_processes.CONFIG, two_processes.pictures())
     first, second = (found["past ddp"] for found in processes[1])
     assert worst(first, expected)[0] > 1e-2
-    assert worst({name: (grad + second[name]) / 2 for name, grad in first.items()}, expected)[0] <= GRADIENTS
+    assert (
+        worst({name: (grad + second[name]) / 2 for name, grad in first.items()}, expected)[0]
+        <= GRADIENTS
+    )
 
 
 @torch.no_grad()
@@ -789,7 +884,9 @@ def test_fsdp_steps_looks_and_is_saved_as_one_process(processes: Processes) -> N
         assert relative_error(process["before"], before) <= GRADIENTS
         assert relative_error(process["after"], after) <= GRADIENTS
         assert relative_error(process["tokens"], model(**two_processes.pictures())) <= GRADIENTS
-        assert relative_error(process["pooled"], model.embed(**two_processes.pictures())) <= GRADIENTS
+        assert (
+            relative_error(process["pooled"], model.embed(**two_processes.pictures())) <= GRADIENTS
+        )
     saved = SigLipVisionModel.from_hf(folder / "saved").state_dict()
     assert saved.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
@@ -807,7 +904,8 @@ def test_what_fsdp_must_be_told(processes: Processes) -> None:
     maps = model.attention_maps(**batch, layers=[0, 2])[1]
     for rank, found in enumerate(processes[1]):
         half = {"pixel_values": batch["pixel_values"][2 * rank : 2 * rank + 2]}
-        # `embed` calls the model itself, which gathers what `pool` needs; nothing does so for `pool` alone.
+        # `embed` calls the model itself, which gathers what `pool` needs; nothing does so for
+        # `pool` alone.
         assert relative_error(found["vectors, embed not registered"], model.embed(**half)) <= EXACT
         assert found["pool, not registered"].startswith("RuntimeError: ")
         # Maps are made of parts of the blocks, not by calling them: they must be gathered by hand.

@@ -1,6 +1,7 @@
 """Checkpoints as other releases of transformers write them, and what those releases make of them, and of ours.
 
-`uv run pytest -m versions`: needs uv and a package index; installs every release in an environment of its own.
+`uv run pytest -m versions`: needs uv and a package index; installs every release in an environment
+of its own.
 """
 
 from __future__ import annotations
@@ -17,36 +18,61 @@ from safetensors.torch import load_file
 
 from siglip_port import SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
-from siglip_port.parity.weights import randomise
-from tests.conftest import ODD
+from siglip_port.parity.stress_weights import randomise
+from tests.helpers.checkpoints import ODD
 
 ROOT = Path(__file__).parent.parent
 
 # 4.40 has no sdpa for SigLIP, and the softmax of its eager attention is float32 whatever the dtype.
-FLOAT64_TOLERANCE = {"4.40.2": 1e-6, "4.57.6": 1e-12, "5.5.4": 1e-12, "5.8.0": 1e-12, "5.23.0": 1e-12}
+FLOAT64_TOLERANCE = {
+    "4.40.2": 1e-6,
+    "4.57.6": 1e-12,
+    "5.5.4": 1e-12,
+    "5.8.0": 1e-12,
+    "5.23.0": 1e-12,
+}
 
 pytestmark = pytest.mark.versions
 
 
 @pytest.fixture(scope="module", params=FLOAT64_TOLERANCE)
-def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def written(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     for name, naflex in (("ours", False), ("ours-naflex", True)):
         ours = SigLipVisionModel(replace(ODD, naflex=naflex, image_size=42 if naflex else 45))
         randomise(ours)
         ours.save_hf(folder / name)
     torch_version = version("torch").split("+")[0]
-    packages = [f"transformers=={request.param}", f"torch=={torch_version}", "safetensors", "numpy", "pillow"]
-    script = ROOT / "tests" / "other_transformers.py"
+    packages = [
+        f"transformers=={request.param}",
+        f"torch=={torch_version}",
+        "safetensors",
+        "numpy",
+        "pillow",
+    ]
+    script = ROOT / "tests" / "helpers" / "other_transformers.py"
     subprocess.run(
-        ["uv", "run", "--no-project", "--isolated", *(f"--with={p}" for p in packages), "python", script, folder],
+        [
+            "uv",
+            "run",
+            "--no-project",
+            "--isolated",
+            *(f"--with={p}" for p in packages),
+            "python",
+            script,
+            folder,
+        ],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,
     )
     return request.param, folder
 
 
-@pytest.mark.parametrize("kind", ["full", "vision", "headless", "classifier", "llava", "paligemma", "ours"])
+@pytest.mark.parametrize(
+    "kind", ["full", "vision", "headless", "classifier", "llava", "paligemma", "ours"]
+)
 @torch.no_grad()
 def test_a_checkpoint_of_that_release(written: tuple[str, Path], kind: str) -> None:
     release, folder = written
@@ -77,12 +103,30 @@ def test_a_naflex_checkpoint_of_ours_in_that_release(written: tuple[str, Path]) 
 
 @torch.no_grad()
 def test_what_open_clip_writes(tmp_path: Path) -> None:
-    """Of the two, one has the exact GELU and one the tanh form: what open_clip inherits from timm."""
+    """Of the two, one has the exact GELU and one the tanh form.
+
+    What open_clip inherits from timm.
+    """
     torch_version = version("torch").split("+")[0]
-    packages = ["open_clip_torch==3.3.0", f"torch=={torch_version}", "torchvision", "safetensors", "numpy"]
-    script = ROOT / "tests" / "other_open_clip.py"
+    packages = [
+        "open_clip_torch==3.3.0",
+        f"torch=={torch_version}",
+        "torchvision",
+        "safetensors",
+        "numpy",
+    ]
+    script = ROOT / "tests" / "helpers" / "other_open_clip.py"
     subprocess.run(
-        ["uv", "run", "--no-project", "--isolated", *(f"--with={p}" for p in packages), "python", script, tmp_path],
+        [
+            "uv",
+            "run",
+            "--no-project",
+            "--isolated",
+            *(f"--with={p}" for p in packages),
+            "python",
+            script,
+            tmp_path,
+        ],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,
     )
@@ -91,6 +135,9 @@ def test_what_open_clip_writes(tmp_path: Path) -> None:
         expected = load_file(folder / "expected.safetensors")
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
             model = SigLipVisionModel.from_hf(folder, dtype=dtype)
-            assert relative_error(model.embed(expected["pixel_values"]), expected[f"pooled.{dtype}"]) <= tolerance
+            assert (
+                relative_error(model.embed(expected["pixel_values"]), expected[f"pooled.{dtype}"])
+                <= tolerance
+            )
         acts.append(model.config.hidden_act)
     assert acts == ["gelu", "gelu_pytorch_tanh"]

@@ -1,7 +1,9 @@
-"""The gates: what must hold, in order, for a port to be the reference's equal. Usable on any pair of modules.
+"""The gates: what must hold, in order, for a port to be the reference's equal.
 
-No bound is a number of absolute size, and every bound says where it comes from. What is not finite, not reached, of
-another shape or not checked at all is inside no bound.
+Usable on any pair of modules.
+
+No bound is a number of absolute size, and every bound says where it comes from. What is not finite,
+not reached, of another shape or not checked at all is inside no bound.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siglip_port.key_map import fold_blocks
+from siglip_port.checkpoint.layouts import fold_blocks
 from siglip_port.parity import hints
 from siglip_port.parity.metrics import bits, relative_error
 from siglip_port.parity.taps import Recording, Tap, listening, record
@@ -26,66 +28,101 @@ FLOAT64_BOUND = 1e-10
 FLOAT64_ORIGIN = "float64 rounding was measured at up to 3e-13, the weakest mistake of the catalogue at 1e-8 at its tap"
 ROUNDING_FACTOR, WORST_FACTOR = 3.0, 5.0
 ROUNDING_ORIGIN = (
-    f"{ROUNDING_FACTOR:g} x the reference's own distance from float64, measured in this run ({WORST_FACTOR:g} x for "
+    f"{ROUNDING_FACTOR:g} x the reference's own distance from float64, measured in this run "
+    f"({WORST_FACTOR:g} x for "
     "the worst vector); where the reference is exact, so must be the port"
 )
 ISLAND_BOUND, ISLAND_COSINE = 1e-6, 0.5
-"""What float32 rounding inside one step can be; and how much alike its errors can be on inputs moved by 1e-4."""
+"""What float32 rounding inside one step can be.
+
+And how much alike its errors can be on inputs moved by 1e-4.
+"""
 
 HINTS = 6
-"""How many taps that differ are explained; the others only name what follows from the same mistake."""
+"""How many taps that differ are explained.
+
+The others only name what follows from the same mistake.
+"""
 
 MIXING_ORIGIN = "as in semantics: one picture alone against the same one in a batch"
 
 MEANING = {
     "pixels": (
-        "pictures of all sizes and modes become the same pixel_values on both sides, by the reference's processors for "
-        "Pillow and, where it is installed, torchvision; all other gates give both sides the same pixels",
+        "pictures of all sizes and modes become the same pixel_values on both sides, by the "
+        "reference's processors for "
+        "Pillow and, where it is installed, torchvision; all other gates give both sides the same "
+        "pixels",
         "equality of every bit",
     ),
     "environment": (
-        "nothing outside the two modules bends the result: both in eval mode and of one dtype, no autocast, no TF32",
+        "nothing outside the two modules bends the result: both in eval mode and of one dtype, no "
+        "autocast, no TF32",
         "equality",
     ),
-    "config": ("the same architecture, field by field: activation, eps, heads, sizes, head", "equality"),
-    "weights": ("every tensor of the one is a tensor of the other, none shares memory", "equality of every bit"),
+    "config": (
+        "the same architecture, field by field: activation, eps, heads, sizes, head",
+        "equality",
+    ),
+    "weights": (
+        "every tensor of the one is a tensor of the other, none shares memory",
+        "equality of every bit",
+    ),
     "liveness": (
-        "every picture, every pixel that counts and every parameter moves an output; two runs are alike to the bit; a "
+        "every picture, every pixel that counts and every parameter moves an output; two runs are "
+        "alike to the bit; a "
         "batch is its pictures one by one; outputs are finite, and not the same for all",
         "equality; batches in float64: 1e-10",
     ),
     "semantics": (
-        "both compute the same function: in float64, at every tap, free-running and given right inputs",
+        "both compute the same function: in float64, at every tap, free-running and given right "
+        "inputs",
         f"relative error {FLOAT64_BOUND:g}, which is a cosine of 1 - 5e-21; {FLOAT64_ORIGIN}",
     ),
     "interface": (
-        "the port's other entrances agree with the one that is proven: embed() is pool() of the tokens, and of unit "
-        "length where that is asked for; of NaFlex towers, packed patches give the tokens of the pictures",
-        "equality of every bit; lengths to four roundings of the dtype, packed patches to 1e-10 in float64",
+        "the port's other entrances agree with the one that is proven: embed() is pool() of the "
+        "tokens, and of unit "
+        "length where that is asked for; of NaFlex towers, packed patches give the tokens of the "
+        "pictures",
+        "equality of every bit; lengths to four roundings of the dtype, packed patches to 1e-10 in "
+        "float64",
     ),
     "rounding": (
-        "the port rounds no worse than the reference does: in float32, bfloat16 and float16, at every tap",
+        "the port rounds no worse than the reference does: in float32, bfloat16 and float16, at "
+        "every tap",
         ROUNDING_ORIGIN,
     ),
 }
-"""What each gate means, and its bound. A gate is run whatever the ones before it found; it only says where."""
+"""What each gate means, and its bound. A gate is run whatever the ones before it found.
+
+It only says where.
+"""
 
 Inputs = Any
-"""What a module is called with: a tensor, a tuple of positional arguments, or a dict of named ones."""
+"""What a module is called with.
+
+A tensor, a tuple of positional arguments, or a dict of named ones.
+"""
 
 Call = Callable[[nn.Module, Inputs], Mapping[str, Tensor]]
 Weights = Callable[[nn.Module], Mapping[str, Tensor]]
 
 
 def call(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    """Calls a module and names what it returns: its own names, `output` for a single tensor, else `output.0`, ..."""
+    """Calls a module and names what it returns.
+
+    Its own names, `output` for a single tensor, else `output.0`, ...
+    """
     if isinstance(inputs, Mapping):
         returned = module(**inputs)
     else:
         returned = module(*inputs) if isinstance(inputs, tuple) else module(inputs)
     if isinstance(returned, Tensor):
         return {"output": returned}
-    items = returned.items() if isinstance(returned, Mapping) else ((f"output.{i}", t) for i, t in enumerate(returned))
+    items = (
+        returned.items()
+        if isinstance(returned, Mapping)
+        else ((f"output.{i}", t) for i, t in enumerate(returned))
+    )
     return {name: tensor for name, tensor in items if isinstance(tensor, Tensor)}
 
 
@@ -96,7 +133,8 @@ class Side:
     Attributes:
         module: in `eval()` mode.
         call: how it is run; both sides must name their outputs alike.
-        attentions: the implementations of attention that it can be switched to; the first is exact in float64.
+        attentions: the implementations of attention that it can be switched to; the first is exact
+            in float64.
         attend: switches it.
     """
 
@@ -119,7 +157,8 @@ class Measurement:
         run: `float64, free-running`, `float64, teacher-forced`, or the dtype.
         reference: the point, or output, in the reference's names.
         port: the same in the port's.
-        error: ||port - truth|| / ||truth||; the truth is the reference in float64 on the same numbers.
+        error: ||port - truth|| / ||truth||; the truth is the reference in float64 on the same
+            numbers.
         bound: what `error` may be at most.
         noise: in a low dtype, the reference's own error; else 0.
         worst: of the worst vector, in units of its bound; at most 1. 0 where it is not bounded.
@@ -150,7 +189,8 @@ class Finding:
 
     Attributes:
         what: what was found, and what was expected.
-        reference: the module, tensor or output, in the reference's names; empty where there is none.
+        reference: the module, tensor or output, in the reference's names; empty where there is
+            none.
         port: the same in the port's names.
         error: its relative error there; for semantics, given right inputs.
         hint: what the error looks like; empty where it looks like nothing known.
@@ -173,8 +213,10 @@ class Gate:
         bound: what was allowed, and where that comes from.
         findings: what was not as it must be.
         measurements: the figures, where the gate measures.
-        unseen: points of the reference that the port computes without passing the module that is tapped there.
-        islands: points whose float64 values the port rounds to float32; the rounding gate judges these.
+        unseen: points of the reference that the port computes without passing the module that is
+            tapped there.
+        islands: points whose float64 values the port rounds to float32; the rounding gate judges
+            these.
     """
 
     name: str
@@ -199,8 +241,8 @@ class Truth:
         dtype: in which weights and inputs are given; all runs see the same numbers.
         inputs: rounded to it.
         exact: outputs and taps in float64.
-        noise: at every output and tap, the reference's own error in `dtype`, and that of its worst vector; the
-            larger one of its attentions.
+        noise: at every output and tap, the reference's own error in `dtype`, and that of its worst
+            vector; the larger one of its attentions.
         outputs: what it returns in `dtype`, by attention.
     """
 
@@ -220,10 +262,13 @@ def observe(
     *,
     rounding: bool = True,
 ) -> Truth:
-    """Runs the reference: once in float64 and, if its rounding is wanted, once with each attention in `dtype`.
+    """Runs the reference.
+
+    Once in float64 and, if its rounding is wanted, once with each attention in `dtype`.
 
     Raises:
-        ValueError: what it computes is no truth: not finite, or not float64 throughout; or its weights are not finite.
+        ValueError: what it computes is no truth: not finite, or not float64 throughout; or its
+            weights are not finite.
     """
     inputs = cast_inputs(inputs, dtype)
     reference.attend(reference.attentions[0])
@@ -234,12 +279,14 @@ def observe(
         for name, tensor in {**exact.outputs, **exact.taps}.items():
             if not tensor.isfinite().all():
                 raise ValueError(
-                    f"the reference itself gives NaN or infinity ({name}), so there is nothing to compare with: the "
+                    f"the reference itself gives NaN or infinity ({name}), so there is nothing to "
+                    "compare with: the "
                     "inputs hold such numbers, or the weights are so large that they make them"
                 )
             if not tensor.any():
                 raise ValueError(
-                    f"the reference gives nothing but zeros ({name}): two dead models would agree; give it weights "
+                    f"the reference gives nothing but zeros ({name}): two dead models would agree; "
+                    "give it weights "
                     "that matter, with `siglip_port.parity.randomise` for example"
                 )
         _check_smooth(reference, exact_inputs, exact.outputs)
@@ -252,7 +299,8 @@ def observe(
         for name, (error, worst) in run.errors.items():
             if not math.isfinite(error):
                 raise ValueError(
-                    f"the reference itself gives NaN or infinity in {str(dtype)[6:]} ({name}), so there is nothing to "
+                    f"the reference itself gives NaN or infinity in {str(dtype)[6:]} ({name}), so "
+                    "there is nothing to "
                     "compare with: the dtype is too narrow for these weights"
                 )
             before = truth.noise.get(name, (0.0, 0.0))
@@ -263,9 +311,12 @@ def observe(
 
 def _check_finite(reference: nn.Module, dtype: torch.dtype) -> None:
     """Refuses weights that are not finite: in what is NaN on both sides, no difference shows."""
-    if bad := [name for name, weight in reference.named_parameters() if not weight.isfinite().all()]:
+    if bad := [
+        name for name, weight in reference.named_parameters() if not weight.isfinite().all()
+    ]:
         raise ValueError(
-            f"the reference's weights hold NaN or infinity in {str(dtype)[6:]}, so there is nothing to compare with: "
+            f"the reference's weights hold NaN or infinity in {str(dtype)[6:]}, so there is "
+            "nothing to compare with: "
             f"{', '.join(fold_blocks(bad))}"
         )
 
@@ -273,15 +324,22 @@ def _check_finite(reference: nn.Module, dtype: torch.dtype) -> None:
 def _check_smooth(reference: Side, inputs: Inputs, outputs: Mapping[str, Tensor]) -> None:
     """Makes sure that the truth is computed in float64 throughout, by its second difference along a random direction.
 
-    A smooth function of a step h = 1e-8 has second differences of about 1e-16; an island of float32 inside, as the
-    softmax of transformers' eager attention is, makes them 1e-8, since it rounds each of the three runs another way.
+    A smooth function of a step h = 1e-8 has second differences of about 1e-16; an island of float32
+    inside, as the softmax of transformers' eager attention is, makes them 1e-8, since it rounds
+    each of the three runs another way.
     """
     runs = []
     for step in (1e-8, -1e-8):
         generator = torch.Generator().manual_seed(0)
 
-        def moved(tensor: Tensor, step: float = step, generator: torch.Generator = generator) -> Tensor:
-            return tensor * (1 + step * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(tensor))
+        def moved(
+            tensor: Tensor, step: float = step, generator: torch.Generator = generator
+        ) -> Tensor:
+            return tensor * (
+                1
+                + step
+                * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(tensor)
+            )
 
         runs.append(reference.run(map_tensors(inputs, moved)))
     for name, there in runs[0].items():
@@ -289,7 +347,8 @@ def _check_smooth(reference: Side, inputs: Inputs, outputs: Mapping[str, Tensor]
         bend = float((there - 2 * outputs[name] + back).norm() / outputs[name].norm())
         if bend > FLOAT64_BOUND:
             raise ValueError(
-                f"the float64 run of the reference is not float64 throughout ({name} is rough to {bend:.0e}), so it "
+                f"the float64 run of the reference is not float64 throughout ({name} is rough to "
+                f"{bend:.0e}), so it "
                 "is no truth; transformers' eager attention has a float32 softmax: use sdpa"
             )
 
@@ -300,10 +359,10 @@ class Followed:
 
     Attributes:
         outputs: what it returned.
-        errors: relative error, and that of the worst vector, at each output and tap, in the reference's names. An
-            output of another shape has an infinite one.
-        unseen: taps that cannot be compared, and why. That is no mistake in itself: a port may fuse modules, or call
-            them in pieces.
+        errors: relative error, and that of the worst vector, at each output and tap, in the
+            reference's names. An output of another shape has an infinite one.
+        unseen: taps that cannot be compared, and why. That is no mistake in itself: a port may fuse
+            modules, or call them in pieces.
         kept: what passed the taps that were to be kept.
     """
 
@@ -314,7 +373,10 @@ class Followed:
 
 
 class _Meter:
-    """Compares what passes one tap: in one call, in several one after the other along the first axis, or repeatedly."""
+    """Compares what passes one tap.
+
+    In one call, in several one after the other along the first axis, or repeatedly.
+    """
 
     def __init__(self, truth: Tensor) -> None:
         self.truth = truth
@@ -330,12 +392,17 @@ class _Meter:
         self.done += len(value)
         lengths = (value.double() - truth.double()).norm(dim=-1)
         self.squares += float(lengths.square().sum())
-        self.worst = max(self.worst, float(lengths.max())) if math.isfinite(self.squares) else math.nan
+        self.worst = (
+            max(self.worst, float(lengths.max())) if math.isfinite(self.squares) else math.nan
+        )
         return truth
 
     @property
     def complete(self) -> bool:
-        """Whether what passed can be laid beside the truth: the whole of it, once or several times."""
+        """Whether what passed can be laid beside the truth.
+
+        The whole of it, once or several times.
+        """
         return self.fits and self.done > 0 and self.done % max(1, len(self.truth)) == 0
 
     def errors(self) -> tuple[float, float]:
@@ -365,11 +432,13 @@ def follow(
         inputs: in that dtype.
         exact: the truth.
         points: the side's points -> the truth's.
-        forced: whether, after each tap, the truth goes on instead of the side's own: then each module is given right
-            inputs, and its error is its own.
+        forced: whether, after each tap, the truth goes on instead of the side's own: then each
+            module is given right inputs, and its error is its own.
         keep: points of the truth at which the side's values are kept.
     """
-    meters = {theirs: _Meter(exact.taps[theirs]) for theirs in points.values() if theirs in exact.taps}
+    meters = {
+        theirs: _Meter(exact.taps[theirs]) for theirs in points.values() if theirs in exact.taps
+    }
     kept: dict[str, list[Tensor]] = {}
     misfits: dict[str, list[Tensor]] = {}
     reached: dict[str, None] = {}
@@ -383,7 +452,9 @@ def follow(
         truth = meters[theirs].take(value)
         if theirs in keep and first:
             (misfits if truth is None else kept).setdefault(theirs, []).append(value.clone())
-        return truth.to(value.dtype, copy=True) if forced and truth is not None else None  # it may be written to
+        return (
+            truth.to(value.dtype, copy=True) if forced and truth is not None else None
+        )  # it may be written to
 
     with torch.inference_mode(), listening(side.module, list(points), visit):
         outputs = side.run(map_tensors(inputs, Tensor.clone))
@@ -394,17 +465,29 @@ def follow(
             meter.take(outputs[name])
             errors[name] = meter.errors()
     values = {name: tensors[0] for name, tensors in misfits.items()}
-    values |= {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in kept.items()}
-    unseen = {name: "the port calls this module with other shapes" for name in reached if name not in errors}
+    values |= {
+        name: tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        for name, tensors in kept.items()
+    }
+    unseen = {
+        name: "the port calls this module with other shapes"
+        for name in reached
+        if name not in errors
+    }
     unseen |= {name: "the port never calls this module" for name in meters if name not in reached}
-    return Followed(outputs, errors, {name: unseen[name] for name in exact.taps if name in unseen}, values)
+    return Followed(
+        outputs, errors, {name: unseen[name] for name in exact.taps if name in unseen}, values
+    )
 
 
-# --- gates ---------------------------------------------------------------------------------------------------------
+# --- gates ----------------------------------------------------------------------------------------
 
 
 def environment(sides: Mapping[str, nn.Module]) -> Gate:
-    """Nothing outside the modules may bend the result: modes, dtypes, and torch's switches for speed."""
+    """Nothing outside the modules may bend the result.
+
+    Modes, dtypes, and torch's switches for speed.
+    """
     findings = []
     for side, module in sides.items():
         if training := [name or "model" for name, part in module.named_modules() if part.training]:
@@ -412,7 +495,12 @@ def environment(sides: Mapping[str, nn.Module]) -> Gate:
             findings.append(Finding(what, port=training[0]))
         dtypes = {tensor.dtype for tensor in module.parameters() if tensor.is_floating_point()}
         if len(dtypes) > 1:
-            findings.append(Finding(f"the {side}'s parameters are of {len(dtypes)} dtypes: {sorted(map(str, dtypes))}"))
+            findings.append(
+                Finding(
+                    f"the {side}'s parameters are of {len(dtypes)} dtypes: "
+                    f"{sorted(map(str, dtypes))}"
+                )
+            )
     switches = {
         "autocast": (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"), False),
         "the float32 matmul precision": (torch.get_float32_matmul_precision(), "highest"),
@@ -428,7 +516,11 @@ def environment(sides: Mapping[str, nn.Module]) -> Gate:
 def config(port: Mapping[str, object], reference: Mapping[str, object]) -> Gate:
     """The same architecture, field by field."""
     findings = [
-        Finding(f"config: {name} is {port.get(name)!r} in the port, {value!r} in the reference", name, name)
+        Finding(
+            f"config: {name} is {port.get(name)!r} in the port, {value!r} in the reference",
+            name,
+            name,
+        )
         for name, value in reference.items()
         if port.get(name) != value
     ]
@@ -436,14 +528,18 @@ def config(port: Mapping[str, object], reference: Mapping[str, object]) -> Gate:
 
 
 def weights(port: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Gate:
-    """Every tensor of the one is, bit for bit, a tensor of the other; both under the reference's names.
+    """Every tensor of the one is, bit for bit, a tensor of the other.
+
+    Both under the reference's names.
 
     The outputs cannot vouch for all of them: a bias of the keys, for one, changes no attention.
     """
     findings = []
     for name in sorted(port.keys() | reference.keys()):
         if name not in port or name not in reference:
-            findings.append(Finding(f"only the {'port' if name in port else 'reference'} has it", name, name))
+            findings.append(
+                Finding(f"only the {'port' if name in port else 'reference'} has it", name, name)
+            )
             continue
         ours, theirs = port[name], reference[name]
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
@@ -455,7 +551,9 @@ def weights(port: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Gate
             hint = hints.explain_weight(ours, name, reference)
             findings.append(Finding(what, name, name, relative_error(ours, theirs), hint))
     for group in _sharing_storage(port):
-        findings.append(Finding(f"these share one memory: {', '.join(group[:4])}", group[0], group[0]))
+        findings.append(
+            Finding(f"these share one memory: {', '.join(group[:4])}", group[0], group[0])
+        )
     return Gate("weights", len(reference), "equality of every bit", tuple(findings))
 
 
@@ -470,8 +568,9 @@ def _sharing_storage(tensors: Mapping[str, Tensor]) -> list[list[str]]:
 def liveness(port: Side, reference: Side, inputs: Inputs) -> Gate:
     """Every picture, patch and parameter matters; two runs are bit-equal; pictures do not mix.
 
-    Gradients tell what matters: of a random sum of all outputs, with respect to inputs and parameters. What has none
-    in the port must have none in the reference. Two dead models agree perfectly.
+    Gradients tell what matters: of a random sum of all outputs, with respect to inputs and
+    parameters. What has none in the port must have none in the reference. Two dead models agree
+    perfectly.
 
     Args:
         port: in `eval()` mode.
@@ -488,7 +587,8 @@ def liveness(port: Side, reference: Side, inputs: Inputs) -> Gate:
         elif not torch.equal(bits(output), bits(second[name])):
             findings.append(
                 Finding(
-                    f"{name} is another one each time (relative difference {relative_error(second[name], output):.1e})",
+                    f"{name} is another one each time (relative difference "
+                    f"{relative_error(second[name], output):.1e})",
                     name,
                     name,
                 )
@@ -514,19 +614,28 @@ def liveness(port: Side, reference: Side, inputs: Inputs) -> Gate:
         try:
             ours, dead = _what_matters(port, narrow, parameters=True)
         except RuntimeError:  # a port may work in place, or without gradients
-            ours, dead = [~mask for mask in alive], [name for name, _ in port.module.named_parameters()]
+            ours, dead = (
+                [~mask for mask in alive],
+                [name for name, _ in port.module.named_parameters()],
+            )
         if dead or not all(torch.equal(*pair) for pair in zip(ours, alive, strict=True)):
             ours, dead = _confirmed(port, narrow, ours, dead, alive)
     for i, (mine, theirs) in enumerate(zip(ours, alive, strict=True)):
         checked += mine.numel()
         if not theirs.any():
-            findings.append(Finding(f"nothing in input {i} matters to the reference", "inputs", "inputs"))
+            findings.append(
+                Finding(f"nothing in input {i} matters to the reference", "inputs", "inputs")
+            )
         if count := int((mine != theirs).sum()):
             what = f"{count} places of input {i} matter to one side and not to the other"
             findings.append(Finding(what, "inputs", "inputs"))
     checked += sum(1 for _ in port.module.parameters())
     findings += [
-        Finding("this parameter changes no output", hint="never used, or used up before it matters", port=name)
+        Finding(
+            "this parameter changes no output",
+            hint="never used, or used up before it matters",
+            port=name,
+        )
         for name in dead
     ]
     return Gate(
@@ -537,7 +646,9 @@ def liveness(port: Side, reference: Side, inputs: Inputs) -> Gate:
     )
 
 
-def _what_matters(side: Side, inputs: Inputs, *, parameters: bool) -> tuple[list[Tensor], list[str]]:
+def _what_matters(
+    side: Side, inputs: Inputs, *, parameters: bool
+) -> tuple[list[Tensor], list[str]]:
     """Returns where inputs have a gradient, and the names of the parameters that have none."""
     named = dict(side.module.named_parameters()) if parameters else {}
     wanted = {name: parameter.requires_grad for name, parameter in named.items()}
@@ -554,7 +665,9 @@ def _what_matters(side: Side, inputs: Inputs, *, parameters: bool) -> tuple[list
             outputs = side.call(side.module, map_tensors(inputs, leaf))
             total = torch.zeros((), device=leaves[0].device)
             for seed, output in enumerate(outputs.values()):
-                noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=output.dtype)
+                noise = torch.randn(
+                    output.shape, generator=torch.Generator().manual_seed(seed), dtype=output.dtype
+                )
                 total = total + (output * noise.to(output.device)).sum() / output.detach().norm()
             grads = torch.autograd.grad(total, [*leaves, *named.values()], allow_unused=True)
     finally:
@@ -571,7 +684,9 @@ def _what_matters(side: Side, inputs: Inputs, *, parameters: bool) -> tuple[list
 def _confirmed(
     side: Side, inputs: Inputs, ours: list[Tensor], dead: list[str], alive: list[Tensor]
 ) -> tuple[list[Tensor], list[str]]:
-    """What gradients say against a port, confirmed without them: what is suspected is changed, bit by bit.
+    """What gradients say against a port, confirmed without them.
+
+    What is suspected is changed, bit by bit.
 
     Args:
         side: the port.
@@ -588,17 +703,25 @@ def _confirmed(
     def matters(tensor: Tensor, places: Tensor | float = 1.0) -> bool:
         """Whether outputs move when `tensor` does, at some places."""
         original = tensor.clone()
-        tensor += torch.randn(tensor.shape, generator=generator).to(tensor) * original.abs().mean() * places
+        tensor += (
+            torch.randn(tensor.shape, generator=generator).to(tensor)
+            * original.abs().mean()
+            * places
+        )
         now = side.run(map_tensors(inputs, Tensor.clone))
         tensor.copy_(original)
-        return any(not torch.equal(bits(now[name]), bits(output)) for name, output in before.items())
+        return any(
+            not torch.equal(bits(now[name]), bits(output)) for name, output in before.items()
+        )
 
     found = [mask.clone() for mask in ours]
     for leaf, masks, truths in zip(leaves, found, alive, strict=True):
         for example, mask, truth in zip(leaf, masks, truths, strict=True):
             for expected in (True, False):
                 suspect = (mask != truth) & (truth == expected)
-                for tile in itertools.product(*([slice(i, None, 3) for i in range(3)] for _ in mask.shape)):
+                for tile in itertools.product(
+                    *([slice(i, None, 3) for i in range(3)] for _ in mask.shape)
+                ):
                     places = torch.zeros_like(mask)
                     places[tile] = suspect[tile]
                     if places.any():
@@ -607,8 +730,12 @@ def _confirmed(
         return found, [name for name in dead if not matters(side.module.get_parameter(name))]
 
 
-def semantics(port: Side, reference: Side, truth: Truth, taps: list[Tap], *, explained: int = HINTS) -> Gate:
-    """In float64 both compute the same: at every tap free-running, and given right inputs (teacher-forced).
+def semantics(
+    port: Side, reference: Side, truth: Truth, taps: list[Tap], *, explained: int = HINTS
+) -> Gate:
+    """In float64 both compute the same.
+
+    At every tap free-running, and given right inputs (teacher-forced).
 
     Args:
         port: in `eval()` mode.
@@ -624,8 +751,14 @@ def semantics(port: Side, reference: Side, truth: Truth, taps: list[Tap], *, exp
         free = follow(port, inputs, truth.exact, points)
         forced = follow(port, inputs, truth.exact, points, forced=True)
     order = [*truth.exact.taps, *truth.exact.outputs]
-    wrong = [name for name in order if name in free.errors and not free.errors[name][0] <= FLOAT64_BOUND]
-    local = [name for name in order if name in forced.errors and not forced.errors[name][0] <= FLOAT64_BOUND]
+    wrong = [
+        name for name in order if name in free.errors and not free.errors[name][0] <= FLOAT64_BOUND
+    ]
+    local = [
+        name
+        for name in order
+        if name in forced.errors and not forced.errors[name][0] <= FLOAT64_BOUND
+    ]
     islands = local if _are_islands(port, reference, truth, points, forced, local) else []
     if islands:
         wrong, local = [], []
@@ -635,17 +768,25 @@ def semantics(port: Side, reference: Side, truth: Truth, taps: list[Tap], *, exp
     # A module that is not called is named once, not for its input too.
     modules = {tap.port for tap in taps if not tap.port.endswith(":input")}
     uncalled = {
-        n for n in free.unseen if wrong and (names[n] in modules or names[n].removesuffix(":input") not in modules)
+        n
+        for n in free.unseen
+        if wrong and (names[n] in modules or names[n].removesuffix(":input") not in modules)
     }
     suspects = [name for name in order if name in local or name in uncalled]
     if wrong and not any(order.index(name) <= order.index(wrong[0]) for name in suspects):
         suspects.insert(0, wrong[0])
     shown = frozenset([name for name in suspects if name in truth.exact.taps][:explained])
     with cast(port.module, truth.dtype, torch.float64):
-        kept = follow(port, inputs, truth.exact, points, forced=True, keep=shown).kept if shown else {}
+        kept = (
+            follow(port, inputs, truth.exact, points, forced=True, keep=shown).kept if shown else {}
+        )
     for name in suspects:
         if name in free.unseen:
-            shape = f", {list(kept[name].shape)} for {list(truth.exact.taps[name].shape)}" if name in kept else ""
+            shape = (
+                f", {list(kept[name].shape)} for {list(truth.exact.taps[name].shape)}"
+                if name in kept
+                else ""
+            )
             findings.append(Finding(free.unseen[name] + shape, name, names[name], math.inf))
             continue
         hint = ""
@@ -655,7 +796,13 @@ def semantics(port: Side, reference: Side, truth: Truth, taps: list[Tap], *, exp
             hint = hints.explain_output(free.outputs[name], truth.exact.outputs[name])
         error = (forced if name in local else free).errors[name][0]
         findings.append(
-            Finding(f"differs in float64, bound {FLOAT64_BOUND:g}", name, names.get(name, name), error, hint)
+            Finding(
+                f"differs in float64, bound {FLOAT64_BOUND:g}",
+                name,
+                names.get(name, name),
+                error,
+                hint,
+            )
         )
 
     measurements = [
@@ -691,13 +838,16 @@ def _are_islands(
 ) -> bool:
     """Whether all that differs is float32 rounding inside the port, in steps that it never does in float64.
 
-    Such a step, a softmax that is always float32 say, is no mistake, and leaves errors of 1e-8. A mistake of that
-    size is a smooth function of the inputs: moved by 1e-4, they leave it as it is. Rounding errors come out anew.
+    Such a step, a softmax that is always float32 say, is no mistake, and leaves errors of 1e-8. A
+    mistake of that size is a smooth function of the inputs: moved by 1e-4, they leave it as it is.
+    Rounding errors come out anew.
     """
     sizes = [forced.errors[name][0] for name in local]
     if not local or not truth.noise or not all(size <= ISLAND_BOUND for size in sizes):
         return False
-    if not all(name in truth.exact.taps for name in local):  # an output that is wrong although all before it is right
+    if not all(
+        name in truth.exact.taps for name in local
+    ):  # an output that is wrong although all before it is right
         return False
     inputs = cast_inputs(truth.inputs, torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -709,18 +859,24 @@ def _are_islands(
 
         given = map_tensors(inputs, moved)
         with cast(reference.module, truth.dtype, torch.float64):
-            exact = record(reference.module, list(truth.exact.taps), functools.partial(reference.run, given))
+            exact = record(
+                reference.module, list(truth.exact.taps), functools.partial(reference.run, given)
+            )
         with cast(port.module, truth.dtype, torch.float64):
             kept = follow(port, given, exact, points, forced=True, keep=frozenset(local)).kept
         fields.append([kept[name] - exact.taps[name] for name in local])
     return all(
-        min(abs(float((first * other).sum() / (first.norm() * other.norm()))) for other in others) < ISLAND_COSINE
+        min(abs(float((first * other).sum() / (first.norm() * other.norm()))) for other in others)
+        < ISLAND_COSINE
         for first, *others in zip(*fields, strict=True)
     )
 
 
 def explain(reference: Side, truth: Truth, point: str, value: Tensor) -> str:
-    """The hint for a tap that differs: mistakes are tried on what the reference's module is given there."""
+    """The hint for a tap that differs.
+
+    Mistakes are tried on what the reference's module is given there.
+    """
     given: list[Tensor] = []
     module = dict(reference.module.named_modules())[point.partition(":")[0]]
 
@@ -731,7 +887,9 @@ def explain(reference: Side, truth: Truth, point: str, value: Tensor) -> str:
     try:
         with cast(reference.module, truth.dtype, torch.float64):
             reference.run(cast_inputs(truth.inputs, torch.float64))
-            return hints.explain(reference.module, point, given[0] if given else None, truth.exact.taps, value)
+            return hints.explain(
+                reference.module, point, given[0] if given else None, truth.exact.taps, value
+            )
     finally:
         handle.remove()
 
@@ -745,14 +903,22 @@ def rounding(port: Side, truth: Truth, taps: list[Tap]) -> Gate:
     for name in (*truth.exact.taps, *truth.exact.outputs):
         if name in free.errors:
             (error, worst), (noise, worst_noise) = free.errors[name], truth.noise[name]
-            share = worst / (WORST_FACTOR * worst_noise) if worst_noise else (0.0 if worst == 0 else math.inf)
+            share = (
+                worst / (WORST_FACTOR * worst_noise)
+                if worst_noise
+                else (0.0 if worst == 0 else math.inf)
+            )
             bound = ROUNDING_FACTOR * noise
             measurements.append(
-                Measurement(str(truth.dtype)[6:], name, names.get(name, name), error, bound, noise, share)
+                Measurement(
+                    str(truth.dtype)[6:], name, names.get(name, name), error, bound, noise, share
+                )
             )
     first = next((m for m in measurements if not m.passed), None)
     findings = [
-        Finding("the port does not return it", name, name) for name in truth.exact.outputs if name not in free.outputs
+        Finding("the port does not return it", name, name)
+        for name in truth.exact.outputs
+        if name not in free.outputs
     ]
     if first is not None:
         coarse = max(first.ratio, WORST_FACTOR * first.worst)
@@ -760,11 +926,15 @@ def rounding(port: Side, truth: Truth, taps: list[Tap]) -> Gate:
         hint = "the first step that does: computed in a narrower dtype, or by another formula"
         findings.append(Finding(what, first.reference, first.port, first.error, hint))
     return Gate(
-        f"rounding {str(truth.dtype)[6:]}", len(measurements), ROUNDING_ORIGIN, tuple(findings), tuple(measurements)
+        f"rounding {str(truth.dtype)[6:]}",
+        len(measurements),
+        ROUNDING_ORIGIN,
+        tuple(findings),
+        tuple(measurements),
     )
 
 
-# --- helpers -------------------------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -782,7 +952,10 @@ def cast(module: nn.Module, *dtypes: torch.dtype) -> Iterator[None]:
 
 
 def map_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
-    """Applies a function to every floating point tensor of some inputs; what else there is stays."""
+    """Applies a function to every floating point tensor of some inputs.
+
+    What else there is stays.
+    """
     if isinstance(inputs, Mapping):
         return {name: map_tensors(value, change) for name, value in inputs.items()}
     if isinstance(inputs, tuple):

@@ -1,4 +1,6 @@
-"""What an error looks like: known mistakes are tried on the reference's own numbers, until one gives the port's.
+"""What an error looks like.
+
+Known mistakes are tried on the reference's own numbers, until one gives the port's.
 
 A hint is given only where a mistake explains the port's values to `MATCH`, which no chance does.
 """
@@ -25,7 +27,10 @@ MEANS = {
 }
 
 Guess = tuple[str, Tensor]
-"""What the mistake is called, and what the reference's numbers would be with it; made when it is its turn."""
+"""What the mistake is called, and what the reference's numbers would be with it.
+
+Made when it is its turn.
+"""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "exact (erf) GELU": F.gelu,
@@ -37,8 +42,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def explain(reference: nn.Module, point: str, given: Tensor | None, taps: Mapping[str, Tensor], value: Tensor) -> str:
-    """Says what the port's value at a tap looks like, given right inputs; empty where it looks like nothing known.
+def explain(
+    reference: nn.Module,
+    point: str,
+    given: Tensor | None,
+    taps: Mapping[str, Tensor],
+    value: Tensor,
+) -> str:
+    """Says what the port's value at a tap looks like, given right inputs.
+
+    Empty where it looks like nothing known.
 
     Args:
         reference: the module in float64, for its parameters.
@@ -53,7 +66,9 @@ def explain(reference: nn.Module, point: str, given: Tensor | None, taps: Mappin
     path, _, what = point.partition(":")
     modules = dict(reference.named_modules())
     with torch.inference_mode():
-        guesses = itertools.chain(_by_kind(modules, path, what, given, taps), _elsewhere(point, taps))
+        guesses = itertools.chain(
+            _by_kind(modules, path, what, given, taps), _elsewhere(point, taps)
+        )
         module = modules[path]
         eps = (
             _fitted_eps(module, given, value)
@@ -65,7 +80,11 @@ def explain(reference: nn.Module, point: str, given: Tensor | None, taps: Mappin
 
 def explain_output(value: Tensor, truth: Tensor) -> str:
     """The same for an output, of which nothing more is known."""
-    return _by_form(value, truth) if value.shape == truth.shape else f"its shape is {list(value.shape)}"
+    return (
+        _by_form(value, truth)
+        if value.shape == truth.shape
+        else f"its shape is {list(value.shape)}"
+    )
 
 
 def explain_weight(value: Tensor, name: str, reference: Mapping[str, Tensor]) -> str:
@@ -86,7 +105,8 @@ def explain_weight(value: Tensor, name: str, reference: Mapping[str, Tensor]) ->
         return f"{int((~same).sum())} elements are zero: a truncated file?"
     rows = value.flatten(1) if value.ndim > 1 else value[:, None]
     if torch.equal(
-        rows.sort(dim=0).values, (truth.flatten(1) if truth.ndim > 1 else truth[:, None]).sort(dim=0).values
+        rows.sort(dim=0).values,
+        (truth.flatten(1) if truth.ndim > 1 else truth[:, None]).sort(dim=0).values,
     ):
         return "the same rows in another order"
     if torch.equal(value.flatten().sort().values, truth.flatten().sort().values):
@@ -94,11 +114,15 @@ def explain_weight(value: Tensor, name: str, reference: Mapping[str, Tensor]) ->
     return _scaled(value, truth)
 
 
-# --- guesses by what stands at the tap -------------------------------------------------------------------------------
+# --- guesses by what stands at the tap ------------------------------------------------------------
 
 
 def _by_kind(
-    modules: Mapping[str, nn.Module], path: str, what: str, x: Tensor | None, taps: Mapping[str, Tensor]
+    modules: Mapping[str, nn.Module],
+    path: str,
+    what: str,
+    x: Tensor | None,
+    taps: Mapping[str, Tensor],
 ) -> Iterator[Guess]:
     module: Any = modules[path]
     before = _before(taps, f"{path}:{what}" if what else path)
@@ -118,7 +142,9 @@ def _by_kind(
         yield from _residual(before, truth)
     elif isinstance(module, nn.LayerNorm) and x is not None:
         yield from _layer_norm(module, x, truth)
-        yield from _other_weights(modules, path, lambda m: F.layer_norm(x, m.normalized_shape, m.weight, m.bias, m.eps))
+        yield from _other_weights(
+            modules, path, lambda m: F.layer_norm(x, m.normalized_shape, m.weight, m.bias, m.eps)
+        )
     elif isinstance(module, nn.Linear) and x is not None:
         yield from _linear(module.weight, module.bias, x)
         yield from _other_weights(modules, path, lambda m: F.linear(x, m.weight, m.bias))
@@ -138,11 +164,17 @@ def _activation(x: Tensor) -> Iterator[Guess]:
             yield f"{label} in {str(dtype)[6:]}", function(x.to(dtype)).double()
 
 
-def _other_weights(modules: Mapping[str, nn.Module], path: str, run: Callable[[Any], Tensor]) -> Iterator[Guess]:
+def _other_weights(
+    modules: Mapping[str, nn.Module], path: str, run: Callable[[Any], Tensor]
+) -> Iterator[Guess]:
     """The same module with the parameters of another one of its kind."""
     shapes = [p.shape for p in modules[path].parameters()]
     for name, module in modules.items():
-        if name != path and type(module) is type(modules[path]) and [p.shape for p in module.parameters()] == shapes:
+        if (
+            name != path
+            and type(module) is type(modules[path])
+            and [p.shape for p in module.parameters()] == shapes
+        ):
             yield f"it has the weights of {name}", run(module)
 
 
@@ -156,7 +188,9 @@ def _inside(
 ) -> Iterator[Guess]:
     """q, k or v of an `nn.MultiheadAttention`: a Linear made of a third of its rows."""
     if what != "q":  # keys and values are made of the tokens, the last thing before the head
-        x = next((t for name, t in reversed(list(before.items())) if not name.startswith(path)), None)
+        x = next(
+            (t for name, t in reversed(list(before.items())) if not name.startswith(path)), None
+        )
     if x is None or attention.in_proj_weight is None:
         return
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
@@ -191,7 +225,10 @@ def _embeddings(before: Mapping[str, Tensor], truth: Tensor) -> Iterator[Guess]:
         yield "position grid transposed (x for y)", tokens + grid.transpose(1, 2).flatten(1, 2)
         yield "patches in columns", patches.transpose(2, 3).flatten(2).transpose(1, 2) + table
     yield "patches reversed", tokens.flip(1) + table
-    yield "patches flattened without the transpose", patches.flatten(2).reshape(tokens.shape) + table
+    yield (
+        "patches flattened without the transpose",
+        patches.flatten(2).reshape(tokens.shape) + table,
+    )
     yield "position table rounded to bfloat16", tokens + table.float().bfloat16()
 
 
@@ -237,7 +274,13 @@ def _fitted_eps(norm: nn.LayerNorm, x: Tensor, value: Tensor) -> str:
     eps = float((factor**-2 - var).median())
     near = float(f"{eps:.0e}")  # What people write is a round number.
     eps = near if abs(eps - near) < 1e-3 * abs(near) else eps
-    if eps < 0 or relative_error(F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, eps), value) > MATCH:
+    if (
+        eps < 0
+        or relative_error(
+            F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, eps), value
+        )
+        > MATCH
+    ):
         return ""
     return f"eps {eps:.3g} instead of {norm.eps:g}"
 
@@ -253,7 +296,10 @@ def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Iterator[Guess]:
         yield "weight transposed", F.linear(x, weight.T, bias)
     for dtype in (torch.bfloat16, torch.float16):
         narrow, name = functools.partial(_rounded, dtype=dtype), str(dtype)[6:]
-        yield f"weights rounded to {name}", F.linear(x, narrow(weight), None if bias is None else narrow(bias))
+        yield (
+            f"weights rounded to {name}",
+            F.linear(x, narrow(weight), None if bias is None else narrow(bias)),
+        )
         yield f"weight rounded to {name}", F.linear(x, narrow(weight), bias)
         yield f"its input rounded to {name}", F.linear(narrow(x), weight, bias)
     unnormed = F.layer_norm(x, x.shape[-1:])
@@ -294,8 +340,14 @@ def _convolution(conv: nn.Conv2d, x: Tensor) -> Iterator[Guess]:
     for dtype in (torch.bfloat16, torch.float16):
         narrow, kind = functools.partial(_rounded, dtype=dtype), str(dtype)[6:]
         yield f"pixels rounded to {kind}", convolve(weight, pixels=narrow(x))
-        yield f"weights rounded to {kind}", convolve(narrow(weight), None if conv.bias is None else narrow(conv.bias))
-    yield "pixels quantised to 8 bits", convolve(weight, pixels=((x + 1) * 127.5).round() / 127.5 - 1)
+        yield (
+            f"weights rounded to {kind}",
+            convolve(narrow(weight), None if conv.bias is None else narrow(conv.bias)),
+        )
+    yield (
+        "pixels quantised to 8 bits",
+        convolve(weight, pixels=((x + 1) * 127.5).round() / 127.5 - 1),
+    )
     yield "pixels normalised twice", convolve(weight, pixels=(x - 0.5) / 0.5)
 
 
@@ -314,7 +366,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Iterator[Guess]:
     width = qh.shape[-1]
     scores = qh @ kh.mT
 
-    def attend(scale: float, change: Callable[[Tensor], Tensor] = lambda s: s, h: int = heads) -> Tensor:
+    def attend(
+        scale: float, change: Callable[[Tensor], Tensor] = lambda s: s, h: int = heads
+    ) -> Tensor:
         return merge(change(split(q, h) @ split(k, h).mT * scale).softmax(-1) @ split(v, h))
 
     def masked(hide: Tensor) -> Callable[[Tensor], Tensor]:
@@ -350,7 +404,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Iterator[Guess]:
         )
     for other in range(1, q.shape[-1] + 1):
         if other != heads and q.shape[-1] % other == 0:
-            yield f"{other} heads instead of {heads}", attend((q.shape[-1] // other) ** -0.5, h=other)
+            yield (
+                f"{other} heads instead of {heads}",
+                attend((q.shape[-1] // other) ** -0.5, h=other),
+            )
     yield "uniform attention", merge(torch.full_like(scores, 1 / m) @ vh)
     context = (scores * usual).softmax(-1) @ vh
     yield "heads merged without the transpose", context.flatten(1).unflatten(1, (n, -1))
@@ -364,7 +421,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Iterator[Guess]:
     inside = [x.unflatten(-1, (-1, heads)).permute(0, 3, 1, 2) for x in (q, k, v)]
     weights = (inside[0] @ inside[1].mT * usual).softmax(-1)
     yield "heads split as (width, head)", merge(weights @ inside[2])
-    yield "heads split and merged as (width, head)", (weights @ inside[2]).permute(0, 2, 3, 1).flatten(2)
+    yield (
+        "heads split and merged as (width, head)",
+        (weights @ inside[2]).permute(0, 2, 3, 1).flatten(2),
+    )
 
 
 def _softmax_plus_one(scores: Tensor) -> Tensor:
@@ -401,7 +461,7 @@ def _first(guesses: Iterable[Guess], value: Tensor) -> str:
     return ""
 
 
-# --- guesses by the numbers alone ------------------------------------------------------------------------------------
+# --- guesses by the numbers alone -----------------------------------------------------------------
 
 
 def _by_form(value: Tensor, truth: Tensor) -> str:
@@ -425,7 +485,9 @@ def _scaled(value: Tensor, truth: Tensor) -> str:
 
 
 def _permuted(value: Tensor, truth: Tensor) -> str:
-    for dim, what in enumerate(("pictures", "tokens", "features") if value.ndim == 3 else ("pictures", "features")):
+    for dim, what in enumerate(
+        ("pictures", "tokens", "features") if value.ndim == 3 else ("pictures", "features")
+    ):
         if dim >= value.ndim or value.shape[dim] < 2:
             continue
         n = value.shape[dim]
@@ -435,7 +497,12 @@ def _permuted(value: Tensor, truth: Tensor) -> str:
         if side * side == n and side > 1:
             orders["transposed as a grid"] = [(i % side) * side + i // side for i in range(n)]
         for label, order in orders.items():
-            if relative_error(truth.index_select(dim, torch.tensor(order, device=truth.device)), value) < MATCH:
+            if (
+                relative_error(
+                    truth.index_select(dim, torch.tensor(order, device=truth.device)), value
+                )
+                < MATCH
+            ):
                 return f"{what} {label}"
     if (
         value.ndim == 3

@@ -1,7 +1,10 @@
-"""The catalogue: mistakes that ports of this and of like models have had, as changes of ours; and changes that are none.
+"""The catalogue: mistakes that ports of this and of like models have had, as changes of ours.
 
-A mutant is one line of what happened, one of where (in public: owner/repository#issue), and the change itself, in a
-copy of `model.py` unless it says otherwise. `guilty` says in the words of `PLACES` what the harness may name.
+And changes that are none.
+
+A mutant is one line of what happened, one of where (in public: owner/repository#issue), and the
+change itself, in a copy of `model.py` unless it says otherwise. `guilty` says in the words of
+`PLACES` what the harness may name.
 """
 
 from __future__ import annotations
@@ -66,15 +69,19 @@ def is_guilty(named: str, guilty: str) -> bool:
     return False
 
 
-# --- ways to write a mutant down --------------------------------------------------------------------------------------
+# --- ways to write a mutant down ------------------------------------------------------------------
 
 
-def code(name: str, what: str, guilty: str, source: str, old: str, new: str, gate: str = "semantics") -> Mutant:
+def code(
+    name: str, what: str, guilty: str, source: str, old: str, new: str, gate: str = "semantics"
+) -> Mutant:
     """A change in the text of model.py."""
     return Mutant(name, what, gate, guilty, source, (("model", old, new),))
 
 
-def norm(name: str, what: str, guilty: str, source: str, new: str, gate: str = "semantics") -> Mutant:
+def norm(
+    name: str, what: str, guilty: str, source: str, new: str, gate: str = "semantics"
+) -> Mutant:
     """Another way to compute all LayerNorms, given x, g(ain), b(ias) and eps."""
     return Mutant(name, what, gate, guilty, source, _norm(new))
 
@@ -91,23 +98,38 @@ SDPA = """F.scaled_dot_product_attention(
 MERGE = "context.transpose(1, 2).flatten(2)"
 
 
-def attention(name: str, what: str, source: str, new: str, gate: str = "semantics", guilty: str = "") -> Mutant:
+def attention(
+    name: str, what: str, source: str, new: str, gate: str = "semantics", guilty: str = ""
+) -> Mutant:
     """Another context, given q, k, v of [B, H, N, D/H], and s, the scale."""
     return Mutant(name, what, gate, guilty or "context head-context", source, _attention(new))
 
 
 def _attention(new: str) -> tuple[Edit, ...]:
-    return (("model", f"        context = {SDPA}", f"        s = self.head_dim**-0.5\n        context = {new}"),)
+    return (
+        (
+            "model",
+            f"        context = {SDPA}",
+            f"        s = self.head_dim**-0.5\n        context = {new}",
+        ),
+    )
 
 
 def change(
-    name: str, what: str, guilty: str, source: str, apply: Callable[[Any], object], gate: str = "semantics"
+    name: str,
+    what: str,
+    guilty: str,
+    source: str,
+    apply: Callable[[Any], object],
+    gate: str = "semantics",
 ) -> Mutant:
     """A change of the loaded model."""
     return Mutant(name, what, gate, guilty, source, change=apply)
 
 
-def loaded(name: str, what: str, guilty: str, source: str, apply: Callable[[Any], object]) -> Mutant:
+def loaded(
+    name: str, what: str, guilty: str, source: str, apply: Callable[[Any], object]
+) -> Mutant:
     """A change of loaded weights."""
     return change(name, what, guilty, source, apply, "weights")
 
@@ -118,7 +140,14 @@ def pixel(name: str, what: str, source: str, pixels: Callable[[Tensor], Tensor])
 
 
 def loader(
-    name: str, what: str, guilty: str, source: str, file: str, old: str, new: str, gate: str = "semantics"
+    name: str,
+    what: str,
+    guilty: str,
+    source: str,
+    file: str,
+    old: str,
+    new: str,
+    gate: str = "semantics",
 ) -> Mutant:
     """A change in the text of another file of the port."""
     return Mutant(name, what, gate, guilty, source, ((file, old, new),))
@@ -224,10 +253,14 @@ TABLE = f"{EMB}.position_embedding.weight"
 CONV = f"{EMB}.patch_embedding"
 ACT = 'functools.partial(F.gelu, approximate="tanh")'
 LNS = "ln1 ln2 post head-ln"
-BLOCK_1 = "hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), mask=mask)"
+BLOCK_1 = (
+    "hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), mask=mask)"
+)
 BLOCK_2 = "return hidden_states + self.mlp(self.layer_norm2(hidden_states))"
 POST = "return self.post_layernorm(self.encoder(hidden_states, mask))"
-EMBED = "return patches.flatten(2).transpose(1, 2) + self.positions(patches.shape[2], patches.shape[3])"
+EMBED = (
+    "return patches.flatten(2).transpose(1, 2) + self.positions(patches.shape[2], patches.shape[3])"
+)
 POOL_1 = "pooled = self.attention(tokens, query=self.probe.expand(tokens.shape[0], -1, -1), mask=mask)  # [B, 1, D]"
 POOL_2 = "pooled = pooled + self.mlp(self.layernorm(pooled))"
 LOOP = "for block in self.encoder_blocks:\n            hidden_states = self._through(block, hidden_states, mask)\n        return hidden_states"
@@ -332,7 +365,9 @@ ATTENTION = [
     attention("relative_bias", "a bias on the diagonal of the scores", "variant",
               "F.scaled_dot_product_attention(q, k, v, torch.eye(q.shape[2], k.shape[2], dtype=q.dtype), scale=s)"),
     attention("rotary", "rotary position embedding in a tower without", "tenstorrent/tt-metal#32024",
-              "(lambda r: F.scaled_dot_product_attention(r(q), r(k), v, scale=s))(lambda t: (lambda a, c, d: torch.cat([c * a.cos() - d * a.sin(), c * a.sin() + d * a.cos()], -1))"
+              "(lambda r: F.scaled_dot_product_attention(r(q), r(k), v, scale=s))(lambda t: "
+              "(lambda a, c, d: torch.cat([c * a.cos() - d * a.sin(), c * a.sin() + d * a.cos()], "
+              "-1))"
               "(torch.arange(t.shape[2], dtype=t.dtype)[:, None] / 50, *t.chunk(2, -1)))", guilty="context head-context"),
     code("out_proj_missing", "out_proj not applied", "attention head-attention head-context", "variant", f"return self.out_proj({MERGE})", f"return {MERGE}"),
     code("query_from_values", "queries made by v_proj", "q head-q head-v context head-context v", "vllm-project/vllm#42803", QPROJ, "self.v_proj(hidden_states if query is None else query)"),
@@ -522,7 +557,9 @@ LOADER = [
 # fmt: on
 
 
-def legal(name: str, what: str, *edits: Edit, change: Callable[[Any], object] | None = None) -> Mutant:
+def legal(
+    name: str, what: str, *edits: Edit, change: Callable[[Any], object] | None = None
+) -> Mutant:
     """Another way to compute the same, which must be let pass."""
     return Mutant(name, what, edits=edits, change=change, kind="legal")
 
@@ -579,7 +616,9 @@ def naflex(name: str, what: str, guilty: str, source: str, file: str, old: str, 
 
 def resized(name: str, what: str, source: str, old: str, new: str) -> Mutant:
     """A change of how positions are fitted to pictures of another size."""
-    return Mutant(name, what, "semantics", "embeddings", source, (("patches", old, new),), subject="resized")
+    return Mutant(
+        name, what, "semantics", "embeddings", source, (("patches", old, new),), subject="resized"
+    )
 
 
 def images(name: str, what: str, source: str, old: str, new: str) -> Mutant:
@@ -588,16 +627,17 @@ def images(name: str, what: str, source: str, old: str, new: str) -> Mutant:
 
 
 def harness(name: str, what: str, shown_by: str, *edits: Edit) -> Mutant:
-    """A mistake in the harness itself: the self-test must fail on it, with the mutants named alone."""
+    """A mistake in the harness itself.
+
+    The self-test must fail on it, with the mutants named alone.
+    """
     return Mutant(name, what, guilty=shown_by, edits=edits, subject="harness")
 
 
 MASK = "return _mask_of(tokens, pixel_attention_mask)"
 BICUBIC = 'return _resized(grid, size, "bicubic", antialias=False)'
 BILINEAR = 'return _resized(wide, size, "bilinear", antialias=True).to(grid.dtype)'
-RESIZE = (
-    "return F.interpolate(pictures, size, mode=mode, align_corners=corners, antialias=antialias)[0].permute(1, 2, 0)"
-)
+RESIZE = "return F.interpolate(pictures, size, mode=mode, align_corners=corners, antialias=antialias)[0].permute(1, 2, 0)"
 FIT = "rows.append(torch.cat([own, own[:1].expand(number - height * width, -1)]))"
 CROP = "return F.pad(grid.permute(2, 0, 1), (0, max(0, size[1] - 5), 0, max(0, size[0] - 5)), mode='{}')[:, : size[0], : size[1]].permute(1, 2, 0)"
 # fmt: off

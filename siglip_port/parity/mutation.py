@@ -1,4 +1,7 @@
-"""Builds the port with a mistake in it: a changed copy of its files, a change of the loaded model, or of its pixels."""
+"""Builds the port with a mistake in it.
+
+A changed copy of its files, a change of the loaded model, or of its pixels.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,17 @@ class Mutant:
         name: short, unique.
         what: the change in words.
         gate: the gate that must notice it, whatever the others see; empty where none may.
-        guilty: pattern of what may be named: points, tensors, outputs or config fields in the reference's names.
-        source: where the mistake happened in public; `variant` for a close relative of one that did.
+        guilty: pattern of what may be named: points, tensors, outputs or config fields in the
+            reference's names.
+        source: where the mistake happened in public; `variant` for a close relative of one that
+            did.
         edits: in copies of the port's files.
         change: of the loaded model.
         pixels: of what the port is given, and the reference is not.
         kind: `bug`, or `legal`, which must be let pass.
-        subject: what is changed: the `port`, called with pictures of its own size; with packed patches (`naflex`), or
-            with pictures of another size (`resized`); how `images` become pixels; or the `harness` itself.
+        subject: what is changed: the `port`, called with pictures of its own size; with packed
+            patches (`naflex`), or with pictures of another size (`resized`); how `images` become
+            pixels; or the `harness` itself.
     """
 
     name: str
@@ -71,7 +77,8 @@ def replaced(text: str, old: str, new: str, file: str) -> str:
     """
     if text.count(old) != 1:
         raise ValueError(
-            f"the catalogue is behind the code: {file} holds this text {text.count(old)} times, expected once; bring "
+            f"the catalogue is behind the code: {file} holds this text {text.count(old)} times, "
+            "expected once; bring "
             f"the mutant up to date: {old!r}"
         )
     return text.replace(old, new)
@@ -81,8 +88,14 @@ class _EditingFinder:
     def __init__(self, edits: Sequence[Edit]) -> None:
         self.edits = edits
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name.split(".")[0] == "siglip_port" else None
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = (
+            PathFinder.find_spec(name, path, target)
+            if name.split(".")[0] == "siglip_port"
+            else None
+        )
         mine = [edit for edit in self.edits if f"siglip_port.{edit[0].replace('/', '.')}" == name]
         if spec is not None and spec.origin and mine:
             spec.loader = _EditingLoader(name, spec.origin, mine)
@@ -98,15 +111,17 @@ def edited(edits: Sequence[Edit], *, harness: bool = False) -> Iterator[Mapping[
         harness: whether `siglip_port.parity` is imported again too.
 
     Yields:
-        The modules, by their full names, as far as they have been imported; others are imported when asked for by
-        `importlib.import_module` within the context.
+        The modules, by their full names, as far as they have been imported; others are imported
+        when asked for by `importlib.import_module` within the context.
 
     Raises:
         ValueError: a text to be changed does not occur exactly once.
     """
 
     def ours(name: str) -> bool:
-        return name == "siglip_port" or (name.startswith("siglip_port.") and (harness or ".parity" not in name))
+        return name == "siglip_port" or (
+            name.startswith("siglip_port.") and (harness or ".parity" not in name)
+        )
 
     before = {name: module for name, module in sys.modules.items() if ours(name)}
     for name in before:

@@ -1,6 +1,7 @@
 """The self-test: every mutant of the catalogue goes through the real gates, and what they make of it is counted.
 
-A gate that is off, or has lost power, lets a mutant pass that it must notice: then the self-test fails.
+A gate that is off, or has lost power, lets a mutant pass that it must notice: then the self-test
+fails.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siglip_port import inference, processors
+from siglip_port.checkpoint import preprocessor_config as processors
 from siglip_port.config import SigLipVisionConfig
-from siglip_port.parity import gates, mutants, pixels, proof, references, taps
-from siglip_port.parity.comparison import describe
+from siglip_port.optimize import selection as inference
+from siglip_port.parity import gates, mutants, taps
+from siglip_port.parity.compare import describe
 from siglip_port.parity.gates import Finding, Gate, Measurement, Side
 from siglip_port.parity.mutation import Mutant, edited
-from siglip_port.parity.proof import Case
-from siglip_port.parity.report import lines as columns
-from siglip_port.parity.report import write
+from siglip_port.parity.report.document import lines as columns
+from siglip_port.parity.report.document import write
+from siglip_port.parity.siglip import cases as proof
+from siglip_port.parity.siglip import pixels
+from siglip_port.parity.siglip import reference as references
+from siglip_port.parity.siglip.cases import Case
 
 
 @dataclass
@@ -66,7 +71,10 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether the gates did what they must: legal variants pass, all others are noticed by their gate and named."""
+        """Whether the gates did what they must.
+
+        Legal variants pass, all others are noticed by their gate and named.
+        """
         if self.mutant.kind == "legal":
             return not self.noticed and not self.error
         return self.mutant.gate in self.kills and self.named
@@ -74,14 +82,17 @@ class Result:
 
 @contextlib.contextmanager
 def built(mutant: Mutant) -> Iterator[Callable[..., tuple[Any, Any, ModuleType]]]:
-    """Gives a function that loads the mutated port from a checkpoint: (model, how to run it, its key map)."""
+    """Gives a function that loads the mutated port from a checkpoint.
+
+    (model, how to run it, its key map).
+    """
 
     def load(source: str, **how: Any) -> tuple[Any, Any, ModuleType]:  # noqa: ANN401
         port = modules["siglip_port.model"].SigLipVisionModel.from_hf(source, **how)
         if mutant.change is not None:
             with torch.no_grad():
                 mutant.change(port)
-        return port, run, modules["siglip_port.key_map"]
+        return port, run, modules["siglip_port.checkpoint.layouts"]
 
     def run(port: nn.Module, pixel_values: Tensor) -> Mapping[str, Tensor]:
         return proof.outputs(port, mutant.pixels(pixel_values) if mutant.pixels else pixel_values)
@@ -90,8 +101,13 @@ def built(mutant: Mutant) -> Iterator[Callable[..., tuple[Any, Any, ModuleType]]
         yield load
 
 
-def examine(mutant: Mutant, cases: Iterable[Case], only: tuple[str, ...] | None = None, explained: int = 1) -> Result:
-    """Runs one mutant through the gates of some cases; `explained` is how many of the taps that differ get a hint."""
+def examine(
+    mutant: Mutant, cases: Iterable[Case], only: tuple[str, ...] | None = None, explained: int = 1
+) -> Result:
+    """Runs one mutant through the gates of some cases.
+
+    `explained` is how many of the taps that differ get a hint.
+    """
     result = Result(mutant)
     rounded: list[Gate] = []
     with built(mutant) as load:
@@ -111,15 +127,19 @@ def examine(mutant: Mutant, cases: Iterable[Case], only: tuple[str, ...] | None 
                 result.error = f"{type(error).__name__}: {error}"
                 result.kills.setdefault("run", Finding(result.error))
     if rounded and "semantics" not in result.kills:  # which has the better address
-        # So has the dtype that notices it most clearly: in one that hardly does, errors of many steps have added up
-        # before they are beyond the bound, and where that happens depends on the machine.
+        # So has the dtype that notices it most clearly: in one that hardly does, errors of many
+        # steps have added up before they are beyond the bound, and where that happens depends on
+        # the machine.
         clearest = max(rounded, key=_share_of_gate)
         result.innocent += innocent(clearest.name, clearest.findings, mutant)
     return result
 
 
 def innocent(gate: str, findings: tuple[Finding, ...], mutant: Mutant) -> list[str]:
-    """Which of the named places are not the mutant's. Only the first of liveness counts: it names outputs as well."""
+    """Which of the named places are not the mutant's. Only the first of liveness counts.
+
+    It names outputs as well.
+    """
     if gate == "liveness":
         return []
     named = [finding.reference or finding.port for finding in findings]
@@ -128,7 +148,9 @@ def innocent(gate: str, findings: tuple[Finding, ...], mutant: Mutant) -> list[s
 
 @contextlib.contextmanager
 def cases(seed: int = 1234, device: str = "cpu", *, full: bool = False) -> Iterator[list[Case]]:
-    """What mutants are tried on: N1 for all gates but rounding; for that one, L7 for float32, S1 for the narrow dtypes.
+    """What mutants are tried on: N1 for all gates but rounding.
+
+    For that one, L7 for float32, S1 for the narrow dtypes.
 
     Args:
         seed: of the weights.
@@ -139,29 +161,47 @@ def cases(seed: int = 1234, device: str = "cpu", *, full: bool = False) -> Itera
         contextlib.ExitStack() as stack,
         proof.made(proof.ODD, "N1", seed, gates=proof.ALL_GATES[:-1], device=device) as first,
         proof.made(proof.ODD, "L7", seed, gates=("rounding",), device=device) as second,
-        proof.made(proof.ODD, "S1", seed, gates=("rounding",), dtypes=proof.LOW_DTYPES[1:], device=device) as third,
+        proof.made(
+            proof.ODD, "S1", seed, gates=("rounding",), dtypes=proof.LOW_DTYPES[1:], device=device
+        ) as third,
     ):
         made = [first, second, third]
         if full:
-            made.append(stack.enter_context(proof.made(proof.ODD, "L8", seed, gates=("rounding",), device=device)))
+            made.append(
+                stack.enter_context(
+                    proof.made(proof.ODD, "L8", seed, gates=("rounding",), device=device)
+                )
+            )
         yield made
 
 
 def examine_shapes(mutant: Mutant) -> Result:
-    """Runs a mutant on pictures of other shapes than the tower's own: packed patches, or one other size."""
+    """Runs a mutant on pictures of other shapes than the tower's own.
+
+    Packed patches, or one other size.
+    """
     result = Result(mutant)
     assert mutant.subject in ("naflex", "resized")
     with built(mutant) as load, tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
         reference, inputs = references.small_tower(mutant.subject, Path(folder))
         try:
-            model, _, table = load(folder, interpolation=None if mutant.subject == "naflex" else "hf")
+            model, _, table = load(
+                folder, interpolation=None if mutant.subject == "naflex" else "hf"
+            )
             port = Side(model, _shaped)
-            # What is inside the reference's nn.MultiheadAttention is worked out again without masks, and to packed
-            # patches the port applies the weights of its convolution, not the convolution.
-            skipped = ("head.attention:",) + (("embeddings.patch_embedding",) if mutant.subject == "naflex" else ())
-            points = {a: b for a, b in taps.siglip_taps(True, table).items() if not a.startswith(skipped)}
+            # What is inside the reference's nn.MultiheadAttention is worked out again without
+            # masks, and to packed patches the port applies the weights of its convolution, not the
+            # convolution.
+            skipped = ("head.attention:",) + (
+                ("embeddings.patch_embedding",) if mutant.subject == "naflex" else ()
+            )
+            points = {
+                a: b for a, b in taps.siglip_taps(True, table).items() if not a.startswith(skipped)
+            }
             pairs = taps.expand(points, reference.module, model)
-            truth = gates.observe(reference, inputs, [tap.reference for tap in pairs], torch.float32)
+            truth = gates.observe(
+                reference, inputs, [tap.reference for tap in pairs], torch.float32
+            )
             found = [
                 gates.weights(proof.stored(model, table), reference.module.state_dict()),
                 gates.liveness(port, reference, inputs),
@@ -187,10 +227,16 @@ def examine_images(mutant: Mutant) -> Result:
     """Runs a mutant of the image processor on pictures of all kinds, as SigLIP and as NaFlex towers have them."""
     result = Result(mutant)
     with edited(mutant.edits):
-        image = importlib.import_module("siglip_port.image")
-        for config in (SigLipVisionConfig(image_size=64), SigLipVisionConfig(image_size=64, naflex=True)):
+        image = importlib.import_module("siglip_port.image_processing")
+        for config in (
+            SigLipVisionConfig(image_size=64),
+            SigLipVisionConfig(image_size=64, naflex=True),
+        ):
             theirs = references.processors(config)
-            ours = {name: image.ImageProcessor.from_config(processors.default(config), name) for name in theirs}
+            ours = {
+                name: image.ImageProcessor.from_config(processors.default(config), name)
+                for name in theirs
+            }
             gate = pixels.pixels(ours, theirs, pixels.waves(), explained=0)
             if not gate.passed:
                 result.kills.setdefault(gate.name, gate.findings[0])
@@ -215,7 +261,9 @@ def examine_harness(mutant: Mutant, config: SigLipVisionConfig) -> str:
                 made = [
                     stack.enter_context(
                         theirs.proof.made(
-                            config, recipe, gates=theirs.proof.ALL_GATES[:-1] if recipe == "N1" else ("rounding",)
+                            config,
+                            recipe,
+                            gates=theirs.proof.ALL_GATES[:-1] if recipe == "N1" else ("rounding",),
                         )
                     )
                     for recipe in dict.fromkeys(wanted.get(m.gate, "N1") for m in judged)
@@ -226,7 +274,7 @@ def examine_harness(mutant: Mutant, config: SigLipVisionConfig) -> str:
     return f"misjudged: {', '.join(wrong)}" if wrong else ""
 
 
-# --- all of them, on all cores ----------------------------------------------------------------------------------------
+# --- all of them, on all cores --------------------------------------------------------------------
 
 
 Work = Callable[[Mutant], Any]
@@ -240,8 +288,9 @@ def each(work: Work, of: Sequence[Mutant], processes: int = 1) -> Iterator[Any]:
     Args:
         work: makes a `Result` or text of a mutant.
         of: the mutants.
-        processes: how many to do this in. They are forked from this one, so that they have all that it has, functions
-            without a name and changes made for a test included; only a mutant's number goes in, and plain data out.
+        processes: how many to do this in. They are forked from this one, so that they have all that
+            it has, functions without a name and changes made for a test included; only a mutant's
+            number goes in, and plain data out.
     """
     if processes == 1:
         yield from map(work, of)
@@ -256,7 +305,9 @@ def _begin(work: Work, of: Sequence[Mutant]) -> None:
     global _given
     _given = work, of
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that asked
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: to end with it, however that ends
+    ctypes.CDLL(None).prctl(
+        1, signal.SIGKILL
+    )  # PR_SET_PDEATHSIG: to end with it, however that ends
 
 
 def _do(number: int) -> Any:  # noqa: ANN401
@@ -268,13 +319,18 @@ def _do(number: int) -> Any:  # noqa: ANN401
 
 
 def cores(device: str) -> int:
-    """In how many processes to work: as many as there are cores, up to 8; one where forking them is not safe."""
-    if sys.platform != "linux" or device != "cpu":  # torch's devices, and much of macOS, do not survive a fork
+    """In how many processes to work: as many as there are cores, up to 8.
+
+    One where forking them is not safe.
+    """
+    if (
+        sys.platform != "linux" or device != "cpu"
+    ):  # torch's devices, and much of macOS, do not survive a fork
         return 1
     return min(len(os.sched_getaffinity(0)), 8)
 
 
-# --- the whole -------------------------------------------------------------------------------------------------------
+# --- the whole ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -300,18 +356,30 @@ class Report:
         for result in self.results:
             if not result.passed:
                 seen = f"noticed by {', '.join(result.kills) or 'nothing'}"
-                named = f"; named wrongly: {', '.join(result.innocent[:3])}" if result.innocent else ""
-                lines.append(f"{result.mutant.name}: must be noticed by {result.mutant.gate}, was {seen}{named}")
+                named = (
+                    f"; named wrongly: {', '.join(result.innocent[:3])}" if result.innocent else ""
+                )
+                lines.append(
+                    f"{result.mutant.name}: must be noticed by {result.mutant.gate}, was "
+                    f"{seen}{named}"
+                )
         lines += [
             f"false alarm: {r.mutant.name} ({how}): {', '.join(r.kills)} {r.error}"
             for how, r in self.alarms
             if not r.passed
         ]
-        lines += [f"mistake in the harness not noticed: {name}" for name, shown in self.harness.items() if not shown]
+        lines += [
+            f"mistake in the harness not noticed: {name}"
+            for name, shown in self.harness.items()
+            if not shown
+        ]
         return lines
 
     def census(self) -> list[list[str]]:
-        """One row a gate: what it must notice, and does; of all that were tried on it, what it noticed, and alone."""
+        """One row a gate: what it must notice, and does.
+
+        Of all that were tried on it, what it noticed, and alone.
+        """
         rows = [["gate", "must notice", "does", "of all", "alone"]]
         for gate in ("pixels", *proof.ALL_GATES, "run"):
             own = [r for r in self.results if r.mutant.gate == gate]
@@ -331,8 +399,10 @@ class Report:
         n = len(self.results)
         hints = f" (and says what {hinted} look like)" if self.full else ""
         return (
-            f"notices {noticed} of {n} mistakes, names the place of {named} of {n}{hints}, {alarms} false alarms in "
-            f"{len(self.alarms)} runs of legal variants; {shown} of {len(self.harness)} mistakes in the harness itself "
+            f"notices {noticed} of {n} mistakes, names the place of {named} of {n}{hints}, "
+            f"{alarms} false alarms in "
+            f"{len(self.alarms)} runs of legal variants; {shown} of {len(self.harness)} mistakes "
+            "in the harness itself "
             "are found out"
         )
 
@@ -341,9 +411,12 @@ Progress = Callable[..., Iterator[Any]]
 
 
 def run(args: argparse.Namespace, progress: Progress) -> bool:
-    """The whole self-test; prints what it found, and returns whether the gates have the power they must have.
+    """The whole self-test.
 
-    In full, every mistake goes through all gates; else, through those of the weights that it is made for.
+    Prints what it found, and returns whether the gates have the power they must have.
+
+    In full, every mistake goes through all gates; else, through those of the weights that it is
+    made for.
 
     Args:
         args: of compare_origin.py: `device`, `full` and `json` count.
@@ -359,7 +432,9 @@ def run(args: argparse.Namespace, progress: Progress) -> bool:
     return not report.failures
 
 
-def examine_all(args: argparse.Namespace, progress: Progress, processes: int | None = None) -> Report:
+def examine_all(
+    args: argparse.Namespace, progress: Progress, processes: int | None = None
+) -> Report:
     """Runs all mutants, all legal variants and all mistakes of the harness, on all cores or in so many `processes`."""
     report = Report(full=args.full)
     seeds = (1234, 1, 2, 3) if args.full else (1234,)
@@ -372,7 +447,11 @@ def examine_all(args: argparse.Namespace, progress: Progress, processes: int | N
 
             def judge(mutant: Mutant, made: list[Case] = made) -> Result:
                 if mutant.subject != "port":
-                    return examine_images(mutant) if mutant.subject == "images" else examine_shapes(mutant)
+                    return (
+                        examine_images(mutant)
+                        if mutant.subject == "images"
+                        else examine_shapes(mutant)
+                    )
                 few = made if args.full else made[1:] if mutant.gate == "rounding" else made[:1]
                 return examine(mutant, few, None, int(args.full))
 
@@ -391,9 +470,20 @@ def examine_all(args: argparse.Namespace, progress: Progress, processes: int | N
                         case.attentions, case.truths = (attention,), {}
                     for result in follow(allow, mutants.LEGAL, f"legal variants, {attention}"):
                         report.alarms.append((f"seed {seed}, {attention} alone", result))
-    small = replace(proof.ODD, num_encoder_blocks=6, embed_dim=72, num_attention_heads=4, image_size=45, patch_size=7)
-    shown = follow(lambda mutant: examine_harness(mutant, small), mutants.HARNESS, "mistakes in the harness")
-    report.harness = {mutant.name: found for mutant, found in zip(mutants.HARNESS, shown, strict=True)}
+    small = replace(
+        proof.ODD,
+        num_encoder_blocks=6,
+        embed_dim=72,
+        num_attention_heads=4,
+        image_size=45,
+        patch_size=7,
+    )
+    shown = follow(
+        lambda mutant: examine_harness(mutant, small), mutants.HARNESS, "mistakes in the harness"
+    )
+    report.harness = {
+        mutant.name: found for mutant, found in zip(mutants.HARNESS, shown, strict=True)
+    }
     return report
 
 
@@ -416,7 +506,9 @@ def as_json(report: Report) -> dict[str, object]:
             }
             for r in report.results
         ],
-        "false_alarms": [{"name": r.mutant.name, "run": how, "passed": r.passed} for how, r in report.alarms],
+        "false_alarms": [
+            {"name": r.mutant.name, "run": how, "passed": r.passed} for how, r in report.alarms
+        ],
         "harness": report.harness,
     }
 
@@ -431,10 +523,13 @@ def census_text(recorded: Path) -> str:
             noticed = [m for m in found["mistakes"] if gate in m["noticed"]]
             alone = [m["name"] for m in noticed if len(m["noticed"]) == 1]
             text.append(
-                f"  notices {len(noticed)} of {len(found['mistakes'])} mistakes, alone: {', '.join(alone) or 'none'}"
+                f"  notices {len(noticed)} of {len(found['mistakes'])} mistakes, alone: "
+                f"{', '.join(alone) or 'none'}"
             )
     if found is not None:
-        text.append(f"(counts: `compare_origin.py --selftest --json`, recorded on {found['machine']})")
+        text.append(
+            f"(counts: `compare_origin.py --selftest --json`, recorded on {found['machine']})"
+        )
     return "\n".join(text)
 
 
@@ -452,7 +547,10 @@ def _shares(mutant: Mutant, made: list[Case]) -> dict[str, tuple[float, str]]:
 
 
 def _share(measurement: Measurement) -> float:
-    """How much of its bound on rounding an error takes up: of that on all elements, or on the worst one."""
+    """How much of its bound on rounding an error takes up.
+
+    Of that on all elements, or on the worst one.
+    """
     return max(measurement.ratio / gates.ROUNDING_FACTOR, measurement.worst)
 
 
@@ -463,7 +561,8 @@ def _share_of_gate(gate: Gate) -> float:
 def calibrate(args: argparse.Namespace, progress: Progress) -> bool:
     """Measures on this device what the bounds on rounding rest on, and says whether they hold here.
 
-    They hold where the coarsest legal variant stays below them, and the finest mistake of rounding above.
+    They hold where the coarsest legal variant stays below them, and the finest mistake of rounding
+    above.
     """
     legal: dict[str, tuple[float, str]] = {}
     finest: dict[str, tuple[float, str]] = {}
@@ -475,10 +574,15 @@ def calibrate(args: argparse.Namespace, progress: Progress) -> bool:
                     for gate, found in shares.items():
                         legal[gate] = max(legal.get(gate, (0.0, "")), found)
                 else:
-                    finest[mutant.name] = min(finest.get(mutant.name, (math.inf, "")), max(shares.values()))
+                    finest[mutant.name] = min(
+                        finest.get(mutant.name, (math.inf, "")), max(shares.values())
+                    )
     weakest = min(finest.values())
     rows = [["", "share of the bound", "of"]]
-    rows += [[f"coarsest legal variant, {gate}", f"{share:.2f}", who] for gate, (share, who) in legal.items()]
+    rows += [
+        [f"coarsest legal variant, {gate}", f"{share:.2f}", who]
+        for gate, (share, who) in legal.items()
+    ]
     rows.append(["finest mistake", f"{weakest[0]:.2f}", weakest[1]])
     print("\n".join(columns(rows)))
     holds = max(legal.values())[0] < 1 < weakest[0]

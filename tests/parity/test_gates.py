@@ -1,4 +1,7 @@
-"""Each gate on the smallest modules that show what it is for; what it catches in towers is in test_selftest."""
+"""Each gate on the smallest modules that show what it is for.
+
+What it catches in towers is in test_selftest.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,9 @@ def test_environment() -> None:
     assert gates.environment({"port": tower}).passed
     tower.norm.train()
     gate = gates.environment({"port": tower})
-    assert [f.what for f in gate.findings] == ["1 modules of the port are in training mode, first norm; call eval()"]
+    assert [f.what for f in gate.findings] == [
+        "1 modules of the port are in training mode, first norm; call eval()"
+    ]
     tower.norm.eval().double()
     assert "2 dtypes" in gates.environment({"port": tower}).findings[0].what
 
@@ -53,9 +58,14 @@ def switches() -> Iterator[None]:
 @pytest.mark.usefixtures("switches")
 def test_switches_that_bend_results() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        assert [f.what for f in gates.environment({}).findings] == ["autocast is True, expected False"]
+        assert [f.what for f in gates.environment({}).findings] == [
+            "autocast is True, expected False"
+        ]
     torch.set_float32_matmul_precision("high")
-    assert "the float32 matmul precision is high, expected highest" in gates.environment({}).findings[0].what
+    assert (
+        "the float32 matmul precision is high, expected highest"
+        in gates.environment({}).findings[0].what
+    )
     torch.set_float32_matmul_precision("highest")
     torch.set_default_dtype(torch.float64)
     assert "the default dtype is torch.float64" in gates.environment({}).findings[0].what
@@ -73,11 +83,17 @@ def test_weights() -> None:
     ours = {name: tensor.clone() for name, tensor in theirs.items()}
     assert gates.weights(ours, theirs).passed
     ours["a"][0] = -0.0
-    assert [(f.reference, f.what) for f in gates.weights(ours, theirs).findings] == [("a", "1 of 2 elements differ")]
+    assert [(f.reference, f.what) for f in gates.weights(ours, theirs).findings] == [
+        ("a", "1 of 2 elements differ")
+    ]
     del ours["a"]
     ours["c"] = ours["b"]
     what = {f.reference: f.what for f in gates.weights(ours, theirs).findings}
-    assert what == {"a": "only the reference has it", "c": "only the port has it", "b": "these share one memory: b, c"}
+    assert what == {
+        "a": "only the reference has it",
+        "c": "only the port has it",
+        "b": "these share one memory: b, c",
+    }
     for other in (theirs["b"].double(), theirs["b"][0]):
         gate = gates.weights({"a": theirs["a"], "b": other}, theirs)
         assert "in the port, torch.float32 [1, 1] in the reference" in gate.findings[0].what
@@ -154,7 +170,9 @@ def test_where_the_reference_is_exact_so_must_be_the_port() -> None:
     """A step without rounding has no noise to hide behind."""
     identity = nn.Sequential(nn.Identity())
     wrong = nn.Sequential(nn.Identity())
-    wrong[0].register_forward_hook(lambda _, args, out: out * (1 + 2**-23) if out.dtype == torch.float32 else out)
+    wrong[0].register_forward_hook(
+        lambda _, args, out: out * (1 + 2**-23) if out.dtype == torch.float32 else out
+    )
     inputs = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     truth = gates.observe(Side(identity), inputs, ["0"], torch.float32)
     assert truth.noise["0"] == (0, 0)
@@ -209,7 +227,10 @@ def test_inputs_of_all_kinds() -> None:
         assert gates.call(tower, inputs).keys() == {"output.0", "output.1"}
         assert gates.liveness(Side(tower), Side(tower), inputs).passed
         assert gates.batch_size(inputs) == 2
-        assert gates.map_tensors(inputs, Tensor.double)[1 if isinstance(inputs, tuple) else "mask"] is mask
+        assert (
+            gates.map_tensors(inputs, Tensor.double)[1 if isinstance(inputs, tuple) else "mask"]
+            is mask
+        )
 
 
 def test_every_gate_has_its_meaning() -> None:

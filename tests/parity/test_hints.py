@@ -21,7 +21,8 @@ def test_an_eps_is_fitted(eps: float) -> None:
     norm.eps = eps
     value, norm.eps = norm(x), 1e-6
     assert (
-        explain(nn.ModuleDict({"norm": norm}), "norm", x, {"norm": truth}, value) == f"eps {eps:.3g} instead of 1e-06"
+        explain(nn.ModuleDict({"norm": norm}), "norm", x, {"norm": truth}, value)
+        == f"eps {eps:.3g} instead of 1e-06"
     )
 
 
@@ -62,7 +63,10 @@ def test_linears() -> None:
 
 def test_outputs() -> None:
     truth = normal(3, 16)
-    assert explain_output(truth / truth.norm(dim=-1, keepdim=True), truth) == "every vector scaled to length 1"
+    assert (
+        explain_output(truth / truth.norm(dim=-1, keepdim=True), truth)
+        == "every vector scaled to length 1"
+    )
     assert explain_output(truth.flip(0), truth) == "pictures reversed"
     assert explain_output(truth[:, :3], truth) == "its shape is [3, 3]"
     assert explain_output(normal(3, 16, seed=1), truth) == ""

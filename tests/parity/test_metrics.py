@@ -20,7 +20,9 @@ def test_figures_by_hand() -> None:
 def test_cosine_is_taken_along_the_features() -> None:
     a, b = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
     assert cosine(a, b).shape == (2, 5)
-    assert cosine(a, b)[1, 2] == pytest.approx(float(F.cosine_similarity(a[1, 2].double(), b[1, 2].double(), dim=0)))
+    assert cosine(a, b)[1, 2] == pytest.approx(
+        float(F.cosine_similarity(a[1, 2].double(), b[1, 2].double(), dim=0))
+    )
 
 
 def test_bits_tell_zeros_apart_and_not_nans() -> None:

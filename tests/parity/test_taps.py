@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from siglip_port import SigLipVisionModel, key_map
+from siglip_port import SigLipVisionModel
+from siglip_port.checkpoint import layouts as key_map
 from siglip_port.parity.taps import expand, inside_attention, listening, record, siglip_taps
-from tests.conftest import ODD, pixels
+from tests.helpers.checkpoints import ODD, pixels
 
 
 class Two(nn.Module):
@@ -26,8 +27,14 @@ def test_every_row_of_the_key_map_has_a_tap() -> None:
     port = SigLipVisionModel(ODD)
     taps = siglip_taps(True)
     modules = {name.rpartition(".")[0] for name, _ in port.named_parameters()}
-    tapped = {tap.port.partition(":")[0] for tap in expand({ours: ours for ours in taps.values()}, port, port)}
-    without_a_call = {"transformer.embeddings.position_embedding", "pooling_head"}  # their parameters are just read
+    tapped = {
+        tap.port.partition(":")[0]
+        for tap in expand({ours: ours for ours in taps.values()}, port, port)
+    }
+    without_a_call = {
+        "transformer.embeddings.position_embedding",
+        "pooling_head",
+    }  # their parameters are just read
     assert modules - without_a_call <= tapped
     assert not any(theirs.startswith("head") for theirs in siglip_taps(False))
     assert len(key_map.TOWER) + len(key_map.HEAD) < len(taps)
@@ -46,7 +53,10 @@ def test_points_are_seen_in_the_order_of_the_computation() -> None:
 def test_what_is_seen_can_be_replaced_also_behind_a_residual_connection() -> None:
     model = Two()
     ones = torch.ones(2, 3)
-    with torch.inference_mode(), listening(model, ["second:input"], lambda point, value: ones.clone()):
+    with (
+        torch.inference_mode(),
+        listening(model, ["second:input"], lambda point, value: ones.clone()),
+    ):
         assert torch.equal(model(torch.randn(2, 3)), ones + model.second(ones))
     with torch.inference_mode(), listening(model, ["second"], lambda point, value: ones):
         x = torch.randn(2, 3)
@@ -59,7 +69,10 @@ def test_an_input_with_overlapping_memory_is_not_written_to() -> None:
     """The probe of a pooling head is one vector, seen as many."""
     model, probe = nn.Linear(3, 3), torch.randn(1, 3)
     before = probe.clone()
-    with torch.inference_mode(), listening(model, [":input"], lambda point, value: torch.zeros(4, 3)):
+    with (
+        torch.inference_mode(),
+        listening(model, [":input"], lambda point, value: torch.zeros(4, 3)),
+    ):
         assert torch.equal(model(probe.expand(4, 3)), model.bias.expand(4, 3))
     assert torch.equal(probe, before)
 
@@ -86,7 +99,9 @@ def test_inside_an_attention_module() -> None:
     query, tokens = torch.randn(2, 1, 12).double(), torch.randn(2, 5, 12).double()
     inside = inside_attention(attention, {"query": query, "key": tokens, "value": tokens})
     expected = attention(query, tokens, tokens)[0]
-    torch.testing.assert_close(attention.out_proj(inside["context"]), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        attention.out_proj(inside["context"]), expected, rtol=1e-12, atol=1e-12
+    )
     points = [":q", ":k", ":v", ":context"]
     seen = record(attention, points, lambda: {"output": attention(query, tokens, value=tokens)[0]})
     assert all(torch.equal(seen.taps[f":{name}"], tensor) for name, tensor in inside.items())
@@ -95,7 +110,10 @@ def test_inside_an_attention_module() -> None:
 @pytest.mark.parametrize(
     ("taps", "sentence"),
     [
-        ({"firsst": "first"}, "the reference has no module 'firsst', which the tap 'firsst': 'first' names"),
+        (
+            {"firsst": "first"},
+            "the reference has no module 'firsst', which the tap 'firsst': 'first' names",
+        ),
         ({"first": "third"}, "the port has no module 'third'"),
         ({"first:output": "first:inputs"}, "after the colon comes input, q, k, v or context"),
         ({"first:q": "first"}, "only an nn.MultiheadAttention has :q; tap the projection itself"),

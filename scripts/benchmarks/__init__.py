@@ -1,0 +1,1 @@
+"""What the benchmarks measure, side by side."""

@@ -1,0 +1,1 @@
+"""Damaged checkpoints by the ten thousands."""

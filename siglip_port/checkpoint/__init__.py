@@ -1,0 +1,1 @@
+"""Everything about files: nothing here runs the model."""

@@ -1,0 +1,115 @@
+"""Files that are replaced as a whole.
+
+Whatever ends the writing, the old ones are there, or the new ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+UNFINISHED = ".siglip_port-"
+"""Begins the names of the folders that hold what is not finished.
+
+A process that is killed leaves its own behind.
+"""
+
+
+@contextmanager
+def unfinished(folder: Path) -> Iterator[Path]:
+    """Makes a folder in another, for what is not finished.
+
+    It is gone afterwards, with all that is still in it.
+
+    So is what killed processes have left behind there, unless somebody else is writing there.
+
+    Args:
+        folder: made if it does not exist, and removed again if what is done in it fails. Files can
+            be moved as one step to places in it, and on the same file system.
+
+    Raises:
+        OSError: it cannot be written to.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            _shared(folder),
+            # What cannot be removed is no reason to call a failure what has succeeded: the next
+            # will remove it.
+            tempfile.TemporaryDirectory(
+                dir=folder, prefix=UNFINISHED, ignore_cleanup_errors=True
+            ) as place,
+        ):
+            yield Path(place)
+    except BaseException:
+        for made in missing:
+            with contextlib.suppress(OSError):  # not empty: somebody else uses it
+                made.rmdir()
+        raise
+
+
+@contextmanager
+def _shared(folder: Path) -> Iterator[None]:
+    """Tells others that somebody writes into a folder.
+
+    Who finds it free removes what has been left behind there.
+
+    By a lock on the folder itself, which ends with the process, however that ends. Where there are
+    no such locks, as on Windows and some network file systems, nothing is removed.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in folder.glob(f"{UNFINISHED}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def put(files: Sequence[Path], folder: Path) -> None:
+    """Moves files to their places: each as one step, and if a step fails or is interrupted, none.
+
+    Only a process that is killed between two steps leaves some of each kind; and a file system
+    without hard links, on which what has been replaced cannot be put back.
+
+    Args:
+        files: in a folder of `unfinished`.
+        folder: where to, under their own names.
+
+    Raises:
+        OSError: they cannot be moved there, or, as some file systems tell only now, there was no
+            room for them.
+    """
+    for file in files:
+        with file.open("r+b") as opened:
+            os.fsync(
+                opened.fileno()
+            )  # else a power cut after the move may leave a file without its contents
+    moves = [(file, folder / file.name, file.with_name(f"{file.name}.old")) for file in files]
+    new = [place for _, place, _ in moves if not os.path.lexists(place)]
+    try:
+        for file, place, old in moves:
+            with contextlib.suppress(OSError):
+                os.link(place, old)
+            file.replace(place)
+    except BaseException:
+        for _, place, old in moves:
+            with contextlib.suppress(OSError):
+                place.unlink() if place in new else old.replace(place)
+        raise

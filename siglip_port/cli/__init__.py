@@ -1,0 +1,5 @@
+"""The command `siglip-port`."""
+
+from siglip_port.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""Checkpoints on the Hub: the cache, and downloads that go on."""

@@ -1,0 +1,1 @@
+"""The fastest form of a model on this machine."""

@@ -1,0 +1,1 @@
+"""This port's proof."""

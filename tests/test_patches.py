@@ -1,0 +1,394 @@
+"""Pictures of other shapes than the tower's own.
+
+Packed patches (NaFlex), other sizes, and NaViT's positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import timm
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import Siglip2VisionModel, SiglipVisionModel
+from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
+
+from siglip_port import SigLipVisionConfig, SigLipVisionModel, pack, patchify
+from siglip_port.config import INTERPOLATIONS
+from siglip_port.parity.metrics import relative_error
+from siglip_port.parity.siglip.reference import hf_config
+from siglip_port.parity.stress_weights import randomise
+from siglip_port.patches import positions
+from tests.helpers.checkpoints import ODD, MakeCheckpoint, pixels
+
+NAFLEX = replace(ODD, naflex=True, image_size=42, num_encoder_blocks=3)
+FIXED = replace(ODD, image_size=42, num_encoder_blocks=3)
+SHAPES = [
+    (4, 9),
+    (6, 6),
+    (1, 36),
+    (11, 2),
+    (3, 3),
+]  # patches: fewer, more, as many as the tower's 6 x 6
+
+
+def pictures(*shapes: tuple[int, int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(3, 7 * h, 7 * w, generator=generator, dtype=dtype) for h, w in shapes]
+
+
+@pytest.fixture
+def pair(checkpoint: MakeCheckpoint) -> tuple[SigLipVisionModel, Any]:
+    """A NaFlex tower, and the reference's of the same weights, in float64."""
+    folder = checkpoint(NAFLEX)
+    reference = Siglip2VisionModel.from_pretrained(folder, dtype=torch.float64).eval()
+    return SigLipVisionModel.from_hf(folder, dtype=torch.float64), reference
+
+
+# --- NaFlex ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str
+)
+@torch.no_grad()
+def test_packed_patches_equal_the_reference(
+    pair: tuple[SigLipVisionModel, Any], dtype: torch.dtype, tolerance: float
+) -> None:
+    port, reference = (model.to(dtype) for model in pair)
+    inputs = pack(pictures(*SHAPES, dtype=dtype), 7, num_patches=40)
+    expected = reference(**inputs)
+    tokens = port(**inputs)
+    assert tokens.shape == (5, 40, 72)
+    for i, (h, w) in enumerate(SHAPES):
+        assert (
+            relative_error(tokens[i, : h * w], expected.last_hidden_state[i, : h * w]) <= tolerance
+        )
+    assert (
+        relative_error(port.pool(tokens, inputs["pixel_attention_mask"]), expected.pooler_output)
+        <= tolerance
+    )
+    assert relative_error(port.embed(**inputs), expected.pooler_output) <= tolerance
+    assert relative_error(port.embed(**inputs, normalize=True).norm(dim=-1), torch.ones(5)) <= 1e-6
+
+
+@torch.no_grad()
+def test_padded_and_alone_are_the_same(pair: tuple[SigLipVisionModel, Any]) -> None:
+    port, _ = pair
+    batch = pictures(*SHAPES)
+    together = pack(batch, 7, num_patches=53)
+    tokens, vectors = port(**together), port.embed(**together)
+    for i, ((h, w), picture) in enumerate(zip(SHAPES, batch, strict=True)):
+        alone = pack([picture], 7)
+        assert relative_error(tokens[i, : h * w], port(**alone)[0]) <= 1e-12
+        assert relative_error(vectors[i], port.embed(**alone)[0]) <= 1e-12
+        assert (
+            relative_error(vectors[i], port.embed(picture[None])[0]) <= 1e-12
+        )  # as a picture, not as patches
+    # What the mask keeps out matters: without it, the padding would be attended to.
+    everything = torch.ones_like(together["pixel_attention_mask"])
+    wrong = port(together["pixel_values"], everything, together["spatial_shapes"])
+    assert relative_error(wrong[0, :36], tokens[0, :36]) > 1e-3
+
+
+@torch.no_grad()
+def test_the_mask_may_be_left_out_and_shapes_may_be_numbers(
+    pair: tuple[SigLipVisionModel, Any],
+) -> None:
+    port, _ = pair
+    inputs = pack(pictures(*SHAPES), 7, num_patches=40)
+    expected = port(**inputs)
+    patches = inputs["pixel_values"]
+    assert torch.equal(port(patches, spatial_shapes=inputs["spatial_shapes"]), expected)
+    assert torch.equal(port(patches, spatial_shapes=SHAPES), expected)
+    assert torch.equal(port(patches, spatial_shapes=inputs["spatial_shapes"].numpy()), expected)
+    assert torch.equal(port(patches, inputs["pixel_attention_mask"].bool(), SHAPES), expected)
+    assert torch.equal(port.embed(patches, spatial_shapes=SHAPES), port.embed(**inputs))
+
+
+@torch.no_grad()
+def test_a_square_naflex_tower_is_the_fixed_one() -> None:
+    naflex, fixed = (
+        SigLipVisionModel(NAFLEX).double().eval(),
+        SigLipVisionModel(FIXED).double().eval(),
+    )
+    randomise(fixed)
+    naflex.load_state_dict(fixed.state_dict())
+    x = pixels(FIXED)
+    for out in (naflex(x), naflex(**pack(list(x), 7)), fixed(**pack(list(x), 7))):
+        assert relative_error(out, fixed(x)) <= 1e-12
+
+
+def test_patches_are_those_of_the_processor() -> None:
+    for picture in pictures(*SHAPES):
+        assert torch.equal(patchify(picture, 7), convert_image_to_patches(picture, 7))
+    x = torch.stack(pictures((2, 3), (2, 3)))
+    assert torch.equal(patchify(x, 7), torch.stack([patchify(p, 7) for p in x]))
+    assert torch.equal(
+        patchify(torch.nn.functional.pad(x, (0, 3, 0, 6)), 7), patchify(x, 7)
+    )  # no whole patch more
+
+
+def test_packing_makes_what_the_processor_makes() -> None:
+    packed = pack(pictures((2, 3), (1, 2)), 7, num_patches=9)
+    assert {name: tuple(t.shape) for name, t in cast(dict[str, Tensor], packed).items()} == {
+        "pixel_values": (2, 9, 147),
+        "pixel_attention_mask": (2, 9),
+        "spatial_shapes": (2, 2),
+    }
+    assert packed["spatial_shapes"].tolist() == [[2, 3], [1, 2]]
+    assert packed["pixel_attention_mask"].tolist() == [[1] * 6 + [0] * 3, [1] * 2 + [0] * 7]
+    assert not packed["pixel_values"][1, 2:].any()
+
+
+def test_what_cannot_be_packed() -> None:
+    with pytest.raises(
+        ValueError, match=r"pictures must be one or more tensors of shape \[C, H, W\], got \[\]"
+    ):
+        pack([], 7)
+    with pytest.raises(ValueError, match=r"must hold a patch of 7 x 7 pixels"):
+        pack([torch.ones(3, 6, 20)], 7)
+    with pytest.raises(ValueError, match=r"got \['list'\]"):
+        pack([[1]], 7)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"patch_size must be a positive integer, got 0"):
+        pack(pictures((2, 3)), 0)
+    with pytest.raises(ValueError, match=r"one number of channels and one dtype, got .*float32"):
+        pack([torch.ones(3, 9, 9), torch.ones(3, 9, 9).double()], 7)
+    with pytest.raises(ValueError, match=r"a picture has 6 patches, more than num_patches=5"):
+        pack(pictures((2, 3)), 7, num_patches=5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"spatial_shapes": None},
+            r"got torch.float32 of shape \[2, 6, 147\]; packed patches come with their spatial_s",
+        ),
+        (
+            {"spatial_shapes": None, "pixel_values": torch.ones(2, 3, 14, 21)},
+            r"pixel_attention_mask goes with spatial_shapes, got the mask alone; pass both or "
+            r"neither",
+        ),
+        (
+            {"pixel_values": torch.ones(2, 6, 146)},
+            r"pixel_values must be .* \[B, N, 147\], got .*\[2, 6, 146\]",
+        ),
+        ({"pixel_values": torch.ones(2, 6, 147).int()}, r"got torch.int32"),
+        ({"pixel_values": [1]}, r"\[B, N, 147\], got a list"),
+        (
+            {"spatial_shapes": [(2, 3)]},
+            r"spatial_shapes must be 2 pairs of patches .* at most 6, got \[\(2, 3\)\]",
+        ),
+        ({"spatial_shapes": [(2, 3), (2, 4)]}, r"got \[\(2, 3\), \(2, 4\)\]"),
+        ({"spatial_shapes": [(2, 3), (0, 4)]}, r"spatial_shapes must be 2 pairs"),
+        ({"spatial_shapes": [(2, 3), (1, 2.0)]}, r"spatial_shapes must be 2 pairs"),
+        (
+            {"spatial_shapes": torch.tensor([[2.4, 3.0], [1.0, 2.0]])},
+            r"spatial_shapes must be 2 pairs",
+        ),
+        ({"spatial_shapes": [3, 4]}, r"spatial_shapes must be 2 pairs .*got \[3, 4\]"),
+        ({"spatial_shapes": torch.tensor(3)}, r"spatial_shapes must be 2 pairs"),
+        ({"spatial_shapes": 3}, r"spatial_shapes must be 2 pairs"),
+        (
+            {"pixel_attention_mask": [[1] * 6] * 2},
+            r"pixel_attention_mask must be a tensor, got a list",
+        ),
+        (
+            {"pixel_attention_mask": torch.ones(2, 5)},
+            r"pixel_attention_mask must have the shape \[2, 6\] .* \[2, 5\]",
+        ),
+    ],
+)
+def test_wrong_packed_input(change: dict[str, Any], message: str) -> None:
+    inputs: dict[str, Any] = {**pack(pictures((2, 3), (1, 2), dtype=torch.float32), 7), **change}
+    with pytest.raises(ValueError, match=message):
+        SigLipVisionModel(NAFLEX).eval()(**inputs)
+
+
+# --- other sizes ----------------------------------------------------------------------------------
+
+
+def with_rule(rule: str | None, config: SigLipVisionConfig = FIXED) -> SigLipVisionModel:
+    model = SigLipVisionModel(replace(config, interpolation=rule)).double().eval()
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("size", [(56, 84), (21, 70), (49, 49), (63, 28), (60, 50)])
+@torch.no_grad()
+def test_hf_equals_the_reference(size: tuple[int, int], checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint(FIXED)
+    reference = SiglipVisionModel.from_pretrained(folder).eval()
+    port = SigLipVisionModel.from_hf(folder, interpolation="hf")
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        x = torch.randn(2, 3, *size, dtype=dtype)
+        expected = reference.to(dtype)(x, interpolate_pos_encoding=True)
+        assert relative_error(port.to(dtype)(x), expected.last_hidden_state) <= tolerance
+        assert relative_error(port.embed(x), expected.pooler_output) <= tolerance
+
+
+@pytest.mark.parametrize("size", [(8, 12), (3, 10), (7, 7), (2, 2)])
+def test_timm_equals_timm(size: tuple[int, int]) -> None:
+    table = torch.randn(36, 24)
+    expected = timm.layers.pos_embed.resample_abs_pos_embed(
+        table[None], list(size), num_prefix_tokens=0
+    )[0]
+    assert relative_error(positions(table, size, "timm"), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("size", [(8, 12), (3, 10), (7, 7), (2, 9)])
+def test_big_vision_equals_scipy(size: tuple[int, int]) -> None:
+    """`resample_posemb` of big_vision's models/vit.py is `scipy.ndimage.zoom(grid, (H/h, W/w, 1), order=1)`."""
+    from scipy.ndimage import zoom
+
+    table = torch.randn(36, 24, dtype=torch.float64)
+    expected = zoom(table.view(6, 6, 24).numpy(), (size[0] / 6, size[1] / 6, 1), order=1)
+    assert (
+        relative_error(
+            positions(table, size, "big_vision"), torch.from_numpy(expected).flatten(0, 1)
+        )
+        <= 1e-10
+    )
+
+
+@pytest.mark.parametrize("size", [(8, 12), (3, 10), (7, 7), (2, 2)])
+def test_naflex_equals_the_reference(size: tuple[int, int]) -> None:
+    embeddings = Siglip2VisionModel(hf_config(NAFLEX)).embeddings
+    table = torch.randn(36, 72)
+    expected = embeddings.resize_positional_embeddings(
+        table.view(6, 6, 72), torch.tensor([size]), size[0] * size[1]
+    )
+    assert torch.equal(positions(table, size, "naflex"), expected[0])
+
+
+@given(side=st.integers(1, 9), rule=st.sampled_from(INTERPOLATIONS))
+def test_on_their_own_grid_positions_stay_as_they_are(side: int, rule: str) -> None:
+    table = torch.randn(side**2, 3)
+    assert positions(table, (side, side), rule) is table
+
+
+@given(height=st.integers(1, 12), width=st.integers(1, 12), rule=st.sampled_from(INTERPOLATIONS))
+def test_every_rule_gives_every_grid(height: int, width: int, rule: str) -> None:
+    ramp = (
+        torch.arange(6.0).repeat_interleave(6)[:, None].expand(-1, 2)
+    )  # grows downwards, is the same across
+    fitted = positions(ramp, (height, width), rule).view(height, width, 2)
+    assert fitted.isfinite().all()
+    assert torch.allclose(fitted, fitted[:, :1].expand(-1, width, -1), atol=1e-4)
+    assert (fitted.diff(dim=0) >= -1e-4).all()
+
+
+def test_the_rules_differ() -> None:
+    table = torch.randn(36, 8)
+    fitted = [positions(table, (9, 4), rule) for rule in INTERPOLATIONS]
+    assert all(relative_error(a, b) > 1e-3 for i, a in enumerate(fitted) for b in fitted[:i])
+
+
+@pytest.mark.parametrize("size", [(28, 63), (63, 28), (49, 42), (42, 49), (35, 35)])
+def test_other_sizes_are_refused_unless_asked_for(size: tuple[int, int]) -> None:
+    """Also 28 x 63 pixels, which happen to have as many patches, 36, as the tower's own 42 x 42."""
+    with pytest.raises(
+        ValueError, match=r"\[B, 3, 42, 42\], got .*; .*SigLipVisionConfig\(interpolation='hf'\)"
+    ):
+        with_rule(None)(torch.ones(1, 3, *size, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"takes pictures of 6 x 6 patches only, got \[\(4, 9\)\]"):
+        with_rule(None)(**pack(pictures((4, 9)), 7))
+    with pytest.raises(
+        ValueError, match=r"\[B, 3, height, width\], both at least 7, got .*\[1, 3, 42, 6\]"
+    ):
+        with_rule("hf")(torch.ones(1, 3, 42, 6, dtype=torch.float64))
+    with pytest.raises(
+        ValueError,
+        match=r"\[3, 42, 42\]; a single picture needs a batch of one: pixel_values\[None\]",
+    ):
+        with_rule("hf")(torch.ones(3, 42, 42, dtype=torch.float64))
+    with pytest.raises(
+        ValueError, match=r"interpolation must be None or one of hf, timm, .*, got 'bicubic'"
+    ):
+        SigLipVisionModel.from_hf("anything", interpolation="bicubic")
+
+
+@torch.no_grad()
+def test_fitted_positions_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_rule("hf")
+    x, y = torch.randn(1, 3, 56, 84).double(), torch.randn(1, 3, 84, 56).double()
+    expected = model(x), model(y)
+    for width in range(1, 63):  # as many grids as are kept
+        model.transformer.embeddings.positions(1, width)
+    monkeypatch.setattr("siglip_port.model.positions", lambda *_: pytest.fail("fitted again"))
+    assert torch.equal(model(x), expected[0])
+    assert torch.equal(model(y), expected[1])
+
+
+# --- NaViT ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["idefics2", "idefics3", "smolvlm"])
+@torch.no_grad()
+def test_navit_towers_take_pictures_of_any_shape(kind: str) -> None:
+    """Packed patches, beside the padded pictures with a mask that these models take.
+
+    In transformers 5.23.
+    """
+    vision = {
+        "hidden_size": 72,
+        "intermediate_size": 101,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    name = {"idefics2": "Idefics2", "idefics3": "Idefics3", "smolvlm": "SmolVLM"}[kind]
+    module = getattr(transformers.models, kind)
+    made = vars(getattr(module, f"configuration_{kind}"))[f"{name}VisionConfig"]
+    config = made(**vision, image_size=42, patch_size=7)
+    tower = (
+        vars(getattr(module, f"modeling_{kind}"))[f"{name}VisionTransformer"](config)
+        .double()
+        .eval()
+    )
+    randomise(tower)
+    port = (
+        SigLipVisionModel(replace(FIXED, pooling_head=False, interpolation="navit")).double().eval()
+    )
+    from siglip_port.checkpoint.layouts import HUGGINGFACE
+
+    stored = tower.state_dict()
+    claims = HUGGINGFACE.claims(3, HUGGINGFACE.tower)
+    port.load_state_dict({claim.ours[0]: stored[name] for name, claim in claims.items()})
+
+    x = pixels(FIXED)
+    assert (
+        relative_error(port(x), tower(x).last_hidden_state) <= 1e-10
+    )  # their own grid: the plain tower
+    shapes = [(3, 5), (6, 4), (2, 2)]
+    padded = torch.zeros(3, 3, 42, 35, dtype=torch.float64)
+    mask = torch.zeros(3, 6, 5, dtype=torch.bool)
+    batch = pictures(*shapes)
+    for i, (picture, (h, w)) in enumerate(zip(batch, shapes, strict=True)):
+        padded[i, :, : 7 * h, : 7 * w] = picture
+        mask[i, :h, :w] = True
+    expected = tower(padded, patch_attention_mask=mask).last_hidden_state.view(3, 6, 5, 72)
+    tokens = port(**pack(batch, 7))
+    for i, (h, w) in enumerate(shapes):
+        assert relative_error(tokens[i, : h * w], expected[i, :h, :w].flatten(0, 1)) <= 1e-10
+        assert relative_error(port(batch[i][None])[0], tokens[i, : h * w]) <= 1e-10
+
+
+@pytest.mark.parametrize("size", [(13, 40), (27, 7), (70, 19), (20, 21)])
+@torch.no_grad()
+def test_navit_positions_of_large_pictures(size: tuple[int, int]) -> None:
+    """The reference's embeddings of pictures of zeros, without a bias: the positions alone."""
+    module = transformers.models.idefics2
+    config = module.configuration_idefics2.Idefics2VisionConfig(
+        hidden_size=8, image_size=40, patch_size=2
+    )
+    embeddings = module.modeling_idefics2.Idefics2VisionEmbeddings(config)
+    embeddings.patch_embedding.bias.zero_()
+    mask = torch.ones(1, *size, dtype=torch.bool)
+    expected = embeddings(torch.zeros(1, 3, 2 * size[0], 2 * size[1]), mask)[0]
+    assert torch.equal(positions(embeddings.position_embedding.weight, size, "navit"), expected)
