@@ -492,7 +492,8 @@ def describe_environment(args: argparse.Namespace, transformers_version: str) ->
 
 def print_report(args: argparse.Namespace, comparison: Comparison, report: Json) -> None:
     """Prints the lines that users of the original program know, the gates, and what differs."""
-    from siglip_port.parity.report.document import lines, table
+    from siglip_port.parity.report.document import table
+    from siglip_port.text import format_table
 
     for name, shapes in (
         ("custom", {f["point"]: f["shape"] for f in report["outputs"]}),
@@ -508,7 +509,7 @@ def print_report(args: argparse.Namespace, comparison: Comparison, report: Json)
         print(f"cosine_similarity{after}.mean(): {float(figures['cosine_mean']):.12f}")
         print(f"cosine_similarity{after}.min(): {float(figures['cosine_min']):.12f}")
     print()
-    print("\n".join(lines(table(comparison))))
+    print("\n".join(format_table(table(comparison))))
     if comparison.findings:
         print()
         print("\n".join(str(comparison).splitlines()[:-1]))
@@ -555,11 +556,12 @@ def read_baseline(path: Path) -> Json:
 
 def write_reports(args: argparse.Namespace, report: Json, case: Case) -> None:
     """Writes the files that were asked for."""
+    from siglip_port.atomic import write_text
     from siglip_port.parity.report import document as reports
     from siglip_port.parity.report import html
 
     if args.json is not None:
-        reports.write(args.json, reports.dumps(report))
+        write_text(args.json, reports.dumps(report))
     if args.report is not None:
         picture = html.picture(case.inputs[0])
         writers: dict[str, Callable[[], str]] = {
@@ -569,7 +571,7 @@ def write_reports(args: argparse.Namespace, report: Json, case: Case) -> None:
             "junit.xml": lambda: reports.junit(report),
         }
         for name, text in writers.items():
-            reports.write(args.report / name, text())
+            write_text(args.report / name, text())
         print(f"written to {args.report}: {', '.join(writers)}")
 
 

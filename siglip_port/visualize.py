@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name the field uses)
 from torch import Tensor
 
-from siglip_port.checkpoint.atomic import put, unfinished
+from siglip_port.atomic import commit_files, staging_dir
 from siglip_port.image_processing import ImageProcessor, Picture, Pixels
 from siglip_port.model import SigLipVisionModel
 
@@ -186,11 +186,11 @@ def draw(model: SigLipVisionModel, picture: Picture, folder: str | os.PathLike[s
     if model.pooling_head is not None:
         attention = model.pooling_attention(tokens, pixels.get("pixel_attention_mask"))  # [1, H, N]
         figures[POOLING] = _attention(seen, attention[0, :, :number])
-    with unfinished(Path(folder)) as place:
+    with staging_dir(Path(folder)) as place:
         for name, figure in figures.items():
             # Without the release of matplotlib, which would change the bytes.
             figure.savefig(place / name, format="png", dpi=150, metadata={"Software": None})
-        put([place / name for name in figures], Path(folder))
+        commit_files([place / name for name in figures], Path(folder))
     return [Path(folder) / name for name in figures]
 
 

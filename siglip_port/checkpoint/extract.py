@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from siglip_port.checkpoint import atomic as writing
-from siglip_port.checkpoint import layouts as key_map
+from siglip_port import atomic
 from siglip_port.checkpoint.reader import CheckpointError
 from siglip_port.model import SigLipVisionModel
+from siglip_port.text import fold_blocks
 
 Format = Literal["hf", "timm"]
 
@@ -59,7 +59,7 @@ def _extract(model: SigLipVisionModel, out: Path, written_as: Format) -> Extract
     # On the same file system as what it becomes: a folder that exists may be one of its own, as
     # volumes are.
     exists = out.exists()
-    with writing.unfinished(out if exists else out.parent) as unfinished:
+    with atomic.staging_dir(out if exists else out.parent) as unfinished:
         # A folder within, which has the permissions that a folder usually has: a temporary one is
         # private.
         folder = unfinished / "tower"
@@ -70,7 +70,7 @@ def _extract(model: SigLipVisionModel, out: Path, written_as: Format) -> Extract
             raise CheckpointError(str(error).replace(str(folder), str(out))) from error
         names = sorted(path.name for path in folder.iterdir())
         if exists:
-            writing.put([folder / name for name in names], out)
+            atomic.commit_files([folder / name for name in names], out)
         else:
             folder.rename(out)
     shapes = [tuple(output.shape) for output in outputs]
@@ -99,7 +99,7 @@ def _verify(model: SigLipVisionModel, folder: Path) -> tuple[int, list[Tensor]]:
     ):
         different.append("what it computes of a picture of noise")
     if different:
-        names = ", ".join(key_map.fold_blocks(sorted(different)))
+        names = ", ".join(fold_blocks(sorted(different)))
         raise CheckpointError(
             f"what was written is not what was read, and has been removed; different: {names}"
         )

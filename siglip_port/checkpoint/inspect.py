@@ -15,6 +15,7 @@ from siglip_port.checkpoint.formats import Stored
 from siglip_port.checkpoint.reader import Checkpoint, CheckpointError, Source
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.model import on_meta
+from siglip_port.text import format_ranges
 
 _Counts = Mapping[
     str, tuple[int, int]
@@ -186,7 +187,7 @@ def _folded(
     claim = checkpoint.claims[names[0]]
     form = ("blocks stacked", claim.form.name) if claim.stacked else (claim.form.name,)
     for (tensor, _), numbers in blocks.items():
-        ranges = key_map.ranges(list(range(number_of_blocks)) if claim.stacked else numbers)
+        ranges = format_ranges(range(number_of_blocks) if claim.stacked else numbers)
         yield Entry(
             ours=tuple(name.replace("{}", ranges) for name in row.ours),
             stored=checkpoint.prefix + row.stored.replace("{}", ranges),

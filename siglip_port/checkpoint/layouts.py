@@ -649,30 +649,6 @@ def fuse(tensors: list[Tensor]) -> Tensor:
     return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
-def fold_blocks(names: Iterable[str]) -> list[str]:
-    """Folds names that differ only in the number of the block: `layers.{0...11}.mlp.fc1.bias`.
-
-    Only a number between two dots is a block's number: `fc1` and `layer_norm1` stay what they are.
-    """
-    folded: dict[tuple[str, ...], list[int]] = {}
-    for name in names:
-        around = re.split(r"(?<=\.)(\d{1,9})(?=\.)", name, maxsplit=1)
-        folded.setdefault(tuple(around[::2]), []).extend(int(number) for number in around[1:2])
-    return [ranges(blocks).join(around) for around, blocks in folded.items()]
-
-
-def ranges(numbers: list[int]) -> str:
-    """Writes `[0, 1, 2, 5]` as `{0...2,5}`, and one number as itself."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    text = ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}...{r[-1]}" for r in runs)
-    return f"{{{text}}}" if len(set(numbers)) > 1 else text
-
-
 def _spell_out(row: Row, num_blocks: int) -> Iterable[tuple[str, Claim]]:
     if "{}" in row.ours[0] and "{}" not in row.stored:
         for kind in ("weight", "bias") if "*" in row.stored else ("",):

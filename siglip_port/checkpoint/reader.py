@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from siglip_port.checkpoint import atomic as writing
+from siglip_port import atomic
 from siglip_port.checkpoint import layouts as key_map
 from siglip_port.checkpoint import preprocessor_config as processors
 from siglip_port.checkpoint import registry as architectures
@@ -46,6 +46,7 @@ from siglip_port.checkpoint.formats import (
     read_header,
 )
 from siglip_port.config import SigLipVisionConfig, UnknownModelError
+from siglip_port.text import fold_blocks
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -827,7 +828,7 @@ def save(
     try:
         # Beside their places and then moved there: a reader sees the old files or the new ones,
         # never a part, and a model that is mapped from the old file keeps it.
-        with writing.unfinished(Path(folder)) as unfinished:
+        with atomic.staging_dir(Path(folder)) as unfinished:
             weights, *others = (unfinished / name for name in (WEIGHTS, *documents))
             save_file(
                 {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()},
@@ -848,7 +849,7 @@ def save(
             weights.chmod(
                 others[0].stat().st_mode
             )  # safetensors hides its files from everybody else
-            writing.put((weights, *others), Path(folder))
+            atomic.commit_files((weights, *others), Path(folder))
     except (OSError, SafetensorError, TypeError) as error:  # TypeError: a document that is no JSON
         raise CheckpointError(
             f"the checkpoint could not be written to {os.fspath(folder)}: {error}"
@@ -954,7 +955,7 @@ def _report(what: str, problems: list[tuple[str, list[str]]]) -> str:
     lines = [f"{what} does not hold the tower that its configuration describes"]
     for problem, names in problems:
         lines.append(f"  {problem} ({len(names)}):")
-        folded = key_map.fold_blocks(sorted(names))
+        folded = fold_blocks(sorted(names))
         lines += [f"    {name}" for name in folded[:_NAMES_SHOWN]]
         if len(folded) > _NAMES_SHOWN:
             lines.append(f"    ... and {len(folded) - _NAMES_SHOWN} more")

@@ -35,6 +35,7 @@ from siglip_port.hub.repository import find_source
 from siglip_port.image_processing import ImageError, to_rgb
 from siglip_port.model import SigLipVisionModel
 from siglip_port.optimize.selection import ENGINES, EngineError
+from siglip_port.text import format_bytes
 
 _WIDTH = 100_000  # columns: nothing is cut off or broken; a narrower terminal wraps by itself
 
@@ -205,7 +206,7 @@ def extract_command(
     done = extract(model, out, written_as=written_as)
     typer.echo(model.provenance)
     for number, file in enumerate(done.files):
-        typer.echo(f"{'' if number else 'written':9}{file} ({_amount(file.stat().st_size)})")
+        typer.echo(f"{'' if number else 'written':9}{file} ({format_bytes(file.stat().st_size)})")
     what = f"tokens {list(done.tokens)}" + (
         f" and vector {list(done.pooled)}" if done.pooled else ""
     )
@@ -269,7 +270,7 @@ def export_command(
     except ExportError as error:
         _fail(str(error), 1)
     typer.echo(model.provenance)
-    typer.echo(f"written  {out} ({_amount(out.stat().st_size)})")
+    typer.echo(f"written  {out} ({format_bytes(out.stat().st_size)})")
     typer.echo(f"compared with the tower, in batches of 1, 2 and 5: differs by {far:.1e}")
 
 
@@ -555,7 +556,7 @@ def list_command(as_json: JsonOption = False) -> None:
             str(row["embed_dim"]),
             row["resample"],
             f"{row['vision_parameters']:,}",
-            _amount(row["vision_bytes"]),
+            format_bytes(row["vision_bytes"]),
             f"{row['share']:.0%}",
         )
     _print(table)
@@ -599,10 +600,10 @@ def _print_inspection(found: Inspection) -> None:
     for number, tower in enumerate(found.towers):
         typer.echo(f"{'' if number else 'towers':9}{_arguments(*tower)}")
     typer.echo(f"layout   {found.title}")
-    typer.echo(f"tower    {found.tower.parameters:,} parameters, {_amount(found.tower.bytes)}")
+    typer.echo(f"tower    {found.tower.parameters:,} parameters, {format_bytes(found.tower.bytes)}")
     unread = f", without {', '.join(found.unread)}" if found.unread else ""
     typer.echo(
-        f"whole    {found.whole.parameters:,} parameters, {_amount(found.whole.bytes)}{unread}"
+        f"whole    {found.whole.parameters:,} parameters, {format_bytes(found.whole.bytes)}{unread}"
     )
     dropped = "; ".join(f"{count} of the {reason}" for reason, count in found.dropped.items())
     typer.echo(f"dropped  {dropped or 'nothing'}")
@@ -654,14 +655,6 @@ def _print(table: Table) -> None:
 
 def _print_json(content: dict[str, Any]) -> None:
     typer.echo(json.dumps(content, indent=2))
-
-
-def _amount(size: int) -> str:
-    """A number of bytes, in the decimal unit that suits it."""
-    unit, name = next(
-        (u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if size >= u or u == 1
-    )
-    return f"{size / unit:.1f} {name}" if unit > 1 else f"{size} B"
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

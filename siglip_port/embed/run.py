@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from siglip_port.checkpoint import atomic as writing
+from siglip_port import atomic
 from siglip_port.embed.embedder import Decoded, Embedder, Output, Store, decode
 from siglip_port.embed.inputs import Item, digest, find_items
 from siglip_port.image_processing import Backend, ImageProcessor
@@ -544,12 +544,12 @@ class _Run:
             "versions": _versions(),
         }
         table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(about)})
-        with writing.unfinished(self.folder) as place:
+        with atomic.staging_dir(self.folder) as place:
             files = self._files(shard, place)
             parquet.write_table(table, files[-1])
             if self.settings.format == "npy":
                 np.save(files[0], vectors)
-            writing.put(files, self.folder)
+            atomic.commit_files(files, self.folder)
 
 
 def _text(name: str) -> str:
@@ -622,9 +622,9 @@ def _keep_settings(folder: Path, settings: Settings) -> None:
     wanted = json.loads(json.dumps(asdict(settings)))
     earlier = _earlier(folder)
     if earlier is None:
-        with writing.unfinished(folder) as place:
+        with atomic.staging_dir(folder) as place:
             (place / SETTINGS).write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-            writing.put([place / SETTINGS], folder)
+            atomic.commit_files([place / SETTINGS], folder)
         return
     differs = [name for name in wanted if earlier.get(name) != wanted[name] and name != "processor"]
     if differs:

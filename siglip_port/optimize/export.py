@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from siglip_port.checkpoint import atomic as writing
+from siglip_port import atomic
 from siglip_port.model import SigLipVisionModel
 from siglip_port.optimize import onednn as native
 from siglip_port.optimize.selection import (
@@ -169,7 +169,7 @@ def _export(
     outputs = Outputs(frozen(model, None)).eval()
     try:
         with (
-            writing.unfinished(path.absolute().parent) as folder,
+            atomic.staging_dir(path.absolute().parent) as folder,
             torch.no_grad(),
             warnings.catch_warnings(),
         ):
@@ -185,7 +185,7 @@ def _export(
                     f"{found:.1e}, bound "
                     f"{BOUNDS[home.dtype]:.0e}"
                 )
-            writing.put([place], path.absolute().parent)
+            atomic.commit_files([place], path.absolute().parent)
     except ImportError as error:
         raise ExportError(f"{path.name} is not written: it needs {needs}: {error}") from error
     except ExportError:

@@ -28,7 +28,7 @@ from typing import Any, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from siglip_port.checkpoint import atomic as writing
+from siglip_port import atomic
 from siglip_port.model import Shapes, SigLipVisionModel, SigLipVisionTransformer, on_meta
 from siglip_port.optimize import onednn as native
 
@@ -298,9 +298,9 @@ def _kept_file(
     path = kept / names[-1]
     try:
         if not path.exists():
-            with writing.unfinished(kept) as place:
+            with atomic.staging_dir(kept) as place:
                 write(place / path.name)
-                writing.put([place / name for name in names], kept)
+                atomic.commit_files([place / name for name in names], kept)
         return load(path)
     except Exception as error:  # of many kinds, none of them documented
         where = f"; if it could before, delete {path}" if path.exists() else ""
@@ -658,9 +658,9 @@ def _read(path: Path) -> Choice | None:
 def _write(path: Path, choice: Choice) -> None:
     """Keeps what was found. Where it cannot be kept, the next process looks again."""
     try:
-        with writing.unfinished(path.parent) as place:
+        with atomic.staging_dir(path.parent) as place:
             file = place / path.name
             file.write_text(json.dumps(asdict(choice), indent=1), encoding="utf-8")
-            writing.put([file], path.parent)
+            atomic.commit_files([file], path.parent)
     except OSError as error:
         log.warning("what was found is not kept: %s", error)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siglip_port.checkpoint.layouts import fold_blocks
 from siglip_port.parity import hints
 from siglip_port.parity.metrics import bits, relative_error
 from siglip_port.parity.taps import Recording, Tap, listening, record
+from siglip_port.text import fold_blocks
 
 FLOAT64_BOUND = 1e-10
 FLOAT64_ORIGIN = "float64 rounding was measured at up to 3e-13, the weakest mistake of the catalogue at 1e-8 at its tap"

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from siglip_port.atomic import write_text
 from siglip_port.checkpoint import preprocessor_config as processors
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.optimize import selection as inference
@@ -35,12 +36,11 @@ from siglip_port.parity import gates, mutants, taps
 from siglip_port.parity.compare import describe
 from siglip_port.parity.gates import Finding, Gate, Measurement, Side
 from siglip_port.parity.mutation import Mutant, edited
-from siglip_port.parity.report.document import lines as columns
-from siglip_port.parity.report.document import write
 from siglip_port.parity.siglip import cases as proof
 from siglip_port.parity.siglip import pixels
 from siglip_port.parity.siglip import reference as references
 from siglip_port.parity.siglip.cases import Case
+from siglip_port.text import format_table
 
 
 @dataclass
@@ -425,8 +425,8 @@ def run(args: argparse.Namespace, progress: Progress) -> bool:
     with inference.threads(1):
         report = examine_all(args, progress)
     if args.json is not None:
-        write(args.json, json.dumps(as_json(report), indent=1) + "\n")
-    print("\n".join(columns(report.census())))
+        write_text(args.json, json.dumps(as_json(report), indent=1) + "\n")
+    print("\n".join(format_table(report.census())))
     print("\n".join(["", *report.failures] if report.failures else [""]))
     print(f"{'LOST POWER' if report.failures else 'POWER'}: {report.summary()}")
     return not report.failures
@@ -584,7 +584,7 @@ def calibrate(args: argparse.Namespace, progress: Progress) -> bool:
         for gate, (share, who) in legal.items()
     ]
     rows.append(["finest mistake", f"{weakest[0]:.2f}", weakest[1]])
-    print("\n".join(columns(rows)))
+    print("\n".join(format_table(rows)))
     holds = max(legal.values())[0] < 1 < weakest[0]
     print(f"{'HOLDS' if holds else 'DOES NOT HOLD'}: {gates.ROUNDING_ORIGIN}")
     return holds

@@ -16,7 +16,6 @@ from transformers import Siglip2VisionModel, SiglipVisionModel
 
 from siglip_port import SigLipVisionConfig
 from siglip_port import SigLipVisionModel as Port
-from siglip_port.checkpoint import layouts as key_map
 from siglip_port.checkpoint.layouts import (
     HUGGINGFACE,
     HUGGINGFACE_NAFLEX,
@@ -27,6 +26,7 @@ from siglip_port.checkpoint.layouts import (
 )
 from siglip_port.parity.siglip.reference import hf_config
 from siglip_port.parity.stress_weights import randomise
+from siglip_port.text import fold_blocks
 from tests.helpers.checkpoints import ODD, SMALL
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
@@ -216,12 +216,12 @@ def test_layouts_have_names_of_their_own() -> None:
     ],
 )
 def test_names_are_folded_by_block(names: list[str], folded: list[str]) -> None:
-    assert key_map.fold_blocks(names) == folded
+    assert fold_blocks(names) == folded
 
 
 @given(st.sets(st.integers(0, 60), min_size=1))
 def test_folding_loses_no_block(blocks: set[int]) -> None:
-    (folded,) = key_map.fold_blocks(f"layers.{i}.mlp.fc1.bias" for i in sorted(blocks))
+    (folded,) = fold_blocks(f"layers.{i}.mlp.fc1.bias" for i in sorted(blocks))
     text = folded.removeprefix("layers.").removesuffix(".mlp.fc1.bias").strip("{}")
     runs = [re.fullmatch(r"(\d+)(?:\.\.\.(\d+))?", run) for run in text.split(",")]
     unfolded = {i for run in runs if run for i in range(int(run[1]), int(run[2] or run[1]) + 1)}

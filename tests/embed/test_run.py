@@ -22,8 +22,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from siglip_port import OptimizedModel, SigLipVisionModel, optimize
-from siglip_port.checkpoint import atomic as writing
+from siglip_port import OptimizedModel, SigLipVisionModel, atomic, optimize
 from siglip_port.checkpoint import preprocessor_config as processors
 from siglip_port.cli import commands
 from siglip_port.embed import run as embedding
@@ -246,7 +245,7 @@ def test_killed_and_begun_again(
     embed([photos], out, model, **HOW)
     embed([photos], tmp_path / "whole", model, **HOW)
     assert exact(out) == exact(tmp_path / "whole")
-    assert not list(out.glob(f"{writing.UNFINISHED}*"))
+    assert not list(out.glob(f"{atomic.STAGING_PREFIX}*"))
 
 
 def test_workers_end_with_the_process_that_is_killed(photos: Path, tmp_path: Path) -> None:
@@ -405,7 +404,7 @@ def test_a_full_disk_loses_nothing(
     ):
         embed([photos], tmp_path, model, **HOW)
     assert len(list(tmp_path.glob("part-*.parquet"))) == 2
-    assert not list(tmp_path.glob(f"{writing.UNFINISHED}*"))
+    assert not list(tmp_path.glob(f"{atomic.STAGING_PREFIX}*"))
     monkeypatch.undo()
     assert embed([photos], tmp_path, model, **HOW).fresh == 26
 

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -146,16 +145,6 @@ def table(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def lines(rows: Iterable[list[str]]) -> list[str]:
-    """Lays a table out in columns."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        " | ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
 def coloured(text: str, equal: bool, terminal: bool) -> str:
     """Paints a verdict green or red, on a terminal only."""
     return f"\033[{32 if equal else 31};1m{text}\033[0m" if terminal else text
@@ -276,17 +265,6 @@ def _gates(report: Json) -> Iterable[tuple[Json, Json]]:
 
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    path = path.resolve()
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def dumps(report: Json) -> str:

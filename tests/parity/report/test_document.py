@@ -8,10 +8,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from siglip_port.atomic import write_text
 from siglip_port.parity import Comparison
 from siglip_port.parity.compare import Section
 from siglip_port.parity.gates import Finding, Gate, Measurement
 from siglip_port.parity.report import document as report
+from siglip_port.text import format_table
 
 
 def comparison(error: float = 1e-7) -> Comparison:
@@ -44,7 +46,7 @@ def test_the_table_has_one_row_a_gate() -> None:
     assert rows[2][1:] == ["7", "1e+03", "a.norm (tower, N1)", "FAILED"]
     twice = Comparison(comparison(0).sections * 2)
     assert report.table(twice)[2] == ["semantics", "14", "0", "a.norm (tower, N1)", "passed"]
-    assert report.lines([["a", "bb"], ["ccc", "d"]]) == ["a   | bb", "ccc | d"]
+    assert format_table([["a", "bb"], ["ccc", "d"]]) == ["a   | bb", "ccc | d"]
 
 
 def test_colour_only_on_a_terminal() -> None:
@@ -99,8 +101,8 @@ def test_figures() -> None:
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "report.json"
-    report.write(target, "one")
+    write_text(target, "one")
     with pytest.raises(UnicodeEncodeError):
-        report.write(target, "\ud800")
+        write_text(target, "\ud800")
     assert target.read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

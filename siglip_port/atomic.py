@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-UNFINISHED = ".siglip_port-"
+STAGING_PREFIX = ".siglip_port-"
 """Begins the names of the folders that hold what is not finished.
 
 A process that is killed leaves its own behind.
@@ -22,7 +22,7 @@ A process that is killed leaves its own behind.
 
 
 @contextmanager
-def unfinished(folder: Path) -> Iterator[Path]:
+def staging_dir(folder: Path) -> Iterator[Path]:
     """Makes a folder in another, for what is not finished.
 
     It is gone afterwards, with all that is still in it.
@@ -44,7 +44,7 @@ def unfinished(folder: Path) -> Iterator[Path]:
             # What cannot be removed is no reason to call a failure what has succeeded: the next
             # will remove it.
             tempfile.TemporaryDirectory(
-                dir=folder, prefix=UNFINISHED, ignore_cleanup_errors=True
+                dir=folder, prefix=STAGING_PREFIX, ignore_cleanup_errors=True
             ) as place,
         ):
             yield Path(place)
@@ -73,7 +73,7 @@ def _shared(folder: Path) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in folder.glob(f"{UNFINISHED}*"):
+            for left in folder.glob(f"{STAGING_PREFIX}*"):
                 shutil.rmtree(left, ignore_errors=True)
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -82,14 +82,14 @@ def _shared(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def put(files: Sequence[Path], folder: Path) -> None:
+def commit_files(files: Sequence[Path], folder: Path) -> None:
     """Moves files to their places: each as one step, and if a step fails or is interrupted, none.
 
     Only a process that is killed between two steps leaves some of each kind; and a file system
     without hard links, on which what has been replaced cannot be put back.
 
     Args:
-        files: in a folder of `unfinished`.
+        files: in a folder of `staging_dir`.
         folder: where to, under their own names.
 
     Raises:
@@ -113,3 +113,22 @@ def put(files: Sequence[Path], folder: Path) -> None:
             with contextlib.suppress(OSError):
                 place.unlink() if place in new else old.replace(place)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Args:
+        path: of the file; its folder must exist, and nothing else is written to it.
+        text: its contents, in UTF-8.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = path.resolve()
+    staged = path.with_name(f".{path.name}.unfinished")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
