@@ -1,6 +1,8 @@
-"""The SigLIP vision tower in PyTorch, loaded from HuggingFace checkpoints, and proven against transformers."""
+"""A PyTorch SigLIP vision encoder that loads every published checkpoint layout, with its proof."""
 
-from siglip_port.checkpoint.reader import CheckpointError, HubUnreachableError, Provenance
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.model import (
     MLP,
@@ -12,8 +14,13 @@ from siglip_port.model import (
     SigLipVisionTransformer,
     VisionEmbeddings,
 )
-from siglip_port.optimize.selection import OptimizedModel, optimize
 from siglip_port.patches import pack, patchify
+
+if TYPE_CHECKING:
+    from siglip_port.checkpoint import CheckpointError, HubUnreachableError, Provenance
+    from siglip_port.optimize.selection import OptimizedModel, optimize
+
+__version__ = "0.1.0"
 
 __all__ = [
     "MLP",
@@ -33,3 +40,18 @@ __all__ = [
     "pack",
     "patchify",
 ]
+
+# Imported when they are first asked for: the model itself needs no files, and nothing optimized.
+_IMPORTED_LATER = {
+    "CheckpointError": "siglip_port.checkpoint",
+    "HubUnreachableError": "siglip_port.checkpoint",
+    "Provenance": "siglip_port.checkpoint",
+    "OptimizedModel": "siglip_port.optimize.selection",
+    "optimize": "siglip_port.optimize.selection",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (whatever has this name)
+    if name not in _IMPORTED_LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_IMPORTED_LATER[name]), name)

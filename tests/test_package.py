@@ -53,7 +53,7 @@ def test_loading_a_local_checkpoint_imports_next_to_nothing(checkpoint: MakeChec
     Three seconds, 160 MB.
     """
     code = (
-        "import sys, torch, siglip_port; before = set(sys.modules);"
+        "import sys, torch, siglip_port.checkpoint, siglip_port.hub.repository; before = set(sys.modules);"
         "siglip_port.SigLipVisionModel.from_hf(sys.argv[1]); print(*set(sys.modules) - before)"
     )
     command = [sys.executable, "-c", code, str(checkpoint())]

@@ -23,7 +23,7 @@ from siglip_port.config import INTERPOLATIONS
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.siglip.reference import hf_config
 from siglip_port.parity.stress_weights import randomise
-from siglip_port.patches import positions
+from siglip_port.patches import interpolate_positions
 from tests.helpers.checkpoints import ODD, MakeCheckpoint, pixels
 
 NAFLEX = replace(ODD, naflex=True, image_size=42, num_encoder_blocks=3)
@@ -239,7 +239,7 @@ def test_timm_equals_timm(size: tuple[int, int]) -> None:
     expected = timm.layers.pos_embed.resample_abs_pos_embed(
         table[None], list(size), num_prefix_tokens=0
     )[0]
-    assert relative_error(positions(table, size, "timm"), expected) <= 1e-6
+    assert relative_error(interpolate_positions(table, size, "timm"), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("size", [(8, 12), (3, 10), (7, 7), (2, 9)])
@@ -251,7 +251,8 @@ def test_big_vision_equals_scipy(size: tuple[int, int]) -> None:
     expected = zoom(table.view(6, 6, 24).numpy(), (size[0] / 6, size[1] / 6, 1), order=1)
     assert (
         relative_error(
-            positions(table, size, "big_vision"), torch.from_numpy(expected).flatten(0, 1)
+            interpolate_positions(table, size, "big_vision"),
+            torch.from_numpy(expected).flatten(0, 1),
         )
         <= 1e-10
     )
@@ -264,13 +265,13 @@ def test_naflex_equals_the_reference(size: tuple[int, int]) -> None:
     expected = embeddings.resize_positional_embeddings(
         table.view(6, 6, 72), torch.tensor([size]), size[0] * size[1]
     )
-    assert torch.equal(positions(table, size, "naflex"), expected[0])
+    assert torch.equal(interpolate_positions(table, size, "naflex"), expected[0])
 
 
 @given(side=st.integers(1, 9), rule=st.sampled_from(INTERPOLATIONS))
 def test_on_their_own_grid_positions_stay_as_they_are(side: int, rule: str) -> None:
     table = torch.randn(side**2, 3)
-    assert positions(table, (side, side), rule) is table
+    assert interpolate_positions(table, (side, side), rule) is table
 
 
 @given(height=st.integers(1, 12), width=st.integers(1, 12), rule=st.sampled_from(INTERPOLATIONS))
@@ -278,7 +279,7 @@ def test_every_rule_gives_every_grid(height: int, width: int, rule: str) -> None
     ramp = (
         torch.arange(6.0).repeat_interleave(6)[:, None].expand(-1, 2)
     )  # grows downwards, is the same across
-    fitted = positions(ramp, (height, width), rule).view(height, width, 2)
+    fitted = interpolate_positions(ramp, (height, width), rule).view(height, width, 2)
     assert fitted.isfinite().all()
     assert torch.allclose(fitted, fitted[:, :1].expand(-1, width, -1), atol=1e-4)
     assert (fitted.diff(dim=0) >= -1e-4).all()
@@ -286,7 +287,7 @@ def test_every_rule_gives_every_grid(height: int, width: int, rule: str) -> None
 
 def test_the_rules_differ() -> None:
     table = torch.randn(36, 8)
-    fitted = [positions(table, (9, 4), rule) for rule in INTERPOLATIONS]
+    fitted = [interpolate_positions(table, (9, 4), rule) for rule in INTERPOLATIONS]
     assert all(relative_error(a, b) > 1e-3 for i, a in enumerate(fitted) for b in fitted[:i])
 
 
@@ -312,18 +313,6 @@ def test_other_sizes_are_refused_unless_asked_for(size: tuple[int, int]) -> None
         ValueError, match=r"interpolation must be None or one of hf, timm, .*, got 'bicubic'"
     ):
         SigLipVisionModel.from_hf("anything", interpolation="bicubic")
-
-
-@torch.no_grad()
-def test_fitted_positions_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = with_rule("hf")
-    x, y = torch.randn(1, 3, 56, 84).double(), torch.randn(1, 3, 84, 56).double()
-    expected = model(x), model(y)
-    for width in range(1, 63):  # as many grids as are kept
-        model.transformer.embeddings.positions(1, width)
-    monkeypatch.setattr("siglip_port.model.positions", lambda *_: pytest.fail("fitted again"))
-    assert torch.equal(model(x), expected[0])
-    assert torch.equal(model(y), expected[1])
 
 
 # --- NaViT ----------------------------------------------------------------------------------------
@@ -391,4 +380,6 @@ def test_navit_positions_of_large_pictures(size: tuple[int, int]) -> None:
     embeddings.patch_embedding.bias.zero_()
     mask = torch.ones(1, *size, dtype=torch.bool)
     expected = embeddings(torch.zeros(1, 3, 2 * size[0], 2 * size[1]), mask)[0]
-    assert torch.equal(positions(embeddings.position_embedding.weight, size, "navit"), expected)
+    assert torch.equal(
+        interpolate_positions(embeddings.position_embedding.weight, size, "navit"), expected
+    )

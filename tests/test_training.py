@@ -15,13 +15,11 @@ import pickle
 import shutil
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -33,7 +31,7 @@ from siglip_port.checkpoint import layouts as key_map
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.siglip import reference as references
 from siglip_port.parity.stress_weights import randomise
-from siglip_port.patches import pack, positions
+from siglip_port.patches import interpolate_positions, pack
 from tests.helpers import two_processes
 from tests.helpers.checkpoints import ODD, SMALL, MakeCheckpoint, pixels
 
@@ -356,7 +354,7 @@ COPIES: dict[str, Callable[[SigLipVisionModel], SigLipVisionModel]] = {
 
 @pytest.mark.parametrize("way", COPIES.values(), ids=COPIES.keys())
 @torch.no_grad()
-def test_copies_hold_all_but_fitted_positions_and_live_on_their_own(
+def test_copies_hold_all_and_live_on_their_own(
     checkpoint: MakeCheckpoint, way: Callable[[SigLipVisionModel], SigLipVisionModel]
 ) -> None:
     folder = checkpoint(FIXED)
@@ -365,10 +363,7 @@ def test_copies_hold_all_but_fitted_positions_and_live_on_their_own(
     model = SigLipVisionModel.from_hf(folder, interpolation="hf")
     x = pictures(FIXED, 31).float()
     expected = model.embed(x)
-    assert model.transformer.embeddings._fitted
     other = way(model)
-    assert model.transformer.embeddings._fitted
-    assert not other.transformer.embeddings._fitted
     assert other.config == model.config
     assert other.provenance == model.provenance is not None
     assert other.preprocessor_config == model.preprocessor_config
@@ -406,128 +401,20 @@ def test_state_dicts_go_round(tmp_path: Path) -> None:
     assert torch.equal(assigned.eval().embed(x), model.embed(x))
 
 
-# --- fitted positions, kept -----------------------------------------------------------------------
-
-GRID = (3, 5)
-
-
-def is_right(model: SigLipVisionModel) -> bool:
-    """Whether the tower's positions for another grid, without gradients, are those of its weights as they are now."""
-    embeddings = model.transformer.embeddings
-    with torch.no_grad():
-        return torch.equal(
-            embeddings.positions(*GRID), positions(embeddings.position_embedding.weight, GRID, "hf")
-        )
-
-
-def test_fitted_positions_are_kept_without_gradients_and_in_eval_only() -> None:
-    model = tower(RESIZED)
-    embeddings = model.transformer.embeddings
-    with torch.no_grad():
-        kept = embeddings.positions(*GRID)
-        assert embeddings.positions(*GRID) is kept
-        assert embeddings.positions(6, 6) is embeddings.position_embedding.weight  # its own grid
-        model.train()
-        assert embeddings.positions(*GRID) is not kept
-        assert not embeddings._fitted
-        kept = model.eval().transformer.embeddings.positions(*GRID)
-    for mode in (True, False):
-        model.train(mode)
-        tracked = embeddings.positions(*GRID)
-        assert tracked.requires_grad
-        assert embeddings.positions(*GRID) is not tracked
-        assert not embeddings._fitted
-    with torch.inference_mode():
-        assert torch.equal(embeddings.positions(*GRID), kept)
-        made_here = tower(RESIZED)  # of tensors without versions
-        assert torch.equal(made_here.transformer.embeddings.positions(*GRID), kept)
-    x = pictures(
-        RESIZED, 31
-    ).requires_grad_()  # after a look in inference mode, gradients flow as ever
-    backward(model.embed(x).square().mean())
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_fitted_positions_are_bounded() -> None:
-    model = tower(RESIZED)
-    sizes = []
-    with torch.no_grad():
-        for height in range(1, 101):
-            model.transformer.embeddings.positions(height, 2)
-            sizes.append(len(model.transformer.embeddings._fitted))
-    assert max(sizes) == 64
-
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-    "AdamW, one by one": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, foreach=False),
-    "AdamW, foreach": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, foreach=True),
-    # which changes parameters behind autograd's back: their versions stay the same
-    "AdamW, fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
-}
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("side", [16, 24], ids=["its own size", "another size"])
-def test_fitted_positions_follow_an_optimizer_in_eval_mode(
-    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], compiled: bool, side: int
-) -> None:
-    model = tower(replace(SMALL, num_encoder_blocks=1, interpolation="hf"))
-    run: Run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
-    optimizer = make(list(model.parameters()))
-    x = pictures(SMALL, side)
-    for _ in range(2):
-        assert is_right(model)
-        backward(run(x).square().mean())
-        assert is_right(model)  # a look between the gradients and the step
-        optimizer.step()
-        assert is_right(model)
-        optimizer.zero_grad()
-        assert is_right(model)
-
-
-def test_fitted_positions_follow_new_weights() -> None:
-    model = tower(RESIZED)
-    weight = model.transformer.embeddings.position_embedding.weight
-    for assign in (False, True):
-        for seed in range(3):
-            assert is_right(model)
-            other = tower(RESIZED)
-            randomise(other, seed)
-            model.load_state_dict(other.state_dict(), assign=assign)
-            assert is_right(model)
-    for dtype in (torch.bfloat16, torch.float64, torch.float16, torch.float32, torch.float64):
-        model.to(dtype)
-        assert is_right(model)
-    with torch.no_grad():
-        model.transformer.embeddings.position_embedding.weight.mul_(2)
-    assert is_right(model)
-    model.transformer.embeddings.position_embedding.weight = nn.Parameter(
-        weight.detach().double() * 3
-    )
-    assert is_right(model)
-    model.transformer.embeddings.position_embedding.weight.data.mul_(2)  # which nothing tells
-    assert not is_right(model)
-    model.train()
-    model.eval()
-    assert is_right(model)
+# --- positions of another grid --------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_while_something_is_kept_of_weights_no_others_can_get_their_address() -> None:
+def test_positions_of_another_grid_follow_the_weights() -> None:
+    """However they are written to: nothing of a former forward is kept."""
     model = tower(RESIZED)
-    memory = np.ones((36, 72))
-    alive = weakref.ref(memory)
-    model.transformer.embeddings.position_embedding.weight = nn.Parameter(torch.from_numpy(memory))
-    del memory
-    assert is_right(model)
-    model.transformer.embeddings.position_embedding.weight = nn.Parameter(
-        torch.zeros(36, 72, dtype=torch.float64)
-    )
-    assert alive() is not None
-    model.train()
-    assert alive() is None
+    embeddings = model.transformer.embeddings
+    for _ in range(2):
+        weight = embeddings.position_embedding.weight
+        expected = interpolate_positions(weight, (3, 5), "hf")
+        assert torch.equal(embeddings.positions(3, 5), expected)
+        weight.data.mul_(2)
+    assert embeddings.positions(6, 6) is weight  # its own grid
 
 
 # --- compilers ------------------------------------------------------------------------------------

@@ -329,7 +329,7 @@ def test_the_command(tower: Path, photo: Path, tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [str(file) for file in files]
     assert done.stderr == ""
     code = (
-        "import sys; from pathlib import Path; from siglip_port import SigLipVisionModel, figures;"
+        "import sys; from pathlib import Path; from siglip_port import SigLipVisionModel, visualize as figures;"
         "figures.draw(SigLipVisionModel.from_hf(sys.argv[1]), sys.argv[2], sys.argv[3]);"
         "print('matplotlib.pyplot' in sys.modules)"
     )

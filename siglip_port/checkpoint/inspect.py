@@ -12,9 +12,10 @@ from typing import Any
 
 from siglip_port.checkpoint import layouts as key_map
 from siglip_port.checkpoint.formats import Stored
+from siglip_port.checkpoint.model_io import build_on_meta
 from siglip_port.checkpoint.reader import Checkpoint, CheckpointError, Source
 from siglip_port.config import SigLipVisionConfig
-from siglip_port.model import on_meta
+from siglip_port.model import SigLipVisionModel
 from siglip_port.text import format_ranges
 
 _Counts = Mapping[
@@ -124,7 +125,7 @@ def inspect(source: Source, *, layout: str | None = None, prefix: str | None = N
         ValueError: there is no layout of this name.
     """
     checkpoint = Checkpoint(source, layout=layout, prefix=prefix)
-    _, shapes = on_meta(checkpoint.config, source.title)
+    _, shapes = build_on_meta(checkpoint.config, source.title, SigLipVisionModel)
     problem, counts = None, None
     try:
         counts = checkpoint.count_not_finite(checkpoint.check(shapes))

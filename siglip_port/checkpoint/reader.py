@@ -45,7 +45,8 @@ from siglip_port.checkpoint.formats import (
     parse_json,
     read_header,
 )
-from siglip_port.config import SigLipVisionConfig, UnknownModelError
+from siglip_port.checkpoint.hf_config import UnknownModelError
+from siglip_port.config import SigLipVisionConfig
 from siglip_port.text import fold_blocks
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

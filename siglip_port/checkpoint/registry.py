@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from siglip_port.checkpoint.hf_config import refuse_other_models
 from siglip_port.checkpoint.layouts import Layout
 from siglip_port.checkpoint.preprocessor_config import RESAMPLE as _RESAMPLE
-from siglip_port.config import SigLipVisionConfig, refuse
+from siglip_port.config import SigLipVisionConfig
 
 _SIZES: dict[str, dict[str, Any]] = {
     "base": {
@@ -195,7 +196,7 @@ def describe(
     Raises:
         ValueError: something remains unknown, or several towers are mentioned.
     """
-    refuse(contents)
+    refuse_other_models(contents)
     names = {
         v: replace(found, pooling_head=False) for v in _strings(contents) if (found := named(v))
     }

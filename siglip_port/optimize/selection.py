@@ -28,9 +28,11 @@ from typing import Any, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from siglip_port import atomic
-from siglip_port.model import Shapes, SigLipVisionModel, SigLipVisionTransformer, on_meta
+from siglip_port import atomic, validation
+from siglip_port.checkpoint.model_io import build_on_meta
+from siglip_port.model import SigLipVisionModel, SigLipVisionTransformer
 from siglip_port.optimize import onednn as native
+from siglip_port.patches import Mask, Shapes
 
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3, torch.int8: 0.2}
 """By how much the tokens and vectors of a form may differ from those of the tower in the same dtype (in float32, for
@@ -115,8 +117,8 @@ class EngineTransformer(SigLipVisionTransformer):
     def forward(
         self,
         pixel_values: Tensor,
-        pixel_attention_mask: Tensor | None = None,
-        spatial_shapes: Shapes | None = None,
+        pixel_attention_mask: Mask = None,
+        spatial_shapes: Shapes = None,
     ) -> Tensor:
         """[B, C, S, S] -> [B, N, D]; or packed patches."""
         size, home = self.embeddings.config.image_size, self.post_layernorm.weight
@@ -133,7 +135,7 @@ class EngineTransformer(SigLipVisionTransformer):
             or (torch.is_grad_enabled() and pixel_values.requires_grad)
         ):
             return super().forward(pixel_values, pixel_attention_mask, spatial_shapes)
-        self.embeddings._check(pixel_values)
+        validation.validate_images(pixel_values, self.embeddings.config)
         return self.run(pixel_values.detach().to(home.device, home.dtype).contiguous())
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 (torch's own signature)
@@ -452,7 +454,7 @@ def _checked(
 
 def frozen(model: SigLipVisionModel, dtype: torch.dtype | None) -> OptimizedModel:
     """A tower of its own around the same parameters, or around parameters of another dtype."""
-    fast, _ = on_meta(model.config, kind=OptimizedModel)
+    fast, _ = build_on_meta(model.config, "the configuration", OptimizedModel)
     state = {
         name: tensor.detach().to(dtype or tensor.dtype)
         for name, tensor in model.state_dict().items()

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siglip_port import SigLipVisionConfig
+from siglip_port import SigLipVisionConfig, SigLipVisionModel
+from siglip_port.checkpoint import build_on_meta
 from siglip_port.checkpoint import layouts as key_map
 from siglip_port.checkpoint import preprocessor_config as processors
 from siglip_port.checkpoint.registry import PUBLISHED, Published, describe, named, timm_config
-from siglip_port.model import on_meta
 from tests.helpers.checkpoints import ODD
 
 TANH, EXACT = "gelu_pytorch_tanh", "gelu"
@@ -32,7 +32,7 @@ SO400M = {**BASE, "embed_dim": 1152, "mlp_hidden_dim": 4304, "num_encoder_blocks
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.repo)
 def test_published_towers_have_as_many_parameters_as_published(published: Published) -> None:
-    _, shapes = on_meta(published.config)
+    _, shapes = build_on_meta(published.config, "it", SigLipVisionModel)
     assert sum(shape.numel() for shape in shapes.values()) == published.vision_parameters
     assert published.vision_bytes == 4 * published.vision_parameters
     assert published.vision_parameters < published.total_parameters
