@@ -375,14 +375,14 @@ def load_port(args: argparse.Namespace, scratch: str) -> tuple[SigLipVisionModel
 
     from siglip_port import HubUnreachableError, SigLipVisionConfig, SigLipVisionModel
     from siglip_port.checkpoint.reader import read_contents
-    from siglip_port.hub.repository import HubRepository, find_source, no_answer
+    from siglip_port.hub import HubOptions, HubRepository, find_source, unreachable_reason
 
     how = {"dtype": getattr(torch, args.dtype), "device": args.device}
     source = find_source(args.checkpoint)
     is_local = not isinstance(source, HubRepository)
     is_default = args.checkpoint == CHECKPOINT and not is_local
     no_need = is_local or (args.weights == "random" and is_default)
-    silence = None if no_need else no_answer(source.name)
+    silence = None if no_need else unreachable_reason(source.name)
     offline = no_need or silence is not None
     if not is_local and source.weights is not None:
         raise ValueError(
@@ -399,7 +399,9 @@ def load_port(args: argparse.Namespace, scratch: str) -> tuple[SigLipVisionModel
         # The default checkpoint's architecture is the default one: no file is needed to know it.
         config = SigLipVisionConfig(pooling_head=True)
         if not is_default:
-            contents = read_contents(find_source(args.checkpoint, local_files_only=offline))
+            contents = read_contents(
+                find_source(args.checkpoint, HubOptions(local_files_only=offline))
+            )
             if contents is None:
                 raise ValueError(
                     f"{args.checkpoint} has no config.json, which tells the architecture"

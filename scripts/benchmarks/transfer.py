@@ -34,7 +34,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipCon
 from siglip_port import SigLipVisionModel  # noqa: E402
 from siglip_port.checkpoint.inspect import inspect  # noqa: E402
 from siglip_port.checkpoint.registry import PUBLISHED  # noqa: E402
-from siglip_port.hub.repository import find_source  # noqa: E402
+from siglip_port.hub import HubOptions, find_source  # noqa: E402
 
 SHARD = 5_000_000_000  # bytes: what releases of transformers of that time made
 
@@ -171,7 +171,7 @@ def main() -> None:
             HUB.repositories[repo] = Repository(folder)
             whole = sum(path.stat().st_size for path in folder.iterdir())
             took()
-            inspect(find_source(repo, cache_dir=Path(scratch, "other")))
+            inspect(find_source(repo, HubOptions(cache_dir=Path(scratch, "other"))))
             looked, _ = took()
             model = SigLipVisionModel.from_hf(repo, cache_dir=cache)
             taken, requests = took()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypedDict, TypeVar
@@ -92,26 +91,22 @@ def load_model(
             encoder.
         ValueError: `dtype`, `device`, `interpolation` or `layout` is not supported.
     """
-    from siglip_port.hub.repository import find_source
+    from siglip_port.hub import HubOptions, find_source
 
     validate_placement(dtype, device)
     if config is not None and not isinstance(config, SigLipVisionConfig):
         raise ValueError(f"config must be a SigLipVisionConfig, got a {type(config).__name__}")
     if prefix is not None and not isinstance(prefix, str):
         raise ValueError(f"prefix must be a text, got {prefix!r}")
-    if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
-        raise ValueError(
-            "token must be the Hub token itself: it has characters, or is as short, as none can be"
-        )
-    replace(config or SigLipVisionConfig(), interpolation=interpolation)  # refuses unknown rules
-    files = find_source(
-        source,
+    options = HubOptions(
         revision=revision,
         local_files_only=local_files_only,
         token=token,
         cache_dir=cache_dir,
         vision_only=vision_only,
     )
+    replace(config or SigLipVisionConfig(), interpolation=interpolation)  # refuses unknown rules
+    files = find_source(source, options)
     checkpoint = Checkpoint(
         files, pooling_head=pooling_head, layout=layout, prefix=prefix, config=config
     )

@@ -101,22 +101,24 @@ class SeveralTowersError(CheckpointError):
 
 
 class Source(Protocol):
-    """Something that holds the files of one checkpoint: see `siglip_port.hub.repository`.
+    """Something that holds the files of one checkpoint: see `siglip_port.hub`.
 
     Attributes:
         name: what the user called it, for provenance.
         title: the same for messages: with the revision, where one was asked for.
-        commit: the commit of a Hub repository, once its first file has been fetched; else None.
         weights: the name of the weights file, where the user named it; else None.
     """
 
     name: str
-    commit: str | None
     weights: str | None
 
     @property
     def title(self) -> str:
         """What messages call it."""
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a Hub repository, once its first file has been fetched; else None."""
 
     def get(self, filename: str) -> Path | None:
         """Returns where the file lies on this machine, or None where the source does not hold it."""

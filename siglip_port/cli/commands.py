@@ -31,7 +31,7 @@ from siglip_port.checkpoint.inspect import Inspection, inspect
 from siglip_port.checkpoint.preprocessor_config import RESAMPLE
 from siglip_port.checkpoint.reader import CheckpointError, SeveralTowersError
 from siglip_port.checkpoint.registry import PUBLISHED, Published
-from siglip_port.hub.repository import find_source
+from siglip_port.hub import HubOptions, find_source
 from siglip_port.image_processing import ImageError, to_rgb
 from siglip_port.model import SigLipVisionModel
 from siglip_port.optimize.selection import ENGINES, EngineError
@@ -140,7 +140,7 @@ def inspect_command(
 
     Exit code 0: it can be loaded. 1: it cannot, or holds several towers.
     """
-    files = find_source(source, revision=revision, local_files_only=offline)
+    files = find_source(source, HubOptions(revision=revision, local_files_only=offline))
     try:
         found = inspect(files, layout=layout, prefix=prefix)
     except SeveralTowersError as error:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from siglip_port.checkpoint.reader import Checkpoint
 from siglip_port.embed.inputs import COLUMNS, contents
-from siglip_port.hub.repository import find_source
+from siglip_port.hub import HubOptions, find_source
 from siglip_port.image_processing import Backend, ImageError, ImageProcessor, Pixels, to_rgb
 from siglip_port.model import SigLipVisionModel
 from siglip_port.optimize import selection as inference
@@ -132,7 +132,8 @@ class Embedder:
             self.name = source.provenance.source if source.provenance else "a model in memory"
             self.commit = source.provenance.commit if source.provenance else None
         else:
-            files = find_source(source, revision=revision, local_files_only=local_files_only)
+            options = HubOptions(revision=revision, local_files_only=local_files_only)
+            files = find_source(source, options)
             checkpoint = Checkpoint(files)
             self.config, told, self.name, self.commit = (
                 checkpoint.config,

@@ -1,1 +1,11 @@
 """Checkpoints on the Hub: the cache, and downloads that go on."""
+
+from __future__ import annotations
+
+from siglip_port.hub.client import unreachable_reason
+from siglip_port.hub.local import LocalFolder
+from siglip_port.hub.options import HubOptions
+from siglip_port.hub.repository import HubRepository
+from siglip_port.hub.sources import find_source
+
+__all__ = ["HubOptions", "HubRepository", "LocalFolder", "find_source", "unreachable_reason"]

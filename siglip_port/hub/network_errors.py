@@ -1,111 +1,254 @@
-"""Why the Hub could not be reached, in words: what the client's HTTP library met, without secrets.
-
-Addresses that the Hub signs and tokens open what they name to whoever reads them, so they are taken
-out of every text.
-"""
+"""What goes wrong between here and the Hub: which errors may pass, and what they are, in words."""
 
 from __future__ import annotations
 
 import re
 import socket
 import ssl
-import urllib.request
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-_LONGEST = 400  # characters of the client's own text that a message repeats
-
-_ADDRESS = re.compile(
-    r"(?P<scheme>https?|socks\w*)://(?:[^\s/@'\"<>]*@)?(?P<host>[^\s/?#'\"<>]*)(?P<rest>[^\s'\"<>]*)"
+from siglip_port.hub.errors import (
+    AddressExpiredError,
+    NoConnectionError,
+    RangesNotSupportedError,
+    RetriesExhaustedError,
+    TransientError,
 )
-_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|(?i:(?<=bearer )\S+)")
+from siglip_port.hub.redact import describe_error, proxy_for
+from siglip_port.hub.session import is_hub
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
+"""What a server answers that may answer better a little later."""
+
+EXPIRED_STATUS = (400, 401, 403, 404, 410)
+"""What the CDN answers when a signed address has expired."""
+
+# nothing remains, and for how many seconds
+_RATE_LIMIT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 
 
-def harmless(text: str) -> str:
-    """Takes secrets out of a text, and makes one line of it.
+@contextmanager
+def classify_errors(url: str, address: str | None = None) -> Iterator[None]:
+    """Turn what the client raises into a `TransientError`, where the next attempt may do better.
 
-    No token, no password, no query of an address.
+    Args:
+        url: of the file at the Hub.
+        address: that is asked, if another.
+
+    Raises:
+        TransientError: as above.
+        RetriesExhaustedError: another attempt would meet the same.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
     """
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    def without_secrets(address: re.Match[str]) -> str:
-        return f"{address['scheme']}://{address['host']}{address['rest'].partition('?')[0]}"
+    try:
+        yield
+    except (TransientError, RangesNotSupportedError, RetriesExhaustedError, OfflineModeIsEnabled):
+        raise
+    except HfHubHTTPError as error:
+        refusal = classify_refusal(error, url)
+        if refusal is None:
+            raise
+        raise refusal from error
+    # The errors of the client's HTTP library have no base in common. Their text may hold addresses.
+    except Exception as error:
+        # an error of this machine; the client's own have no number
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        failure = diagnose_connection(error, address or url)
+        if failure.is_final:
+            raise RetriesExhaustedError(failure.message) from error
+        raise NoConnectionError(failure.message) from error
 
-    line = _TOKEN.sub("...", _ADDRESS.sub(without_secrets, " ".join(text.split())))
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 
+def classify_refusal(
+    error: HfHubHTTPError, url: str
+) -> TransientError | RetriesExhaustedError | None:
+    """Return what an HTTP status means for the next attempt; None where the Hub simply refuses.
 
-def quoted(error: BaseException) -> str:
-    """What an error says of itself: its kind and its text."""
-    text = harmless(str(error))
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def proxy_of(url: str) -> str | None:
-    """Returns the proxy through which an address is asked, without its password.
-
-    None where there is none.
+    Args:
+        error: with the response.
+        url: of the file at the Hub.
     """
-    parts = urlsplit(url)
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if not proxy or not parts.hostname or urllib.request.proxy_bypass(parts.hostname):
+    status = error.response.status_code
+    address = str(error.response.url)
+    host = urlsplit(address).hostname
+    if status == 407:
+        proxy = proxy_for(address) or "in between"
+        return RetriesExhaustedError(f"the proxy {proxy} asks for a name and password (HTTP 407)")
+    if status in EXPIRED_STATUS and not is_hub(address, url):
+        message = f"the address that the Hub gave for the file is refused (HTTP {status} of {host})"
+        return AddressExpiredError(message, wait=0)
+    if status in TRANSIENT_STATUS:
+        return TransientError(f"{host} answers HTTP {status}", retry_after(error.response.headers))
+    return None
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return how many seconds a server asks to wait.
+
+    By a rate limit that is used up, or in `Retry-After`, also as a date.
+    """
+    limit = _RATE_LIMIT.search(headers.get("RateLimit", ""))
+    if limit is not None:
+        return float(limit[1]) + 1  # it is rounded
+    wait = headers.get("Retry-After", "").strip()
+    if wait.isdecimal():
+        return float(wait)
+    try:
+        return max(parsedate_to_datetime(wait).timestamp() - time.time(), 0.0)
+    except ValueError:
         return None
-    return harmless(proxy if "://" in proxy else f"http://{proxy}")
 
 
-def no_connection(error: Exception, url: str) -> tuple[str, bool]:
-    """Says why there is no answer from an address.
+@dataclass(frozen=True)
+class ConnectionFailure:
+    """Why there is no answer.
+
+    Attributes:
+        message: for a sentence.
+        is_final: whether another attempt would meet the same.
+    """
+
+    message: str
+    is_final: bool = True
+
+
+@dataclass(frozen=True)
+class FailedConnection:
+    """An error of the client's HTTP library, with what the checks below look at.
+
+    Attributes:
+        error: that was raised.
+        host: that was asked.
+        proxy: through which it was asked; None where there is none.
+    """
+
+    error: Exception
+    host: str | None
+    proxy: str | None
+
+    @property
+    def kind(self) -> str:
+        """The name of the error's type: the types are of a library that may change."""
+        return type(self.error).__name__
+
+    @property
+    def chain(self) -> list[BaseException]:
+        """The error, and those that it came of."""
+        chain: list[BaseException] = []
+        link: BaseException | None = self.error
+        while link is not None:
+            chain.append(link)
+            link = link.__cause__ or link.__context__
+        return chain
+
+    @property
+    def text(self) -> str:
+        """The texts of all errors."""
+        return " ".join(str(link) for link in self.chain)
+
+    @property
+    def description(self) -> str:
+        """The error's type and redacted text."""
+        return describe_error(self.error)
+
+    def comes_of(self, kind: type[BaseException]) -> bool:
+        """Whether an error of this type is among the causes."""
+        return any(isinstance(link, kind) for link in self.chain)
+
+
+def diagnose_connection(error: Exception, url: str) -> ConnectionFailure:
+    """Return why there is no answer from an address.
 
     Args:
         error: of the client's HTTP library.
         url: that was asked.
-
-    Returns:
-        A text for a sentence, and whether another attempt would meet the same.
     """
-    host, proxy, chain = urlsplit(url).hostname, proxy_of(url), list(_chain(error))
-    text = " ".join(str(link) for link in chain)
-    if (
-        any(isinstance(link, ssl.SSLCertVerificationError) for link in chain)
-        or "CERTIFICATE_VERIFY_FAILED" in text
-    ):
-        advice = "where a firewall or proxy inspects TLS, name the file of its certificate in SSL_CERT_FILE"
-        return f"the certificate that {host} shows is not trusted ({quoted(error)}): {advice}", True
-    if "socksio" in text:
-        return (
-            f"the proxy {proxy} is a SOCKS proxy, for which the package socksio is missing: "
-            "install it",
-            True,
-        )
-    if type(error).__name__ == "TooManyRedirects":
-        return (
-            f"{host} redirects in a circle ({quoted(error)}): check HF_ENDPOINT, and proxies",
-            True,
-        )
-    if type(error).__name__ in (
-        "LocalProtocolError",
-        "UnicodeEncodeError",
-        "InvalidURL",
-        "UnsupportedProtocol",
-    ):
-        return (
-            f"{host} cannot be asked ({quoted(error)}): check HF_ENDPOINT, the proxy and the token",
-            True,
-        )
-    if proxy is not None:
-        refused = type(error).__name__ == "ProxyError" or "407" in text
-        return f"no connection to {host} through the proxy {proxy} ({quoted(error)})", refused
-    unknown = (
-        ": its address is not known"
-        if any(isinstance(link, socket.gaierror) for link in chain)
-        else ""
+    connection = FailedConnection(error, urlsplit(url).hostname, proxy_for(url))
+    for check in CHECKS:
+        failure = check(connection)
+        if failure is not None:
+            return failure
+    return unexplained_failure(connection)
+
+
+def untrusted_certificate(connection: FailedConnection) -> ConnectionFailure | None:
+    """Check for a certificate that is not trusted."""
+    is_untrusted = connection.comes_of(ssl.SSLCertVerificationError)
+    if not is_untrusted and "CERTIFICATE_VERIFY_FAILED" not in connection.text:
+        return None
+    return ConnectionFailure(
+        f"the certificate that {connection.host} shows is not trusted ({connection.description}): "
+        "where a firewall or proxy inspects TLS, name the file of its certificate in SSL_CERT_FILE"
     )
-    return f"no connection to {host}{unknown} ({quoted(error)})", False
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, and those that it came of."""
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or link.__context__
+def missing_socks_package(connection: FailedConnection) -> ConnectionFailure | None:
+    """Check for a SOCKS proxy without the package that speaks to it."""
+    if "socksio" not in connection.text:
+        return None
+    return ConnectionFailure(
+        f"the proxy {connection.proxy} is a SOCKS proxy, for which the package socksio is missing: "
+        "install it"
+    )
+
+
+def circular_redirects(connection: FailedConnection) -> ConnectionFailure | None:
+    """Check for redirects without an end."""
+    if connection.kind != "TooManyRedirects":
+        return None
+    return ConnectionFailure(
+        f"{connection.host} redirects in a circle ({connection.description}): check HF_ENDPOINT, "
+        "and proxies"
+    )
+
+
+def invalid_request(connection: FailedConnection) -> ConnectionFailure | None:
+    """Check for a request that cannot be sent."""
+    kinds = ("LocalProtocolError", "UnicodeEncodeError", "InvalidURL", "UnsupportedProtocol")
+    if connection.kind not in kinds:
+        return None
+    return ConnectionFailure(
+        f"{connection.host} cannot be asked ({connection.description}): check HF_ENDPOINT, the "
+        "proxy and the token"
+    )
+
+
+def failing_proxy(connection: FailedConnection) -> ConnectionFailure | None:
+    """Check for a proxy, which is the likely cause where there is one."""
+    if connection.proxy is None:
+        return None
+    return ConnectionFailure(
+        f"no connection to {connection.host} through the proxy {connection.proxy} "
+        f"({connection.description})",
+        is_final=connection.kind == "ProxyError" or "407" in connection.text,
+    )
+
+
+def unexplained_failure(connection: FailedConnection) -> ConnectionFailure:
+    """Describe a failure that no check knows."""
+    unknown = ": its address is not known" if connection.comes_of(socket.gaierror) else ""
+    return ConnectionFailure(
+        f"no connection to {connection.host}{unknown} ({connection.description})", is_final=False
+    )
+
+
+CHECKS: tuple[Callable[[FailedConnection], ConnectionFailure | None], ...] = (
+    untrusted_certificate,
+    missing_socks_package,
+    circular_redirects,
+    invalid_request,
+    failing_proxy,
+)
+"""The first that knows a failure describes it."""

@@ -1,0 +1,113 @@
+"""Addresses of repositories: Hub ids, `hf://`, `hf-hub:`, pages of the Hub, `name@revision`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from siglip_port.checkpoint.formats import SUFFIXES
+from siglip_port.checkpoint.reader import PICKLE_SUFFIXES, CheckpointError
+from siglip_port.hub.redact import redact
+
+_ID = r"(?P<name>[\w-][\w.-]*/[\w.-]+)"
+_BARE_ID = re.compile(rf"{_ID}(?:@(?P<revision>[^\s@]+))?")
+_URI_PATH = re.compile(rf"(?:models/)?{_ID}(?:@(?P<revision>[^/\s]+))?(?:/(?P<file>.+))?")
+_PAGE_PATH = re.compile(
+    rf"/(?:models/)?{_ID}(?:/(?:tree|blob|resolve|raw)/(?P<revision>[^/]+)(?:/(?P<file>.+))?)?"
+)
+_PAGE_WITHOUT_SCHEME = re.compile(r"((www\.)?huggingface\.co|hf\.co)/[^/]+/")
+
+_URI_SCHEMES = ("hf", "hf-hub", "hf_hub")
+_HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+_OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
+_FILE_SUFFIXES = (*SUFFIXES, ".json", *PICKLE_SUFFIXES)
+
+
+@dataclass(frozen=True)
+class HubAddress:
+    """A repository, and perhaps a revision and a file of it, as an address names them."""
+
+    name: str
+    revision: str | None = None
+    filename: str | None = None
+
+
+def parse_address(source: str) -> HubAddress | None:
+    """Parse a Hub id or an address of the Hub; None where it is neither.
+
+    Raises:
+        CheckpointError: it is an address, but of no model of the Hub.
+    """
+    text = source.strip().rstrip("/")
+    if _PAGE_WITHOUT_SCHEME.match(text):
+        text = f"https://{text}"
+    scheme, colon, rest = text.partition(":")
+    if not colon:
+        return parse_id(text)
+    if scheme in _URI_SCHEMES:
+        path = rest.removeprefix("//")
+        return parse_path(_URI_PATH, path, kind=path.partition("/")[0], address=text)
+    if scheme in ("http", "https"):
+        path = page_path(urlsplit(text), text)
+        return parse_path(_PAGE_PATH, path, kind=path.strip("/").partition("/")[0], address=text)
+    return None
+
+
+def parse_id(text: str) -> HubAddress | None:
+    """Parse `owner/name` or `owner/name@revision`; None where it looks like a file's path."""
+    match = _BARE_ID.fullmatch(text)
+    if match is None or Path(match["name"]).suffix in _FILE_SUFFIXES:
+        return None
+    return HubAddress(match["name"], match["revision"])
+
+
+def page_path(url: SplitResult, address: str) -> str:
+    """Return the path of a page of the Hub, below the Hub's endpoint.
+
+    Raises:
+        CheckpointError: the page is of another host.
+    """
+    from huggingface_hub import constants
+
+    endpoint = urlsplit(constants.ENDPOINT)
+    if url.netloc == endpoint.netloc:
+        return url.path.removeprefix(endpoint.path)
+    if url.netloc not in _HUB_HOSTS:
+        raise CheckpointError(
+            f"{redact(address)} is an address of {url.hostname}, which is not the Hub; pass a "
+            "Hub id such as 'google/siglip-base-patch16-224', or set HF_ENDPOINT where it is a "
+            "mirror"
+        )
+    return url.path
+
+
+def parse_path(pattern: re.Pattern[str], path: str, *, kind: str, address: str) -> HubAddress:
+    """Parse the path of an address.
+
+    Args:
+        pattern: of the paths of models.
+        path: of the address.
+        kind: its first part, which tells models from data sets.
+        address: all of it, for messages.
+
+    Raises:
+        CheckpointError: it is the path of no model.
+    """
+    if kind in _OTHER_KINDS:
+        raise CheckpointError(
+            f"{redact(address)} is one of the Hub's {kind}, and no model; pass the Hub id of a "
+            "model"
+        )
+    match = pattern.fullmatch(path)
+    if match is None:
+        raise CheckpointError(
+            f"{redact(address)} names no model of the Hub; pass a Hub id such as "
+            "'google/siglip-base-patch16-224'"
+        )
+    return HubAddress(match["name"], _unquoted(match["revision"]), _unquoted(match["file"]))
+
+
+def _unquoted(text: str | None) -> str | None:
+    return None if text is None else unquote(text)

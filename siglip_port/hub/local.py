@@ -1,0 +1,58 @@
+"""Checkpoints on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from siglip_port.checkpoint.formats import Header
+from siglip_port.checkpoint.reader import CheckpointError, header_of
+
+
+@dataclass
+class LocalFolder:
+    """A checkpoint in a folder of this machine. Never touches the network.
+
+    Attributes:
+        folder: of the checkpoint.
+        name: what the user called it.
+        weights: the name of the weights file; None for the usual ones.
+        commit: always None; repositories of the Hub have one.
+    """
+
+    folder: Path
+    name: str
+    weights: str | None = None
+    commit: str | None = field(default=None, init=False)
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return self.name
+
+    def get(self, filename: str) -> Path | None:
+        """Return the path of a file, or None where there is none."""
+        path = self.folder / filename
+        try:
+            is_file = path.is_file()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return path if is_file else None
+
+    def header(self, filename: str) -> Header | None:
+        """Read which tensors a weights file holds; None where there is no such file."""
+        path = self.get(filename)
+        return None if path is None else header_of(path)
+
+    def local(self, filename: str) -> Path | None:
+        """Return the path of a file, as `get`: all files are here."""
+        return self.get(filename)
+
+    def fetch(self, tensors: Mapping[str, Collection[str]]) -> dict[str, Path]:
+        """Return the paths of weights files, by name."""
+        return {filename: self.folder / filename for filename in tensors}
+
+    def listing(self) -> list[str]:
+        """Return the names of the files in the folder."""
+        return sorted(path.name for path in self.folder.iterdir() if path.is_file())
