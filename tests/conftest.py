@@ -56,9 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """Our Hub, empty. Attempts follow each other almost at once."""
-    from siglip_port.hub import http_range as ranges
+    from siglip_port.hub import retry
 
-    monkeypatch.setattr(ranges, "WAITS", (0.01,) * len(ranges.WAITS))
+    monkeypatch.setattr(retry, "BACKOFF_SECONDS", (0.01,) * len(retry.BACKOFF_SECONDS))
     HUB.reset()
     yield HUB
     HUB.reset()

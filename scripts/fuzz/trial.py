@@ -290,13 +290,12 @@ def _our_hub(room: Path) -> Hub:
     os.environ.pop("HF_HUB_OFFLINE", None)
     from huggingface_hub import constants
 
-    from siglip_port.hub import http_range as ranges
-    from siglip_port.hub import partial_download as towers
+    from siglip_port.hub import chunked_download, retry
 
     logging.getLogger("siglip_port").setLevel(logging.CRITICAL)  # to say how it copes is no failure
     constants.HF_HUB_DOWNLOAD_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT = 0.3  # type: ignore[assignment]
-    ranges.WAITS = (0.01,) * len(ranges.WAITS)  # type: ignore[assignment]
-    towers.PIECE = 512
+    retry.BACKOFF_SECONDS = (0.01,) * len(retry.BACKOFF_SECONDS)  # type: ignore[assignment]
+    chunked_download.CHUNK_BYTES = 512
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(0.01 if seconds else 0)
     return hub

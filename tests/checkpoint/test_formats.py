@@ -17,7 +17,7 @@ from siglip_port import SigLipVisionModel
 from siglip_port.checkpoint import formats as files
 from siglip_port.checkpoint.formats import UnreadableFileError, open_tensors, read_header
 from siglip_port.checkpoint.inspect import inspect
-from siglip_port.hub.repository import find_source
+from siglip_port.hub import find_source
 from tests.helpers.checkpoints import SMALL, MakeCheckpoint
 
 TENSORS = {

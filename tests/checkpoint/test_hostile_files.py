@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from siglip_port import CheckpointError, SigLipVisionModel
 from siglip_port.checkpoint.formats import LONGEST_JSON, UnreadableFileError, read_header
 from siglip_port.checkpoint.inspect import inspect
-from siglip_port.hub.repository import find_source
+from siglip_port.hub import find_source
 from siglip_port.parity.stress_weights import randomise
 from tests.helpers.checkpoints import SMALL, edit_config, shard
 from tests.helpers.hub_server import Hub, Repository

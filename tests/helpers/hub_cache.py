@@ -40,8 +40,8 @@ def kept(cache: Path, pattern: str = "*.safetensors") -> list[Path]:
 CHILD = textwrap.dedent("""
     import sys
     from siglip_port import SigLipVisionModel
-    from siglip_port.hub import partial_download as towers
-    towers.PIECE = 4096
+    from siglip_port.hub import chunked_download
+    chunked_download.CHUNK_BYTES = 4096
     model = SigLipVisionModel.from_hf(sys.argv[1], cache_dir=sys.argv[2])
     print(sum(float(t.double().sum()) for t in model.state_dict().values()))
 """)

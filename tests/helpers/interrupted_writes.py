@@ -37,7 +37,7 @@ import torch
 
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint.extract import extract
-from siglip_port.hub import partial_download as towers
+from siglip_port.hub import chunked_download
 from siglip_port.parity.stress_weights import randomise
 
 # As timm's vit_base_patch16_siglip_224 in what shapes do not show; the other differs in nothing
@@ -250,7 +250,7 @@ def cache_attempts(name: str, served: Path, room: Path) -> Iterator[tuple[str, i
 
     Afterwards, offline, the tower is right or refused, and online it is right.
     """
-    towers.PIECE = 32768
+    chunked_download.CHUNK_BYTES = 32768
     cache = room / "cache"
 
     def load(_: Path, *, local_files_only: bool = False) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from siglip_port import CheckpointError, SigLipVisionModel
-from siglip_port.hub import partial_download as towers
+from siglip_port.hub import chunked_download
 from tests.helpers.hub_cache import NAME, assert_same
 from tests.helpers.hub_server import Fault, Hub, Repository
 
@@ -70,7 +70,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pieces; and nobody waits long, the client's own retries neither."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(towers, "PIECE", 16384)
+    monkeypatch.setattr(chunked_download, "CHUNK_BYTES", 16384)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
     sleep = time.sleep

@@ -23,8 +23,7 @@ import torch
 from huggingface_hub import close_session, constants, hf_hub_download
 
 from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel
-from siglip_port.hub import http_range as ranges
-from siglip_port.hub import partial_download as towers
+from siglip_port.hub import lock, network_errors, retry
 from tests.helpers.checkpoints import edit_tensors
 from tests.helpers.hub_cache import NAME, assert_same
 from tests.helpers.hub_server import Fault, Hub, Repository
@@ -285,15 +284,15 @@ def test_a_load_that_was_interrupted_leaves_the_older_commit(
 
 def test_one_budget_for_all_that_a_load_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("siglip_port.hub.http_range.time.monotonic", lambda: now[0])
-    budget = ranges.Budget()
+    monkeypatch.setattr("siglip_port.hub.retry.time.monotonic", lambda: now[0])
+    budget = retry.RetryBudget()
     assert budget.spend(1000, 200)
     assert budget.spend(1000, 200)  # another thread, that waits at the same time
     now[0] += 200
     assert budget.spend(1200, 90)
     assert not budget.spend(1200, 120)
     now[0] += 900
-    budget.count(ranges.LEAST)  # progress: what came before counts no more
+    budget.receive(retry.MIN_PROGRESS_BYTES)  # progress: what came before counts no more
     assert budget.spend(1200, 290)
     assert not budget.spend(2100, 301)
 
@@ -316,20 +315,20 @@ def test_one_budget_for_all_that_a_load_waits_for(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_what_a_server_asks_to_wait(headers: dict[str, str], seconds: float | None) -> None:
-    assert ranges._wait_of(headers) == seconds
+    assert network_errors.retry_after(headers) == seconds
 
 
 def test_a_rate_limit_is_obeyed(
     hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    spend = ranges.Budget.spend
+    spend = retry.RetryBudget.spend
 
-    def note(budget: ranges.Budget, begun: float, seconds: float = 0.0) -> bool:
+    def note(budget: retry.RetryBudget, begun: float, seconds: float = 0.0) -> bool:
         waits.append(seconds)
         return spend(budget, begun, seconds)
 
-    monkeypatch.setattr(ranges.Budget, "spend", note)
+    monkeypatch.setattr(retry.RetryBudget, "spend", note)
     limit = {"RateLimit": '"resolvers";r=0;t=0'}
     hub.faults = [Fault("status", "HEAD *config.json", status=429, headers=limit, times=2)]
     assert_same(load(NAME, cache_dir=tmp_path / "cache", token=TOKEN), folder)
@@ -347,7 +346,7 @@ def test_a_rate_limit_is_obeyed(
 def test_a_connection_that_is_too_slow_is_told(
     hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranges, "WINDOW", 0.2)
+    monkeypatch.setattr(retry, "PROGRESS_WINDOW_SECONDS", 0.2)
     monkeypatch.setattr("tests.helpers.hub_server.SLOW_CHUNK", 1)
     hub.faults = [Fault("slow", "CDN *", times=None, after=0, seconds=0.05)]
     with pytest.raises(HubUnreachableError, match=r"only 0\.0 kB have arrived in 0 seconds"):
@@ -363,7 +362,7 @@ def test_a_lock_that_is_held_for_nothing_ends(
 ) -> None:
     import filelock
 
-    monkeypatch.setattr(towers, "IDLE", 0.5)
+    monkeypatch.setattr(lock, "LOCK_IDLE_SECONDS", 0.5)
     arguments: dict[str, Any] = {"cache_dir": tmp_path / "cache", "token": TOKEN}
     load(NAME, **arguments)
     (tower,) = (tmp_path / "cache").rglob("*-tower-*.safetensors")

@@ -23,9 +23,7 @@ from safetensors.torch import load_file, save_file
 from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel
 from siglip_port.checkpoint import layouts as key_map
 from siglip_port.checkpoint.inspect import inspect
-from siglip_port.hub import http_range as ranges
-from siglip_port.hub import partial_download as towers
-from siglip_port.hub.repository import find_source
+from siglip_port.hub import HubOptions, chunked_download, find_source, retry
 from siglip_port.parity.stress_weights import randomise
 from tests.helpers.checkpoints import ODD, SMALL, edit_tensors, shard
 from tests.helpers.hub_cache import (
@@ -45,7 +43,7 @@ load = SigLipVisionModel.from_hf
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asks for so little at once that even a small tower takes many requests."""
-    monkeypatch.setattr(towers, "PIECE", 4096)
+    monkeypatch.setattr(chunked_download, "CHUNK_BYTES", 4096)
 
 
 def size_of_tower(folder: Path) -> int:
@@ -62,7 +60,7 @@ def test_of_a_whole_model_only_the_tower_is_fetched(hub: Hub, folder: Path, cach
     header = 65_536  # of the header, what is asked for at once
     assert hub.sent["model.safetensors"] == header + size_of_tower(folder)
     assert hub.requests["GET model.safetensors"] == 0
-    assert 2 <= hub.most_at_once <= towers.AT_ONCE
+    assert 2 <= hub.most_at_once <= chunked_download.MAX_CONCURRENCY
     assert model.provenance is not None
     whole = (folder / "model.safetensors").stat().st_size
     assert (model.provenance.bytes_read, model.provenance.bytes_whole) == (
@@ -214,7 +212,7 @@ def test_tensors_of_several_widths_begin_where_they_can_be_mapped(
 
 def test_inspect_costs_kilobytes(hub: Hub, folder: Path, cache: Path) -> None:
     edit_tensors(folder, lambda t: {**t, "text_model.embeddings.weight": torch.ones(2_000_000)})
-    found = inspect(find_source(NAME, cache_dir=cache))
+    found = inspect(find_source(NAME, HubOptions(cache_dir=cache)))
     assert found.problem is None
     assert hub.sent["model.safetensors"] == 65_536
     assert sum(hub.sent.values()) < 70_000
@@ -307,7 +305,7 @@ def test_no_socket_is_opened(
     assert_same(model, folder)
     assert model.provenance is not None
     assert model.provenance.commit == commit
-    assert inspect(find_source(NAME, cache_dir=cache, **arguments.get(how, {}))).problem is None
+    assert inspect(find_source(NAME, HubOptions(cache_dir=cache, **arguments.get(how, {})))).problem is None
 
 
 def test_a_push_that_leaves_the_weights_alone_costs_nothing(
@@ -650,7 +648,7 @@ def test_an_interrupted_download_of_a_whole_file_continues(
     hub.reset()
     hub.repositories[NAME] = Repository(folder)
     assert_same(load(NAME, cache_dir=cache, vision_only=False), folder)
-    assert 0 < hub.sent["model.safetensors"] <= size - (20 - towers.AT_ONCE) * 4096
+    assert 0 < hub.sent["model.safetensors"] <= size - (20 - chunked_download.MAX_CONCURRENCY) * 4096
     assert not kept(cache, "*.incomplete")
 
 
@@ -658,7 +656,7 @@ def test_a_connection_that_always_breaks_is_enough(
     hub: Hub, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As long as each attempt brings enough, there is another."""
-    monkeypatch.setattr(ranges, "LEAST", 1000)
+    monkeypatch.setattr(retry, "MIN_PROGRESS_BYTES", 1000)
     hub.faults = [Fault("reset", WEIGHTS, times=None, after=1000)]
     assert_same(load(NAME, cache_dir=cache), folder)
     assert hub.sent["model.safetensors"] == 65_536 + size_of_tower(folder)
@@ -672,7 +670,7 @@ def test_a_connection_that_brings_next_to_nothing_is_given_up(
         HubUnreachableError, match=r"could not be fetched: no connection to localhost"
     ):
         load(NAME, cache_dir=cache)
-    assert hub.requests[WEIGHTS] <= 1 + towers.AT_ONCE * (len(ranges.WAITS) + 1)
+    assert hub.requests[WEIGHTS] <= 1 + chunked_download.MAX_CONCURRENCY * (len(retry.BACKOFF_SECONDS) + 1)
 
 
 def test_what_an_interrupted_download_has_left_is_not_believed(
@@ -712,7 +710,7 @@ def test_a_process_that_is_killed_loses_only_what_was_under_way(
         Fault("stall", WEIGHTS, times=None, after=10),
     ]
     child = start(cache)
-    wait_for(lambda: hub.requests[WEIGHTS] >= requests + towers.AT_ONCE)
+    wait_for(lambda: hub.requests[WEIGHTS] >= requests + chunked_download.MAX_CONCURRENCY)
     child.send_signal(signal.SIGKILL)
     child.communicate()
     assert not kept(cache)
@@ -720,7 +718,7 @@ def test_a_process_that_is_killed_loses_only_what_was_under_way(
     hub.repositories[NAME] = Repository(folder)
     assert_same(load(NAME, cache_dir=cache), folder)
     pieces = requests - 1  # one of them was for the header
-    assert hub.sent["model.safetensors"] <= size_of_tower(folder) - (pieces - towers.AT_ONCE) * 4096
+    assert hub.sent["model.safetensors"] <= size_of_tower(folder) - (pieces - chunked_download.MAX_CONCURRENCY) * 4096
 
 
 def test_two_processes_at_once(hub: Hub, folder: Path, cache: Path) -> None:
@@ -769,7 +767,7 @@ def test_two_processes_whose_locks_do_not_hold(
 def test_an_interrupt_ends_it_soon(hub: Hub, folder: Path, cache: Path) -> None:
     hub.faults = [Fault("none", WEIGHTS, times=5), Fault("slow", WEIGHTS, times=None, seconds=0.5)]
     child = start(cache)
-    wait_for(lambda: hub.requests[WEIGHTS] >= 5 + towers.AT_ONCE)
+    wait_for(lambda: hub.requests[WEIGHTS] >= 5 + chunked_download.MAX_CONCURRENCY)
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=20)
     assert errors.rstrip().endswith("KeyboardInterrupt")

@@ -16,8 +16,8 @@ import torch
 
 from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel
 from siglip_port.checkpoint import layouts as key_map
-from siglip_port.hub.network_errors import harmless
-from siglip_port.hub.repository import HubRepository, find_source, no_answer
+from siglip_port.hub import HubOptions, HubRepository, find_source, unreachable_reason as no_answer
+from siglip_port.hub.redact import redact as harmless
 from tests.helpers.checkpoints import SMALL, edit_tensors, shard
 from tests.helpers.hub_server import RESOLVE, Answer, Fault, Hub, Repository, Server
 from tests.helpers.network import silent_port
@@ -246,7 +246,7 @@ def test_what_names_a_repository(
 ) -> None:
     source = find_source(address.format(hub=hub.url))
     assert isinstance(source, HubRepository)
-    assert (source.name, source.revision, source.weights) == ("google/a", revision, weights)
+    assert (source.name, source.options.revision, source.weights) == ("google/a", revision, weights)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_what_names_a_repository(
 )
 def test_what_names_none(address: str, message: str, hub: Hub) -> None:
     with pytest.raises(CheckpointError, match=message) as refused:
-        find_source(address, revision="v1")
+        find_source(address, HubOptions(revision="v1"))
     assert "secret" not in str(refused.value)
 
 

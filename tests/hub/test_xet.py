@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import constants, hf_hub_download
 
 from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel
-from siglip_port.hub import partial_download as towers
+from siglip_port.hub import xet
 from tests.helpers.checkpoints import edit_tensors
 from tests.helpers.hub_cache import NAME, assert_same, kept
 from tests.helpers.hub_server import Fault, Hub, Repository
@@ -163,7 +163,7 @@ def test_where_the_other_host_gives_nothing_xet_is_tried(
 def test_a_xet_store_that_is_dead_is_not_waited_for(
     silent: bool, hub: Hub, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(towers, "CLIENT_IDLE", 1.0)
+    monkeypatch.setattr(xet, "CLIENT_IDLE_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         if not silent:
             server.close()

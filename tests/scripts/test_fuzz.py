@@ -27,7 +27,7 @@ from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint import formats as files
 from siglip_port.checkpoint import layouts as key_map
 from siglip_port.checkpoint.formats import Header
-from siglip_port.hub import partial_download as towers
+from siglip_port.hub import chunked_download, partial_download
 from tests.helpers.hub_server import Hub
 
 ROOT = Path(__file__).parents[2]
@@ -197,11 +197,13 @@ def test_a_damaged_tower_from_the_cache_is_noticed(
     from huggingface_hub import constants
 
     monkeypatch.setattr(fuzz_trial, "_our_hub", lambda _: hub)
-    monkeypatch.setattr(towers, "PIECE", 512)
+    monkeypatch.setattr(chunked_download, "CHUNK_BYTES", 512)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     fuzzer = Fuzzer(4, tmp_path, 1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(towers.Tower, "is_whole", lambda tower: tower.path.exists())
+        patch.setattr(
+            partial_download.VisionDownload, "is_complete", lambda download: download.path.exists()
+        )
         different = (
             r for r in some(fuzzer, "hub cache", 100) if r.error.startswith("SILENTLY DIFFERENT")
         )
