@@ -18,7 +18,7 @@ from siglip_port.patches import pack, patchify
 
 if TYPE_CHECKING:
     from siglip_port.checkpoint import CheckpointError, HubUnreachableError, Provenance
-    from siglip_port.optimize.selection import OptimizedModel, optimize
+    from siglip_port.optimize import OptimizedModel, optimize
 
 __version__ = "0.1.0"
 
@@ -46,8 +46,8 @@ _IMPORTED_LATER = {
     "CheckpointError": "siglip_port.checkpoint",
     "HubUnreachableError": "siglip_port.checkpoint",
     "Provenance": "siglip_port.checkpoint",
-    "OptimizedModel": "siglip_port.optimize.selection",
-    "optimize": "siglip_port.optimize.selection",
+    "OptimizedModel": "siglip_port.optimize",
+    "optimize": "siglip_port.optimize",
 }
 
 
