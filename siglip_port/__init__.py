@@ -54,4 +54,7 @@ _IMPORTED_LATER = {
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (whatever has this name)
     if name not in _IMPORTED_LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_IMPORTED_LATER[name]), name)
+    module = importlib.import_module(_IMPORTED_LATER[name])
+    if module.__name__ == f"{__name__}.{name}":  # a package that can be called
+        return module
+    return getattr(module, name)

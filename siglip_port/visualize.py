@@ -1,8 +1,9 @@
 """Plots of what a model has learned, and of what it makes of an image.
 
 Drawn with matplotlib, which is an extra. Its global state is left alone: figures are made without
-pyplot, and drawn by Agg, which needs no screen. Sources of the kinds of plots: Dosovitskiy et al. 2020, arXiv 2010.11929, figure 7
-(filters, positions); Oquab et al. 2023, arXiv 2304.07193, figure 1 (tokens).
+pyplot, and drawn by Agg, which needs no screen. Sources of the kinds of plots: Dosovitskiy et al.
+2020, arXiv 2010.11929, figure 7 (filters, positions); Oquab et al. 2023, arXiv 2304.07193,
+figure 1 (tokens).
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """The fast path: the engines that a model can run in, and the choice of the fastest."""
 
+import inspect
 import sys
 from types import ModuleType
 
@@ -23,3 +24,4 @@ class _CallablePackage(ModuleType):
 
 
 sys.modules[__name__].__class__ = _CallablePackage
+__signature__ = inspect.signature(optimize)
