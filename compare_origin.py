@@ -309,7 +309,7 @@ def judge_pixels(port: SigLipVisionModel, case: Case, photograph: Image.Image) -
 
 def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case, first: Gate) -> Comparison:
     """Runs all gates on the checkpoint, and on small towers of its kind with weights that make mistakes loud."""
-    from siglip_port.optimize import selection as inference
+    from siglip_port.threads import torch_threads
     from siglip_port.parity.compare import Comparison, Section
     from siglip_port.parity.siglip import cases as proof
 
@@ -319,7 +319,7 @@ def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case, first: 
     sections = [Section(case.name, case.weights, tuple(found))]
     case.truths = {dtype: truth for dtype, truth in case.truths.items() if dtype == case.dtypes[0]}
     for made in proof.small_cases(port.config, args.device, attentions(args), full=args.full):
-        with inference.threads(1), made as small:
+        with torch_threads(1), made as small:
             candidate = proof.load_port(small.source, device=args.device)
             found = [*progress(small.check(candidate), f"{small.name}, {small.weights}")]
             if args.optimized and "rounding" in small.gates:
@@ -332,7 +332,7 @@ def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case, first: 
 
 def optimized_forms(case: Case, port: SigLipVisionModel) -> Iterator[Gate]:
     """Judges every form that the port can be had in; says which it cannot, and why."""
-    from siglip_port.optimize.selection import ENGINES, EngineError
+    from siglip_port.optimize import ENGINES, EngineError
     from siglip_port.parity.siglip import cases as proof
 
     for engine in [

@@ -18,7 +18,7 @@ from siglip_port.patches import pack, patchify
 
 if TYPE_CHECKING:
     from siglip_port.checkpoint import CheckpointError, HubUnreachableError, Provenance
-    from siglip_port.optimize.selection import OptimizedModel, optimize
+    from siglip_port.optimize import OptimizedModel, optimize
 
 __version__ = "0.1.0"
 
@@ -46,12 +46,15 @@ _IMPORTED_LATER = {
     "CheckpointError": "siglip_port.checkpoint",
     "HubUnreachableError": "siglip_port.checkpoint",
     "Provenance": "siglip_port.checkpoint",
-    "OptimizedModel": "siglip_port.optimize.selection",
-    "optimize": "siglip_port.optimize.selection",
+    "OptimizedModel": "siglip_port.optimize",
+    "optimize": "siglip_port.optimize",
 }
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (whatever has this name)
     if name not in _IMPORTED_LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_IMPORTED_LATER[name]), name)
+    module = importlib.import_module(_IMPORTED_LATER[name])
+    if module.__name__ == f"{__name__}.{name}":  # a package that can be called
+        return module
+    return getattr(module, name)

@@ -7,7 +7,7 @@ for do not run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from siglip_port.patches import ImageBatch, Mask, attention_mask, key_mask
 from siglip_port.validation import validate_layers, validate_positive_int, validate_tokens
 
 if TYPE_CHECKING:
-    from siglip_port.image_processing import Backend, Picture
+    from siglip_port.image_processing import Backend, ImageInput
     from siglip_port.model import EncoderBlock, MultiheadAttention, SigLipVisionModel
 
 
@@ -128,7 +128,7 @@ def pooling_attention(
 @torch.inference_mode()
 def embed_images(
     model: SigLipVisionModel,
-    images: Sequence[Picture],
+    images: Sequence[ImageInput],
     batch_size: int = 32,
     normalize: bool = False,
     backend: Backend = "pil",
@@ -150,15 +150,14 @@ def embed_images(
         siglip_port.image_processing.ImageError: an image cannot be read; the message says which.
         ValueError: as for `SigLipVisionModel.embed`, or `preprocessor_config` cannot be followed.
     """
-    from siglip_port.image_processing import ImageProcessor, listed
+    from siglip_port.image_processing import ImageProcessor, as_list, move_pixels
 
     processor = ImageProcessor.from_config(model.preprocessor_config, backend)
-    several = listed(images)
+    several = as_list(images)
     validate_positive_int("batch_size", batch_size)
     vectors = []
     for start in range(0, len(several), batch_size):
-        pixels: dict[str, Any] = {**processor(several[start : start + batch_size])}
-        batch = {name: part.to(model.device) for name, part in pixels.items()}
+        batch = move_pixels(processor(several[start : start + batch_size]), model.device)
         vectors.append(model.embed(**batch, normalize=normalize))
     if not vectors:
         return torch.zeros(0, model.config.embed_dim, dtype=model.dtype, device=model.device)

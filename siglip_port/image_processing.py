@@ -1,4 +1,4 @@
-"""A picture becomes `pixel_values`, bit for bit as the image processors of transformers make them.
+"""An image becomes `pixel_values`, bit for bit as the image processors of transformers make them.
 
 What is done follows the checkpoint's `preprocessor_config.json`; where that has no say, the rules
 are those of docs/pixels.md. Sources: transformers 5.23 `image_processing_backends.py`,
@@ -8,51 +8,45 @@ are those of docs/pixels.md. Sources: transformers 5.23 `image_processing_backen
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, TypeGuard, cast
+from typing import Any, NotRequired, TypedDict, TypeGuard, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from siglip_port.checkpoint.preprocessor_config import RESAMPLE
+from siglip_port.image_reading import Backend, ImageError, ImageInput, to_rgb
 from siglip_port.patches import pack
 
-Picture = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any] | Tensor
-"""A file, its contents, a picture of Pillow's.
+__all__ = [
+    "Backend",
+    "ImageError",
+    "ImageInput",
+    "ImageProcessor",
+    "Pixels",
+    "naflex_size",
+    "to_rgb",
+]
 
-Or uint8, [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels.
-"""
+MAX_SIDE = 65536
+"""The most pixels a side, and patches an image, that a configuration may ask for."""
 
-Backend = Literal["pil", "torchvision"]
-
-LARGEST = 4 << 30
-"""Bytes of a file: more than the largest that Pillow opens would take, uncompressed."""
-
-MOST = 65536
-"""Of pixels a side, and of patches a picture."""
-
-RULES = 1
-"""The number of the rules that no configuration has a say in.
-
-To change one of them is to change this.
-"""
+RULES_VERSION = 1
+"""To change one of the rules that no configuration has a say in is to change this number."""
 
 
 class Pixels(TypedDict):
-    """What a tower takes: `model(**pixels)`.
+    """What a model takes: `model(**pixels)`.
 
-    The last two, of NaFlex towers, are those of `siglip_port.pack`.
+    The last two, of NaFlex models, are those of `siglip_port.pack`.
     """
 
     pixel_values: Tensor
@@ -60,20 +54,16 @@ class Pixels(TypedDict):
     spatial_shapes: NotRequired[Tensor]
 
 
-class ImageError(ValueError):
-    """A picture cannot be used; the message says why."""
-
-
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Turns pictures into what a tower takes. Made by `from_config`; small, and can be pickled.
+    """Turns images into what a model takes. Made by `from_config`; small, and can be pickled.
 
     Attributes:
-        size: (height, width) that a picture is resized to, whatever its shape; None for NaFlex.
-        patch_size: of NaFlex towers, in pixels; None for others.
-        max_num_patches: of NaFlex towers: a picture is resized to at most so many, and padded to
+        size: (height, width) that every image is resized to; None for NaFlex.
+        patch_size: of NaFlex models, in pixels; None for others.
+        max_num_patches: of NaFlex models: an image is resized to at most so many, and padded to
             them.
-        do_resize: whether pictures are resized at all.
+        do_resize: whether images are resized at all.
         resample: Pillow's number of the filter.
         rescale_factor: what the values 0 to 255 are multiplied by; None for nothing.
         mean: subtracted afterwards, one number a channel; None for nothing.
@@ -95,44 +85,50 @@ class ImageProcessor:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], backend: Backend = "pil") -> ImageProcessor:
-        """Reads the contents of a `preprocessor_config.json`; `model.preprocessor_config` is one.
+        """Read the contents of a `preprocessor_config.json`; `model.preprocessor_config` is one.
 
         Args:
             config: of `SiglipImageProcessor` or `Siglip2ImageProcessor`.
             backend: `pil` or `torchvision`, which is an extra.
 
         Raises:
-            ValueError: a field is none that these processors know, or is of the wrong kind.
+            ValueError: a field is not supported by these processors, or is of the wrong kind.
         """
         kind = str(config.get("image_processor_type", "SiglipImageProcessor"))
         if not kind.startswith(("Siglip2", "SiglipImage")):
             raise ValueError(f"image_processor_type must be that of SigLIP or SigLIP 2, got {kind}")
         naflex = kind.startswith("Siglip2")
-        size = None if naflex else _size(config.get("size", (224, 224)))
+        size = None if naflex else parse_size(config.get("size", (224, 224)))
         if config.get("do_center_crop") or config.get("do_pad"):
             raise ValueError(
                 "the preprocessor crops or pads, as no SigLIP checkpoint does; set that to false"
             )
-        resample = config.get("resample", 2 if naflex else 3)
-        if resample not in RESAMPLE.values() or isinstance(resample, bool):
-            raise ValueError(
-                f"resample must be one of {sorted(RESAMPLE.values())} (Pillow's filters), got "
-                f"{resample!r}"
-            )
-        if backend not in ("pil", "torchvision"):
-            raise ValueError(f"backend must be 'pil' or 'torchvision', got {backend!r}")
-        if backend == "torchvision":
-            _check_torchvision(lanczos=resample == RESAMPLE["lanczos"])
-        normalize = _flag(config, "do_normalize")
+        resample = parse_resample(config, "bilinear" if naflex else "bicubic")
+        check_backend(backend, resample)
+        do_normalize = parse_flag(config, "do_normalize")
+        patch_size: int | None = None
+        max_num_patches: int | None = None
+        rescale_factor: float | None = None
+        mean: tuple[float, ...] | None = None
+        std: tuple[float, ...] | None = None
+        if naflex:
+            patch_size = parse_count(config, "patch_size", 16)
+            max_num_patches = parse_count(config, "max_num_patches", 256)
+        do_resize = parse_flag(config, "do_resize")
+        if parse_flag(config, "do_rescale"):
+            rescale_factor = parse_rescale_factor(config)
+        if do_normalize:
+            mean = parse_channel_values(config, "image_mean")
+            std = parse_channel_values(config, "image_std")
         return cls(
             size=size,
-            patch_size=_positive(config, "patch_size", 16) if naflex else None,
-            max_num_patches=_positive(config, "max_num_patches", 256) if naflex else None,
-            do_resize=_flag(config, "do_resize"),
-            resample=int(resample),
-            rescale_factor=_factor(config) if _flag(config, "do_rescale") else None,
-            mean=_three(config, "image_mean") if normalize else None,
-            std=_three(config, "image_std") if normalize else None,
+            patch_size=patch_size,
+            max_num_patches=max_num_patches,
+            do_resize=do_resize,
+            resample=resample,
+            rescale_factor=rescale_factor,
+            mean=mean,
+            std=std,
             backend=backend,
         )
 
@@ -142,38 +138,50 @@ class ImageProcessor:
 
         Not with versions of decoders.
         """
-        return hashlib.sha256(
-            json.dumps([RULES, asdict(self)], sort_keys=True).encode()
-        ).hexdigest()[:16]
+        choices = json.dumps([RULES_VERSION, asdict(self)], sort_keys=True)
+        return hashlib.sha256(choices.encode()).hexdigest()[:16]
 
-    def __call__(self, pictures: Picture | Sequence[Picture]) -> Pixels:
-        """Turns pictures into a batch: `model.embed(**processor(pictures))`.
+    def __call__(self, images: ImageInput | Sequence[ImageInput]) -> Pixels:
+        """Turn images into a batch: `model.embed(**processor(images))`.
 
         Args:
-            pictures: one, or several.
+            images: one, or several.
 
         Returns:
             `pixel_values`, [B, 3, S, S], float32; for NaFlex packed patches, see
             `siglip_port.pack`.
 
         Raises:
-            ImageError: a picture cannot be read, or they have no common shape (without resizing).
+            ImageError: an image cannot be read, or they have no common shape (without resizing).
         """
+        several = as_list(images)
         pixels = []
-        for number, picture in enumerate(several := listed(pictures)):
+        for number, image in enumerate(several):
             try:
-                pixels.append(self.one(picture))
+                pixels.append(self.one(image))
             except ImageError as error:
-                name = (
-                    picture
-                    if isinstance(picture, (str, os.PathLike))
-                    else f"picture {number} of {len(several)}"
-                )
+                name = f"picture {number} of {len(several)}"
+                if isinstance(image, (str, os.PathLike)):
+                    name = str(image)
                 raise ImageError(f"{name}: {error}") from error
         return self.batch(pixels)
 
+    def one(self, image: ImageInput) -> Tensor:
+        """Turn one image into [3, H, W], float32.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        rgb = to_rgb(image, self.backend)
+        size = None
+        if self.do_resize:
+            size = self.target_size(rgb.shape[1], rgb.shape[2])
+        if self.backend == "torchvision":
+            return self.transform_with_torchvision(torch.from_numpy(rgb.copy()), size)
+        return self.transform_with_pillow(rgb, size)
+
     def batch(self, pixels: Sequence[Tensor]) -> Pixels:
-        """Puts what `one` returned into a batch.
+        """Put what `one` returned into a batch.
 
         Raises:
             ImageError: there is none, they have no common shape, or more patches than fit.
@@ -182,208 +190,126 @@ class ImageProcessor:
             raise ImageError("there are no pictures; pass at least one")
         if self.patch_size is not None:
             try:
-                return cast(Pixels, pack(pixels, self.patch_size, self.max_num_patches))
+                return cast("Pixels", pack(pixels, self.patch_size, self.max_num_patches))
             except ValueError as error:
                 raise ImageError(str(error)) from error
-        if len(shapes := {tuple(p.shape[1:]) for p in pixels}) > 1:
+        shapes = {tuple(image.shape[1:]) for image in pixels}
+        if len(shapes) > 1:
             raise ImageError(
                 f"without resizing, pictures must be of one size, got {sorted(shapes)}"
             )
         return {"pixel_values": torch.stack(list(pixels))}
 
-    def one(self, picture: Picture) -> Tensor:
-        """Turns one picture into [3, H, W], float32.
-
-        Raises:
-            ImageError: it cannot be read.
-        """
-        pixels = to_rgb(picture, self.backend)
-        size = self._target(*pixels.shape[1:]) if self.do_resize else pixels.shape[1:]
-        if self.backend == "torchvision":
-            return self._by_torchvision(torch.from_numpy(pixels.copy()), size)
-        if self.do_resize:
-            resized = Image.fromarray(np.moveaxis(pixels, 0, -1)).resize(
-                size[::-1], Image.Resampling(self.resample)
-            )
-            pixels = np.moveaxis(np.asarray(resized), -1, 0)
-        factor = 1.0 if self.rescale_factor is None else self.rescale_factor
-        values = (pixels.astype(np.float64) * factor).astype(np.float32)
-        if self.mean is not None and self.std is not None:
-            mean, std = (
-                np.array(numbers, dtype=np.float32)[:, None, None]
-                for numbers in (self.mean, self.std)
-            )
-            values = (values - mean) / std
-        return torch.from_numpy(np.ascontiguousarray(values))
-
-    def _target(self, height: int, width: int) -> tuple[int, int]:
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) that an image of this height and width is resized to."""
         if self.size is not None:
             return self.size
         assert self.patch_size is not None
         assert self.max_num_patches is not None
         return naflex_size(height, width, self.patch_size, self.max_num_patches)
 
-    def _by_torchvision(self, pixels: Tensor, size: Sequence[int]) -> Tensor:
+    def transform_with_pillow(self, rgb: NDArray[np.uint8], size: tuple[int, int] | None) -> Tensor:
+        """Resize with Pillow, rescale and normalize with numpy: [3, H, W] -> the same, float32.
+
+        Args:
+            rgb: 0 to 255.
+            size: (height, width) to resize to; None for no resizing.
+        """
+        if size is not None:
+            height, width = size
+            image = Image.fromarray(np.moveaxis(rgb, 0, -1))
+            resized = image.resize((width, height), Image.Resampling(self.resample))
+            rgb = np.moveaxis(np.asarray(resized), -1, 0)
+        factor = 1.0 if self.rescale_factor is None else self.rescale_factor
+        values = (rgb.astype(np.float64) * factor).astype(np.float32)
+        if self.mean is not None and self.std is not None:
+            mean = np.array(self.mean, dtype=np.float32)[:, None, None]
+            std = np.array(self.std, dtype=np.float32)[:, None, None]
+            values = (values - mean) / std
+        return torch.from_numpy(np.ascontiguousarray(values))
+
+    def transform_with_torchvision(self, rgb: Tensor, size: tuple[int, int] | None) -> Tensor:
+        """Resize, rescale and normalize with torchvision: [3, H, W] -> the same, float32.
+
+        Args:
+            rgb: 0 to 255.
+            size: (height, width) to resize to; None for no resizing.
+        """
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional
 
-        if self.do_resize:
-            names = {number: name for name, number in RESAMPLE.items()} | {
-                0: "nearest-exact"
-            }  # as Pillow's nearest
+        if size is not None:
+            names = {number: name for name, number in RESAMPLE.items()}
+            names[RESAMPLE["nearest"]] = "nearest-exact"  # which is Pillow's nearest
             mode = InterpolationMode(names[self.resample])
-            pixels = functional.resize(pixels, list(size), interpolation=mode, antialias=True)
+            rgb = functional.resize(rgb, list(size), interpolation=mode, antialias=True)
         if self.mean is None or self.std is None:
-            return (
-                pixels * self.rescale_factor if self.rescale_factor is not None else pixels.float()
-            )
+            return rgb.float() if self.rescale_factor is None else rgb * self.rescale_factor
         scale = 1.0 if self.rescale_factor is None else 1.0 / self.rescale_factor
-        mean, std = ((torch.tensor(numbers) * scale).tolist() for numbers in (self.mean, self.std))
-        normalized: Tensor = functional.normalize(pixels.float(), mean, std)
-        return normalized
+        mean = (torch.tensor(self.mean) * scale).tolist()
+        std = (torch.tensor(self.std) * scale).tolist()
+        values: Tensor = functional.normalize(rgb.float(), mean, std)
+        return values
 
 
-def listed(pictures: Picture | Sequence[Picture]) -> list[Picture]:
-    """One picture or several, as several."""
-    if isinstance(pictures, (list, tuple)):
-        return list(pictures)
-    return [pictures]  # type: ignore[list-item]
+def as_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+    """Return one image or several, as several."""
+    if isinstance(images, (list, tuple)):
+        return list(images)
+    return [cast("ImageInput", images)]
 
 
-def to_rgb(picture: Picture, backend: Backend = "pil") -> NDArray[np.uint8]:
-    """Reads a picture: [3, H, W], 0 to 255.
-
-    Files are turned as their EXIF orientation says; what is transparent becomes white; of several
-    frames, the first is taken; all other kinds of pixels become RGB as Pillow's `convert` does it.
+def move_pixels(pixels: Pixels, device: torch.device, *, pinned: bool = False) -> Pixels:
+    """Copy a batch to a device.
 
     Args:
-        picture: any.
-        backend: whose arithmetic lays arrays and tensors with transparency onto white.
-
-    Raises:
-        ImageError: it cannot be read: damaged, no picture, or so large that Pillow takes it for an
-            attack.
+        pixels: on the CPU.
+        device: where to.
+        pinned: whether to copy by way of pinned memory, while this process goes on.
     """
-    if isinstance(picture, (Tensor, np.ndarray)):
-        return _rgb_of_array(picture, backend)
-    try:
-        if isinstance(picture, (str, os.PathLike)):
-            picture = file_contents(picture)
-        if isinstance(picture, bytes):
-            opened = Image.open(io.BytesIO(picture))
-            if opened.format == "EPS":
-                raise ImageError(
-                    "the picture cannot be read: PostScript is a program, and is not run"
-                )
-            picture = ImageOps.exif_transpose(opened)
-        if not isinstance(picture, Image.Image):
-            raise ImageError(
-                f"a picture must be a path, bytes, a PIL image, an array or a tensor, got "
-                f"{type(picture)}"
-            )
-        if 0 in picture.size:
-            raise ImageError("the picture has no pixels")
-        if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-            picture = Image.alpha_composite(white, picture)
-        return np.moveaxis(np.asarray(picture.convert("RGB")), -1, 0)
-    except ImageError:
-        raise
-    except UnidentifiedImageError as error:  # whose own message names an object in memory
-        raise ImageError(
-            "the picture cannot be read: it is of no kind that Pillow knows"
-        ) from error
-    except (
-        Exception
-    ) as error:  # Pillow's own kinds, the system's, and those of its decoders, of all kinds
-        raise ImageError(
-            f"the picture cannot be read: {str(error).strip() or type(error).__name__}"
-        ) from error
+    moved = {}
+    for name, tensor in pixels.items():
+        assert isinstance(tensor, Tensor)
+        if pinned:
+            tensor = tensor.pin_memory()
+        moved[name] = tensor.to(device, non_blocking=pinned)
+    return cast("Pixels", moved)
 
 
-def file_contents(path: str | os.PathLike[str]) -> bytes:
-    """Reads a file.
+def naflex_size(height: int, width: int, patch_size: int, max_num_patches: int) -> tuple[int, int]:
+    """Return the largest size of about the same shape that has at most so many patches.
 
-    Raises:
-        ImageError: it is not there, may not be read, or is no regular file: pipes and devices may
-            never end.
+    By the same bisection as the reference, to the last bit.
+
+    Returns:
+        (height, width), in pixels.
     """
-    try:
-        found = Path(path).stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise ImageError("the picture cannot be read: it is no regular file")
-        check_size(found.st_size)
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # the latter of names with a null in them
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(
-            f"the picture cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error
+
+    def scaled(scale: float, side: int) -> int:
+        return max(patch_size, math.ceil(side * scale / patch_size) * patch_size)
+
+    smallest = 1e-6
+    largest = 100.0
+    while largest - smallest >= 1e-5:
+        scale = (smallest + largest) / 2
+        rows = scaled(scale, height) / patch_size
+        columns = scaled(scale, width) / patch_size
+        if rows * columns <= max_num_patches:
+            smallest = scale
+        else:
+            largest = scale
+    return scaled(smallest, height), scaled(smallest, width)
 
 
-def check_size(size: int) -> None:
-    """Refuses a file of so many bytes before it is read.
-
-    Raises:
-        ImageError: it is larger than any picture that Pillow opens.
-    """
-    if size > LARGEST:
-        raise ImageError(
-            f"the picture cannot be read: {size:,} bytes, more than the {LARGEST:,} of the largest"
-        )
+# --- the configuration ----------------------------------------------------------------------------
 
 
-def _rgb_of_array(picture: NDArray[Any] | Tensor, backend: Backend) -> NDArray[np.uint8]:
-    if picture.dtype != (torch.uint8 if isinstance(picture, Tensor) else np.uint8):
-        raise ImageError(
-            f"an array or tensor must be of uint8, 0 to 255, got {picture.dtype}; what is already "
-            "normalised needs no "
-            "preprocessing: pass it to the model as it is"
-        )
-    if isinstance(picture, Tensor):
-        picture = picture.detach().cpu().numpy()
-    if picture.ndim == 2:
-        picture = picture[None]
-    if (
-        picture.ndim != 3
-        or 0 in picture.shape
-        or not {picture.shape[0], picture.shape[2]} & {1, 3, 4}
-    ):
-        raise ImageError(
-            f"an array or tensor must be [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, "
-            "got "
-            f"{list(picture.shape)}"
-        )
-    if picture.shape[0] not in (
-        1,
-        3,
-        4,
-    ):  # where both can be channels, the first are, as for the reference
-        picture = np.moveaxis(picture, -1, 0)
-    if len(picture) == 1:
-        picture = np.repeat(picture, 3, axis=0)
-    return _onto_white(picture, backend) if len(picture) == 4 else picture
-
-
-def _onto_white(picture: NDArray[np.uint8], backend: Backend) -> NDArray[np.uint8]:
-    """[4, H, W] -> [3, H, W]. The backends round differently."""
-    if backend == "torchvision":
-        from torchvision.transforms.v2 import functional
-
-        image: Tensor = functional.to_dtype(
-            torch.from_numpy(picture.copy()), torch.float32, scale=True
-        )
-        white = functional.to_dtype(
-            image[:3] * image[3:] + (1 - image[3:]), torch.uint8, scale=True
-        )
-        return white.numpy()  # type: ignore[no-any-return]
-    alpha = picture[3:] / 255
-    return np.round(alpha * picture[:3] + (1 - alpha) * 255).astype(np.uint8)
-
-
-def _check_torchvision(lanczos: bool) -> None:
+def check_backend(backend: str, resample: int) -> None:
+    """Raise ValueError unless a backend is installed and has a filter."""
+    if backend not in ("pil", "torchvision"):
+        raise ValueError(f"backend must be 'pil' or 'torchvision', got {backend!r}")
+    if backend == "pil":
+        return
     try:
         import torchvision.transforms.v2  # noqa: F401
     except ImportError as error:
@@ -391,88 +317,80 @@ def _check_torchvision(lanczos: bool) -> None:
             "backend='torchvision' needs torchvision: pip install 'siglip-port[torchvision]', or "
             "use backend='pil'"
         ) from error
-    release = tuple(map(int, version("torchvision").split(".")[:2]))
-    if lanczos and release < (0, 27):
-        raise ValueError(
-            f"torchvision has no Lanczos filter before 0.27, this is {version('torchvision')}"
-        )
+    installed = version("torchvision")
+    release = tuple(int(number) for number in installed.split(".")[:2])
+    if resample == RESAMPLE["lanczos"] and release < (0, 27):
+        raise ValueError(f"torchvision has no Lanczos filter before 0.27, this is {installed}")
 
 
-def naflex_size(height: int, width: int, patch_size: int, max_num_patches: int) -> tuple[int, int]:
-    """The largest size of about the same shape that has at most so many patches.
-
-    (height, width), in pixels.
-
-    By the same bisection as the reference, to the last bit.
-    """
-
-    def scaled(scale: float, side: int) -> int:
-        return max(patch_size, math.ceil(side * scale / patch_size) * patch_size)
-
-    smallest, largest = 1e-6, 100.0
-    while largest - smallest >= 1e-5:
-        scale = (smallest + largest) / 2
-        if (scaled(scale, height) / patch_size) * (
-            scaled(scale, width) / patch_size
-        ) <= max_num_patches:
-            smallest = scale
-        else:
-            largest = scale
-    return scaled(smallest, height), scaled(smallest, width)
-
-
-def _size(size: Any) -> tuple[int, int]:  # noqa: ANN401 (whatever stands in a file)
+def parse_size(size: object) -> tuple[int, int]:
+    """Read a size: (height, width). One number would be the shorter side's, and is refused."""
+    sides: list[object] = []
     if isinstance(size, Mapping):
         sides = [size.get("height"), size.get("width")]
-    else:
-        sides = (
-            list(size) if isinstance(size, (list, tuple)) else []
-        )  # one number is the shorter side's
-    height, width = sides if len(sides) == 2 else (None, None)
-    if not _is_whole(height) or not _is_whole(width):
-        raise ValueError(
-            f"size must be {{'height': H, 'width': W}}, of 1 to {MOST}, got {size!r}; SigLIP keeps "
-            "no aspect ratio"
-        )
-    return height, width
+    elif isinstance(size, (list, tuple)):
+        sides = list(size)
+    if len(sides) == 2:
+        height, width = sides
+        if is_count(height) and is_count(width):
+            return height, width
+    raise ValueError(
+        f"size must be {{'height': H, 'width': W}}, of 1 to {MAX_SIDE}, got {size!r}; SigLIP "
+        "keeps no aspect ratio"
+    )
 
 
-def _is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
+def parse_resample(config: Mapping[str, Any], default: str) -> int:
+    """Read Pillow's number of a filter."""
+    value = config.get("resample", RESAMPLE[default])
+    filters = sorted(RESAMPLE.values())
+    if value not in filters or isinstance(value, bool):
+        raise ValueError(f"resample must be one of {filters} (Pillow's filters), got {value!r}")
+    return int(value)
 
 
-def _flag(config: Mapping[str, Any], name: str) -> bool:
+def parse_flag(config: Mapping[str, Any], name: str) -> bool:
+    """Read a flag; null means no, for the reference too."""
     value = config.get(name, True)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false, got {value!r}")
-    return bool(value)  # null: no, for the reference too
+    return bool(value)
 
 
-def _positive(config: Mapping[str, Any], name: str, default: int) -> int:
+def parse_count(config: Mapping[str, Any], name: str, default: int) -> int:
+    """Read a number of pixels or patches."""
     value = config.get(name, default)
-    if not _is_whole(value):
-        raise ValueError(f"{name} must be a whole number from 1 to {MOST}, got {value!r}")
+    if not is_count(value):
+        raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIDE}, got {value!r}")
     return value
 
 
-def _three(config: Mapping[str, Any], name: str) -> tuple[float, ...]:
+def parse_channel_values(config: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    """Read one number a channel; a single one is that of all three."""
     value = config.get(name, [0.5] * 3)
     numbers = value if isinstance(value, (list, tuple)) else [value] * 3
-    if len(numbers) != 3 or not all(_is_finite(n) for n in numbers):
+    if len(numbers) != 3 or not all(is_finite_number(number) for number in numbers):
         raise ValueError(f"{name} must be three numbers, got {value!r}")
     if name == "image_std" and 0 in np.array(numbers, dtype=np.float32):
         raise ValueError(f"image_std must be three numbers other than 0, got {value!r}")
     return tuple(float(number) for number in numbers)
 
 
-def _factor(config: Mapping[str, Any]) -> float:
+def parse_rescale_factor(config: Mapping[str, Any]) -> float:
+    """Read what values are multiplied by."""
     value = config.get("rescale_factor", 1 / 255)
-    if not _is_finite(value) or not value:
+    if not is_finite_number(value) or not value:
         raise ValueError(f"rescale_factor must be a number other than 0, got {value!r}")
     return float(value)
 
 
-def _is_finite(value: object) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
-    )  # of any float
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number from 1 to `MAX_SIDE`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIDE
+
+
+def is_finite_number(value: object) -> bool:
+    """Whether a value is a number that fits into any float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 1e30

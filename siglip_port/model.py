@@ -29,7 +29,7 @@ from siglip_port.patches import ImageBatch, Mask, Shapes
 
 if TYPE_CHECKING:  # the encoder knows no files and no images: only some of its methods do
     from siglip_port.checkpoint import LoadOptions, Provenance
-    from siglip_port.image_processing import Backend, Picture
+    from siglip_port.image_processing import Backend, ImageInput
 
 # hidden_act -> the function. SigLIP was trained with the tanh form; `gelu` names the exact one.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -346,7 +346,7 @@ class SigLipVisionModel(nn.Module):
 
     def embed_images(
         self,
-        pictures: Sequence[Picture],
+        pictures: Sequence[ImageInput],
         *,
         batch_size: int = 32,
         normalize: bool = False,

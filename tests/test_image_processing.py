@@ -26,21 +26,20 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import (
     get_image_size_for_max_num_patches,
 )
 
-from siglip_port import SigLipVisionConfig, SigLipVisionModel
-from siglip_port import image_processing as image
-from siglip_port.checkpoint import preprocessor_config as processors
+from siglip_port import SigLipVisionConfig, image_processing
+from siglip_port.checkpoint import default_preprocessor_config
 from siglip_port.image_processing import (
-    LARGEST,
     Backend,
     ImageError,
+    ImageInput,
     ImageProcessor,
-    Picture,
     naflex_size,
     to_rgb,
 )
-from siglip_port.parity import randomise
+from siglip_port.image_reading import MAX_FILE_BYTES
 from siglip_port.parity.metrics import bits
 from tests.helpers.checkpoints import SMALL
+from tests.helpers.models import random_model
 
 CHELSEA = Path(__file__).parent / "images" / "chelsea.png"
 FIXED = {
@@ -56,26 +55,23 @@ NAFLEX = {
 }
 
 
-def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A cut-out of the photograph, with noise: edges, flat parts, and every value from 0 to 255."""
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """The photograph with noise: edges, flat parts, and every value from 0 to 255."""
     with Image.open(CHELSEA) as image:
-        pixels = np.asarray(
-            image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-        ).astype(int)
+        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized).astype(int)
     noise = np.random.default_rng(seed).integers(-40, 40, pixels.shape)
     return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
 
 
 def with_alpha(image: Image.Image, mode: str) -> Image.Image:
-    alpha = Image.fromarray(
-        np.random.default_rng(1).integers(0, 256, image.size[::-1]).astype(np.uint8)
-    )
-    image.putalpha(alpha)
+    alpha = np.random.default_rng(1).integers(0, 256, image.size[::-1]).astype(np.uint8)
+    image.putalpha(Image.fromarray(alpha))
     return image.convert(mode)
 
 
 def transparent_palette() -> Image.Image:
-    image = photograph(60, 50).quantize(16)
+    image = photo(60, 50).quantize(16)
     image.info["transparency"] = 3
     return image
 
@@ -85,72 +81,71 @@ def sixteen_bits() -> Image.Image:
 
 
 MODES: dict[str, Callable[[], Image.Image]] = {
-    "RGB": lambda: photograph(97, 61),
-    "tall": lambda: photograph(31, 200),
-    "a pixel": lambda: photograph(1, 1),
-    "a pixel wide": lambda: photograph(1, 90),
-    "three pixels high": lambda: photograph(70, 3),
-    "its own size": lambda: photograph(32, 48),
-    "larger by far": lambda: photograph(1500, 900),
-    "smaller": lambda: photograph(9, 7),
-    "L": lambda: photograph(60, 50).convert("L"),
-    "1": lambda: photograph(60, 50).convert("1"),
-    "LA": lambda: with_alpha(photograph(60, 50), "LA"),
-    "RGBA": lambda: with_alpha(photograph(60, 50), "RGBA"),
-    "P": lambda: photograph(60, 50).quantize(16),
+    "RGB": lambda: photo(97, 61),
+    "tall": lambda: photo(31, 200),
+    "a pixel": lambda: photo(1, 1),
+    "a pixel wide": lambda: photo(1, 90),
+    "three pixels high": lambda: photo(70, 3),
+    "its own size": lambda: photo(32, 48),
+    "larger by far": lambda: photo(1500, 900),
+    "smaller": lambda: photo(9, 7),
+    "L": lambda: photo(60, 50).convert("L"),
+    "1": lambda: photo(60, 50).convert("1"),
+    "LA": lambda: with_alpha(photo(60, 50), "LA"),
+    "RGBA": lambda: with_alpha(photo(60, 50), "RGBA"),
+    "P": lambda: photo(60, 50).quantize(16),
     "P, transparent": transparent_palette,
-    "CMYK": lambda: photograph(60, 50).convert("CMYK"),
-    "YCbCr": lambda: photograph(60, 50).convert("YCbCr"),
-    "HSV": lambda: photograph(60, 50).convert("HSV"),
-    "LAB": lambda: Image.fromarray(np.asarray(photograph(60, 50)), "LAB"),
+    "CMYK": lambda: photo(60, 50).convert("CMYK"),
+    "YCbCr": lambda: photo(60, 50).convert("YCbCr"),
+    "HSV": lambda: photo(60, 50).convert("HSV"),
+    "LAB": lambda: Image.fromarray(np.asarray(photo(60, 50)), "LAB"),
     "I;16": sixteen_bits,
     "I": lambda: sixteen_bits().convert("I"),
-    "F": lambda: photograph(60, 50).convert("F"),
+    "F": lambda: photo(60, 50).convert("F"),
 }
 
 
-def same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    """The same bits under the same names."""
-    return ours.keys() == dict(theirs).keys() and all(
-        ours[name].shape == theirs[name].shape
-        and (ours[name].dtype == theirs[name].dtype or not ours[name].is_floating_point())
-        and (
-            torch.equal(bits(ours[name]), bits(theirs[name]))
-            if ours[name].is_floating_point()
-            else torch.equal(ours[name], theirs[name].to(ours[name].dtype))
-        )
-        for name in ours
-    )
+def assert_same_bits(port: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
+    """The same bits under the same names; integers may be of another dtype."""
+    assert port.keys() == dict(reference).keys()
+    for name, output in port.items():
+        expected = reference[name]
+        assert output.shape == expected.shape
+        if output.is_floating_point():
+            assert output.dtype == expected.dtype
+            assert torch.equal(bits(output), bits(expected))
+        else:
+            assert torch.equal(output, expected.to(output.dtype))
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("resample", [0, 1, 2, 3])
-def test_every_kind_of_picture_as_the_reference(mode: str, resample: int) -> None:
+def test_fixed_size_equals_reference(mode: str, resample: int) -> None:
     image = MODES[mode]()
     config = {**FIXED, "resample": resample}
-    theirs = SiglipImageProcessorPil(**config)(images=image, return_tensors="pt")
-    assert same(ImageProcessor.from_config(config)(image), theirs)
+    expected = SiglipImageProcessorPil(**config)(images=image, return_tensors="pt")
+    assert_same_bits(ImageProcessor.from_config(config)(image), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_naflex_as_the_reference(mode: str) -> None:
+def test_naflex_equals_reference(mode: str) -> None:
     image = MODES[mode]()
-    theirs = Siglip2ImageProcessorPil(**NAFLEX, do_convert_rgb=True)(
-        images=image, return_tensors="pt"
-    )
-    assert same(ImageProcessor.from_config(NAFLEX)(image), theirs)
+    reference = Siglip2ImageProcessorPil(**NAFLEX, do_convert_rgb=True)
+    expected = reference(images=image, return_tensors="pt")
+    assert_same_bits(ImageProcessor.from_config(NAFLEX)(image), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("resample", [0, 1, 2, 3])
-def test_torchvision_as_the_reference(mode: str, resample: int) -> None:
+def test_torchvision_equals_reference(mode: str, resample: int) -> None:
     image = MODES[mode]()
     fixed = {**FIXED, "resample": resample}
-    theirs = SiglipImageProcessor(**fixed)(images=image, return_tensors="pt")
-    assert same(ImageProcessor.from_config(fixed, "torchvision")(image), theirs)
+    expected = SiglipImageProcessor(**fixed)(images=image, return_tensors="pt")
+    assert_same_bits(ImageProcessor.from_config(fixed, "torchvision")(image), expected)
     naflex = {**NAFLEX, "resample": resample}
-    theirs = Siglip2ImageProcessor(**naflex, do_convert_rgb=True)(images=image, return_tensors="pt")
-    assert same(ImageProcessor.from_config(naflex, "torchvision")(image), theirs)
+    reference = Siglip2ImageProcessor(**naflex, do_convert_rgb=True)
+    expected = reference(images=image, return_tensors="pt")
+    assert_same_bits(ImageProcessor.from_config(naflex, "torchvision")(image), expected)
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -168,16 +163,18 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_what_the_configuration_says(option: dict[str, Any]) -> None:
-    images = [photograph(64, 32), photograph(64, 32, seed=1)]
-    for ours, theirs in ((FIXED, SiglipImageProcessorPil), (NAFLEX, Siglip2ImageProcessorPil)):
-        config = {**ours, **option}
-        expected = theirs(**config)(images=images, return_tensors="pt")
-        assert same(ImageProcessor.from_config(config)(images), expected)
-    for ours, theirs in ((FIXED, SiglipImageProcessor), (NAFLEX, Siglip2ImageProcessor)):
-        config = {**ours, **option}
-        expected = theirs(**config)(images=images, return_tensors="pt")
-        assert same(ImageProcessor.from_config(config, "torchvision")(images), expected)
+def test_configuration_options(option: dict[str, Any]) -> None:
+    images = [photo(64, 32), photo(64, 32, seed=1)]
+    references: list[tuple[Backend, dict[str, Any], Any]] = [
+        ("pil", FIXED, SiglipImageProcessorPil),
+        ("pil", NAFLEX, Siglip2ImageProcessorPil),
+        ("torchvision", FIXED, SiglipImageProcessor),
+        ("torchvision", NAFLEX, Siglip2ImageProcessor),
+    ]
+    for backend, base, reference in references:
+        config = {**base, **option}
+        expected = reference(**config)(images=images, return_tensors="pt")
+        assert_same_bits(ImageProcessor.from_config(config, backend)(images), expected)
 
 
 @pytest.mark.parametrize(
@@ -185,102 +182,95 @@ def test_what_the_configuration_says(option: dict[str, Any]) -> None:
 )
 def test_arrays_and_tensors(shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    kinds: list[tuple[Backend, Any]] = [
+    references: list[tuple[Backend, Any]] = [
         ("pil", SiglipImageProcessorPil),
         ("torchvision", SiglipImageProcessor),
     ]
-    for backend, kind in kinds:
-        theirs = kind(**FIXED)(images=array, return_tensors="pt")
+    for backend, reference in references:
+        expected = reference(**FIXED)(images=array, return_tensors="pt")
         processor = ImageProcessor.from_config(FIXED, backend)
-        assert same(processor(array), theirs)
-        assert same(processor(torch.from_numpy(array)), theirs)
-        assert same(
-            processor([array, array]), {"pixel_values": theirs["pixel_values"].repeat(2, 1, 1, 1)}
-        )
+        assert_same_bits(processor(array), expected)
+        assert_same_bits(processor(torch.from_numpy(array)), expected)
+        twice = {"pixel_values": expected["pixel_values"].repeat(2, 1, 1, 1)}
+        assert_same_bits(processor([array, array]), twice)
 
 
-def test_transparent_arrays_are_rounded_as_each_backend_does_it() -> None:
+def test_transparent_array_is_rounded_as_by_each_backend() -> None:
     array = np.full((5, 5, 4), (8, 8, 8, 250), np.uint8)
     assert (to_rgb(array) == 13).all()
     assert (to_rgb(array, "torchvision") == 12).all()
 
 
-def test_an_array_without_channels_is_gray() -> None:
+def test_array_without_channels_is_gray() -> None:
     """Which the reference's processors refuse."""
-    array, processor = (
-        np.arange(3000, dtype=np.uint16).reshape(50, 60).astype(np.uint8),
-        ImageProcessor.from_config(FIXED),
-    )
-    assert same(processor(array), processor(Image.fromarray(array)))
+    array = np.arange(3000, dtype=np.uint16).reshape(50, 60).astype(np.uint8)
+    processor = ImageProcessor.from_config(FIXED)
+    assert_same_bits(processor(array), processor(Image.fromarray(array)))
 
 
 @given(
     st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([4, 14, 16]), st.integers(1, 1024)
 )
-def test_sizes_of_naflex(height: int, width: int, patch: int, most: int) -> None:
-    assert naflex_size(height, width, patch, most) == get_image_size_for_max_num_patches(
-        height, width, patch, most
-    )
+def test_naflex_size(height: int, width: int, patch: int, max_patches: int) -> None:
+    expected = get_image_size_for_max_num_patches(height, width, patch, max_patches)
+    assert naflex_size(height, width, patch, max_patches) == expected
 
 
-def contents(image: Image.Image, kind: str = "PNG", **how: object) -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind, **how)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_files_are_turned_upright(orientation: int, tmp_path: Path) -> None:
+def test_file_is_turned_upright(orientation: int, tmp_path: Path) -> None:
     """As the reference does it with paths.
 
-    Of a picture of Pillow's, it sees the pixels alone, and so do we.
+    Of an image of Pillow's, it sees the pixels alone, and so do we.
     """
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "turned.jpg"
-    path.write_bytes(contents(photograph(60, 40), "JPEG", exif=exif))
-    processor, theirs = ImageProcessor.from_config(FIXED), SiglipImageProcessorPil(**FIXED)
-    expected = theirs(images=ImageOps.exif_transpose(Image.open(path)), return_tensors="pt")
-    assert same(processor(path), theirs(images=theirs.fetch_images(str(path)), return_tensors="pt"))
-    assert same(processor(path), expected)
-    assert same(processor(str(path)), expected)
-    assert same(processor(path.read_bytes()), expected)
-    assert same(processor(Image.open(path)), theirs(images=Image.open(path), return_tensors="pt"))
+    path.write_bytes(encode(photo(60, 40), "JPEG", exif=exif))
+    processor = ImageProcessor.from_config(FIXED)
+    reference = SiglipImageProcessorPil(**FIXED)
+    expected = reference(images=ImageOps.exif_transpose(Image.open(path)), return_tensors="pt")
+    fetched = reference(images=reference.fetch_images(str(path)), return_tensors="pt")
+    assert_same_bits(processor(path), fetched)
+    assert_same_bits(processor(path), expected)
+    assert_same_bits(processor(str(path)), expected)
+    assert_same_bits(processor(path.read_bytes()), expected)
+    as_it_lies = reference(images=Image.open(path), return_tensors="pt")
+    assert_same_bits(processor(Image.open(path)), as_it_lies)
     assert to_rgb(path).shape == ((3, 60, 40) if orientation > 4 else (3, 40, 60))
 
 
-def test_transparency_is_white_whatever_it_comes_from(tmp_path: Path) -> None:
+def test_transparency_becomes_white(tmp_path: Path) -> None:
     image = Image.new("RGBA", (8, 8), (10, 20, 30, 0))
-    (tmp_path / "a.png").write_bytes(contents(image))
-    for picture in (image, tmp_path / "a.png", np.asarray(image)):
-        assert (to_rgb(picture) == 255).all()
+    (tmp_path / "a.png").write_bytes(encode(image))
+    for source in (image, tmp_path / "a.png", np.asarray(image)):
+        assert (to_rgb(source) == 255).all()
 
 
 @pytest.mark.parametrize("kind", ["webp", "png", "gif"])
-def test_the_first_frame_of_an_animation(kind: str, tmp_path: Path) -> None:
-    first, second = (
-        photograph(20, 20).quantize(64),
-        photograph(20, 20, seed=5).rotate(90).quantize(64),
-    )
-    first, second = (image if kind == "gif" else image.convert("RGB") for image in (first, second))
-    how = {"lossless": True} if kind == "webp" else {}
-    first.save(tmp_path / f"a.{kind}", None, save_all=True, append_images=[second], **how)
-    assert np.array_equal(
-        to_rgb(tmp_path / f"a.{kind}"), np.moveaxis(np.asarray(first.convert("RGB")), -1, 0)
-    )
+def test_first_frame_of_animation(kind: str, tmp_path: Path) -> None:
+    frames = [photo(20, 20).quantize(64), photo(20, 20, seed=5).rotate(90).quantize(64)]
+    if kind != "gif":
+        frames = [frame.convert("RGB") for frame in frames]
+    options = {"lossless": True} if kind == "webp" else {}
+    file = tmp_path / f"a.{kind}"
+    frames[0].save(file, None, save_all=True, append_images=frames[1:], **options)
+    expected = np.moveaxis(np.asarray(frames[0].convert("RGB")), -1, 0)
+    assert np.array_equal(to_rgb(file), expected)
 
 
-def png_of_16_bits(values: NDArray[np.uint16]) -> bytes:
-    """[H, W, C], C 1 or 3. Pillow writes none with colours."""
+def encode_16_bit_png(values: NDArray[np.uint16]) -> bytes:
+    """[H, W, C], C 1 or 3. Pillow writes none with colors."""
     height, width, channels = values.shape
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content))
-            + kind
-            + content
-            + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
 
     header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2}[channels], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -288,54 +278,56 @@ def png_of_16_bits(values: NDArray[np.uint16]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + content
 
 
-def test_files_of_16_bits() -> None:
-    """With colours, Pillow takes the upper 8 bits when it opens them.
+def test_16_bit_file() -> None:
+    """With colors, Pillow takes the upper 8 bits when it opens them.
 
     Of gray ones, all that is above 255 is white.
     """
     values = np.random.default_rng(0).integers(0, 65536, (9, 7, 3)).astype(np.uint16)
-    assert np.array_equal(to_rgb(png_of_16_bits(values)), np.moveaxis(values >> 8, -1, 0))
-    gray = to_rgb(png_of_16_bits(values[..., :1]))
+    assert np.array_equal(to_rgb(encode_16_bit_png(values)), np.moveaxis(values >> 8, -1, 0))
+    gray = to_rgb(encode_16_bit_png(values[..., :1]))
     assert np.array_equal(gray, np.repeat(np.minimum(values[..., 0], 255)[None], 3, axis=0))
-    processor, theirs = ImageProcessor.from_config(FIXED), SiglipImageProcessorPil(**FIXED)
-    for picture in (png_of_16_bits(values), png_of_16_bits(values[..., :1])):
-        assert same(
-            processor(picture), theirs(images=Image.open(io.BytesIO(picture)), return_tensors="pt")
-        )
+    processor = ImageProcessor.from_config(FIXED)
+    reference = SiglipImageProcessorPil(**FIXED)
+    for content in (encode_16_bit_png(values), encode_16_bit_png(values[..., :1])):
+        image = Image.open(io.BytesIO(content))
+        assert_same_bits(processor(content), reference(images=image, return_tensors="pt"))
 
 
-def test_what_may_never_end_or_fit(tmp_path: Path) -> None:
-    with open(tmp_path / "a.jpg", "wb") as file:  # noqa: PTH123 (sparse: nothing is written)
-        file.truncate(LARGEST + 1)
+def test_file_without_end(tmp_path: Path) -> None:
+    """Or too large, or a program."""
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)  # sparse: nothing is written
     os.mkfifo(tmp_path / "b.jpg")
     (tmp_path / "c.jpg").symlink_to(tmp_path / "c.jpg")
     (tmp_path / "d.jpg").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n"
     )
-    for name, message in (
+    messages = (
         ("a.jpg", "4,294,967,297 bytes, more than the"),
         ("b.jpg", "no regular file"),
         ("c.jpg", "Too many levels"),
         ("d.jpg", "PostScript is a program, and is not run"),
-    ):
+    )
+    for name, message in messages:
         with pytest.raises(ImageError, match=message):
             to_rgb(tmp_path / name)
 
 
 def bomb() -> bytes:
-    """A picture of 30,000 x 30,000 pixels, by its header."""
-    small = contents(Image.new("L", (8, 8)))
+    """An image of 30,000 x 30,000 pixels, by its header."""
+    small = encode(Image.new("L", (8, 8)))
     header = small[12:16] + struct.pack(">II", 30_000, 30_000) + small[24:29]
     return small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("image", "message"),
     [
         (b"", "cannot be read: it is of no kind that Pillow knows"),
         (b"GIF89a nothing", "cannot be read"),
-        (contents(photograph(60, 40), "JPEG")[:700], "cannot be read: .*truncated"),
-        (contents(photograph(60, 40))[:900], "cannot be read: "),
+        (encode(photo(60, 40), "JPEG")[:700], "cannot be read: .*truncated"),
+        (encode(photo(60, 40))[:900], "cannot be read: "),
         (bomb(), "cannot be read: Image size .* exceeds limit"),
         ("/nowhere/a.jpg", r"^/nowhere/a.jpg: the picture cannot be read: .*No such file"),
         (Path(__file__).parent, "cannot be read: it is no regular file"),
@@ -357,9 +349,9 @@ def bomb() -> bytes:
         ([[]], "must be a path"),
     ],
 )
-def test_what_is_no_picture(picture: Picture, message: str) -> None:
+def test_unusable_image(image: ImageInput, message: str) -> None:
     with pytest.raises(ImageError, match=message):
-        ImageProcessor.from_config(FIXED)(picture)
+        ImageProcessor.from_config(FIXED)(image)
 
 
 @pytest.mark.parametrize(
@@ -399,15 +391,15 @@ def test_what_is_no_picture(picture: Picture, message: str) -> None:
         ),
     ],
 )
-def test_what_no_processor_of_siglip_says(change: dict[str, Any], message: str) -> None:
+def test_unusable_configuration(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageProcessor.from_config({**FIXED, **change})
 
 
-def test_backends_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend must be 'pil' or 'torchvision', got 'tf'"):
         ImageProcessor.from_config(FIXED, "tf")  # type: ignore[arg-type]
-    monkeypatch.setattr(image, "version", lambda name: "0.26.1+cpu")
+    monkeypatch.setattr(image_processing, "version", lambda name: "0.26.1+cpu")
     with pytest.raises(ValueError, match=r"no Lanczos filter before 0.27, this is 0.26.1"):
         ImageProcessor.from_config({**FIXED, "resample": 1}, "torchvision")
     monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
@@ -417,76 +409,77 @@ def test_backends_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         ImageProcessor.from_config(FIXED, "torchvision")
 
 
-def test_pictures_without_a_common_size() -> None:
+def test_images_without_common_size() -> None:
     processor = ImageProcessor.from_config({**FIXED, "do_resize": False})
     with pytest.raises(ImageError, match=r"must be of one size, got \[\(4, 5\), \(5, 5\)\]"):
-        processor([photograph(5, 5), photograph(5, 4)])
+        processor([photo(5, 5), photo(5, 4)])
     with pytest.raises(ImageError, match="more than num_patches=20"):
-        ImageProcessor.from_config({**NAFLEX, "do_resize": False})(photograph(160, 160))
+        ImageProcessor.from_config({**NAFLEX, "do_resize": False})(photo(160, 160))
 
 
-def test_the_fingerprint_follows_every_choice() -> None:
+def test_fingerprint_follows_every_choice() -> None:
     processor = ImageProcessor.from_config(FIXED)
-    changed = [
-        replace(processor, size=(32, 48)), replace(processor, resample=2), replace(processor, do_resize=False),
-        replace(processor, mean=(0.5, 0.5, 0.4)), replace(processor, std=None), replace(processor, rescale_factor=None),
-        replace(processor, backend="torchvision"), ImageProcessor.from_config(NAFLEX),
+    others = [
+        replace(processor, size=(32, 48)),
+        replace(processor, resample=2),
+        replace(processor, do_resize=False),
+        replace(processor, mean=(0.5, 0.5, 0.4)),
+        replace(processor, std=None),
+        replace(processor, rescale_factor=None),
+        replace(processor, backend="torchvision"),
+        ImageProcessor.from_config(NAFLEX),
         ImageProcessor.from_config({**NAFLEX, "max_num_patches": 21}),
         ImageProcessor.from_config({**NAFLEX, "patch_size": 14}),
-    ]  # fmt: skip
-    assert len({each.fingerprint for each in (processor, *changed)}) == len(changed) + 1
+    ]
+    assert len({each.fingerprint for each in (processor, *others)}) == len(others) + 1
+
+
+def test_fingerprint_is_stable() -> None:
+    processor = ImageProcessor.from_config(FIXED)
     assert pickle.loads(pickle.dumps(processor)).fingerprint == processor.fingerprint
-    assert (
-        ImageProcessor.from_config(dict(reversed(FIXED.items()))).fingerprint
-        == processor.fingerprint
-    )
+    in_other_order = ImageProcessor.from_config(dict(reversed(FIXED.items())))
+    assert in_other_order.fingerprint == processor.fingerprint
     # That of siglip-base-patch16-224. It stands in files that were written long ago: it may not
     # change by itself.
-    assert (
-        ImageProcessor.from_config(processors.default(SigLipVisionConfig())).fingerprint
-        == "dd941af9c5cf03d0"
-    )
+    default = ImageProcessor.from_config(default_preprocessor_config(SigLipVisionConfig()))
+    assert default.fingerprint == "dd941af9c5cf03d0"
 
 
-def test_a_model_embeds_pictures(tmp_path: Path) -> None:
+def test_embed_images() -> None:
     config = replace(SMALL, pooling_head=True)
-    model = SigLipVisionModel(config).eval()
-    randomise(model, seed=0)
-    pictures: list[Picture] = [
-        photograph(30, 20),
-        photograph(20, 30),
+    model = random_model(config)
+    images: list[ImageInput] = [
+        photo(30, 20),
+        photo(20, 30),
         CHELSEA,
-        np.asarray(photograph(9, 9)),
+        np.asarray(photo(9, 9)),
     ]
     size = {"height": config.image_size, "width": config.image_size}
-    theirs = SiglipImageProcessorPil(
-        **{**model.preprocessor_config, "size": size, "do_convert_rgb": True}
-    )
-    with torch.inference_mode():
-        expected = torch.cat(
-            [
-                model.embed(
-                    theirs(images=Image.open(p) if isinstance(p, Path) else p, return_tensors="pt")[
-                        "pixel_values"
-                    ]
-                )
-                for p in pictures
-            ]
-        )
-    assert torch.allclose(model.embed_images(pictures, batch_size=3), expected, rtol=0, atol=1e-5)
-    assert model.embed_images(pictures[0]).shape == (1, config.embed_dim)  # type: ignore[arg-type]
-    assert torch.allclose(model.embed_images(pictures, normalize=True).norm(dim=-1), torch.ones(4))
+    options = {**model.preprocessor_config, "size": size, "do_convert_rgb": True}
+    reference = SiglipImageProcessorPil(**options)
+    expected = []
+    for image in images:
+        opened = Image.open(image) if isinstance(image, Path) else image
+        pixels = reference(images=opened, return_tensors="pt")
+        with torch.inference_mode():
+            expected.append(model.embed(pixels["pixel_values"]))
+    vectors = model.embed_images(images, batch_size=3)
+    assert torch.allclose(vectors, torch.cat(expected), rtol=0, atol=1e-5)
+    assert model.embed_images(images[0]).shape == (1, config.embed_dim)  # type: ignore[arg-type]
+    assert torch.allclose(model.embed_images(images, normalize=True).norm(dim=-1), torch.ones(4))
     assert model.embed_images([]).shape == (0, config.embed_dim)
+
+
+def test_embed_unusable_images() -> None:
+    model = random_model(replace(SMALL, pooling_head=True))
     with pytest.raises(ImageError, match="picture 1 of 2: "):
         model.embed_images([CHELSEA, b"no"])
     with pytest.raises(ValueError, match="batch_size must be"):
-        model.embed_images(pictures, batch_size=0)
+        model.embed_images([CHELSEA], batch_size=0)
 
 
-def test_a_naflex_model_embeds_pictures() -> None:
+def test_embed_images_naflex() -> None:
     config = replace(SMALL, pooling_head=True, naflex=True)
-    model = SigLipVisionModel(config).eval()
-    randomise(model, seed=0)
-    assert processors.default(config)["max_num_patches"] == config.num_patches
-    pictures: list[Picture] = [photograph(30, 20), photograph(20, 60)]
-    assert model.embed_images(pictures).shape == (2, config.embed_dim)
+    assert default_preprocessor_config(config)["max_num_patches"] == config.num_patches
+    images: list[ImageInput] = [photo(30, 20), photo(20, 60)]
+    assert random_model(config).embed_images(images).shape == (2, config.embed_dim)

@@ -34,7 +34,6 @@ from siglip_port.checkpoint.registry import PUBLISHED, Published
 from siglip_port.hub import HubOptions, find_source
 from siglip_port.image_processing import ImageError, to_rgb
 from siglip_port.model import SigLipVisionModel
-from siglip_port.optimize.selection import ENGINES, EngineError
 from siglip_port.text import format_bytes
 
 _WIDTH = 100_000  # columns: nothing is cut off or broken; a narrower terminal wraps by itself
@@ -85,6 +84,8 @@ def _known_layout(name: str | None) -> str | None:
 
 
 def _known_form(name: str | None) -> str | None:
+    from siglip_port.optimize import ENGINES
+
     known = [*ENGINES, "fastest"]
     if name is not None and name not in known:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}")
@@ -347,6 +348,8 @@ def embed_command(
     could not go on; what is complete stays, and the same command goes on from there. 2: wrong
     arguments. 130: interrupted, likewise.
     """
+    from siglip_port.optimize import EngineError
+
     embedding = _embedding()
     try:
         torch.empty(0, device=device)
@@ -421,7 +424,7 @@ def search_command(
     """
     embedding, nearest = _embedding(), importlib.import_module("siglip_port.embed.search")
     try:
-        vector = nearest.vector_like(out, query, source=source, local_files_only=offline)
+        vector = nearest.embed_query(out, query, source=source, local_files_only=offline)
         found = nearest.search(out, vector, count)
     except embedding.EmbedError as error:
         _fail(str(error), 1)
@@ -465,7 +468,7 @@ def figures_command(
         typer.echo(file)
     if model.pooling_head is None:
         typer.echo(
-            f"{figures.POOLING} is left out: the tower has no attention pooling head", err=True
+            f"{figures.POOLING_PLOT} is left out: the tower has no attention pooling head", err=True
         )
 
 
@@ -484,7 +487,7 @@ def _embedding() -> Any:  # noqa: ANN401 (the module, which needs an extra)
         import pyarrow  # noqa: F401
     except ModuleNotFoundError:
         _fail("this needs pyarrow, which is not installed: install siglip-port[embed]", 2)
-    from siglip_port.embed import run as embed
+    from siglip_port import embed
 
     return embed
 

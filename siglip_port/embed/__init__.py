@@ -1,6 +1,8 @@
 """Many images to vectors on disk."""
 
 from siglip_port.embed.embedder import Embedder
-from siglip_port.embed.run import EmbedError, embed
+from siglip_port.embed.errors import EmbedError
+from siglip_port.embed.options import FASTEST, EmbedOptions
+from siglip_port.embed.run import Progress, embed
 
-__all__ = ["EmbedError", "Embedder", "embed"]
+__all__ = ["FASTEST", "EmbedError", "EmbedOptions", "Embedder", "Progress", "embed"]

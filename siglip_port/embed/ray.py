@@ -1,7 +1,4 @@
-"""The work of `siglip_port.embed.run` on a Ray cluster.
-
-Pictures are decoded by tasks, models are held by actors.
-"""
+"""The batches of a run on a Ray cluster: tasks decode images, actors hold models."""
 
 from __future__ import annotations
 
@@ -12,36 +9,42 @@ import pickle
 import re
 import socket
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from siglip_port.embed.embedder import Embedder, decode
-from siglip_port.embed.run import Batch, EmbedError, Result, result
+from siglip_port.embed.batches import Batch, BatchResult, run_batch
+from siglip_port.embed.decode import decode_items
+from siglip_port.embed.encoder import BatchEncoder
+from siglip_port.embed.errors import EmbedError
 from siglip_port.image_processing import ImageProcessor
-from siglip_port.optimize.selection import EngineError
+from siglip_port.optimize import EngineError
 
-RETRIES = 3
-"""How often a batch is begun again whose process has died: a picture may kill each of them."""
+if TYPE_CHECKING:
+    import ray
+
+MAX_RETRIES = 3
+"""How often a batch is begun again whose process has died: an image may kill each of them."""
+
+CONNECT_SECONDS = 10
 
 
-def on_ray(
-    embedder: Embedder,
+def run_on_ray(
+    encoder: BatchEncoder,
     batches: Sequence[Batch],
     workers: int | None = None,
     address: str | None = None,
-) -> Generator[Result]:
-    """Does batches on a cluster, by Ray Data.
+) -> Generator[BatchResult]:
+    """Do batches on a cluster, by Ray Data.
 
-    The same batches, of the same size, and so the same vectors.
-
-    Pictures must lie where every node finds them under the same path, and siglip-port be installed
-    there; the model is sent along. Results come back to this process, which writes them.
+    They are the same batches, of the same size, and so the same vectors. Images must lie where
+    every node finds them under the same path, and siglip-port be installed there; the model is sent
+    along. Results come back to this process, which writes them.
 
     Args:
-        embedder: the model. Each process that holds it has its `threads` of the CPU, and a GPU, if
+        encoder: the model. Each process that holds it has its `threads` of the CPU, and a GPU, if
             it runs on one.
-        batches: what is to be done.
+        batches: to be done.
         workers: processes that hold the model; None for as many as fit, with a CPU each for
             decoding.
         address: of the cluster; None for the one that Ray finds, or a new one on this machine.
@@ -64,113 +67,138 @@ def on_ray(
         raise EmbedError("--engine ray needs Ray: pip install 'siglip-port[ray]'") from error
     if not batches:
         return
-    _reach(address)
-    begun = not ray.is_initialized()
+    require_cluster(address)
+    started_here = not ray.is_initialized()
     try:
-        if begun:
+        if started_here:
             ray.init(
                 address,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                include_dashboard=False if not address else None,
+                include_dashboard=None if address else False,
             )
-        yield from _run(ray, embedder, batches, workers)
+        yield from run_dataset(encoder, batches, model_count(encoder, workers))
     except (ConnectionError, ray.exceptions.RayError) as error:
         raise EmbedError(
-            f"the Ray cluster gave up: {_reason(error)}; the same command goes on from there; "
-            "without --engine "
-            "ray also past a picture that kills the process that decodes it"
+            f"the Ray cluster gave up: {failure_reason(error)}; the same command goes on from "
+            "there; without --engine ray also past a picture that kills the process that decodes it"
         ) from error
     finally:
-        if begun:
+        if started_here:
             ray.shutdown()
 
 
-def _run(
-    ray: Any,  # noqa: ANN401 (the module)
-    embedder: Embedder,
-    batches: Sequence[Batch],
-    workers: int | None,
-) -> Iterator[Result]:
-    gpu = next(iter(embedder.plain.parameters())).device.type == "cuda"
-    there = ray.cluster_resources()
-    fitting = int(there.get("GPU", 0) if gpu else there.get("CPU", 0) // (embedder.threads + 1))
+def runs_on_gpu(encoder: BatchEncoder) -> bool:
+    """Whether each model needs a GPU."""
+    return encoder.base_model.device.type == "cuda"
+
+
+def model_count(encoder: BatchEncoder, workers: int | None) -> int:
+    """Return how many processes are to hold the model.
+
+    Args:
+        encoder: the model.
+        workers: how many are asked for; None for as many as fit.
+
+    Raises:
+        EmbedError: so many do not fit into the cluster.
+    """
+    import ray
+
+    resources = ray.cluster_resources()
+    if runs_on_gpu(encoder):
+        kind, need = "GPU", "1"
+        fitting = int(resources.get("GPU", 0))
+    else:
+        cpus = encoder.threads + 1
+        kind, need = "CPU", f"{cpus}: --threads {encoder.threads}, and one to decode"
+        fitting = int(resources.get("CPU", 0) // cpus)
     if fitting < (workers or 1):
-        kind = "GPU" if gpu else "CPU"
-        each = (
-            "1"
-            if gpu
-            else f"{embedder.threads + 1}: --threads {embedder.threads}, and one to decode"
-        )
         raise EmbedError(
-            f"the Ray cluster has {there.get(kind, 0):g} {kind}s, and {workers or 1} models need "
-            f"{each}, for each"
+            f"the Ray cluster has {resources.get(kind, 0):g} {kind}s, and {workers or 1} models "
+            f"need {need}, for each"
         )
+    return workers or fitting
+
+
+def run_dataset(
+    encoder: BatchEncoder, batches: Sequence[Batch], models: int
+) -> Iterator[BatchResult]:
+    """Send batches through Ray Data, and yield their results."""
+    import ray
+
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    model = ray.put(embedder)  # held until all is done: an actor that is begun again needs it
+    encoder_ref = ray.put(encoder)  # held until all is done: an actor that is begun again needs it
     rows = [{"number": batch.number, "data": pickle.dumps(batch.items)} for batch in batches]
-    found = (
-        ray.data.from_items(rows)
-        .map(
-            _Decode(embedder.processor), num_cpus=1, max_retries=RETRIES
-        )  # Ray Data's own default is for ever
-        .map(
-            _Model,
-            fn_constructor_args=[model],
-            compute=ray.data.ActorPoolStrategy(size=workers or fitting),
-            num_cpus=embedder.threads,
-            num_gpus=1 if gpu else None,
-            max_task_retries=RETRIES,
-        )
+    decoded = ray.data.from_items(rows).map(
+        DecodeStage(encoder.processor),
+        num_cpus=1,
+        max_retries=MAX_RETRIES,  # Ray Data's own default is for ever
     )
-    for row in found.iter_rows():
+    stage: Any = ModelStage  # a class, which Ray's types do not foresee
+    results = decoded.map(
+        stage,
+        fn_constructor_args=[encoder_ref],
+        compute=ray.data.ActorPoolStrategy(size=models),
+        num_cpus=encoder.threads,
+        num_gpus=1 if runs_on_gpu(encoder) else None,
+        max_task_retries=MAX_RETRIES,
+    )
+    for row in results.iter_rows():
         yield pickle.loads(row["data"])
 
 
-def _reach(address: str | None) -> None:
-    """Finds out in seconds whether somebody listens there; Ray itself takes minutes to give up."""
-    found = re.fullmatch(r"(?:ray://)?\[?([^\]/]+?)\]?:(\d+)", address or "")
-    if address not in (None, "auto", "local") and found is None:
-        raise EmbedError(f"{address!r} is no address of a Ray cluster: HOST:PORT, or auto")
-    if found is not None:
-        try:
-            with contextlib.closing(
-                socket.create_connection((found[1], int(found[2])), timeout=10)
-            ):
-                pass
-        except (OSError, OverflowError) as error:
-            raise EmbedError(f"no Ray cluster answers at {address}: {error}") from error
-
-
-class _Decode:
-    """A row of a batch's pictures -> the same, decoded."""
+class DecodeStage:
+    """A row of a batch's images -> the same, decoded."""
 
     def __init__(self, processor: ImageProcessor) -> None:
         self.processor = processor
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Decode the images of a row."""
         torch.set_num_threads(1)
-        decoded = [decode(item, self.processor) for item in pickle.loads(row["data"])]
+        decoded = decode_items(pickle.loads(row["data"]), self.processor)
         return {"number": row["number"], "data": pickle.dumps(decoded)}
 
 
-class _Model:
-    """A row of a batch's decoded pictures -> its `Result`."""
+class ModelStage:
+    """A row of a batch's decoded images -> its `BatchResult`."""
 
-    def __init__(self, embedder: Any) -> None:  # noqa: ANN401 (a reference of Ray's)
+    def __init__(self, encoder_ref: ray.ObjectRef[BatchEncoder]) -> None:
         import ray
 
-        self.embedder: Embedder = ray.get(embedder)
+        self.encoder = ray.get(encoder_ref)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        found = result(self.embedder, int(row["number"]), pickle.loads(row["data"]))
-        return {"number": row["number"], "data": pickle.dumps(found)}
+        """Run the model on a row."""
+        result = run_batch(self.encoder, int(row["number"]), pickle.loads(row["data"]))
+        return {"number": row["number"], "data": pickle.dumps(result)}
 
 
-def _reason(error: BaseException) -> str:
-    """The last line that says something: Ray's errors hold whole tracebacks."""
+def require_cluster(address: str | None) -> None:
+    """Find out in seconds whether a cluster answers; Ray itself takes minutes to give up.
+
+    Raises:
+        EmbedError: the address is none, or nobody answers there.
+    """
+    if address in (None, "auto", "local"):
+        return
+    match = re.fullmatch(r"(?:ray://)?\[?([^\]/]+?)\]?:(\d+)", address)
+    if match is None:
+        raise EmbedError(f"{address!r} is no address of a Ray cluster: HOST:PORT, or auto")
+    endpoint = (match[1], int(match[2]))
+    try:
+        with contextlib.closing(socket.create_connection(endpoint, timeout=CONNECT_SECONDS)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise EmbedError(f"no Ray cluster answers at {address}: {error}") from error
+
+
+def failure_reason(error: BaseException) -> str:
+    """Return the last line that says something: Ray's errors hold whole tracebacks."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, (EngineError, OSError)):
         return str(cause)

@@ -1,4 +1,4 @@
-"""Nearest pictures, by cosine, in a folder that `siglip_port.embed.run` has written."""
+"""Nearest images, by cosine, in a folder of vectors that `embed` has written."""
 
 from __future__ import annotations
 
@@ -7,65 +7,67 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 (the name the field uses)
 from torch import Tensor
 
-from siglip_port.embed.run import EmbedError, read_settings
+from siglip_port.embed.errors import EmbedError
+from siglip_port.embed.shards import read_settings, read_vectors
 from siglip_port.image_processing import ImageProcessor
 from siglip_port.model import SigLipVisionModel
-from siglip_port.optimize import selection as inference
+from siglip_port.optimize.cache import weights_hash
 
 
-def vector_like(
-    out: str | os.PathLike[str],
-    picture: str | os.PathLike[str],
+def embed_query(
+    folder: str | os.PathLike[str],
+    image: str | os.PathLike[str],
     *,
     source: str | None = None,
     local_files_only: bool = False,
 ) -> Tensor:
-    """The vector of one picture, by the model and the preprocessing of a folder of `embed`: [D].
+    """Make the vector of one image, by the model and preprocessing of a folder of vectors.
 
     Args:
-        out: the folder.
-        picture: a file.
+        folder: that `embed` has written.
+        image: a file.
         source: where the model is now; None for where it was.
         local_files_only: use the Hub's local cache only.
 
+    Returns:
+        [D].
+
     Raises:
         EmbedError: the folder holds no vectors, or they are of other weights.
-        siglip_port.image_processing.ImageError: the picture cannot be read.
+        siglip_port.image_processing.ImageError: the image cannot be read.
         siglip_port.CheckpointError: the model cannot be loaded.
     """
-    settings = read_settings(Path(out))
+    settings = read_settings(Path(folder))
     if settings is None or settings.get("output") != "pooled":
-        raise EmbedError(f"{out} holds no vectors; write them with `siglip-port embed`")
+        raise EmbedError(f"{folder} holds no vectors; write them with `siglip-port embed`")
+    source = source or settings["source"]
     model = SigLipVisionModel.from_hf(
-        source or settings["source"], revision=settings["commit"], local_files_only=local_files_only
+        source, revision=settings["commit"], local_files_only=local_files_only
     )
-    if inference.weights_hash(model)[:16] != settings["weights"]:
-        raise EmbedError(
-            f"the vectors in {out} are of other weights than those of "
-            f"{source or settings['source']}"
-        )
-    processor = ImageProcessor.from_config(
-        model.preprocessor_config, settings["processor"]["backend"]
-    )
+    if weights_hash(model)[:16] != settings["weights"]:
+        raise EmbedError(f"the vectors in {folder} are of other weights than those of {source}")
+    backend = settings["processor"]["backend"]
+    processor = ImageProcessor.from_config(model.preprocessor_config, backend)
     if processor.fingerprint != settings["preprocess"]:
         raise EmbedError(
-            f"the vectors in {out} were preprocessed in another way than this model says"
+            f"the vectors in {folder} were preprocessed in another way than this model says"
         )
     with torch.inference_mode():
-        return model.embed(**processor(picture))[0]
+        return model.embed(**processor(image))[0]
 
 
 def search(
-    out: str | os.PathLike[str], query: Tensor, count: int = 10
+    folder: str | os.PathLike[str], query: Tensor, count: int = 10
 ) -> list[tuple[float, str, str]]:
-    """Finds the pictures whose vectors are nearest to one, by cosine.
+    """Find the images whose vectors are nearest to one, by cosine.
 
     Args:
-        out: a folder of `embed`.
+        folder: that `embed` has written.
         query: [D].
-        count: how many at most.
+        count: at most.
 
     Returns:
         (cosine, id, path), the nearest first.
@@ -73,25 +75,16 @@ def search(
     Raises:
         EmbedError: the folder holds no vectors.
     """
-    from pyarrow import parquet
-
-    wanted = torch.nn.functional.normalize(query.float().flatten(), dim=0).numpy()
-    best: list[tuple[float, str, str]] = []
-    paths = sorted(Path(out).glob("part-*.parquet"))
-    if not paths:
-        raise EmbedError(f"{out} holds no vectors; write them with `siglip-port embed`")
-    for path in paths:
-        table = parquet.read_table(path)
-        good = table.column("error").is_null().to_numpy()
-        if (beside := path.with_suffix(".npy")).exists():
-            vectors = np.load(beside, mmap_mode="r")[good].astype(np.float32)
-        else:
-            column = table.column("embedding").combine_chunks()
-            flat = column.filter(good).flatten().to_numpy(zero_copy_only=False)
-            vectors = flat.astype(np.float32).reshape(int(good.sum()), -1)
-        cosines = vectors @ wanted / np.maximum(np.linalg.norm(vectors, axis=1), 1e-30)
-        names = (table.column(name).filter(good).to_pylist() for name in ("id", "path"))
-        best = sorted(
-            [*best, *zip(cosines.tolist(), *names, strict=True)], key=lambda row: -row[0]
-        )[:count]
-    return best
+    shards = sorted(Path(folder).glob("part-*.parquet"))
+    if not shards:
+        raise EmbedError(f"{folder} holds no vectors; write them with `siglip-port embed`")
+    unit_query = F.normalize(query.float().flatten(), dim=0).numpy()
+    nearest: list[tuple[float, str, str]] = []
+    for shard in shards:
+        ids, paths, vectors = read_vectors(shard)
+        lengths = np.maximum(np.linalg.norm(vectors, axis=1), 1e-30)
+        cosines = vectors @ unit_query / lengths
+        nearest += zip(cosines.tolist(), ids, paths, strict=True)
+        nearest.sort(key=lambda row: -row[0])
+        del nearest[count:]
+    return nearest

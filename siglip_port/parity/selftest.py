@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from siglip_port.atomic import write_text
 from siglip_port.checkpoint import preprocessor_config as processors
 from siglip_port.config import SigLipVisionConfig
-from siglip_port.optimize import selection as inference
+from siglip_port.threads import torch_threads
 from siglip_port.parity import gates, mutants, taps
 from siglip_port.parity.compare import describe
 from siglip_port.parity.gates import Finding, Gate, Measurement, Side
@@ -422,7 +422,7 @@ def run(args: argparse.Namespace, progress: Progress) -> bool:
         args: of compare_origin.py: `device`, `full` and `json` count.
         progress: passes items on, and shows how far it is.
     """
-    with inference.threads(1):
+    with torch_threads(1):
         report = examine_all(args, progress)
     if args.json is not None:
         write_text(args.json, json.dumps(as_json(report), indent=1) + "\n")
@@ -461,7 +461,7 @@ def examine_all(
             if seed == seeds[0]:
                 report.results += follow(judge, mutants.CATALOGUE, "mistakes")
             for threads in (1, 2) if args.full else (torch.get_num_threads(),):
-                with inference.threads(threads):
+                with torch_threads(threads):
                     for result in follow(allow, mutants.LEGAL, f"legal variants, seed {seed}"):
                         report.alarms.append((f"seed {seed}, {threads} threads", result))
             if args.full:

@@ -1,4 +1,4 @@
-"""The function of a batch of rows that other programs call."""
+"""`Embedder`, the function of a batch of rows that other programs call."""
 
 from __future__ import annotations
 
@@ -7,80 +7,89 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import daft
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from siglip_port import SigLipVisionModel, optimize
-from siglip_port.embed.embedder import Decoded, Embedder, decode
+from siglip_port.embed import Embedder
+from siglip_port.embed.decode import DecodedImage, decode
 from tests.helpers.checkpoints import SMALL
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Five pictures; the third is broken."""
-    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    """Five images; the third is broken."""
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
     for number in range(5):
-        Image.fromarray(random.integers(0, 256, (20 + number, 30, 3)).astype(np.uint8)).save(
-            folder / f"{number}.png"
-        )
+        pixels = random.integers(0, 256, (20 + number, 30, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
     (folder / "2.png").write_bytes(b"no")
     return [str(folder / f"{number}.png") for number in range(5)]
 
 
-def test_columns_in_columns_out(tower: Path, files: list[str]) -> None:
+@pytest.fixture
+def embedder(tower: Path) -> Embedder:
+    return Embedder(tower)
+
+
+def test_columns(tower: Path, files: list[str]) -> None:
     embedder = Embedder(tower, batch_size=2)
-    found = embedder({"path": files, "label": list("abcde")})
-    assert list(found) == ["path", "label", "width", "height", "embedding", "error"]
-    assert found["path"] == files
-    assert found["width"].tolist() == [30, 30, 0, 30, 30]
-    assert found["height"].tolist() == [20, 21, 0, 23, 24]
-    assert found["embedding"].shape == (5, embedder.embedding_dim)
-    assert found["embedding"].dtype == np.float32
-    assert [bool(error) for error in found["error"]] == np.isnan(found["embedding"]).all(1).tolist()
-    assert found["error"][2] == "the picture cannot be read: it is of no kind that Pillow knows"
-    good = [name for name in files if "2.png" not in name]
-    expected = embedder.plain.embed_images(good).numpy()
-    assert np.allclose(found["embedding"][[0, 1, 3, 4]], expected, rtol=1e-4, atol=1e-4)
+    rows = embedder({"path": files, "label": list("abcde")})
+    assert list(rows) == ["path", "label", "width", "height", "embedding", "error"]
+    assert rows["path"] == files
+    assert rows["width"].tolist() == [30, 30, 0, 30, 30]
+    assert rows["height"].tolist() == [20, 21, 0, 23, 24]
+    assert rows["embedding"].shape == (5, embedder.embedding_dim)
+    assert rows["embedding"].dtype == np.float32
+    has_error = [bool(error) for error in rows["error"]]
+    assert has_error == np.isnan(rows["embedding"]).all(1).tolist()
+    assert rows["error"][2] == "the picture cannot be read: it is of no kind that Pillow knows"
+    readable = [name for name in files if "2.png" not in name]
+    expected = embedder.base_model.embed_images(readable).numpy()
+    assert np.allclose(rows["embedding"][[0, 1, 3, 4]], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_every_kind_of_column(tower: Path, files: list[str]) -> None:
-    embedder = Embedder(tower)
-    expected = repr(embedder({"path": files})["embedding"])
-    contents = [Path(name).read_bytes() for name in files]
+@pytest.mark.parametrize("name", ["bytes", "image", "path"])
+def test_column_of_images(name: str, embedder: Embedder, files: list[str]) -> None:
+    contents = [Path(file).read_bytes() for file in files]
     columns: dict[str, Any] = {
         "bytes": contents,
         "image": [{"bytes": content, "path": None} for content in contents],
         "path": np.array(files, dtype=object),
     }
-    for name, column in columns.items():
-        found = embedder({name: column, "path": files})
-        assert repr(found["embedding"]) == expected
-        assert ("bytes" in found, "image" in found) == (False, False)
-        assert list(found["path"]) == files
-    assert (
-        repr(Embedder(tower, column="png")({"png": contents, "path": ["x"] * 5})["embedding"])
-        == expected
-    )
-    pixels = [np.asarray(Image.open(files[0])), np.asarray(Image.open(files[1]))]
-    assert repr(embedder({"image": pixels})["embedding"]) == repr(
-        embedder({"path": files[:2]})["embedding"]
-    )
-    assert (
-        embedder({"image": [None, {"bytes": None, "path": None}]})["error"].tolist()
-        == ["the row holds neither bytes nor a path"] * 2
-    )
+    rows = embedder({name: columns[name], "path": files})
+    assert repr(rows["embedding"]) == repr(embedder({"path": files})["embedding"])
+    assert "bytes" not in rows
+    assert "image" not in rows
+    assert list(rows["path"]) == files
+
+
+def test_named_column(tower: Path, embedder: Embedder, files: list[str]) -> None:
+    contents = [Path(file).read_bytes() for file in files]
+    rows = Embedder(tower, column="png")({"png": contents, "path": ["x"] * 5})
+    assert repr(rows["embedding"]) == repr(embedder({"path": files})["embedding"])
+
+
+def test_column_of_arrays(embedder: Embedder, files: list[str]) -> None:
+    pixels = [np.asarray(Image.open(file)) for file in files[:2]]
+    expected = embedder({"path": files[:2]})["embedding"]
+    assert repr(embedder({"image": pixels})["embedding"]) == repr(expected)
+
+
+def test_column_without_images(embedder: Embedder) -> None:
+    errors = embedder({"image": [None, {"bytes": None, "path": None}]})["error"]
+    assert errors.tolist() == ["the row holds neither bytes nor a path"] * 2
     assert embedder({"path": []})["embedding"].shape == (0, embedder.embedding_dim)
-    with pytest.raises(
-        ValueError, match="no column bytes or image or path, but png; name one by column="
-    ):
-        embedder({"png": contents})
+    message = "no column bytes or image or path, but png; name one by column="
+    with pytest.raises(ValueError, match=message):
+        embedder({"png": [b""]})
 
 
-def test_nothing_is_loaded_before_the_first_picture(
-    tower: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_load_lazily(tower: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> None:
         raise AssertionError
 
@@ -90,79 +99,96 @@ def test_nothing_is_loaded_before_the_first_picture(
     assert Embedder(tower, output="tokens").embedding_dim == SMALL.embed_dim * SMALL.num_patches
     assert len(pickle.dumps(embedder)) < 10_000
     with pytest.raises(AssertionError):
-        embedder.model  # noqa: B018
+        embedder.load()
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
-def test_it_can_be_pickled_at_any_time(in_memory: bool, tower: Path, files: list[str]) -> None:
-    embedder = Embedder(SigLipVisionModel.from_hf(tower) if in_memory else tower, form="packed")
+def test_pickle(in_memory: bool, tower: Path, files: list[str]) -> None:
+    source = SigLipVisionModel.from_hf(tower) if in_memory else tower
+    embedder = Embedder(source, form="packed")
     before = pickle.dumps(embedder)
     expected = repr(embedder({"path": files}))
-    for again in (pickle.loads(before), pickle.loads(pickle.dumps(embedder))):
-        assert repr(again({"path": files})) == expected
+    after = pickle.dumps(embedder)
+    assert len(after) == len(before)
+    assert (len(after) < 10_000) != in_memory
+    for pickled in (before, after):
+        assert repr(pickle.loads(pickled)({"path": files})) == expected
     assert embedder.name == str(tower)
-    assert (len(pickle.dumps(embedder)) < 10_000) != in_memory  # used or not
-    assert len(pickle.dumps(embedder)) == len(before)
 
 
-def test_what_is_chosen(tower: Path, files: list[str]) -> None:
-    unit = Embedder(tower, normalize=True, dtype=torch.bfloat16, store="float16")({"path": files})[
-        "embedding"
-    ]
+def test_output_options(tower: Path, files: list[str]) -> None:
+    options: dict[str, Any] = {"normalize": True, "dtype": torch.bfloat16, "store": "float16"}
+    unit = Embedder(tower, **options)({"path": files})["embedding"]
     assert unit.dtype == np.float16
     assert np.allclose(np.linalg.norm(unit[:2].astype(float), axis=1), 1, atol=1e-2)
     tokens = Embedder(tower, output="tokens")({"path": files})["embedding"]
     assert tokens.shape == (5, SMALL.embed_dim * SMALL.num_patches)
 
 
-def test_a_vector_does_not_depend_on_its_company(tower: Path, files: list[str]) -> None:
+def test_vector_does_not_depend_on_batch(tower: Path, files: list[str]) -> None:
     embedder = Embedder(tower, batch_size=4)
-    whole = embedder({"path": [files[0], files[1], files[3]]})["embedding"]
+    together = embedder({"path": [files[0], files[1], files[3]]})["embedding"]
     alone = embedder({"path": [files[0]]})["embedding"]
-    assert np.array_equal(whole[:1], alone)
+    assert np.array_equal(together[:1], alone)
 
 
-def test_threads_are_those_that_were_asked_for(tower: Path) -> None:
-    seen, before = [], torch.get_num_threads()
+def test_threads(tower: Path) -> None:
+    threads = []
+    before = torch.get_num_threads()
     embedder = Embedder(tower, threads=before + 1)
-    embedder.model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    embedder.model.register_forward_pre_hook(lambda *_: threads.append(torch.get_num_threads()))
     embedder.vectors([decode(np.zeros((4, 4, 3), np.uint8), embedder.processor)])
-    assert seen == [before + 1]
+    assert threads == [before + 1]
     assert torch.get_num_threads() == before
 
 
-def test_what_is_no_number_is_an_error(tower: Path) -> None:
-    embedder = Embedder(tower)
+def test_nan_vector_is_an_error(embedder: Embedder) -> None:
     with torch.no_grad():
-        embedder.plain.transformer.post_layernorm.bias[0] = torch.nan
-    rows, errors = embedder.vectors(
-        [decode(np.zeros((4, 4, 3), np.uint8), embedder.processor), Decoded(None, None, "x", 0)]
-    )
+        embedder.base_model.transformer.post_layernorm.bias[0] = torch.nan
+    black = decode(np.zeros((4, 4, 3), np.uint8), embedder.processor)
+    vectors, errors = embedder.vectors([black, DecodedImage(None, None, "x", 0)])
     assert errors == ["the model gave what is no number", "x"]
-    assert np.isnan(rows).all()
+    assert np.isnan(vectors).all()
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size must be a whole number from 1 on, got 0"),
         ({"threads": True}, "threads must be a whole number from 1 on, got True"),
-        ({"form": "fast"}, "form must be one of eager, packed"),
+        ({"form": "quick"}, "form must be one of eager, packed"),
+        ({"form": "fastest"}, "form must be one of eager, packed"),
+        ({"form": None}, "form must be one of eager, packed"),
         ({"output": "all"}, "output must be pooled or tokens"),
         ({"store": "int8"}, "store float32 or float16, got 'pooled' and 'int8'"),
         ({"output": "tokens", "normalize": True}, "not normalised"),
         ({"backend": "cv2"}, "backend must be"),
     ],
 )
-def test_wrong_arguments(how: dict[str, Any], message: str, tower: Path) -> None:
+def test_wrong_option(options: dict[str, Any], message: str, tower: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        Embedder(tower, **how)
+        Embedder(tower, **options)
 
 
-def test_models_that_do_not_fit(tower: Path) -> None:
+def test_unusable_model(tower: Path) -> None:
     with pytest.raises(ValueError, match="optimized already"):
         Embedder(optimize(SigLipVisionModel.from_hf(tower), engines=[]))
     with pytest.raises(ValueError, match="no pooling head"):
         Embedder(SigLipVisionModel(replace(SMALL, pooling_head=False)))
     with pytest.raises(ValueError, match="pictures of one size"):
         Embedder(SigLipVisionModel(replace(SMALL, naflex=True)), output="tokens")
+
+
+def test_daft(photos: Path, embedder: Embedder) -> None:
+    kind = daft.DataType.embedding(daft.DataType.float32(), embedder.embedding_dim)
+
+    @daft.func.batch(return_dtype=kind)
+    def vectors(path: daft.Series) -> daft.Series:
+        return daft.Series.from_numpy(embedder({"path": path.to_pylist()})["embedding"]).cast(kind)
+
+    files = [str(path) for path in sorted(photos.glob("*/*"))]
+    table = daft.from_pydict({"path": files})
+    rows = table.with_column("embedding", vectors(table["path"])).to_pydict()
+    assert rows["path"] == files
+    expected = embedder({"path": files})["embedding"]
+    assert np.array_equal(np.array(rows["embedding"]), expected, equal_nan=True)

@@ -1,9 +1,10 @@
-"""The same vectors on a Ray cluster, and by Daft."""
+"""The same vectors on a Ray cluster."""
 
 from __future__ import annotations
 
 import builtins
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -11,18 +12,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import daft
 import numpy as np
 import pytest
-from pyarrow import parquet
 
 from siglip_port import SigLipVisionModel
-from siglip_port.embed.embedder import Embedder
+from siglip_port.embed import Embedder, EmbedError, Progress, embed
+from siglip_port.embed.batches import Batch
 from siglip_port.embed.inputs import find_items
-from siglip_port.embed.ray import on_ray
-from siglip_port.embed.run import Batch, EmbedError, Progress, embed
+from siglip_port.embed.ray import DecodeStage, ModelStage, model_count, run_on_ray
+from siglip_port.embed.run import run_local
+from tests.helpers.embedding import broken_images, row_texts
 
-HOW: dict[str, Any] = {
+OPTIONS: dict[str, Any] = {
     "form": "eager",
     "batch_size": 4,
     "shard_size": 12,
@@ -31,82 +32,56 @@ HOW: dict[str, Any] = {
 }
 
 
-def rows(folder: Path) -> list[str]:
-    return [
-        repr(row)
-        for path in sorted(folder.glob("part-*.parquet"))
-        for row in parquet.read_table(path).to_pylist()
-    ]
+# --- without a cluster ----------------------------------------------------------------------------
 
 
-def test_a_cluster_of_two_workers(photos: Path, tower: Path, tmp_path: Path) -> None:
-    """It goes on with what was begun here, and ends with the same bits.
-
-    So does Ray Data with an `Embedder`.
-    """
-
-    class StopError(Exception):
-        pass
-
-    def stop(progress: Progress) -> None:
-        if progress.fresh >= 25:
-            raise StopError
-
-    model = SigLipVisionModel.from_hf(tower)
-    whole = embed([photos], tmp_path / "here", model, **HOW)
-    with pytest.raises(StopError):
-        embed([photos], tmp_path / "run", model, report=stop, **HOW)
-    arguments = [
-        sys.executable,
-        "tests/helpers/ray_cluster.py",
-        str(photos),
-        str(tower),
-        str(tmp_path),
-    ]
-    subprocess.run(arguments, cwd=Path(__file__).parents[2], check=True, timeout=600)
-    told = json.loads((tmp_path / "ray.json").read_text())
-    assert (told["fresh"], told["failed"]) == (26, whole.failed)
-    assert rows(tmp_path / "run") == rows(tmp_path / "here")
-    assert re.match(
-        "the Ray cluster gave up: .*died.* without --engine ray also past a picture", told["deadly"]
-    )
-    embedder = Embedder(tower)
-    files = [str(path) for path in sorted(photos.glob("*/*"))]
-    expected = embedder({"path": files})
-    assert [told["embedder"][name][0] for name in files] == expected["error"].tolist()
-    vectors = np.array([told["embedder"][name][1] for name in files], np.float32)
-    assert np.allclose(vectors, expected["embedding"], rtol=1e-4, atol=1e-4, equal_nan=True)
+def test_stages_give_what_a_local_run_gives(
+    photos: Path, tower: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray calls them: what goes in and comes out of a stage is pickled, and so is the model."""
+    encoder = Embedder(SigLipVisionModel.from_hf(tower), batch_size=4)
+    items = find_items([photos])
+    batches = [Batch(number, 0, tuple(items[4 * number : 4 * number + 4])) for number in range(3)]
+    monkeypatch.setattr("ray.get", pickle.loads)
+    decode = pickle.loads(pickle.dumps(DecodeStage(encoder.processor)))
+    model = ModelStage(pickle.dumps(encoder))  # type: ignore[arg-type]
+    for batch, expected in zip(batches, run_local(encoder, batches, 0), strict=True):
+        row = {"number": batch.number, "data": pickle.dumps(batch.items)}
+        result = pickle.loads(model(decode(row))["data"])
+        assert (result.number, result.errors) == (expected.number, expected.errors)
+        assert result.sizes == expected.sizes
+        assert np.array_equal(result.vectors, expected.vectors, equal_nan=True)
 
 
-def test_daft(photos: Path, tower: Path) -> None:
-    embedder = Embedder(tower)
-    kind = daft.DataType.embedding(daft.DataType.float32(), embedder.embedding_dim)
-
-    @daft.func.batch(return_dtype=kind)
-    def vectors(path: daft.Series) -> daft.Series:
-        return daft.Series.from_numpy(embedder({"path": path.to_pylist()})["embedding"]).cast(kind)
-
-    files = [str(path) for path in sorted(photos.glob("*/*"))]
-    table = daft.from_pydict({"path": files})
-    found = table.with_column("embedding", vectors(table["path"])).to_pydict()
-    assert found["path"] == files
-    assert np.array_equal(
-        np.array(found["embedding"]), embedder({"path": files})["embedding"], equal_nan=True
-    )
+@pytest.mark.parametrize(
+    ("cpus", "workers", "count"), [(7.0, None, 2), (6.0, 1, 1), (3.0, None, 1)]
+)
+def test_model_count(
+    cpus: float, workers: int | None, count: int, tower: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": cpus})
+    assert model_count(Embedder(tower, threads=2), workers) == count
 
 
-def test_without_ray(photos: Path, tower: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = builtins.__import__
+def test_cluster_too_small(tower: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 5.0})
+    message = "has 5 CPUs, and 2 models need 3: --threads 2, and one to decode, for each"
+    with pytest.raises(EmbedError, match=message):
+        model_count(Embedder(tower, threads=2), 2)
 
-    def absent(name: str, *arguments: Any) -> ModuleType:  # noqa: ANN401
+
+def test_ray_missing(photos: Path, tower: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_import = builtins.__import__
+
+    def import_all_but_ray(name: str, *arguments: Any) -> ModuleType:  # noqa: ANN401
         if name.partition(".")[0] == "ray":
             raise ImportError(name)
-        return there(name, *arguments)
+        return real_import(name, *arguments)
 
-    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setattr(builtins, "__import__", import_all_but_ray)
     batch = Batch(0, 0, tuple(find_items([photos])[:2]))
     with pytest.raises(EmbedError, match=r"needs Ray: pip install 'siglip-port\[ray\]'"):
-        next(on_ray(Embedder(tower), [batch]))
+        next(run_on_ray(Embedder(tower), [batch]))
 
 
 @pytest.mark.parametrize(
@@ -118,9 +93,66 @@ def test_without_ray(photos: Path, tower: Path, monkeypatch: pytest.MonkeyPatch)
         ("here", "'here' is no address of a Ray cluster: HOST:PORT, or auto"),
     ],
 )
-def test_a_cluster_that_is_not_there(
+def test_unreachable_cluster(
     address: str, message: str, photos: Path, tower: Path, tmp_path: Path
 ) -> None:
     model = SigLipVisionModel.from_hf(tower)
     with pytest.raises(EmbedError, match=message):
-        embed([photos], tmp_path / "out", model, engine="ray", address=address, **HOW)
+        embed([photos], tmp_path / "out", model, engine="ray", address=address, **OPTIONS)
+
+
+# --- on a cluster of two workers ------------------------------------------------------------------
+
+
+class StopError(Exception):
+    """Ends a run."""
+
+
+def stop_after_25(progress: Progress) -> None:
+    if progress.fresh >= 25:
+        raise StopError
+
+
+@pytest.fixture(scope="module")
+def cluster_run(photos: Path, tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cluster for all: what `tests/helpers/ray_cluster.py` writes, with the local run."""
+    folder = tmp_path_factory.mktemp("ray")
+    model = SigLipVisionModel.from_hf(tower)
+    embed([photos], folder / "local", model, **OPTIONS)
+    with pytest.raises(StopError):
+        embed([photos], folder / "run", model, report=stop_after_25, **OPTIONS)
+    script = Path(__file__).parents[1] / "helpers" / "ray_cluster.py"
+    command = [sys.executable, script, photos, tower, folder]
+    subprocess.run(command, cwd=script.parents[2], check=True, timeout=600)
+    return folder
+
+
+def read_report(cluster_run: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((cluster_run / "ray.json").read_text())
+    return report
+
+
+@pytest.mark.slow
+def test_cluster_resumes_local_run(cluster_run: Path, photos: Path) -> None:
+    """It ends with the same bits."""
+    report = read_report(cluster_run)
+    assert (report["fresh"], report["failed"]) == (26, len(broken_images(photos)))
+    assert row_texts(cluster_run / "run") == row_texts(cluster_run / "local")
+
+
+@pytest.mark.slow
+def test_image_kills_every_process_of_cluster(cluster_run: Path) -> None:
+    message = "the Ray cluster gave up: .*died.* without --engine ray also past a picture"
+    assert re.match(message, read_report(cluster_run)["deadly"])
+
+
+@pytest.mark.slow
+def test_ray_data(cluster_run: Path, photos: Path, tower: Path) -> None:
+    """`map_batches` with an `Embedder`."""
+    rows = read_report(cluster_run)["embedder"]
+    files = [str(path) for path in sorted(photos.glob("*/*"))]
+    expected = Embedder(tower)({"path": files})
+    assert [rows[name][0] for name in files] == expected["error"].tolist()
+    vectors = np.array([rows[name][1] for name in files], np.float32)
+    close = np.allclose(vectors, expected["embedding"], rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert close

@@ -1,11 +1,11 @@
-"""Run by tests/embed/test_ray.py in a process of its own.
+"""A Ray cluster of two workers on this machine, and what is embedded on it.
 
-A Ray cluster of two workers on this machine.
+Run by tests/embed/test_ray.py in a process of its own:
 
-    python tests/helpers/ray_cluster.py PICTURES CHECKPOINT OUT
+    python tests/helpers/ray_cluster.py IMAGES CHECKPOINT OUT
 
-Goes on with OUT/run as `siglip-port embed --engine ray` does; writes down what Ray Data gets of an
-`Embedder`, and how a run ends whose pictures kill the process that decodes them.
+Resumes OUT/run as `siglip-port embed --engine ray` does, and writes OUT/ray.json: what Ray Data
+gets of an `Embedder`, and how a run ends whose images kill the process that decodes them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Workers run in this environment, not in one that `uv run` makes of a copy of this folder.
 os.environ |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -26,56 +26,68 @@ import ray.data
 from ray.cluster_utils import Cluster
 
 from siglip_port import SigLipVisionModel
-from siglip_port.embed.embedder import Embedder
+from siglip_port.embed import Embedder, EmbedError, embed
+from siglip_port.embed.batches import Batch
 from siglip_port.embed.inputs import find_items
-from siglip_port.embed.ray import on_ray
-from siglip_port.embed.run import Batch, EmbedError, embed
+from siglip_port.embed.ray import run_on_ray
 
-HOW = {"form": "eager", "batch_size": 4, "shard_size": 12, "threads": 2}
+OPTIONS: dict[str, Any] = {"form": "eager", "batch_size": 4, "shard_size": 12, "threads": 2}
 
 
-class Deadly:
-    """In place of a processor: pictures that kill the process that decodes them."""
+class DeadlyProcessor:
+    """In place of a processor: kills the process that decodes."""
 
     backend = "pil"
 
-    def one(self, picture: object) -> NoReturn:
+    def one(self, image: object) -> NoReturn:
+        """Kill this process."""
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
 
-def main(pictures: str, checkpoint: str, out: Path) -> None:
-    """See above."""
+def rows_of_ray_data(images: str, checkpoint: str) -> dict[str, list[Any]]:
+    """Error and vector of each image, by an `Embedder` in Ray Data."""
+    paths = [{"path": str(path)} for path in sorted(Path(images).glob("*/*"))]
+    embedder: Any = Embedder  # a class, which Ray's types do not foresee
+    dataset = ray.data.from_items(paths).map_batches(
+        embedder,
+        fn_constructor_args=[checkpoint],
+        fn_constructor_kwargs={"threads": 1},
+        batch_size=8,
+        compute=ray.data.ActorPoolStrategy(size=2),
+    )
+    return {row["path"]: [row["error"], row["embedding"].tolist()] for row in dataset.take_all()}
+
+
+def error_of_deadly_images(images: str, model: SigLipVisionModel) -> str:
+    """What a run says whose every image kills the process that decodes it."""
+    embedder = Embedder(model, threads=2, batch_size=4)
+    embedder.processor = DeadlyProcessor()  # type: ignore[assignment]
+    batch = Batch(0, 0, tuple(find_items([images])[1:5]))
+    try:
+        list(run_on_ray(embedder, [batch]))
+    except EmbedError as error:
+        return str(error)
+    return ""
+
+
+def main(images: str, checkpoint: str, out: Path) -> None:
+    """Do what the docstring above says."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(2):
         cluster.add_node(num_cpus=3)
     ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     model = SigLipVisionModel.from_hf(checkpoint)
-    done = embed([pictures], out / "run", model, engine="ray", **HOW)  # type: ignore[arg-type]
-    files = [{"path": str(path)} for path in sorted(Path(pictures).glob("*/*"))]
-    rows = (
-        ray.data.from_items(files)
-        .map_batches(
-            Embedder,
-            fn_constructor_args=[checkpoint],
-            fn_constructor_kwargs={"threads": 1},
-            batch_size=8,
-            compute=ray.data.ActorPoolStrategy(size=2),
-        )
-        .take_all()
-    )
-    found = {row["path"]: [row["error"], row["embedding"].tolist()] for row in rows}
-    deadly = Embedder(model, threads=2, batch_size=4)
-    deadly.processor = Deadly()  # type: ignore[assignment]
-    error = ""
-    try:
-        list(on_ray(deadly, [Batch(0, 0, tuple(find_items([pictures])[1:5]))]))
-    except EmbedError as found_out:
-        error = str(found_out)
-    told = {"fresh": done.fresh, "failed": done.failed, "embedder": found, "deadly": error}
-    (out / "ray.json").write_text(json.dumps(told))
+    done = embed([images], out / "run", model, engine="ray", **OPTIONS)
+    report = {
+        "fresh": done.fresh,
+        "failed": done.failed,
+        "embedder": rows_of_ray_data(images, checkpoint),
+        "deadly": error_of_deadly_images(images, model),
+    }
+    (out / "ray.json").write_text(json.dumps(report))
     ray.shutdown()
-    cluster.shutdown()  # type: ignore[no-untyped-call]
+    cluster.shutdown()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import siglip_port
 from siglip_port import SigLipVisionConfig
 from siglip_port.checkpoint import layouts as key_map
-from siglip_port.optimize import selection as inference
+from siglip_port.optimize import EngineError, with_engine
 from siglip_port.parity import gates, taps
 from siglip_port.parity.gates import HINTS, Finding, Gate, Side, Truth
 from siglip_port.parity.metrics import bits, relative_error
@@ -230,20 +230,20 @@ def form_gates(
     Args:
         case: what to judge it on.
         port: loaded from its source.
-        engine: a name of `siglip_port.optimize.selection.ENGINES`.
+        engine: a name of `siglip_port.optimize.ENGINES`.
         cache_dir: where to keep what is compiled.
 
     Yields:
         A gate for each dtype of the case that the form can compute in.
 
     Raises:
-        siglip_port.optimize.selection.EngineError: it can compute in none of them.
+        siglip_port.optimize.EngineError: it can compute in none of them.
     """
     reasons, judged = [], 0
     for dtype in case.dtypes:
         try:
-            form = inference.in_form(port, engine, dtype=dtype, cache_dir=cache_dir)
-        except inference.EngineError as error:
+            form = with_engine(port, engine, dtype=dtype, cache_dir=cache_dir)
+        except EngineError as error:
             reasons.append(error)
             continue
         judged += 1

@@ -1,0 +1,113 @@
+"""What `optimize` keeps between processes: choices, and the files that engines compile.
+
+Each model has a folder of its own, named after its weights, its configuration, the processor and
+the versions of everything that compiles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from siglip_port import atomic
+from siglip_port.model import SigLipVisionModel
+from siglip_port.optimize.choice import Choice
+
+log = logging.getLogger(__name__)
+
+
+def model_cache_folder(
+    model: SigLipVisionModel, cache_dir: str | os.PathLike[str] | None = None
+) -> Path:
+    """Return the folder for what belongs to one model.
+
+    Args:
+        model: its weights are read.
+        cache_dir: None for `siglip_port` in the user's cache folder.
+    """
+    if cache_dir is None:
+        user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cache_dir = Path(user_cache) / "siglip_port" / "engines"
+    return Path(cache_dir) / model_fingerprint(model)
+
+
+def model_fingerprint(model: SigLipVisionModel) -> str:
+    """Return a name for these very weights, on this processor, with these versions."""
+    return short_hash(repr(model.config), *compiler_versions(), weights_hash(model))
+
+
+def weights_hash(model: SigLipVisionModel) -> str:
+    """Return a hash of every bit of every parameter, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def short_hash(*parts: str) -> str:
+    """Return a hash of some texts, 32 hexadecimal digits."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def machine_name(device: torch.device) -> str:
+    """Describe what times on a device depend on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    processor = processor_info().get("model name", platform.machine())
+    return f"{torch.get_num_threads()} threads, {processor}"
+
+
+def processor_info() -> dict[str, str]:
+    """Return what Linux reports about the first processor; nothing on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    info = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        info[key.strip()] = value.strip()
+    return info
+
+
+def compiler_versions() -> list[str]:
+    """Return what makes compiled code useless when it changes: versions and instructions."""
+    flags = processor_info().get("flags", platform.processor())
+    packages = ("onnxruntime", "openvino", "siglip-port")
+    return [torch.__version__, *map(installed_version, packages), flags]
+
+
+def installed_version(package: str) -> str:
+    """Return the version of a package; empty where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def load_choice(path: Path) -> Choice | None:
+    """Read an earlier choice; None where there is none that can be read."""
+    try:
+        return Choice(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def save_choice(path: Path, choice: Choice) -> None:
+    """Keep a choice. Where it cannot be kept, the next process measures again."""
+    try:
+        with atomic.staging_dir(path.parent) as staging:
+            file = staging / path.name
+            file.write_text(json.dumps(asdict(choice), indent=1), encoding="utf-8")
+            atomic.commit_files([file], path.parent)
+    except OSError as error:
+        log.warning("what was found is not kept: %s", error)

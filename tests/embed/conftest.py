@@ -1,0 +1,25 @@
+"""What the tests of runs over many images share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from siglip_port import SigLipVisionModel
+from siglip_port.embed import embed
+from tests.helpers.embedding import OPTIONS
+
+
+@pytest.fixture
+def model(tower: Path) -> SigLipVisionModel:
+    """The model of the fixture `tower`, for a test to change."""
+    return SigLipVisionModel.from_hf(tower)
+
+
+@pytest.fixture(scope="session")
+def embedded(photos: Path, tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the vectors of the fixture `photos`, made in one go. Not to be changed."""
+    folder = tmp_path_factory.mktemp("embedded")
+    embed([photos], folder, SigLipVisionModel.from_hf(tower), **OPTIONS)
+    return folder

@@ -1,0 +1,100 @@
+"""Worker processes that decode, and what becomes of images whose worker dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from siglip_port import SigLipVisionModel
+from siglip_port.embed import EmbedError, embed
+from siglip_port.embed.decode import WORKER_DIED, DecodedImage, decode
+from siglip_port.embed.inputs import Item
+from siglip_port.image_processing import ImageProcessor
+from tests.helpers.checkpoints import SMALL
+from tests.helpers.embedding import OPTIONS, read_rows
+from tests.helpers.processes import EMBED_PROGRAM, process_ids_naming
+
+DEADLY = ("0000009", "0000030", "0000031")
+
+
+@pytest.mark.parametrize("always", [True, False], ids=["always", "once"])
+def test_worker_dies(
+    always: bool,
+    photos: Path,
+    embedded: Path,
+    model: SigLipVisionModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An image that kills whoever decodes it becomes an error; one killed once does not."""
+    deaths = tmp_path / "deaths"
+    deaths.mkdir()
+
+    def die(item: Item, processor: ImageProcessor) -> DecodedImage:
+        name = Path(item.id).stem
+        if name in DEADLY:
+            with (deaths / name).open("ab") as file:
+                file.write(b"x")
+            if always or (deaths / name).stat().st_size == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return decode(item, processor)
+
+    monkeypatch.setattr("siglip_port.embed.decode.decode", die)
+    embed([photos], tmp_path / "out", model, **{**OPTIONS, "workers": 2})
+    for row, expected in zip(read_rows(tmp_path / "out"), read_rows(embedded), strict=True):
+        if always and Path(row["id"]).stem in DEADLY:
+            assert (row["error"], row["width"]) == (WORKER_DIED, None)
+        else:
+            assert repr(row) == repr(expected)
+    for name in DEADLY:
+        assert (deaths / name).stat().st_size >= 2
+
+
+def test_workers_cannot_start(
+    photos: Path, model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is no fault of the images."""
+    two_workers = {**OPTIONS, "workers": 2}
+    with monkeypatch.context() as patched:
+        patched.setattr("siglip_port.embed.decode.initialize_worker", lambda: os._exit(1))
+        message = r"processes to decode cannot be begun: .* take fewer workers, or 0"
+        with pytest.raises(EmbedError, match=message):
+            embed([photos], tmp_path, model, **two_workers)
+
+    def refuse() -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fork", refuse)
+        message = r"cannot be begun: .*Resource temporarily unavailable"
+        with pytest.raises(EmbedError, match=message):
+            embed([photos], tmp_path, model, **two_workers)
+    assert embed([photos], tmp_path, model, **OPTIONS).fresh == 50
+
+
+def test_workers_end_with_killed_parent(photos: Path, tmp_path: Path) -> None:
+    """With more images on their hands than a pipe holds."""
+    SigLipVisionModel(replace(SMALL, image_size=96)).save_hf(tmp_path / "model")
+    arguments = [sys.executable, "-c", EMBED_PROGRAM, photos, tmp_path / "out", tmp_path / "model"]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # the first batch: both workers are at the next ones
+        wait_until(lambda: len(process_ids_naming(tmp_path)) == 3)
+        time.sleep(0.5)  # until the pipe is full, which nothing tells
+        process.kill()
+    wait_until(lambda: not process_ids_naming(tmp_path))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,0 +1,225 @@
+"""Where images come from: what is listed, and what is read."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from siglip_port import SigLipVisionModel
+from siglip_port.embed import embed
+from siglip_port.embed.inputs import Item, find_items, read
+from siglip_port.image_processing import ImageError
+from siglip_port.image_reading import MAX_FILE_BYTES
+from tests.helpers.embedding import OPTIONS, read_rows
+
+
+def image_names(photos: Path) -> list[str]:
+    return sorted(path.relative_to(photos).as_posix() for path in photos.glob("*/*"))
+
+
+def write_tar(path: Path, names: list[str], contents: list[bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in zip(names, contents, strict=True):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+            tar.addfile(tarfile.TarInfo(name + ".json"))
+
+
+@pytest.fixture(scope="module")
+def archives(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the photos as a tar file, as parquet files of every kind, and as a list."""
+    folder = tmp_path_factory.mktemp("archives")
+    names = image_names(photos)
+    contents = [(photos / name).read_bytes() for name in names]
+    paths = [str(photos / name) for name in names]
+    structs = [{"bytes": data, "path": name} for name, data in zip(names, contents, strict=True)]
+    write_tar(folder / "a.tar", names, contents)
+    for column, values in (("bytes", contents), ("image", structs), ("path", paths)):
+        table = pa.table({"id": names, column: values})
+        parquet.write_table(table, folder / f"{column}.parquet", row_group_size=7)
+    (folder / "list.txt").write_text("\r\n".join(paths) + "\n\n", "utf-8-sig")
+    return folder
+
+
+def test_items_of_folder(photos: Path) -> None:
+    assert [item.id for item in find_items([photos])] == image_names(photos)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "bytes.parquet", "image.parquet", "path.parquet"])
+def test_items_of_archive(name: str, archives: Path, photos: Path) -> None:
+    expected = [(item.id, read(item)) for item in find_items([photos])]
+    assert [(item.id, read(item)) for item in find_items([archives / name])] == expected
+
+
+def test_items_of_list(archives: Path, photos: Path) -> None:
+    contents = [read(item) for item in find_items([archives / "list.txt"])]
+    assert contents == [(photos / name).read_bytes() for name in image_names(photos)]
+
+
+def test_items_of_pattern(archives: Path, photos: Path) -> None:
+    contents = [read(item) for item in find_items([photos])]
+    shards = find_items([f"{archives}/*.[tp]ar*"])
+    assert [read(item) for item in shards] == contents * 4
+    names = image_names(photos)
+    assert [item.id for item in shards[:50]] == [f"{archives}/a.tar/{name}" for name in names]
+    images = find_items([f"{photos}/**/*.*g"])
+    expected = [(photos / name).read_bytes() for name in names if name.endswith("g")]
+    assert [read(item) for item in images] == expected
+
+
+def test_embed_parquet_input(
+    archives: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path
+) -> None:
+    embed([archives / "bytes.parquet"], tmp_path, model, **OPTIONS)
+    vectors = [(row["id"], repr(row["embedding"])) for row in read_rows(tmp_path)]
+    assert vectors == [(row["id"], repr(row["embedding"])) for row in read_rows(embedded)]
+
+
+def test_items_of_several_inputs_have_own_ids(tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        Image.new("RGB", (4, 4)).save(folder / "a.png")
+    assert [item.id for item in find_items([one, two])] == [f"{one}/a.png", f"{two}/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("no", None, "does not exist"),
+        ("a.tar", b"no tar" * 200, "cannot be read as a tar file"),
+        ("a.parquet", b"no parquet", "cannot be read as a parquet file"),
+        ("a.txt", b"\xff\xfe\xff", "cannot be read as a list of paths"),
+        ("b.txt", b"\n\n", "holds no picture"),
+        ("folder", None, "does not exist"),
+        ("a.tar.gz", b"", "is a compressed archive: unpack it"),
+    ],
+)
+def test_unusable_input(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        find_items([tmp_path / name])
+
+
+def test_input_without_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there are no inputs"):
+        find_items([])
+    with pytest.raises(ValueError, match=r"\*.jpg is a pattern that no file here matches"):
+        find_items([tmp_path / "*.jpg"])
+    message = r"holds no picture .* by a pattern such as 'folder/\*.tar'"
+    with pytest.raises(ValueError, match=message):
+        find_items([tmp_path])
+
+
+def test_parquet_input_without_images(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="has no column bytes or image or path, but text"):
+        find_items([tmp_path / "a.parquet"])
+    parquet.write_table(pa.table({"bytes": pa.array([None], pa.binary())}), tmp_path / "b.parquet")
+    (item,) = find_items([tmp_path / "b.parquet"])
+    with pytest.raises(ImageError, match="holds neither bytes nor a path"):
+        read(item)
+
+
+def test_parquet_input_without_ids(tmp_path: Path) -> None:
+    table = pa.table({"bytes": [b"a", b"b", b"c"]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    ids = [item.id for item in find_items([tmp_path / "a.parquet"])]
+    assert ids == ["a.parquet:0:0", "a.parquet:0:1", "a.parquet:1:0"]
+
+
+def test_parquet_input_that_changes(tmp_path: Path) -> None:
+    table = pa.table({"bytes": [b"x" * 1000] * 4})
+    file = tmp_path / "a.parquet"
+    parquet.write_table(table, file, row_group_size=2)
+    items = find_items([file])
+    parquet.write_table(table.slice(0, 1), file)
+    for item in items[1:]:
+        with pytest.raises(ImageError, match="the parquet file cannot be read: "):
+            read(item)
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(ImageError, match=r"the parquet file cannot be read: .*footer"):
+        read(items[3])
+    paths = pa.array([b"\xff.jpg"], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"path": paths}), file)
+    with pytest.raises(ImageError, match=r"the parquet file cannot be read: .*codec"):
+        read(find_items([file])[0])
+
+
+def test_file_that_goes_away(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="No such file"):
+        read(Item("a", str(tmp_path / "a.png")))
+
+
+def test_tar_member_without_end(tmp_path: Path) -> None:
+    """A size of -512 leads back to the same header."""
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf())
+    header[124:136] = b"\xff" * 10 + (0x10000 - 512).to_bytes(2, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(10240))
+    # Newer Pythons refuse it themselves.
+    with pytest.raises(ValueError, match=r"a.tar cannot be read as a tar file"):
+        find_items([tmp_path / "a.tar"])
+
+
+def test_folder_with_links_pipes_and_huge_files(model: SigLipVisionModel, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "b").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for path in (folder / "b" / "1.png", tmp_path / "elsewhere" / "2.PNG", folder / "3.txt"):
+        Image.new("RGB", (4, 4)).save(path, "PNG")
+    (folder / "a").symlink_to(tmp_path / "elsewhere")
+    (folder / "b" / "again").symlink_to(folder)
+    os.mkfifo(folder / "c.png")
+    (folder / "d.jpg").symlink_to(tmp_path / "absent.jpg")
+    (folder / "e.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "f").symlink_to(tmp_path / "elsewhere")  # as `a` is: nothing twice
+    with (folder / "g.jpg").open("wb") as file:
+        file.truncate(10**12)  # sparse: nothing is written
+    embed([folder], tmp_path / "out", model, **OPTIONS)
+    cannot = "the picture cannot be read: "
+    assert {row["id"]: row["error"] for row in read_rows(tmp_path / "out")} == {
+        "c.png": cannot + "it is no regular file",
+        "d.jpg": cannot + "No such file or directory",
+        "e.heic": cannot + "it is of no kind that Pillow knows",
+        "g.jpg": cannot
+        + f"1,000,000,000,000 bytes, more than the {MAX_FILE_BYTES:,} of the largest",
+        "a/2.PNG": None,
+        "b/1.png": None,
+    }
+
+
+def test_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:  # noqa: ANN401
+        if str(path).endswith("a"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may list every folder
+    with pytest.raises(ValueError, match="a cannot be listed: Permission denied"):
+        find_items([tmp_path])
+
+
+def test_file_name_that_is_no_unicode(model: SigLipVisionModel, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(folder / os.fsdecode(b"\xff.png"))
+    embed([folder], tmp_path / "out", model, **OPTIONS)
+    (row,) = read_rows(tmp_path / "out")
+    assert row["id"] == "\\xff.png"
+    assert row["embedding"]

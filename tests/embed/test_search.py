@@ -1,0 +1,65 @@
+"""Nearest images in a folder of vectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+
+from siglip_port import SigLipVisionModel
+from siglip_port.embed import EmbedError, embed
+from siglip_port.embed.search import embed_query, search
+from tests.helpers.embedding import OPTIONS, read_rows
+from tests.helpers.models import random_model
+
+
+def write_vectors(path: Path, vectors: list[list[float]], errors: list[str | None]) -> None:
+    numbers = np.array(vectors, dtype=np.float32)
+    ids = list("abcd")[: len(vectors)]
+    columns = {
+        "id": ids,
+        "path": ids,
+        "embedding": pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), 2),
+        "error": pa.array(errors, pa.string()),
+    }
+    parquet.write_table(pa.table(columns), path)
+
+
+def test_nearest_by_cosine(tmp_path: Path) -> None:
+    vectors = [[3.0, 0.0], [1.0, 1.0], [0.0, 2.0], [-1.0, 0.0]]
+    write_vectors(tmp_path / "part-000000.parquet", vectors, [None, None, None, "no"])
+    nearest = search(tmp_path, torch.tensor([1.0, 0.9]), 2)
+    assert [name for _, name, _ in nearest] == ["b", "a"]
+
+
+def test_shard_of_errors_alone(tmp_path: Path) -> None:
+    write_vectors(tmp_path / "part-000000.parquet", [[3.0, 0.0], [1.0, 1.0]], ["no", "no"])
+    assert search(tmp_path, torch.tensor([1.0, 0.9]), 2) == []
+
+
+def test_arrays_and_columns_give_the_same(
+    photos: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path
+) -> None:
+    embed([photos], tmp_path, model, format="npy", **OPTIONS)
+    query = torch.tensor(read_rows(embedded)[1]["embedding"])
+    assert search(tmp_path, query, 3) == search(embedded, query, 3)
+
+
+def test_folder_without_vectors(tmp_path: Path) -> None:
+    with pytest.raises(EmbedError, match="holds no vectors"):
+        search(tmp_path, torch.ones(2))
+    with pytest.raises(EmbedError, match="holds no vectors"):
+        embed_query(tmp_path, "a.png")
+    (tmp_path / "_run.json").write_text('{"output": "pooled"}')
+    with pytest.raises(EmbedError, match="is not of this program"):
+        embed_query(tmp_path, "a.png")
+
+
+def test_query_by_other_weights(photos: Path, embedded: Path, tmp_path: Path) -> None:
+    random_model(seed=1).save_hf(tmp_path)
+    with pytest.raises(EmbedError, match="are of other weights"):
+        embed_query(embedded, photos / "a.png", source=str(tmp_path))
