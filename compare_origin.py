@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from siglip_port import SigLipVisionModel
-    from siglip_port.parity.compare import Comparison
-    from siglip_port.parity.gates import Gate
     from siglip_port.parity.report.document import Json
+    from siglip_port.parity.results import Comparison, GateResult
     from siglip_port.parity.siglip.cases import Case
 
 CHECKPOINT = "google/siglip-base-patch16-224"
@@ -294,7 +293,7 @@ def warn_of_memory(port: SigLipVisionModel, dtype: Any) -> None:  # noqa: ANN401
         )
 
 
-def judge_pixels(port: SigLipVisionModel, case: Case, photograph: Image.Image) -> Gate:
+def judge_pixels(port: SigLipVisionModel, case: Case, photograph: Image.Image) -> GateResult:
     """Compares what both sides' image processors make of pictures of all kinds, as the checkpoint says."""
     from siglip_port.image_processing import ImageProcessor
     from siglip_port.parity.siglip import reference as references
@@ -307,20 +306,23 @@ def judge_pixels(port: SigLipVisionModel, case: Case, photograph: Image.Image) -
     return pixels(ours, theirs, photograph, None if port.pooling_head is None else port.embed)
 
 
-def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case, first: Gate) -> Comparison:
+def prove(
+    args: argparse.Namespace, port: SigLipVisionModel, case: Case, first: GateResult
+) -> Comparison:
     """Runs all gates on the checkpoint, and on small towers of its kind with weights that make mistakes loud."""
+    from siglip_port import SigLipVisionModel
     from siglip_port.optimize import selection as inference
-    from siglip_port.parity.compare import Comparison, Section
+    from siglip_port.parity.results import Comparison, Section
     from siglip_port.parity.siglip import cases as proof
 
     found = [first, *progress(case.check(port), "checkpoint")]
     if args.optimized:
         found += progress(optimized_forms(case, port), "optimized")
     sections = [Section(case.name, case.weights, tuple(found))]
-    case.truths = {dtype: truth for dtype, truth in case.truths.items() if dtype == case.dtypes[0]}
+    case.reference_runs = {case.dtypes[0]: case.reference_run(case.dtypes[0])}
     for made in proof.small_cases(port.config, args.device, attentions(args), full=args.full):
         with inference.threads(1), made as small:
-            candidate = proof.load_port(small.source, device=args.device)
+            candidate = SigLipVisionModel.from_hf(small.source, device=args.device)
             found = [*progress(small.check(candidate), f"{small.name}, {small.weights}")]
             if args.optimized and "rounding" in small.gates:
                 found += progress(
@@ -330,7 +332,7 @@ def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case, first: 
     return Comparison(tuple(sections), case.weights.split(",")[0])
 
 
-def optimized_forms(case: Case, port: SigLipVisionModel) -> Iterator[Gate]:
+def optimized_forms(case: Case, port: SigLipVisionModel) -> Iterator[GateResult]:
     """Judges every form that the port can be had in; says which it cannot, and why."""
     from siglip_port.optimize.selection import ENGINES, EngineError
     from siglip_port.parity.siglip import cases as proof
@@ -340,7 +342,7 @@ def optimized_forms(case: Case, port: SigLipVisionModel) -> Iterator[Gate]:
     ]:  # the port itself; not meant to be equal
         with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
             try:
-                yield from proof.form_gates(case, port, engine, Path(scratch))
+                yield from proof.engine_gates(case, port, engine, Path(scratch))
             except EngineError as error:
                 print(f"{engine} is not judged on the {case.name}: {error}", file=sys.stderr)
 
@@ -444,16 +446,16 @@ def make_report(
     args: argparse.Namespace, comparison: Comparison, port: SigLipVisionModel, case: Case
 ) -> Json:
     """Puts together all that is known."""
-    from siglip_port.parity import gates
     from siglip_port.parity.metrics import cosine
     from siglip_port.parity.report import document as report
+    from siglip_port.parity.sides import Side, cast
     from siglip_port.parity.siglip import cases as proof
     from siglip_port.parity.siglip import reference as references
 
-    truth = case.truth(case.dtypes[0])
+    truth = case.reference_run(case.dtypes[0])
     attention = case.attentions[0]
-    with gates.cast(port, case.dtypes[0]):
-        ours = gates.Side(port, proof.outputs).run(truth.inputs)
+    with cast(port, case.dtypes[0]):
+        ours = Side(port, proof.port_outputs).run(truth.inputs)
     theirs = truth.outputs[attention]
     return report.to_json(
         comparison,

@@ -18,6 +18,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from siglip_port.parity.metrics import bits, relative_error
+from siglip_port.parity.observe import ReferenceRun
+from siglip_port.parity.sides import cast
 
 MATCH = 1e-8
 
@@ -40,6 +42,30 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "ReLU": F.relu,
     "no activation": lambda x: x,
 }
+
+
+def explain_tap(run: ReferenceRun, point: str, value: Tensor) -> str:
+    """The hint for a tap that differs.
+
+    Bugs are tried on what the reference's module is given there.
+    """
+    model = run.reference.module
+    module = model.get_submodule(point.partition(":")[0])
+    inputs: list[Tensor] = []
+
+    def keep_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                inputs.append(value.clone())
+
+    handle = module.register_forward_pre_hook(keep_inputs, with_kwargs=True)
+    try:
+        with cast(model, run.dtype, torch.float64):
+            run.reference.run(run.exact_inputs)
+            given = inputs[0] if inputs else None
+            return explain(model, point, given, run.exact.taps, value)
+    finally:
+        handle.remove()
 
 
 def explain(

@@ -11,14 +11,11 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-
-from siglip_port.checkpoint import layouts as key_map
 
 Visit = Callable[[str, Tensor], Tensor | None]
 """Called with a point and the tensor seen there.
@@ -27,28 +24,6 @@ A tensor that it returns takes the place of the one seen.
 """
 
 INSIDE_ATTENTION = ("q", "k", "v", "context")
-
-# What the rows of the key map do not name: inputs, and modules without parameters of their own.
-_BLOCK, _HF_BLOCK = "transformer.encoder.encoder_blocks.{}", "encoder.layers.{}"
-_BETWEEN = {
-    "embeddings": "transformer.embeddings",
-    f"{_HF_BLOCK}.layer_norm1:input": f"{_BLOCK}.layer_norm1:input",
-    f"{_HF_BLOCK}.self_attn.out_proj:input": f"{_BLOCK}.self_attn.out_proj:input",
-    f"{_HF_BLOCK}.self_attn": f"{_BLOCK}.self_attn",
-    f"{_HF_BLOCK}.layer_norm2:input": f"{_BLOCK}.layer_norm2:input",
-    f"{_HF_BLOCK}.mlp.fc2:input": f"{_BLOCK}.mlp.fc2:input",
-    f"{_HF_BLOCK}.mlp": f"{_BLOCK}.mlp",
-    _HF_BLOCK: _BLOCK,
-    "post_layernorm:input": "transformer.post_layernorm:input",
-    "head.attention:q": "pooling_head.attention.q_proj",
-    "head.attention:k": "pooling_head.attention.k_proj",
-    "head.attention:v": "pooling_head.attention.v_proj",
-    "head.attention:context": "pooling_head.attention.out_proj:input",
-    "head.attention": "pooling_head.attention",
-    "head.mlp.fc2:input": "pooling_head.mlp.fc2:input",
-    "head.mlp": "pooling_head.mlp",
-    "head": "pooling_head",
-}
 
 
 @dataclass(frozen=True)
@@ -59,26 +34,14 @@ class Tap:
     port: str
 
 
-def siglip_taps(pooling_head: bool, table: ModuleType = key_map) -> dict[str, str]:
-    """The taps of a SigLIP tower, reference -> port, for `expand`.
+def port_to_reference(taps: list[Tap]) -> dict[str, str]:
+    """The points of the port -> those of the reference."""
+    return {tap.port: tap.reference for tap in taps}
 
-    From the key map's rows, so they never part ways.
-    """
-    rows = table.TOWER + (table.HEAD if pooling_head else ())
-    taps = {
-        row.stored.removesuffix(".*"): row.ours[0].removesuffix(".*")
-        for row in rows
-        if row.ours[0].endswith("*")
-    }
-    taps |= {
-        theirs: ours
-        for theirs, ours in _BETWEEN.items()
-        if pooling_head or not theirs.startswith("head")
-    }
-    # An nn.MultiheadAttention neither calls its out_proj nor has a module for in_proj.
-    return {
-        theirs: ours for theirs, ours in taps.items() if not theirs.startswith("head.attention.")
-    }
+
+def reference_to_port(taps: list[Tap]) -> dict[str, str]:
+    """The points of the reference -> those of the port."""
+    return {tap.reference: tap.port for tap in taps}
 
 
 def expand(taps: Mapping[str, str], reference: nn.Module, port: nn.Module) -> list[Tap]:

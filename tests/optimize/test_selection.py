@@ -403,8 +403,8 @@ def test_the_whole_harness_passes_the_packed_form(kept: Path) -> None:
     With a mistake in one, it does not.
     """
     wanted = ("environment", "config", "weights", "liveness", "semantics", "interface", "rounding")
-    with proof.made(proof.ODD, "L7", gates=wanted) as case:
-        port = made_by("packed", proof.load_port(case.source), kept)
+    with proof.random_case(proof.ODD, "L7", gates=wanted) as case:
+        port = made_by("packed", SigLipVisionModel.from_hf(case.source), kept)
         assert [str(gate) for gate in case.check(port) if not gate.passed] == []
         port.transformer.encoder.encoder_blocks[4].mlp.fc2.algorithm = "tanh"  # type: ignore[union-attr]
         port.transformer.encoder.encoder_blocks[4].mlp.fc2.activation = "gelu"  # type: ignore[union-attr]
@@ -417,13 +417,13 @@ def test_the_whole_harness_passes_the_packed_form(kept: Path) -> None:
 @pytest.mark.parametrize("engine", ON_CPU)
 def test_rounding_of_every_engine_is_that_of_the_reference(engine: str, kept: Path) -> None:
     """The gate of the comparison, with the weights that make rounding loud, on what comes out of each engine."""
-    with proof.made(proof.ODD, "L7", gates=("rounding",)) as case:
-        port = proof.load_port(case.source)
-        (gate,) = proof.form_gates(case, port, engine, kept)
+    with proof.random_case(proof.ODD, "L7", gates=("rounding",)) as case:
+        port = SigLipVisionModel.from_hf(case.source)
+        (gate,) = proof.engine_gates(case, port, engine, kept)
         assert gate.name == f"rounding float32, {engine}"
         assert gate.passed, gate.findings
         assert gate.checked >= 2
-        (rough,) = proof.form_gates(case, port.bfloat16().float(), engine, kept)
+        (rough,) = proof.engine_gates(case, port.bfloat16().float(), engine, kept)
         assert not rough.passed
 
 
@@ -445,6 +445,6 @@ def test_what_an_engine_computes_reaches_the_gate(
         model.transformer.run = lambda x: run(x) * 1.01
 
     monkeypatch.setitem(ENGINES, engine, slightly_off)
-    with proof.made(proof.ODD, "L7", gates=("rounding",)) as case:
-        (gate,) = proof.form_gates(case, proof.load_port(case.source), engine, kept)
+    with proof.random_case(proof.ODD, "L7", gates=("rounding",)) as case:
+        (gate,) = proof.engine_gates(case, SigLipVisionModel.from_hf(case.source), engine, kept)
         assert not gate.passed

@@ -14,9 +14,9 @@ from xml.etree import ElementTree
 
 from torch import Tensor
 
-from siglip_port.parity.compare import FINDINGS_SHOWN, Comparison, describe
-from siglip_port.parity.gates import Gate
 from siglip_port.parity.metrics import cosine, relative_error
+from siglip_port.parity.results import MAX_FINDINGS_SHOWN as FINDINGS_SHOWN
+from siglip_port.parity.results import Comparison, Finding, GateResult
 
 SCHEMA = 2
 """Of the JSON report. It changes when a key changes its meaning or goes.
@@ -66,8 +66,8 @@ def to_json(comparison: Comparison, **more: object) -> Json:
             {
                 "section": section.name,
                 "gate": gate.name,
-                **dataclasses.asdict(finding),
-                "text": describe(finding),
+                **_finding(finding),
+                "text": str(finding),
             }
             for section, gate, finding in comparison.findings
         ],
@@ -77,7 +77,7 @@ def to_json(comparison: Comparison, **more: object) -> Json:
                 "weights": section.weights,
                 "gates": [
                     {
-                        **dataclasses.asdict(gate),
+                        **_gate(gate),
                         "passed": gate.passed,
                         "measurements": [
                             {
@@ -96,6 +96,18 @@ def to_json(comparison: Comparison, **more: object) -> Json:
     }
     clean: Json = _finite(found)
     return clean
+
+
+def _finding(finding: Finding) -> Json:
+    fields = dataclasses.asdict(finding)
+    return {"what": fields.pop("message"), **fields}
+
+
+def _gate(gate: GateResult) -> Json:
+    fields = dataclasses.asdict(gate)
+    upcasts = fields.pop("float32_upcasts")
+    findings = [_finding(finding) for finding in gate.findings]
+    return {**fields, "findings": findings, "islands": upcasts}
 
 
 def _share(error: float, bound: float) -> float:
@@ -118,7 +130,7 @@ def _finite(value: object) -> Any:  # noqa: ANN401
 def table(comparison: Comparison) -> list[list[str]]:
     """One row a gate: what it is, how much it checked, how much of its bound was used at most, and where."""
     rows = [["gate", "checked", "of its bound", "at", "result"]]
-    gates: dict[str, list[tuple[str, Gate]]] = {}
+    gates: dict[str, list[tuple[str, GateResult]]] = {}
     for section in comparison.sections:
         for gate in section.gates:
             gates.setdefault(gate.name, []).append((f"{section.name}, {section.weights}", gate))

@@ -17,22 +17,14 @@ from typing import Any
 
 from torch import Tensor
 
-from siglip_port.parity.gates import Measurement
+from siglip_port.parity.gates import MEANING
+from siglip_port.parity.results import Measurement
 
 Json = dict[str, Any]
 
 FINDINGS_SHOWN = 20
 _FREE, _FORCED = "float64, free-running", "float64, teacher-forced"
-_ASKS = {
-    "pixels": "Do pictures become the same pixels, bit for bit?",
-    "environment": "Does nothing outside the two models bend the result?",
-    "config": "Is it the same architecture, field by field?",
-    "weights": "Is every tensor loaded, bit for bit?",
-    "liveness": "Does every picture, patch and parameter matter, and do pictures not mix?",
-    "semantics": "In float64, where rounding is next to nothing: do both compute the same at every tap?",
-    "interface": "Do the port's other entrances agree with the one that is proven?",
-    "rounding": "In this dtype: does the port round no worse than the reference does?",
-}
+_ASKS = {name: meaning.question for name, meaning in MEANING.items()}
 _INTRO = """<p>A <b>port</b> is a second implementation of a neural network. This page says whether it computes the same
 as the <b>reference</b>. Both were given the same weights and inputs, and compared at every <b>tap</b>: a point inside
 where both must hold the same numbers. Errors are relative, ‖port - truth‖ / ‖truth‖, and the truth is the reference

@@ -10,18 +10,20 @@ import torch
 
 from siglip_port.atomic import write_text
 from siglip_port.parity import Comparison
-from siglip_port.parity.compare import Section
-from siglip_port.parity.gates import Finding, Gate, Measurement
 from siglip_port.parity.report import document as report
+from siglip_port.parity.results import Finding, GateResult, Measurement, Section
 from siglip_port.text import format_table
 
 
 def comparison(error: float = 1e-7) -> Comparison:
     measured = Measurement("float64, free-running", "a.norm", "b.norm", error, 1e-10)
     finding = Finding("differs in float64", "a.norm", "b.norm", error, "eps 1e-05 | <odd>")
-    semantics = Gate("semantics", 7, "1e-10: why", (finding,) if error > 1e-10 else (), (measured,))
+    semantics = GateResult(
+        "semantics", 7, "1e-10: why", (finding,) if error > 1e-10 else (), (measured,)
+    )
     return Comparison(
-        (Section("tower", "N1", (Gate("weights", 3, "equality"), semantics)),), "random weights"
+        (Section("tower", "N1", (GateResult("weights", 3, "equality"), semantics)),),
+        "random weights",
     )
 
 

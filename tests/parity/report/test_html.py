@@ -13,10 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from siglip_port.parity.compare import Comparison, Section
-from siglip_port.parity.gates import Finding, Gate, Measurement
 from siglip_port.parity.report import document as report
 from siglip_port.parity.report import html
+from siglip_port.parity.results import Comparison, Finding, GateResult, Measurement, Section
 
 SCRIPT = "<script>alert('&')</script>"
 TAPS = (
@@ -80,9 +79,9 @@ def make(error: float = 0.0, *, findings: int = 0, rounded: float = 1e-7) -> dic
         Finding("differs", TAPS[-1], f"port.{TAPS[-1]}", error, SCRIPT) for _ in range(findings)
     )
     gates = (
-        Gate("weights", 3, "equality of every bit"),
-        Gate("semantics", len(semantics), "1e-10", found, tuple(semantics)),
-        Gate("rounding float32", len(rounding), "3 x", (), tuple(rounding)),
+        GateResult("weights", 3, "equality of every bit"),
+        GateResult("semantics", len(semantics), "1e-10", found, tuple(semantics)),
+        GateResult("rounding float32", len(rounding), "3 x", (), tuple(rounding)),
     )
     return report.to_json(
         Comparison(
@@ -203,8 +202,8 @@ def test_keys_may_be_missing() -> None:
 
 def test_other_findings_than_of_modules() -> None:
     gates = (
-        Gate("liveness", 1, "equality", (Finding("two runs differ"),)),
-        Gate("semantics", 0, "1e-10"),
+        GateResult("liveness", 1, "equality", (Finding("two runs differ"),)),
+        GateResult("semantics", 0, "1e-10"),
     )
     text = Reader(
         html.page(report.to_json(Comparison((Section("Tower", "as given", gates),))), "")
