@@ -1,4 +1,4 @@
-"""A parity harness: proves that a port computes what its reference computes, and says where it does not.
+"""A parity harness: proves that a port computes what its reference does, or says where it does not.
 
 For a port of your own: `compare` and `assert_parity`, on weights made loud by `randomise`. For the
 proof of this one: `compare_origin.py`. docs/parity.md says how it works, and what it is worth.

@@ -20,7 +20,7 @@ from siglip_port.parity.sides import (
     dtype_name,
     perturb,
 )
-from siglip_port.parity.taps import Recording, listening, record
+from siglip_port.parity.taps import Recording, join, listening, record
 from siglip_port.text import fold_blocks
 
 
@@ -296,7 +296,4 @@ class TapComparison:
 
     def values(self) -> dict[str, Tensor]:
         """The values that were asked for; of another shape than the truth's, only the first."""
-        values = dict(self._misfits)
-        for name, parts in self._parts.items():
-            values[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return values
+        return self._misfits | {name: join(parts) for name, parts in self._parts.items()}

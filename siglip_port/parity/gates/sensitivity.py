@@ -1,4 +1,7 @@
-"""The gate `liveness`: everything matters, nothing mixes, and two runs agree. Two dead models agree perfectly."""
+"""The gate `liveness`: everything matters, nothing mixes, and two runs agree.
+
+Two dead models agree perfectly.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,19 @@ from siglip_port.parity.sides import (
 )
 
 MIXING_ORIGIN = "as in semantics: one picture alone against the same one in a batch"
+
+
+@dataclass(frozen=True)
+class Influence:
+    """What moves an output of a side.
+
+    Attributes:
+        masks: of each input tensor, [B, C, ...] -> [B, ...], where it does.
+        unused_parameters: the names of those that do not.
+    """
+
+    masks: list[Tensor]
+    unused_parameters: list[str]
 
 
 def check_sensitivity(port: Side, reference: Side, inputs: Inputs) -> GateResult:
@@ -120,19 +136,6 @@ def compare_influence(port: Influence, reference: Influence) -> list[Finding]:
     return findings
 
 
-@dataclass(frozen=True)
-class Influence:
-    """What moves an output of a side.
-
-    Attributes:
-        masks: of each input tensor, [B, C, ...] -> [B, ...], where it does.
-        unused_parameters: the names of those that do not.
-    """
-
-    masks: list[Tensor]
-    unused_parameters: list[str]
-
-
 def port_influence(port: Side, inputs: Inputs, expected: Influence) -> Influence:
     """What matters to a port: by gradients, and what they say against it, confirmed without them.
 
@@ -155,7 +158,7 @@ def port_influence(port: Side, inputs: Inputs, expected: Influence) -> Influence
 def influence_by_gradient(
     side: Side, inputs: Inputs, parameters: Mapping[str, nn.Parameter]
 ) -> Influence:
-    """Where inputs have a gradient, and which parameters have none: of a random sum of all outputs."""
+    """Where inputs have a gradient, and which parameters have none, of a sum of all outputs."""
     leaves: list[Tensor] = []
 
     def to_leaf(tensor: Tensor) -> Tensor:
