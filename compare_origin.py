@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from siglip_port import SigLipVisionModel
-    from siglip_port.parity.report.document import Json
+    from siglip_port.parity.report import Json
     from siglip_port.parity.results import Comparison, GateResult
     from siglip_port.parity.siglip.cases import Case
 
@@ -175,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
         if args.second_ref:
             print(f"\n{witness.ask(args.second_ref, case, port)}")
     if baseline is not None:
-        from siglip_port.parity.report.document import against_baseline
+        from siglip_port.parity.report import against_baseline
 
         print("\n".join(against_baseline(report, baseline)))
     write_reports(args, report, case)
@@ -446,8 +446,8 @@ def make_report(
     args: argparse.Namespace, comparison: Comparison, port: SigLipVisionModel, case: Case
 ) -> Json:
     """Puts together all that is known."""
+    from siglip_port.parity import report
     from siglip_port.parity.metrics import cosine
-    from siglip_port.parity.report import document as report
     from siglip_port.parity.sides import Side, cast
     from siglip_port.parity.siglip import cases as proof
     from siglip_port.parity.siglip import reference as references
@@ -463,7 +463,8 @@ def make_report(
         provenance=asdict(port.provenance) if port.provenance else None,
         config=asdict(port.config),
         outputs=[
-            {"dtype": args.dtype, "attention": attention, **f} for f in report.figures(ours, theirs)
+            {"dtype": args.dtype, "attention": attention, **f}
+            for f in report.output_metrics(ours, theirs)
         ],
         reference_shapes={name: list(tensor.shape) for name, tensor in theirs.items()},
         patches={
@@ -494,7 +495,7 @@ def describe_environment(args: argparse.Namespace, transformers_version: str) ->
 
 def print_report(args: argparse.Namespace, comparison: Comparison, report: Json) -> None:
     """Prints the lines that users of the original program know, the gates, and what differs."""
-    from siglip_port.parity.report.document import table
+    from siglip_port.parity.report import gate_table
     from siglip_port.text import format_table
 
     for name, shapes in (
@@ -511,7 +512,7 @@ def print_report(args: argparse.Namespace, comparison: Comparison, report: Json)
         print(f"cosine_similarity{after}.mean(): {float(figures['cosine_mean']):.12f}")
         print(f"cosine_similarity{after}.min(): {float(figures['cosine_min']):.12f}")
     print()
-    print("\n".join(format_table(table(comparison))))
+    print("\n".join(format_table(gate_table(comparison))))
     if comparison.findings:
         print()
         print("\n".join(str(comparison).splitlines()[:-1]))
@@ -521,9 +522,9 @@ def print_report(args: argparse.Namespace, comparison: Comparison, report: Json)
 
 def verdict_line(comparison: Comparison) -> str:
     """The last line: how it ended."""
-    from siglip_port.parity.report.document import coloured
+    from siglip_port.parity.report import colored
 
-    return coloured(comparison.verdict, comparison.equal, sys.stdout.isatty())
+    return colored(comparison.verdict, comparison.equal, sys.stdout.isatty())
 
 
 def check_writable(path: Path, *, make: bool = False) -> None:
@@ -559,18 +560,18 @@ def read_baseline(path: Path) -> Json:
 def write_reports(args: argparse.Namespace, report: Json, case: Case) -> None:
     """Writes the files that were asked for."""
     from siglip_port.atomic import write_text
-    from siglip_port.parity.report import document as reports
+    from siglip_port.parity import report as reports
     from siglip_port.parity.report import html
 
     if args.json is not None:
         write_text(args.json, reports.dumps(report))
     if args.report is not None:
-        picture = html.picture(case.inputs[0])
+        picture = html.image_data_uri(case.inputs[0])
         writers: dict[str, Callable[[], str]] = {
             "report.json": lambda: reports.dumps(report),
-            "report.md": lambda: reports.markdown(report),
-            "report.html": lambda: html.page(report, picture),
-            "junit.xml": lambda: reports.junit(report),
+            "report.md": lambda: reports.to_markdown(report),
+            "report.html": lambda: html.render_page(report, picture),
+            "junit.xml": lambda: reports.to_junit(report),
         }
         for name, text in writers.items():
             write_text(args.report / name, text())
