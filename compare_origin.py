@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from siglip_port import SigLipVisionModel
-    from siglip_port.parity.compare import Comparison
-    from siglip_port.parity.gates import Gate
-    from siglip_port.parity.report.document import Json
+    from siglip_port.parity.report import Json
+    from siglip_port.parity.results import Comparison, GateResult
     from siglip_port.parity.siglip.cases import Case
 
 CHECKPOINT = "google/siglip-base-patch16-224"
@@ -176,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
         if args.second_ref:
             print(f"\n{witness.ask(args.second_ref, case, port)}")
     if baseline is not None:
-        from siglip_port.parity.report.document import against_baseline
+        from siglip_port.parity.report import against_baseline
 
         print("\n".join(against_baseline(report, baseline)))
     write_reports(args, report, case)
@@ -294,7 +293,7 @@ def warn_of_memory(port: SigLipVisionModel, dtype: Any) -> None:  # noqa: ANN401
         )
 
 
-def judge_pixels(port: SigLipVisionModel, case: Case, photograph: Image.Image) -> Gate:
+def judge_pixels(port: SigLipVisionModel, case: Case, photograph: Image.Image) -> GateResult:
     """Compares what both sides' image processors make of pictures of all kinds, as the checkpoint says."""
     from siglip_port.image_processing import ImageProcessor
     from siglip_port.parity.siglip import reference as references
@@ -307,20 +306,23 @@ def judge_pixels(port: SigLipVisionModel, case: Case, photograph: Image.Image) -
     return pixels(ours, theirs, photograph, None if port.pooling_head is None else port.embed)
 
 
-def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case, first: Gate) -> Comparison:
+def prove(
+    args: argparse.Namespace, port: SigLipVisionModel, case: Case, first: GateResult
+) -> Comparison:
     """Runs all gates on the checkpoint, and on small towers of its kind with weights that make mistakes loud."""
-    from siglip_port.threads import torch_threads
-    from siglip_port.parity.compare import Comparison, Section
+    from siglip_port import SigLipVisionModel
+    from siglip_port.parity.results import Comparison, Section
     from siglip_port.parity.siglip import cases as proof
+    from siglip_port.threads import torch_threads
 
     found = [first, *progress(case.check(port), "checkpoint")]
     if args.optimized:
         found += progress(optimized_forms(case, port), "optimized")
     sections = [Section(case.name, case.weights, tuple(found))]
-    case.truths = {dtype: truth for dtype, truth in case.truths.items() if dtype == case.dtypes[0]}
+    case.reference_runs = {case.dtypes[0]: case.reference_run(case.dtypes[0])}
     for made in proof.small_cases(port.config, args.device, attentions(args), full=args.full):
         with torch_threads(1), made as small:
-            candidate = proof.load_port(small.source, device=args.device)
+            candidate = SigLipVisionModel.from_hf(small.source, device=args.device)
             found = [*progress(small.check(candidate), f"{small.name}, {small.weights}")]
             if args.optimized and "rounding" in small.gates:
                 found += progress(
@@ -330,7 +332,7 @@ def prove(args: argparse.Namespace, port: SigLipVisionModel, case: Case, first: 
     return Comparison(tuple(sections), case.weights.split(",")[0])
 
 
-def optimized_forms(case: Case, port: SigLipVisionModel) -> Iterator[Gate]:
+def optimized_forms(case: Case, port: SigLipVisionModel) -> Iterator[GateResult]:
     """Judges every form that the port can be had in; says which it cannot, and why."""
     from siglip_port.optimize import ENGINES, EngineError
     from siglip_port.parity.siglip import cases as proof
@@ -340,7 +342,7 @@ def optimized_forms(case: Case, port: SigLipVisionModel) -> Iterator[Gate]:
     ]:  # the port itself; not meant to be equal
         with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
             try:
-                yield from proof.form_gates(case, port, engine, Path(scratch))
+                yield from proof.engine_gates(case, port, engine, Path(scratch))
             except EngineError as error:
                 print(f"{engine} is not judged on the {case.name}: {error}", file=sys.stderr)
 
@@ -446,16 +448,16 @@ def make_report(
     args: argparse.Namespace, comparison: Comparison, port: SigLipVisionModel, case: Case
 ) -> Json:
     """Puts together all that is known."""
-    from siglip_port.parity import gates
+    from siglip_port.parity import report
     from siglip_port.parity.metrics import cosine
-    from siglip_port.parity.report import document as report
+    from siglip_port.parity.sides import Side, cast
     from siglip_port.parity.siglip import cases as proof
     from siglip_port.parity.siglip import reference as references
 
-    truth = case.truth(case.dtypes[0])
+    truth = case.reference_run(case.dtypes[0])
     attention = case.attentions[0]
-    with gates.cast(port, case.dtypes[0]):
-        ours = gates.Side(port, proof.outputs).run(truth.inputs)
+    with cast(port, case.dtypes[0]):
+        ours = Side(port, proof.port_outputs).run(truth.inputs)
     theirs = truth.outputs[attention]
     return report.to_json(
         comparison,
@@ -463,7 +465,8 @@ def make_report(
         provenance=asdict(port.provenance) if port.provenance else None,
         config=asdict(port.config),
         outputs=[
-            {"dtype": args.dtype, "attention": attention, **f} for f in report.figures(ours, theirs)
+            {"dtype": args.dtype, "attention": attention, **f}
+            for f in report.output_metrics(ours, theirs)
         ],
         reference_shapes={name: list(tensor.shape) for name, tensor in theirs.items()},
         patches={
@@ -494,7 +497,7 @@ def describe_environment(args: argparse.Namespace, transformers_version: str) ->
 
 def print_report(args: argparse.Namespace, comparison: Comparison, report: Json) -> None:
     """Prints the lines that users of the original program know, the gates, and what differs."""
-    from siglip_port.parity.report.document import table
+    from siglip_port.parity.report import gate_table
     from siglip_port.text import format_table
 
     for name, shapes in (
@@ -511,7 +514,7 @@ def print_report(args: argparse.Namespace, comparison: Comparison, report: Json)
         print(f"cosine_similarity{after}.mean(): {float(figures['cosine_mean']):.12f}")
         print(f"cosine_similarity{after}.min(): {float(figures['cosine_min']):.12f}")
     print()
-    print("\n".join(format_table(table(comparison))))
+    print("\n".join(format_table(gate_table(comparison))))
     if comparison.findings:
         print()
         print("\n".join(str(comparison).splitlines()[:-1]))
@@ -521,9 +524,9 @@ def print_report(args: argparse.Namespace, comparison: Comparison, report: Json)
 
 def verdict_line(comparison: Comparison) -> str:
     """The last line: how it ended."""
-    from siglip_port.parity.report.document import coloured
+    from siglip_port.parity.report import colored
 
-    return coloured(comparison.verdict, comparison.equal, sys.stdout.isatty())
+    return colored(comparison.verdict, comparison.equal, sys.stdout.isatty())
 
 
 def check_writable(path: Path, *, make: bool = False) -> None:
@@ -559,18 +562,18 @@ def read_baseline(path: Path) -> Json:
 def write_reports(args: argparse.Namespace, report: Json, case: Case) -> None:
     """Writes the files that were asked for."""
     from siglip_port.atomic import write_text
-    from siglip_port.parity.report import document as reports
+    from siglip_port.parity import report as reports
     from siglip_port.parity.report import html
 
     if args.json is not None:
         write_text(args.json, reports.dumps(report))
     if args.report is not None:
-        picture = html.picture(case.inputs[0])
+        picture = html.image_data_uri(case.inputs[0])
         writers: dict[str, Callable[[], str]] = {
             "report.json": lambda: reports.dumps(report),
-            "report.md": lambda: reports.markdown(report),
-            "report.html": lambda: html.page(report, picture),
-            "junit.xml": lambda: reports.junit(report),
+            "report.md": lambda: reports.to_markdown(report),
+            "report.html": lambda: html.render_page(report, picture),
+            "junit.xml": lambda: reports.to_junit(report),
         }
         for name, text in writers.items():
             write_text(args.report / name, text())

@@ -63,7 +63,7 @@ def accepted(mutant: Mutant, case: Case) -> dict[str, bool]:
 
     What cannot even run is accepted by none.
     """
-    truth = case.truth(torch.float32)
+    truth = case.reference_run(torch.float32)
     theirs, exact = truth.outputs["sdpa"], truth.exact.outputs
     try:
         with selftest.built(mutant) as load:
@@ -88,7 +88,7 @@ def measure() -> tuple[int, dict[str, dict[str, tuple[int, int]]]]:
     mistakes = [mutant for mutant in mutants.CATALOGUE if mutant.subject == "port"]
     counts: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in RULES}
     for weights in WEIGHTS:
-        with proof.made(proof.ODD, weights, gates=()) as case:
+        with proof.random_case(proof.ODD, weights, gates=()) as case:
             wrong = [accepted(mutant, case) for mutant in mistakes]
             right = [accepted(mutant, case) for mutant in mutants.LEGAL]
         for name in RULES:

@@ -1,11 +1,11 @@
-"""A parity harness: proves that a port computes what its reference computes, and says where it does not.
+"""A parity harness: proves that a port computes what its reference does, or says where it does not.
 
 For a port of your own: `compare` and `assert_parity`, on weights made loud by `randomise`. For the
-proof of this
-one: `compare_origin.py`. docs/parity.md says how it works, and what it is worth.
+proof of this one: `compare_origin.py`. docs/parity.md says how it works, and what it is worth.
 """
 
-from siglip_port.parity.compare import Comparison, assert_parity, compare
+from siglip_port.parity.compare import assert_parity, compare
+from siglip_port.parity.results import Comparison
 from siglip_port.parity.stress_weights import randomise
 
 __all__ = ["Comparison", "assert_parity", "compare", "randomise"]

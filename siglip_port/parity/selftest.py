@@ -26,21 +26,22 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from siglip_port.atomic import write_text
 from siglip_port.checkpoint import preprocessor_config as processors
 from siglip_port.config import SigLipVisionConfig
-from siglip_port.threads import torch_threads
-from siglip_port.parity import gates, mutants, taps
-from siglip_port.parity.compare import describe
-from siglip_port.parity.gates import Finding, Gate, Measurement, Side
+from siglip_port.parity import bounds, gates, mutants, observe, taps
 from siglip_port.parity.mutation import Mutant, edited
+from siglip_port.parity.results import Finding, GateResult, Measurement
+from siglip_port.parity.sides import Side
 from siglip_port.parity.siglip import cases as proof
 from siglip_port.parity.siglip import pixels
 from siglip_port.parity.siglip import reference as references
 from siglip_port.parity.siglip.cases import Case
+from siglip_port.parity.siglip.taps import siglip_taps
 from siglip_port.text import format_table
+from siglip_port.threads import torch_threads
 
 
 @dataclass
@@ -94,8 +95,10 @@ def built(mutant: Mutant) -> Iterator[Callable[..., tuple[Any, Any, ModuleType]]
                 mutant.change(port)
         return port, run, modules["siglip_port.checkpoint.layouts"]
 
-    def run(port: nn.Module, pixel_values: Tensor) -> Mapping[str, Tensor]:
-        return proof.outputs(port, mutant.pixels(pixel_values) if mutant.pixels else pixel_values)
+    def run(port: Any, pixel_values: Tensor) -> Mapping[str, Tensor]:
+        return proof.port_outputs(
+            port, mutant.pixels(pixel_values) if mutant.pixels else pixel_values
+        )
 
     with edited(mutant.edits) as modules:
         yield load
@@ -109,13 +112,15 @@ def examine(
     `explained` is how many of the taps that differ get a hint.
     """
     result = Result(mutant)
-    rounded: list[Gate] = []
+    rounded: list[GateResult] = []
     with built(mutant) as load:
         for case in cases:
             torch.manual_seed(0)  # for those that draw
             try:
                 port, run, table = load(case.source, device=case.inputs.device)
-                for gate in case.check(port, run, table, only, explained):
+                for gate in replace(case, gates=only or case.gates).check(
+                    port, run, max_hints=explained
+                ):
                     if not gate.passed:
                         name = gate.name.split()[0]
                         result.kills.setdefault(name, gate.findings[0])
@@ -159,9 +164,11 @@ def cases(seed: int = 1234, device: str = "cpu", *, full: bool = False) -> Itera
     """
     with (
         contextlib.ExitStack() as stack,
-        proof.made(proof.ODD, "N1", seed, gates=proof.ALL_GATES[:-1], device=device) as first,
-        proof.made(proof.ODD, "L7", seed, gates=("rounding",), device=device) as second,
-        proof.made(
+        proof.random_case(
+            proof.ODD, "N1", seed, gates=proof.ALL_GATES[:-1], device=device
+        ) as first,
+        proof.random_case(proof.ODD, "L7", seed, gates=("rounding",), device=device) as second,
+        proof.random_case(
             proof.ODD, "S1", seed, gates=("rounding",), dtypes=proof.LOW_DTYPES[1:], device=device
         ) as third,
     ):
@@ -169,7 +176,7 @@ def cases(seed: int = 1234, device: str = "cpu", *, full: bool = False) -> Itera
         if full:
             made.append(
                 stack.enter_context(
-                    proof.made(proof.ODD, "L8", seed, gates=("rounding",), device=device)
+                    proof.random_case(proof.ODD, "L8", seed, gates=("rounding",), device=device)
                 )
             )
         yield made
@@ -195,17 +202,17 @@ def examine_shapes(mutant: Mutant) -> Result:
             skipped = ("head.attention:",) + (
                 ("embeddings.patch_embedding",) if mutant.subject == "naflex" else ()
             )
-            points = {
-                a: b for a, b in taps.siglip_taps(True, table).items() if not a.startswith(skipped)
-            }
+            points = {a: b for a, b in siglip_taps(True).items() if not a.startswith(skipped)}
             pairs = taps.expand(points, reference.module, model)
-            truth = gates.observe(
+            truth = observe.run_reference(
                 reference, inputs, [tap.reference for tap in pairs], torch.float32
             )
             found = [
-                gates.weights(proof.stored(model, table), reference.module.state_dict()),
-                gates.liveness(port, reference, inputs),
-                gates.semantics(port, reference, truth, pairs, explained=1),
+                gates.check_weights(
+                    proof.tensors_by_reference_name(model), reference.module.state_dict()
+                ),
+                gates.check_sensitivity(port, reference, inputs),
+                gates.check_numerics(port, truth, pairs, max_hints=1),
             ]
         except (RuntimeError, ValueError) as error:  # it cannot even run
             result.error = f"{type(error).__name__}: {error}"
@@ -260,7 +267,7 @@ def examine_harness(mutant: Mutant, config: SigLipVisionConfig) -> str:
                 wanted = {"rounding": "L7"}
                 made = [
                     stack.enter_context(
-                        theirs.proof.made(
+                        theirs.proof.random_case(
                             config,
                             recipe,
                             gates=theirs.proof.ALL_GATES[:-1] if recipe == "N1" else ("rounding",),
@@ -467,7 +474,7 @@ def examine_all(
             if args.full:
                 for attention in ("sdpa", "eager"):
                     for case in made:
-                        case.attentions, case.truths = (attention,), {}
+                        case.attentions, case.reference_runs = (attention,), {}
                     for result in follow(allow, mutants.LEGAL, f"legal variants, {attention}"):
                         report.alarms.append((f"seed {seed}, {attention} alone", result))
     small = replace(
@@ -501,7 +508,7 @@ def as_json(report: Report) -> dict[str, object]:
                 "what": r.mutant.what,
                 "source": r.mutant.source,
                 "must": r.mutant.gate,
-                "noticed": {gate: describe(finding) for gate, finding in r.kills.items()},
+                "noticed": {gate: str(finding) for gate, finding in r.kills.items()},
                 "named": r.named,
             }
             for r in report.results
@@ -517,8 +524,8 @@ def census_text(recorded: Path) -> str:
     """What each gate means, and what it alone noticed in the recorded run of the self-test."""
     text = []
     found = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else None
-    for gate, (meaning, bound) in gates.MEANING.items():
-        text += [f"{gate}: {meaning}", f"  bound: {bound}"]
+    for gate, meaning in gates.MEANING.items():
+        text += [f"{gate}: {meaning.text}", f"  bound: {meaning.bound}"]
         if found is not None:
             noticed = [m for m in found["mistakes"] if gate in m["noticed"]]
             alone = [m["name"] for m in noticed if len(m["noticed"]) == 1]
@@ -540,7 +547,7 @@ def _shares(mutant: Mutant, made: list[Case]) -> dict[str, tuple[float, str]]:
         for case in made:
             port, run, table = load(case.source, device=case.inputs.device)
             with contextlib.suppress(RuntimeError):  # an autocast that meets bfloat16 weights
-                for gate in case.check(port, run, table, ("rounding",)):
+                for gate in replace(case, gates=("rounding",)).check(port, run):
                     share, place = max((_share(m), m.reference) for m in gate.measurements)
                     shares[gate.name] = share, f"{mutant.name} at {place}, {case.weights}"
     return shares
@@ -551,10 +558,10 @@ def _share(measurement: Measurement) -> float:
 
     Of that on all elements, or on the worst one.
     """
-    return max(measurement.ratio / gates.ROUNDING_FACTOR, measurement.worst)
+    return max(measurement.ratio / bounds.ROUNDING_FACTOR, measurement.worst)
 
 
-def _share_of_gate(gate: Gate) -> float:
+def _share_of_gate(gate: GateResult) -> float:
     return max(map(_share, gate.measurements), default=math.inf)
 
 
@@ -586,5 +593,5 @@ def calibrate(args: argparse.Namespace, progress: Progress) -> bool:
     rows.append(["finest mistake", f"{weakest[0]:.2f}", weakest[1]])
     print("\n".join(format_table(rows)))
     holds = max(legal.values())[0] < 1 < weakest[0]
-    print(f"{'HOLDS' if holds else 'DOES NOT HOLD'}: {gates.ROUNDING_ORIGIN}")
+    print(f"{'HOLDS' if holds else 'DOES NOT HOLD'}: {bounds.ROUNDING_ORIGIN}")
     return holds

@@ -11,14 +11,11 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-
-from siglip_port.checkpoint import layouts as key_map
 
 Visit = Callable[[str, Tensor], Tensor | None]
 """Called with a point and the tensor seen there.
@@ -27,28 +24,6 @@ A tensor that it returns takes the place of the one seen.
 """
 
 INSIDE_ATTENTION = ("q", "k", "v", "context")
-
-# What the rows of the key map do not name: inputs, and modules without parameters of their own.
-_BLOCK, _HF_BLOCK = "transformer.encoder.encoder_blocks.{}", "encoder.layers.{}"
-_BETWEEN = {
-    "embeddings": "transformer.embeddings",
-    f"{_HF_BLOCK}.layer_norm1:input": f"{_BLOCK}.layer_norm1:input",
-    f"{_HF_BLOCK}.self_attn.out_proj:input": f"{_BLOCK}.self_attn.out_proj:input",
-    f"{_HF_BLOCK}.self_attn": f"{_BLOCK}.self_attn",
-    f"{_HF_BLOCK}.layer_norm2:input": f"{_BLOCK}.layer_norm2:input",
-    f"{_HF_BLOCK}.mlp.fc2:input": f"{_BLOCK}.mlp.fc2:input",
-    f"{_HF_BLOCK}.mlp": f"{_BLOCK}.mlp",
-    _HF_BLOCK: _BLOCK,
-    "post_layernorm:input": "transformer.post_layernorm:input",
-    "head.attention:q": "pooling_head.attention.q_proj",
-    "head.attention:k": "pooling_head.attention.k_proj",
-    "head.attention:v": "pooling_head.attention.v_proj",
-    "head.attention:context": "pooling_head.attention.out_proj:input",
-    "head.attention": "pooling_head.attention",
-    "head.mlp.fc2:input": "pooling_head.mlp.fc2:input",
-    "head.mlp": "pooling_head.mlp",
-    "head": "pooling_head",
-}
 
 
 @dataclass(frozen=True)
@@ -59,80 +34,91 @@ class Tap:
     port: str
 
 
-def siglip_taps(pooling_head: bool, table: ModuleType = key_map) -> dict[str, str]:
-    """The taps of a SigLIP tower, reference -> port, for `expand`.
+def port_to_reference(taps: list[Tap]) -> dict[str, str]:
+    """The points of the port -> those of the reference."""
+    return {tap.port: tap.reference for tap in taps}
 
-    From the key map's rows, so they never part ways.
+
+def reference_to_port(taps: list[Tap]) -> dict[str, str]:
+    """The points of the reference -> those of the port."""
+    return {tap.reference: tap.port for tap in taps}
+
+
+class Point(NamedTuple):
+    """A point, taken apart.
+
+    Attributes:
+        path: of the module.
+        part: `output`, `input`, or one of `INSIDE_ATTENTION`.
     """
-    rows = table.TOWER + (table.HEAD if pooling_head else ())
-    taps = {
-        row.stored.removesuffix(".*"): row.ours[0].removesuffix(".*")
-        for row in rows
-        if row.ours[0].endswith("*")
-    }
-    taps |= {
-        theirs: ours
-        for theirs, ours in _BETWEEN.items()
-        if pooling_head or not theirs.startswith("head")
-    }
-    # An nn.MultiheadAttention neither calls its out_proj nor has a module for in_proj.
-    return {
-        theirs: ours for theirs, ours in taps.items() if not theirs.startswith("head.attention.")
-    }
+
+    path: str
+    part: str
+
+    @classmethod
+    def parse(cls, text: str) -> Point:
+        """Read `path` or `path:part`."""
+        path, _, part = text.partition(":")
+        return cls(path, part or "output")
 
 
 def expand(taps: Mapping[str, str], reference: nn.Module, port: nn.Module) -> list[Tap]:
-    """Spells taps out: `{}` stands for the number of a block, every one that the reference has.
+    """Spell taps out: `{}` stands for the number of a block, every one that the reference has.
 
     Raises:
         ValueError: a point is malformed, or names no module of its side at all. (A port that lacks
             some of the blocks is another matter: that is a finding.)
     """
-    sides = {"reference": dict(reference.named_modules()), "port": dict(port.named_modules())}
-    found = []
-    for theirs, ours in taps.items():
-        numbers = {
-            "reference": _numbers(theirs, sides["reference"]),
-            "port": _numbers(ours, sides["port"]),
-        }
-        for side, point in (("reference", theirs), ("port", ours)):
-            if not numbers[side]:
-                path = _split(point)[0]
-                near = [name for name in sides[side] if name.endswith(path.rsplit(".")[-1])][:5]
-                hint = f"; modules that end like it: {', '.join(near)}" if near else ""
-                raise ValueError(
-                    f"the {side} has no module {path!r}, which the tap {theirs!r}: {ours!r} "
-                    f"names{hint}"
-                )
-        found += [Tap(theirs.replace("{}", n), ours.replace("{}", n)) for n in numbers["reference"]]
-    return found
+    reference_modules = dict(reference.named_modules())
+    port_modules = dict(port.named_modules())
+    expanded = []
+    for reference_point, port_point in taps.items():
+        numbers = block_numbers(reference_point, reference_modules)
+        port_numbers = block_numbers(port_point, port_modules)
+        tap = f"{reference_point!r}: {port_point!r}"
+        if not numbers:
+            raise unknown_module("reference", reference_point, reference_modules, tap)
+        if not port_numbers:
+            raise unknown_module("port", port_point, port_modules, tap)
+        for number in numbers:
+            expanded.append(
+                Tap(reference_point.replace("{}", number), port_point.replace("{}", number))
+            )
+    return expanded
 
 
-def _numbers(point: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    path, what = _split(point)
-    if what not in ("output", "input", *INSIDE_ATTENTION):
+def block_numbers(point: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """What `{}` in a point can stand for; a single empty text for a point without it."""
+    path, part = Point.parse(point)
+    if part not in ("output", "input", *INSIDE_ATTENTION):
         raise ValueError(f"{point!r}: after the colon comes input, q, k, v or context")
-    pattern = re.escape(path).replace(r"\{\}", r"(\d+)")
-    matches = [match for match in (re.fullmatch(pattern, name) for name in modules) if match]
-    if what in INSIDE_ATTENTION and not all(
-        isinstance(modules[m[0]], nn.MultiheadAttention) for m in matches
-    ):
-        raise ValueError(
-            f"{point!r}: only an nn.MultiheadAttention has :{what}; tap the projection itself"
-        )
-    return [match[1] if match.lastindex else "" for match in matches]
+    pattern = re.compile(re.escape(path).replace(r"\{\}", r"(\d+)"))
+    numbers = []
+    for name, module in modules.items():
+        match = pattern.fullmatch(name)
+        if match is None:
+            continue
+        if part in INSIDE_ATTENTION and not isinstance(module, nn.MultiheadAttention):
+            raise ValueError(
+                f"{point!r}: only an nn.MultiheadAttention has :{part}; tap the projection itself"
+            )
+        numbers.append(match[1] if match.lastindex else "")
+    return numbers
 
 
-def _split(point: str) -> tuple[str, str]:
-    path, _, what = point.partition(":")
-    return path, what or "output"
+def unknown_module(side: str, point: str, modules: Mapping[str, nn.Module], tap: str) -> ValueError:
+    """The error for a point whose module a side does not have."""
+    path = Point.parse(point).path
+    similar = [name for name in modules if name.endswith(path.rsplit(".")[-1])]
+    hint = f"; modules that end like it: {', '.join(similar[:5])}" if similar else ""
+    return ValueError(f"the {side} has no module {path!r}, which the tap {tap} names{hint}")
 
 
 @contextlib.contextmanager
 def listening(module: nn.Module, points: list[str], visit: Visit) -> Iterator[None]:
-    """Calls `visit` whenever the computation of `module` passes one of `points`.
+    """Call `visit` whenever the computation of `module` passes one of `points`.
 
-    Points it does not have are passed by.
+    Points that it does not have are passed by.
 
     An input is replaced in place, where its memory allows, so that a residual connection, which
     reads the same tensor behind the hook's back, goes on with the replacement too.
@@ -140,20 +126,18 @@ def listening(module: nn.Module, points: list[str], visit: Visit) -> Iterator[No
     modules = dict(module.named_modules())
     handles = []
     for point in points:
-        path, what = _split(point)
+        path, part = Point.parse(point)
         if path not in modules:
             continue
         target = modules[path]
-        if what == "input":
-            handles.append(
-                target.register_forward_pre_hook(_input_hook(point, visit), with_kwargs=True)
-            )
-        elif what == "output":
-            handles.append(target.register_forward_hook(_output_hook(point, visit)))
+        if part == "input":
+            hook = input_hook(point, visit)
+            handles.append(target.register_forward_pre_hook(hook, with_kwargs=True))
+        elif part == "output":
+            handles.append(target.register_forward_hook(output_hook(point, visit)))
         else:
-            handles.append(
-                target.register_forward_hook(_attention_hook(point, what, visit), with_kwargs=True)
-            )
+            hook = attention_hook(point, part, visit)
+            handles.append(target.register_forward_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
@@ -161,53 +145,75 @@ def listening(module: nn.Module, points: list[str], visit: Visit) -> Iterator[No
             handle.remove()
 
 
-def _output_hook(point: str, visit: Visit) -> Callable[..., Any]:
-    def hook(_: nn.Module, inputs: object, output: Any) -> Any:  # noqa: ANN401 (whatever the module returns)
-        """The first tensor of what is returned.
+def output_hook(point: str, visit: Visit) -> Callable[..., object]:
+    """A forward hook that visits what a module returns: the first tensor of a tuple or list.
 
-        Of transformers' attention, the second is its weights.
-        """
-        tensor = output[0] if isinstance(output, (tuple, list)) else output
-        replaced = visit(point, tensor) if isinstance(tensor, Tensor) else None
-        if replaced is None:
+    Of transformers' attention, the second is its weights.
+    """
+
+    def hook(_: nn.Module, inputs: object, output: object) -> object:
+        if isinstance(output, Tensor):
+            return visit(point, output)
+        if not isinstance(output, (tuple, list)) or not isinstance(output[0], Tensor):
             return None
-        return (
-            type(output)((replaced, *output[1:])) if isinstance(output, (tuple, list)) else replaced
-        )
+        replacement = visit(point, output[0])
+        if replacement is None:
+            return None
+        return type(output)((replacement, *output[1:]))
 
     return hook
 
 
-def _input_hook(point: str, visit: Visit) -> Callable[..., Any]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-        tensor = (
-            args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
-        )
-        replaced = visit(point, tensor) if isinstance(tensor, Tensor) else None
-        if tensor is None or replaced is None:
+def input_hook(point: str, visit: Visit) -> Callable[..., object]:
+    """A forward pre-hook that visits what a module is given: its first tensor."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        name, tensor = first_tensor(args, kwargs)
+        if tensor is None:
             return None
-        overlaps = any(
-            size > 1 and stride == 0
-            for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-        if not overlaps and not isinstance(tensor, nn.Parameter):
-            tensor.copy_(replaced)
+        replacement = visit(point, tensor)
+        if replacement is None:
             return None
-        return (
-            ((replaced, *args[1:]), kwargs)
-            if args
-            else ((), {**kwargs, next(iter(kwargs)): replaced})
-        )
+        if is_writable(tensor):
+            tensor.copy_(replacement)
+            return None
+        if args:
+            return (replacement, *args[1:]), kwargs
+        return args, {**kwargs, name: replacement}
 
     return hook
 
 
-def _attention_hook(point: str, what: str, visit: Visit) -> Callable[..., Any]:
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, Tensor | None]:
+    """What a module is given: its first argument or, without any, its first named tensor.
+
+    Returns:
+        Its name, which is empty for an argument without; and the tensor, if it is one.
+    """
+    if args:
+        return "", args[0] if isinstance(args[0], Tensor) else None
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return name, value
+    return "", None
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether every element has memory of its own, which is no parameter's."""
+    if isinstance(tensor, nn.Parameter):
+        return False
+    layout = zip(tensor.shape, tensor.stride(), strict=True)
+    return not any(size > 1 and stride == 0 for size, stride in layout)
+
+
+def attention_hook(point: str, part: str, visit: Visit) -> Callable[..., None]:
+    """A forward hook that visits what an `nn.MultiheadAttention` computes inside."""
+
     def hook(
         attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], _: object
     ) -> None:
-        inputs = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
-        visit(point, inside_attention(attention, inputs)[what])
+        inputs = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        visit(point, inside_attention(attention, inputs)[part])
 
     return hook
 
@@ -215,20 +221,27 @@ def _attention_hook(point: str, what: str, visit: Visit) -> Callable[..., Any]:
 def inside_attention(
     attention: nn.MultiheadAttention, inputs: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Works out again what an `nn.MultiheadAttention` computes inside.
-
-    Q, k, v and context, [B, N, D] each.
+    """Work out again what an `nn.MultiheadAttention` computes inside.
 
     Only for `batch_first`, one width for all, and without masks: what SigLIP has.
+
+    Args:
+        attention: the module.
+        inputs: `query`, `key` and `value`, [B, N, D].
+
+    Returns:
+        `q`, `k`, `v` and `context`, [B, N, D].
     """
     assert attention.in_proj_weight is not None
     assert attention.in_proj_bias is not None
-    rows = zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True)
-    given = (inputs["query"], inputs["key"], inputs["value"])
-    q, k, v = (F.linear(x, weight, bias) for x, (weight, bias) in zip(given, rows, strict=True))
-    heads = [x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (q, k, v)]
+    weights = attention.in_proj_weight.chunk(3)
+    biases = attention.in_proj_bias.chunk(3)
+    projected = {}
+    for i, (part, name) in enumerate((("q", "query"), ("k", "key"), ("v", "value"))):
+        projected[part] = F.linear(inputs[name], weights[i], biases[i])
+    heads = [x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected.values()]
     context = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-    return {"q": q, "k": k, "v": v, "context": context}
+    return {**projected, "context": context}
 
 
 @dataclass(frozen=True)
@@ -238,7 +251,7 @@ class Recording:
     Attributes:
         outputs: what it returned, by name.
         taps: what passed the points, in the order in which it came by. A module that was called
-            several times, for one picture after the other, counts as called once for all.
+            several times, for one image after the other, counts as called once for all.
     """
 
     outputs: dict[str, Tensor]
@@ -246,17 +259,17 @@ class Recording:
 
 
 def record(module: nn.Module, points: list[str], run: Callable[[], dict[str, Tensor]]) -> Recording:
-    """Runs a side and keeps what passes its points."""
-    seen: dict[str, list[Tensor]] = {}
-    with (
-        torch.inference_mode(),
-        listening(module, points, lambda p, t: seen.setdefault(p, []).append(t.clone())),
-    ):
+    """Run a side and keep what passes its points."""
+    parts: dict[str, list[Tensor]] = {}
+
+    def keep(point: str, tensor: Tensor) -> None:
+        parts.setdefault(point, []).append(tensor.clone())
+
+    with torch.inference_mode(), listening(module, points, keep):
         outputs = run()
-    return Recording(
-        outputs,
-        {
-            point: tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-            for point, tensors in seen.items()
-        },
-    )
+    return Recording(outputs, {point: join(tensors) for point, tensors in parts.items()})
+
+
+def join(parts: list[Tensor]) -> Tensor:
+    """The parts of a tensor, one after the other along the first axis."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

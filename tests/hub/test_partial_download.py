@@ -305,7 +305,10 @@ def test_no_socket_is_opened(
     assert_same(model, folder)
     assert model.provenance is not None
     assert model.provenance.commit == commit
-    assert inspect(find_source(NAME, HubOptions(cache_dir=cache, **arguments.get(how, {})))).problem is None
+    assert (
+        inspect(find_source(NAME, HubOptions(cache_dir=cache, **arguments.get(how, {})))).problem
+        is None
+    )
 
 
 def test_a_push_that_leaves_the_weights_alone_costs_nothing(
@@ -648,7 +651,9 @@ def test_an_interrupted_download_of_a_whole_file_continues(
     hub.reset()
     hub.repositories[NAME] = Repository(folder)
     assert_same(load(NAME, cache_dir=cache, vision_only=False), folder)
-    assert 0 < hub.sent["model.safetensors"] <= size - (20 - chunked_download.MAX_CONCURRENCY) * 4096
+    assert (
+        0 < hub.sent["model.safetensors"] <= size - (20 - chunked_download.MAX_CONCURRENCY) * 4096
+    )
     assert not kept(cache, "*.incomplete")
 
 
@@ -670,7 +675,9 @@ def test_a_connection_that_brings_next_to_nothing_is_given_up(
         HubUnreachableError, match=r"could not be fetched: no connection to localhost"
     ):
         load(NAME, cache_dir=cache)
-    assert hub.requests[WEIGHTS] <= 1 + chunked_download.MAX_CONCURRENCY * (len(retry.BACKOFF_SECONDS) + 1)
+    assert hub.requests[WEIGHTS] <= 1 + chunked_download.MAX_CONCURRENCY * (
+        len(retry.BACKOFF_SECONDS) + 1
+    )
 
 
 def test_what_an_interrupted_download_has_left_is_not_believed(
@@ -718,7 +725,10 @@ def test_a_process_that_is_killed_loses_only_what_was_under_way(
     hub.repositories[NAME] = Repository(folder)
     assert_same(load(NAME, cache_dir=cache), folder)
     pieces = requests - 1  # one of them was for the header
-    assert hub.sent["model.safetensors"] <= size_of_tower(folder) - (pieces - chunked_download.MAX_CONCURRENCY) * 4096
+    assert (
+        hub.sent["model.safetensors"]
+        <= size_of_tower(folder) - (pieces - chunked_download.MAX_CONCURRENCY) * 4096
+    )
 
 
 def test_two_processes_at_once(hub: Hub, folder: Path, cache: Path) -> None:

@@ -16,7 +16,8 @@ import torch
 
 from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel
 from siglip_port.checkpoint import layouts as key_map
-from siglip_port.hub import HubOptions, HubRepository, find_source, unreachable_reason as no_answer
+from siglip_port.hub import HubOptions, HubRepository, find_source
+from siglip_port.hub import unreachable_reason as no_answer
 from siglip_port.hub.redact import redact as harmless
 from tests.helpers.checkpoints import SMALL, edit_tensors, shard
 from tests.helpers.hub_server import RESOLVE, Answer, Fault, Hub, Repository, Server

@@ -169,12 +169,12 @@ def test_prepacked_linears_follow_their_weights(model: SigLipVisionModel) -> Non
 def test_harness_passes_prepacked_model(engine_cache: Path) -> None:
     """At every step inside: prepacked Linears stand where Linears stood. A broken one fails."""
     gates = ("environment", "config", "weights", "liveness", "semantics", "interface", "rounding")
-    with cases.made(cases.ODD, "L7", gates=gates) as case:
-        port = with_engine(cases.load_port(case.source), "packed", cache_dir=engine_cache)
+    with cases.random_case(cases.ODD, "L7", gates=gates) as case:
+        port = with_engine(SigLipVisionModel.from_hf(case.source), "packed", cache_dir=engine_cache)
         assert [str(gate) for gate in case.check(port) if not gate.passed] == []
         linear = port.transformer.encoder.encoder_blocks[4].mlp.fc2  # type: ignore[union-attr]
-        linear.algorithm = "tanh"  # type: ignore[union-attr, assignment]
-        linear.activation = "gelu"  # type: ignore[union-attr, assignment]
+        linear.algorithm = "tanh"  # type: ignore[union-attr]
+        linear.activation = "gelu"  # type: ignore[union-attr]
         failed = {gate.name for gate in case.check(port) if not gate.passed}
         assert failed >= {"semantics", "rounding float32"}
 
@@ -185,9 +185,9 @@ def test_rounding_is_that_of_reference(
     engine: str, config: SigLipVisionConfig, engine_cache: Path
 ) -> None:
     """The gate of the comparison, on what comes out, with weights that make rounding loud."""
-    with cases.made(config, "L7", gates=("rounding",)) as case:
-        port = cases.load_port(case.source)
-        (gate,) = cases.form_gates(case, port, engine, engine_cache)
+    with cases.random_case(config, "L7", gates=("rounding",)) as case:
+        port = SigLipVisionModel.from_hf(case.source)
+        (gate,) = cases.engine_gates(case, port, engine, engine_cache)
         assert gate.name == f"rounding float32, {engine}"
         assert gate.passed, gate.findings
         assert gate.checked >= 2
@@ -205,9 +205,9 @@ ROUGH_ENGINES = [
 @pytest.mark.parametrize("engine", ROUGH_ENGINES)
 def test_rounding_of_rough_weights(engine: str, engine_cache: Path) -> None:
     """Weights of bfloat16: other files to compile, for engines of other programs."""
-    with cases.made(cases.ODD, "L7", gates=("rounding",)) as case:
-        port = cases.load_port(case.source).bfloat16().float()
-        (gate,) = cases.form_gates(case, port, engine, engine_cache)
+    with cases.random_case(cases.ODD, "L7", gates=("rounding",)) as case:
+        port = SigLipVisionModel.from_hf(case.source).bfloat16().float()
+        (gate,) = cases.engine_gates(case, port, engine, engine_cache)
         assert not gate.passed
 
 
@@ -227,9 +227,9 @@ def test_rounding_of_wrong_engine(
         model.transformer.run = lambda x: run(x) * 1.01
 
     monkeypatch.setitem(ENGINES, engine, use_wrong_engine)
-    with cases.made(config, "L7", gates=("rounding",)) as case:
-        port = cases.load_port(case.source)
-        (gate,) = cases.form_gates(case, port, engine, engine_cache)
+    with cases.random_case(config, "L7", gates=("rounding",)) as case:
+        port = SigLipVisionModel.from_hf(case.source)
+        (gate,) = cases.engine_gates(case, port, engine, engine_cache)
         assert not gate.passed
 
 

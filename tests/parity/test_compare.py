@@ -11,15 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from siglip_port import MLP, SigLipVisionModel
+from siglip_port import MLP, EncoderBlock, SigLipVisionModel
 from siglip_port.parity import Comparison, assert_parity, compare
-from siglip_port.parity.compare import Section
-from siglip_port.parity.gates import Gate
-from siglip_port.parity.mutation import block
+from siglip_port.parity.results import GateResult, Section
 from siglip_port.parity.siglip import cases as proof
 from siglip_port.parity.siglip import reference as references
-from siglip_port.parity.taps import siglip_taps
+from siglip_port.parity.siglip.taps import siglip_taps
 from tests.helpers.checkpoints import ODD, SMALL, MakeCheckpoint, pixels
+
+
+def block(model: SigLipVisionModel, i: int = 5) -> EncoderBlock:
+    part = model.transformer.encoder.encoder_blocks[i]
+    assert isinstance(part, EncoderBlock)
+    return part
 
 
 def sides(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -36,8 +40,8 @@ def compared(
         inputs.to(dtype),
         siglip_taps(True),
         call_reference=references.outputs,
-        call_port=proof.outputs,
-        weights=proof.stored,
+        call_port=proof.port_outputs,
+        weights=proof.tensors_by_reference_name,
     )
 
 
@@ -112,8 +116,8 @@ def test_a_difference_has_an_address_a_size_and_a_hint(folder: Path) -> None:
             pixels(ODD).float(),
             siglip_taps(True),
             call_reference=references.outputs,
-            call_port=proof.outputs,
-            weights=proof.stored,
+            call_port=proof.port_outputs,
+            weights=proof.tensors_by_reference_name,
         )
 
 
@@ -136,7 +140,7 @@ def test_a_bias_of_the_keys_is_noticed_although_no_output_shows_it(folder: Path)
         block(port).self_attn.k_proj.bias.add_(1)
     inputs = pixels(ODD).float()
     assert compare(
-        reference, port, inputs, call_reference=references.outputs, call_port=proof.outputs
+        reference, port, inputs, call_reference=references.outputs, call_port=proof.port_outputs
     ).equal
     found = compared(reference, port, inputs)
     assert {f.reference for _, _, f in found.findings} == {
@@ -230,7 +234,7 @@ def test_an_output_that_the_port_lacks_or_that_has_another_shape(folder: Path) -
         headless,
         pixels(ODD).float(),
         call_reference=references.outputs,
-        call_port=proof.outputs,
+        call_port=proof.port_outputs,
     )
     assert "pooled: the port does not return it" in str(found)
     assert port.pooling_head is not None
@@ -243,7 +247,7 @@ def test_an_output_that_the_port_lacks_or_that_has_another_shape(folder: Path) -
 def test_a_comparison_of_nothing_is_not_equal() -> None:
     assert not Comparison(()).equal
     assert Comparison(()).verdict == "DIFFERENT (weights as given): no gate was run"
-    idle = Comparison((Section("a", "b", (Gate("semantics", 0, ""),)),))
+    idle = Comparison((Section("a", "b", (GateResult("semantics", 0, ""),)),))
     assert not idle.equal
     assert idle.verdict == "DIFFERENT (weights as given): semantics: gate semantics checked nothing"
 
@@ -293,6 +297,6 @@ def test_taps_of_a_headless_tower(checkpoint: MakeCheckpoint) -> None:
         pixels(SMALL).float(),
         siglip_taps(False),
         call_reference=references.outputs,
-        call_port=proof.outputs,
+        call_port=proof.port_outputs,
     )
     assert found.equal, found

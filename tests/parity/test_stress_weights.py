@@ -9,8 +9,9 @@ from transformers import SiglipVisionModel
 from siglip_port import SigLipVisionModel
 from siglip_port.parity.siglip import reference as references
 from siglip_port.parity.siglip.cases import ODD as PROOF
-from siglip_port.parity.siglip.cases import made
-from siglip_port.parity.stress_weights import RECIPES, fill, randomise
+from siglip_port.parity.siglip.cases import random_case
+from siglip_port.parity.siglip.recipes import RECIPES, fill
+from siglip_port.parity.stress_weights import randomise
 from tests.helpers.checkpoints import ODD
 
 
@@ -63,8 +64,8 @@ def test_is_reproducible_and_leaves_the_global_generator_alone() -> None:
 
 def taps_of(recipe: str) -> dict[str, Tensor]:
     """What goes through the first block, the last LayerNorm and the head of a tower with these weights."""
-    with made(PROOF, recipe) as case:
-        return case.truth(torch.float32).exact.taps
+    with random_case(PROOF, recipe) as case:
+        return case.reference_run(torch.float32).exact.taps
 
 
 def test_s1_brings_variances_down_to_eps_and_half_of_the_units_into_gelus_tail() -> None:

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from siglip_port import SigLipVisionModel
 from siglip_port.checkpoint import layouts as key_map
-from siglip_port.parity.taps import expand, inside_attention, listening, record, siglip_taps
+from siglip_port.parity.siglip.taps import siglip_taps
+from siglip_port.parity.taps import expand, inside_attention, listening, record
 from tests.helpers.checkpoints import ODD, pixels
 
 

@@ -1,31 +1,32 @@
-"""The proof of this port: which checkpoints it is tested on, and by which gates."""
+"""The checkpoints on which this port is proven, and the gates that it goes through on each."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import siglip_port
-from siglip_port import SigLipVisionConfig
-from siglip_port.checkpoint import layouts as key_map
-from siglip_port.optimize import EngineError, with_engine
-from siglip_port.parity import gates, taps
-from siglip_port.parity.gates import HINTS, Finding, Gate, Side, Truth
-from siglip_port.parity.metrics import bits, relative_error
-from siglip_port.parity.siglip import reference as references
+from siglip_port.checkpoint import layouts
+from siglip_port.config import SigLipVisionConfig
+from siglip_port.model import SigLipVisionModel
+from siglip_port.parity import gates
+from siglip_port.parity.gates.numerics import MAX_HINTS
+from siglip_port.parity.observe import ReferenceRun, run_reference
+from siglip_port.parity.results import GateResult
+from siglip_port.parity.sides import Call, Side
+from siglip_port.parity.siglip import interface, reference
+from siglip_port.parity.siglip import taps as siglip_taps
 from siglip_port.parity.siglip.reference import Reference
+from siglip_port.parity.taps import Tap, expand
 
-# Widths, heads and sizes that no mistake survives by luck: head_dim 18 is not the number of heads
-# and its root is inexact, the picture is no multiple of the patch, and 11 blocks sort differently
-# as numbers and as text.
+# Widths, heads and sizes that no bug survives by luck: head_dim 18 is not the number of heads and
+# its root is inexact, the image is no multiple of the patch, and 11 blocks sort differently as
+# numbers and as text.
 ODD = SigLipVisionConfig(
     embed_dim=144,
     image_size=96,
@@ -45,6 +46,30 @@ MINI = replace(
     mlp_hidden_dim=301,
 )
 
+LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALL_GATES = ("environment", "config", "weights", "liveness", "semantics", "interface", "rounding")
+
+
+def port_outputs(port: SigLipVisionModel, pixel_values: Tensor) -> dict[str, Tensor]:
+    """`tokens` [B, N, D] and, where the port has a head, `pooled` [B, D]."""
+    tokens = port(pixel_values)
+    if port.pooling_head is None:
+        return {"tokens": tokens}
+    return {"tokens": tokens, "pooled": port.pool(tokens)}
+
+
+def tensors_by_reference_name(port: SigLipVisionModel) -> dict[str, Tensor]:
+    """The port's tensors under the reference's names, those that it has."""
+    layout = layouts.HUGGINGFACE_NAFLEX if port.config.naflex else layouts.HUGGINGFACE
+    claims = layout.claims(port.config.num_encoder_blocks, layout.rows(port.config.pooling_head))
+    state = port.state_dict()
+    tensors = {}
+    for name, claim in claims.items():
+        if set(claim.ours) <= state.keys():
+            parts = [state[part] for part in claim.ours]
+            tensors[name] = claim.to_stored(parts, port.config.num_attention_heads)
+    return tensors
+
 
 @dataclass
 class Case:
@@ -59,6 +84,7 @@ class Case:
         gates: names of the gates to run.
         dtypes: in which rounding is judged; the first is that of the weights.
         attentions: of the reference, whose rounding counts.
+        reference_runs: what the reference computes, by dtype; filled when needed.
     """
 
     name: str
@@ -69,161 +95,74 @@ class Case:
     gates: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     attentions: tuple[str, ...] = ("sdpa", "eager")
-    truths: dict[torch.dtype, Truth] = field(default_factory=dict)
+    reference_runs: dict[torch.dtype, ReferenceRun] = field(default_factory=dict)
 
-    def truth(self, dtype: torch.dtype) -> Truth:
+    def reference_run(self, dtype: torch.dtype) -> ReferenceRun:
         """What the reference computes, worked out once."""
-        if dtype not in self.truths:
-            points = [tap.reference for tap in self._taps(self.reference.model)]
-            self.truths[dtype] = gates.observe(
-                self.reference.side(), self.inputs, points, dtype, self.attentions
+        if dtype not in self.reference_runs:
+            model = self.reference.model
+            points = expand({point: point for point in self._points()}, model, model)
+            self.reference_runs[dtype] = run_reference(
+                self.reference.side(),
+                self.inputs,
+                [tap.reference for tap in points],
+                dtype,
+                self.attentions,
             )
-        return self.truths[dtype]
+        return self.reference_runs[dtype]
 
-    def _taps(self, port: nn.Module, table: ModuleType = key_map) -> list[taps.Tap]:
-        has_head = hasattr(self.reference.model, "head")
-        pairs = taps.siglip_taps(has_head, table)
-        if references.is_naflex(self.reference.model):
-            del pairs[
-                "embeddings.patch_embedding"
-            ]  # a Linear over patches there, a convolution of pictures here
-        if port is self.reference.model:
-            return taps.expand({theirs: theirs for theirs in pairs}, port, port)
-        return taps.expand(pairs, self.reference.model, port)
+    def taps(self, port: SigLipVisionModel) -> list[Tap]:
+        """Where a port is compared with the reference."""
+        return expand(self._points(), self.reference.model, port)
+
+    def _points(self) -> dict[str, str]:
+        points = siglip_taps.siglip_taps(hasattr(self.reference.model, "head"))
+        if reference.is_naflex(self.reference.model):
+            # A Linear over patches there, a convolution of images here.
+            points.pop("embeddings.patch_embedding", None)
+        return points
 
     def check(
         self,
-        port: Any,  # noqa: ANN401 (a class of the package, perhaps imported a second time)
-        run: Callable[[nn.Module, Tensor], Mapping[str, Tensor]] | None = None,
-        table: ModuleType = key_map,
-        only: tuple[str, ...] | None = None,
-        explained: int = HINTS,
-    ) -> Iterator[Gate]:
-        """Runs the gates on a port, one after the other.
+        port: SigLipVisionModel,
+        call: Call = port_outputs,
+        *,
+        max_hints: int = MAX_HINTS,
+    ) -> Iterator[GateResult]:
+        """Run the gates on a port, one after the other.
 
         Args:
             port: loaded from `source`.
-            run: how it is called, if not as `outputs` does.
-            table: the key map it was loaded with.
-            only: names of the gates to run, of those of this case.
-            explained: how many of the taps that differ get a hint.
+            call: how it is called: port, pixel_values -> outputs by name.
+            max_hints: how many of the taps that differ get a hint.
         """
-        side, reference = Side(port, run or outputs), self.reference.side()
-        wanted = [gate for gate in self.gates if only is None or gate in only]
-        if "environment" in wanted:
-            yield gates.environment({"port": port, "reference": self.reference.model})
-        if "config" in wanted:
-            yield gates.config(vars(port.config), self.reference.config())
-        if "weights" in wanted:
-            yield gates.weights(stored(port, table), self.reference.model.state_dict())
-        if "liveness" in wanted:
-            yield gates.liveness(side, reference, self.inputs.to(self.dtypes[0]))
-        if "semantics" in wanted:
-            pairs = self._taps(port, table)
-            yield gates.semantics(
-                side, reference, self.truth(self.dtypes[0]), pairs, explained=explained
-            )
-        if "interface" in wanted:
-            yield interface(port, self.inputs.to(self.dtypes[0]))
-        if "rounding" in wanted:
+        side = Side(port, call)
+        inputs = self.inputs.to(self.dtypes[0])
+        if "environment" in self.gates:
+            yield gates.check_environment({"port": port, "reference": self.reference.model})
+        if "config" in self.gates:
+            yield gates.check_config(vars(port.config), self.reference.config())
+        if "weights" in self.gates:
+            tensors = tensors_by_reference_name(port)
+            yield gates.check_weights(tensors, self.reference.model.state_dict())
+        if "liveness" in self.gates:
+            yield gates.check_sensitivity(side, self.reference.side(), inputs)
+        if "semantics" in self.gates:
+            run = self.reference_run(self.dtypes[0])
+            yield gates.check_numerics(side, run, self.taps(port), max_hints=max_hints)
+        if "interface" in self.gates:
+            yield interface.check_interface(port, inputs)
+        if "rounding" in self.gates:
             for dtype in self.dtypes:
                 if dtype != torch.float64:
-                    yield gates.rounding(side, self.truth(dtype), self._taps(port, table))
+                    run = self.reference_run(dtype)
+                    yield gates.check_rounding(side, run, self.taps(port))
 
 
-def outputs(port: Any, pixel_values: Tensor) -> dict[str, Tensor]:  # noqa: ANN401
-    """`tokens` [B, N, D] and, where the port has a head, `pooled` [B, D]."""
-    tokens = port(pixel_values)
-    return (
-        {"tokens": tokens}
-        if port.pooling_head is None
-        else {"tokens": tokens, "pooled": port.pool(tokens)}
-    )
-
-
-def interface(port: Any, pixel_values: Tensor) -> Gate:  # noqa: ANN401
-    """The other entrances of the port, by those that are proven."""
-    findings = []
-    with torch.inference_mode():
-        tokens = port(pixel_values)
-        rows, columns = (side // port.config.patch_size for side in pixel_values.shape[2:])
-        expected = (len(pixel_values), rows * columns, port.config.embed_dim)
-        if tokens.shape != expected:
-            findings.append(
-                Finding(
-                    f"shape {list(tokens.shape)}, expected {list(expected)}", "tokens", "forward"
-                )
-            )
-        if port.pooling_head is not None:
-            pooled, embedded = port.pool(tokens), port.embed(pixel_values)
-            if embedded.shape != pooled.shape or not torch.equal(bits(embedded), bits(pooled)):
-                findings.append(Finding("embed() is not pool() of the tokens", "pooled", "embed"))
-            unit, size = (
-                port.embed(pixel_values, normalize=True),
-                pooled.double().norm(dim=-1, keepdim=True),
-            )
-            allowed = 4 * torch.finfo(unit.dtype).eps
-            if (
-                unit.shape != pooled.shape
-                or not relative_error(unit, pooled.double() / size) <= allowed
-            ):
-                findings.append(
-                    Finding("embed(normalize=True) is not pooled / ||pooled||", "pooled", "embed")
-                )
-        if port.config.naflex:
-            findings += [
-                Finding(what, "tokens", "forward") for what in _packed_differs(port, pixel_values)
-            ]
-    checked = 1 + 2 * (port.pooling_head is not None) + port.config.naflex
-    return Gate("interface", checked, gates.MEANING["interface"][1], tuple(findings))
-
-
-def _packed_differs(port: Any, pixel_values: Tensor) -> list[str]:  # noqa: ANN401
-    """Whether packed patches, beside those of a smaller picture and padding, give other tokens than the picture."""
-    patch, (height, width) = port.config.patch_size, pixel_values.shape[2:]
-    small = pixel_values[0, :, : height - patch, : width - patch]
-    with gates.cast(port, pixel_values.dtype, torch.float64):
-        wide = [picture.double() for picture in (*pixel_values, small)]
-        packed = port(**siglip_port.pack(wide, patch))
-        for tokens, picture in zip(packed, wide, strict=True):
-            alone = port(picture[None])[0]
-            if not relative_error(tokens[: len(alone)], alone) <= gates.FLOAT64_BOUND:
-                return [
-                    f"packed patches of {list(picture.shape[1:])} pixels give other tokens than "
-                    "the picture"
-                ]
-    return []
-
-
-def stored(port: Any, table: ModuleType = key_map) -> dict[str, Tensor]:  # noqa: ANN401
-    """The port's tensors under the reference's names, those that it has."""
-    layout = table.HUGGINGFACE_NAFLEX if port.config.naflex else table.HUGGINGFACE
-    tensors, claims = (
-        port.state_dict(),
-        layout.claims(port.config.num_encoder_blocks, layout.rows(port.config.pooling_head)),
-    )
-    return {
-        name: claim.to_stored([tensors[our] for our in claim.ours], port.config.num_attention_heads)
-        for name, claim in claims.items()
-        if set(claim.ours) <= set(tensors)
-    }
-
-
-def noise(config: SigLipVisionConfig, batch: int = 2, seed: int = 0) -> Tensor:
-    """Pictures of uniform noise in [-1, 1]: [batch, C, S, S].
-
-    For NaFlex towers of another shape than their own.
-    """
-    size, patch = config.image_size, config.patch_size
-    sides = (size - patch, size + 2 * patch) if config.naflex else (size, size)
-    shape = (batch, config.num_channels, *sides)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def form_gates(
-    case: Case, port: siglip_port.SigLipVisionModel, engine: str, cache_dir: Path
-) -> Iterator[Gate]:
-    """Judges the rounding of a port in a form of `siglip_port.optimize`, by what comes out.
+def engine_gates(
+    case: Case, port: SigLipVisionModel, engine: str, cache_dir: Path
+) -> Iterator[GateResult]:
+    """Judge the rounding of an engine of `siglip_port.optimize`, by what comes out.
 
     It may have no inside.
 
@@ -234,31 +173,43 @@ def form_gates(
         cache_dir: where to keep what is compiled.
 
     Yields:
-        A gate for each dtype of the case that the form can compute in.
+        A gate for each dtype of the case that the engine can compute in.
 
     Raises:
         siglip_port.optimize.EngineError: it can compute in none of them.
     """
-    reasons, judged = [], 0
+    from siglip_port.optimize import EngineError, with_engine  # parity works without it
+
+    first_error = None
+    is_judged = False
     for dtype in case.dtypes:
         try:
-            form = with_engine(port, engine, dtype=dtype, cache_dir=cache_dir)
+            model = with_engine(port, engine, dtype=dtype, cache_dir=cache_dir)
         except EngineError as error:
-            reasons.append(error)
+            first_error = first_error or error
             continue
-        judged += 1
-        gate = gates.rounding(Side(form, outputs), case.truth(dtype), [])
-        yield replace(gate, name=f"{gate.name}, {engine}")
-    if not judged:
-        raise reasons[0]
+        is_judged = True
+        result = gates.check_rounding(Side(model, port_outputs), case.reference_run(dtype), [])
+        yield replace(result, name=f"{result.name}, {engine}")
+    if first_error is not None and not is_judged:
+        raise first_error
 
 
-LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ALL_GATES = ("environment", "config", "weights", "liveness", "semantics", "interface", "rounding")
+def noise_images(config: SigLipVisionConfig, batch: int = 2, seed: int = 0) -> Tensor:
+    """Images of uniform noise in [-1, 1]: [batch, C, S, S].
+
+    For NaFlex models of another shape than their own.
+    """
+    height = width = config.image_size
+    if config.naflex:
+        height -= config.patch_size
+        width += 2 * config.patch_size
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, config.num_channels, height, width, generator=generator) * 2 - 1
 
 
 @contextmanager
-def made(
+def random_case(
     config: SigLipVisionConfig,
     recipe: str,
     seed: int = 1234,
@@ -269,52 +220,81 @@ def made(
     device: str = "cpu",
     name: str = "odd tower",
 ) -> Iterator[Case]:
-    """A checkpoint with the weights of a recipe, written by the reference, and read by both sides as any other is."""
+    """A checkpoint with the weights of a recipe, written by the reference, read as any other is.
+
+    Args:
+        config: the architecture.
+        recipe: one of `siglip_port.parity.siglip.recipes.RECIPES`.
+        seed: of weights and inputs.
+        gates: names of the gates to run.
+        dtypes: in which rounding is judged.
+        attentions: of the reference, whose rounding counts.
+        device: where to.
+        name: for reports.
+    """
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
-        references.write_random_checkpoint(Path(folder), config, seed, recipe)
-        kind: dict[str, Any] = {
-            "pooling_head": config.pooling_head,
-            "naflex": config.naflex,
-            "device": device,
-        }
-        reference = references.load(folder, dtype=torch.float32, **kind)
-        inputs = noise(config, seed=seed).to(device)
-        yield Case(
-            name, f"{recipe}, seed {seed}", folder, reference, inputs, gates, dtypes, attentions
+        reference.write_random_checkpoint(Path(folder), config, seed, recipe)
+        loaded = reference.load(
+            folder,
+            dtype=torch.float32,
+            pooling_head=config.pooling_head,
+            naflex=config.naflex,
+            device=device,
         )
+        inputs = noise_images(config, seed=seed).to(device)
+        weights = f"{recipe}, seed {seed}"
+        yield Case(name, weights, folder, loaded, inputs, gates, dtypes, attentions)
 
 
 def small_cases(
     config: SigLipVisionConfig, device: str, attentions: tuple[str, ...], *, full: bool = False
 ) -> Iterator[AbstractContextManager[Case]]:
-    """Small towers that compute as `config` says, with the weights on which mistakes are loud.
+    """Small models that compute as `config` says, with the weights on which bugs are loud.
 
     Args:
-        config: of the tower that is to be proven; activation, eps and head are taken from it.
+        config: of the model that is to be proven; activation, eps and head are taken from it.
         device: where to.
         attentions: of the reference, whose rounding counts.
         full: all gates on all recipes, with two seeds and all dtypes, instead of what each recipe
             is best for.
     """
-    code = {
-        name: getattr(config, name)
-        for name in ("hidden_act", "layer_norm_eps", "pooling_head", "naflex")
-    }
-    odd, mini = replace(ODD, **code), replace(MINI, **code)
-    how: dict[str, Any] = {"device": device, "attentions": attentions}
+
+    def case(
+        architecture: SigLipVisionConfig,
+        recipe: str,
+        seed: int = 1234,
+        *,
+        gates: tuple[str, ...] = ALL_GATES,
+        dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+        name: str = "odd tower",
+    ) -> AbstractContextManager[Case]:
+        small = replace(
+            architecture,
+            hidden_act=config.hidden_act,
+            layer_norm_eps=config.layer_norm_eps,
+            pooling_head=config.pooling_head,
+            naflex=config.naflex,
+        )
+        return random_case(
+            small,
+            recipe,
+            seed,
+            gates=gates,
+            dtypes=dtypes,
+            attentions=attentions,
+            device=device,
+            name=name,
+        )
+
     if full:
         for seed in (1234, 4321):
-            for recipe in ("default", "N1", "S1", "L7", "L8"):
-                dtypes = (torch.float32,) if recipe in ("L7", "L8") else LOW_DTYPES
-                yield made(odd, recipe, seed, dtypes=dtypes, **how)
-            yield made(mini, "N1", seed, dtypes=LOW_DTYPES, name="small so400m", **how)
+            for recipe in ("default", "N1", "S1"):
+                yield case(ODD, recipe, seed, dtypes=LOW_DTYPES)
+            for recipe in ("L7", "L8"):
+                yield case(ODD, recipe, seed)
+            yield case(MINI, "N1", seed, dtypes=LOW_DTYPES, name="small so400m")
         return
-    yield made(odd, "N1", gates=ALL_GATES[:-1], **how)
-    yield made(mini, "N1", gates=("weights", "semantics"), name="small so400m", **how)
-    yield made(odd, "L7", gates=("rounding",), **how)
-    yield made(odd, "S1", gates=("rounding",), dtypes=LOW_DTYPES[1:], **how)
-
-
-def load_port(source: str, **how: Any) -> siglip_port.SigLipVisionModel:  # noqa: ANN401
-    """Loads the port as a user does."""
-    return siglip_port.SigLipVisionModel.from_hf(source, **how)
+    yield case(ODD, "N1", gates=ALL_GATES[:-1])
+    yield case(MINI, "N1", gates=("weights", "semantics"), name="small so400m")
+    yield case(ODD, "L7", gates=("rounding",))
+    yield case(ODD, "S1", gates=("rounding",), dtypes=LOW_DTYPES[1:])

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from siglip_port.image_processing import Backend, ImageProcessor
-from siglip_port.parity import gates
-from siglip_port.parity.gates import Finding, Gate
+from siglip_port.parity.gates import MEANING
 from siglip_port.parity.metrics import bits, cosine
+from siglip_port.parity.results import Finding, GateResult
 
 Theirs = Mapping[Backend, Callable[[Any], Mapping[str, Tensor]]]
 """The reference's processors: what each makes of one picture."""
@@ -80,7 +80,7 @@ def pixels(
     photograph: Image.Image,
     embed: Callable[..., Tensor] | None = None,
     explained: int = 1,
-) -> Gate:
+) -> GateResult:
     """Compares what both sides make of `pictures`.
 
     Args:
@@ -108,7 +108,7 @@ def pixels(
                 hint = _hint(processor, picture, expected) if left > 0 else ""
                 left -= 1
                 findings.append(Finding(f"{name}, {backend}: {what}{costs}", *_PLACE, hint=hint))
-    return Gate("pixels", checked, gates.MEANING["pixels"][1], tuple(findings))
+    return GateResult("pixels", checked, MEANING["pixels"].bound, tuple(findings))
 
 
 def levels(processor: ImageProcessor) -> float:

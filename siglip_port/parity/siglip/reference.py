@@ -30,8 +30,8 @@ from transformers.models.siglip2.image_processing_siglip2 import convert_image_t
 
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.image_processing import Backend
-from siglip_port.parity.gates import Side
-from siglip_port.parity.stress_weights import fill
+from siglip_port.parity.sides import Side
+from siglip_port.parity.siglip.recipes import fill
 
 Attention = Literal["sdpa", "eager"]
 
@@ -135,7 +135,7 @@ def write_random_checkpoint(
         folder: where to.
         config: the architecture.
         seed: of the weights.
-        recipe: one of `siglip_port.parity.stress_weights.RECIPES`.
+        recipe: one of `siglip_port.parity.siglip.recipes.RECIPES`.
     """
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

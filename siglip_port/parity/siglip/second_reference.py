@@ -25,11 +25,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from siglip_port.parity import gates
-from siglip_port.parity.gates import FLOAT64_BOUND, ISLAND_BOUND, Truth
+from siglip_port.model import SigLipVisionModel
+from siglip_port.parity import bounds, hints
 from siglip_port.parity.metrics import relative_error
+from siglip_port.parity.observe import ReferenceRun
+from siglip_port.parity.sides import Side, cast
 from siglip_port.parity.siglip import cases as proof
 from siglip_port.parity.siglip import reference as references
 
@@ -42,7 +44,7 @@ Distances = Mapping[tuple[str, str], Mapping[str, float]]
 """How far apart each two of the three are, by output."""
 
 
-def ask(name: str, case: proof.Case, port: nn.Module) -> str:
+def ask(name: str, case: proof.Case, port: SigLipVisionModel) -> str:
     """Asks a third implementation, and says who is the odd one out.
 
     Args:
@@ -59,7 +61,7 @@ def ask(name: str, case: proof.Case, port: nn.Module) -> str:
     """
     package, release = parse(name)
     command = _command(package, release)
-    truth = case.truth(case.dtypes[0])
+    truth = case.reference_run(case.dtypes[0])
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
         folder = Path(scratch)
         _write(folder, case, truth)
@@ -114,13 +116,16 @@ def _command(package: str, release: str) -> list[str]:
     return [uv, "run", *options, "python", "-I", str(SCRIPT)]
 
 
-def _write(folder: Path, case: proof.Case, truth: Truth) -> None:
+def _write(folder: Path, case: proof.Case, truth: ReferenceRun) -> None:
     """Writes what the witness is given."""
     model = case.reference.model
-    with gates.cast(model, truth.dtype):
+    with cast(model, truth.dtype):
         weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    save_file({"pixel_values": truth.inputs.cpu().contiguous()}, folder / "inputs.safetensors")
+    save_file(
+        {"pixel_values": case.inputs.to(truth.dtype).cpu().contiguous()},
+        folder / "inputs.safetensors",
+    )
     for name, content in (
         ("config.json", model.config.to_dict()),
         ("points.json", list(truth.exact.taps)),
@@ -159,13 +164,13 @@ def _judge(
     about: Mapping[str, Any],
     read: Callable[[str], Tensor],
     case: proof.Case,
-    port: nn.Module,
+    port: SigLipVisionModel,
 ) -> str:
     """Compares what the script left, which `read` reads, with what the other two compute."""
-    truth, witness = case.truth(case.dtypes[0]), about["label"]
+    truth, witness = case.reference_run(case.dtypes[0]), about["label"]
     exact = truth.exact.outputs
-    with gates.cast(port, truth.dtype, torch.float64):
-        ours = gates.Side(port, proof.outputs).run(gates.cast_inputs(truth.inputs, torch.float64))
+    with cast(port, truth.dtype, torch.float64):
+        ours = Side(port, proof.port_outputs).run(truth.exact_inputs)
     theirs = {name: read(f"output.{name}") for name in exact}
     sides = {f"reference (transformers {references.VERSION})": exact, "port": ours, witness: theirs}
     distances = {
@@ -173,7 +178,7 @@ def _judge(
         for a, b in combinations(sides, 2)
     }
     lines = f"{_table(distances)}\n{verdict(distances, witness, is_float64=about['is_float64'])}"
-    if all(_distance(theirs[name], exact[name]) <= FLOAT64_BOUND for name in exact):
+    if all(_distance(theirs[name], exact[name]) <= bounds.FLOAT64_BOUND for name in exact):
         return lines
     return f"{lines}; {_first_difference(package, about['places'], read, case)}"
 
@@ -182,11 +187,11 @@ def _first_difference(
     package: str, places: Mapping[str, str], read: Callable[[str], Tensor], case: proof.Case
 ) -> str:
     """Where the witness parts ways with the reference, and what that looks like."""
-    truth = case.truth(case.dtypes[0])
+    truth = case.reference_run(case.dtypes[0])
     for point in (point for point in truth.exact.taps if point in places):
         value = read(f"tap.{point}")
-        if _distance(value, truth.exact.taps[point]) > FLOAT64_BOUND:
-            hint = gates.explain(case.reference.side(), truth, point, value)
+        if _distance(value, truth.exact.taps[point]) > bounds.FLOAT64_BOUND:
+            hint = hints.explain_tap(truth, point, value)
             return (
                 f"first at {point} ({package}: {places[point]}){hint and f': looks like: {hint}'}"
             )
@@ -216,7 +221,9 @@ def verdict(distances: Distances, witness: str, *, is_float64: bool = True) -> s
     apart = {pair: max(figures.values()) for pair, figures in distances.items()}
     coarse = [pair for pair in apart if witness in pair and not is_float64]
     agreeing = [
-        pair for pair in apart if apart[pair] <= (ISLAND_BOUND if pair in coarse else FLOAT64_BOUND)
+        pair
+        for pair in apart
+        if apart[pair] <= (bounds.UPCAST_BOUND if pair in coarse else bounds.FLOAT64_BOUND)
     ]
     note = (
         f" ({witness} has a float32 softmax whatever the dtype, so it can tell nothing finer)"

@@ -98,7 +98,7 @@ def test_what_differs_is_called_by_name(change: dict[str, Any], hint: str) -> No
     ours, theirs = sides(SMALL)
     gate = pixels({"pil": replace(ours["pil"], **change)}, theirs, PHOTOGRAPH)
     finding = gate.findings[0]
-    assert finding.what.startswith("the photograph, pil: differs by up to ")
+    assert finding.message.startswith("the photograph, pil: differs by up to ")
     assert finding.hint == hint
     assert not any(other.hint for other in gate.findings[1:])
 
@@ -117,7 +117,7 @@ def test_differences_are_told_in_levels(change: dict[str, Any]) -> None:
         - ours(np.zeros((9, 9, 3), np.uint8))["pixel_values"]
     )[0]
     assert float(step.mean()) == pytest.approx(9 / levels(ours), rel=1e-5)
-    told = pixels({"pil": ours}, {"pil": brighter}, PHOTOGRAPH).findings[0].what
+    told = pixels({"pil": ours}, {"pil": brighter}, PHOTOGRAPH).findings[0].message
     assert "differs by up to 2 of 255 levels, in 100%" in told
 
 
@@ -128,9 +128,9 @@ def test_what_it_does_to_a_vector() -> None:
     (finding, *_) = pixels(
         {"pil": replace(ours["pil"], resample=0)}, theirs, PHOTOGRAPH, model.embed
     ).findings
-    cosine = float(finding.what.rpartition(" ")[2])
+    cosine = float(finding.message.rpartition(" ")[2])
     assert 0 < cosine < 0.9999
-    assert "; the port's vectors of the two have a cosine of " in finding.what
+    assert "; the port's vectors of the two have a cosine of " in finding.message
 
 
 def test_a_picture_that_one_side_refuses() -> None:
@@ -140,7 +140,7 @@ def test_a_picture_that_one_side_refuses() -> None:
         raise TypeError("no")
 
     assert (
-        pixels(ours, {**theirs, "pil": refuse}, PHOTOGRAPH).findings[0].what
+        pixels(ours, {**theirs, "pil": refuse}, PHOTOGRAPH).findings[0].message
         == "the photograph, pil: TypeError: no"
     )
     for other, what in (
@@ -153,7 +153,7 @@ def test_a_picture_that_one_side_refuses() -> None:
         ({"pixel_values": torch.zeros(1, 3, 16, 16)}, "differs by up to "),
     ):
         given: Callable[[Any], dict[str, Tensor]] = functools.partial(lambda made, _: made, other)
-        assert what in pixels(ours, {**theirs, "pil": given}, PHOTOGRAPH).findings[0].what
+        assert what in pixels(ours, {**theirs, "pil": given}, PHOTOGRAPH).findings[0].message
 
 
 @pytest.mark.parametrize("name", ["image_float64", "image_palette_alpha", "image_patches_few"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.siglip import reference as references
-from siglip_port.parity.stress_weights import RECIPES
+from siglip_port.parity.siglip.recipes import RECIPES
 from tests.helpers.checkpoints import ODD, SMALL, MakeCheckpoint, edit_tensors, pixels
 
 
@@ -43,7 +43,7 @@ def test_only_sdpa_computes_in_float64(checkpoint: MakeCheckpoint) -> None:
     assert side.attentions[0] == "sdpa"
     outputs = {}
     for attention in side.attentions:
-        side.attend(attention)
+        side.set_attention(attention)
         outputs[attention] = side.run(pixels(ODD))["tokens"]
     assert 1e-9 < relative_error(outputs["eager"], outputs["sdpa"]) < 1e-5
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from siglip_port import SigLipVisionConfig
-from siglip_port.parity import taps
+from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.parity.siglip import cases as proof
 from siglip_port.parity.siglip import second_reference as witness
 from siglip_port.parity.siglip import second_reference_script as witness_script
 from siglip_port.parity.siglip.reference import VERSION, hf_config
+from siglip_port.parity.siglip.taps import siglip_taps
 from tests.helpers.checkpoints import ODD, SMALL
 
 ERF = replace(SMALL, hidden_act="gelu")  # the activation that timm has whatever the checkpoint says
@@ -26,8 +26,8 @@ def ask(name: str, config: SigLipVisionConfig, broken: str = "") -> tuple[list[s
 
     With one eps of the `port` or of the `reference` as it must not be.
     """
-    with proof.made(config, "N1") as case:
-        port = proof.load_port(case.source)
+    with proof.random_case(config, "N1") as case:
+        port = SigLipVisionModel.from_hf(case.source)
         norms = {
             "port": port.transformer.encoder.encoder_blocks[1].layer_norm2,
             "reference": case.reference.model.encoder.layers[1].layer_norm2,
@@ -86,8 +86,7 @@ def test_where_nothing_differs_all_three_agree(config: SigLipVisionConfig) -> No
 def test_timm_has_a_place_for_every_tap() -> None:
     modules = dict(witness_script.make_trunk(hf_config(SMALL).to_dict()).named_modules())
     places = [
-        witness_script.rename(point.replace("{}", "2"))
-        for point in taps.siglip_taps(pooling_head=True)
+        witness_script.rename(point.replace("{}", "2")) for point in siglip_taps(pooling_head=True)
     ]
     assert [place for place in places if place.partition(":")[0] not in modules] == []
 

@@ -22,8 +22,8 @@ import torch
 
 import compare_origin
 from siglip_port.parity import gates, mutants, selftest
-from siglip_port.parity.gates import Gate
 from siglip_port.parity.mutation import Mutant
+from siglip_port.parity.results import Finding, GateResult
 from siglip_port.parity.selftest import Report, Result, examine, examine_harness, examine_shapes
 from siglip_port.parity.siglip import cases as proof
 from siglip_port.parity.siglip.cases import Case
@@ -94,7 +94,7 @@ def test_a_gate_that_is_off_is_found_out(
     own = next(m for m in mutants.CATALOGUE if m.gate == gate and m.subject == "port")
     assert examine(own, cases).passed
     monkeypatch.setattr(
-        proof if gate == "interface" else gates, gate, lambda *_, **__: Gate(gate, 1, "off")
+        proof if gate == "interface" else gates, gate, lambda *_, **__: GateResult(gate, 1, "off")
     )
     result = examine(own, cases)
     assert not result.passed
@@ -178,7 +178,7 @@ def test_on_all_cores_it_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     few = ("gelu_exact_once", "input_bgr", "left_in_training", "interp_nearest", "eps_ignored")
     monkeypatch.setattr(mutants, "CATALOGUE", [BY_NAME[name] for name in few])
     monkeypatch.setattr(mutants, "HARNESS", [BY_NAME["weights_close"]])
-    monkeypatch.setattr(gates, "config", lambda *_: Gate("config", 1, "off"))
+    monkeypatch.setattr(gates, "config", lambda *_: GateResult("config", 1, "off"))
     monkeypatch.setattr(mutants, "LEGAL", [BY_NAME["as_it_is"]])
     args, told = argparse.Namespace(full=False, device="cpu"), list[str]()
 
@@ -187,7 +187,7 @@ def test_on_all_cores_it_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None
         return items
 
     def found(processes: int) -> Report:
-        with proof.made(SMALL, "N1", gates=proof.ALL_GATES[:-1]) as made:
+        with proof.random_case(SMALL, "N1", gates=proof.ALL_GATES[:-1]) as made:
             monkeypatch.setattr(selftest, "cases", lambda *_, **__: contextlib.nullcontext([made]))
             return selftest.examine_all(args, progress, processes)
 
@@ -228,7 +228,7 @@ def test_ctrl_c_ends_all_processes(
 def test_the_census(tmp_path: Path) -> None:
     text = selftest.census_text(tmp_path / "absent.json")
     assert [line.split(":")[0] for line in text.splitlines()[::2]] == list(gates.MEANING)
-    report = Report([Result(BY_NAME["ln_eps_once"], {"semantics": gates.Finding("differs")})])
+    report = Report([Result(BY_NAME["ln_eps_once"], {"semantics": Finding("differs")})])
     (tmp_path / "found.json").write_text(json.dumps(selftest.as_json(report)))
     assert "  notices 1 of 1 mistakes, alone: ln_eps_once" in selftest.census_text(
         tmp_path / "found.json"

@@ -1,0 +1,23 @@
+"""The gates: what must hold, in order, for a port to be the reference's equal.
+
+One file a gate; usable on any pair of modules. Call them through this package
+(`gates.check_weights(...)`), so that a gate can be exchanged for all its callers.
+"""
+
+from siglip_port.parity.gates.config import check_config
+from siglip_port.parity.gates.environment import check_environment
+from siglip_port.parity.gates.meaning import MEANING
+from siglip_port.parity.gates.numerics import check_numerics
+from siglip_port.parity.gates.rounding import check_rounding
+from siglip_port.parity.gates.sensitivity import check_sensitivity
+from siglip_port.parity.gates.weights import check_weights
+
+__all__ = [
+    "MEANING",
+    "check_config",
+    "check_environment",
+    "check_numerics",
+    "check_rounding",
+    "check_sensitivity",
+    "check_weights",
+]

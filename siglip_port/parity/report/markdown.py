@@ -1,0 +1,78 @@
+"""The report for a pull request or an issue."""
+
+from __future__ import annotations
+
+from siglip_port.parity.report.json_report import Json, section_gates
+from siglip_port.parity.results import MAX_FINDINGS_SHOWN
+
+
+def to_markdown(report: Json) -> str:
+    """Write a report as Markdown.
+
+    Args:
+        report: the JSON report.
+    """
+    title = "equal" if report["equal"] else "DIFFERENT"
+    lines = [f"# Parity: {title}", "", report["verdict"], ""]
+    if report["findings"]:
+        lines += [*finding_lines(report["findings"]), ""]
+    lines += gate_lines(report)
+    for key in ("outputs", "environment"):
+        if report.get(key):
+            lines += list_lines(key.capitalize(), report[key])
+    return "\n".join(lines) + "\n"
+
+
+def finding_lines(findings: list[Json]) -> list[str]:
+    """A table of the first findings."""
+    lines = [
+        "## What differs",
+        "",
+        "| gate | where (reference) | where (port) | relative error | what |",
+        "|---|---|---|---|---|",
+    ]
+    for finding in findings[:MAX_FINDINGS_SHOWN]:
+        message = finding["what"]
+        if finding["hint"]:
+            message += f"; looks like: {finding['hint']}"
+        message = message.replace("|", "\\|")
+        lines.append(
+            f"| {finding['gate']} | `{finding['reference']}` | `{finding['port']}` | "
+            f"{format_value(finding['error'])} | {message} |"
+        )
+    if len(findings) > MAX_FINDINGS_SHOWN:
+        lines.append(f"\n... and {len(findings) - MAX_FINDINGS_SHOWN} more.")
+    return lines
+
+
+def gate_lines(report: Json) -> list[str]:
+    """A table of all gates."""
+    lines = [
+        "## Gates",
+        "",
+        "| checkpoint | gate | checked | largest share of its bound | bound | result |",
+        "|---|---|---|---|---|---|",
+    ]
+    for section, gate in section_gates(report):
+        shares = [float(measurement["share"]) for measurement in gate["measurements"]]
+        share = format_value(max(shares)) if shares else ""
+        result = "passed" if gate["passed"] else "**failed**"
+        lines.append(
+            f"| {section['name']}, {section['weights']} | {gate['name']} | {gate['checked']} | "
+            f"{share} | {gate['bound']} | {result} |"
+        )
+    return lines
+
+
+def list_lines(title: str, items: Json | list[Json]) -> list[str]:
+    """A section with one line an item."""
+    lines = ["", f"## {title}", ""]
+    for item in items if isinstance(items, list) else [items]:
+        fields = ", ".join(f"{name} {format_value(value)}" for name, value in item.items())
+        lines.append(f"- {fields}")
+    return lines
+
+
+def format_value(value: object) -> str:
+    """A value as text, numbers with four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

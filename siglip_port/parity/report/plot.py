@@ -1,0 +1,382 @@
+"""Plots of one number a tap: what to draw where. The template draws it.
+
+Taps from left to right, powers of ten from bottom to top, and lanes for 0, inf and nan, which have
+no logarithm.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+DRAWING_ORDER = ("bound", "broad", "line", "dots")  # one over the other
+
+LEFT = 78.0
+TOP = 44.0
+LANE_HEIGHT = 9.0
+CHARACTER_WIDTH = 7
+
+
+@dataclass(frozen=True)
+class Series:
+    """One number for each tap.
+
+    Attributes:
+        name: for the legend.
+        color: a class of the style sheet.
+        kind: how it is drawn, one of `DRAWING_ORDER`.
+        values: by tap.
+    """
+
+    name: str
+    color: str
+    kind: str
+    values: dict[str, float]
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether it has a lane for zeros."""
+        return 0.0 in self.values.values()
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all its values are the same."""
+        first = next(iter(self.values.values()))
+        return all(math.isclose(first, value) for value in self.values.values())
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text in a plot.
+
+    Attributes:
+        x: of its anchor.
+        y: of its baseline.
+        text: what it says.
+        anchor: SVG's `text-anchor`.
+        css: its class in the style sheet.
+        angle: in degrees.
+    """
+
+    x: float
+    y: float
+    text: str
+    anchor: str = "middle"
+    css: str = ""
+    angle: int = 0
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of full height.
+
+    Attributes:
+        x: its left edge.
+        width: of it.
+        label: in it; None for none.
+        striped: whether it is filled.
+        text: to hover.
+    """
+
+    x: float
+    width: float
+    label: Label | None = None
+    striped: bool = False
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A path.
+
+    Attributes:
+        css: its classes in the style sheet.
+        path: SVG's `d`.
+        label: at it; None for none.
+    """
+
+    css: str
+    path: str
+    label: Label | None = None
+
+
+@dataclass
+class Plot:
+    """All that is drawn.
+
+    Attributes:
+        legend: class and text of every series.
+        view_box: of the drawing: left, top, width, height.
+        min_width: of the drawing in pixels.
+        top: of the plane in which the series are drawn.
+        bottom: of it.
+        blocks: what the taps belong to.
+        guides: lines of the powers of ten.
+        labels: of the lanes.
+        lines: of the series.
+        arrows: where they stand.
+        arrow_label: at the first of them.
+        columns: one a tap, with a text to hover.
+    """
+
+    legend: list[tuple[str, str]]
+    view_box: tuple[float, float, float, float]
+    min_width: float
+    top: float
+    bottom: float
+    blocks: list[Box]
+    guides: list[Line]
+    labels: list[Label]
+    lines: list[Line]
+    arrows: list[float]
+    arrow_label: Label | None
+    columns: list[Box]
+
+
+def build_plot(
+    series: list[Series], hover_texts: Mapping[str, str], marked: Iterable[str] = ()
+) -> Plot:
+    """Lay out a plot.
+
+    Args:
+        series: those without values are left out.
+        hover_texts: a text for each tap.
+        marked: taps that get an arrow, the first of which is named.
+    """
+    taps = TapAxis(unique(name for one in series for name in one.values))
+    drawn = [one for one in series if one.values]
+    drawn.sort(key=lambda one: DRAWING_ORDER.index(one.kind))
+    plane = Plane(taps, ErrorAxis.fit(drawn), drawn)
+    arrows = [name for name in taps.x if name in set(marked)]
+    top = 0 if arrows else 20
+    return Plot(
+        legend=[legend_entry(one) for one in drawn if one.kind != "bound"],
+        view_box=(0, top, taps.right + 14, plane.bottom + taps.label_height - top),
+        min_width=min(taps.right + 14, 1000),
+        top=TOP,
+        bottom=plane.bottom,
+        blocks=plane.blocks(),
+        guides=plane.guides(),
+        labels=plane.lane_labels(),
+        lines=[plane.line(one) for one in drawn],
+        arrows=[taps.x[name] for name in arrows],
+        arrow_label=arrow_label(taps, arrows),
+        columns=columns(taps, hover_texts),
+    )
+
+
+def unique(names: Iterable[str]) -> list[str]:
+    """Every name once, in the order in which they come."""
+    return list(dict.fromkeys(names))
+
+
+@dataclass
+class TapAxis:
+    """Where the taps lie from left to right, block by block.
+
+    Attributes:
+        names: of the taps.
+        x: their centers.
+        blocks: label, left and right edge of what they belong to.
+        right: the end of the axis.
+    """
+
+    names: Sequence[str]
+    x: dict[str, float] = field(default_factory=dict)
+    blocks: list[tuple[str, float, float]] = field(default_factory=list)
+    right: float = LEFT
+
+    def __post_init__(self) -> None:
+        count = len(self.names)
+        step = min(max(1000 / count, 3), max(420 / count, 60))
+        for block, members in itertools.groupby(self.names, block_of):
+            self._add_block(block, list(members), step)
+
+    def _add_block(self, block: str, members: list[str], step: float) -> None:
+        width = max(step, 18 / len(members))
+        left = self.right
+        for i, name in enumerate(members):
+            self.x[name] = left + width * (i + 0.5)
+        self.right = left + width * len(members)
+        self.blocks.append((block, left, self.right))
+
+    @property
+    def label_height(self) -> float:
+        """The room for the labels of the blocks, which are turned where they do not fit."""
+        fits = all(fitting_end(block, right - left) for block, left, right in self.blocks)
+        return 28 if fits else 76
+
+
+def block_of(name: str) -> str:
+    """What a tap belongs to: its path up to the first number, else the first part of it."""
+    numbered = re.match(r"(?:[^.:]+\.)*?\d+(?=[.:]|$)", name)
+    if numbered:
+        return numbered[0]
+    return re.split(r"[.:]", name)[0]
+
+
+def fitting_end(path: str, width: float) -> str:
+    """As much of the end of a path as has room; empty if not even its last part has."""
+    parts = path.split(".")
+    for i in range(len(parts)):
+        end = ".".join(parts[i:])
+        if CHARACTER_WIDTH * len(end) < width:
+            return end
+    return ""
+
+
+@dataclass(frozen=True)
+class ErrorAxis:
+    """Powers of ten from bottom to top.
+
+    Attributes:
+        low: the lowest power.
+        high: the highest one.
+        decade: the height of one.
+    """
+
+    low: int
+    high: int
+    decade: float
+
+    @classmethod
+    def fit(cls, series: list[Series]) -> ErrorAxis:
+        """The axis that has room for all values that have a logarithm."""
+        logs = []
+        for one in series:
+            logs += [math.log10(value) for value in one.values.values() if 0 < value < math.inf]
+        low = math.floor(min(logs, default=0.0))
+        high = math.floor(max(logs, default=0.0)) + 1
+        return cls(low, high, min(260 / (high - low), 60))
+
+    @property
+    def bottom(self) -> float:
+        """Where the lowest power lies."""
+        return TOP + self.decade * (self.high - self.low)
+
+    def y(self, value: float) -> float:
+        """Where a positive number lies."""
+        return TOP + self.decade * (self.high - math.log10(value))
+
+
+class Plane:
+    """The plane of a plot: taps across, errors up, and a lane for the zeros of every series."""
+
+    def __init__(self, taps: TapAxis, errors: ErrorAxis, series: list[Series]) -> None:
+        self.taps = taps
+        self.errors = errors
+        self.series = series
+        self.lanes = [one for one in series if one.has_zeros]
+        self.bottom = errors.bottom
+        if self.lanes:
+            self.bottom += LANE_HEIGHT * len(self.lanes) + 10
+
+    def y(self, one: Series, value: float) -> float:
+        """Where a value of a series lies."""
+        if not math.isfinite(value):
+            return TOP - 8
+        if value <= 0:
+            return self.errors.bottom + LANE_HEIGHT * (self.lanes.index(one) + 0.5) + 8
+        return self.errors.y(value)
+
+    def blocks(self) -> list[Box]:
+        """The blocks, every second one filled."""
+        boxes = []
+        for i, (block, left, right) in enumerate(self.taps.blocks):
+            label = block_label(block, left, right, self.bottom + 16)
+            boxes.append(Box(left, right - left, label, striped=i % 2 == 0))
+        return boxes
+
+    def guides(self) -> list[Line]:
+        """A line at each power of ten for which there is room."""
+        lines = []
+        for power in range(
+            self.errors.low, self.errors.high + 1, math.ceil(18 / self.errors.decade)
+        ):
+            y = TOP + self.errors.decade * (self.errors.high - power)
+            text = f"{10.0**power:g}" if -5 < power < 6 else f"1e{power:+03d}"
+            label = Label(LEFT - 8, y + 4, text, "end")
+            lines.append(Line("guide", self.horizontal(y), label))
+        return lines
+
+    def lane_labels(self) -> list[Label]:
+        """What the lanes mean, where there are any."""
+        labels = []
+        if self.lanes:
+            y = (self.errors.bottom + self.bottom) / 2 + 8
+            labels.append(Label(LEFT - 8, y, "exactly 0", "end"))
+        values = [value for one in self.series for value in one.values.values()]
+        if not all(map(math.isfinite, values)):
+            labels.append(Label(LEFT - 8, TOP - 5, "inf or nan", "end"))
+        return labels
+
+    def line(self, one: Series) -> Line:
+        """The path of a series. A bound or line of one value goes from edge to edge."""
+        css = f"{one.kind} {one.color}"
+        if one.kind not in ("bound", "line") or not one.is_constant:
+            return Line(css, self.path(one))
+        first = next(iter(one.values.values()))
+        y = self.y(one, first)
+        label = None
+        if one.kind == "bound":
+            label = Label(LEFT + 6, y - 5, f"{one.name}: {first:.3g}", "start")
+        return Line(css, self.horizontal(y), label)
+
+    def path(self, one: Series) -> str:
+        """SVG's path through all values: joined where both ends have a logarithm, else dots."""
+        path = ""
+        is_drawing = False
+        for name, value in one.values.items():
+            has_logarithm = 0 < value < math.inf
+            place = f"{self.taps.x[name]:.1f},{self.y(one, value):.1f}"
+            if is_drawing and has_logarithm and one.kind != "dots":
+                path += f"L{place}"
+            else:
+                path += f"M{place}h0"
+            is_drawing = has_logarithm
+        return path
+
+    def horizontal(self, y: float) -> str:
+        """SVG's path from the left edge to the right one."""
+        return f"M{LEFT},{y:.1f}H{self.taps.right:.1f}"
+
+
+def block_label(block: str, left: float, right: float, y: float) -> Label:
+    """The label of a block below the plot; turned, and cut off, where it does not fit."""
+    center = (left + right) / 2
+    text = fitting_end(block, right - left)
+    if text:
+        return Label(center, y, text)
+    short = block if len(block) < 15 else f"{block[:13]}…"
+    return Label(center + 5, y - 4, short, "end", angle=-45)
+
+
+def arrow_label(taps: TapAxis, arrows: list[str]) -> Label | None:
+    """The name of the first tap that has an arrow, inside the drawing."""
+    if not arrows:
+        return None
+    name = arrows[0]
+    x = min(taps.x[name], taps.right - CHARACTER_WIDTH * len(name))
+    return Label(max(x, 4), 12, name, "start", "mark")
+
+
+def columns(taps: TapAxis, hover_texts: Mapping[str, str]) -> list[Box]:
+    """A column for each tap, from the middle of one gap to that of the next."""
+    middles = [(left + right) / 2 for left, right in itertools.pairwise(taps.x.values())]
+    edges = itertools.pairwise([LEFT, *middles, taps.right])
+    boxes = []
+    for name, (left, right) in zip(taps.x, edges, strict=True):
+        boxes.append(Box(left, right - left, text=hover_texts[name]))
+    return boxes
+
+
+def legend_entry(one: Series) -> tuple[str, str]:
+    """Class and text of a series. Bounds are named in the plot."""
+    text = one.name
+    zeros = sum(value == 0 for value in one.values.values())
+    if zeros:
+        text += f" ({zeros} of {len(one.values)} exactly 0)"
+    return f"{one.kind} {one.color}", text

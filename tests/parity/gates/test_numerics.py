@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from siglip_port.parity.gates import check_numerics
+from siglip_port.parity.observe import ReferenceRun, run_reference
+from siglip_port.parity.results import GateResult
+from siglip_port.parity.sides import Side
+from siglip_port.parity.taps import Tap
+from tests.parity.toy_models import ToyEncoder, toy_images
+
+TAPS = [Tap("conv", "conv"), Tap("norm:input", "norm:input"), Tap("norm", "norm")]
+
+
+def reference_run() -> ReferenceRun:
+    points = [tap.reference for tap in TAPS]
+    return run_reference(Side(ToyEncoder()), toy_images(), points, torch.float32)
+
+
+def check(port: nn.Module, max_hints: int = 6) -> GateResult:
+    return check_numerics(Side(port), reference_run(), TAPS, max_hints=max_hints)
+
+
+def places(gate: GateResult) -> list[str]:
+    return [finding.reference for finding in gate.findings]
+
+
+def test_equal_models_pass() -> None:
+    gate = check(ToyEncoder())
+    assert gate.passed, gate
+    runs = [measurement.run for measurement in gate.measurements]
+    assert runs == ["float64, free-running"] * 4 + ["float64, teacher-forced"] * 4
+
+
+def test_only_the_wrong_step_is_named() -> None:
+    """What follows is right, given right inputs."""
+    port = ToyEncoder()
+    with torch.no_grad():
+        assert port.conv.bias is not None
+        port.conv.bias.zero_()
+    gate = check(port)
+    assert places(gate) == ["conv"]
+    assert gate.findings[0].hint == "no bias"
+    errors = {m.reference: m.error for m in gate.measurements if m.run == "float64, free-running"}
+    assert all(error > 1e-3 for error in errors.values())
+
+
+def test_hints_only_where_asked_for() -> None:
+    port = ToyEncoder()
+    port.norm.eps = 1e-3
+    assert check(port).findings[0].hint == "eps 0.001 instead of 1e-05"
+    assert check(port, max_hints=0).findings[0].hint == ""
+
+
+def test_output_that_differs_after_all_taps() -> None:
+    port = ToyEncoder()
+    port.register_forward_hook(lambda _, args, output: output * 2)
+    gate = check(port)
+    assert places(gate) == ["output"]
+    assert gate.findings[0].hint == "scaled by 2"
+
+
+def test_nan_is_named() -> None:
+    port = ToyEncoder()
+    port.norm.register_forward_hook(lambda _, args, output: output * math.nan)
+    assert places(check(port)) == ["norm"]
+
+
+def without_norm_module(self: ToyEncoder, x: Tensor) -> Tensor:
+    tokens = self.conv(x).flatten(2).transpose(1, 2)
+    return nn.functional.layer_norm(tokens, (8,), self.norm.weight, self.norm.bias, self.norm.eps)
+
+
+class FusedEncoder(ToyEncoder):
+    """Does not call its norm."""
+
+    forward = without_norm_module
+
+
+def test_fused_module_passes_and_is_unseen() -> None:
+    gate = check(FusedEncoder())
+    assert gate.passed
+    assert gate.unseen == ("norm:input", "norm")
+
+
+def test_fused_module_that_is_wrong_is_named_once() -> None:
+    port = FusedEncoder()
+    port.norm.eps = 1e-3
+    gate = check(port)
+    assert places(gate) == ["norm", "output"]
+    assert gate.findings[0].message == "the port never calls this module"
+    assert gate.unseen == ()
+
+
+def test_missing_output() -> None:
+    port = Side(ToyEncoder(), lambda module, x: {})
+    gate = check_numerics(port, reference_run(), TAPS)
+    assert gate.findings[0].message == "the port does not return it"
+
+
+def test_float32_step_is_told_from_a_bug_of_its_size() -> None:
+    port = ToyEncoder()
+    port.norm.register_forward_hook(lambda _, args, output: output.float().to(output.dtype))
+    gate = check(port)
+    assert gate.passed, gate
+    assert gate.float32_upcasts == ("norm",)
+    port.norm.register_forward_hook(lambda _, args, output: output * (1 + 1e-7))
+    assert not check(port).passed
+
+
+def test_float32_upcasts_are_bounded_by_rounding() -> None:
+    port = ToyEncoder()
+    port.norm.register_forward_hook(lambda _, args, output: output.float().to(output.dtype))
+    bounds = {measurement.bound for measurement in check(port).measurements}
+    assert 1e-10 not in bounds
+    assert max(bounds) < 1e-5

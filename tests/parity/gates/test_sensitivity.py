@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from siglip_port.parity.gates import check_sensitivity
+from siglip_port.parity.results import GateResult
+from siglip_port.parity.sides import Side
+from tests.parity.toy_models import ToyEncoder, toy_images
+
+Fault = Callable[[Tensor, Tensor], Tensor]
+"""Changes an output, given the input."""
+
+
+def check(port: Side) -> GateResult:
+    return check_sensitivity(port, Side(ToyEncoder()), toy_images())
+
+
+def faulty_model(fault: Fault) -> ToyEncoder:
+    model = ToyEncoder()
+    model.register_forward_hook(lambda _, args, output: fault(args[0], output))
+    return model
+
+
+def add_noise(x: Tensor, tokens: Tensor) -> Tensor:
+    return tokens + torch.randn_like(tokens)
+
+
+def leak_between_images(x: Tensor, tokens: Tensor) -> Tensor:
+    return tokens + tokens.mean(0, keepdim=True)
+
+
+def repeat_first_image(x: Tensor, tokens: Tensor) -> Tensor:
+    return tokens[:1].expand_as(tokens)
+
+
+def read_ignored_pixel(x: Tensor, tokens: Tensor) -> Tensor:
+    return tokens + x[:, :1, -1, -1, None].expand(-1, 4, 8)
+
+
+def drop_last_token(x: Tensor, tokens: Tensor) -> Tensor:
+    return torch.cat([tokens[:, :3], tokens[:, :1]], 1)
+
+
+def return_nan(x: Tensor, tokens: Tensor) -> Tensor:
+    return tokens * torch.nan
+
+
+def test_equal_models_pass() -> None:
+    gate = check(Side(ToyEncoder()))
+    assert gate.passed, gate
+    assert gate.checked > 3 * 5 * 5
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (add_noise, "is another one each time"),
+        (leak_between_images, "of a batch is not that of its pictures one by one"),
+        (repeat_first_image, "it is the same for every input"),
+        (read_ignored_pixel, "matter to one side and not to the other"),
+        (drop_last_token, "matter to one side and not to the other"),
+        (return_nan, "output is not finite"),
+    ],
+)
+def test_faults(fault: Fault, message: str) -> None:
+    findings = check(Side(faulty_model(fault))).findings
+    assert any(message in finding.message for finding in findings), findings
+
+
+def test_parameters_that_change_nothing() -> None:
+    model = ToyEncoder()
+    model.surplus = nn.Linear(3, 3)
+    findings = check(Side(model)).findings
+    assert [finding.port for finding in findings] == ["surplus.weight", "surplus.bias"]
+
+
+def call_without_gradients(module: nn.Module, inputs: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    with torch.no_grad():
+        return {"output": module(inputs)}
+
+
+def test_port_without_gradients_passes() -> None:
+    assert check(Side(ToyEncoder(), call_without_gradients)).passed
+
+
+def test_faults_of_a_port_without_gradients() -> None:
+    model = faulty_model(drop_last_token)
+    model.surplus = nn.Linear(3, 3)
+    findings = check(Side(model, call_without_gradients)).findings
+    places = {finding.port for finding in findings}
+    assert places == {"surplus.weight", "surplus.bias", "inputs"}
+
+
+def test_requires_grad_is_restored() -> None:
+    model = ToyEncoder().requires_grad_(False)
+    assert check(Side(model)).passed
+    assert not any(parameter.requires_grad for parameter in model.parameters())

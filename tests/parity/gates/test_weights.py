@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from siglip_port.parity.gates import check_weights
+
+
+@pytest.fixture
+def reference() -> dict[str, Tensor]:
+    return {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([[2.0]])}
+
+
+@pytest.fixture
+def port(reference: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in reference.items()}
+
+
+Tensors = dict[str, Tensor]
+
+
+def messages(port: Tensors, reference: Tensors) -> dict[str, str]:
+    gate = check_weights(port, reference)
+    return {finding.reference: finding.message for finding in gate.findings}
+
+
+def test_equal_weights_pass(port: Tensors, reference: Tensors) -> None:
+    assert check_weights(port, reference).passed
+
+
+def test_single_bit(port: Tensors, reference: Tensors) -> None:
+    port["a"][0] = -0.0
+    assert messages(port, reference) == {"a": "1 of 2 elements differ"}
+
+
+def test_tensors_of_one_side(port: Tensors, reference: Tensors) -> None:
+    del port["a"]
+    port["c"] = torch.ones(1)
+    expected = {"a": "only the reference has it", "c": "only the port has it"}
+    assert messages(port, reference) == expected
+
+
+def test_shared_memory(port: Tensors, reference: Tensors) -> None:
+    port["c"] = port["b"]
+    reference["c"] = reference["b"]
+    assert messages(port, reference) == {"b": "these share one memory: b, c"}
+
+
+def test_another_dtype(port: Tensors, reference: Tensors) -> None:
+    port["b"] = reference["b"].double()
+    expected = "torch.float64 [1, 1] in the port, torch.float32 [1, 1] in the reference"
+    assert messages(port, reference) == {"b": expected}
+
+
+def test_another_shape(port: Tensors, reference: Tensors) -> None:
+    port["b"] = reference["b"][0].clone()
+    expected = "torch.float32 [1] in the port, torch.float32 [1, 1] in the reference"
+    assert messages(port, reference) == {"b": expected}

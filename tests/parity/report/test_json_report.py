@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from siglip_port.parity.report import SCHEMA, dumps, output_metrics, to_json
+from siglip_port.parity.results import Comparison, GateResult, Section
+from tests.parity.report.comparisons import make_comparison
+
+
+def test_json_holds_all_results_as_json_numbers() -> None:
+    report = to_json(make_comparison(math.inf), environment={"threads": 2})
+    content = json.loads(dumps(report), parse_constant=pytest.fail)
+    assert content["schema"] == SCHEMA
+    assert content["equal"] is False
+    assert content["environment"] == {"threads": 2}
+    assert content["findings"][0]["error"] == "inf"
+    semantics = content["sections"][0]["gates"][1]
+    assert semantics["passed"] is False
+    assert semantics["measurements"][0]["share"] == "inf"
+
+
+def test_json_keys() -> None:
+    """Readers of reports rely on them; those of the classes may change."""
+    report = to_json(make_comparison())
+    assert list(report) == ["schema", "equal", "verdict", "weights", "findings", "sections"]
+    assert list(report["findings"][0]) == [
+        *("section", "gate", "what", "reference", "port", "error", "hint", "text"),
+    ]
+    (section,) = report["sections"]
+    assert list(section) == ["name", "weights", "gates"]
+    gate = section["gates"][1]
+    assert list(gate) == [
+        *("name", "checked", "bound", "findings", "measurements", "unseen", "islands", "passed"),
+    ]
+    assert list(gate["findings"][0]) == ["what", "reference", "port", "error", "hint"]
+    assert list(gate["measurements"][0]) == [
+        *("run", "reference", "port", "error", "bound", "noise", "worst", "passed", "share"),
+    ]
+
+
+def test_json_of_points_that_are_not_compared() -> None:
+    gate = GateResult("semantics", 1, "", unseen=("a",), float32_upcasts=("b",))
+    report = to_json(Comparison((Section("tower", "N1", (gate,)),)))
+    content = report["sections"][0]["gates"][0]
+    assert content["unseen"] == ["a"]
+    assert content["islands"] == ["b"]
+
+
+def test_output_metrics() -> None:
+    port = {"a": torch.tensor([[3.0, 4.0]])}
+    reference = {"a": torch.tensor([[6.0, 8.0]])}
+    (metrics,) = output_metrics(port, reference)
+    assert metrics["cosine_min"] == pytest.approx(1)
+    assert metrics["max_abs"] == 4
+    assert metrics["relative_error"] == 0.5
+    assert metrics["norm_ratio"] == 0.5
+
+
+def test_output_metrics_of_another_shape() -> None:
+    assert output_metrics({"a": torch.ones(1, 2)}, {"a": torch.ones(1, 3)}) == []
