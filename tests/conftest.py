@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from tests.helpers.checkpoints import SMALL, MakeCheckpoint, edit_tensors
-from tests.helpers.hub_cache import BALLAST, NAME
+from tests.helpers.hub_cache import NAME, TEXT_MODEL_BYTES
 from tests.helpers.hub_server import Hub, Repository
 from tests.helpers.sample_images import make
 
@@ -117,14 +117,22 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def folder(hub: Hub, checkpoint: MakeCheckpoint) -> Path:
-    """The folder of the repository that the Hub serves.
+@pytest.fixture(scope="session")
+def whole_model(tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, and what is beside it in a whole model; without `preprocessor_config.json`."""
+    folder = Path(
+        shutil.copytree(tower, tmp_path_factory.mktemp("whole_model"), dirs_exist_ok=True)
+    )
+    (folder / "preprocessor_config.json").unlink()
+    text_model = torch.ones(TEXT_MODEL_BYTES // 4)
+    edit_tensors(folder, lambda t: {**t, "text_model.embeddings.weight": text_model})
+    return folder
 
-    A vision tower, and what is beside it in a whole model.
-    """
-    folder = checkpoint(prefix="vision_model.", name="served")
-    edit_tensors(folder, lambda t: {**t, "text_model.embeddings.weight": torch.ones(BALLAST // 4)})
+
+@pytest.fixture
+def folder(hub: Hub, whole_model: Path, tmp_path: Path) -> Path:
+    """The folder of the repository that the Hub serves, which a test may change."""
+    folder = Path(shutil.copytree(whole_model, tmp_path / "served"))
     hub.repositories[NAME] = Repository(folder)
     return folder
 

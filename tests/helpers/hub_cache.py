@@ -1,62 +1,59 @@
-"""What tests look for in the Hub's cache, and processes that load from it."""
+"""What tests look for in the Hub's cache."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from siglip_port import SigLipVisionModel
 
 NAME = "google/siglip-small"
 
-
 WEIGHTS = "CDN RANGE model.safetensors"
+"""The key of the requests for parts of the weights: see `tests.helpers.hub_server.Hub`."""
+
+HEADER_BYTES = 65_536
+"""What is asked for of a header at once."""
+
+TEXT_MODEL_BYTES = 300_000
+"""Beside the vision encoder, so that it is the lesser part."""
 
 
-BALLAST = 300_000  # bytes: of a text tower, so that the vision tower is the lesser part
-
-
-def assert_same(model: SigLipVisionModel, folder: Path, **how: Any) -> None:  # noqa: ANN401
+def assert_same(model: SigLipVisionModel, folder: Path, **options: Any) -> None:  # noqa: ANN401
     """The same bits as read from the files themselves."""
-    local = SigLipVisionModel.from_hf(folder, **how)
+    times = tuple(path.stat().st_mtime_ns for path in sorted(folder.iterdir()))
+    local = load_local(folder, times, **options)
     assert model.config == local.config
     state = model.state_dict()
     assert state.keys() == local.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in local.state_dict().items())
 
 
-def kept(cache: Path, pattern: str = "*.safetensors") -> list[Path]:
-    """What is kept of towers in the cache."""
+@lru_cache(maxsize=4)
+def load_local(
+    folder: Path,
+    times: tuple[int, ...],
+    **options: Any,  # noqa: ANN401
+) -> SigLipVisionModel:
+    """The model in a folder whose files were written at these times."""
+    return SigLipVisionModel.from_hf(folder, **options)
+
+
+def own_files(cache: Path, pattern: str = "*.safetensors") -> list[Path]:
+    """What the port keeps in the cache for itself; by default, vision encoders."""
     return sorted(cache.rglob(f".siglip_port/{pattern}"))
 
 
-CHILD = textwrap.dedent("""
-    import sys
-    from siglip_port import SigLipVisionModel
-    from siglip_port.hub import chunked_download
-    chunked_download.CHUNK_BYTES = 4096
-    model = SigLipVisionModel.from_hf(sys.argv[1], cache_dir=sys.argv[2])
-    print(sum(float(t.double().sum()) for t in model.state_dict().values()))
-""")
+def read_files(folder: Path) -> dict[Path, bytes]:
+    """The contents of all files below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def start(cache: Path, first: str = "") -> subprocess.Popen[str]:
-    """Loads the model in a process of its own, which runs `first` before."""
-    command = [sys.executable, "-c", first + CHILD, NAME, str(cache)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
-
-
-def wait_for(happened: Any, seconds: float = 60) -> None:  # noqa: ANN401
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def encoder_bytes(folder: Path) -> int:
+    """The size of the vision encoder's tensors in a whole model."""
+    tensors = load_file(folder / "model.safetensors").items()
+    return sum(tensor.nbytes for name, tensor in tensors if not name.startswith("text_model."))

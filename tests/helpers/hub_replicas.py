@@ -1,4 +1,7 @@
-"""What `pytest -m hub` asks of the Hub, with small random weights under the published names, for a Hub of our own."""
+"""What `pytest -m hub` asks of the Hub, for a Hub of our own.
+
+Small random weights under the published names.
+"""
 
 from __future__ import annotations
 

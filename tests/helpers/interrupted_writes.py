@@ -12,15 +12,11 @@ which ends
 - with an error in place of that signal (EFBIG: as of a full disk), or without permission;
 - by an error (EIO), or by Ctrl-C, in place of the n-th thing it does to the file system.
 
-`cache NAME FOLDER` instead of what and where: `from_hf(NAME)`, into an empty cache, of what FOLDER
-holds; killed before the n-th thing it does to what is kept of the tower.
-
 Prints JSON: for each attempt, what was found in the folder afterwards.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -37,7 +33,6 @@ import torch
 
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint.extract import extract
-from siglip_port.hub import chunked_download
 from siglip_port.parity.stress_weights import randomise
 
 # As timm's vit_base_patch16_siglip_224 in what shapes do not show; the other differs in nothing
@@ -245,45 +240,11 @@ def attempts(what: str, where: str, room: Path) -> Iterator[tuple[str, int, str]
         folder.chmod(0o755)
 
 
-def cache_attempts(name: str, served: Path, room: Path) -> Iterator[tuple[str, int, str]]:
-    """Kills a download at every step.
-
-    Afterwards, offline, the tower is right or refused, and online it is right.
-    """
-    chunked_download.CHUNK_BYTES = 32768
-    cache = room / "cache"
-
-    def load(_: Path, *, local_files_only: bool = False) -> None:
-        model = SigLipVisionModel.from_hf(name, cache_dir=cache, local_files_only=local_files_only)
-        expected = SigLipVisionModel.from_hf(served).state_dict()
-        if not all(
-            torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items()
-        ):
-            os._exit(97)
-
-    def offline_and_online(_: Path) -> None:
-        with contextlib.suppress(CheckpointError):
-            load(cache, local_files_only=True)
-        load(cache)
-
-    for n in range(1000):
-        shutil.rmtree(cache, ignore_errors=True)
-        code = attempt(load, cache, at(n, Path(".siglip_port"), kill))
-        after = attempt(
-            offline_and_online, cache, lambda: None
-        )  # in a process of its own: no connection is shared
-        yield "kill", code, "right" if after == 0 else f"exit code {after}"
-        if code == 0:
-            break
-
-
 def main() -> None:
     """Prints one line a kind of disturbance."""
     what, where, *folders = sys.argv[1:]
     paths = [Path(folder) for folder in folders]
-    counted = Counter(
-        cache_attempts(where, *paths) if what == "cache" else attempts(what, where, *paths)
-    )
+    counted = Counter(attempts(what, where, *paths))
     print(json.dumps([[*key, count] for key, count in sorted(counted.items())]))
 
 

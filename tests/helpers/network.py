@@ -1,8 +1,10 @@
-"""Places on this machine where nobody answers."""
+"""Places on this machine where nobody answers, and how the Hub's client is sent there."""
 
 from __future__ import annotations
 
 import socket
+
+import pytest
 
 
 def silent_port() -> int:
@@ -11,3 +13,11 @@ def silent_port() -> int:
         closed.bind(("127.0.0.1", 0))
         port: int = closed.getsockname()[1]
         return port
+
+
+def point_client_at(url: str, patch: pytest.MonkeyPatch) -> None:
+    """Have the Hub's client, and the port, ask another server for files."""
+    from huggingface_hub import constants
+
+    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

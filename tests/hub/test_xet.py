@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from huggingface_hub import constants, hf_hub_download
 from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel
 from siglip_port.hub import xet
 from tests.helpers.checkpoints import edit_tensors
-from tests.helpers.hub_cache import NAME, assert_same, kept
+from tests.helpers.hub_answers import Kind
+from tests.helpers.hub_cache import NAME, TEXT_MODEL_BYTES, assert_same, own_files
 from tests.helpers.hub_server import Fault, Hub, Repository
 
 load = SigLipVisionModel.from_hf
 
-OTHER = "other/copy"  # the same bytes in another repository
+COPY = "other/copy"
+"""The same bytes in another repository."""
+
 WEIGHTS = "model.safetensors"
 
 HAS_STORE = hasattr(constants, "HF_HUB_DISABLE_SHARED_BLOBS")  # the client has, since 1.32
@@ -36,69 +40,58 @@ needs_store = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["tower", "whole model"])
+@pytest.fixture(params=["encoder", "whole model"])
 def folder(request: pytest.FixtureRequest, hub: Hub, copied: Path, tmp_path: Path) -> Path:
     """The folder of the repository that the Hub serves.
 
-    A tower alone, or with what is beside it in a whole model.
+    A vision encoder alone, or with what is beside it in a whole model.
     """
-    folder = copied
     if request.param == "whole model":
-        edit_tensors(folder, lambda t: {**t, "text_model.embeddings.weight": torch.ones(75_000)})
-    hub.repositories |= {NAME: Repository(folder), OTHER: Repository(folder)}
-    hub.store_by_xet(tmp_path / "xet", folder / WEIGHTS)
-    return folder
+        text_model = torch.ones(TEXT_MODEL_BYTES // 4)
+        edit_tensors(copied, lambda t: {**t, "text_model.embeddings.weight": text_model})
+    hub.repositories |= {NAME: Repository(copied), COPY: Repository(copied)}
+    hub.store_by_xet(tmp_path / "xet", copied / WEIGHTS)
+    return copied
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
-def by_the_client(cache: Path, name: str = NAME) -> Path:
-    """Fetches the weights as other programs do."""
+def download(cache: Path, name: str = NAME) -> Path:
+    """Fetch the weights as other programs do."""
     return Path(hf_hub_download(name, WEIGHTS, cache_dir=cache))
 
 
-def shared(cache: Path) -> list[Path]:
+def shared_blobs(cache: Path) -> list[Path]:
     """What is in the store that all repositories share."""
     return [path for path in (cache / "blobs").rglob("*") if len(path.name) == 64]
 
 
-HOW: dict[str, dict[str, bool]] = {
-    "as it is": {},
-    "HF_HUB_DISABLE_XET": {"HF_HUB_DISABLE_XET": True},
-    "HF_HUB_DISABLE_SHARED_BLOBS": {"HF_HUB_DISABLE_SHARED_BLOBS": True},
-    "HF_HUB_DISABLE_SYMLINKS": {"HF_HUB_DISABLE_SYMLINKS": True},
-}
+VARIABLES = ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_SHARED_BLOBS", "HF_HUB_DISABLE_SYMLINKS")
 
 
-@pytest.fixture(params=HOW)
-def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the client is set up."""
-    for name, value in HOW[request.param].items():
-        monkeypatch.setattr(constants, name, value, raising=False)
+@pytest.fixture(params=["none", *VARIABLES])
+def variable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A variable that is set for the client."""
+    if request.param != "none":
+        monkeypatch.setattr(constants, request.param, True, raising=False)
     return str(request.param)
 
 
+@pytest.mark.usefixtures("variable")
 @pytest.mark.parametrize("vision_only", [True, False])
-def test_it_loads_and_loads_again(
-    how: str, vision_only: bool, hub: Hub, folder: Path, cache: Path
-) -> None:
-    arguments: dict[str, Any] = {"cache_dir": cache, "vision_only": vision_only}
-    assert_same(load(NAME, **arguments), folder)
+def test_load(vision_only: bool, hub: Hub, folder: Path, cache: Path) -> None:
+    options: dict[str, Any] = {"cache_dir": cache, "vision_only": vision_only}
+    assert_same(load(NAME, **options), folder)
     hub.requests.clear()
-    assert_same(load(NAME, **arguments), folder)
+    assert_same(load(NAME, **options), folder)
     assert hub.requests == {"HEAD config.json": 1}
-    assert_same(load(NAME, **arguments, local_files_only=True), folder)
+    assert_same(load(NAME, **options, local_files_only=True), folder)
 
 
 @pytest.mark.parametrize("vision_only", [True, False])
-def test_what_another_program_has_fetched_is_used(
-    how: str, vision_only: bool, hub: Hub, folder: Path, cache: Path
+def test_file_of_other_program_is_used(
+    variable: str, vision_only: bool, hub: Hub, folder: Path, cache: Path
 ) -> None:
-    path = by_the_client(cache)
-    assert bool(shared(cache)) == (how == "as it is" and HAS_STORE)
+    path = download(cache)
+    assert bool(shared_blobs(cache)) == (variable == "none" and HAS_STORE)
     before = path.read_bytes()
     hub.sent.clear()
     for offline in (False, True):
@@ -110,12 +103,14 @@ def test_what_another_program_has_fetched_is_used(
 
 @needs_store
 @pytest.mark.parametrize("vision_only", [True, False])
-def test_what_is_damaged_is_fetched_again_and_what_others_have_stays(
+def test_damaged_shared_blob(
     vision_only: bool, hub: Hub, folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mine, theirs = by_the_client(cache), by_the_client(cache, OTHER)
-    (blob,) = shared(cache)
-    assert mine.resolve() == theirs.resolve() == blob
+    """It is fetched again, and what others have stays."""
+    path = download(cache)
+    copy = download(cache, COPY)
+    (blob,) = shared_blobs(cache)
+    assert path.resolve() == copy.resolve() == blob
     content = bytearray(blob.read_bytes())
     content[content.index(b"}}") + 5000] ^= 1
     blob.chmod(0o644)
@@ -123,33 +118,28 @@ def test_what_is_damaged_is_fetched_again_and_what_others_have_stays(
     with pytest.raises(HubUnreachableError):  # no config.json yet
         load(NAME, cache_dir=cache, local_files_only=True)
     assert_same(load(NAME, cache_dir=cache, vision_only=vision_only), folder)
-    assert f"{mine} is damaged, or was changed, since it was fetched from the Hub" in caplog.text
-    assert theirs.read_bytes() == blob.read_bytes() == content
-    if vision_only and kept(cache):
-        with pytest.raises(
-            CheckpointError, match="is damaged; it is fetched again when the Hub may be asked"
-        ):
+    assert f"{path} is damaged, or was changed, since it was fetched from the Hub" in caplog.text
+    assert copy.read_bytes() == blob.read_bytes() == content
+    if vision_only and own_files(cache):
+        message = "is damaged; it is fetched again when the Hub may be asked"
+        with pytest.raises(CheckpointError, match=message):
             load(NAME, cache_dir=cache, local_files_only=True)
     else:
         assert_same(load(NAME, cache_dir=cache, local_files_only=True), folder)
 
 
-def test_bytes_that_are_wrong_on_their_way_harm_nobody(hub: Hub, folder: Path, cache: Path) -> None:
-    theirs = by_the_client(cache, OTHER)
+def test_wrong_bytes_are_not_shared(hub: Hub, folder: Path, cache: Path) -> None:
+    copy = download(cache, COPY)
     hub.faults = [Fault("wrong bytes", f"CDN * {WEIGHTS}", times=None, after=1000)]
     with pytest.raises(CheckpointError, match="did not arrive as it left"):
         load(NAME, cache_dir=cache, vision_only=False)
-    assert theirs.read_bytes() == (folder / WEIGHTS).read_bytes()
-    assert shared(cache) == ([theirs.resolve()] if HAS_STORE else [])
+    assert copy.read_bytes() == (folder / WEIGHTS).read_bytes()
+    assert shared_blobs(cache) == ([copy.resolve()] if HAS_STORE else [])
 
 
 @pytest.mark.parametrize("kind", ["reset", "status"])
-def test_where_the_other_host_gives_nothing_xet_is_tried(
-    kind: Any,  # noqa: ANN401
-    hub: Hub,
-    folder: Path,
-    cache: Path,
-    caplog: pytest.LogCaptureFixture,
+def test_xet_replaces_failing_cdn(
+    kind: Kind, hub: Hub, folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     hub.faults = [Fault(kind, "CDN *", times=None, status=403)]
     assert_same(load(NAME, cache_dir=cache), folder)
@@ -159,26 +149,33 @@ def test_where_the_other_host_gives_nothing_xet_is_tried(
     assert not list(cache.rglob("*.xet"))
 
 
-@pytest.mark.parametrize("silent", [True, False])
-def test_a_xet_store_that_is_dead_is_not_waited_for(
-    silent: bool, hub: Hub, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(xet, "CLIENT_IDLE_SECONDS", 1.0)
+@pytest.fixture(params=["silent", "closed"])
+def dead_store(
+    request: pytest.FixtureRequest, hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """A Xet store that is silent, or that nobody reaches, in the place of the one of `folder`."""
+    monkeypatch.setattr(xet, "CLIENT_IDLE_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        if not silent:
+        port = server.getsockname()[1]
+        if request.param == "closed":
             server.close()
-        hub.xet_url = f"http://127.0.0.1:{server.getsockname()[1] if silent else 9}"
-        assert_same(load(NAME, cache_dir=cache), folder)  # which needs none
-        shutil.rmtree(cache)
-        hub.faults = [Fault("reset", "CDN *", times=None)]
-        with pytest.raises(
-            HubUnreachableError,
-            match=r"no connection to localhost .*; and the Xet store \(cas-server",
-        ):
-            load(NAME, cache_dir=cache)
+            port = 9
+        hub.xet_url = f"http://127.0.0.1:{port}"
+        yield
 
 
-def test_where_xet_is_off_it_is_not_tried(
+@pytest.mark.usefixtures("dead_store")
+def test_dead_store(hub: Hub, folder: Path, cache: Path) -> None:
+    """It is not waited for."""
+    assert_same(load(NAME, cache_dir=cache), folder)  # which needs none
+    shutil.rmtree(cache)
+    hub.faults = [Fault("reset", "CDN *", times=None)]
+    message = r"no connection to localhost .*; and the Xet store \(cas-server"
+    with pytest.raises(HubUnreachableError, match=message):
+        load(NAME, cache_dir=cache)
+
+
+def test_xet_disabled(
     hub: Hub,
     folder: Path,
     cache: Path,

@@ -1,0 +1,201 @@
+"""Answers of a Hub on loopback, and what goes wrong with them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+CHUNK = 1 << 18
+
+LOGIN_PAGE = (
+    b"<!DOCTYPE html><html><title>Welcome to the airport</title>"
+    b"<form>Accept the terms to go on</form></html>"
+)
+
+Kind = Literal[
+    "none",
+    "status",  # the answer is `status`
+    "html",  # 200 and a login page, as from a captive portal
+    "reset",  # the connection is reset (RST); `after=None`: before the headers
+    "close",  # the connection is closed in good order; `after=None`: before the headers
+    # nothing comes for `seconds`, or, without, until the Hub is reset; `after=None`: before the
+    # headers
+    "stall",
+    "slow",  # from `after` on in pieces of SLOW_CHUNK bytes, `seconds` apart
+    "short",  # announces and sends `after` bytes only; without, half of them
+    "long",  # announces and sends `after` more bytes than were asked for; without, one more
+    "other range",  # 206, and a range `after` bytes further; without, one byte
+    "other size",  # the file is said to be `after` bytes larger; without, one byte
+    "wrong bytes",  # the body's byte number `after` has its bits flipped; without, the first
+    "gzip",  # Content-Encoding: gzip
+    "no length",  # Transfer-Encoding: chunked
+    "other etag",
+    "no etag",
+    "no commit",
+]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong with requests.
+
+    Attributes:
+        kind: of the fault.
+        request: the key of the requests, or a glob.
+        times: with so many of them; None for ever.
+        after: see `Kind`.
+        seconds: see `Kind`.
+        status: of the answer.
+        headers: instead of, or beside, those of the answer.
+    """
+
+    kind: Kind
+    request: str = "*"
+    times: int | None = 1
+    after: int | None = None
+    seconds: float | None = None
+    status: int = 500
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Answer:
+    """A response: of `body`, the bytes from `first` to `stop` are sent.
+
+    Attributes:
+        status: HTTP status.
+        headers: by name.
+        body: a file, or bytes.
+        file: whose bytes these are; messages have no file.
+    """
+
+    status: int
+    headers: dict[str, str]
+    body: Path | bytes = b""
+    file: str = ""
+
+    def __post_init__(self) -> None:
+        self.size = len(self.body) if isinstance(self.body, bytes) else self.body.stat().st_size
+        self.first = 0
+        self.stop = self.size
+        self.wrong_byte = -1
+
+    def send(self, first: int, stop: int) -> None:
+        """Send this part of the body only."""
+        self.first = first
+        self.stop = stop
+        if self.status == 206:
+            self.headers["Content-Range"] = f"bytes {first}-{stop - 1}/{self.size}"
+
+    def part(self, content_range: str) -> Answer:
+        """What a Range header asks for.
+
+        One that cannot be understood asks for everything, as in RFC 9110.
+        """
+        span = parse_range(content_range, self.size)
+        if span is None:
+            return self
+        first, stop = span
+        if first >= self.size:
+            return Answer(416, {"Content-Range": f"bytes */{self.size}"}, b"Range not satisfiable")
+        self.status = 206
+        self.send(first, stop)
+        return self
+
+    def read(self, first: int, stop: int, chunk: int = CHUNK) -> Iterator[tuple[int, bytes]]:
+        """The bytes of the body, zeros beyond its end, in pieces that say where they are from."""
+        opened = io.BytesIO(self.body) if isinstance(self.body, bytes) else self.body.open("rb")
+        with opened:
+            opened.seek(first)
+            for start in range(first, stop, chunk):
+                length = min(chunk, stop - start)
+                piece = bytearray(opened.read(length).ljust(length, b"\0"))
+                wrong = self.wrong_byte - start
+                if 0 <= wrong < length:
+                    piece[wrong] ^= 0xFF
+                yield start, bytes(piece)
+
+    def disturbed(self, fault: Fault) -> Answer:
+        """The answer as the fault leaves it, for the faults of which the headers tell."""
+        answer = self._disturb(fault)
+        if fault.kind == "no length":
+            answer.headers["Transfer-Encoding"] = "chunked"
+        else:
+            answer.headers["Content-Length"] = str(answer.stop - answer.first)
+        answer.headers |= fault.headers
+        return answer
+
+    def _disturb(self, fault: Fault) -> Answer:
+        more = fault.after or 1
+        match fault.kind:
+            case "status":
+                return Answer(fault.status, {}, b"A fault of the test")
+            case "html":
+                return Answer(200, {"Content-Type": "text/html; charset=utf-8"}, LOGIN_PAGE)
+            case "short":
+                half = (self.stop - self.first) // 2
+                self.send(self.first, self.first + (half if fault.after is None else fault.after))
+            case "long":
+                self.send(self.first, self.stop + more)
+            case "other range":
+                self.status = 206
+                self.send(self.first + more, self.stop + more)
+            case "other size":
+                self._enlarge(more)
+            case "wrong bytes":
+                self.wrong_byte = self.first + (fault.after or 0)
+            case "gzip":
+                self._compress()
+            case "other etag":
+                names = {"ETag", "X-Linked-Etag"} & self.headers.keys()
+                self.headers |= dict.fromkeys(names, f'"{"0" * 40}"')
+            case "no etag":
+                for name in [name for name in self.headers if "etag" in name.lower()]:
+                    del self.headers[name]
+            case "no commit":
+                self.headers.pop("X-Repo-Commit", None)
+        return self
+
+    def _enlarge(self, more: int) -> None:
+        self.size += more
+        self.send(self.first, self.stop)
+        size = self.headers.get("X-Linked-Size")
+        if size is not None:
+            self.headers["X-Linked-Size"] = str(int(size) + more)
+
+    def _compress(self) -> None:
+        """Content-Range, if any, stays that of what was compressed."""
+        content = b"".join(piece for _, piece in self.read(self.first, self.stop))
+        self.body = gzip.compress(content)
+        self.first = 0
+        self.stop = len(self.body)
+        self.headers["Content-Encoding"] = "gzip"
+
+
+def parse_range(header: str, size: int) -> tuple[int, int] | None:
+    """First byte and stop of a Range header; None where it cannot be understood."""
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", header)
+    if match is None or match[0] == "bytes=-":
+        return None
+    first, last = match.groups()
+    if not first:
+        return max(size - int(last), 0), size
+    if not last:
+        return int(first), size
+    if int(first) > int(last):
+        return None
+    return int(first), min(int(last) + 1, size)
+
+
+def refuse(status: int, code: str, message: str, **headers: str) -> Answer:
+    """An error as the Hub reports it: `code` decides which exception the client raises."""
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    sent["X-Error-Message"] = message
+    if code:
+        sent["X-Error-Code"] = code
+    return Answer(status, sent, message.encode())

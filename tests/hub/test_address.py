@@ -1,0 +1,113 @@
+"""What `find_source` takes for a repository of the Hub, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from siglip_port import CheckpointError, SigLipVisionModel
+from siglip_port.checkpoint.layouts import LAYOUTS
+from siglip_port.hub import HubOptions, HubRepository, find_source
+from tests.helpers.checkpoints import SMALL
+from tests.helpers.hub_cache import NAME
+from tests.helpers.hub_server import Hub
+
+load = SigLipVisionModel.from_hf
+
+
+@pytest.mark.parametrize(
+    ("address", "revision", "weights"),
+    [
+        ("google/a", None, None),
+        (" google/a\n", None, None),
+        ("google/a/", None, None),
+        ("google/a@v1", "v1", None),
+        ("hf://google/a", None, None),
+        ("hf://models/google/a@refs%2Fpr%2F1", "refs/pr/1", None),
+        ("hf://google/a@v1/model.safetensors", "v1", "model.safetensors"),
+        ("hf-hub:google/a", None, None),
+        ("hf-hub:google/a@v1", "v1", None),
+        ("https://huggingface.co/google/a", None, None),
+        ("https://huggingface.co/google/a/", None, None),
+        ("https://hf.co/google/a/tree/main", "main", None),
+        ("https://huggingface.co/google/a/tree/refs%2Fpr%2F1", "refs/pr/1", None),
+        ("https://huggingface.co/google/a/blob/v1/Model.safetensors", "v1", "Model.safetensors"),
+        ("https://huggingface.co/google/a/resolve/main/a.npz?download=true", "main", "a.npz"),
+        ("https://huggingface.co/google/a/blob/main/config.json", "main", None),
+        ("huggingface.co/google/a", None, None),
+        ("{hub}/google/a/tree/v1", "v1", None),
+    ],
+)
+def test_address(address: str, revision: str | None, weights: str | None, hub: Hub) -> None:
+    source = find_source(address.format(hub=hub.url))
+    assert isinstance(source, HubRepository)
+    assert source.name == "google/a"
+    assert (source.options.revision, source.weights) == (revision, weights)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("models/google/a", "does not exist on this machine, and is no Hub id"),
+        ("google/a/b", "does not exist on this machine"),
+        ("google", "does not exist on this machine"),
+        ("a\0b", "cannot be read|does not exist"),
+        (
+            "https://example.com/google/a?token=hf_secret",
+            "https://example.com/google/a is an address of example.com, w",
+        ),
+        ("https://huggingface.co/datasets/google/a", "is one of the Hub's datasets, and no model"),
+        ("hf://spaces/google/a", "is one of the Hub's spaces, and no model"),
+        ("https://huggingface.co/google", "names no model of the Hub"),
+        (
+            "https://huggingface.co/google/a/blob/v1/README.md",
+            r"names 'README.md'; pass the repository, or a \.safet",
+        ),
+        (
+            "https://huggingface.co/google/a/blob/v1/a.bin",
+            "names 'a.bin'; .*Pickled weights .* are refused",
+        ),
+        (
+            "hf://google/a/sub/model.safetensors",
+            "names 'sub/model.safetensors'; pass the repository",
+        ),
+        ("google/a@v2", "names the revision 'v2', and revision='v1': pass one"),
+        ("ftp://huggingface.co/google/a", "does not exist on this machine"),
+    ],
+)
+def test_invalid_address(address: str, message: str, hub: Hub) -> None:
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        find_source(address, HubOptions(revision="v1"))
+    assert "secret" not in str(refusal.value)
+
+
+def test_address_of_file(hub: Hub, vision_folder: Path, cache: Path) -> None:
+    (vision_folder / "model.safetensors").rename(vision_folder / "Model.safetensors")
+    address = f"https://huggingface.co/{NAME}/blob/main/Model.safetensors"
+    model = load(address, cache_dir=cache)
+    assert model.config == SMALL
+    assert model.provenance is not None
+    assert model.provenance.source == NAME
+
+
+def test_revision_in_address(hub: Hub, vision_folder: Path, cache: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no revision 'v9'"):
+        load(f"{NAME}@v9", cache_dir=cache)
+
+
+def test_address_of_archive(hub: Hub, vision_folder: Path, cache: Path) -> None:
+    """It is fetched whole."""
+    model = load(vision_folder)
+    (layout,) = [layout for layout in LAYOUTS if layout.name == "big_vision"]
+    stored = layout.to_stored(model.state_dict(), 3, 2, layout.rows(True), "params/img/")
+    arrays = {name: tensor.numpy() for name, tensor in stored.items()}
+    np.savez(vision_folder / "a.npz", **arrays)  # type: ignore[arg-type]
+    for offline in (False, True):
+        state = load(
+            f"hf://{NAME}/a.npz", config=SMALL, cache_dir=cache, local_files_only=offline
+        ).state_dict()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, state[name])

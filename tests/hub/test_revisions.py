@@ -1,0 +1,114 @@
+"""One load reads one commit, whatever is pushed meanwhile."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from siglip_port import CheckpointError, SigLipVisionModel
+from siglip_port.checkpoint import reader
+from tests.helpers.checkpoints import edit_tensors
+from tests.helpers.hub_cache import HEADER_BYTES, NAME, WEIGHTS, assert_same, own_files
+from tests.helpers.hub_server import Hub
+
+load = SigLipVisionModel.from_hf
+
+
+@pytest.fixture
+def pushed(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the repository with other weights, which is not pushed yet."""
+    pushed = Path(shutil.copytree(folder, tmp_path / "pushed"))
+    edit_tensors(pushed, lambda t: {name: tensor + 1 for name, tensor in t.items()})
+    return pushed
+
+
+def commit_of(model: SigLipVisionModel) -> str | None:
+    assert model.provenance is not None
+    return model.provenance.commit
+
+
+def test_branch_tag_and_commit(hub: Hub, vision_folder: Path, cache: Path) -> None:
+    commit = hub.repositories[NAME].commit
+    for revision in ("main", "v1", commit):
+        assert commit_of(load(NAME, revision=revision, cache_dir=cache)) == commit
+    with pytest.raises(CheckpointError, match=r"'google/siglip-small' has no revision 'v9'"):
+        load(NAME, revision="v9", cache_dir=cache)
+
+
+def test_pinned_to_commit_of_first_file(
+    hub: Hub, vision_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After config.json, the weights are asked of its commit, here gone, and not of `main`."""
+    read = reader.read_contents
+
+    def then_push(source: reader.Source) -> object:
+        config = read(source)
+        edit_tensors(vision_folder, lambda t: t)
+        return config
+
+    monkeypatch.setattr(reader, "read_contents", then_push)
+    with pytest.raises(CheckpointError, match="has no revision"):
+        load(NAME, cache_dir=cache)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("moment", ["HEAD config.json", "HEAD model.safetensors", WEIGHTS])
+def test_push_between_requests(
+    moment: str, hub: Hub, folder: Path, cache: Path, pushed: Path
+) -> None:
+    first = hub.repositories[NAME].commit
+    hub.after[moment] = lambda: hub.repositories[NAME].push(pushed)
+    model = load(NAME, cache_dir=cache)
+    assert_same(model, folder if commit_of(model) == first else pushed)
+    assert_same(load(NAME, cache_dir=cache), pushed)
+
+
+def test_push_between_metadata_and_file(hub: Hub, folder: Path, cache: Path, pushed: Path) -> None:
+    """`main` is asked for the hash; the file is asked of the commit that came with it."""
+    config = (folder / "config.json").read_text()
+    assert "1e-06" in config
+    (pushed / "config.json").write_text(config.replace("1e-06", "1e-05"))
+    first = hub.repositories[NAME].commit
+    hub.after["HEAD config.json"] = lambda: hub.repositories[NAME].push(pushed)
+    model = load(NAME, cache_dir=cache)
+    assert commit_of(model) == first
+    assert hub.repositories[NAME].commit != first
+    assert hub.requests["GET config.json"] == 1
+    assert_same(model, folder)
+
+
+def test_push_of_other_files(hub: Hub, folder: Path, cache: Path, tmp_path: Path) -> None:
+    """One that leaves the weights alone costs no more than their header."""
+    load(NAME, cache_dir=cache)
+    first = hub.repositories[NAME].commit
+    pushed = Path(shutil.copytree(folder, tmp_path / "pushed"))
+    (pushed / "README.md").write_text("new")
+    hub.repositories[NAME].push(pushed)
+    hub.sent.clear()
+    assert commit_of(load(NAME, cache_dir=cache)) == hub.repositories[NAME].commit != first
+    assert hub.sent["model.safetensors"] == HEADER_BYTES
+    assert len(own_files(cache)) == 1
+    for revision in (first, "v1"):
+        assert commit_of(load(NAME, cache_dir=cache, revision=revision)) == first
+
+
+def test_origin_is_saved(hub: Hub, folder: Path, cache: Path, tmp_path: Path) -> None:
+    """The commit is in everything that is written."""
+    model = load(NAME, cache_dir=cache)
+    origin = f"{NAME}@{hub.repositories[NAME].commit}"
+    assert model.provenance is not None
+    assert model.provenance.origin == origin
+    model.save_hf(tmp_path / "hf")
+    model.save_timm(tmp_path / "timm")
+    load(tmp_path / "hf").save_hf(tmp_path / "again")
+    for name in ("hf", "timm", "again"):
+        provenance = load(tmp_path / name).provenance
+        assert provenance is not None
+        assert provenance.origin == origin
+        assert str(provenance).startswith(f"source   {tmp_path / name}, made from {origin}\n")
+    edit_tensors(tmp_path / "hf", lambda t: t)  # written by somebody else
+    provenance = load(tmp_path / "hf").provenance
+    assert provenance is not None
+    assert provenance.origin is None
