@@ -23,7 +23,7 @@ from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from tests.helpers.checkpoints import SMALL, MakeCheckpoint, edit_tensors
 from tests.helpers.hub_cache import NAME, TEXT_MODEL_BYTES
 from tests.helpers.hub_server import Hub, Repository
-from tests.helpers.sample_images import make
+from tests.helpers.sample_images import write_images
 
 torch.set_num_threads(1)  # towers of a few columns are slower with more
 
@@ -113,7 +113,7 @@ def copied(tower: Path, tmp_path: Path) -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """50 pictures, several of them broken: `broken.json` says which."""
     folder = tmp_path_factory.mktemp("photos")
-    assert len(set(make(folder, 50, 0.2, 0).values())) >= 3
+    assert len(set(write_images(folder, 50, 0.2, 0).values())) >= 3
     return folder
 
 

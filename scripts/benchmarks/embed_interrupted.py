@@ -1,13 +1,12 @@
-"""Embeds one folder of pictures three ways.
-
-In one go, killed again and again, and on a Ray cluster of two workers.
+"""Embeds one folder of images in one go, killed again and again, and on a Ray cluster.
 
     uv run tests/helpers/sample_images.py FOLDER
     uv run scripts/benchmarks/embed_interrupted.py FOLDER [--kills 10] [--seed 0] [--model SOURCE]
     [--json PATH]
 
-All must end with the same rows and, bit for bit, the same vectors. Without --model, a small tower
-with random weights is taken: the rows are what is looked at here, not the speed.
+All must end with the same rows and, bit for bit, the same vectors. The cluster has two workers.
+Without --model, a small model with random weights is taken: the rows are what is looked at here,
+not the speed.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from pyarrow import parquet
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.parity import randomise
 
-TINY = SigLipVisionConfig(
+SMALL = SigLipVisionConfig(
     embed_dim=192,
     num_attention_heads=3,
     num_encoder_blocks=2,
@@ -40,102 +39,83 @@ TINY = SigLipVisionConfig(
     pooling_head=True,
 )
 
+PROGRAM = [sys.executable, "-c", "from siglip_port.cli.main import main; main()"]
 
-def command(folder: Path, out: Path, model: str, *more: str) -> list[str]:
+
+def embed_command(images: Path, out: Path, model: str, *options: str) -> list[str]:
     """The command line of a run."""
-    how = [
-        "--model",
-        model,
-        "--form",
-        "eager",
-        "--threads",
-        "1",
-        "--shard-size",
-        "256",
-        "--json",
-        *more,
-    ]
-    return [
-        sys.executable,
-        "-c",
-        "from siglip_port.cli.main import main; main()",
-        "embed",
-        str(folder),
-        "-o",
-        str(out),
-        *how,
-    ]
+    arguments = [str(images), "-o", str(out), "--model", model, "--form", "eager"]
+    arguments += ["--threads", "1", "--shard-size", "256", "--json", *options]
+    return [*PROGRAM, "embed", *arguments]
 
 
-def to_the_end(arguments: list[str]) -> dict[str, Any]:
-    """Runs it; what it says of itself."""
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 3):
-        raise RuntimeError(
-            f"exit code {done.returncode}: {done.stderr.strip() or done.stdout.strip()}"
-        )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return {**found, "exit_code": done.returncode}
+def run_to_the_end(command: list[str]) -> dict[str, Any]:
+    """Run a command, and return what it reports."""
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode not in (0, 3):
+        message = process.stderr.strip() or process.stdout.strip()
+        raise RuntimeError(f"exit code {process.returncode}: {message}")
+    report: dict[str, Any] = json.loads(process.stdout)
+    return {**report, "exit_code": process.returncode}
 
 
-def killed(
-    arguments: list[str], out: Path, times: int, chance: random.Random
-) -> tuple[list[int], dict[str, Any]]:
-    """Kills a run at some moments, and then lets it end.
-
-    How many files were there after each, and what it says.
-    """
+def kill_repeatedly(command: list[str], out: Path, kills: int, chance: random.Random) -> list[int]:
+    """Kill a run at some moments; return how many files were complete after each."""
     complete = [0]
-    for _ in range(times):
+    for _ in range(kills):
+        files = complete[-1] + chance.randrange(5)
         with subprocess.Popen(
-            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as process:
-            wait_for(out, complete[-1] + chance.randrange(5), process)
+            wait_for_files(out, files, process)
             time.sleep(chance.uniform(0, 5))
             process.send_signal(signal.SIGKILL)
-        complete.append(len(list(out.glob("part-*.parquet"))))
-    return complete[1:], to_the_end(arguments)
+        complete.append(count_files(out))
+    return complete[1:]
 
 
-def wait_for(out: Path, files: int, process: subprocess.Popen[bytes]) -> None:
-    """Until so many files are complete, or the run has ended."""
-    while process.poll() is None and len(list(out.glob("part-*.parquet"))) < files:
+def wait_for_files(out: Path, files: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until so many files are complete, or the run has ended."""
+    while process.poll() is None and count_files(out) < files:
         time.sleep(0.1)
 
 
-def rows(out: Path) -> list[tuple[str, str]]:
-    """Of all rows, the id, and a hash of everything, every bit of the vector included."""
-    found = []
+def count_files(out: Path) -> int:
+    """How many files of a run are complete."""
+    return len(list(out.glob("part-*.parquet")))
+
+
+def row_hashes(out: Path) -> list[tuple[str, str]]:
+    """The id of each row, and a hash of everything in it, every bit of the vector included."""
+    hashes = []
     for path in sorted(out.glob("part-*.parquet")):
         table = parquet.read_table(path)
-        vectors = (
-            table.column("embedding").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        )
-        others = table.drop_columns(["embedding"]).to_pylist()
-        for other, vector in zip(others, vectors.reshape(len(others), -1), strict=True):
-            found.append(
-                (other["id"], hashlib.sha256(repr(other).encode() + vector.tobytes()).hexdigest())
-            )
-    return found
+        numbers = table.column("embedding").combine_chunks().flatten()
+        rows = table.drop_columns(["embedding"]).to_pylist()
+        vectors = numbers.to_numpy(zero_copy_only=False).reshape(len(rows), -1)
+        for row, vector in zip(rows, vectors, strict=True):
+            content = repr(row).encode() + vector.tobytes()
+            hashes.append((row["id"], hashlib.sha256(content).hexdigest()))
+    return hashes
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[str]:
+def ray_cluster() -> Iterator[str]:
     """A Ray cluster of two workers on this machine: its address."""
     os.environ |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(2):
-        made.add_node(num_cpus=2)
+        cluster.add_node(num_cpus=2)
     try:
-        yield made.address
+        yield cluster.address
     finally:
-        made.shutdown()  # type: ignore[no-untyped-call]
+        cluster.shutdown()
 
 
-def main() -> int:
-    """Reads the arguments, runs all three, compares; exit code 1 where they differ."""
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -144,35 +124,51 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--model", help="a checkpoint, instead of a small one with random weights")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    broken = json.loads((args.folder / "broken.json").read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
-        room = Path(scratch)
-        if args.model is None:
-            model = SigLipVisionModel(TINY).eval()
-            randomise(model, seed=0)
-            model.save_hf(room / "tower")
-        source = args.model or str(room / "tower")
-        told: dict[str, Any] = {"in one go": to_the_end(command(args.folder, room / "one", source))}
-        again = command(args.folder, room / "killed", source)
-        told["files after each kill"], told["killed"] = killed(
-            again, room / "killed", args.kills, random.Random(args.seed)
+    return parser.parse_args()
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Do all three runs, in a folder, and compare them."""
+    source = args.model
+    if source is None:
+        model = SigLipVisionModel(SMALL).eval()
+        randomise(model, seed=0)
+        model.save_hf(folder / "model")
+        source = str(folder / "model")
+    report: dict[str, Any] = {}
+    report["in one go"] = run_to_the_end(embed_command(args.folder, folder / "one", source))
+    command = embed_command(args.folder, folder / "killed", source)
+    chance = random.Random(args.seed)
+    report["files after each kill"] = kill_repeatedly(
+        command, folder / "killed", args.kills, chance
+    )
+    report["killed"] = run_to_the_end(command)
+    with ray_cluster() as address:
+        options = ["--engine", "ray", "--address", address]
+        report["on Ray"] = run_to_the_end(
+            embed_command(args.folder, folder / "ray", source, *options)
         )
-        with cluster() as address:
-            ray = ["--engine", "ray", "--address", address]
-            told["on Ray"] = to_the_end(command(args.folder, room / "ray", source, *ray))
-        one, two, three = (rows(room / name) for name in ("one", "killed", "ray"))
-    errors = told["in one go"]["failed"]
-    told |= {
-        "pictures": len(one),
-        "broken": len(broken),
-        "same after kills": one == two,
-        "same on Ray": one == three,
-    }
-    print(json.dumps(told, indent=1))
+    rows = row_hashes(folder / "one")
+    report["pictures"] = len(rows)
+    report["broken"] = len(json.loads((args.folder / "broken.json").read_text(encoding="utf-8")))
+    report["same after kills"] = rows == row_hashes(folder / "killed")
+    report["same on Ray"] = rows == row_hashes(folder / "ray")
+    report["distinct"] = len(set(rows)) == len(rows)
+    return report
+
+
+def main() -> int:
+    """Do all three runs and compare; exit code 1 where they differ."""
+    args = parse_arguments()
+    with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
+        report = measure(args, Path(folder))
+    is_complete = report.pop("distinct") and report["in one go"]["failed"] == report["broken"]
+    text = json.dumps(report, indent=1)
+    print(text)
     if args.json:
-        args.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    return 0 if one == two == three and errors == len(broken) and len(set(one)) == len(one) else 1
+        args.json.write_text(text + "\n", encoding="utf-8")
+    is_same = report["same after kills"] and report["same on Ray"]
+    return 0 if is_complete and is_same else 1
 
 
 if __name__ == "__main__":

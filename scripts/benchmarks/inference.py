@@ -1,15 +1,15 @@
 """Times this port beside its peers.
 
-The same weights, the same pictures, equal before they are timed, in turns.
+The same weights, the same images, equal before they are timed, in turns. All of it on the CPU, or
+the peers on a GPU:
 
-    uv run --group bench scripts/benchmarks/inference.py [--quick]                        all of it,
-    on the CPU
-    uv run --group bench scripts/benchmarks/inference.py --device cuda --dtype bfloat16   on a GPU
+    uv run --group bench scripts/benchmarks/inference.py [--quick]
+    uv run --group bench scripts/benchmarks/inference.py --device cuda --dtype bfloat16
 
 Weights are random ones of google/siglip-base-patch16-224's architecture, or `--model so400m`'s.
 Peers that are not installed are left out, in words. Every round runs every peer once, A B C A B C,
 so that what slows the machine down slows all of them; ratios are medians of the ratios within
-rounds. Writes what it measured as JSON and as a picture.
+rounds. Writes what it measured as JSON and as a chart.
 """
 
 from __future__ import annotations
@@ -23,239 +23,28 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from siglip_port import SigLipVisionConfig, SigLipVisionModel, optimize
-from siglip_port.parity import randomise
+from scripts.benchmarks.inference_peers import BASELINE, MODELS, Bench, make_peers, prepare
+from siglip_port import SigLipVisionConfig, SigLipVisionModel
 
-MODELS = {
-    "base": SigLipVisionConfig(pooling_head=True),
-    "so400m": SigLipVisionConfig(
-        embed_dim=1152, image_size=384, patch_size=14, num_attention_heads=16, num_encoder_blocks=27,
-        mlp_hidden_dim=4304, pooling_head=True,
-    ),
-    "tiny": SigLipVisionConfig(
-        embed_dim=96, image_size=64, num_attention_heads=2, num_encoder_blocks=2, mlp_hidden_dim=192, pooling_head=True
-    ),
-}  # fmt: skip
-TIMM = {"base": "ViT-B-16-SigLIP", "so400m": "ViT-SO400M-14-SigLIP-384"}
-BASELINE, INT8 = "transformers sdpa", "siglip_port optimize, int8"
-EQUAL = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""How far a peer's vectors may be from ours in float32, largest difference over largest number, to be timed at all."""
+Rows = dict[str, dict[str, float]]
+"""Numbers by name, of each peer."""
 
-Run = Callable[[Tensor], Tensor]
-"""[B, C, S, S] -> pooled [B, D], by way of all tokens."""
-
-
-@dataclass
-class Bench:
-    """What all peers share.
-
-    The weights, as our model and as the folders that others read, and where to run.
-
-    Attributes:
-        model: ours, on the CPU, float32.
-        folder: with `hf` and `timm` in it.
-        name: of the model, a key of `MODELS`.
-        device: where to.
-        dtype: of all.
-    """
-
-    model: SigLipVisionModel
-    folder: Path
-    name: str
-    device: str
-    dtype: torch.dtype
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def home(self, module: nn.Module) -> Any:  # noqa: ANN401
-        """Brings a module to the device and dtype."""
-        return module.to(self.device, self.dtype).eval()
-
-
-@contextmanager
-def prepared(args: argparse.Namespace) -> Iterator[Bench]:
-    """Makes the weights."""
-    model = SigLipVisionModel(MODELS[args.model]).eval()
-    randomise(model, seed=0)
-    with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
-        model.save_hf(Path(folder) / "hf")
-        if args.model in TIMM:
-            model.save_timm(Path(folder) / "timm")
-        yield Bench(model, Path(folder), args.model, args.device, getattr(torch, args.dtype))
-
-
-def transformers_peer(attention: str, *, compiled: bool = False) -> Callable[[Bench], Run]:
-    """The reference, with an attention of its own choice."""
-
-    def make(bench: Bench) -> Run:
-        from transformers import SiglipVisionModel
-
-        model = bench.home(
-            SiglipVisionModel.from_pretrained(bench.folder / "hf", attn_implementation=attention)
-        )
-        called = torch.compile(model, dynamic=False) if compiled else model
-        return lambda x: called(pixel_values=x).pooler_output
-
-    return make
-
-
-def timm_peer(bench: Bench) -> Run:
-    """Timm's model of the same architecture."""
-    import timm
-
-    return bench.home(  # type: ignore[no-any-return]
-        timm.create_model(f"local-dir:{bench.folder / 'timm'}", pretrained=True, num_classes=0)
-    )
-
-
-def open_clip_peer(bench: Bench) -> Run:
-    """open_clip's vision tower, which is timm's with a wrapper around it."""
-    import open_clip
-    import timm
-
-    visual = open_clip.create_model(TIMM[bench.name], pretrained=None).visual
-    source = timm.create_model(f"local-dir:{bench.folder / 'timm'}", pretrained=True, num_classes=0)
-    visual.trunk.load_state_dict(source.state_dict())
-    for block in [*visual.trunk.blocks, visual.trunk.attn_pool]:
-        block.mlp.act = nn.GELU(
-            approximate="tanh"
-        )  # its configuration of the first SigLIP says exact
-    return bench.home(visual)  # type: ignore[no-any-return]
-
-
-def onnxruntime_peer(bench: Bench) -> Run:
-    """ONNX Runtime, on what `export_onnx` writes."""
-    import onnxruntime
-
-    from siglip_port.optimize.export import export_onnx
-
-    if bench.dtype != torch.float32 or bench.device != "cpu":
-        raise ValueError("measured in float32 on a CPU only")
-    export_onnx(bench.model, bench.folder / "tower.onnx")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        bench.folder / "tower.onnx", options, providers=["CPUExecutionProvider"]
-    )
-    return lambda x: torch.from_numpy(session.run(["pooled"], {"pixel_values": x.numpy()})[0])
-
-
-def openvino_peer(bench: Bench) -> Run:
-    """OpenVINO on its own, head included; not by way of our `optimize`."""
-    import openvino
-
-    from siglip_port.optimize.selection import Outputs, export_any_batch
-
-    if bench.dtype == torch.float16 or bench.device != "cpu":
-        raise ValueError("measured in float32 and bfloat16 on a CPU only")
-    example = torch.zeros(2, 3, *2 * [bench.model.config.image_size])
-    hint = "f32" if bench.dtype == torch.float32 else "bf16"
-    settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    converted = openvino.convert_model(export_any_batch(Outputs(bench.model), example))
-    compiled = openvino.Core().compile_model(
-        converted, "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"}
-    )
-    return lambda x: torch.from_numpy(compiled(x.float().numpy(), share_inputs=True)[1])
-
-
-def ours_eager(bench: Bench) -> Run:
-    """Our tower as `from_hf` returns it."""
-    return SigLipVisionModel.from_hf(
-        bench.folder / "hf", dtype=bench.dtype, device=bench.device
-    ).embed
-
-
-def ours_fast(
-    engines: Sequence[str] | None, batch: int, dtype: torch.dtype | None = None
-) -> Callable[[Bench], Run]:
-    """Our tower after `optimize`."""
-
-    def make(bench: Bench) -> Run:
-        model = SigLipVisionModel.from_hf(bench.folder / "hf", device=bench.device)
-        fast = optimize(
-            model,
-            dtype=dtype or bench.dtype,
-            engines=engines,
-            batch_size=batch,
-            cache_dir=bench.folder / "kept",
-        )
-        print(f"optimize: {fast.choice}", file=sys.stderr)
-        return fast.embed
-
-    return make
-
-
-def peers(bench: Bench, batch: int, *, quick: bool) -> dict[str, Run]:
-    """All that can be timed here, equal to our float32 tower.
-
-    What cannot is noted in `bench.left_out`.
-    """
-    makers: dict[str, Callable[[Bench], Run]] = {
-        BASELINE: transformers_peer("sdpa"),
-        "transformers eager": transformers_peer("eager"),
-        **({} if quick else {"transformers compiled": transformers_peer("sdpa", compiled=True)}),
-        "timm": timm_peer,
-        "open_clip": open_clip_peer,
-        "ONNX Runtime": onnxruntime_peer,
-        "OpenVINO": openvino_peer,
-        "siglip_port": ours_eager,
-        "siglip_port optimize, without extras": ours_fast(
-            ["packed", "packed-gelu", "compiled"], batch
-        ),
-        "siglip_port optimize": ours_fast(None, batch),
-        **(
-            {INT8: ours_fast(None, batch, torch.int8)}
-            if bench.dtype == torch.float32 and bench.device == "cpu"
-            else {}
-        ),
-    }
-    made: dict[str, Run] = {}
-    x = pictures(bench, batch)
-    with torch.inference_mode():
-        truth = bench.model.embed(x.cpu().float()).double()
-        for name, make in makers.items():
-            try:
-                run = make(bench)
-                found = run(x).cpu().double()
-            except (ImportError, KeyError, OSError, ValueError, RuntimeError) as error:
-                bench.left_out[name] = (
-                    f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                )
-                continue
-            error_ = ((found - truth).abs().max() / truth.abs().max()).item()
-            cosine = torch.cosine_similarity(found, truth, dim=-1).min().item()
-            agreement[name] = {"difference": error_, "cosine": cosine}
-            if not error_ <= EQUAL[bench.dtype] and name != INT8:
-                bench.left_out[name] = f"not equal: differs by {error_:.1e}"
-                continue
-            made[name] = run
-    return made
-
-
-agreement: dict[str, dict[str, float]] = {}
-
-
-def pictures(bench: Bench, batch: int) -> Tensor:
-    """Noise in [-1, 1]: [batch, 3, S, S]."""
-    size = bench.model.config.image_size
-    noise = torch.rand((batch, 3, size, size), generator=torch.Generator().manual_seed(1)) * 2 - 1
-    return noise.to(bench.device, bench.dtype)
+# --- timing ---------------------------------------------------------------------------------------
 
 
 def seconds(run: Callable[[], object], device: str = "cpu") -> float:
-    """Of one call, that of the device included."""
+    """Time one call, that of the device included."""
     started = time.perf_counter()
     run()
     if device != "cpu":
@@ -263,41 +52,51 @@ def seconds(run: Callable[[], object], device: str = "cpu") -> float:
     return time.perf_counter() - started
 
 
-def in_turns(
+def time_interleaved(
     runs: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Times everything once a round, every second round backwards.
+    """Time everything once a round, every second round backwards.
 
     One round before does not count.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
         for number in range(rounds + 1):
-            for name in list(runs)[:: 1 if number % 2 else -1]:
-                taken = seconds(runs[name], device)
-                if number:
-                    times[name].append(taken)
+            names = list(runs)
+            if number % 2 == 0:
+                names.reverse()
+            for name in names:
+                time_of_call = seconds(runs[name], device)
+                if number > 0:
+                    times[name].append(time_of_call)
     return times
 
 
-def summary(
-    times: dict[str, list[float]], batch: int, baseline: str = BASELINE
-) -> dict[str, dict[str, float]]:
+def median_seconds(run: Callable[[], object], rounds: int) -> float:
+    """Time one thing alone."""
+    return statistics.median(time_interleaved({"": run}, rounds)[""])
+
+
+def summarize(times: Mapping[str, list[float]], batch_size: int) -> Rows:
     """Medians, quartiles and ratios: how many times as fast as the baseline."""
-    rows = {}
-    for name, all_ in times.items():
-        low, middle, high = statistics.quantiles(all_, n=4)
-        ratio = statistics.median(b / a for a, b in zip(all_, times[baseline], strict=True))
+    rows: Rows = {}
+    for name, own_times in times.items():
+        low, middle, high = statistics.quantiles(own_times, n=4)
+        pairs = zip(own_times, times[BASELINE], strict=True)
         rows[name] = {
-            "ms": 1000 * middle / batch, "ms_low": 1000 * low / batch, "ms_high": 1000 * high / batch,
-            "times_as_fast": ratio,
-        }  # fmt: skip
+            "ms": 1000 * middle / batch_size,
+            "ms_low": 1000 * low / batch_size,
+            "ms_high": 1000 * high / batch_size,
+            "times_as_fast": statistics.median(base / own for own, base in pairs),
+        }
     return rows
 
 
 def flops(config: SigLipVisionConfig, tokens: int | None = None) -> float:
-    """Multiplications and additions of one picture, of matrix products alone."""
-    n, d, m = tokens or config.num_patches, config.embed_dim, config.mlp_hidden_dim
+    """Multiplications and additions of one image, of matrix products alone."""
+    n = tokens or config.num_patches
+    d = config.embed_dim
+    m = config.mlp_hidden_dim
     patch = 2 * n * d * config.patch_size**2 * config.num_channels
     block = 2 * n * (4 * d * d + 2 * d * m) + 4 * n * n * d
     head = 2 * n * 2 * d * d + 2 * (2 * d * d + 2 * d * m) + 4 * n * d
@@ -307,194 +106,228 @@ def flops(config: SigLipVisionConfig, tokens: int | None = None) -> float:
 def gemm_peak(bench: Bench) -> float:
     """The best rate of a large product in GFLOP/s, by MKL or cuBLAS and by oneDNN."""
     n = 1536 if bench.device == "cpu" else 8192
-    a, b = (torch.randn(n, n, dtype=bench.dtype, device=bench.device) for _ in range(2))
+    a = torch.randn(n, n, dtype=bench.dtype, device=bench.device)
+    b = torch.randn(n, n, dtype=bench.dtype, device=bench.device)
     runs: dict[str, Callable[[], object]] = {"matmul": lambda: a @ b}
     if bench.device == "cpu":
         convolution = nn.Conv2d(n, n, 1).to(bench.dtype).to(memory_format=torch.channels_last)
-        x = (
-            a.t()
-            .contiguous()
-            .reshape(1, n, 48, n // 48)
-            .contiguous(memory_format=torch.channels_last)
-        )
+        x = a.t().contiguous().reshape(1, n, 48, n // 48)
+        x = x.contiguous(memory_format=torch.channels_last)
         runs["conv"] = lambda: convolution(x)
-    times = in_turns(runs, 10, bench.device)
-    return float(2 * n**3 / min(min(all_) for all_ in times.values()) / 1e9)
+    times = time_interleaved(runs, 10, bench.device)
+    shortest = min(min(own_times) for own_times in times.values())
+    return 2 * n**3 / shortest / 1e9
 
 
-def scaling(bench: Bench, *, rounds: int = 3) -> dict[str, Any]:
-    """How time grows with batch, threads and picture, beside what arithmetic says."""
-    config, found = bench.model.config, dict[str, Any]()
-    model = bench.model
-    runs = {
-        f"{batch}": functools.partial(model.embed, pictures(bench, batch))
-        for batch in (1, 2, 4, 8, 16)
+# --- how time grows -------------------------------------------------------------------------------
+
+
+def measure_scaling(bench: Bench, *, rounds: int = 3) -> dict[str, Any]:
+    """How time grows with batch, threads and image, beside what arithmetic says."""
+    return {
+        "batch": scaling_with_batch(bench, rounds),
+        "threads": scaling_with_threads(bench, rounds),
+        "image": scaling_with_image(bench, rounds),
     }
-    times = in_turns(runs, rounds)
-    found["batch"] = {
-        name: 1000 * statistics.median(all_) / int(name) for name, all_ in times.items()
-    }
+
+
+def scaling_with_batch(bench: Bench, rounds: int) -> dict[str, float]:
+    """Milliseconds an image, by batch size."""
+    runs = {}
+    for batch_size in (1, 2, 4, 8, 16):
+        images = bench.images(batch_size)
+        runs[f"{batch_size}"] = functools.partial(bench.model.embed, images)
+    times = time_interleaved(runs, rounds)
+    return {name: 1000 * statistics.median(own) / int(name) for name, own in times.items()}
+
+
+def scaling_with_threads(bench: Bench, rounds: int) -> dict[str, float]:
+    """Milliseconds an image, by threads, in batches of 8."""
     threads = torch.get_num_threads()
-    x, by_threads = pictures(bench, 8), {}
+    run = functools.partial(bench.model.embed, bench.images(8))
+    milliseconds = {}
     for number in range(1, threads + 1):
         torch.set_num_threads(number)
-        by_threads[f"{number}"] = (
-            1000 * statistics.median(in_turns({"": lambda: model.embed(x)}, rounds)[""]) / 8
-        )
+        milliseconds[f"{number}"] = 1000 * median_seconds(run, rounds) / 8
     torch.set_num_threads(threads)
-    found["threads"] = by_threads
-    resized = SigLipVisionModel(replace(config, interpolation="hf")).eval()
-    resized.load_state_dict(model.state_dict(), assign=True)
-    sizes = [size for size in (224, 256, 384, 512, 768) if size % config.patch_size == 0]
-    runs = {
-        f"{size}": functools.partial(resized.embed, torch.rand(1, 3, size, size)) for size in sizes
-    }
-    times = in_turns(runs, rounds)
-    found["image"] = {
-        name: {
-            "tokens": (n := (int(name) // config.patch_size) ** 2),
-            "gflop": flops(config, n) / 1e9,
-            "ms": 1000 * statistics.median(all_),
-            "gflop_per_s": flops(config, n) / 1e9 / statistics.median(all_),
+    return milliseconds
+
+
+def scaling_with_image(bench: Bench, rounds: int) -> Rows:
+    """Tokens, work and time, by the side of the image in pixels."""
+    config = bench.model.config
+    model = SigLipVisionModel(replace(config, interpolation="hf")).eval()
+    model.load_state_dict(bench.model.state_dict(), assign=True)
+    runs = {}
+    for size in (224, 256, 384, 512, 768):
+        if size % config.patch_size == 0:
+            runs[f"{size}"] = functools.partial(model.embed, torch.rand(1, 3, size, size))
+    rows: Rows = {}
+    for name, times in time_interleaved(runs, rounds).items():
+        tokens = (int(name) // config.patch_size) ** 2
+        gflop = flops(config, tokens) / 1e9
+        median = statistics.median(times)
+        rows[name] = {
+            "tokens": tokens,
+            "gflop": gflop,
+            "ms": 1000 * median,
+            "gflop_per_s": gflop / median,
         }
-        for name, all_ in times.items()
-    }
-    return found
+    return rows
 
 
-OURS = "import torch; from siglip_port import SigLipVisionModel as M, optimize; torch.set_grad_enabled(False)\n"
-THEIRS = (
-    "import torch; from transformers import SiglipVisionModel as M; torch.set_grad_enabled(False)\n"
-)
-TIMMS = "import torch, timm; torch.set_grad_enabled(False)\n"
-COLD = {
+# --- whole processes ------------------------------------------------------------------------------
+
+NO_GRADIENTS = "; torch.set_grad_enabled(False)\n"
+PORT = "import torch; from siglip_port import SigLipVisionModel as M, optimize" + NO_GRADIENTS
+REFERENCE = "import torch; from transformers import SiglipVisionModel as M" + NO_GRADIENTS
+TIMM = "import torch, timm" + NO_GRADIENTS
+IMAGE = "torch.rand(1, 3, SIZE, SIZE)"
+
+PROGRAMS = {
     "import torch": "import torch",
     "import siglip_port": "import siglip_port",
-    "siglip_port, first vector": OURS + "M.from_hf('hf').embed(torch.rand(1, 3, {s}, {s}))",
+    "siglip_port, first vector": PORT + f"M.from_hf('hf').embed({IMAGE})",
     "siglip_port optimized, first vector": (
-        OURS + "optimize(M.from_hf('hf'), cache_dir='kept').embed(torch.rand(1, 3, {s}, {s}))"
+        PORT + f"optimize(M.from_hf('hf'), cache_dir='kept').embed({IMAGE})"
     ),
-    "transformers, first vector": THEIRS + "M.from_pretrained('hf')(torch.rand(1, 3, {s}, {s}))",
+    "transformers, first vector": REFERENCE + f"M.from_pretrained('hf')({IMAGE})",
     "timm, first vector": (
-        TIMMS
-        + "timm.create_model('local-dir:timm', pretrained=True, num_classes=0).eval()(torch.rand(1, 3, {s}, {s}))"
+        TIMM
+        + "model = timm.create_model('local-dir:timm', pretrained=True, num_classes=0)\n"
+        + f"model.eval()({IMAGE})"
     ),
-    "siglip_port, loaded": OURS + "[p.sum() for p in M.from_hf('hf').parameters()]",
-    "siglip_port, batch 8": OURS + "M.from_hf('hf').embed(torch.rand(8, 3, {s}, {s}))",
-    "siglip_port, batch 32": OURS + "M.from_hf('hf').embed(torch.rand(32, 3, {s}, {s}))",
-    "transformers, loaded": THEIRS + "[p.sum() for p in M.from_pretrained('hf').parameters()]",
+    "siglip_port, loaded": PORT + "[p.sum() for p in M.from_hf('hf').parameters()]",
+    "siglip_port, batch 8": PORT + "M.from_hf('hf').embed(torch.rand(8, 3, SIZE, SIZE))",
+    "siglip_port, batch 32": PORT + "M.from_hf('hf').embed(torch.rand(32, 3, SIZE, SIZE))",
+    "transformers, loaded": REFERENCE + "[p.sum() for p in M.from_pretrained('hf').parameters()]",
 }
 """Whole programs. `optimized` finds what the benchmark of batch 1 has kept."""
 
 # Not `getrusage`, which begins with what this process, its parent, had.
-MEMORY = "\nprint(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+PRINT_PEAK_KILOBYTES = """
+lines = open('/proc/self/status')
+print(next(line.split()[1] for line in lines if line.startswith('VmHWM')))
+"""
 
 
-def cold(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
+def measure_processes(bench: Bench, rounds: int) -> Rows:
     """Whole processes: seconds from start to end, and the most memory in MB, in turns."""
-    size = bench.model.config.image_size
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in COLD}
+    times: dict[str, list[float]] = {name: [] for name in PROGRAMS}
+    peaks: dict[str, list[float]] = {name: [] for name in PROGRAMS}
+    for number in range(rounds + 1):
+        for name, program in PROGRAMS.items():
+            started = time.perf_counter()
+            process = run_program(
+                program.replace("SIZE", str(bench.model.config.image_size)), bench
+            )
+            time_of_process = time.perf_counter() - started
+            if process.returncode:
+                bench.left_out[name] = process.stderr.strip().splitlines()[-1]
+            elif number > 0:  # the first round only warms the disk's cache
+                times[name].append(time_of_process)
+                peaks[name].append(int(process.stdout.split()[-1]) / 1024)
+    rows: Rows = {}
+    for name, own_times in times.items():
+        if len(own_times) < rounds:
+            continue
+        ratios = [own / base for own, base in zip(own_times, times["import torch"], strict=True)]
+        rows[name] = {
+            "seconds": statistics.median(own_times),
+            "times_import_torch": statistics.median(ratios),
+            "peak_mb": statistics.median(peaks[name]),
+        }
+    return rows
+
+
+def run_program(program: str, bench: Bench) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own, in the folder of the weights."""
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1"}
     # Where Python may not keep what it compiles, every process compiles torch and transformers
     # anew.
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    for number in range(rounds + 1):
-        for name, code in COLD.items():
-            started = time.perf_counter()
-            program = code.replace("{s}", f"{size}") + MEMORY
-            done = subprocess.run(
-                [sys.executable, "-W", "ignore", "-c", program],
-                cwd=bench.folder, capture_output=True, text=True, env={**kept, "HF_HUB_OFFLINE": "1"},
-            )  # fmt: skip
-            taken = time.perf_counter() - started
-            if done.returncode:
-                bench.left_out[name] = done.stderr.strip().splitlines()[-1]
-            elif number:  # the first round only warms the disk's cache
-                found[name].append((taken, int(done.stdout.split()[-1]) / 1024))
-    torch_alone = [t for t, _ in found["import torch"]]
-    return {
-        name: {
-            "seconds": statistics.median(t for t, _ in all_),
-            "times_import_torch": statistics.median(
-                t / b for (t, _), b in zip(all_, torch_alone, strict=True)
-            ),
-            "peak_mb": statistics.median(mb for _, mb in all_),
-        }
-        for name, all_ in found.items()
-        if len(all_) == rounds
-    }
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)
+    command = [sys.executable, "-W", "ignore", "-c", program + PRINT_PEAK_KILOBYTES]
+    return subprocess.run(
+        command, cwd=bench.folder, capture_output=True, text=True, check=False, env=variables
+    )
+
+
+# --- the report -----------------------------------------------------------------------------------
 
 
 def environment(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-    """On what it was measured."""
-    versions = {}
-    for package in (
-        "torch",
-        "transformers",
-        "timm",
-        "open-clip-torch",
-        "onnxruntime",
-        "openvino",
-        "siglip-port",
-    ):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    cpu = next(
-        (line.split(": ")[1] for line in _cpuinfo() if line.startswith("model name")),
-        platform.machine(),
-    )
-    device = cpu if args.device == "cpu" else torch.cuda.get_device_name()
+    """What it was measured on."""
+    device = cpu_name() if args.device == "cpu" else torch.cuda.get_device_name()
     return {
-        "date": date.today().isoformat(), "command": " ".join(["scripts/benchmarks/inference.py", *sys.argv[1:]]),
-        "device": device, "instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "model": f"siglip {bench.name}, random weights", "dtype": args.dtype,
-        "gflop_per_picture": flops(bench.model.config) / 1e9, **versions,
-    }  # fmt: skip
+        "date": date.today().isoformat(),
+        "command": " ".join(["scripts/benchmarks/inference.py", *sys.argv[1:]]),
+        "device": device,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "model": f"siglip {bench.name}, random weights",
+        "dtype": args.dtype,
+        "gflop_per_picture": flops(bench.model.config) / 1e9,
+        **package_versions(),
+    }
 
 
-def _cpuinfo() -> list[str]:
+def package_versions() -> dict[str, str]:
+    """The versions of all that is timed."""
+    names = ["torch", "transformers", "timm", "open-clip-torch"]
+    names += ["onnxruntime", "openvino", "siglip-port"]
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def cpu_name() -> str:
+    """The processor's name, where Linux reports it."""
     try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return []
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.split(": ")[1]
+    return platform.machine()
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Draws how many times as fast as the baseline everybody is."""
+    """Draw how many times as fast as the baseline everybody is."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
     batches = list(report["peers"])
-    figure, axes = pyplot.subplots(
-        1, len(batches), figsize=(5.2 * len(batches), 4), sharey=True, squeeze=False
-    )
+    size = (5.2 * len(batches), 4)
+    figure, axes = pyplot.subplots(1, len(batches), figsize=size, sharey=True, squeeze=False)
     for axis, batch in zip(axes[0], batches, strict=True):
         rows = report["peers"][batch]
-        names = [name for name in report["peers"][batches[0]] if name in rows][::-1]
+        names = [name for name in report["peers"][batches[0]] if name in rows]
+        names.reverse()
         ratios = [rows[name]["times_as_fast"] for name in names]
-        bars = axis.barh(
-            names,
-            ratios,
-            color=["#c2185b" if "siglip_port" in name else "#9e9e9e" for name in names],
-        )
+        colors = ["#c2185b" if "siglip_port" in name else "#9e9e9e" for name in names]
+        bars = axis.barh(names, ratios, color=colors)
         axis.bar_label(bars, labels=[f"{ratio:.2f}" for ratio in ratios], padding=3)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xlim(0, max(ratios) * 1.15)
         axis.set_title(f"batch {batch}: times as fast as {BASELINE}", fontsize=10)
-    where = report["environment"]
-    figure.suptitle(
-        f"{where['model']}, {where['dtype']}, {where['device']}, {where['instructions']}",
-        fontsize=9,
-    )
+    about = report["environment"]
+    title = ", ".join(about[key] for key in ("model", "dtype", "device", "instructions"))
+    figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
-def table(rows: dict[str, dict[str, float]], gflop: float, peak: float) -> str:
-    """One batch size for people."""
+def format_rows(rows: Rows, bench: Bench, peak: float) -> str:
+    """Write one batch size for people."""
+    gflop = flops(bench.model.config) / 1e9
     width = max(map(len, rows))
     lines = [
         f"{'':{width}} | ms a picture (quartiles) | times as fast | of the GEMM peak | difference"
@@ -502,16 +335,19 @@ def table(rows: dict[str, dict[str, float]], gflop: float, peak: float) -> str:
     for name, row in rows.items():
         spread = f"{row['ms']:8.1f} ({row['ms_low']:.1f}-{row['ms_high']:.1f})"
         share = gflop / row["ms"] * 1000 / peak
-        far = agreement[name]["difference"]
+        difference = bench.agreement[name]["difference"]
         lines.append(
             f"{name:{width}} | {spread:24} | {row['times_as_fast']:13.2f} | {share:16.0%} | "
-            f"{far:.1e}"
+            f"{difference:.1e}"
         )
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Measures, prints and writes."""
+# --- the command ----------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -530,44 +366,78 @@ def main() -> int:
         help="names the files: OUTPUT.json, OUTPUT.png",
     )
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("not measured: there is no CUDA device here", file=sys.stderr)
-        return 2
     if args.rounds is not None and args.rounds < 2:
         parser.error("--rounds must be at least 2, for a spread")
     if not args.output.absolute().parent.is_dir():
         parser.error(f"--output {args.output}: its folder does not exist")
+    if args.rounds is None:
+        args.rounds = 5 if args.quick else 8
+    return args
+
+
+def batch_sizes(args: argparse.Namespace) -> tuple[int, ...]:
+    """The batch sizes that peers are timed with."""
+    if args.quick:
+        return (1,)
+    return (1, 8) if args.device == "cpu" else (1, 32, 256)
+
+
+def report_peers(bench: Bench, args: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Time all peers, print, and add it to the report."""
+    peak = gemm_peak(bench)
+    report["gemm_peak_gflop_per_s"] = peak
+    print(f"the best product of matrices: {peak:.0f} GFLOP/s")
+    for batch_size in batch_sizes(args):
+        images = bench.images(batch_size)
+        peers = make_peers(bench, batch_size, quick=args.quick)
+        calls = {name: functools.partial(run, images) for name, run in peers.items()}
+        rows = summarize(time_interleaved(calls, args.rounds, args.device), batch_size)
+        report["peers"][f"{batch_size}"] = rows
+        print(f"\nbatch {batch_size}\n{format_rows(rows, bench, peak)}")
+
+
+def report_processes(bench: Bench, args: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Time whole processes, print, and add it to the report."""
+    rows = measure_processes(bench, 2 if args.quick else 3)
+    report["cold"] = rows
+    print("\nwhole processes")
+    for name, row in rows.items():
+        print(
+            f"{name:45} {row['seconds']:6.2f} s, {row['times_import_torch']:5.2f} times import "
+            f"torch, {row['peak_mb']:6.0f} MB"
+        )
+
+
+def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print what the arguments ask for."""
+    report: dict[str, Any] = {"environment": environment(bench, args), "peers": {}}
+    print(json.dumps(report["environment"], indent=1))
+    on_cpu = args.device == "cpu"
+    if args.only in (None, "peers"):
+        report_peers(bench, args, report)
+    if args.only in (None, "cold") and on_cpu:
+        report_processes(bench, args, report)
+    if args.only in (None, "scaling") and on_cpu and not args.quick:
+        report["scaling"] = measure_scaling(bench)
+        print("\nscaling\n" + json.dumps(report["scaling"], indent=1))
+    report["agreement"] = bench.agreement
+    report["left_out"] = bench.left_out
+    for name, reason in bench.left_out.items():
+        print(f"left out: {name}: {reason}")
+    return report
+
+
+def main() -> int:
+    """Measure, print and write."""
+    args = parse_arguments()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("not measured: there is no CUDA device here", file=sys.stderr)
+        return 2
     warnings.simplefilter("ignore")
-    rounds = args.rounds or (5 if args.quick else 8)
-    with prepared(args) as bench:
-        report: dict[str, Any] = {"environment": environment(bench, args), "peers": {}}
-        gflop = report["environment"]["gflop_per_picture"]
-        print(json.dumps(report["environment"], indent=1))
-        if args.only in (None, "peers"):
-            peak = report["gemm_peak_gflop_per_s"] = gemm_peak(bench)
-            print(f"the best product of matrices: {peak:.0f} GFLOP/s")
-            for batch in (1,) if args.quick else (1, 8) if args.device == "cpu" else (1, 32, 256):
-                x, made = pictures(bench, batch), peers(bench, batch, quick=args.quick)
-                calls = {name: functools.partial(run, x) for name, run in made.items()}
-                rows = summary(in_turns(calls, rounds, args.device), batch)
-                report["peers"][f"{batch}"] = rows
-                print(f"\nbatch {batch}\n{table(rows, gflop, peak)}")
-        if args.only in (None, "cold") and args.device == "cpu":
-            report["cold"] = cold(bench, 2 if args.quick else 3)
-            print("\nwhole processes" + "".join(
-                f"\n{name:45} {row['seconds']:6.2f} s, {row['times_import_torch']:5.2f} times "
-                "import torch, "
-                f"{row['peak_mb']:6.0f} MB" for name, row in report["cold"].items()
-            ))  # fmt: skip
-        if args.only in ("scaling", None) and not args.quick and args.device == "cpu":
-            report["scaling"] = scaling(bench)
-            print("\nscaling\n" + json.dumps(report["scaling"], indent=1))
-        report["agreement"], report["left_out"] = agreement, bench.left_out
-        for name, reason in bench.left_out.items():
-            print(f"left out: {name}: {reason}")
-    args.output.with_suffix(".json").write_text(
-        json.dumps(report, indent=1) + "\n", encoding="utf-8"
-    )
+    with prepare(args.model, args.device, getattr(torch, args.dtype)) as bench:
+        report = measure(bench, args)
+    text = json.dumps(report, indent=1) + "\n"
+    args.output.with_suffix(".json").write_text(text, encoding="utf-8")
     if report["peers"]:
         try:
             plot(report, args.output.with_suffix(".png"))

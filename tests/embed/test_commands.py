@@ -12,7 +12,7 @@ import pytest
 from siglip_port.cli import commands
 from siglip_port.embed import Progress
 from tests.helpers.commands import run
-from tests.helpers.embedding import broken_images, read_rows
+from tests.helpers.embedding import broken_images, readable_rows
 
 
 def test_embed(photos: Path, tower: Path, tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_embed(photos: Path, tower: Path, tmp_path: Path) -> None:
 def test_embed_without_broken_images(
     photos: Path, embedded: Path, tower: Path, tmp_path: Path
 ) -> None:
-    image = next(row for row in read_rows(embedded) if not row["error"])
+    image = readable_rows(embedded)[0]
     images = tmp_path / "images"
     images.mkdir()
     (images / "a.png").write_bytes(Path(image["path"]).read_bytes())
@@ -40,7 +40,7 @@ def test_embed_without_broken_images(
 
 
 def test_search(embedded: Path) -> None:
-    query = next(row for row in read_rows(embedded) if not row["error"])
+    query = readable_rows(embedded)[0]
     nearest = json.loads(run("search", embedded, query["path"], "-k", 3, "--json").stdout)[
         "nearest"
     ]

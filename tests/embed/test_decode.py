@@ -83,8 +83,9 @@ def test_workers_cannot_start(
 def test_workers_end_with_killed_parent(photos: Path, tmp_path: Path) -> None:
     """With more images on their hands than a pipe holds."""
     SigLipVisionModel(replace(SMALL, image_size=96)).save_hf(tmp_path / "model")
-    arguments = [sys.executable, "-c", EMBED_PROGRAM, photos, tmp_path / "out", tmp_path / "model"]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    arguments = map(str, (photos, tmp_path / "out", tmp_path / "model"))
+    command = [sys.executable, "-c", EMBED_PROGRAM, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()  # the first batch: both workers are at the next ones
         wait_until(lambda: len(process_ids_naming(tmp_path)) == 3)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -18,11 +18,19 @@ from siglip_port.embed import embed
 from siglip_port.embed.inputs import Item, find_items, read
 from siglip_port.image_processing import ImageError
 from siglip_port.image_reading import MAX_FILE_BYTES
-from tests.helpers.embedding import OPTIONS, read_rows
+from tests.helpers.embedding import OPTIONS, image_names, image_paths, read_column, read_rows
 
 
-def image_names(photos: Path) -> list[str]:
-    return sorted(path.relative_to(photos).as_posix() for path in photos.glob("*/*"))
+def ids_of(items: list[Item]) -> list[str]:
+    return [item.id for item in items]
+
+
+def contents_of(items: list[Item]) -> list[bytes]:
+    return [read(item) for item in items]
+
+
+def read_photos(photos: Path) -> list[bytes]:
+    return [Path(path).read_bytes() for path in image_paths(photos)]
 
 
 def write_tar(path: Path, names: list[str], contents: list[bytes]) -> None:
@@ -39,8 +47,8 @@ def archives(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the photos as a tar file, as parquet files of every kind, and as a list."""
     folder = tmp_path_factory.mktemp("archives")
     names = image_names(photos)
-    contents = [(photos / name).read_bytes() for name in names]
-    paths = [str(photos / name) for name in names]
+    contents = read_photos(photos)
+    paths = image_paths(photos)
     structs = [{"bytes": data, "path": name} for name, data in zip(names, contents, strict=True)]
     write_tar(folder / "a.tar", names, contents)
     for column, values in (("bytes", contents), ("image", structs), ("path", paths)):
@@ -51,37 +59,39 @@ def archives(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_items_of_folder(photos: Path) -> None:
-    assert [item.id for item in find_items([photos])] == image_names(photos)
+    items = find_items([photos])
+    assert ids_of(items) == image_names(photos)
+    assert contents_of(items) == read_photos(photos)
 
 
 @pytest.mark.parametrize("name", ["a.tar", "bytes.parquet", "image.parquet", "path.parquet"])
 def test_items_of_archive(name: str, archives: Path, photos: Path) -> None:
-    expected = [(item.id, read(item)) for item in find_items([photos])]
-    assert [(item.id, read(item)) for item in find_items([archives / name])] == expected
+    items = find_items([archives / name])
+    assert ids_of(items) == image_names(photos)
+    assert contents_of(items) == read_photos(photos)
 
 
 def test_items_of_list(archives: Path, photos: Path) -> None:
-    contents = [read(item) for item in find_items([archives / "list.txt"])]
-    assert contents == [(photos / name).read_bytes() for name in image_names(photos)]
+    items = find_items([archives / "list.txt"])
+    assert contents_of(items) == read_photos(photos)
 
 
 def test_items_of_pattern(archives: Path, photos: Path) -> None:
-    contents = [read(item) for item in find_items([photos])]
-    shards = find_items([f"{archives}/*.[tp]ar*"])
-    assert [read(item) for item in shards] == contents * 4
-    names = image_names(photos)
-    assert [item.id for item in shards[:50]] == [f"{archives}/a.tar/{name}" for name in names]
-    images = find_items([f"{photos}/**/*.*g"])
-    expected = [(photos / name).read_bytes() for name in names if name.endswith("g")]
-    assert [read(item) for item in images] == expected
+    items = find_items([f"{archives}/*.[tp]ar*"])
+    assert contents_of(items) == read_photos(photos) * 4
+    ids = [f"{archives}/a.tar/{name}" for name in image_names(photos)]
+    assert ids_of(items[:50]) == ids
+    images = [path for path in image_paths(photos) if path.endswith("g")]
+    assert ids_of(find_items([f"{photos}/**/*.*g"])) == images
 
 
 def test_embed_parquet_input(
     archives: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path
 ) -> None:
     embed([archives / "bytes.parquet"], tmp_path, model, **OPTIONS)
-    vectors = [(row["id"], repr(row["embedding"])) for row in read_rows(tmp_path)]
-    assert vectors == [(row["id"], repr(row["embedding"])) for row in read_rows(embedded)]
+    assert read_column(tmp_path, "id") == read_column(embedded, "id")
+    vectors = repr(read_column(tmp_path, "embedding"))
+    assert vectors == repr(read_column(embedded, "embedding"))
 
 
 def test_items_of_several_inputs_have_own_ids(tmp_path: Path) -> None:
@@ -90,7 +100,7 @@ def test_items_of_several_inputs_have_own_ids(tmp_path: Path) -> None:
     for folder in (one, two):
         folder.mkdir()
         Image.new("RGB", (4, 4)).save(folder / "a.png")
-    assert [item.id for item in find_items([one, two])] == [f"{one}/a.png", f"{two}/a.png"]
+    assert ids_of(find_items([one, two])) == [f"{one}/a.png", f"{two}/a.png"]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +145,7 @@ def test_parquet_input_without_images(tmp_path: Path) -> None:
 def test_parquet_input_without_ids(tmp_path: Path) -> None:
     table = pa.table({"bytes": [b"a", b"b", b"c"]})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    ids = [item.id for item in find_items([tmp_path / "a.parquet"])]
+    ids = ids_of(find_items([tmp_path / "a.parquet"]))
     assert ids == ["a.parquet:0:0", "a.parquet:0:1", "a.parquet:1:0"]
 
 
@@ -190,7 +200,9 @@ def test_folder_with_links_pipes_and_huge_files(model: SigLipVisionModel, tmp_pa
         file.truncate(10**12)  # sparse: nothing is written
     embed([folder], tmp_path / "out", model, **OPTIONS)
     cannot = "the picture cannot be read: "
-    assert {row["id"]: row["error"] for row in read_rows(tmp_path / "out")} == {
+    ids = read_column(tmp_path / "out", "id")
+    errors = read_column(tmp_path / "out", "error")
+    assert dict(zip(ids, errors, strict=True)) == {
         "c.png": cannot + "it is no regular file",
         "d.jpg": cannot + "No such file or directory",
         "e.heic": cannot + "it is of no kind that Pillow knows",
@@ -205,7 +217,7 @@ def test_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "a").mkdir()
     scandir = os.scandir
 
-    def refuse(path: str) -> Any:  # noqa: ANN401
+    def refuse(path: str) -> Iterator[os.DirEntry[str]]:
         if str(path).endswith("a"):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)

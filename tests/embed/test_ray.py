@@ -21,7 +21,7 @@ from siglip_port.embed.batches import Batch
 from siglip_port.embed.inputs import find_items
 from siglip_port.embed.ray import DecodeStage, ModelStage, model_count, run_on_ray
 from siglip_port.embed.run import run_local
-from tests.helpers.embedding import broken_images, row_texts
+from tests.helpers.embedding import broken_images, image_paths, row_texts
 
 OPTIONS: dict[str, Any] = {
     "form": "eager",
@@ -122,7 +122,7 @@ def cluster_run(photos: Path, tower: Path, tmp_path_factory: pytest.TempPathFact
     with pytest.raises(StopError):
         embed([photos], folder / "run", model, report=stop_after_25, **OPTIONS)
     script = Path(__file__).parents[1] / "helpers" / "ray_cluster.py"
-    command = [sys.executable, script, photos, tower, folder]
+    command = [sys.executable, *map(str, (script, photos, tower, folder))]
     subprocess.run(command, cwd=script.parents[2], check=True, timeout=600)
     return folder
 
@@ -150,9 +150,9 @@ def test_image_kills_every_process_of_cluster(cluster_run: Path) -> None:
 def test_ray_data(cluster_run: Path, photos: Path, tower: Path) -> None:
     """`map_batches` with an `Embedder`."""
     rows = read_report(cluster_run)["embedder"]
-    files = [str(path) for path in sorted(photos.glob("*/*"))]
+    files = image_paths(photos)
     expected = Embedder(tower)({"path": files})
-    assert [rows[name][0] for name in files] == expected["error"].tolist()
-    vectors = np.array([rows[name][1] for name in files], np.float32)
+    errors, vectors = zip(*(rows[name] for name in files), strict=True)
+    assert list(errors) == expected["error"].tolist()
     close = np.allclose(vectors, expected["embedding"], rtol=1e-4, atol=1e-4, equal_nan=True)
     assert close

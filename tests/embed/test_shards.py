@@ -76,8 +76,8 @@ def test_metadata_is_that_of_older_releases(recorded_images: Path, tmp_path: Pat
 
 def test_resume_run_of_older_release(recorded_images: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(RECORDED, tmp_path / "out"))
-    done = embed([recorded_images], out, counting_model(), **RECORDED_OPTIONS)
-    assert (done.fresh, done.done, done.failed) == (6, 10, 1)
+    summary = embed([recorded_images], out, counting_model(), **RECORDED_OPTIONS)
+    assert (summary.fresh, summary.done, summary.failed) == (6, 10, 1)
     assert (out / "part-000000.parquet").read_bytes() == contents(RECORDED)["part-000000.parquet"]
     embed([recorded_images], tmp_path / "whole", counting_model(), **RECORDED_OPTIONS)
     for row, expected in zip(read_rows(out), read_rows(tmp_path / "whole"), strict=True):
@@ -171,8 +171,8 @@ def test_damaged_shard(photos: Path, model: SigLipVisionModel, run: Path) -> Non
     with pytest.raises(EmbedError, match=f"{part} holds 2 rows, expected 12; delete it"):
         embed([photos], run, model, **OPTIONS)
     part.unlink()
-    done = embed([photos], run, model, **OPTIONS)
-    assert (done.fresh, done.done) == (12, 50)
+    summary = embed([photos], run, model, **OPTIONS)
+    assert (summary.fresh, summary.done) == (12, 50)
     assert part.read_bytes() == whole
 
 

@@ -22,6 +22,16 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def readable_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows without an error."""
+    return [row for row in read_rows(folder) if not row["error"]]
+
+
+def read_column(folder: Path, name: str) -> list[Any]:
+    """One column of all rows."""
+    return [row[name] for row in read_rows(folder)]
+
+
 def row_texts(folder: Path) -> list[str]:
     """All rows of a run, for comparison: NaN is not even equal to itself."""
     return [repr(row) for row in read_rows(folder)]
@@ -37,6 +47,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """What a shard tells of itself."""
     metadata: dict[str, Any] = json.loads(parquet.read_schema(path).metadata[METADATA_KEY])
     return metadata
+
+
+def image_names(photos: Path) -> list[str]:
+    """All images of the fixture `photos`, as a run names them."""
+    return sorted(path.relative_to(photos).as_posix() for path in photos.glob("*/*"))
+
+
+def image_paths(photos: Path) -> list[str]:
+    """All images of the fixture `photos`, in the same order."""
+    return [str(photos / name) for name in image_names(photos)]
 
 
 def broken_images(photos: Path) -> dict[str, str]:

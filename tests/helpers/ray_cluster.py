@@ -78,10 +78,10 @@ def main(images: str, checkpoint: str, out: Path) -> None:
         cluster.add_node(num_cpus=3)
     ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     model = SigLipVisionModel.from_hf(checkpoint)
-    done = embed([images], out / "run", model, engine="ray", **OPTIONS)
+    summary = embed([images], out / "run", model, engine="ray", **OPTIONS)
     report = {
-        "fresh": done.fresh,
-        "failed": done.failed,
+        "fresh": summary.fresh,
+        "failed": summary.failed,
         "embedder": rows_of_ray_data(images, checkpoint),
         "deadly": error_of_deadly_images(images, model),
     }

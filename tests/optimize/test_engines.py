@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from siglip_port import SigLipVisionConfig, SigLipVisionModel, optimize, pack
+from siglip_port import EncoderBlock, SigLipVisionConfig, SigLipVisionModel, optimize, pack
 from siglip_port.optimize import ENGINES, EngineError, OptimizedModel, with_engine
 from siglip_port.optimize.cache import model_fingerprint
 from siglip_port.optimize.comparison import TOLERANCES, relative_difference
-from siglip_port.optimize.onednn import fuse_gelu, prepack_linears
+from siglip_port.optimize.onednn import PrepackedLinear, fuse_gelu, prepack_linears
 from siglip_port.optimize.optimized_model import EngineTransformer, inference_copy
 from siglip_port.parity.siglip import cases
 from tests.helpers.checkpoints import pixels
@@ -157,7 +157,9 @@ def test_prepacked_linears_follow_their_weights(model: SigLipVisionModel) -> Non
     with torch.inference_mode():
         before = fast(x)
     with torch.no_grad():
-        fast.transformer.encoder.encoder_blocks[0].mlp.fc1.weight.mul_(1.5)  # type: ignore[union-attr, operator]
+        block = fast.transformer.encoder.encoder_blocks[0]
+        assert isinstance(block, EncoderBlock)
+        block.mlp.fc1.weight.mul_(1.5)
     with torch.inference_mode():
         assert difference(fast(x), before) > 1e-3
         assert difference(fast(x), model(x)) <= TOLERANCE  # they share their parameters
@@ -172,9 +174,11 @@ def test_harness_passes_prepacked_model(engine_cache: Path) -> None:
     with cases.random_case(cases.ODD, "L7", gates=gates) as case:
         port = with_engine(SigLipVisionModel.from_hf(case.source), "packed", cache_dir=engine_cache)
         assert [str(gate) for gate in case.check(port) if not gate.passed] == []
-        linear = port.transformer.encoder.encoder_blocks[4].mlp.fc2  # type: ignore[union-attr]
-        linear.algorithm = "tanh"  # type: ignore[union-attr]
-        linear.activation = "gelu"  # type: ignore[union-attr]
+        block = port.transformer.encoder.encoder_blocks[4]
+        assert isinstance(block, EncoderBlock)
+        assert isinstance(block.mlp.fc2, PrepackedLinear)
+        block.mlp.fc2.activation = "gelu"
+        block.mlp.fc2.algorithm = "tanh"
         failed = {gate.name for gate in case.check(port) if not gate.passed}
         assert failed >= {"semantics", "rounding float32"}
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,8 +160,9 @@ def test_unusable_model(model: SigLipVisionModel, tmp_path: Path) -> None:
     message = r"must be on the CPU, of torch.float32, got torch.bfloat16 on cpu"
     with pytest.raises(ExportError, match=message):
         export_onnx(random_model(CONFIG).bfloat16(), tmp_path / "model.onnx")
+    wrong: Any = "model"
     with pytest.raises(ExportError, match="model must be a SigLipVisionModel, got a str"):
-        export_onnx("model", tmp_path / "model.onnx")  # type: ignore[arg-type]
+        export_onnx(wrong, tmp_path / "model.onnx")
     fast = optimize(model, engines=[], cache_dir=tmp_path / "cache")
     with pytest.raises(ExportError, match="export the one that it was made of"):
         export_program(fast, tmp_path / "model.pt2")
@@ -168,8 +170,9 @@ def test_unusable_model(model: SigLipVisionModel, tmp_path: Path) -> None:
 
 
 def test_unusable_path(model: SigLipVisionModel, tmp_path: Path) -> None:
+    wrong: Any = 5
     with pytest.raises(ExportError, match="path must be that of a file, got 5"):
-        export_onnx(model, 5)  # type: ignore[arg-type]
+        export_onnx(model, wrong)
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match=r"model\.pt2 is not written: "):
         export_program(model, tmp_path / "file" / "model.pt2")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from siglip_port import CheckpointError, SigLipVisionModel, optimize
 from siglip_port.optimize import ENGINES, OptimizedModel
 from siglip_port.optimize.comparison import TOLERANCES, relative_difference
+from siglip_port.optimize.engines import Engine
 from siglip_port.optimize.onednn import PrepackedLinear
 from tests.helpers.checkpoints import pixels
 
@@ -47,7 +47,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     times = {"eager": 5.0, "packed": 2.0, "packed-gelu": 4.0}
     engine_of: dict[int, str] = {}
 
-    def remember(name: str, use_engine: Callable[[OptimizedModel, Path], None]) -> Any:  # noqa: ANN401
+    def remember(name: str, use_engine: Engine) -> Engine:
         def use(model: OptimizedModel, cache: Path) -> None:
             use_engine(model, cache)
             engine_of[id(model)] = name
@@ -86,7 +86,7 @@ def test_two_percent_are_not_worth_it(
 def test_unusable_engines_are_left_out(
     model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def scale_by(factor: float) -> Callable[[OptimizedModel, Path], None]:
+    def scale_by(factor: float) -> Engine:
         def use(model: OptimizedModel, cache: Path) -> None:
             norm = model.transformer.post_layernorm
             norm.weight = torch.nn.Parameter(norm.weight * factor)
@@ -251,8 +251,9 @@ def test_wrong_option(
 
 
 def test_unusable_model(model: SigLipVisionModel, tmp_path: Path) -> None:
+    wrong: Any = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="model must be a SigLipVisionModel, got a Linear"):
-        optimize(torch.nn.Linear(1, 1), cache_dir=tmp_path)  # type: ignore[arg-type]
+        optimize(wrong, cache_dir=tmp_path)
     fast = optimize(model, engines=[], cache_dir=tmp_path)
     with pytest.raises(ValueError, match="is optimized already"):
         optimize(fast, cache_dir=tmp_path)

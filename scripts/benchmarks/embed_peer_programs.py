@@ -1,0 +1,270 @@
+"""The peers of scripts/benchmarks/embed_peers.py: their weights, commands, and what they write."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from siglip_port import SigLipVisionConfig, SigLipVisionModel
+from siglip_port.parity import randomise
+
+BATCH_SIZE = 16
+BASELINE = "siglip-port, eager"
+OPEN_CLIP_MODEL = "ViT-B-16-SigLIP"
+
+Vectors = dict[str, NDArray[np.float64]]
+"""By the name of an image."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What embeds a folder.
+
+    Attributes:
+        name: for people.
+        packages: with versions; empty for ours, which runs in this environment.
+        command: of the folder of weights, the images, the output.
+        read: what it has written, of the output.
+        remark: what is particular about how it runs here.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    command: Callable[[Path, Path, Path], Sequence[str]]
+    read: Callable[[Path], Vectors]
+    remark: str = ""
+
+
+# --- the weights ----------------------------------------------------------------------------------
+
+
+def write_weights(folder: Path) -> None:
+    """Write the same model for us, timm, transformers and open_clip."""
+    import torch
+
+    model = SigLipVisionModel(SigLipVisionConfig(pooling_head=True)).eval()
+    randomise(model, seed=0)
+    model.save_hf(folder / "hf")
+    model.save_timm(folder / "timm")
+    torch.manual_seed(0)
+    write_transformers(folder)
+    write_open_clip(folder)
+
+
+def write_transformers(folder: Path) -> None:
+    """Write a SiglipModel, as sentence-transformers wants it.
+
+    Of a vision model alone it takes the mean of the tokens.
+    """
+    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipVisionModel
+
+    vision = SiglipVisionModel.from_pretrained(folder / "hf")
+    model = SiglipModel(SiglipConfig(vision_config=vision.config.to_dict()))
+    tensors = vision.state_dict()
+    model.vision_model.load_state_dict(
+        {name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}
+    )
+    model.save_pretrained(folder / "whole")
+    SiglipImageProcessor.from_pretrained(folder / "hf").save_pretrained(folder / "whole")
+    write_tokenizer(folder / "whole")
+
+
+def write_open_clip(folder: Path) -> None:
+    """Write a repository of open_clip's.
+
+    Its configuration names timm's folder, so that GELU is the tanh form.
+    """
+    import open_clip
+    import timm
+    from safetensors.torch import save_file
+
+    timm_name = f"local-dir:{folder / 'timm'}"
+    model = open_clip.create_model(OPEN_CLIP_MODEL, pretrained=None)
+    vision = timm.create_model(timm_name, pretrained=True, num_classes=0)
+    model.visual.trunk.load_state_dict(vision.state_dict())
+    repository = folder / "open_clip"
+    repository.mkdir()
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, repository / "open_clip_model.safetensors")
+    config = open_clip.get_model_config(OPEN_CLIP_MODEL)
+    config["vision_cfg"]["timm_model_name"] = timm_name
+    preprocessing = {
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    }
+    content = {"model_cfg": config, "preprocess_cfg": preprocessing}
+    (repository / "open_clip_config.json").write_text(json.dumps(content), encoding="utf-8")
+    write_tokenizer(repository)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of three words: no text matters here, but peers do not start without."""
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 64,
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+# --- siglip-port ----------------------------------------------------------------------------------
+
+
+def siglip_port(engine: str) -> Callable[[Path, Path, Path], Sequence[str]]:
+    """`siglip-port embed`, in an engine."""
+    program = str(Path(sys.executable).with_name("siglip-port"))
+
+    def command(weights: Path, images: Path, out: Path) -> list[str]:
+        options = ["--out", str(out), "--model", str(weights / "hf"), "--form", engine]
+        return [program, "embed", str(images), *options]
+
+    return command
+
+
+def read_siglip_port(out: Path) -> Vectors:
+    """Read our parquet files. Rows with an error are NaN."""
+    from pyarrow import parquet
+
+    vectors: Vectors = {}
+    for path in sorted(out.glob("part-*.parquet")):
+        for row in parquet.read_table(path).to_pylist():
+            vectors[row["id"]] = np.array(row["embedding"], float)
+    return vectors
+
+
+# --- sentence-transformers ------------------------------------------------------------------------
+
+SENTENCE_TRANSFORMERS = """
+import sys, numpy, pathlib, sentence_transformers
+name, folder, out = sys.argv[1:]
+paths = sorted(str(path) for path in pathlib.Path(folder).iterdir())
+model = sentence_transformers.SentenceTransformer(name, device="cpu")
+numpy.savez(out, paths=paths, vectors=model.encode(paths, batch_size=16))
+"""
+"""It has no command, so this is the program that its manual suggests. It opens the paths itself."""
+
+
+def sentence_transformers(weights: Path, images: Path, out: Path) -> Sequence[str]:
+    """The program above."""
+    arguments = [str(weights / "whole"), str(images), f"{out}.npz"]
+    return ["python", "-c", SENTENCE_TRANSFORMERS, *arguments]
+
+
+def read_sentence_transformers(out: Path) -> Vectors:
+    """Read its one file, written at the end."""
+    with np.load(f"{out}.npz") as arrays:
+        names = [Path(path).name for path in arrays["paths"]]
+        return dict(zip(names, arrays["vectors"], strict=True))
+
+
+# --- dinotool -------------------------------------------------------------------------------------
+
+
+def dinotool(weights: Path, images: Path, out: Path) -> Sequence[str]:
+    """Vectors of whole images alone, no visualization."""
+    return [
+        "dinotool",
+        str(images),
+        *("--output", str(out)),
+        *("--model-name", f"hf-hub:timm/{OPEN_CLIP_MODEL}"),
+        *("--save-features", "frame", "--no-vis"),
+        *("--input-size", "224", "224"),
+        *("--batch-size", str(BATCH_SIZE)),
+    ]
+
+
+def read_dinotool(out: Path) -> Vectors:
+    """Read its folder of parquet files, written at the end."""
+    from pyarrow import parquet
+
+    rows = parquet.read_table(out.with_suffix(".parquet")).to_pandas()
+    names = [str(name) for name in rows.index]
+    return dict(zip(names, rows.to_numpy(float), strict=True))
+
+
+# --- clip-retrieval -------------------------------------------------------------------------------
+
+
+def clip_retrieval(weights: Path, images: Path, out: Path) -> Sequence[str]:
+    """Images alone, and as many processes to decode as there are processors, as ours has.
+
+    What it imports of setuptools, to compare versions, is in no release of it that our torch
+    accepts: a stand-in.
+    """
+    stand_in = weights / "shim"
+    stand_in.mkdir(exist_ok=True)
+    module = "import packaging.version\n"
+    (stand_in / "pkg_resources.py").write_text(module, encoding="utf-8")
+    model = weights / "open_clip" / "open_clip_model.safetensors"
+    return [
+        *("env", f"PYTHONPATH={stand_in}"),
+        *("clip-retrieval", "inference"),
+        *("--input_dataset", str(images)),
+        *("--output_folder", str(out)),
+        *("--clip_model", f"open_clip:{OPEN_CLIP_MODEL}/{model}"),
+        *("--batch_size", str(BATCH_SIZE)),
+        *("--num_prepro_workers", str(len(os.sched_getaffinity(0)))),
+        *("--enable_text", "False"),
+    ]
+
+
+def read_clip_retrieval(out: Path) -> Vectors:
+    """Read its arrays, with the names in the parquet files beside them."""
+    from pyarrow import parquet
+
+    vectors: Vectors = {}
+    for path in sorted((out / "img_emb").glob("*.npy")):
+        number = path.stem.rpartition("_")[2]
+        metadata = parquet.read_table(out / "metadata" / f"metadata_{number}.parquet")
+        paths = metadata.column("image_path").to_pylist()
+        for image, vector in zip(paths, np.load(path), strict=True):
+            vectors[Path(image).name] = vector.astype(float)
+    return vectors
+
+
+PEERS = (
+    Peer(BASELINE, (), siglip_port("eager"), read_siglip_port),
+    Peer("siglip-port, onnxruntime", (), siglip_port("onnxruntime"), read_siglip_port),
+    Peer(
+        "sentence-transformers",
+        ("sentence-transformers[image]==6.2.0",),
+        sentence_transformers,
+        read_sentence_transformers,
+        "a SiglipModel from a folder; of a tower alone it takes the mean of the tokens",
+    ),
+    Peer(
+        "dinotool",
+        ("dinotool==0.4.0",),
+        dinotool,
+        read_dinotool,
+        "open_clip's model from our own Hub, since it takes Hub ids of timm's alone; vectors of "
+        "unit length",
+    ),
+    Peer(
+        "clip-retrieval",
+        ("clip-retrieval==2.45.0",),
+        clip_retrieval,
+        read_clip_retrieval,
+        "a stand-in for pkg_resources; with a local file open_clip takes CLIP's mean, deviation "
+        "and crop; float16",
+    ),
+)
