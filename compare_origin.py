@@ -374,7 +374,7 @@ def load_port(args: argparse.Namespace, scratch: str) -> tuple[SigLipVisionModel
     import torch
 
     from siglip_port import HubUnreachableError, SigLipVisionConfig, SigLipVisionModel
-    from siglip_port.checkpoint.reader import read_contents
+    from siglip_port.checkpoint.json_files import read_config
     from siglip_port.hub.repository import HubRepository, find_source, no_answer
 
     how = {"dtype": getattr(torch, args.dtype), "device": args.device}
@@ -399,7 +399,7 @@ def load_port(args: argparse.Namespace, scratch: str) -> tuple[SigLipVisionModel
         # The default checkpoint's architecture is the default one: no file is needed to know it.
         config = SigLipVisionConfig(pooling_head=True)
         if not is_default:
-            contents = read_contents(find_source(args.checkpoint, local_files_only=offline))
+            contents = read_config(find_source(args.checkpoint, local_files_only=offline))
             if contents is None:
                 raise ValueError(
                     f"{args.checkpoint} has no config.json, which tells the architecture"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from siglip_port import CheckpointError, SigLipVisionModel
-from siglip_port.checkpoint.extract import extract
+from siglip_port.checkpoint.extract import extract_model
 from tests.helpers.checkpoints import SMALL, MakeCheckpoint, edit_config
 from tests.helpers.hub_cache import NAME, WEIGHTS, assert_same, kept, start
 from tests.helpers.hub_server import Hub
@@ -73,7 +73,7 @@ def test_a_place_that_cannot_be_taken_leaves_the_old_files(
 ) -> None:
     """The weights are moved before it is found out that the configuration cannot be."""
     model = SigLipVisionModel.from_hf(checkpoint())
-    for write in (SigLipVisionModel.save_hf, extract):
+    for write in (SigLipVisionModel.save_hf, extract_model):
         place = tmp_path / write.__name__
         (place / "config.json").mkdir(parents=True)
         (place / "model.safetensors").write_text("the old ones")
@@ -89,7 +89,7 @@ def test_files_of_two_checkpoints_do_not_load_as_one(
     """Shapes alone would not tell: the two differ in nothing but the activation."""
     model = SigLipVisionModel.from_hf(checkpoint())
     other = SigLipVisionModel.from_hf(checkpoint(), config=replace(SMALL, hidden_act="gelu"))
-    for write in (SigLipVisionModel.save_hf, extract):
+    for write in (SigLipVisionModel.save_hf, extract_model):
         one, two = tmp_path / f"one {write.__name__}", tmp_path / f"two {write.__name__}"
         write(model, one)
         write(other, two)

@@ -118,7 +118,7 @@ def test_gradients_equal_the_references(pair: Pair, config: SigLipVisionConfig) 
     ours = {name: p.grad for name, p in port.named_parameters() if p.grad is not None}
     assert len(ours) == len(list(port.parameters()))
     theirs = dict(reference.model.named_parameters())
-    rows = key_map.TOWER + key_map.HEAD
+    rows = key_map.HUGGINGFACE_ENCODER + key_map.HUGGINGFACE_HEAD
     for name, grad in key_map.HUGGINGFACE.to_stored(
         ours, config.num_encoder_blocks, config.num_attention_heads, rows
     ).items():
@@ -276,7 +276,7 @@ def test_fresh_parameters_are_drawn_as_the_references() -> None:
     config = SigLipVisionConfig(
         embed_dim=384, num_attention_heads=6, num_encoder_blocks=1, pooling_head=True
     )
-    rows = key_map.TOWER + key_map.HEAD
+    rows = key_map.HUGGINGFACE_ENCODER + key_map.HUGGINGFACE_HEAD
     ours = key_map.HUGGINGFACE.to_stored(
         SigLipVisionModel(config).state_dict(), 1, config.num_attention_heads, rows
     )

@@ -347,8 +347,8 @@ def test_navit_towers_take_pictures_of_any_shape(kind: str) -> None:
     from siglip_port.checkpoint.layouts import HUGGINGFACE
 
     stored = tower.state_dict()
-    claims = HUGGINGFACE.claims(3, HUGGINGFACE.tower)
-    port.load_state_dict({claim.ours[0]: stored[name] for name, claim in claims.items()})
+    claims = HUGGINGFACE.mappings(3, HUGGINGFACE.encoder)
+    port.load_state_dict({claim.port[0]: stored[name] for name, claim in claims.items()})
 
     x = pixels(FIXED)
     assert (

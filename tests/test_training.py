@@ -110,7 +110,7 @@ def as_the_reference_names_them(
     """
     config = model.config
     layout = key_map.HUGGINGFACE_NAFLEX if config.naflex else key_map.HUGGINGFACE
-    rows = layout.rows(config.pooling_head)
+    rows = layout.rules(config.pooling_head)
     return layout.to_stored(tensors, config.num_encoder_blocks, config.num_attention_heads, rows)
 
 
@@ -672,15 +672,15 @@ def test_loras_gradients_everywhere_follow_from_the_references_of_merged_weights
     reference.load_state_dict(as_the_reference_names_them(merged, dict(merged.state_dict())))
     backward(reference(x).pooler_output.sin().mean())
     grads = gradients(reference)
-    claims = key_map.HUGGINGFACE.claims(
-        FIXED.num_encoder_blocks, key_map.HUGGINGFACE.rows(pooling_head=True)
+    claims = key_map.HUGGINGFACE.mappings(
+        FIXED.num_encoder_blocks, key_map.HUGGINGFACE.rules(pooling_head=True)
     )
     whole = {
         name: grad
         for stored, claim in claims.items()
         for name, grad in zip(
-            claim.ours,
-            claim.from_stored(grads[stored], [shapes[n] for n in claim.ours]),
+            claim.port,
+            claim.from_stored(grads[stored], [shapes[n] for n in claim.port]),
             strict=True,
         )
     }

@@ -136,7 +136,7 @@ class Embedder:
             checkpoint = Checkpoint(files)
             self.config, told, self.name, self.commit = (
                 checkpoint.config,
-                checkpoint.processor,
+                checkpoint.preprocessor_config,
                 files.name,
                 files.commit,
             )

@@ -120,7 +120,7 @@ class Tower:
             key=lambda t: (
                 -DTYPES[t[0].header.tensors[t[1]].dtype].itemsize,
                 t[0].filename,
-                t[0].header.begins[t[1]],
+                t[0].header.offsets[t[1]],
             )
         )
         self._tensors = tensors
@@ -128,7 +128,7 @@ class Tower:
         self.nbytes = sum(tensor.nbytes for tensor in stored)
         ends = list(itertools.accumulate((tensor.nbytes for tensor in stored), initial=0))
         described = [
-            (part.filename, part.etag, name, tensor.dtype, tensor.shape, part.header.begins[name])
+            (part.filename, part.etag, name, tensor.dtype, tensor.shape, part.header.offsets[name])
             for (part, name), tensor in zip(tensors, stored, strict=True)
         ]
         key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:20]
@@ -220,7 +220,7 @@ class Tower:
         at = self._begin
         spans: list[_Piece] = []
         for part, name in self._tensors:
-            first = part.header.begins[name]
+            first = part.header.offsets[name]
             stop = first + part.header.tensors[name].nbytes
             last = spans[-1] if spans else None
             if last is not None and (last.filename, last.stop) == (part.filename, first):

@@ -20,22 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from siglip_port.checkpoint.errors import CheckpointError, HubUnreachableError
 from siglip_port.checkpoint.formats import (
-    LONGEST_JSON,
+    MAX_JSON_BYTES,
     SUFFIXES,
     Header,
     UnreadableFileError,
     read_header,
 )
-from siglip_port.checkpoint.reader import (
-    CONFIG,
-    PICKLE_SUFFIXES,
-    CheckpointError,
-    HubUnreachableError,
-    Source,
-    header_of,
-    pickle_advice,
-)
+from siglip_port.checkpoint.source import CONFIG, PICKLE_SUFFIXES, Source, pickle_advice
+from siglip_port.checkpoint.weight_files import read_weights_header
 from siglip_port.hub import partial_download as towers
 from siglip_port.hub.cache import Receipt, RepositoryCache, is_still, verified
 from siglip_port.hub.http_range import Budget, GivenUpError, NoRangesError, RemoteFile, within
@@ -82,7 +76,7 @@ class LocalFolder:
     def header(self, filename: str) -> Header | None:
         """Reads which tensors a weights file holds; None where there is no such file."""
         path = self.get(filename)
-        return None if path is None else header_of(path)
+        return None if path is None else read_weights_header(path)
 
     def local(self, filename: str) -> Path | None:
         """As `get`: all of it is here."""
@@ -366,10 +360,10 @@ class HubRepository:
         It is kept beside the cache where the cache cannot be written.
         """
         with contextlib.suppress(NoRangesError):
-            if file.size > LONGEST_JSON:
+            if file.size > MAX_JSON_BYTES:
                 raise CheckpointError(
                     f"{file.filename} of {self._title} has {file.size} bytes, more than the "
-                    f"{LONGEST_JSON} that such a "
+                    f"{MAX_JSON_BYTES} that such a "
                     "file may have; it is not fetched"
                 )
         try:
@@ -440,7 +434,7 @@ class HubRepository:
                 raise GivenUpError(f"{error}; and {end}") from end
 
     def _fetch_json(self, file: RemoteFile, path: Path) -> Path:
-        return self._stream(file, path, LONGEST_JSON)
+        return self._stream(file, path, MAX_JSON_BYTES)
 
     def _stream(self, file: RemoteFile, path: Path, most: int | None = None) -> Path:
         with contextlib.suppress(NoRangesError):
@@ -519,7 +513,7 @@ class HubRepository:
                 return read_header(path)
             except UnreadableFileError:
                 if not self._is_damaged(path, filename):
-                    return header_of(
+                    return read_weights_header(
                         path
                     )  # which says what is wrong with the file that the Hub has
         if self.vision_only and filename.endswith(".safetensors"):
@@ -531,7 +525,7 @@ class HubRepository:
                 except (NoRangesError, GivenUpError) as error:
                     self._go_on_with_whole([filename], error)
         path = self._get(filename)
-        return None if path is None else header_of(path)
+        return None if path is None else read_weights_header(path)
 
     def _fetch(self, wanted: Mapping[str, Collection[str]]) -> dict[str, Path]:
         whole = {
@@ -803,12 +797,12 @@ def _spans(header: Header, names: Collection[str]) -> list[tuple[int, int]]:
 
     All of an `.npz` file.
     """
-    if not header.begins:
+    if not header.offsets:
         return [(0, header.size)]
     tensors = [
-        (header.begins[name], header.begins[name] + header.tensors[name].nbytes) for name in names
+        (header.offsets[name], header.offsets[name] + header.tensors[name].nbytes) for name in names
     ]
-    return [(0, min(header.begins.values())), *tensors]
+    return [(0, min(header.offsets.values())), *tensors]
 
 
 @dataclass(frozen=True)

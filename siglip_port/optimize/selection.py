@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_port import atomic, validation
-from siglip_port.checkpoint.model_io import build_on_meta
+from siglip_port.checkpoint import build_on_meta
 from siglip_port.model import SigLipVisionModel, SigLipVisionTransformer
 from siglip_port.optimize import onednn as native
 from siglip_port.patches import Mask, Shapes

@@ -64,11 +64,11 @@ def siglip_taps(pooling_head: bool, table: ModuleType = key_map) -> dict[str, st
 
     From the key map's rows, so they never part ways.
     """
-    rows = table.TOWER + (table.HEAD if pooling_head else ())
+    rows = table.HUGGINGFACE_ENCODER + (table.HUGGINGFACE_HEAD if pooling_head else ())
     taps = {
-        row.stored.removesuffix(".*"): row.ours[0].removesuffix(".*")
+        row.stored.removesuffix(".*"): row.port[0].removesuffix(".*")
         for row in rows
-        if row.ours[0].endswith("*")
+        if row.port[0].endswith("*")
     }
     taps |= {
         theirs: ours

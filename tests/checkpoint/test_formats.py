@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from siglip_port import SigLipVisionModel
-from siglip_port.checkpoint import formats as files
 from siglip_port.checkpoint.formats import UnreadableFileError, open_tensors, read_header
-from siglip_port.checkpoint.inspect import inspect
+from siglip_port.checkpoint.formats import weights_file as files
+from siglip_port.checkpoint.inspect import inspect_checkpoint
 from siglip_port.hub.repository import find_source
 from tests.helpers.checkpoints import SMALL, MakeCheckpoint
 
@@ -72,7 +72,7 @@ def test_a_file_larger_than_memory(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text + content[8 + length :])
         file.truncate(8 + len(text) + end + 60_000_000_000)
-    found = inspect(find_source(folder))
+    found = inspect_checkpoint(find_source(folder))
     assert found.problem is None
     assert found.whole.bytes == end + 60_000_000_000
 

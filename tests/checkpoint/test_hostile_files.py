@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from siglip_port import CheckpointError, SigLipVisionModel
-from siglip_port.checkpoint.formats import LONGEST_JSON, UnreadableFileError, read_header
-from siglip_port.checkpoint.inspect import inspect
+from siglip_port.checkpoint.formats import MAX_JSON_BYTES, UnreadableFileError, read_header
+from siglip_port.checkpoint.inspect import inspect_checkpoint
 from siglip_port.hub.repository import find_source
 from siglip_port.parity.stress_weights import randomise
 from tests.helpers.checkpoints import SMALL, edit_config, shard
@@ -66,7 +66,7 @@ def assert_refused(source: Path, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         SigLipVisionModel.from_hf(source)
     try:
-        found = inspect(find_source(source))
+        found = inspect_checkpoint(find_source(source))
     except CheckpointError:
         return
     assert found.problem is not None
@@ -80,7 +80,7 @@ def assert_loads(source: Path, model: SigLipVisionModel) -> None:
 # --- headers of safetensors -----------------------------------------------------------------------
 
 
-def header_of(path: Path) -> tuple[Json, bytes]:
+def read_weights_header(path: Path) -> tuple[Json, bytes]:
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + length]), content[8 + length :]
@@ -200,7 +200,7 @@ def offsets(item: tuple[str, Any]) -> int:
 @pytest.mark.parametrize("case", HEADERS)
 def test_headers_that_are_refused(case: str, folder: Path) -> None:
     edit, message = HEADERS[case]
-    header, data = header_of(folder / WEIGHTS)
+    header, data = read_weights_header(folder / WEIGHTS)
     write(folder / WEIGHTS, edit(header), data)
     assert_refused(folder, message)
     if case not in (
@@ -236,7 +236,7 @@ def test_headers_that_are_refused(case: str, folder: Path) -> None:
 def test_headers_that_are_read(
     edit: Callable[[Json], Json | bytes], folder: Path, model: SigLipVisionModel
 ) -> None:
-    header, data = header_of(folder / WEIGHTS)
+    header, data = read_weights_header(folder / WEIGHTS)
     write(folder / WEIGHTS, edit(header), data)
     assert_loads(folder, model)
 
@@ -352,7 +352,7 @@ def test_other_formats_are_called_by_their_names(
 
 def test_a_header_as_long_as_a_pickle_begins(folder: Path, model: SigLipVisionModel) -> None:
     """0x280 bytes or 0x480: the first two bytes are those of a pickle, or nearly."""
-    header, data = header_of(folder / WEIGHTS)
+    header, data = read_weights_header(folder / WEIGHTS)
     length = len(json.dumps(header)) // 256 * 256 + 0x180
     for protocol in range(2, 6):
         size = 0x80 + 256 * protocol + length // 2048 * 2048 + 2048
@@ -370,7 +370,7 @@ def test_a_header_as_long_as_a_pickle_begins(folder: Path, model: SigLipVisionMo
         ),
         (lambda path: path.write_bytes(path.read_bytes()[:-4]), "the file has"),
         (
-            lambda path: write(path, moved(4)((h := header_of(path))[0]), h[1]),
+            lambda path: write(path, moved(4)((h := read_weights_header(path))[0]), h[1]),
             "but the tensors before it end at",
         ),
     ],
@@ -616,7 +616,7 @@ def test_indexes_that_are_refused(case: str, sharded: Path) -> None:
 def test_one_tower_of_a_thousand(sharded: Path) -> None:
     """Of the others, nothing is opened."""
     edit_index(sharded, a_thousand_towers)
-    found = inspect(find_source(sharded), prefix="tower7.vision_model.")
+    found = inspect_checkpoint(find_source(sharded), prefix="tower7.vision_model.")
     assert found.towers == (("huggingface", "tower7.vision_model."),)
     assert "has no file shard-7.safetensors, so these cannot be read (64)" in str(found.problem)
 
@@ -736,13 +736,15 @@ def test_what_timm_cannot_mean_is_not_passed_over(
 @pytest.mark.parametrize("name", [CONFIG, INDEX, "preprocessor_config.json"])
 def test_documents_that_are_too_long(name: str, sharded: Path) -> None:
     with (sharded / name).open("r+b") as file:
-        file.truncate(LONGEST_JSON + 1)
-    assert_refused(sharded, f"it has {LONGEST_JSON + 1} bytes, and at most {LONGEST_JSON} are read")
+        file.truncate(MAX_JSON_BYTES + 1)
+    assert_refused(
+        sharded, f"it has {MAX_JSON_BYTES + 1} bytes, and at most {MAX_JSON_BYTES} are read"
+    )
 
 
 def test_more_blocks_than_any_tower_has(folder: Path) -> None:
     """Spelled out, they would take minutes and all memory; the file names as many."""
-    header, data = header_of(folder / WEIGHTS)
+    header, data = read_weights_header(folder / WEIGHTS)
     header |= {
         f"text_model.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
         for i in range(20_000)

@@ -6,7 +6,7 @@ A layout that is added is tested by being added.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ from transformers import Siglip2VisionModel, SiglipVisionModel
 
 from siglip_port import SigLipVisionConfig
 from siglip_port import SigLipVisionModel as Port
+from siglip_port.checkpoint.architecture import StoredSizes, read_sizes
+from siglip_port.checkpoint.key_rules import KeyRule, Layout
 from siglip_port.checkpoint.layouts import (
     HUGGINGFACE,
+    HUGGINGFACE_ENCODER,
     HUGGINGFACE_NAFLEX,
     LAYOUTS,
-    TOWER,
-    Layout,
-    Row,
 )
 from siglip_port.parity.siglip.reference import hf_config
 from siglip_port.parity.stress_weights import randomise
@@ -42,8 +42,8 @@ def config_of(layout: Layout, config: SigLipVisionConfig = SMALL) -> SigLipVisio
 
 @layouts
 def test_claims_are_a_bijection_with_our_parameters(layout: Layout) -> None:
-    claims = layout.claims(ODD.num_encoder_blocks, layout.rows(True))
-    ours = [name for claim in claims.values() for name in claim.ours]
+    claims = layout.mappings(ODD.num_encoder_blocks, layout.rules(True))
+    ours = [name for claim in claims.values() for name in claim.port]
     assert sorted(ours) == sorted(Port(config_of(layout, ODD)).state_dict())
 
 
@@ -53,11 +53,11 @@ def test_claims_are_a_bijection_with_our_parameters(layout: Layout) -> None:
 def test_claims_are_a_bijection_with_the_reference(layout: Layout) -> None:
     config = config_of(layout, ODD)
     model = (Siglip2VisionModel if layout.naflex else SiglipVisionModel)(hf_config(config))
-    claims = layout.claims(config.num_encoder_blocks, layout.rows(True))
+    claims = layout.mappings(config.num_encoder_blocks, layout.rules(True))
     ours = Port(config).state_dict()
     shapes = {
         name: claim.stored_shape(
-            [ours[our].shape for our in claim.ours], config.num_attention_heads
+            [ours[our].shape for our in claim.port], config.num_attention_heads
         )
         for name, claim in claims.items()
     }
@@ -67,8 +67,8 @@ def test_claims_are_a_bijection_with_the_reference(layout: Layout) -> None:
 @layouts
 @given(num_blocks=st.integers(0, 40), prefix=PREFIXES)
 def test_every_name_is_claimed_once(layout: Layout, num_blocks: int, prefix: str) -> None:
-    claims = layout.claims(num_blocks, layout.rows(True), prefix)
-    ours = [name for claim in claims.values() for name in claim.ours]
+    claims = layout.mappings(num_blocks, layout.rules(True), prefix)
+    ours = [name for claim in claims.values() for name in claim.port]
     assert len(set(ours)) == len(ours) == 16 * num_blocks + (20 if layout.head else 5)
     assert all(name.startswith(prefix) for name in claims)
     assert not [name for name in claims if "{}" in name or "*" in name]
@@ -79,14 +79,14 @@ def test_round_trip_is_bit_exact(layout: Layout) -> None:
     config = config_of(layout)
     model = Port(config)
     randomise(model)
-    ours, rows = model.state_dict(), layout.rows(config.pooling_head)
+    ours, rows = model.state_dict(), layout.rules(config.pooling_head)
     stored = layout.to_stored(
         ours, config.num_encoder_blocks, config.num_attention_heads, rows, "x."
     )
     back: dict[str, torch.Tensor] = {}
-    for name, claim in layout.claims(config.num_encoder_blocks, rows, "x.").items():
-        shapes = [ours[our].shape for our in claim.ours]
-        back |= dict(zip(claim.ours, claim.from_stored(stored[name], shapes), strict=True))
+    for name, claim in layout.mappings(config.num_encoder_blocks, rows, "x.").items():
+        shapes = [ours[our].shape for our in claim.port]
+        back |= dict(zip(claim.port, claim.from_stored(stored[name], shapes), strict=True))
         assert stored[name].shape == claim.stored_shape(shapes, config.num_attention_heads)
     assert back.keys() == ours.keys()
     assert all(torch.equal(back[name], ours[name]) for name in ours)
@@ -100,21 +100,15 @@ def test_the_shapes_tell_the_sizes(layout: Layout) -> None:
     config = replace(
         config, patch_size=7, num_encoder_blocks=11
     )  # heads of 72, which some layouts take for granted
-    rows = layout.rows(config.pooling_head)
+    rows = layout.rules(config.pooling_head)
     stored = layout.to_stored(Port(config).state_dict(), 11, config.num_attention_heads, rows, "x.")
-    sizes = layout.sizes({name: tuple(tensor.shape) for name, tensor in stored.items()}, "x.")
-    told = {
-        "embed_dim",
-        "num_patches",
-        "patch_size",
-        "num_channels",
-        "mlp_hidden_dim",
-        "num_encoder_blocks",
-    }
-    assert told <= sizes.keys() <= told | {"num_attention_heads"}
-    assert all(getattr(config, name) == value for name, value in sizes.items())
+    sizes = read_sizes(layout, {name: tuple(tensor.shape) for name, tensor in stored.items()}, "x.")
+    for field in fields(StoredSizes):
+        size = getattr(sizes, field.name)
+        if field.name != "num_attention_heads" or size is not None:
+            assert size == getattr(config, field.name), field.name
     with pytest.raises(ValueError, match=r"is missing, from which its size is told"):
-        layout.sizes({}, "x.")
+        read_sizes(layout, {}, "x.")
 
 
 @layouts
@@ -126,17 +120,17 @@ def test_the_shapes_tell_the_sizes(layout: Layout) -> None:
 def test_invented_names_are_neither_claimed_nor_dropped(
     layout: Layout, suffix: str, position: int, prefix: str
 ) -> None:
-    claims = layout.claims(3, layout.rows(True), prefix)
+    claims = layout.mappings(3, layout.rules(True), prefix)
     invented = sorted(claims)[position % len(claims)] + suffix
     assert invented not in claims
-    assert layout.reason_to_drop(invented, prefix) is None
+    assert layout.reason_to_ignore(invented, prefix) is None
 
 
 @layouts
 @given(prefix=PREFIXES)
 def test_no_tensor_of_the_tower_is_dropped(layout: Layout, prefix: str) -> None:
-    names = layout.claims(3, layout.rows(True), prefix)
-    assert not [name for name in names if layout.reason_to_drop(name, prefix)]
+    names = layout.mappings(3, layout.rules(True), prefix)
+    assert not [name for name in names if layout.reason_to_ignore(name, prefix)]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +160,7 @@ def test_no_tensor_of_the_tower_is_dropped(layout: Layout, prefix: str) -> None:
     ],
 )
 def test_what_is_dropped(name: str, prefix: str, reason: str | None) -> None:
-    assert HUGGINGFACE.reason_to_drop(name, prefix) == reason
+    assert HUGGINGFACE.reason_to_ignore(name, prefix) == reason
 
 
 @layouts
@@ -174,21 +168,24 @@ def test_what_is_dropped(name: str, prefix: str, reason: str | None) -> None:
 def test_layouts_do_not_take_each_other_for_their_own(layout: Layout, prefix: str) -> None:
     config = config_of(layout, ODD)
     stored = layout.to_stored(
-        Port(config).state_dict(), 11, config.num_attention_heads, layout.rows(True), prefix
+        Port(config).state_dict(), 11, config.num_attention_heads, layout.rules(True), prefix
     )
     found = [
         (o.name, p)
         for o in LAYOUTS
         for p in o.prefixes(stored)
-        if o.fits(stored[p + o.marks[0]].shape)
+        if o.fits(stored[p + o.signature_keys[0]].shape)
     ]
     assert found == [(layout.name, prefix)]
 
 
 def test_a_table_that_claims_twice_is_refused() -> None:
-    for rows in (TOWER + TOWER[:1], (*TOWER, Row(TOWER[0].ours, "elsewhere.*"))):
+    for rows in (
+        HUGGINGFACE_ENCODER + HUGGINGFACE_ENCODER[:1],
+        (*HUGGINGFACE_ENCODER, KeyRule(HUGGINGFACE_ENCODER[0].port, "elsewhere.*")),
+    ):
         with pytest.raises(ValueError, match=r"claims these more than once: .*patch_embedding"):
-            HUGGINGFACE.claims(1, rows)
+            HUGGINGFACE.mappings(1, rows)
 
 
 def test_layouts_have_names_of_their_own() -> None:

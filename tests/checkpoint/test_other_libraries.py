@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint import layouts as key_map
+from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.stress_weights import randomise
 from tests.helpers.checkpoints import ODD, edit_config, edit_tensors, pixels
@@ -103,12 +104,12 @@ def test_timm_towers(name: str, act: str, tmp_path: Path) -> None:
 
 def test_all_names_of_timm_are_known() -> None:
     """Activation, patch and pooling, for every SigLIP architecture that timm has, from its own code."""
-    from siglip_port.checkpoint.registry import named
+    from siglip_port.checkpoint.registry import config_of_name
 
     names = [n for n in timm.list_models("*siglip*") if n.startswith(("vit_", "naflexvit_"))]
     assert len(names) > 30
     for name in names:
-        config = named(name)
+        config = config_of_name(name)
         assert config is not None
         with torch.device("meta"):
             tower: Any = timm.create_model(name)
@@ -835,7 +836,7 @@ def test_only_the_tower_is_read(
 
 
 @pytest.mark.parametrize("layout", key_map.LAYOUTS, ids=lambda layout: layout.name)
-def test_any_layout_becomes_ours_and_comes_back(layout: key_map.Layout, tmp_path: Path) -> None:
+def test_any_layout_becomes_ours_and_comes_back(layout: Layout, tmp_path: Path) -> None:
     """Every layout that there is.
 
     Stored by its own table, read, exported, read again, bit for bit.
@@ -843,7 +844,7 @@ def test_any_layout_becomes_ours_and_comes_back(layout: key_map.Layout, tmp_path
     config = replace(ODD, pooling_head=bool(layout.head), naflex=layout.naflex, image_size=42)
     original = SigLipVisionModel(config)
     randomise(original)
-    rows, sep = layout.rows(config.pooling_head), "/" if "big_vision" in layout.name else "."
+    rows, sep = layout.rules(config.pooling_head), "/" if "big_vision" in layout.name else "."
     stored = layout.to_stored(
         original.state_dict(), 11, config.num_attention_heads, rows, f"some{sep}where{sep}"
     )

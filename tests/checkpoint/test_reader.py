@@ -31,7 +31,7 @@ from transformers import (
 from transformers import SiglipVisionModel as ReferenceModel
 
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
-from siglip_port.checkpoint.reader import pickle_advice
+from siglip_port.checkpoint.source import pickle_advice
 from siglip_port.parity.siglip import reference as references
 from siglip_port.parity.stress_weights import randomise
 from tests.helpers.checkpoints import (
@@ -375,7 +375,7 @@ def test_everything_that_is_wrong_is_said_at_once_and_nothing_is_read(
         folder, lambda t: without("layer_norm1.bias")({**t, "extra": t[FC1], FC1: t[FC1].T})
     )
     monkeypatch.setattr(
-        "siglip_port.checkpoint.layouts.split", lambda *_: pytest.fail("a tensor was read")
+        "siglip_port.checkpoint.key_rules.split", lambda *_: pytest.fail("a tensor was read")
     )
     with pytest.raises(CheckpointError) as caught:
         load(folder)
@@ -730,7 +730,7 @@ def test_a_save_that_breaks_off_leaves_the_old_files(
     def break_off(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("siglip_port.checkpoint.reader.json.dumps", break_off)
+    monkeypatch.setattr("siglip_port.checkpoint.writer.json.dumps", break_off)
     with pytest.raises(CheckpointError, match=r"could not be written to .*no space left on device"):
         SigLipVisionModel(SMALL).save_hf(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

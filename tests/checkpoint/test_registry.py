@@ -13,7 +13,10 @@ from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint import build_on_meta
 from siglip_port.checkpoint import layouts as key_map
 from siglip_port.checkpoint import preprocessor_config as processors
-from siglip_port.checkpoint.registry import PUBLISHED, Published, describe, named, timm_config
+from siglip_port.checkpoint.architecture import StoredSizes, infer_architecture
+from siglip_port.checkpoint.key_rules import Layout
+from siglip_port.checkpoint.registry import PUBLISHED, Published, config_of_name
+from siglip_port.checkpoint.timm_config import config_to_timm
 from tests.helpers.checkpoints import ODD
 
 TANH, EXACT = "gelu_pytorch_tanh", "gelu"
@@ -27,6 +30,12 @@ BASE = {
     "mlp_hidden_dim": 3072,
     "num_encoder_blocks": 12,
 }
+
+
+def describe(layout: Layout, sizes: dict[str, Any], contents: dict[str, Any]) -> SigLipVisionConfig:
+    return infer_architecture(layout, StoredSizes(**sizes), contents)
+
+
 SO400M = {**BASE, "embed_dim": 1152, "mlp_hidden_dim": 4304, "num_encoder_blocks": 27}
 
 
@@ -70,7 +79,11 @@ def test_the_table() -> None:
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.repo)
 def test_published_names(published: Published) -> None:
-    assert named(published.repo) == named(published.repo.split("/")[1]) == published.config
+    assert (
+        config_of_name(published.repo)
+        == config_of_name(published.repo.split("/")[1])
+        == published.config
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,14 +106,14 @@ def test_published_names(published: Published) -> None:
 def test_names_in_other_code(
     name: str, width: int, image: int, patch: int, act: str, mean: bool
 ) -> None:
-    found = named(name)
+    found = config_of_name(name)
     assert found is not None
     assert (found.embed_dim, found.image_size, found.patch_size) == (width, image, patch)
     assert (found.hidden_act, found.mean_pooling, found.naflex) == (act, mean, False)
 
 
 def test_naflex_names() -> None:
-    found = named("naflexvit_base_patch16_siglip.v2_webli")
+    found = config_of_name("naflexvit_base_patch16_siglip.v2_webli")
     assert found == replace(SigLipVisionConfig(), image_size=256, naflex=True)
 
 
@@ -118,7 +131,7 @@ def test_naflex_names() -> None:
     ],
 )
 def test_other_names(name: str) -> None:
-    assert named(name) is None
+    assert config_of_name(name) is None
 
 
 # --- describe -------------------------------------------------------------------------------------
@@ -246,7 +259,7 @@ def test_several_names_are_refused_unless_they_mean_the_same() -> None:
 
 
 def timm_words(config: SigLipVisionConfig, **processor: object) -> dict[str, Any]:
-    return timm_config(config, {**processors.default(config), **processor})
+    return config_to_timm(config, {**processors.default(config), **processor})
 
 
 @pytest.mark.parametrize("published", PUBLISHED[::5], ids=lambda published: published.repo)

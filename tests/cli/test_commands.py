@@ -378,7 +378,7 @@ def test_a_repository_whose_weights_alone_tell_the_commit(
     (tmp_path / "served").mkdir()
     layout, state = key_map.BIG_VISION, SigLipVisionModel(SMALL).state_dict()
     tensors = layout.to_stored(
-        state, SMALL.num_encoder_blocks, SMALL.num_attention_heads, layout.rows(True)
+        state, SMALL.num_encoder_blocks, SMALL.num_attention_heads, layout.rules(True)
     )
     save_file(
         {name: t.contiguous() for name, t in tensors.items()},
@@ -631,11 +631,11 @@ def test_what_cannot_be_loaded_or_is_nothing_for_timm(
 
 def test_bits_are_compared_and_not_values() -> None:
     zero, nan = torch.zeros(2), torch.full((2,), torch.nan)
-    assert extraction._same(nan, nan.clone())
-    assert not extraction._same(zero, -zero)
-    assert not extraction._same(zero, zero.double())
-    assert not extraction._same(zero, torch.zeros(2, 1))
-    assert not extraction._same(zero, None)
+    assert extraction.is_same(nan, nan.clone())
+    assert not extraction.is_same(zero, -zero)
+    assert not extraction.is_same(zero, zero.double())
+    assert not extraction.is_same(zero, torch.zeros(2, 1))
+    assert not extraction.is_same(zero, None)
 
 
 # --- export ---------------------------------------------------------------------------------------

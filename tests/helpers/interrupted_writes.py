@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
-from siglip_port.checkpoint.extract import extract
+from siglip_port.checkpoint.extract import extract_model
 from siglip_port.hub import partial_download as towers
 from siglip_port.parity.stress_weights import randomise
 
@@ -72,7 +72,7 @@ def writers(new: SigLipVisionModel) -> dict[str, Callable[[Path], object]]:
     return {
         "save_hf": new.save_hf,
         "save_timm": new.save_timm,
-        "extract": lambda folder: extract(new, folder),
+        "extract": lambda folder: extract_model(new, folder),
     }
 
 

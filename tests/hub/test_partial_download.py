@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel
 from siglip_port.checkpoint import layouts as key_map
-from siglip_port.checkpoint.inspect import inspect
+from siglip_port.checkpoint.inspect import inspect_checkpoint
+from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.hub import http_range as ranges
 from siglip_port.hub import partial_download as towers
 from siglip_port.hub.repository import find_source
@@ -92,13 +93,13 @@ def test_once_fetched_it_is_not_fetched_again(hub: Hub, folder: Path, cache: Pat
 @pytest.mark.parametrize("layout", key_map.LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("in_shards", [False, True], ids=["one file", "shards"])
 def test_every_layout(
-    layout: key_map.Layout, in_shards: bool, hub: Hub, cache: Path, tmp_path: Path
+    layout: Layout, in_shards: bool, hub: Hub, cache: Path, tmp_path: Path
 ) -> None:
     config = replace(ODD, pooling_head=bool(layout.head), naflex=layout.naflex, image_size=42)
     original = SigLipVisionModel(config)
     randomise(original)
     sep = "/" if "big_vision" in layout.name else "."
-    rows = layout.rows(config.pooling_head)
+    rows = layout.rules(config.pooling_head)
     stored = layout.to_stored(
         original.state_dict(), 11, config.num_attention_heads, rows, f"some{sep}where{sep}"
     )
@@ -214,7 +215,7 @@ def test_tensors_of_several_widths_begin_where_they_can_be_mapped(
 
 def test_inspect_costs_kilobytes(hub: Hub, folder: Path, cache: Path) -> None:
     edit_tensors(folder, lambda t: {**t, "text_model.embeddings.weight": torch.ones(2_000_000)})
-    found = inspect(find_source(NAME, cache_dir=cache))
+    found = inspect_checkpoint(find_source(NAME, cache_dir=cache))
     assert found.problem is None
     assert hub.sent["model.safetensors"] == 65_536
     assert sum(hub.sent.values()) < 70_000
@@ -307,7 +308,7 @@ def test_no_socket_is_opened(
     assert_same(model, folder)
     assert model.provenance is not None
     assert model.provenance.commit == commit
-    assert inspect(find_source(NAME, cache_dir=cache, **arguments.get(how, {}))).problem is None
+    assert inspect_checkpoint(find_source(NAME, cache_dir=cache, **arguments.get(how, {}))).problem is None
 
 
 def test_a_push_that_leaves_the_weights_alone_costs_nothing(

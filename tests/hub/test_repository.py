@@ -119,16 +119,17 @@ def test_a_push_between_two_files_mixes_nothing(
     hub: Hub, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After config.json has told the commit, the weights are asked of that commit, here gone, and not of `main`."""
-    import siglip_port.checkpoint.reader as checkpoints
+    from siglip_port.checkpoint import json_files, reader
+    from siglip_port.checkpoint.source import Source
 
-    read = checkpoints.read_contents
+    read = json_files.read_config
 
-    def then_push(source: checkpoints.Source) -> object:
+    def then_push(source: Source) -> object:
         config = read(source)
         edit_tensors(folder, lambda t: t)
         return config
 
-    monkeypatch.setattr(checkpoints, "read_contents", then_push)
+    monkeypatch.setattr(reader, "read_config", then_push)
     with pytest.raises(CheckpointError, match="has no revision"):
         SigLipVisionModel.from_hf(NAME, cache_dir=cache)
 
@@ -303,7 +304,7 @@ def test_an_archive_of_a_repository(hub: Hub, folder: Path, cache: Path) -> None
     layout = next(
         layout for layout in key_map.LAYOUTS if "big_vision" in layout.name and not layout.naflex
     )
-    stored = layout.to_stored(model.state_dict(), 3, 2, layout.rows(True), "params/img/")
+    stored = layout.to_stored(model.state_dict(), 3, 2, layout.rules(True), "params/img/")
     np.savez(folder / "a.npz", **{name: tensor.numpy() for name, tensor in stored.items()})  # type: ignore[arg-type]
     for offline in (False, True):
         again = SigLipVisionModel.from_hf(

@@ -24,9 +24,9 @@ from scripts.fuzz import run as fuzz
 from scripts.fuzz import trial as fuzz_trial
 from scripts.fuzz.trial import Fuzzer, Result
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
-from siglip_port.checkpoint import formats as files
-from siglip_port.checkpoint import layouts as key_map
-from siglip_port.checkpoint.formats import Header
+from siglip_port.checkpoint.formats import Header, parse_header
+from siglip_port.checkpoint.formats import weights_file as files
+from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.hub import partial_download as towers
 from tests.helpers.hub_server import Hub
 
@@ -87,27 +87,27 @@ def test_a_short_run(tmp_path: Path) -> None:
 # --- loaders that are wrong -----------------------------------------------------------------------
 
 Patch = pytest.MonkeyPatch
-load, config_of, parse = SigLipVisionModel.from_hf, SigLipVisionConfig.from_hf, files.parse_header
+load, config_of = SigLipVisionModel.from_hf, SigLipVisionConfig.from_hf
 
 
 def without_check_of_size(patch: Patch) -> None:
-    def parse_header(content: bytes, _: int) -> Header:
+    def parse_any_size(content: bytes, _: int) -> Header:
         ends = [
             tensor["data_offsets"][1]
             for name, tensor in json.loads(content).items()
             if name != "__metadata__"
         ]
-        return parse(content, 8 + len(content) + max(ends))
+        return parse_header(content, 8 + len(content) + max(ends))
 
     def no_memory(*_: object, **__: object) -> None:
         raise RuntimeError("unable to mmap")
 
-    patch.setattr(files, "parse_header", parse_header)
+    patch.setattr(files, "parse_header", parse_any_size)
     patch.setattr(files, "safe_open", no_memory)  # which would refuse such files itself
 
 
 def without_strictness(patch: Patch) -> None:
-    patch.setattr(key_map.Layout, "reason_to_drop", lambda *_: "whatever it is")
+    patch.setattr(Layout, "reason_to_ignore", lambda *_: "whatever it is")
 
 
 def with_defaults_for_what_is_wrong(patch: Patch) -> None:

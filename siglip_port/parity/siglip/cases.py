@@ -200,12 +200,12 @@ def stored(port: Any, table: ModuleType = key_map) -> dict[str, Tensor]:  # noqa
     layout = table.HUGGINGFACE_NAFLEX if port.config.naflex else table.HUGGINGFACE
     tensors, claims = (
         port.state_dict(),
-        layout.claims(port.config.num_encoder_blocks, layout.rows(port.config.pooling_head)),
+        layout.mappings(port.config.num_encoder_blocks, layout.rules(port.config.pooling_head)),
     )
     return {
-        name: claim.to_stored([tensors[our] for our in claim.ours], port.config.num_attention_heads)
+        name: claim.to_stored([tensors[our] for our in claim.port], port.config.num_attention_heads)
         for name, claim in claims.items()
-        if set(claim.ours) <= set(tensors)
+        if set(claim.port) <= set(tensors)
     }
 
 
