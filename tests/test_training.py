@@ -27,7 +27,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
-from siglip_port.checkpoint import layouts as key_map
+from siglip_port.checkpoint import layouts
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.siglip import reference as references
 from siglip_port.parity.stress_weights import randomise
@@ -109,7 +109,7 @@ def as_the_reference_names_them(
     Q, k and v of the head in one, NaFlex's patch weights as a Linear's.
     """
     config = model.config
-    layout = key_map.HUGGINGFACE_NAFLEX if config.naflex else key_map.HUGGINGFACE
+    layout = layouts.HUGGINGFACE_NAFLEX if config.naflex else layouts.HUGGINGFACE
     rows = layout.rules(config.pooling_head)
     return layout.to_stored(tensors, config.num_encoder_blocks, config.num_attention_heads, rows)
 
@@ -133,7 +133,7 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, st
 
 
 @pytest.mark.parametrize("side", [None, 31], ids=["its own size", "another size"])
-def test_gradients_of_parameters_and_pictures_are_the_references(
+def test_gradients(
     checkpoint: MakeCheckpoint, side: int | None
 ) -> None:
     port, reference = load_pair(FIXED if side is None else RESIZED, checkpoint)
@@ -152,7 +152,7 @@ def test_gradients_of_parameters_and_pictures_are_the_references(
     assert worst(ours, expected)[0] > GRADIENTS
 
 
-def test_gradients_of_packed_patches_are_the_references(checkpoint: MakeCheckpoint) -> None:
+def test_gradients_of_packed_patches(checkpoint: MakeCheckpoint) -> None:
     port, reference = load_pair(NAFLEX, checkpoint)
     ours, theirs = packs(), packs()
     mask = ours["pixel_attention_mask"]
@@ -180,7 +180,7 @@ def test_gradients_of_packed_patches_are_the_references(checkpoint: MakeCheckpoi
 
 
 @pytest.mark.parametrize("config", [FIXED, NAFLEX], ids=["pictures", "packed patches"])
-def test_gradients_of_mean_pooling_are_those_of_the_references_tokens(
+def test_gradients_of_mean_pooling(
     checkpoint: MakeCheckpoint, config: SigLipVisionConfig
 ) -> None:
     loaded, reference = load_pair(replace(config, pooling_head=False), checkpoint)
@@ -198,7 +198,7 @@ def test_gradients_of_mean_pooling_are_those_of_the_references_tokens(
     assert worst(ours, expected)[0] <= GRADIENTS, worst(ours, expected)
 
 
-def test_dropout_draws_as_the_reference_does_and_only_in_training(
+def test_dropout(
     checkpoint: MakeCheckpoint,
 ) -> None:
     port, reference = load_pair(replace(FIXED, attention_dropout=0.3), checkpoint)
@@ -231,7 +231,7 @@ def test_dropout_draws_as_the_reference_does_and_only_in_training(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_parameters_of_other_dtypes_and_autocast_are_as_exact_as_the_reference(
+def test_dtypes_and_autocast(
     checkpoint: MakeCheckpoint, dtype: torch.dtype
 ) -> None:
     port, reference = load_pair(FIXED, checkpoint)
@@ -273,7 +273,7 @@ def test_parameters_of_other_dtypes_and_autocast_are_as_exact_as_the_reference(
             check()
 
 
-def test_a_step_reaches_the_parameters_and_not_the_file_that_they_are_mapped_from(
+def test_step_leaves_file_alone(
     checkpoint: MakeCheckpoint,
 ) -> None:
     folder = checkpoint(FIXED)
@@ -309,7 +309,7 @@ def runs_of_blocks(model: SigLipVisionModel, run: Callable[[], object]) -> int:
 @pytest.mark.parametrize(
     "config", [replace(FIXED, attention_dropout=0.3), NAFLEX], ids=["dropout", "packed patches"]
 )
-def test_gradient_checkpointing_computes_blocks_twice_and_changes_no_bit(
+def test_gradient_checkpointing(
     config: SigLipVisionConfig,
 ) -> None:
     model = tower(config).train()
@@ -354,7 +354,7 @@ COPIES: dict[str, Callable[[SigLipVisionModel], SigLipVisionModel]] = {
 
 @pytest.mark.parametrize("way", COPIES.values(), ids=COPIES.keys())
 @torch.no_grad()
-def test_copies_hold_all_and_live_on_their_own(
+def test_copies(
     checkpoint: MakeCheckpoint, way: Callable[[SigLipVisionModel], SigLipVisionModel]
 ) -> None:
     folder = checkpoint(FIXED)
@@ -377,7 +377,7 @@ def test_copies_hold_all_and_live_on_their_own(
 
 
 @torch.no_grad()
-def test_state_dicts_go_round(tmp_path: Path) -> None:
+def test_state_dict(tmp_path: Path) -> None:
     model, fresh, assigned = tower(FIXED), SigLipVisionModel(FIXED), SigLipVisionModel(FIXED)
     x = pictures(FIXED)
     assert (
@@ -405,7 +405,7 @@ def test_state_dicts_go_round(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_positions_of_another_grid_follow_the_weights() -> None:
+def test_fitted_positions_follow_weights() -> None:
     """However they are written to: nothing of a former forward is kept."""
     model = tower(RESIZED)
     embeddings = model.transformer.embeddings
@@ -455,7 +455,7 @@ BATCHES: dict[str, tuple[SigLipVisionConfig, Callable[[], dict[str, Any]]]] = {
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(("config", "make"), BATCHES.values(), ids=BATCHES.keys())
 @torch.no_grad()
-def test_compiled_in_one_piece_it_computes_the_same(
+def test_compile(
     config: SigLipVisionConfig, make: Callable[[], dict[str, Any]]
 ) -> None:
     model, batch = tower(config), make()
@@ -471,7 +471,7 @@ def test_compiled_in_one_piece_it_computes_the_same(
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("name", ["pictures", "packed patches"])
-def test_compiled_gradients_are_the_same_with_gradient_checkpointing_too(name: str) -> None:
+def test_compiled_gradients(name: str) -> None:
     config, make = BATCHES[name]
     model, batch = tower(config).train(), make()
     backward(model.embed(**batch).square().mean())
@@ -483,7 +483,7 @@ def test_compiled_gradients_are_the_same_with_gradient_checkpointing_too(name: s
 
 
 @pytest.mark.usefixtures("compiler")
-def test_one_graph_serves_every_step_of_training() -> None:
+def test_compiled_once_for_all_steps() -> None:
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
@@ -502,7 +502,7 @@ def test_one_graph_serves_every_step_of_training() -> None:
 
 @pytest.mark.usefixtures("compiler")
 @torch.no_grad()
-def test_other_shapes_are_compiled_once_more_each_and_compute_the_same() -> None:
+def test_compile_other_shapes() -> None:
     model = tower(replace(NAFLEX, num_encoder_blocks=1))
     embed = torch.compile(model.embed, fullgraph=True, backend="eager")
     for shapes in (SHAPES, [(3, 2), (2, 4), (5, 1)], [(5, 5)] * 3):
@@ -526,7 +526,7 @@ def test_other_shapes_are_compiled_once_more_each_and_compute_the_same() -> None
     not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler"
 )
 @torch.no_grad()
-def test_inductor_computes_the_same() -> None:
+def test_inductor() -> None:
     model = tower(replace(SMALL, num_encoder_blocks=1, pooling_head=False, mean_pooling=True))
     x = pictures(SMALL)
     assert relative_error(torch.compile(model.embed, fullgraph=True)(x), model.embed(x)) <= EXACT
@@ -546,7 +546,7 @@ class Embed(nn.Module):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("config", [FIXED, RESIZED], ids=["its own size", "another size"])
 @torch.no_grad()
-def test_exported_for_any_number_of_pictures(
+def test_export(
     config: SigLipVisionConfig, strict: bool, tmp_path: Path
 ) -> None:
     model, side = tower(config), 45 if config is FIXED else 31
@@ -582,7 +582,7 @@ def adapters(model: nn.Module) -> dict[str, Any]:
     return {n.removeprefix(prefix): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
-def test_lora_wraps_every_linear_and_begins_as_the_tower() -> None:
+def test_lora_initial_output() -> None:
     model = tower(FIXED)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert len(linears) == 6 * (3 + 1)  # of three blocks and of the head
@@ -598,7 +598,7 @@ def test_lora_wraps_every_linear_and_begins_as_the_tower() -> None:
     assert torch.equal(wrapped.embed(x), vectors)
 
 
-def test_lora_trains_merges_and_is_saved(tmp_path: Path) -> None:
+def test_lora_train_merge_save(tmp_path: Path) -> None:
     model = tower(FIXED)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     x = pictures(FIXED)
@@ -632,7 +632,7 @@ def test_lora_trains_merges_and_is_saved(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft asks transformers
-def test_loras_gradients_in_the_blocks_are_those_of_lora_in_the_reference(
+def test_lora_gradients_in_blocks(
     checkpoint: MakeCheckpoint,
 ) -> None:
     port, reference = load_pair(FIXED, checkpoint)
@@ -655,7 +655,7 @@ def test_loras_gradients_in_the_blocks_are_those_of_lora_in_the_reference(
             assert relative_error(mine, other) <= GRADIENTS, (name, part)
 
 
-def test_loras_gradients_everywhere_follow_from_the_references_of_merged_weights(
+def test_lora_gradients(
     checkpoint: MakeCheckpoint,
 ) -> None:
     """W + s B A has the gradient G in the reference; then A has s B^T G, and B has s G A^T."""
@@ -672,8 +672,8 @@ def test_loras_gradients_everywhere_follow_from_the_references_of_merged_weights
     reference.load_state_dict(as_the_reference_names_them(merged, dict(merged.state_dict())))
     backward(reference(x).pooler_output.sin().mean())
     grads = gradients(reference)
-    claims = key_map.HUGGINGFACE.mappings(
-        FIXED.num_encoder_blocks, key_map.HUGGINGFACE.rules(pooling_head=True)
+    claims = layouts.HUGGINGFACE.mappings(
+        FIXED.num_encoder_blocks, layouts.HUGGINGFACE.rules(pooling_head=True)
     )
     whole = {
         name: grad
@@ -736,7 +736,7 @@ def of_one_process(
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @pytest.mark.parametrize("batch", ["", ", naflex"])
-def test_gradients_of_two_processes_are_those_of_one(
+def test_ddp_and_fsdp_gradients(
     processes: Processes, how: str, batch: str
 ) -> None:
     config = two_processes.naflex() if batch else two_processes.CONFIG
@@ -747,7 +747,7 @@ def test_gradients_of_two_processes_are_those_of_one(
         assert worst(found[how + batch], expected)[0] <= GRADIENTS
 
 
-def test_past_ddp_nothing_is_averaged(processes: Processes) -> None:
+def test_bypassing_ddp(processes: Processes) -> None:
     _, expected = of_one_process(two_processes.CONFIG, two_processes.pictures())
     first, second = (found["past ddp"] for found in processes[1])
     assert worst(first, expected)[0] > 1e-2
@@ -758,7 +758,7 @@ def test_past_ddp_nothing_is_averaged(processes: Processes) -> None:
 
 
 @torch.no_grad()
-def test_fsdp_steps_looks_and_is_saved_as_one_process(processes: Processes) -> None:
+def test_fsdp_step_and_save(processes: Processes) -> None:
     folder, found = processes
     with torch.enable_grad():
         model, _ = of_one_process(two_processes.CONFIG, two_processes.pictures())
@@ -785,7 +785,7 @@ def test_fsdp_steps_looks_and_is_saved_as_one_process(processes: Processes) -> N
 
 
 @torch.no_grad()
-def test_what_fsdp_must_be_told(processes: Processes) -> None:
+def test_fsdp_unregistered_methods(processes: Processes) -> None:
     model = two_processes.tower()
     batch = two_processes.pictures()
     maps = model.attention_maps(**batch, layers=[0, 2])[1]
@@ -800,7 +800,7 @@ def test_what_fsdp_must_be_told(processes: Processes) -> None:
         assert relative_error(found["maps"], maps) <= EXACT
 
 
-def test_a_sharded_model_is_not_saved(processes: Processes) -> None:
+def test_sharded_model_not_saved(processes: Processes) -> None:
     folder, found = processes
     for rank, process in enumerate(found):
         message = process["saved while sharded"]

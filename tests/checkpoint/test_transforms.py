@@ -28,7 +28,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda transform: transform.name or "plain")
-def test_both_ways_are_each_others_reverse(transform: Transform) -> None:
+def test_round_trip(transform: Transform) -> None:
     shape = SHAPES[KINDS.get(transform.name, "patch")]
     ours = torch.randn(shape)
     stored = transform.store(ours, 2)
@@ -39,11 +39,11 @@ def test_both_ways_are_each_others_reverse(transform: Transform) -> None:
     assert torch.equal(transform.store(transform.load(stored, shape), 2), stored)
 
 
-def test_forms_have_names_of_their_own() -> None:
+def test_unique_names() -> None:
     assert len({transform.name for transform in TRANSFORMS}) == len(TRANSFORMS)
 
 
-def test_the_channel_is_the_fastest_in_a_patch() -> None:
+def test_channel_order_in_patches() -> None:
     weight = torch.arange(2 * 3 * 2 * 2.0).view(2, 3, 2, 2)
     stored = transforms.PATCHES.store(weight, 1)
     assert stored[1].tolist() == [

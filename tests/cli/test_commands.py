@@ -34,8 +34,10 @@ from tests.helpers.checkpoints import (
     shard,
 )
 from tests.helpers.commands import run
+from tests.helpers.flax import flax, write_npz
 from tests.helpers.hub_server import Fault, Hub, Repository
-from tests.helpers.other_libraries import build, flax, timm_tower, write_npz, write_two_towers
+from tests.helpers.other_libraries import timm_tower, write_two_towers
+from tests.helpers.vision_language_models import build
 
 load = SigLipVisionModel.from_hf
 

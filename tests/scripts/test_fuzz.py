@@ -44,7 +44,7 @@ def some(fuzzer: Fuzzer, row: str, count: int) -> Iterator[Result]:
     return (fuzzer.run(next(numbers)) for _ in range(count))
 
 
-def test_a_short_run(tmp_path: Path) -> None:
+def test_short_campaign(tmp_path: Path) -> None:
     """Nothing fails; and the damage is real.
 
     Most of it has to be refused, some of it makes another tower.
@@ -178,7 +178,7 @@ def with_two_tensors_exchanged(patch: Patch) -> None:
         (with_two_tensors_exchanged, "preprocessor", "SILENTLY DIFFERENT: the bits of"),
     ],
 )
-def test_a_wrong_loader_is_noticed(
+def test_broken_loader_detected(
     make_wrong: Callable[[Patch], None], row: str, error: str, fuzzer: Fuzzer, monkeypatch: Patch
 ) -> None:
     make_wrong(monkeypatch)
@@ -191,7 +191,7 @@ def test_a_wrong_loader_is_noticed(
     assert fuzzer.run(result.number).outcome != "FAILED"
 
 
-def test_a_damaged_tower_from_the_cache_is_noticed(
+def test_damaged_cache_detected(
     hub: Hub, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     from huggingface_hub import constants
@@ -213,7 +213,7 @@ def test_a_damaged_tower_from_the_cache_is_noticed(
 @pytest.mark.filterwarnings(
     "ignore:.*multi-threaded.*fork:DeprecationWarning"
 )  # the tests' Hub is idle
-def test_whatever_else_goes_wrong_is_told_of_the_mutant_that_did_it(
+def test_failures_reported(
     tmp_path: Path, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     report, kept, mutant, now = (
@@ -281,7 +281,7 @@ def test_whatever_else_goes_wrong_is_told_of_the_mutant_that_did_it(
     assert (kept / "9" / "checkpoint" / "left").read_text() == "behind"
 
 
-def test_a_mutant_is_known_by_its_number(
+def test_reproducible_by_number(
     fuzzer: Fuzzer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again, other = (Fuzzer(seed, tmp_path) for seed in (0, 1))
