@@ -18,56 +18,62 @@ from tests.helpers.checkpoints import MakeCheckpoint
 from tests.helpers.hub_cache import NAME, WEIGHTS, assert_same, kept, start
 from tests.helpers.hub_server import Hub
 
-ROOT = Path(__file__).resolve().parents[2]
-
+ROOT = Path(__file__).parents[1]
+OPERATIONS = ("save_hf:over", "save_hf:new", "save_timm:over", "extract:over", "extract:new")
 
 linux = pytest.mark.skipif(
     sys.platform != "linux", reason="forks, and is stopped by Linux's limits"
 )
 
+Outcomes = dict[tuple[str, int, str], int]
+"""How attempts were disturbed, ended, and left the folder -> their number."""
 
-def interrupted(*arguments: object) -> dict[tuple[str, int, str], int]:
-    """How many attempts were disturbed so, ended so, and left so."""
-    command = [sys.executable, "-m", "tests.helpers.interrupted_writes", *map(str, arguments)]
+
+def run_interrupted(stride: int, folder: Path, *operations: object) -> dict[str, Outcomes]:
+    arguments = [str(stride), str(folder), *map(str, operations)]
+    command = [sys.executable, "-m", "tests.helpers.interrupted_writes", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert not run.returncode, run.stderr
-    found = {(how, code, state): count for how, code, state, count in json.loads(run.stdout)}
-    print(f"{arguments[:2]}: {found}")
-    return found
+    outcomes = {}
+    for operation, rows in json.loads(run.stdout).items():
+        outcomes[operation] = {(how, code, state): n for how, code, state, n in rows}
+        print(f"{operation}: {outcomes[operation]}")
+    return outcomes
+
+
+def count(outcomes: Outcomes, how: str, code: int) -> int:
+    return sum(n for outcome, n in outcomes.items() if outcome[:2] == (how, code))
+
+
+def check_outcomes(operation: str, outcomes: Outcomes, kills: int, limits: int) -> None:
+    """Old files or new ones, after at least so many kills and at so many limits of file size."""
+    assert {state for _, _, state in outcomes} <= {"old", "new", "both"}, outcomes
+    assert count(outcomes, "kill", -9) >= kills, outcomes  # at as many different moments
+    assert outcomes["kill", 0, "new"] == 1
+    mixed = {how for how, _, state in outcomes if state == "both"}
+    assert mixed <= {"kill"}, outcomes  # nobody is left to put the old files back
+    assert count(outcomes, "full disk", 1) == limits, outcomes
+    assert outcomes["kill in a write", -25, "old"] == limits, outcomes
+    if operation.endswith(":over"):  # to nothing, the attempt before has written
+        assert outcomes["no permission", 1, "new"] == 1, outcomes
 
 
 @linux
-@pytest.mark.parametrize(
-    ("what", "where"),
-    [
-        ("save_hf", "over"),
-        ("save_hf", "new"),
-        ("save_timm", "over"),
-        ("extract", "over"),
-        ("extract", "new"),
-    ],
-)
-def test_interrupted_save(what: str, where: str, tmp_path: Path) -> None:
-    found = interrupted(what, where, tmp_path)
-    assert {state for _, _, state in found} <= {"old", "new", "both"}, found
-    killed = sum(count for (how, code, _), count in found.items() if (how, code) == ("kill", -9))
-    assert killed >= 8, found  # at as many different moments, at least
-    assert found["kill", 0, "new"] == 1
-    mixed = {how for (how, _, state) in found if state == "both"}
-    assert mixed <= {"kill"}, found  # nobody is left to put the old files back
-    assert (
-        sum(count for (how, code, _), count in found.items() if (how, code) == ("full disk", 1))
-        == 5
-    ), found
-    assert found["kill in a write", -25, "old"] == 5, found
-    assert where == "new" or found["no permission", 1, "new"] == 1, (
-        found
-    )  # new: by the attempt before
+def test_interrupted_save(tmp_path: Path) -> None:
+    """At every sixth step; at all of them in the next test."""
+    for operation, outcomes in run_interrupted(6, tmp_path, *OPERATIONS).items():
+        check_outcomes(operation, outcomes, kills=2, limits=2)
 
 
-def test_blocked_path(
-    checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_interrupted_save_at_every_step(operation: str, tmp_path: Path) -> None:
+    outcomes = run_interrupted(1, tmp_path, operation)[operation]
+    check_outcomes(operation, outcomes, kills=8, limits=5)
+
+
+def test_blocked_path(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """The weights are moved before it is found out that the configuration cannot be."""
     model = SigLipVisionModel.from_hf(checkpoint())
     for write in (SigLipVisionModel.save_hf, extract_model):
@@ -80,11 +86,7 @@ def test_blocked_path(
         assert sorted(path.name for path in place.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_read_only_cache(
-    hub: Hub,
-    folder: Path,
-    cache: Path,
-) -> None:
+def test_read_only_cache(hub: Hub, folder: Path, cache: Path) -> None:
     SigLipVisionModel.from_hf(NAME, cache_dir=cache)
     for path in [*cache.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
@@ -96,23 +98,21 @@ def test_read_only_cache(
 
 
 @linux
-def test_interrupted_download(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    found = interrupted("cache", NAME, folder, tmp_path)
-    assert {state for _, _, state in found} == {"right"}, found
-    assert found["kill", -9, "right"] > 15
-    assert found["kill", 0, "right"] == 1
-
-
-@pytest.mark.parametrize("most", [100, 20_000])
-def test_full_disk(
-    most: int,
-    hub: Hub,
-    folder: Path,
-    cache: Path,
+@pytest.mark.parametrize(("stride", "kills"), [(6, 2), pytest.param(1, 15, marks=pytest.mark.slow)])
+def test_interrupted_download(
+    stride: int, kills: int, hub: Hub, folder: Path, tmp_path: Path
 ) -> None:
-    """By the kernel: no file may grow beyond `most` bytes."""
+    outcomes = run_interrupted(stride, tmp_path, "download", NAME, folder)["download"]
+    assert {state for _, _, state in outcomes} == {"right"}, outcomes
+    assert outcomes["kill", -9, "right"] > kills
+    assert outcomes["kill", 0, "right"] == 1
+
+
+@pytest.mark.parametrize("size", [20_000, pytest.param(100, marks=pytest.mark.slow)])
+def test_full_disk(size: int, hub: Hub, folder: Path, cache: Path) -> None:
+    """By the kernel: no file may grow beyond `size` bytes."""
     child = start(
-        cache, f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))"
+        cache, f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
     )
     _, errors = child.communicate(timeout=120)
     assert "CheckpointError" in errors
