@@ -87,9 +87,7 @@ def test_round_trip(layout: Layout) -> None:
     position=st.integers(0, 1_000),
     prefix=PREFIXES,
 )
-def test_unknown_keys(
-    layout: Layout, suffix: str, position: int, prefix: str
-) -> None:
+def test_unknown_keys(layout: Layout, suffix: str, position: int, prefix: str) -> None:
     claims = layout.mappings(3, layout.rules(True), prefix)
     invented = sorted(claims)[position % len(claims)] + suffix
     assert invented not in claims

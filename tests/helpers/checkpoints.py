@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from siglip_port import SigLipVisionConfig
+from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.checkpoint.source import CONFIG, INDEX, WEIGHTS
+from siglip_port.parity.stress_weights import randomise
 
 # Widths, heads and sizes that no mistake survives by luck: head_dim differs from the number of
 # heads, 1/sqrt(head_dim) is inexact, the image is no multiple of the patch, and 11 blocks sort
@@ -53,6 +54,15 @@ Json = dict[str, Any]
 def config_for(layout: Layout, config: SigLipVisionConfig = SMALL) -> SigLipVisionConfig:
     """Return a configuration of a model that this layout can hold."""
     return replace(config, pooling_head=bool(layout.head), naflex=layout.naflex)
+
+
+def random_model(
+    config: SigLipVisionConfig = SMALL, dtype: torch.dtype = torch.float64
+) -> SigLipVisionModel:
+    """Return a model with random weights, none of which is zero or one, in `eval()` mode."""
+    model = SigLipVisionModel(config).to(dtype).eval()
+    randomise(model)
+    return model
 
 
 def pixels(config: SigLipVisionConfig, batch: int = 2, seed: int = 0) -> Tensor:

@@ -308,7 +308,10 @@ def test_no_socket_is_opened(
     assert_same(model, folder)
     assert model.provenance is not None
     assert model.provenance.commit == commit
-    assert inspect_checkpoint(find_source(NAME, cache_dir=cache, **arguments.get(how, {}))).problem is None
+    assert (
+        inspect_checkpoint(find_source(NAME, cache_dir=cache, **arguments.get(how, {}))).problem
+        is None
+    )
 
 
 def test_a_push_that_leaves_the_weights_alone_costs_nothing(

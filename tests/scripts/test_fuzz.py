@@ -191,9 +191,7 @@ def test_broken_loader_detected(
     assert fuzzer.run(result.number).outcome != "FAILED"
 
 
-def test_damaged_cache_detected(
-    hub: Hub, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_damaged_cache_detected(hub: Hub, tmp_path: Path, monkeypatch: Patch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(fuzz_trial, "_our_hub", lambda _: hub)
