@@ -376,7 +376,7 @@ def load_port(args: argparse.Namespace, scratch: str) -> tuple[SigLipVisionModel
     import torch
 
     from siglip_port import HubUnreachableError, SigLipVisionConfig, SigLipVisionModel
-    from siglip_port.checkpoint.reader import read_contents
+    from siglip_port.checkpoint.json_files import read_config
     from siglip_port.hub import HubOptions, HubRepository, find_source, unreachable_reason
 
     how = {"dtype": getattr(torch, args.dtype), "device": args.device}
@@ -401,7 +401,7 @@ def load_port(args: argparse.Namespace, scratch: str) -> tuple[SigLipVisionModel
         # The default checkpoint's architecture is the default one: no file is needed to know it.
         config = SigLipVisionConfig(pooling_head=True)
         if not is_default:
-            contents = read_contents(
+            contents = read_config(
                 find_source(args.checkpoint, HubOptions(local_files_only=offline))
             )
             if contents is None:

@@ -23,11 +23,10 @@ A process that is killed leaves its own behind.
 
 @contextmanager
 def staging_dir(folder: Path) -> Iterator[Path]:
-    """Makes a folder in another, for what is not finished.
+    """Make a folder in another, for what is not finished.
 
-    It is gone afterwards, with all that is still in it.
-
-    So is what killed processes have left behind there, unless somebody else is writing there.
+    It is gone afterwards, with all that is still in it. So is what killed processes have left
+    behind there, unless somebody else is writing there.
 
     Args:
         folder: made if it does not exist, and removed again if what is done in it fails. Files can
@@ -36,33 +35,32 @@ def staging_dir(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written to.
     """
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (
-            _shared(folder),
+            shared_lock(folder),
             # What cannot be removed is no reason to call a failure what has succeeded: the next
             # will remove it.
             tempfile.TemporaryDirectory(
                 dir=folder, prefix=STAGING_PREFIX, ignore_cleanup_errors=True
-            ) as place,
+            ) as staging,
         ):
-            yield Path(place)
+            yield Path(staging)
     except BaseException:
-        for made in missing:
+        for parent in missing:
             with contextlib.suppress(OSError):  # not empty: somebody else uses it
-                made.rmdir()
+                parent.rmdir()
         raise
 
 
 @contextmanager
-def _shared(folder: Path) -> Iterator[None]:
-    """Tells others that somebody writes into a folder.
+def shared_lock(folder: Path) -> Iterator[None]:
+    """Tell others that somebody writes into a folder.
 
-    Who finds it free removes what has been left behind there.
-
-    By a lock on the folder itself, which ends with the process, however that ends. Where there are
-    no such locks, as on Windows and some network file systems, nothing is removed.
+    Whoever finds it free removes what has been left behind there. The lock is on the folder itself
+    and ends with the process, however that ends. Where there are no such locks, as on Windows and
+    some network file systems, nothing is removed.
     """
     if sys.platform == "win32":
         yield
@@ -73,8 +71,8 @@ def _shared(folder: Path) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in folder.glob(f"{STAGING_PREFIX}*"):
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in folder.glob(f"{STAGING_PREFIX}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
@@ -83,7 +81,7 @@ def _shared(folder: Path) -> Iterator[None]:
 
 
 def commit_files(files: Sequence[Path], folder: Path) -> None:
-    """Moves files to their places: each as one step, and if a step fails or is interrupted, none.
+    """Move files to their places: each as one step, and if a step fails or is interrupted, none.
 
     Only a process that is killed between two steps leaves some of each kind; and a file system
     without hard links, on which what has been replaced cannot be put back.
@@ -97,22 +95,28 @@ def commit_files(files: Sequence[Path], folder: Path) -> None:
             room for them.
     """
     for file in files:
+        # else a power cut after the move may leave a file without its contents
         with file.open("r+b") as opened:
-            os.fsync(
-                opened.fileno()
-            )  # else a power cut after the move may leave a file without its contents
-    moves = [(file, folder / file.name, file.with_name(f"{file.name}.old")) for file in files]
-    new = [place for _, place, _ in moves if not os.path.lexists(place)]
+            os.fsync(opened.fileno())
+    new_names = {file.name for file in files if not os.path.lexists(folder / file.name)}
     try:
-        for file, place, old in moves:
+        for file in files:
             with contextlib.suppress(OSError):
-                os.link(place, old)
-            file.replace(place)
+                os.link(folder / file.name, backup_path(file))
+            file.replace(folder / file.name)
     except BaseException:
-        for _, place, old in moves:
+        for file in files:
             with contextlib.suppress(OSError):
-                place.unlink() if place in new else old.replace(place)
+                if file.name in new_names:
+                    (folder / file.name).unlink()
+                else:
+                    backup_path(file).replace(folder / file.name)
         raise
+
+
+def backup_path(file: Path) -> Path:
+    """Return where the file that a staged one replaces stays until all are moved."""
+    return file.with_name(f"{file.name}.old")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,74 +6,76 @@ And never a mixture that loads.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from siglip_port import CheckpointError, SigLipVisionModel
 from siglip_port.atomic import write_text
-from siglip_port.checkpoint.extract import extract
-from tests.helpers.checkpoints import SMALL, MakeCheckpoint, edit_config
-from tests.helpers.hub_cache import assert_same
+from siglip_port.checkpoint.extract import extract_model
+from tests.helpers.checkpoints import MakeCheckpoint
 
-ROOT = Path(__file__).resolve().parents[2]
-
+ROOT = Path(__file__).parents[1]
+OPERATIONS = ("save_hf:over", "save_hf:new", "save_timm:over", "extract:over", "extract:new")
 
 linux = pytest.mark.skipif(
     sys.platform != "linux", reason="forks, and is stopped by Linux's limits"
 )
 
+Outcomes = dict[tuple[str, int, str], int]
+"""How attempts were disturbed, ended, and left the folder -> their number."""
 
-def interrupted(*arguments: object) -> dict[tuple[str, int, str], int]:
-    """How many attempts were disturbed so, ended so, and left so."""
-    command = [sys.executable, "-m", "tests.helpers.interrupted_writes", *map(str, arguments)]
+
+def run_interrupted(stride: int, folder: Path, *operations: object) -> dict[str, Outcomes]:
+    arguments = [str(stride), str(folder), *map(str, operations)]
+    command = [sys.executable, "-m", "tests.helpers.interrupted_writes", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert not run.returncode, run.stderr
-    found = {(how, code, state): count for how, code, state, count in json.loads(run.stdout)}
-    print(f"{arguments[:2]}: {found}")
-    return found
+    outcomes = {}
+    for operation, rows in json.loads(run.stdout).items():
+        outcomes[operation] = {(how, code, state): n for how, code, state, n in rows}
+        print(f"{operation}: {outcomes[operation]}")
+    return outcomes
+
+
+def count(outcomes: Outcomes, how: str, code: int) -> int:
+    return sum(n for outcome, n in outcomes.items() if outcome[:2] == (how, code))
+
+
+def check_outcomes(operation: str, outcomes: Outcomes, kills: int, limits: int) -> None:
+    """Old files or new ones, after at least so many kills and at so many limits of file size."""
+    assert {state for _, _, state in outcomes} <= {"old", "new", "both"}, outcomes
+    assert count(outcomes, "kill", -9) >= kills, outcomes  # at as many different moments
+    assert outcomes["kill", 0, "new"] == 1
+    mixed = {how for how, _, state in outcomes if state == "both"}
+    assert mixed <= {"kill"}, outcomes  # nobody is left to put the old files back
+    assert count(outcomes, "full disk", 1) == limits, outcomes
+    assert outcomes["kill in a write", -25, "old"] == limits, outcomes
+    if operation.endswith(":over"):  # to nothing, the attempt before has written
+        assert outcomes["no permission", 1, "new"] == 1, outcomes
 
 
 @linux
-@pytest.mark.parametrize(
-    ("what", "where"),
-    [
-        ("save_hf", "over"),
-        ("save_hf", "new"),
-        ("save_timm", "over"),
-        ("extract", "over"),
-        ("extract", "new"),
-    ],
-)
-def test_the_old_files_or_the_new(what: str, where: str, tmp_path: Path) -> None:
-    found = interrupted(what, where, tmp_path)
-    assert {state for _, _, state in found} <= {"old", "new", "both"}, found
-    killed = sum(count for (how, code, _), count in found.items() if (how, code) == ("kill", -9))
-    assert killed >= 8, found  # at as many different moments, at least
-    assert found["kill", 0, "new"] == 1
-    mixed = {how for (how, _, state) in found if state == "both"}
-    assert mixed <= {"kill"}, found  # nobody is left to put the old files back
-    assert (
-        sum(count for (how, code, _), count in found.items() if (how, code) == ("full disk", 1))
-        == 5
-    ), found
-    assert found["kill in a write", -25, "old"] == 5, found
-    assert where == "new" or found["no permission", 1, "new"] == 1, (
-        found
-    )  # new: by the attempt before
+def test_interrupted_save(tmp_path: Path) -> None:
+    """At every sixth step; at all of them in the next test."""
+    for operation, outcomes in run_interrupted(6, tmp_path, *OPERATIONS).items():
+        check_outcomes(operation, outcomes, kills=2, limits=2)
 
 
-def test_a_place_that_cannot_be_taken_leaves_the_old_files(
-    checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_interrupted_save_at_every_step(operation: str, tmp_path: Path) -> None:
+    outcomes = run_interrupted(1, tmp_path, operation)[operation]
+    check_outcomes(operation, outcomes, kills=8, limits=5)
+
+
+def test_blocked_path(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """The weights are moved before it is found out that the configuration cannot be."""
     model = SigLipVisionModel.from_hf(checkpoint())
-    for write in (SigLipVisionModel.save_hf, extract):
+    for write in (SigLipVisionModel.save_hf, extract_model):
         place = tmp_path / write.__name__
         (place / "config.json").mkdir(parents=True)
         (place / "model.safetensors").write_text("the old ones")
@@ -81,46 +83,6 @@ def test_a_place_that_cannot_be_taken_leaves_the_old_files(
             write(model, place)
         assert (place / "model.safetensors").read_text() == "the old ones"
         assert sorted(path.name for path in place.iterdir()) == ["config.json", "model.safetensors"]
-
-
-def test_files_of_two_checkpoints_do_not_load_as_one(
-    checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
-    """Shapes alone would not tell: the two differ in nothing but the activation."""
-    model = SigLipVisionModel.from_hf(checkpoint())
-    other = SigLipVisionModel.from_hf(checkpoint(), config=replace(SMALL, hidden_act="gelu"))
-    for write in (SigLipVisionModel.save_hf, extract):
-        one, two = tmp_path / f"one {write.__name__}", tmp_path / f"two {write.__name__}"
-        write(model, one)
-        write(other, two)
-        assert SigLipVisionModel.from_hf(one).config.hidden_act == "gelu_pytorch_tanh"
-        assert SigLipVisionModel.from_hf(two).config.hidden_act == "gelu"
-        shutil.copy(one / "config.json", two)
-        with pytest.raises(
-            CheckpointError,
-            match="the configuration is not the one that these weights were saved wit",
-        ):
-            SigLipVisionModel.from_hf(two)
-        assert SigLipVisionModel.from_hf(two, config=other.config).config == other.config
-
-
-@pytest.mark.parametrize(
-    "changes", [{"attention_dropout": 0.5}, {"vision_use_head": ...}, {"comment": "mine"}]
-)
-def test_what_changes_no_tower_may_be_edited(
-    changes: dict[str, Any], checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
-    SigLipVisionModel.from_hf(checkpoint()).save_hf(tmp_path / "saved")
-    edit_config(tmp_path / "saved", **changes)
-    assert_same(SigLipVisionModel.from_hf(tmp_path / "saved"), tmp_path / "saved")
-
-
-def test_the_same_model_makes_the_same_file(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    SigLipVisionModel.from_hf(checkpoint()).save_hf(tmp_path / "first")
-    first = (tmp_path / "first" / "model.safetensors").read_bytes()
-    for i in range(8):  # safetensors by itself puts the metadata in one of two orders
-        SigLipVisionModel.from_hf(checkpoint(name=f"{i}")).save_hf(tmp_path / f"again {i}")
-        assert (tmp_path / f"again {i}" / "model.safetensors").read_bytes() == first
 
 
 def test_write_text_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

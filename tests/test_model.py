@@ -27,7 +27,7 @@ from siglip_port import (
     SigLipVisionTransformer,
     VisionEmbeddings,
 )
-from siglip_port.checkpoint import layouts as key_map
+from siglip_port.checkpoint import layouts
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.siglip import reference as references
 from siglip_port.parity.siglip.reference import Reference
@@ -82,7 +82,7 @@ def inputs_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
 
 @architectures
 @torch.no_grad()
-def test_every_rung_equals_the_reference(pair: Pair, config: SigLipVisionConfig) -> None:
+def test_parity_of_every_module(pair: Pair, config: SigLipVisionConfig) -> None:
     """Each part of the port is given the reference's own input to the same part, so that an error stays where it is."""
     port, reference = pair
     x = pixels(config)
@@ -110,7 +110,7 @@ def test_every_rung_equals_the_reference(pair: Pair, config: SigLipVisionConfig)
 
 
 @pytest.mark.parametrize("config", [ODD])
-def test_gradients_equal_the_references(pair: Pair, config: SigLipVisionConfig) -> None:
+def test_gradients(pair: Pair, config: SigLipVisionConfig) -> None:
     port, reference = pair
     x = pixels(config)
     port.embed(x).square().sum().backward()
@@ -118,8 +118,8 @@ def test_gradients_equal_the_references(pair: Pair, config: SigLipVisionConfig) 
     ours = {name: p.grad for name, p in port.named_parameters() if p.grad is not None}
     assert len(ours) == len(list(port.parameters()))
     theirs = dict(reference.model.named_parameters())
-    rows = key_map.TOWER + key_map.HEAD
-    for name, grad in key_map.HUGGINGFACE.to_stored(
+    rows = layouts.HUGGINGFACE_ENCODER + layouts.HUGGINGFACE_HEAD
+    for name, grad in layouts.HUGGINGFACE.to_stored(
         ours, config.num_encoder_blocks, config.num_attention_heads, rows
     ).items():
         # A bias of the keys moves all scores of a query alike, so its gradient is zero but for
@@ -129,7 +129,7 @@ def test_gradients_equal_the_references(pair: Pair, config: SigLipVisionConfig) 
         ), name
 
 
-def test_edge_pixels_that_fill_no_patch_are_ignored() -> None:
+def test_edge_pixels_ignored() -> None:
     config = replace(SMALL, image_size=384, patch_size=14, num_encoder_blocks=1)
     model = SigLipVisionModel(config).eval()
     x = torch.randn(1, 3, 384, 384)
@@ -142,7 +142,7 @@ def test_edge_pixels_that_fill_no_patch_are_ignored() -> None:
 
 
 @torch.no_grad()
-def test_dropout_is_of_the_blocks_attention_and_of_training_only() -> None:
+def test_dropout() -> None:
     config = replace(SMALL, attention_dropout=0.5)
     model = SigLipVisionModel(config)
     randomise(model)
@@ -159,7 +159,7 @@ def test_dropout_is_of_the_blocks_attention_and_of_training_only() -> None:
 
 
 @torch.no_grad()
-def test_embed_is_forward_then_pool_and_may_be_normalised() -> None:
+def test_embed() -> None:
     model = SigLipVisionModel(SMALL).eval()
     randomise(model)
     x = pixels(SMALL).float()
@@ -172,7 +172,7 @@ def test_embed_is_forward_then_pool_and_may_be_normalised() -> None:
 
 
 @torch.no_grad()
-def test_a_batch_is_its_pictures_one_by_one() -> None:
+def test_batch_invariance() -> None:
     model = SigLipVisionModel(ODD).double().eval()
     randomise(model)
     x = pixels(ODD, batch=3)
@@ -180,7 +180,7 @@ def test_a_batch_is_its_pictures_one_by_one() -> None:
     assert relative_error(model.embed(x), one_by_one) <= EXACT
 
 
-def test_pixels_are_cast_to_the_dtype_of_the_parameters() -> None:
+def test_pixel_dtype() -> None:
     model = SigLipVisionModel(SMALL).eval().bfloat16()
     x = pixels(SMALL)
     assert model(x).dtype == torch.bfloat16
@@ -205,14 +205,14 @@ def test_pixels_are_cast_to_the_dtype_of_the_parameters() -> None:
         ([[0.0]], "got a list"),
     ],
 )
-def test_wrong_pixels_get_one_sentence(x: object, found: str) -> None:
+def test_invalid_pixels(x: object, found: str) -> None:
     expected = r"^pixel_values must be a floating point tensor of shape \[B, 3, 16, 16\], "
     for module in (SigLipVisionModel(SMALL), VisionEmbeddings(SMALL)):
         with pytest.raises(ValueError, match=expected + found):
             module(x)
 
 
-def test_wrong_tokens_and_a_missing_head_get_one_sentence() -> None:
+def test_invalid_tokens() -> None:
     wrong: list[tuple[object, str]] = [
         (torch.zeros(4, 24), r"torch.float32 of shape \[4, 24\]"),
         (torch.zeros(1, 4, 25), r"torch.float32 of shape \[1, 4, 25\]"),
@@ -232,13 +232,13 @@ def test_wrong_tokens_and_a_missing_head_get_one_sentence() -> None:
         headless.embed(pixels(SMALL).float())
 
 
-def test_tokens_are_cast_as_pixels_are() -> None:
+def test_token_dtype() -> None:
     model = SigLipVisionModel(SMALL).eval()
     tokens = torch.randn(2, 4, 24, dtype=torch.float64)
     assert torch.equal(model.pool(tokens), model.pool(tokens.float()))
 
 
-def test_a_config_of_another_type_gets_one_sentence() -> None:
+def test_invalid_config() -> None:
     for config in ({"image_size": 224}, "google/siglip-base-patch16-224"):
         with pytest.raises(
             ValueError,
@@ -247,7 +247,7 @@ def test_a_config_of_another_type_gets_one_sentence() -> None:
             SigLipVisionModel(config)  # type: ignore[arg-type]
 
 
-def test_every_component_can_be_used_alone() -> None:
+def test_components_alone() -> None:
     tokens, x = torch.randn(2, 4, 24), torch.randn(2, 3, 16, 16)
     for module in (MLP, MultiheadAttention, EncoderBlock, SigLipEncoder):
         assert module(SMALL)(tokens).shape == (2, 4, 24)
@@ -257,7 +257,7 @@ def test_every_component_can_be_used_alone() -> None:
     assert PoolingHead(SMALL)(tokens).shape == (2, 24)
 
 
-def test_four_blocks_and_two_pictures() -> None:
+def test_output_shape() -> None:
     assert SigLipVisionModel(SigLipVisionConfig(num_encoder_blocks=4))(
         torch.randn(2, 3, 224, 224)
     ).shape == (
@@ -267,7 +267,7 @@ def test_four_blocks_and_two_pictures() -> None:
     )
 
 
-def test_fresh_parameters_are_drawn_as_the_references() -> None:
+def test_initialization() -> None:
     """Same spread, same range and same constants, for every tensor.
 
     At width 384 chance moves a spread by a percent.
@@ -276,8 +276,8 @@ def test_fresh_parameters_are_drawn_as_the_references() -> None:
     config = SigLipVisionConfig(
         embed_dim=384, num_attention_heads=6, num_encoder_blocks=1, pooling_head=True
     )
-    rows = key_map.TOWER + key_map.HEAD
-    ours = key_map.HUGGINGFACE.to_stored(
+    rows = layouts.HUGGINGFACE_ENCODER + layouts.HUGGINGFACE_HEAD
+    ours = layouts.HUGGINGFACE.to_stored(
         SigLipVisionModel(config).state_dict(), 1, config.num_attention_heads, rows
     )
     theirs = ReferenceModel(references.hf_config(config)).state_dict()
@@ -292,7 +292,7 @@ def test_fresh_parameters_are_drawn_as_the_references() -> None:
         assert (mine.abs().max() / mine.std() < 2) == (tensor.abs().max() / tensor.std() < 2), name
 
 
-def test_components_draw_the_same_alone_as_in_the_model() -> None:
+def test_initialization_of_components() -> None:
     torch.manual_seed(0)
     block = EncoderBlock(SMALL)
     assert block.self_attn.q_proj.bias.abs().max() == 0
@@ -300,7 +300,7 @@ def test_components_draw_the_same_alone_as_in_the_model() -> None:
 
 
 @torch.no_grad()
-def test_copies_and_pickles_are_the_same_model(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_copies_and_pickles(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     model = SigLipVisionModel.from_hf(checkpoint())
     x = pixels(SMALL).float()
     torch.save(model.state_dict(), tmp_path / "state.pt")
@@ -310,11 +310,11 @@ def test_copies_and_pickles_are_the_same_model(checkpoint: MakeCheckpoint, tmp_p
         assert torch.equal(other.embed(x), model.embed(x))
 
 
-def test_the_module_tree_prints_as_documented() -> None:
+def test_print() -> None:
     assert str(SigLipVisionModel(SigLipVisionConfig())) == TREE
 
 
-def test_the_pooling_head_is_one_more_child_made_of_linears() -> None:
+def test_pooling_head_modules() -> None:
     model = SigLipVisionModel(replace(SMALL, pooling_head=True))
     assert [name for name, _ in model.named_children()] == ["transformer", "pooling_head"]
     assert not [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]

@@ -57,7 +57,7 @@ def pair(checkpoint: MakeCheckpoint) -> tuple[SigLipVisionModel, Any]:
     ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str
 )
 @torch.no_grad()
-def test_packed_patches_equal_the_reference(
+def test_packed_patches(
     pair: tuple[SigLipVisionModel, Any], dtype: torch.dtype, tolerance: float
 ) -> None:
     port, reference = (model.to(dtype) for model in pair)
@@ -78,7 +78,7 @@ def test_packed_patches_equal_the_reference(
 
 
 @torch.no_grad()
-def test_padded_and_alone_are_the_same(pair: tuple[SigLipVisionModel, Any]) -> None:
+def test_padding_invariance(pair: tuple[SigLipVisionModel, Any]) -> None:
     port, _ = pair
     batch = pictures(*SHAPES)
     together = pack(batch, 7, num_patches=53)
@@ -97,7 +97,7 @@ def test_padded_and_alone_are_the_same(pair: tuple[SigLipVisionModel, Any]) -> N
 
 
 @torch.no_grad()
-def test_the_mask_may_be_left_out_and_shapes_may_be_numbers(
+def test_mask_left_out(
     pair: tuple[SigLipVisionModel, Any],
 ) -> None:
     port, _ = pair
@@ -112,7 +112,7 @@ def test_the_mask_may_be_left_out_and_shapes_may_be_numbers(
 
 
 @torch.no_grad()
-def test_a_square_naflex_tower_is_the_fixed_one() -> None:
+def test_naflex_equals_fixed() -> None:
     naflex, fixed = (
         SigLipVisionModel(NAFLEX).double().eval(),
         SigLipVisionModel(FIXED).double().eval(),
@@ -124,7 +124,7 @@ def test_a_square_naflex_tower_is_the_fixed_one() -> None:
         assert relative_error(out, fixed(x)) <= 1e-12
 
 
-def test_patches_are_those_of_the_processor() -> None:
+def test_patchify() -> None:
     for picture in pictures(*SHAPES):
         assert torch.equal(patchify(picture, 7), convert_image_to_patches(picture, 7))
     x = torch.stack(pictures((2, 3), (2, 3)))
@@ -134,7 +134,7 @@ def test_patches_are_those_of_the_processor() -> None:
     )  # no whole patch more
 
 
-def test_packing_makes_what_the_processor_makes() -> None:
+def test_pack() -> None:
     packed = pack(pictures((2, 3), (1, 2)), 7, num_patches=9)
     assert {name: tuple(t.shape) for name, t in cast(dict[str, Tensor], packed).items()} == {
         "pixel_values": (2, 9, 147),
@@ -146,7 +146,7 @@ def test_packing_makes_what_the_processor_makes() -> None:
     assert not packed["pixel_values"][1, 2:].any()
 
 
-def test_what_cannot_be_packed() -> None:
+def test_invalid_images_to_pack() -> None:
     with pytest.raises(
         ValueError, match=r"pictures must be one or more tensors of shape \[C, H, W\], got \[\]"
     ):
@@ -205,7 +205,7 @@ def test_what_cannot_be_packed() -> None:
         ),
     ],
 )
-def test_wrong_packed_input(change: dict[str, Any], message: str) -> None:
+def test_invalid_packed_patches(change: dict[str, Any], message: str) -> None:
     inputs: dict[str, Any] = {**pack(pictures((2, 3), (1, 2), dtype=torch.float32), 7), **change}
     with pytest.raises(ValueError, match=message):
         SigLipVisionModel(NAFLEX).eval()(**inputs)
@@ -222,7 +222,7 @@ def with_rule(rule: str | None, config: SigLipVisionConfig = FIXED) -> SigLipVis
 
 @pytest.mark.parametrize("size", [(56, 84), (21, 70), (49, 49), (63, 28), (60, 50)])
 @torch.no_grad()
-def test_hf_equals_the_reference(size: tuple[int, int], checkpoint: MakeCheckpoint) -> None:
+def test_interpolation_hf(size: tuple[int, int], checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint(FIXED)
     reference = SiglipVisionModel.from_pretrained(folder).eval()
     port = SigLipVisionModel.from_hf(folder, interpolation="hf")
@@ -234,7 +234,7 @@ def test_hf_equals_the_reference(size: tuple[int, int], checkpoint: MakeCheckpoi
 
 
 @pytest.mark.parametrize("size", [(8, 12), (3, 10), (7, 7), (2, 2)])
-def test_timm_equals_timm(size: tuple[int, int]) -> None:
+def test_interpolation_timm(size: tuple[int, int]) -> None:
     table = torch.randn(36, 24)
     expected = timm.layers.pos_embed.resample_abs_pos_embed(
         table[None], list(size), num_prefix_tokens=0
@@ -243,7 +243,7 @@ def test_timm_equals_timm(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 12), (3, 10), (7, 7), (2, 9)])
-def test_big_vision_equals_scipy(size: tuple[int, int]) -> None:
+def test_interpolation_big_vision(size: tuple[int, int]) -> None:
     """`resample_posemb` of big_vision's models/vit.py is `scipy.ndimage.zoom(grid, (H/h, W/w, 1), order=1)`."""
     from scipy.ndimage import zoom
 
@@ -259,7 +259,7 @@ def test_big_vision_equals_scipy(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 12), (3, 10), (7, 7), (2, 2)])
-def test_naflex_equals_the_reference(size: tuple[int, int]) -> None:
+def test_interpolation_naflex(size: tuple[int, int]) -> None:
     embeddings = Siglip2VisionModel(hf_config(NAFLEX)).embeddings
     table = torch.randn(36, 72)
     expected = embeddings.resize_positional_embeddings(
@@ -269,13 +269,13 @@ def test_naflex_equals_the_reference(size: tuple[int, int]) -> None:
 
 
 @given(side=st.integers(1, 9), rule=st.sampled_from(INTERPOLATIONS))
-def test_on_their_own_grid_positions_stay_as_they_are(side: int, rule: str) -> None:
+def test_interpolation_to_own_grid(side: int, rule: str) -> None:
     table = torch.randn(side**2, 3)
     assert interpolate_positions(table, (side, side), rule) is table
 
 
 @given(height=st.integers(1, 12), width=st.integers(1, 12), rule=st.sampled_from(INTERPOLATIONS))
-def test_every_rule_gives_every_grid(height: int, width: int, rule: str) -> None:
+def test_interpolation_shapes(height: int, width: int, rule: str) -> None:
     ramp = (
         torch.arange(6.0).repeat_interleave(6)[:, None].expand(-1, 2)
     )  # grows downwards, is the same across
@@ -285,14 +285,14 @@ def test_every_rule_gives_every_grid(height: int, width: int, rule: str) -> None
     assert (fitted.diff(dim=0) >= -1e-4).all()
 
 
-def test_the_rules_differ() -> None:
+def test_interpolation_rules_differ() -> None:
     table = torch.randn(36, 8)
     fitted = [interpolate_positions(table, (9, 4), rule) for rule in INTERPOLATIONS]
     assert all(relative_error(a, b) > 1e-3 for i, a in enumerate(fitted) for b in fitted[:i])
 
 
 @pytest.mark.parametrize("size", [(28, 63), (63, 28), (49, 42), (42, 49), (35, 35)])
-def test_other_sizes_are_refused_unless_asked_for(size: tuple[int, int]) -> None:
+def test_other_sizes_refused(size: tuple[int, int]) -> None:
     """Also 28 x 63 pixels, which happen to have as many patches, 36, as the tower's own 42 x 42."""
     with pytest.raises(
         ValueError, match=r"\[B, 3, 42, 42\], got .*; .*SigLipVisionConfig\(interpolation='hf'\)"
@@ -320,7 +320,7 @@ def test_other_sizes_are_refused_unless_asked_for(size: tuple[int, int]) -> None
 
 @pytest.mark.parametrize("kind", ["idefics2", "idefics3", "smolvlm"])
 @torch.no_grad()
-def test_navit_towers_take_pictures_of_any_shape(kind: str) -> None:
+def test_navit(kind: str) -> None:
     """Packed patches, beside the padded pictures with a mask that these models take.
 
     In transformers 5.23.
@@ -347,8 +347,8 @@ def test_navit_towers_take_pictures_of_any_shape(kind: str) -> None:
     from siglip_port.checkpoint.layouts import HUGGINGFACE
 
     stored = tower.state_dict()
-    claims = HUGGINGFACE.claims(3, HUGGINGFACE.tower)
-    port.load_state_dict({claim.ours[0]: stored[name] for name, claim in claims.items()})
+    claims = HUGGINGFACE.mappings(3, HUGGINGFACE.encoder)
+    port.load_state_dict({claim.port[0]: stored[name] for name, claim in claims.items()})
 
     x = pixels(FIXED)
     assert (
@@ -370,7 +370,7 @@ def test_navit_towers_take_pictures_of_any_shape(kind: str) -> None:
 
 @pytest.mark.parametrize("size", [(13, 40), (27, 7), (70, 19), (20, 21)])
 @torch.no_grad()
-def test_navit_positions_of_large_pictures(size: tuple[int, int]) -> None:
+def test_navit_large_images(size: tuple[int, int]) -> None:
     """The reference's embeddings of pictures of zeros, without a bias: the positions alone."""
     module = transformers.models.idefics2
     config = module.configuration_idefics2.Idefics2VisionConfig(

@@ -62,7 +62,7 @@ def logits_per_image(name: str, pixel_values: Tensor, input_ids: Tensor) -> Tens
 
 @pytest.mark.parametrize("name", [compare_origin.CHECKPOINT, "google/siglip2-base-patch16-224"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_comparison_on_real_weights(name: str, dtype: str) -> None:
+def test_comparison(name: str, dtype: str) -> None:
     assert compare_origin.main(["--weights", "hub", "--checkpoint", name, "--dtype", dtype]) == 0
 
 
@@ -79,7 +79,7 @@ def test_two_cats() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_of_big_vision(name: str) -> None:
+def test_big_vision_logits(name: str) -> None:
     size = name.rsplit("-", 1)[1]
     suffix = "" if size == "224" else f"_{size}"
     pixel_values, input_ids = (

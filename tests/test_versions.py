@@ -74,7 +74,7 @@ def written(
     "kind", ["full", "vision", "headless", "classifier", "llava", "paligemma", "ours"]
 )
 @torch.no_grad()
-def test_a_checkpoint_of_that_release(written: tuple[str, Path], kind: str) -> None:
+def test_checkpoint_of_release(written: tuple[str, Path], kind: str) -> None:
     release, folder = written
     if not (folder / kind).exists():
         pytest.skip(f"transformers {release} has no such model")
@@ -89,7 +89,7 @@ def test_a_checkpoint_of_that_release(written: tuple[str, Path], kind: str) -> N
 
 
 @torch.no_grad()
-def test_a_naflex_checkpoint_of_ours_in_that_release(written: tuple[str, Path]) -> None:
+def test_saved_naflex_in_release(written: tuple[str, Path]) -> None:
     release, folder = written
     if not (folder / "ours-naflex" / "expected.safetensors").exists():
         pytest.skip(f"transformers {release} has no Siglip2VisionModel")
@@ -102,7 +102,7 @@ def test_a_naflex_checkpoint_of_ours_in_that_release(written: tuple[str, Path]) 
 
 
 @torch.no_grad()
-def test_what_open_clip_writes(tmp_path: Path) -> None:
+def test_open_clip(tmp_path: Path) -> None:
     """Of the two, one has the exact GELU and one the tanh form.
 
     What open_clip inherits from timm.

@@ -32,7 +32,7 @@ import torch  # noqa: E402
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipConfig, SiglipModel  # noqa: E402
 
 from siglip_port import SigLipVisionModel  # noqa: E402
-from siglip_port.checkpoint.inspect import inspect  # noqa: E402
+from siglip_port.checkpoint.inspect import inspect_checkpoint  # noqa: E402
 from siglip_port.checkpoint.registry import PUBLISHED  # noqa: E402
 from siglip_port.hub import HubOptions, find_source  # noqa: E402
 
@@ -171,7 +171,7 @@ def main() -> None:
             HUB.repositories[repo] = Repository(folder)
             whole = sum(path.stat().st_size for path in folder.iterdir())
             took()
-            inspect(find_source(repo, HubOptions(cache_dir=Path(scratch, "other"))))
+            inspect_checkpoint(find_source(repo, HubOptions(cache_dir=Path(scratch, "other"))))
             looked, _ = took()
             model = SigLipVisionModel.from_hf(repo, cache_dir=cache)
             taken, requests = took()

@@ -111,7 +111,7 @@ def make(name: str, parameters: Callable[[SigLipVisionModel], None] = randomise)
     model = SigLipVisionModel(kind.config)
     parameters(model)
     if name == "big_vision":
-        rows = key_map.BIG_VISION.rows(True)
+        rows = key_map.BIG_VISION.rules(True)
         state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
         stored = key_map.BIG_VISION.to_stored(
             state, kind.config.num_encoder_blocks, 2, rows, kind.prefix

@@ -1,22 +1,38 @@
-"""Everything about files: nothing here runs the model."""
+"""Everything about files: nothing here runs the model, but to verify what was extracted."""
 
-from siglip_port.checkpoint.model_io import (
-    LoadOptions,
-    build_on_meta,
-    load_model,
-    save_hf,
-    save_timm,
+from siglip_port.checkpoint.errors import (
+    CheckpointError,
+    HubUnreachableError,
+    SeveralTowersError,
 )
+from siglip_port.checkpoint.extract import Extraction, extract_model
+from siglip_port.checkpoint.inspect import Inspection, inspect_checkpoint
+from siglip_port.checkpoint.layouts import LAYOUTS
 from siglip_port.checkpoint.preprocessor_config import default as default_preprocessor_config
-from siglip_port.checkpoint.reader import CheckpointError, HubUnreachableError, Provenance
+from siglip_port.checkpoint.pretrained import LoadOptions, build_on_meta, load_model
+from siglip_port.checkpoint.provenance import Provenance
+from siglip_port.checkpoint.reader import Checkpoint
+from siglip_port.checkpoint.registry import PUBLISHED, Published
+from siglip_port.checkpoint.source import Source
+from siglip_port.checkpoint.writer import save_hf, save_timm
 
 __all__ = [
+    "LAYOUTS",
+    "PUBLISHED",
+    "Checkpoint",
     "CheckpointError",
+    "Extraction",
     "HubUnreachableError",
+    "Inspection",
     "LoadOptions",
     "Provenance",
+    "Published",
+    "SeveralTowersError",
+    "Source",
     "build_on_meta",
     "default_preprocessor_config",
+    "extract_model",
+    "inspect_checkpoint",
     "load_model",
     "save_hf",
     "save_timm",

@@ -6,26 +6,45 @@ And whether its numbers are any, where they are on this machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
-from siglip_port.checkpoint import layouts as key_map
-from siglip_port.checkpoint.formats import Stored
-from siglip_port.checkpoint.model_io import build_on_meta
-from siglip_port.checkpoint.reader import Checkpoint, CheckpointError, Source
+import torch
+
+from siglip_port.checkpoint.errors import CheckpointError
+from siglip_port.checkpoint.formats import TensorInfo
+from siglip_port.checkpoint.key_rules import KeyMapping
+from siglip_port.checkpoint.layouts import LAYOUTS
+from siglip_port.checkpoint.pretrained import build_on_meta
+from siglip_port.checkpoint.reader import Checkpoint
+from siglip_port.checkpoint.recognize import Match, find_matches
+from siglip_port.checkpoint.source import Source
+from siglip_port.checkpoint.weight_files import WeightFiles
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.model import SigLipVisionModel
 from siglip_port.text import format_ranges
 
-_Counts = Mapping[
-    str, tuple[int, int]
-]  # of NaN and of infinite elements, by the tensor's name in the file
+CHUNK_ELEMENTS = 1 << 24  # that are looked at for NaN and infinity at once
+
+
+class NonFinite(NamedTuple):
+    """How many elements of a tensor are NaN, and how many are infinite."""
+
+    nan: int
+    inf: int
+
+
+Tensors = Mapping[str, TensorInfo]
+NonFiniteCounts = Mapping[str, NonFinite]
+"""By the tensor's name in the file."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored tensor of the tower, or several that differ only in the number of their block.
+    """A stored tensor of the encoder, or several that differ only in the number of their block.
+
+    The names of the attributes are those of `siglip-port inspect --json`.
 
     Attributes:
         ours: which of our tensors it holds; more than one where they are fused. Blocks are folded:
@@ -56,12 +75,10 @@ class Size:
     bytes: int
 
     @classmethod
-    def of(cls, stored: Iterable[Stored]) -> Size:
-        """Sums up."""
-        tensors = list(stored)
-        return cls(
-            len(tensors), sum(math.prod(t.shape) for t in tensors), sum(t.nbytes for t in tensors)
-        )
+    def of(cls, tensors: Collection[TensorInfo]) -> Size:
+        """Sum up."""
+        parameters = sum(math.prod(info.shape) for info in tensors)
+        return cls(len(tensors), parameters, sum(info.nbytes for info in tensors))
 
 
 @dataclass(frozen=True)
@@ -73,16 +90,16 @@ class Inspection:
         commit: the Hub commit, or None for a local path.
         files: the weights files.
         unread: those of them whose header cannot be had.
-        towers: layout and prefix of every tower found.
+        towers: layout and prefix of every vision encoder in the files.
         layout: the name of the layout that was taken.
-        prefix: what stands before the names of the tower.
+        prefix: what stands before the names of the encoder.
         title: both, for people.
         config: the architecture.
-        tower: how much of the tower is stored.
+        tower: how much of the encoder is stored.
         whole: how much is stored in all files that could be read.
-        entries: the tensors of the tower.
-        dropped: number of stored tensors that are not the tower's, by reason.
-        problem: why the tower cannot be loaded; None where it can.
+        entries: the tensors of the encoder.
+        dropped: number of stored tensors that are not the encoder's, by reason.
+        problem: why the encoder cannot be loaded; None where it can.
     """
 
     source: str
@@ -101,100 +118,155 @@ class Inspection:
     problem: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns all of it as JSON takes it."""
+        """Return all of it as JSON takes it."""
         towers = [{"layout": layout, "prefix": prefix} for layout, prefix in self.towers]
         return {**asdict(self), "towers": towers}
 
 
-def inspect(source: Source, *, layout: str | None = None, prefix: str | None = None) -> Inspection:
-    """Looks at the configuration and the headers of a checkpoint.
+def inspect_checkpoint(
+    source: Source, *, layout: str | None = None, prefix: str | None = None
+) -> Inspection:
+    """Look at the configuration and the headers of a checkpoint.
 
-    Where it can be loaded, and its files are on this machine, the tower's tensors are read, one
+    Where it can be loaded, and its files are on this machine, the encoder's tensors are read, one
     after the other, to count what is NaN or infinite. Nothing else is read, and of the Hub, nothing
     is fetched but headers.
 
     Args:
         source: where its files come from.
-        layout: the name of one of `siglip_port.checkpoint.layouts.LAYOUTS`; None to recognise it.
-        prefix: what stands before the names of the tower; None to find it.
+        layout: the name of one of `siglip_port.checkpoint.layouts.LAYOUTS`; None to recognize it.
+        prefix: what stands before the names of the encoder; None to find it.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or so little of a tower that nothing can be
+        CheckpointError: there is no such checkpoint, or so little of an encoder that nothing can be
             told of it.
         SeveralTowersError: there are several, and neither layout nor prefix tells which is meant.
         ValueError: there is no layout of this name.
     """
     checkpoint = Checkpoint(source, layout=layout, prefix=prefix)
     _, shapes = build_on_meta(checkpoint.config, source.title, SigLipVisionModel)
-    problem, counts = None, None
+    problem = None
+    counts = None
     try:
-        counts = checkpoint.count_not_finite(checkpoint.check(shapes))
+        stored = checkpoint.check(shapes)
+        counts = count_nonfinite(checkpoint.files, stored)
     except CheckpointError as error:
         problem = str(error)
-    headers = checkpoint.headers()
-    stored = {
-        name: tensor
-        for header in headers.values()
-        if header
-        for name, tensor in header.tensors.items()
-    }
+    headers = checkpoint.files.headers()
+    tensors: dict[str, TensorInfo] = {}
+    for header in headers.values():
+        if header is not None:
+            tensors |= header.tensors
+    matches = find_all_matches(checkpoint)
     return Inspection(
         source=source.name,
         commit=source.commit,
         files=tuple(headers),
         unread=tuple(filename for filename, header in headers.items() if header is None),
-        towers=tuple((found.name, place) for found, place in checkpoint.towers),
-        layout=checkpoint.layout.name,
-        prefix=checkpoint.prefix,
-        title=checkpoint.title,
+        towers=tuple((match.layout.name, match.prefix) for match in matches),
+        layout=checkpoint.match.layout.name,
+        prefix=checkpoint.match.prefix,
+        title=checkpoint.match.title,
         config=checkpoint.config,
-        tower=Size.of(stored[name] for name in checkpoint.claims if name in stored),
-        whole=Size.of(stored.values()),
-        entries=tuple(_entries(checkpoint, stored, counts)),
+        tower=Size.of([tensors[name] for name in checkpoint.mappings if name in tensors]),
+        whole=Size.of(tensors.values()),
+        entries=tuple(list_entries(checkpoint, tensors, counts)),
         dropped=checkpoint.dropped,
         problem=problem,
     )
 
 
-def _entries(
-    checkpoint: Checkpoint, stored: Mapping[str, Stored], counts: _Counts | None
-) -> Iterator[Entry]:
-    """Goes through the key map row by row.
+def find_all_matches(checkpoint: Checkpoint) -> list[Match]:
+    """Find every vision encoder in the files; only the one taken, where they are too many."""
+    try:
+        matches, _ = find_matches(checkpoint.files, LAYOUTS)
+    except CheckpointError:
+        matches = []
+    return matches or [checkpoint.match]
 
-    Only a row knows which number in a name is that of the block.
+
+def count_nonfinite(files: WeightFiles, stored: Iterable[str]) -> dict[str, NonFinite] | None:
+    """Read tensors, one after the other, and count what is NaN or infinite in each.
+
+    Args:
+        files: that hold them.
+        stored: their names in the file.
+
+    Returns:
+        By name, the number of NaN and of infinite elements; None where the files are not on this
+        machine.
+
+    Raises:
+        CheckpointError: a tensor is damaged.
     """
-    for row in checkpoint.layout.rows(checkpoint.config.pooling_head):
-        for kind in ("weight", "bias") if "*" in row.stored else ("",):
-            ours = tuple(name.replace("*", kind) for name in row.ours)
-            yield from _folded(
-                checkpoint,
-                stored,
-                counts,
-                replace(row, ours=ours, stored=row.stored.replace("*", kind)),
-            )
+    groups = files.group_by_file(stored)
+    paths = {}
+    for filename in groups:
+        path = files.source.local(filename)
+        if path is None:
+            return None
+        paths[filename] = path
+    return {name: count_in_tensor(tensor) for name, tensor in files.read(groups, paths)}
 
 
-def _folded(
-    checkpoint: Checkpoint, stored: Mapping[str, Stored], counts: _Counts | None, row: key_map.Row
+def count_in_tensor(tensor: torch.Tensor) -> NonFinite:
+    """Count NaN and infinite elements, so that a mapped tensor is never in memory as a whole."""
+    nan = 0
+    inf = 0
+    for chunk in torch.split(tensor.reshape(-1), CHUNK_ELEMENTS):
+        nan += int(chunk.isnan().sum())
+        inf += int(chunk.isinf().sum())
+    return NonFinite(nan, inf)
+
+
+def list_entries(
+    checkpoint: Checkpoint, tensors: Tensors, counts: NonFiniteCounts | None
 ) -> Iterator[Entry]:
-    """One entry for all blocks, or several where they are not stored alike, or not all finite."""
-    number_of_blocks = checkpoint.config.num_encoder_blocks
-    names = list(checkpoint.layout.claims(number_of_blocks, [row], checkpoint.prefix))
-    blocks: dict[tuple[Stored | None, bool], list[int]] = {}
-    for number, name in enumerate(names):
-        blocks.setdefault((stored.get(name), counts is not None and any(counts[name])), []).append(
-            number
-        )
-    claim = checkpoint.claims[names[0]]
-    form = ("blocks stacked", claim.form.name) if claim.stacked else (claim.form.name,)
-    for (tensor, _), numbers in blocks.items():
-        ranges = format_ranges(range(number_of_blocks) if claim.stacked else numbers)
-        yield Entry(
-            ours=tuple(name.replace("{}", ranges) for name in row.ours),
-            stored=checkpoint.prefix + row.stored.replace("{}", ranges),
-            form=", ".join(word for word in form if word),
-            shape=None if tensor is None else tensor.shape,
-            dtype=None if tensor is None else tensor.dtype,
-            nan=None if counts is None else sum(counts[names[number]][0] for number in numbers),
-            inf=None if counts is None else sum(counts[names[number]][1] for number in numbers),
-        )
+    """Go through the key map rule by rule.
+
+    Only a rule knows which number in a name is that of the block.
+    """
+    layout, prefix = checkpoint.match
+    num_blocks = checkpoint.config.num_encoder_blocks
+    for rule in layout.rules(checkpoint.config.pooling_head):
+        for single in rule.split_kinds():
+            names = list(layout.mappings(num_blocks, [single], prefix))
+            mapping = checkpoint.mappings[names[0]]
+            for blocks in group_alike(names, tensors, counts):
+                ranges = format_ranges(range(num_blocks) if mapping.stacked else blocks)
+                alike = [names[block] for block in blocks]
+                info = tensors.get(alike[0])
+                yield Entry(
+                    ours=tuple(name.replace("{}", ranges) for name in single.port),
+                    stored=prefix + single.stored.replace("{}", ranges),
+                    form=describe_transform(mapping),
+                    shape=None if info is None else info.shape,
+                    dtype=None if info is None else info.dtype,
+                    nan=None if counts is None else sum(counts[name].nan for name in alike),
+                    inf=None if counts is None else sum(counts[name].inf for name in alike),
+                )
+
+
+def group_alike(
+    names: list[str], tensors: Tensors, counts: NonFiniteCounts | None
+) -> list[list[int]]:
+    """Group blocks that are stored alike, and are finite or not alike.
+
+    Args:
+        names: of the same tensor of each block.
+        tensors: of the files.
+        counts: of their elements that are not finite; None where they were not read.
+    """
+    groups: dict[tuple[TensorInfo | None, bool], list[int]] = {}
+    for block, name in enumerate(names):
+        is_finite = counts is None or counts[name] == (0, 0)
+        groups.setdefault((tensors.get(name), is_finite), []).append(block)
+    return list(groups.values())
+
+
+def describe_transform(mapping: KeyMapping) -> str:
+    """Say how a tensor is stored, where not as it is here."""
+    words = ["blocks stacked"] if mapping.stacked else []
+    if mapping.transform.name:
+        words.append(mapping.transform.name)
+    return ", ".join(words)

@@ -1,6 +1,6 @@
 """`preprocessor_config.json`.
 
-How pictures become `pixel_values`, as the image processors of transformers read it.
+How images become `pixel_values`, as the image processors of transformers read it.
 
 Sources: the files of the google/siglip* repositories; transformers 5.23
 `models/siglip/image_processing_siglip.py` and `models/siglip2/image_processing_siglip2.py`.
@@ -8,25 +8,34 @@ Sources: the files of the google/siglip* repositories; transformers 5.23
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from siglip_port.checkpoint.formats import SUFFIXES
-from siglip_port.config import SigLipVisionConfig
+from siglip_port.config import SigLipVisionConfig, is_number
 
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-"""PIL's numbers of the filters that a picture is resized with."""
+"""PIL's numbers of the filters that an image is resized with."""
+
+# How others name what transformers names as the second of each pair.
+MEAN_AND_STD = (
+    ("mean", "image_mean"),
+    ("std", "image_std"),
+    ("image_mean", "image_mean"),
+    ("image_std", "image_std"),
+)
 
 
 def default(config: SigLipVisionConfig, resample: int | None = None) -> dict[str, Any]:
-    """The file of the published checkpoint of this kind.
+    """Return the file of the published checkpoint of this kind.
 
     Args:
-        config: of the tower.
+        config: of the model.
         resample: PIL's number of the filter; None for bicubic (3) as in SigLIP, or bilinear (2) in
-            NaFlex towers.
+            NaFlex models.
     """
     common = {
         "do_convert_rgb": None,
@@ -38,92 +47,100 @@ def default(config: SigLipVisionConfig, resample: int | None = None) -> dict[str
         "rescale_factor": 1 / 255,
     }
     if config.naflex:
-        naflex = {
+        return {
+            "image_processor_type": "Siglip2ImageProcessor",
+            **common,
             "patch_size": config.patch_size,
             "max_num_patches": config.num_patches,
             "resample": 2 if resample is None else resample,
         }
-        return {"image_processor_type": "Siglip2ImageProcessor", **common, **naflex}
-    size = {"height": config.image_size, "width": config.image_size}
     return {
         "image_processor_type": "SiglipImageProcessor",
         **common,
         "resample": 3 if resample is None else resample,
-        "size": size,
+        "size": {"height": config.image_size, "width": config.image_size},
     }
 
 
 def derive(
     config: SigLipVisionConfig,
-    found: Mapping[str, Any] | None,
-    contents: Mapping[str, Any],
+    stored: Mapping[str, Any] | None,
+    content: Mapping[str, Any],
     name: str,
 ) -> dict[str, Any]:
-    """Works out the file that belongs to a tower.
+    """Work out the file that belongs to a model.
 
     Args:
-        config: of the tower.
-        found: what lies beside the weights as `preprocessor_config.json`: of a SigLIP processor, or
-            of none that is named, it is kept, but for a size that is not the tower's; of another
+        config: of the model.
+        stored: what lies beside the weights as `preprocessor_config.json`: of a SigLIP processor,
+            or of none that is named, it is kept, but for a size that is not the model's; of another
             model's, filter, mean and std are taken from it.
-        contents: of the configuration, in which timm and open_clip write the same.
+        content: of the configuration, in which timm and open_clip write the same.
         name: of the checkpoint. Where nothing else tells, SigLIP 2 is resized bilinearly, SigLIP
             bicubically: the rule of transformers' own converter.
     """
-    made = default(config, 2 if "siglip2" in _own_name(name).lower() else None)
-    if found is not None:
-        kind = str(found.get("image_processor_type", found.get("feature_extractor_type", "")))
-        own = "Siglip2" if config.naflex else "SiglipImage"
-        if not kind or kind.startswith(
-            own
-        ):  # what it does not tell is the processor's default, whatever the name
-            known = {**default(config), **({"max_num_patches": 256} if config.naflex else {})}
-            size = (
-                {} if config.naflex or _keeps_shape(found.get("size")) else {"size": known["size"]}
-            )
-            return {**known, **found, **size}
-    for content in (*_timm(contents), *([found] if found else ())):
-        for theirs, ours in (
-            ("mean", "image_mean"),
-            ("std", "image_std"),
-            ("image_mean",) * 2,
-            ("image_std",) * 2,
-        ):
-            value = content.get(theirs)
-            if isinstance(value, list) and len(value) == 3 and all(_is_number(v) for v in value):
-                made[ours] = value
-        resample = content.get("resample", RESAMPLE.get(str(content.get("interpolation"))))
-        if _is_number(resample) and resample in RESAMPLE.values():
-            made["resample"] = resample
-    return made
+    if stored is not None and is_siglip_processor(config, stored):
+        return complete(config, stored)
+    is_siglip2 = "siglip2" in last_part(name).lower()
+    result = default(config, 2 if is_siglip2 else None)
+    sections = [content.get("pretrained_cfg"), content.get("preprocess_cfg"), stored]
+    for section in sections:
+        if isinstance(section, Mapping):
+            result |= filter_and_mean(section)
+    return result
 
 
-def _keeps_shape(size: object) -> bool:
+def is_siglip_processor(config: SigLipVisionConfig, stored: Mapping[str, Any]) -> bool:
+    """Whether a processor is SigLIP's of the kind of the model, or does not say whose it is."""
+    kind = str(stored.get("image_processor_type", stored.get("feature_extractor_type", "")))
+    own = "Siglip2" if config.naflex else "SiglipImage"
+    return not kind or kind.startswith(own)
+
+
+def complete(config: SigLipVisionConfig, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what a SigLIP processor does not tell: its default, whatever the checkpoint's name."""
+    defaults = default(config)
+    if config.naflex:
+        return {**defaults, "max_num_patches": 256, **stored}
+    if is_other_size(stored.get("size")):
+        return {**defaults, **stored}
+    return {**defaults, **stored, "size": defaults["size"]}
+
+
+def is_other_size(size: object) -> bool:
     """Whether a size is one that SigLIP never has, 224 or `{"shortest_edge": 224}`.
 
     `ImageProcessor` refuses it.
     """
-    return isinstance(size, int) or (
-        isinstance(size, Mapping) and not {"height", "width"} <= size.keys()
-    )
+    if isinstance(size, Mapping):
+        return not {"height", "width"} <= size.keys()
+    return isinstance(size, int)
 
 
-def _own_name(name: str) -> str:
-    """The name of the checkpoint itself, without the folders that it lies in.
+def filter_and_mean(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Take filter, mean and std from what another model's code reads, where they make sense."""
+    result: dict[str, Any] = {}
+    for key, name in MEAN_AND_STD:
+        value = section.get(key)
+        if isinstance(value, list) and len(value) == 3 and all(is_finite_float(v) for v in value):
+            result[name] = value
+    resample = section.get("resample", RESAMPLE.get(str(section.get("interpolation"))))
+    if is_finite_float(resample) and resample in RESAMPLE.values():
+        result["resample"] = resample
+    return result
+
+
+def last_part(name: str) -> str:
+    """Return the name of the checkpoint itself, without the folders that it lies in.
 
     Of a file, with that of its folder.
     """
     parts = name.replace("\\", "/").rstrip("/").split("/")
-    return "/".join(parts[-2:] if parts[-1].endswith(SUFFIXES) else parts[-1:])
+    if parts[-1].endswith(SUFFIXES):
+        return "/".join(parts[-2:])
+    return parts[-1]
 
 
-def _is_number(value: object) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
-    )  # of any float
-
-
-def _timm(contents: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for key in ("pretrained_cfg", "preprocess_cfg"):
-        if isinstance(content := contents.get(key), Mapping):
-            yield content
+def is_finite_float(value: object) -> bool:
+    """Whether a value is a number that any float can hold."""
+    return is_number(value) and abs(value) < 1e30

@@ -1,4 +1,4 @@
-"""Forms: how files store single tensors that are stored otherwise than we have them."""
+"""How files store single tensors that are stored otherwise than we have them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a stored tensor is made of ours, and ours of it. Both ways are exact.
+class Transform:
+    """How a stored tensor is made of ours, and ours of it.
 
-    They only move values.
+    Both ways are exact: they only move values.
 
     Attributes:
         name: the dimensions of the stored tensor in words; empty where they are ours.
@@ -26,63 +26,66 @@ class Form:
     load: Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
-def _grid(positions: Tensor) -> Tensor:
+def positions_to_grid(positions: Tensor) -> Tensor:
+    """[position, out] -> [y, x, out]."""
     side = math.isqrt(len(positions))
     grid: Tensor = positions.unflatten(0, (side, side))
     return grid
 
 
-def _patches(weight: Tensor) -> Tensor:
+def kernel_to_patches(weight: Tensor) -> Tensor:
+    """[out, channel, y, x] -> [out, y x channel]."""
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
-def _convolution(patches: Tensor, shape: tuple[int, ...]) -> Tensor:
+def patches_to_kernel(patches: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[out, y x channel] -> [out, channel, y, x]."""
     out, channels, height, width = shape
     return patches.reshape(out, height, width, channels).permute(0, 3, 1, 2)
 
 
 # fmt: off
-PLAIN = Form("", lambda t, _: t, lambda t, _: t)
+PLAIN = Transform("", lambda t, _: t, lambda t, _: t)
 
 # Of weights: flax stores [in, out], and attention with its heads as a dimension.
-TRANSPOSED = Form("[in, out]",
+TRANSPOSED = Transform("[in, out]",
     lambda t, _: t.T,
     lambda t, _: t.T)
-HEADS_LAST = Form("[in, head, out of head]",
+HEADS_LAST = Transform("[in, head, out of head]",
     lambda t, heads: t.T.unflatten(-1, (heads, -1)),
     lambda t, _: t.flatten(1).T)
-HEADS_FIRST = Form("[head, in of head, out]",
+HEADS_FIRST = Transform("[head, in of head, out]",
     lambda t, heads: t.T.unflatten(0, (heads, -1)),
     lambda t, _: t.flatten(0, 1).T)
-BIAS_OF_HEADS = Form("[head, out of head]",
+BIAS_OF_HEADS = Transform("[head, out of head]",
     lambda t, heads: t.unflatten(0, (heads, -1)),
     lambda t, _: t.flatten())
 
 # Of the patch embedding: ours is a convolution's, [out, channel, y, x].
-KERNEL = Form("[y, x, channel, out]",
+KERNEL = Transform("[y, x, channel, out]",
     lambda t, _: t.permute(2, 3, 1, 0),
     lambda t, _: t.permute(3, 2, 0, 1))
-CHANNEL_LAST = Form("[out, y, x, channel]",
+CHANNEL_LAST = Transform("[out, y, x, channel]",
     lambda t, _: t.permute(0, 2, 3, 1),
     lambda t, _: t.permute(0, 3, 1, 2))
-PATCHES = Form("[out, y x channel]",
-    lambda t, _: _patches(t),
-    lambda t, shape: _convolution(t, shape))
-PATCHES_TRANSPOSED = Form("[y x channel, out]",
-    lambda t, _: _patches(t).T,
-    lambda t, shape: _convolution(t.T, shape))
-PATCHES_CHANNEL_FIRST = Form("[out, channel y x]",
+PATCHES = Transform("[out, y x channel]",
+    lambda t, _: kernel_to_patches(t),
+    lambda t, shape: patches_to_kernel(t, shape))
+PATCHES_TRANSPOSED = Transform("[y x channel, out]",
+    lambda t, _: kernel_to_patches(t).T,
+    lambda t, shape: patches_to_kernel(t.T, shape))
+PATCHES_CHANNEL_FIRST = Transform("[out, channel y x]",
     lambda t, _: t.flatten(1),
     lambda t, shape: t.reshape(shape))
 
 # Of positions: ours are [position, out].
-BATCHED = Form("[1, position, out]",
+BATCHED = Transform("[1, position, out]",
     lambda t, _: t[None],
     lambda t, _: t[0])
-GRID = Form("[y, x, out]",
-    lambda t, _: _grid(t),
+GRID = Transform("[y, x, out]",
+    lambda t, _: positions_to_grid(t),
     lambda t, _: t.flatten(0, 1))
-BATCHED_GRID = Form("[1, y, x, out]",
-    lambda t, _: _grid(t)[None],
+BATCHED_GRID = Transform("[1, y, x, out]",
+    lambda t, _: positions_to_grid(t)[None],
     lambda t, _: t.flatten(0, 2))
 # fmt: on

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from siglip_port.checkpoint import layouts as key_map
-from siglip_port.checkpoint.extract import Format, extract
-from siglip_port.checkpoint.inspect import Inspection, inspect
+from siglip_port.checkpoint.errors import CheckpointError, SeveralTowersError
+from siglip_port.checkpoint.extract import Format, extract_model
+from siglip_port.checkpoint.inspect import Inspection, inspect_checkpoint
 from siglip_port.checkpoint.preprocessor_config import RESAMPLE
-from siglip_port.checkpoint.reader import CheckpointError, SeveralTowersError
 from siglip_port.checkpoint.registry import PUBLISHED, Published
 from siglip_port.hub import HubOptions, find_source
 from siglip_port.image_processing import ImageError, to_rgb
@@ -143,7 +143,7 @@ def inspect_command(
     """
     files = find_source(source, HubOptions(revision=revision, local_files_only=offline))
     try:
-        found = inspect(files, layout=layout, prefix=prefix)
+        found = inspect_checkpoint(files, layout=layout, prefix=prefix)
     except SeveralTowersError as error:
         if as_json:
             towers = [{"layout": tower.name, "prefix": place} for tower, place in error.towers]
@@ -204,7 +204,7 @@ def extract_command(
         prefix=prefix,
         local_files_only=offline,
     )
-    done = extract(model, out, written_as=written_as)
+    done = extract_model(model, out, written_as=written_as)
     typer.echo(model.provenance)
     for number, file in enumerate(done.files):
         typer.echo(f"{'' if number else 'written':9}{file} ({format_bytes(file.stat().st_size)})")

@@ -82,7 +82,7 @@ class ModelSource:
             files.name,
             files.commit,
             checkpoint.config,
-            checkpoint.processor,
+            checkpoint.preprocessor_config,
             load_arguments=load_arguments,
         )
 

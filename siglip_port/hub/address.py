@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from siglip_port.checkpoint.errors import CheckpointError
 from siglip_port.checkpoint.formats import SUFFIXES
-from siglip_port.checkpoint.reader import PICKLE_SUFFIXES, CheckpointError
+from siglip_port.checkpoint.source import PICKLE_SUFFIXES
 from siglip_port.hub.redact import redact
 
 _ID = r"(?P<name>[\w-][\w.-]*/[\w.-]+)"

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
+from siglip_port.checkpoint.errors import CheckpointError
 from siglip_port.checkpoint.formats import Header, read_header
-from siglip_port.checkpoint.reader import CheckpointError
 from siglip_port.hub.client import RepositoryClient
 from siglip_port.hub.http_range import RemoteFile
 from siglip_port.hub.integrity import Receipt, Span, is_unchanged, verify_file
@@ -144,10 +144,10 @@ class CachedFiles:
 
 def tensor_spans(header: Header, names: Collection[str]) -> list[Span]:
     """Return where the header and some tensors are in a file; all of an `.npz` file."""
-    if not header.begins:
+    if not header.offsets:
         return [(0, header.size)]
-    spans = [(0, min(header.begins.values()))]
+    spans = [(0, min(header.offsets.values()))]
     for name in names:
-        first = header.begins[name]
+        first = header.offsets[name]
         spans.append((first, first + header.tensors[name].nbytes))
     return spans

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from siglip_port.checkpoint.reader import CONFIG
+from siglip_port.checkpoint.source import CONFIG
 from siglip_port.hub.cache import COMMIT, RepositoryCache
 from siglip_port.hub.errors import NotCachedError
 from siglip_port.hub.http_range import RemoteFile

@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from siglip_port.checkpoint.errors import CheckpointError
 from siglip_port.checkpoint.formats import Header
-from siglip_port.checkpoint.reader import CheckpointError, header_of
+from siglip_port.checkpoint.weight_files import read_weights_header
 
 
 @dataclass
@@ -43,7 +44,7 @@ class LocalFolder:
     def header(self, filename: str) -> Header | None:
         """Read which tensors a weights file holds; None where there is no such file."""
         path = self.get(filename)
-        return None if path is None else header_of(path)
+        return None if path is None else read_weights_header(path)
 
     def local(self, filename: str) -> Path | None:
         """Return the path of a file, as `get`: all files are here."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from siglip_port.checkpoint.errors import CheckpointError, HubUnreachableError
 from siglip_port.checkpoint.formats import UnreadableFileError
-from siglip_port.checkpoint.reader import CheckpointError, HubUnreachableError
 from siglip_port.hub.errors import NotCachedError, RangesNotSupportedError, RetriesExhaustedError
 from siglip_port.hub.options import HubOptions
 from siglip_port.hub.redact import describe_error, redact

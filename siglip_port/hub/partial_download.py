@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from siglip_port.checkpoint.formats import DTYPES, Stored, UnreadableFileError, read_header
+from siglip_port.checkpoint.formats import DTYPES, TensorInfo, UnreadableFileError, read_header
 from siglip_port.hub.cache import CachedHeader
 from siglip_port.hub.chunked_download import Chunk, ChunkedDownload
 from siglip_port.hub.http_range import RemoteFile
@@ -55,7 +55,7 @@ class StoredTensor:
     filename: str
     etag: str
     first: int
-    stored: Stored
+    stored: TensorInfo
 
     @property
     def sort_key(self) -> tuple[int, str, int]:
@@ -175,7 +175,7 @@ def list_tensors(selections: Iterable[Selection]) -> Iterator[StoredTensor]:
                 name=name,
                 filename=selection.filename,
                 etag=selection.source.etag,
-                first=header.begins[name],
+                first=header.offsets[name],
                 stored=header.tensors[name],
             )
 

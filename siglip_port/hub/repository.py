@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from siglip_port.checkpoint.errors import CheckpointError
 from siglip_port.checkpoint.formats import Header, UnreadableFileError, read_header
-from siglip_port.checkpoint.reader import CheckpointError, header_of
+from siglip_port.checkpoint.weight_files import read_weights_header
 from siglip_port.hub.cache import CachedHeader, RepositoryCache
 from siglip_port.hub.cached_files import CachedFiles
 from siglip_port.hub.client import RepositoryClient
@@ -167,7 +168,7 @@ class HubRepository:
                 return read_header(path)
             except UnreadableFileError:
                 if not self._cached.is_damaged(path, filename):
-                    return header_of(path)  # which says what is wrong with the file on the Hub
+                    return read_weights_header(path)  # which says what is wrong with the file on the Hub
         if self.options.vision_only and filename.endswith(".safetensors"):
             cached = self._find_header(filename)
             if cached is not None:
@@ -178,7 +179,7 @@ class HubRepository:
                 except (RangesNotSupportedError, RetriesExhaustedError) as error:
                     self._continue_with_whole_files([filename], error)
         path = self._get(filename)
-        return None if path is None else header_of(path)
+        return None if path is None else read_weights_header(path)
 
     def _find_header(self, filename: str) -> CachedHeader | None:
         """Return the header of a file, if it was read before."""

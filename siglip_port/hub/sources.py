@@ -6,8 +6,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from siglip_port.checkpoint.errors import CheckpointError
 from siglip_port.checkpoint.formats import SUFFIXES
-from siglip_port.checkpoint.reader import CONFIG, CheckpointError, Source, pickle_advice
+from siglip_port.checkpoint.source import CONFIG, Source, pickle_advice
 from siglip_port.hub.address import HubAddress, parse_address
 from siglip_port.hub.local import LocalFolder
 from siglip_port.hub.options import HubOptions

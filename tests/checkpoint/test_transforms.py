@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from siglip_port.checkpoint import transforms as forms
-from siglip_port.checkpoint.transforms import Form
+from siglip_port.checkpoint import transforms
+from siglip_port.checkpoint.transforms import Transform
 
-FORMS = [form for form in vars(forms).values() if isinstance(form, Form)]
+TRANSFORMS = [
+    transform for transform in vars(transforms).values() if isinstance(transform, Transform)
+]
 SHAPES: dict[str, tuple[int, ...]] = {
     "patch": (8, 3, 5, 5),
     "positions": (9, 8),
@@ -25,29 +27,29 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name or "plain")
-def test_both_ways_are_each_others_reverse(form: Form) -> None:
-    shape = SHAPES[KINDS.get(form.name, "patch")]
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda transform: transform.name or "plain")
+def test_round_trip(transform: Transform) -> None:
+    shape = SHAPES[KINDS.get(transform.name, "patch")]
     ours = torch.randn(shape)
-    stored = form.store(ours, 2)
-    assert torch.equal(form.load(stored, shape), ours)
+    stored = transform.store(ours, 2)
+    assert torch.equal(transform.load(stored, shape), ours)
     assert torch.equal(
         stored.flatten().sort().values, ours.flatten().sort().values
     )  # values are moved, no more
-    assert torch.equal(form.store(form.load(stored, shape), 2), stored)
+    assert torch.equal(transform.store(transform.load(stored, shape), 2), stored)
 
 
-def test_forms_have_names_of_their_own() -> None:
-    assert len({form.name for form in FORMS}) == len(FORMS)
+def test_unique_names() -> None:
+    assert len({transform.name for transform in TRANSFORMS}) == len(TRANSFORMS)
 
 
-def test_the_channel_is_the_fastest_in_a_patch() -> None:
+def test_channel_order_in_patches() -> None:
     weight = torch.arange(2 * 3 * 2 * 2.0).view(2, 3, 2, 2)
-    stored = forms.PATCHES.store(weight, 1)
+    stored = transforms.PATCHES.store(weight, 1)
     assert stored[1].tolist() == [
         weight[1, c, y, x].item() for y in range(2) for x in range(2) for c in range(3)
     ]
-    channels = forms.PATCHES_CHANNEL_FIRST.store(weight, 1)
+    channels = transforms.PATCHES_CHANNEL_FIRST.store(weight, 1)
     assert channels[1].tolist() == [
         weight[1, c, y, x].item() for c in range(3) for y in range(2) for x in range(2)
     ]

@@ -34,8 +34,10 @@ from tests.helpers.checkpoints import (
     shard,
 )
 from tests.helpers.commands import run
+from tests.helpers.flax import flax, write_npz
 from tests.helpers.hub_server import Fault, Hub, Repository
-from tests.helpers.other_libraries import build, flax, timm_tower, write_npz, write_two_towers
+from tests.helpers.other_libraries import timm_tower, write_two_towers
+from tests.helpers.vision_language_models import build
 
 load = SigLipVisionModel.from_hf
 
@@ -378,7 +380,7 @@ def test_a_repository_whose_weights_alone_tell_the_commit(
     (tmp_path / "served").mkdir()
     layout, state = key_map.BIG_VISION, SigLipVisionModel(SMALL).state_dict()
     tensors = layout.to_stored(
-        state, SMALL.num_encoder_blocks, SMALL.num_attention_heads, layout.rows(True)
+        state, SMALL.num_encoder_blocks, SMALL.num_attention_heads, layout.rules(True)
     )
     save_file(
         {name: t.contiguous() for name, t in tensors.items()},
@@ -565,14 +567,14 @@ def wrong_config(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extraction, "_outputs", lambda model: [torch.rand(2)])
+    monkeypatch.setattr(extraction, "outputs_of_noise", lambda model: [torch.rand(2)])
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(model: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(extraction, "_outputs", interrupt)
+    monkeypatch.setattr(extraction, "outputs_of_noise", interrupt)
 
 
 @pytest.mark.parametrize(
@@ -631,11 +633,11 @@ def test_what_cannot_be_loaded_or_is_nothing_for_timm(
 
 def test_bits_are_compared_and_not_values() -> None:
     zero, nan = torch.zeros(2), torch.full((2,), torch.nan)
-    assert extraction._same(nan, nan.clone())
-    assert not extraction._same(zero, -zero)
-    assert not extraction._same(zero, zero.double())
-    assert not extraction._same(zero, torch.zeros(2, 1))
-    assert not extraction._same(zero, None)
+    assert extraction.is_same(nan, nan.clone())
+    assert not extraction.is_same(zero, -zero)
+    assert not extraction.is_same(zero, zero.double())
+    assert not extraction.is_same(zero, torch.zeros(2, 1))
+    assert not extraction.is_same(zero, None)
 
 
 # --- export ---------------------------------------------------------------------------------------

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from siglip_port import SigLipVisionConfig
+from siglip_port import SigLipVisionConfig, SigLipVisionModel
+from siglip_port.checkpoint.key_rules import Layout
+from siglip_port.checkpoint.source import CONFIG, INDEX, WEIGHTS
+from siglip_port.parity.stress_weights import randomise
 
 # Widths, heads and sizes that no mistake survives by luck: head_dim differs from the number of
-# heads, 1/sqrt(head_dim) is inexact, the picture is no multiple of the patch, and 11 blocks sort
+# heads, 1/sqrt(head_dim) is inexact, the image is no multiple of the patch, and 11 blocks sort
 # differently as numbers and as text.
 ODD = SigLipVisionConfig(
     embed_dim=72,
@@ -24,7 +30,7 @@ ODD = SigLipVisionConfig(
     mlp_hidden_dim=101,
     pooling_head=True,
 )
-
+SHALLOW = replace(ODD, num_encoder_blocks=3)
 
 SMALL = SigLipVisionConfig(
     embed_dim=24,
@@ -36,51 +42,93 @@ SMALL = SigLipVisionConfig(
     pooling_head=True,
 )
 
+TANH = "gelu_pytorch_tanh"
+EXACT = "gelu"
 
 MakeCheckpoint = Callable[..., Path]
+Tensors = dict[str, Tensor]
+Edit = Callable[[Tensors], Tensors]
+Json = dict[str, Any]
 
 
-def edit_tensors(
-    folder: Path,
-    edit: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    file: str = "model.safetensors",
-) -> None:
-    """Rewrites the tensors of a checkpoint."""
-    tensors = edit({name: tensor.clone() for name, tensor in load_file(folder / file).items()})
-    save_file(
-        {
-            name: tensor.clone(memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
-        },
-        folder / file,
-        {"format": "pt"},
-    )
+def config_for(layout: Layout, config: SigLipVisionConfig = SMALL) -> SigLipVisionConfig:
+    """Return a configuration of a model that this layout can hold."""
+    return replace(config, pooling_head=bool(layout.head), naflex=layout.naflex)
+
+
+def random_model(
+    config: SigLipVisionConfig = SMALL, dtype: torch.dtype = torch.float64
+) -> SigLipVisionModel:
+    """Return a model with random weights, none of which is zero or one, in `eval()` mode."""
+    model = SigLipVisionModel(config).to(dtype).eval()
+    randomise(model)
+    return model
+
+
+def pixels(config: SigLipVisionConfig, batch: int = 2, seed: int = 0) -> Tensor:
+    """Draw float64 noise in the shape of images."""
+    shape = (batch, config.num_channels, config.image_size, config.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def edit_tensors(folder: Path, edit: Edit, file: str = WEIGHTS) -> None:
+    """Rewrite the tensors of a checkpoint."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / file).items()}
+    edited = {}
+    for name, tensor in edit(tensors).items():
+        edited[name] = tensor.clone(memory_format=torch.contiguous_format)
+    save_file(edited, folder / file, {"format": "pt"})
+
+
+def adding(extra: Tensors) -> Edit:
+    """Return an edit that adds tensors, or replaces them."""
+    return lambda tensors: {**tensors, **extra}
+
+
+def renaming(pattern: str, replacement: str) -> Edit:
+    """Return an edit that renames tensors, as `re.sub` does."""
+    return lambda tensors: {
+        re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()
+    }
+
+
+def dropping(pattern: str) -> Edit:
+    """Return an edit that drops the tensors whose names match."""
+    return lambda tensors: {
+        name: tensor for name, tensor in tensors.items() if not re.search(pattern, name)
+    }
 
 
 def edit_config(folder: Path, **changes: object) -> None:
-    """Rewrites keys of `config.json`; a value of `...` takes the key away."""
-    path = folder / "config.json"
+    """Rewrite keys of `config.json`; a value of `...` takes the key away."""
+    path = folder / CONFIG
     config = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
 
+def edit_index(folder: Path, edit: Callable[[Json], object]) -> None:
+    """Rewrite the index of shards; a text is written as it is."""
+    path = folder / INDEX
+    edited = edit(json.loads(path.read_text()))
+    path.write_text(edited if isinstance(edited, str) else json.dumps(edited))
+
+
+def rename_in_a_thousand(index: Json) -> Json:
+    """Edit an index so that it names a thousand vision encoders, each in a shard of its own."""
+    weight_map = {}
+    for i in range(1000):
+        for name in index["weight_map"]:
+            weight_map[f"tower{i}.{name}"] = f"shard-{i}.safetensors"
+    return {"weight_map": weight_map}
+
+
 def shard(folder: Path, num_shards: int = 3) -> None:
-    """Spreads the tensors of a checkpoint over several files with an index, as transformers does."""
-    tensors = load_file(folder / "model.safetensors")
-    names = [f"model-{i + 1:05}-of-{num_shards:05}.safetensors" for i in range(num_shards)]
-    weight_map = {name: names[i % num_shards] for i, name in enumerate(tensors)}
-    for file in names:
-        mine = {
-            name: tensor.clone() for name, tensor in tensors.items() if weight_map[name] == file
-        }
-        save_file(mine, folder / file, {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
-    (folder / "model.safetensors").unlink()
-
-
-def pixels(config: SigLipVisionConfig, batch: int = 2, seed: int = 0) -> Tensor:
-    """Float64 noise in the shape of pictures."""
-    shape = (batch, config.num_channels, config.image_size, config.image_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """Spread the tensors of a checkpoint over several files with an index, as transformers does."""
+    tensors = load_file(folder / WEIGHTS)
+    files = [f"model-{i + 1:05}-of-{num_shards:05}.safetensors" for i in range(num_shards)]
+    weight_map = {name: files[i % num_shards] for i, name in enumerate(tensors)}
+    for file in files:
+        names = [name for name in tensors if weight_map[name] == file]
+        save_file({name: tensors[name].clone() for name in names}, folder / file, {"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / WEIGHTS).unlink()

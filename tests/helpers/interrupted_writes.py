@@ -1,23 +1,22 @@
 """Writes a checkpoint again and again, stopped each time at another moment.
 
-`python -m tests.helpers.interrupted_writes`.
+`python -m tests.helpers.interrupted_writes STRIDE FOLDER OPERATION...`, where an operation is
+`save_hf`, `save_timm` or `extract`, and `:over` to a folder that holds another checkpoint or `:new`
+to none. Each attempt is a process of its own, forked from this one, which ends
 
-Arguments: what to do (`save_hf`, `save_timm`, `extract`), to a folder that holds another checkpoint
-    (`over`) or none
-(`new`), and an empty folder to work in. Each attempt is a process of its own, forked from this one,
-which ends
-
-- by SIGKILL, before the n-th thing it does to the file system, for every n;
+- by SIGKILL, before the n-th thing it does to the file system, for every STRIDE-th n;
 - by the kernel, in the middle of a write: SIGXFSZ at a number of bytes (RLIMIT_FSIZE);
 - with an error in place of that signal (EFBIG: as of a full disk), or without permission;
 - by an error (EIO), or by Ctrl-C, in place of the n-th thing it does to the file system.
 
-Prints JSON: for each attempt, what was found in the folder afterwards.
+Prints JSON: of each operation, how attempts were disturbed, how they ended, what was found in the
+folder afterwards, and how many were alike.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -28,11 +27,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
-from siglip_port.checkpoint.extract import extract
+from siglip_port.checkpoint import extract_model
 from siglip_port.parity.stress_weights import randomise
 
 # As timm's vit_base_patch16_siglip_224 in what shapes do not show; the other differs in nothing
@@ -54,198 +54,249 @@ EVENTS = (
     "os.symlink",
 )
 
-
-def model(config: SigLipVisionConfig, seed: int) -> SigLipVisionModel:
-    """A tower whose every parameter is random."""
-    made = SigLipVisionModel(config).eval()
-    randomise(made, seed=seed)
-    return made
+Disturbance = Callable[[], None]
+Files = dict[str, bytes]
 
 
-def writers(new: SigLipVisionModel) -> dict[str, Callable[[Path], object]]:
-    """The operations."""
-    return {
-        "save_hf": new.save_hf,
-        "save_timm": new.save_timm,
-        "extract": lambda folder: extract(new, folder),
-    }
+class Outcome(NamedTuple):
+    """What became of an attempt.
 
-
-def attempt(write: Callable[[Path], object], folder: Path, limit: Callable[[], None]) -> int:
-    """Runs it in a process of its own; returns how that ended.
-
-    0 well, 1 by a CheckpointError, minus a signal.
+    Attributes:
+        how: it was disturbed.
+        code: 0 for a success, 1 for a CheckpointError, minus the number of a signal.
+        state: what was found in the folder.
     """
+
+    how: str
+    code: int
+    state: str
+
+
+def random_model(config: SigLipVisionConfig, seed: int) -> SigLipVisionModel:
+    """Return a model whose every parameter is random."""
+    model = SigLipVisionModel(config).eval()
+    randomise(model, seed=seed)
+    return model
+
+
+def writer(name: str, model: SigLipVisionModel) -> Callable[[Path], object]:
+    """Return what writes a model to a folder."""
+    if name == "extract":
+        return lambda folder: extract_model(model, folder)
+    return model.save_hf if name == "save_hf" else model.save_timm
+
+
+# --- disturbances ---------------------------------------------------------------------------------
+
+
+def run_disturbed(run: Callable[[], object], disturb: Disturbance, folder: str = "") -> int:
+    """Run something in a process of its own; return how that ended: see `Outcome.code`."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     code = 99
     try:
         torch.set_num_threads(1)
-        limit()
-        write(folder)
+        disturb()
+        run()
         code = 0
     except CheckpointError as error:
-        code = 1 if str(folder) in str(error) else 98
+        code = 1 if folder in str(error) else 98
     except KeyboardInterrupt:
         code = 130
     finally:
         os._exit(code)
 
 
+def undisturbed() -> None:
+    """Let it be."""
+
+
 def kill() -> None:
-    """Ends the process as nothing else does."""
+    """End the process as nothing else does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fail() -> None:
-    """As a disk that is broken."""
+    """Raise what a broken disk does."""
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def interrupt() -> None:
-    """As Ctrl-C."""
+    """Raise what Ctrl-C does."""
     raise KeyboardInterrupt
 
 
-def at(n: int, folder: Path, disturb: Callable[[], None]) -> Callable[[], None]:
-    """Disturbs the n-th event in or around the folder."""
+def at_event(number: int, folder: Path, disturb: Disturbance) -> Disturbance:
+    """Disturb the event of this number in or around the folder."""
 
     def install() -> None:
-        left = [n]
+        events = itertools.count()
 
         def hook(event: str, arguments: tuple[object, ...]) -> None:
-            if event in EVENTS and any(str(folder) in str(argument) for argument in arguments[:2]):
-                left[0] -= 1
-                if left[0] == -1:
-                    disturb()
+            is_here = any(str(folder) in str(argument) for argument in arguments[:2])
+            if event in EVENTS and is_here and next(events) == number:
+                disturb()
 
         sys.addaudithook(hook)
 
     return install
 
 
-def file_size(most: int, action: signal.Handlers) -> Callable[[], None]:
-    """Lets no file grow beyond `most` bytes."""
+def limit_file_size(size: int, action: signal.Handlers) -> Disturbance:
+    """Let no file grow beyond `size` bytes."""
 
     def install() -> None:
         signal.signal(signal.SIGXFSZ, action)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     return install
 
 
-def without_permission() -> None:
-    """Becomes a user who may write nowhere here."""
+def drop_permission() -> None:
+    """Become a user who may write nowhere here."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a checkpoint; what is hidden is none."""
-    if not folder.exists():
-        return {}
-    return {
-        p.name: p.read_bytes()
-        for p in folder.iterdir()
-        if p.is_file() and not p.name.startswith(".")
-    }
+# --- saving ---------------------------------------------------------------------------------------
 
 
-def judge(
-    folder: Path,
-    old: dict[str, bytes],
-    new: dict[str, bytes],
-    states: dict[str, dict[str, torch.Tensor]],
-) -> str:
-    """Says what is there.
+def read_files(folder: Path) -> Files:
+    """Read the files of a checkpoint; what is hidden is none."""
+    files: Files = {}
+    if folder.exists():
+        for path in folder.iterdir():
+            if path.is_file() and not path.name.startswith("."):
+                files[path.name] = path.read_bytes()
+    return files
 
-    `old`, `new`, `both` (refused, or the same tower either way), or what is wrong.
+
+class Save:
+    """Attempts to save a new model, to a folder that may hold an old one.
+
+    Args:
+        name: of the operation.
+        over: whether the folder holds an old one.
+        room: an empty folder.
+        stride: of the steps at which attempts are killed.
     """
-    found = contents(folder)
-    for name, content in found.items():
-        if content not in (old.get(name), new.get(name)):
-            return f"half: {name}"
-    if old.keys() - found.keys():
-        return f"lost: {sorted(old.keys() - found.keys())}"
-    which = "old" if found == old else "new" if found == new else "both"
-    if not found:
-        return which
-    try:
-        loaded = SigLipVisionModel.from_hf(folder)
-    except CheckpointError as error:
-        whole = "model.safetensors" in found and "config.json" in found
-        expected = "the configuration is not the one that these weights were saved with"
-        return (
-            which
-            if which == "both" and (expected in str(error) or not whole)
-            else f"refused: {error}"
-        )
-    for name, config in (("old", OLD), ("new", NEW)):
-        same = all(torch.equal(t, states[name][key]) for key, t in loaded.state_dict().items())
-        if same and loaded.config == config and which in (name, "both"):
-            return which
-    return "another tower"
 
+    def __init__(self, name: str, over: bool, room: Path, stride: int) -> None:
+        self.name = name
+        self.over = over
+        self.room = room
+        self.stride = stride
+        self.folder = room / "checkpoint"
+        self.models = {"old": random_model(OLD, 1), "new": random_model(NEW, 2)}
+        self.write = writer(name, self.models["new"])
+        self.before = room / "before"
+        writer(name, self.models["old"])(self.before)
+        self.write(room / "after")
+        self.old_files = read_files(self.before) if over else {}
+        self.new_files = read_files(room / "after")
 
-def attempts(what: str, where: str, room: Path) -> Iterator[tuple[str, int, str]]:
-    """Tries everything; yields how an attempt was disturbed, how it ended, and what was found."""
-    old, new = model(OLD, 1), model(NEW, 2)
-    write = writers(new)[what]
-    before, after = room / "before", room / "after"
-    writers(old)[what](before)
-    write(after)
-    olds, news = contents(before) if where == "over" else {}, contents(after)
-    states = {"old": old.state_dict(), "new": new.state_dict()}
-    folder = room / "checkpoint"
+    def outcomes(self) -> Iterator[Outcome]:
+        """Try every disturbance."""
+        number_of_events = 0
+        for number in itertools.count(step=self.stride):
+            outcome = self.attempt("kill", at_event(number, self.room, kill))
+            yield outcome
+            if outcome.code == 0:
+                number_of_events = number
+                break
+        if self.name == "save_hf" and self.over:
+            for disturb in (fail, interrupt):
+                for number in range(0, number_of_events, self.stride):
+                    yield self.attempt(disturb.__name__, at_event(number, self.room, disturb))
+        size = len(self.new_files["model.safetensors"])
+        for limit in (0, 7, 1000, size // 2, size - 1)[:: max(1, self.stride // 2)]:
+            yield self.attempt("kill in a write", limit_file_size(limit, signal.SIG_DFL))
+            yield self.attempt("full disk", limit_file_size(limit, signal.SIG_IGN))
+        if self.over:
+            self.folder.chmod(0o555)
+            code = run_disturbed(self.run, drop_permission, str(self.folder))
+            yield Outcome("no permission", code, self.judge(self.old_files))
+            self.folder.chmod(0o755)
 
-    def one(how: str, limit: Callable[[], None]) -> tuple[str, int, str]:
-        shutil.rmtree(folder, ignore_errors=True)
-        if where == "over":
-            shutil.copytree(before, folder)
-        code = attempt(write, folder, limit)
-        found = judge(folder, olds, news, states)
-        if (
-            how not in ("fail", "interrupt")
-            and code in (0, 1)
-            and [*folder.glob(".*"), *room.glob(".*")]
-        ):
-            found = "left something behind"
-        write(folder)  # whatever is there, a second attempt does it
-        if contents(folder) != {**olds, **news} or judge(folder, {}, news, states) != "new":
-            found += ", and a second attempt failed"
-        for leftover in room.glob(".*"):
+    def run(self) -> None:
+        """Save the new model."""
+        self.write(self.folder)
+
+    def attempt(self, how: str, disturb: Disturbance) -> Outcome:
+        """Save in a disturbed process, and judge what is there; then save undisturbed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.over:
+            shutil.copytree(self.before, self.folder)
+        code = run_disturbed(self.run, disturb, str(self.folder))
+        state = self.judge(self.old_files)
+        hidden = [*self.folder.glob(".*"), *self.room.glob(".*")]
+        if how not in ("fail", "interrupt") and code in (0, 1) and hidden:
+            state = "left something behind"
+        self.run()  # whatever is there, a second attempt does it
+        is_new = read_files(self.folder) == {**self.old_files, **self.new_files}
+        if not is_new or self.judge({}) != "new":
+            state += ", and a second attempt failed"
+        for leftover in self.room.glob(".*"):
             shutil.rmtree(leftover)
-        return how, code, found
+        return Outcome(how, code, state)
 
-    for n in range(1000):
-        how, code, found = one("kill", at(n, room, kill))
-        yield how, code, found
-        if code == 0:
-            break
-    for disturb in (fail, interrupt) if (what, where) == ("save_hf", "over") else ():
-        for i in range(n):
-            yield one(disturb.__name__, at(i, room, disturb))
-    size = len(news["model.safetensors"])
-    for most in (0, 7, 1000, size // 2, size - 1):
-        yield one("kill in a write", file_size(most, signal.SIG_DFL))
-        yield one("full disk", file_size(most, signal.SIG_IGN))
-    if where == "over":
-        (room / "checkpoint").chmod(0o555)
-        folder.chmod(0o555)
-        code = attempt(write, folder, without_permission)
-        yield "no permission", code, judge(folder, olds, news, states)
-        folder.chmod(0o755)
+    def judge(self, old_files: Files) -> str:
+        """Say what is in the folder.
+
+        `old`, `new`, `both` (refused, or the same model either way), or what is wrong.
+        """
+        files = read_files(self.folder)
+        for name, content in files.items():
+            if content not in (old_files.get(name), self.new_files.get(name)):
+                return f"half: {name}"
+        if old_files.keys() - files.keys():
+            return f"lost: {sorted(old_files.keys() - files.keys())}"
+        state = "both"
+        if files == old_files:
+            state = "old"
+        elif files == self.new_files:
+            state = "new"
+        if not files:
+            return state
+        return self.judge_model(
+            state, is_whole={"model.safetensors", "config.json"} <= files.keys()
+        )
+
+    def judge_model(self, state: str, is_whole: bool) -> str:
+        """Say whether what the files load as is what they are."""
+        try:
+            loaded = SigLipVisionModel.from_hf(self.folder)
+        except CheckpointError as error:
+            expected = "the configuration is not the one that these weights were saved with"
+            if state == "both" and (expected in str(error) or not is_whole):
+                return state
+            return f"refused: {error}"
+        for name, model in self.models.items():
+            if state in (name, "both") and is_same_model(loaded, model):
+                return state
+        return "another tower"
+
+
+def is_same_model(a: SigLipVisionModel, b: SigLipVisionModel) -> bool:
+    """Whether two models are the same, bit by bit."""
+    state = b.state_dict()
+    is_equal = all(torch.equal(tensor, state[name]) for name, tensor in a.state_dict().items())
+    return is_equal and a.config == b.config
 
 
 def main() -> None:
-    """Prints one line a kind of disturbance."""
-    what, where, *folders = sys.argv[1:]
-    paths = [Path(folder) for folder in folders]
-    counted = Counter(attempts(what, where, *paths))
-    print(json.dumps([[*key, count] for key, count in sorted(counted.items())]))
+    """Print the outcomes of every operation."""
+    stride, room, *operations = sys.argv[1:]
+    counts = {}
+    for operation in operations:
+        name, _, where = operation.partition(":")
+        save = Save(name, where == "over", Path(room, name, where), int(stride))
+        counts[operation] = Counter(save.outcomes())
+    rows = {key: [[*outcome, n] for outcome, n in c.items()] for key, c in counts.items()}
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

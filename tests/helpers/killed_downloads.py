@@ -18,7 +18,7 @@ import torch
 
 from siglip_port import CheckpointError, SigLipVisionModel
 from siglip_port.hub import chunked_download
-from tests.helpers.interrupted_writes import EVENTS, at, attempt, kill
+from tests.helpers.interrupted_writes import EVENTS, at_event, kill, run_disturbed, undisturbed
 from tests.helpers.sweeps import sample_ends
 
 OWN_FOLDER = Path(".siglip_port")
@@ -59,16 +59,16 @@ class Download:
             descriptor = os.open(counter, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             sys.addaudithook(hook)
 
-        assert attempt(lambda _: self.load(), self.cache, count) == 0
+        assert run_disturbed(self.load, count) == 0
         return counter.stat().st_size
 
     def is_right_after_kill(self, step: int) -> bool:
         """Kill a load before one of its steps, and load again."""
         shutil.rmtree(self.cache, ignore_errors=True)
-        code = attempt(lambda _: self.load(), self.cache, at(step, OWN_FOLDER, kill))
+        code = run_disturbed(self.load, at_event(step, OWN_FOLDER, kill))
         assert code == -9, code
         # in a process of its own: no connection is shared
-        return attempt(lambda _: self.load_offline_and_online(), self.cache, lambda: None) == 0
+        return run_disturbed(self.load_offline_and_online, undisturbed) == 0
 
 
 def kill_downloads(name: str, served: Path, room: Path, interval: int) -> None:

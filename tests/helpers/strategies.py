@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
+from typing import Any
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+
+def json_values(texts: SearchStrategy[str]) -> SearchStrategy[Any]:
+    """Draw any JSON value, nested a little, with texts of this strategy in it."""
+    return st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | texts,
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+        ),
+        max_leaves=6,
+    )
+
+
+JSON = json_values(st.text(max_size=8))

@@ -1,13 +1,14 @@
-"""One of two processes that train a tower together, on CPUs.
+"""Two processes that train a model together, on CPUs.
 
-`python -m tests.helpers.two_processes RANK FOLDER`.
+`python -m tests.helpers.two_processes FOLDER`.
 
-What it finds goes to FOLDER/RANK.pt, for tests/test_training.py to compare with one process and the
-whole batch.
+What the process of each rank finds goes to FOLDER/RANK.pt, for tests/test_distributed.py to compare
+with one process and the whole batch.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,25 +23,18 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from siglip_port import SigLipVisionConfig, SigLipVisionModel
-from siglip_port.parity.stress_weights import randomise
+from siglip_port import SigLipVisionModel
+from tests.helpers.checkpoints import SMALL, random_model
 
-WORLD = 2
-RATE = 0.5
-CONFIG = SigLipVisionConfig(
-    embed_dim=24,
-    image_size=16,
-    patch_size=8,
-    num_attention_heads=2,
-    num_encoder_blocks=3,
-    mlp_hidden_dim=40,
-    pooling_head=True,
-    interpolation="hf",
-)
+WORLD_SIZE = 2
+LEARNING_RATE = 0.5
+CONFIG = replace(SMALL, interpolation="hf")
+NAFLEX = replace(SMALL, naflex=True)
 # The methods that a user calls beside `forward`, and that have parameters to gather.
 METHODS = ("embed", "pool", "hidden_states", "pooling_attention")
 
 Batch = dict[str, Any]  # of tensors; but `embed` also takes a bool
+Results = dict[str, Any]
 
 
 class Embedder(nn.Module):
@@ -49,38 +43,23 @@ class Embedder(nn.Module):
     It sees no method but `forward`, and `embed` is what uses the pooling head too.
     """
 
-    def __init__(self, tower: SigLipVisionModel) -> None:
+    def __init__(self, model: SigLipVisionModel) -> None:
         super().__init__()
-        self.tower = tower
+        self.model = model
 
     def forward(self, **inputs: Any) -> Tensor:  # noqa: ANN401 (tensors, and pairs of ints)
-        vectors: Tensor = self.tower.embed(**inputs)
-        return vectors
+        return self.model.embed(**inputs)
 
 
-def tower(config: SigLipVisionConfig = CONFIG) -> SigLipVisionModel:
-    """The same parameters in every process."""
-    model = SigLipVisionModel(config).double()
-    randomise(model)
-    return model
-
-
-def naflex() -> SigLipVisionConfig:
-    return replace(CONFIG, naflex=True, interpolation=None)
-
-
-def pictures(rows: slice = slice(None), side: int = 16) -> Batch:
-    """Of a batch of four; `rows` of it."""
+def images(rows: slice = slice(None), side: int = 16) -> Batch:
+    """Return rows of a batch of four images."""
     generator = torch.Generator().manual_seed(side)
-    return {
-        "pixel_values": torch.randn(4, 3, side, side, generator=generator, dtype=torch.float64)[
-            rows
-        ]
-    }
+    noise = torch.randn(4, 3, side, side, generator=generator, dtype=torch.float64)
+    return {"pixel_values": noise[rows]}
 
 
-def packed(rows: slice = slice(None)) -> Batch:
-    """Four pictures of other shapes, the last patches of which are padding."""
+def packed_images(rows: slice = slice(None)) -> Batch:
+    """Return rows of four images of other shapes, the last patches of which are padding."""
     shapes = torch.tensor([(2, 3), (4, 2), (1, 5), (3, 2)])
     generator = torch.Generator().manual_seed(7)
     patches = torch.randn(4, 8, 3 * 8 * 8, generator=generator, dtype=torch.float64)
@@ -89,8 +68,13 @@ def packed(rows: slice = slice(None)) -> Batch:
     return {name: value[rows] for name, value in batch.items()}
 
 
-def sharded(model: SigLipVisionModel, methods: tuple[str, ...] = METHODS) -> SigLipVisionModel:
-    """FSDP2, as a user writes it."""
+def loss(vectors: Tensor) -> Tensor:
+    """Return a mean over the batch, so that two processes average to what one finds."""
+    return vectors.square().sum(dim=1).mean()
+
+
+def fsdp(model: SigLipVisionModel, methods: tuple[str, ...] = METHODS) -> SigLipVisionModel:
+    """Shard a model by FSDP2, as a user does."""
     for block in model.transformer.encoder.encoder_blocks:
         fully_shard(block)
     fully_shard(model)
@@ -99,28 +83,19 @@ def sharded(model: SigLipVisionModel, methods: tuple[str, ...] = METHODS) -> Sig
     return model
 
 
-def loss(vectors: Tensor) -> Tensor:
-    """A mean over the batch, so that what two processes find is averaged to what one finds."""
-    return vectors.square().sum(dim=1).mean()
-
-
-def backward(vectors: Tensor) -> None:
-    loss(vectors).backward()
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Those of the whole parameters, wherever they lie."""
-    found = {}
+def full_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Return the gradients of the whole parameters, wherever they lie."""
+    gradients = {}
     for name, parameter in model.named_parameters():
         grad = parameter.grad
         assert grad is not None, name
-        found[name.removeprefix("module.tower.")] = (
-            grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
-        )
-    return found
+        name = name.removeprefix("module.model.")
+        gradients[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
+    return gradients
 
 
 def message_of(run: Callable[[], object]) -> str:
+    """Return type and text of what is raised."""
     try:
         run()
     except Exception as error:
@@ -128,82 +103,94 @@ def message_of(run: Callable[[], object]) -> str:
     return ""
 
 
-def with_ddp(rows: slice) -> dict[str, object]:
+def run_ddp(rows: slice) -> Results:
     """DDP, with `embed` as it must be called, and past DDP, where nothing is averaged."""
-    model = DistributedDataParallel(Embedder(tower()))
-    backward(model(**pictures(rows)))
-    packs = DistributedDataParallel(Embedder(tower(naflex())))
-    backward(packs(**packed(rows)))
-    past = DistributedDataParallel(Embedder(tower()))
-    backward(past.module.tower.embed(**pictures(rows)))
-    return {"ddp": gradients(model), "ddp, naflex": gradients(packs), "past ddp": gradients(past)}
+    model = DistributedDataParallel(Embedder(random_model(CONFIG)))
+    loss(model(**images(rows))).backward()
+    naflex = DistributedDataParallel(Embedder(random_model(NAFLEX)))
+    loss(naflex(**packed_images(rows))).backward()
+    bypassed = DistributedDataParallel(Embedder(random_model(CONFIG)))
+    loss(bypassed.module.model.embed(**images(rows))).backward()
+    return {
+        "ddp": full_gradients(model),
+        "ddp, naflex": full_gradients(naflex),
+        "past ddp": full_gradients(bypassed),
+    }
 
 
-def with_fsdp(rows: slice, folder: Path) -> dict[str, object]:
-    """FSDP2: gradients, a step in `eval()` mode between two looks at pictures of another size, and what is saved."""
-    model = sharded(tower()).eval()
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+def run_fsdp(rows: slice, folder: Path) -> Results:
+    """FSDP2: gradients, a step between two looks at images of another size, and what is saved."""
+    model = fsdp(random_model(CONFIG))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     with torch.no_grad():
-        before = model.embed(**pictures(side=32))
-    backward(model.embed(**pictures(rows)))
-    found: dict[str, object] = {"fsdp": gradients(model), "before": before}
+        before = model.embed(**images(side=32))
+    loss(model.embed(**images(rows))).backward()
+    results: Results = {"fsdp": full_gradients(model), "before": before}
     optimizer.step()
     with torch.no_grad():
-        found["after"] = model.embed(**pictures(side=32))
-        found["tokens"] = model(**pictures())
-        found["pooled"] = model.pool(model(**pictures()))
-    found["saved while sharded"] = message_of(
-        lambda: model.save_hf(folder / f"sharded-{dist.get_rank()}")
-    )
-    state = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+        results["after"] = model.embed(**images(side=32))
+        results["tokens"] = model(**images())
+        results["pooled"] = model.pool(model(**images()))
+    own_folder = folder / f"sharded-{dist.get_rank()}"
+    results["saved while sharded"] = message_of(lambda: model.save_hf(own_folder))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
     if dist.get_rank() == 0:  # the others get nothing
         whole = SigLipVisionModel(CONFIG)
         whole.load_state_dict(state, assign=True)
         whole.save_hf(folder / "saved")
-    return found
+    return results
 
 
-def with_fsdp_otherwise(rows: slice) -> dict[str, object]:
-    """FSDP2: packed patches with blocks computed twice; methods that are not registered.
-
-    Maps of attention.
-    """
-    packs = sharded(tower(naflex())).train()
-    packs.gradient_checkpointing_enable()
-    backward(packs.embed(**packed(rows)))
-    vectors = sharded(tower(), methods=()).embed(
-        **pictures(rows)
-    )  # `embed` calls the model, which gathers
-    backward(vectors)
-    alone = sharded(tower(), methods=())
+def run_fsdp_otherwise(rows: slice) -> Results:
+    """FSDP2: packed patches with blocks computed twice; unregistered methods; attention maps."""
+    naflex = fsdp(random_model(NAFLEX)).train()
+    naflex.gradient_checkpointing_enable()
+    loss(naflex.embed(**packed_images(rows))).backward()
+    # `embed` calls the model, which gathers.
+    vectors = fsdp(random_model(CONFIG), methods=()).embed(**images(rows))
+    loss(vectors).backward()
+    unregistered = fsdp(random_model(CONFIG), methods=())
     tokens = torch.zeros(1, 4, CONFIG.embed_dim, dtype=torch.float64)
-    maps = sharded(tower(), methods=("attention_maps",))
-    unregistered = message_of(lambda: alone.pool(tokens))
-    closed = message_of(lambda: maps.attention_maps(**pictures(), layers=[0, 2]))
+    message = message_of(lambda: unregistered.pool(tokens))
+    maps = fsdp(random_model(CONFIG), methods=("attention_maps",))
+    sharded_message = message_of(lambda: maps.attention_maps(**images(), layers=[0, 2]))
     for block in maps.transformer.encoder.encoder_blocks:
         block.unshard()  # type: ignore[operator]
     return {
-        "fsdp, naflex": gradients(packs),
+        "fsdp, naflex": full_gradients(naflex),
         "vectors, embed not registered": vectors.detach(),
-        "pool, not registered": unregistered,
-        "maps, blocks sharded": closed,
-        "maps": maps.attention_maps(**pictures(), layers=[0, 2])[1].detach(),
+        "pool, not registered": message,
+        "maps, blocks sharded": sharded_message,
+        "maps": maps.attention_maps(**images(), layers=[0, 2])[1].detach(),
     }
 
 
-def main(rank: int, folder: Path) -> None:
+def run_rank(rank: int, folder: Path) -> None:
+    """Do everything as the process of this rank."""
     torch.set_num_threads(1)
     # A file to meet at: unlike a port, no other process can have taken it.
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD_SIZE
     )
-    half = slice(2 * rank, 2 * rank + 2)
-    found = {**with_ddp(half), **with_fsdp(half, folder), **with_fsdp_otherwise(half)}
-    torch.save(found, folder / f"{rank}.pt")
+    rows = slice(2 * rank, 2 * rank + 2)
+    results = {**run_ddp(rows), **run_fsdp(rows, folder), **run_fsdp_otherwise(rows)}
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
+def main(folder: Path) -> int:
+    """Fork one process a rank, which share what was imported; return 0 if all end well."""
+    children = []
+    for rank in range(WORLD_SIZE):
+        child = os.fork()
+        if child == 0:
+            run_rank(rank, folder)
+            return 0
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return int(any(codes))
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1])))

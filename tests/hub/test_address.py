@@ -102,7 +102,7 @@ def test_address_of_archive(hub: Hub, vision_folder: Path, cache: Path) -> None:
     """It is fetched whole."""
     model = load(vision_folder)
     (layout,) = [layout for layout in LAYOUTS if layout.name == "big_vision"]
-    stored = layout.to_stored(model.state_dict(), 3, 2, layout.rows(True), "params/img/")
+    stored = layout.to_stored(model.state_dict(), 3, 2, layout.rules(True), "params/img/")
     arrays = {name: tensor.numpy() for name, tensor in stored.items()}
     np.savez(vision_folder / "a.npz", **arrays)  # type: ignore[arg-type]
     for offline in (False, True):

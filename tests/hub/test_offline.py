@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants, hf_hub_download
 
 from siglip_port import CheckpointError, HubUnreachableError, SigLipVisionModel
-from siglip_port.checkpoint.inspect import inspect
+from siglip_port.checkpoint.inspect import inspect_checkpoint
 from siglip_port.hub import HubOptions, find_source
 from tests.helpers.checkpoints import SMALL, shard
 from tests.helpers.hub_cache import NAME, assert_same
@@ -44,7 +44,7 @@ def test_no_socket_is_opened(
     assert_same(model, folder)
     assert model.provenance is not None
     assert model.provenance.commit == commit
-    assert inspect(find_source(NAME, HubOptions(**options))).problem is None
+    assert inspect_checkpoint(find_source(NAME, HubOptions(**options))).problem is None
 
 
 @pytest.mark.parametrize("in_shards", [False, True], ids=["one file", "shards"])

@@ -9,6 +9,8 @@ import pytest
 
 from siglip_port import CheckpointError, SigLipVisionModel
 from siglip_port.checkpoint import reader
+from siglip_port.checkpoint.json_files import read_config
+from siglip_port.checkpoint.source import Source
 from tests.helpers.checkpoints import edit_tensors
 from tests.helpers.hub_cache import HEADER_BYTES, NAME, WEIGHTS, assert_same, own_files
 from tests.helpers.hub_server import Hub
@@ -41,14 +43,14 @@ def test_pinned_to_commit_of_first_file(
     hub: Hub, vision_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After config.json, the weights are asked of its commit, here gone, and not of `main`."""
-    read = reader.read_contents
+    read = read_config
 
-    def then_push(source: reader.Source) -> object:
+    def then_push(source: Source) -> object:
         config = read(source)
         edit_tensors(vision_folder, lambda t: t)
         return config
 
-    monkeypatch.setattr(reader, "read_contents", then_push)
+    monkeypatch.setattr(reader, "read_config", then_push)
     with pytest.raises(CheckpointError, match="has no revision"):
         load(NAME, cache_dir=cache)
 

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from siglip_port import SigLipVisionModel
-from siglip_port.checkpoint.inspect import inspect
-from siglip_port.checkpoint.layouts import LAYOUTS, Layout
+from siglip_port.checkpoint.inspect import inspect_checkpoint
+from siglip_port.checkpoint.key_rules import Layout
+from siglip_port.checkpoint.layouts import LAYOUTS
 from siglip_port.hub import HubOptions, chunked_download, find_source
 from siglip_port.parity.stress_weights import randomise
 from tests.helpers.checkpoints import ODD, SMALL, edit_tensors, shard
@@ -83,7 +84,7 @@ def test_every_layout(
         original.state_dict(),
         11,
         config.num_attention_heads,
-        layout.rows(config.pooling_head),
+        layout.rules(config.pooling_head),
         f"some{separator}where{separator}",
     )
     # 4.8 MB; the encoder has 2.7
@@ -165,7 +166,7 @@ def test_mixed_dtypes_are_aligned(hub: Hub, folder: Path, cache: Path) -> None:
 
 def test_inspect_fetches_header_only(hub: Hub, folder: Path, cache: Path) -> None:
     edit_tensors(folder, lambda t: {**t, "text_model.embeddings.weight": torch.ones(2_000_000)})
-    result = inspect(find_source(NAME, HubOptions(cache_dir=cache)))
+    result = inspect_checkpoint(find_source(NAME, HubOptions(cache_dir=cache)))
     assert result.problem is None
     assert hub.sent["model.safetensors"] == HEADER_BYTES
     assert sum(hub.sent.values()) < 70_000

@@ -38,7 +38,7 @@ def test_every_row_of_the_key_map_has_a_tap() -> None:
     }  # their parameters are just read
     assert modules - without_a_call <= tapped
     assert not any(theirs.startswith("head") for theirs in siglip_taps(False))
-    assert len(key_map.TOWER) + len(key_map.HEAD) < len(taps)
+    assert len(key_map.HUGGINGFACE_ENCODER) + len(key_map.HUGGINGFACE_HEAD) < len(taps)
 
 
 def test_points_are_seen_in_the_order_of_the_computation() -> None:

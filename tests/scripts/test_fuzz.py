@@ -24,9 +24,9 @@ from scripts.fuzz import run as fuzz
 from scripts.fuzz import trial as fuzz_trial
 from scripts.fuzz.trial import Fuzzer, Result
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
-from siglip_port.checkpoint import formats as files
-from siglip_port.checkpoint import layouts as key_map
-from siglip_port.checkpoint.formats import Header
+from siglip_port.checkpoint.formats import Header, parse_header
+from siglip_port.checkpoint.formats import weights_file as files
+from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.hub import chunked_download, partial_download
 from tests.helpers.hub_server import Hub
 
@@ -44,7 +44,7 @@ def some(fuzzer: Fuzzer, row: str, count: int) -> Iterator[Result]:
     return (fuzzer.run(next(numbers)) for _ in range(count))
 
 
-def test_a_short_run(tmp_path: Path) -> None:
+def test_short_campaign(tmp_path: Path) -> None:
     """Nothing fails; and the damage is real.
 
     Most of it has to be refused, some of it makes another tower.
@@ -87,27 +87,27 @@ def test_a_short_run(tmp_path: Path) -> None:
 # --- loaders that are wrong -----------------------------------------------------------------------
 
 Patch = pytest.MonkeyPatch
-load, config_of, parse = SigLipVisionModel.from_hf, SigLipVisionConfig.from_hf, files.parse_header
+load, config_of = SigLipVisionModel.from_hf, SigLipVisionConfig.from_hf
 
 
 def without_check_of_size(patch: Patch) -> None:
-    def parse_header(content: bytes, _: int) -> Header:
+    def parse_any_size(content: bytes, _: int) -> Header:
         ends = [
             tensor["data_offsets"][1]
             for name, tensor in json.loads(content).items()
             if name != "__metadata__"
         ]
-        return parse(content, 8 + len(content) + max(ends))
+        return parse_header(content, 8 + len(content) + max(ends))
 
     def no_memory(*_: object, **__: object) -> None:
         raise RuntimeError("unable to mmap")
 
-    patch.setattr(files, "parse_header", parse_header)
+    patch.setattr(files, "parse_header", parse_any_size)
     patch.setattr(files, "safe_open", no_memory)  # which would refuse such files itself
 
 
 def without_strictness(patch: Patch) -> None:
-    patch.setattr(key_map.Layout, "reason_to_drop", lambda *_: "whatever it is")
+    patch.setattr(Layout, "reason_to_ignore", lambda *_: "whatever it is")
 
 
 def with_defaults_for_what_is_wrong(patch: Patch) -> None:
@@ -178,7 +178,7 @@ def with_two_tensors_exchanged(patch: Patch) -> None:
         (with_two_tensors_exchanged, "preprocessor", "SILENTLY DIFFERENT: the bits of"),
     ],
 )
-def test_a_wrong_loader_is_noticed(
+def test_broken_loader_detected(
     make_wrong: Callable[[Patch], None], row: str, error: str, fuzzer: Fuzzer, monkeypatch: Patch
 ) -> None:
     make_wrong(monkeypatch)
@@ -191,9 +191,7 @@ def test_a_wrong_loader_is_noticed(
     assert fuzzer.run(result.number).outcome != "FAILED"
 
 
-def test_a_damaged_tower_from_the_cache_is_noticed(
-    hub: Hub, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_damaged_cache_detected(hub: Hub, tmp_path: Path, monkeypatch: Patch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(fuzz_trial, "_our_hub", lambda _: hub)
@@ -215,7 +213,7 @@ def test_a_damaged_tower_from_the_cache_is_noticed(
 @pytest.mark.filterwarnings(
     "ignore:.*multi-threaded.*fork:DeprecationWarning"
 )  # the tests' Hub is idle
-def test_whatever_else_goes_wrong_is_told_of_the_mutant_that_did_it(
+def test_failures_reported(
     tmp_path: Path, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     report, kept, mutant, now = (
@@ -283,7 +281,7 @@ def test_whatever_else_goes_wrong_is_told_of_the_mutant_that_did_it(
     assert (kept / "9" / "checkpoint" / "left").read_text() == "behind"
 
 
-def test_a_mutant_is_known_by_its_number(
+def test_reproducible_by_number(
     fuzzer: Fuzzer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again, other = (Fuzzer(seed, tmp_path) for seed in (0, 1))

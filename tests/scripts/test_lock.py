@@ -62,12 +62,12 @@ def test_neutral_form() -> None:
     ("old", "new"),
     [("2.4.6", "2.4.7"), ("sha256:02", "sha256:09"), ('name = "zipp"', 'name = "zip"')],
 )
-def test_other_versions_and_hashes_are_noticed(old: str, new: str) -> None:
+def test_changed_contents_detected(old: str, new: str) -> None:
     neutral = lock.neutral(FULL)
     assert lock.contents(neutral.replace(old, new)) != lock.contents(neutral)
 
 
-def test_what_is_committed_holds_no_address() -> None:
+def test_committed_lock_is_neutral() -> None:
     done = subprocess.run(
         ["git", "show", ":uv.lock"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -61,12 +61,12 @@ def port_outputs(port: SigLipVisionModel, pixel_values: Tensor) -> dict[str, Ten
 def tensors_by_reference_name(port: SigLipVisionModel) -> dict[str, Tensor]:
     """The port's tensors under the reference's names, those that it has."""
     layout = layouts.HUGGINGFACE_NAFLEX if port.config.naflex else layouts.HUGGINGFACE
-    claims = layout.claims(port.config.num_encoder_blocks, layout.rows(port.config.pooling_head))
+    claims = layout.mappings(port.config.num_encoder_blocks, layout.rules(port.config.pooling_head))
     state = port.state_dict()
     tensors = {}
     for name, claim in claims.items():
-        if set(claim.ours) <= state.keys():
-            parts = [state[part] for part in claim.ours]
+        if set(claim.port) <= state.keys():
+            parts = [state[part] for part in claim.port]
             tensors[name] = claim.to_stored(parts, port.config.num_attention_heads)
     return tensors
 

@@ -36,15 +36,15 @@ def siglip_taps(pooling_head: bool) -> dict[str, str]:
 
     Modules with parameters come from the rules of the key map, so the two never part ways.
     """
-    rules = layouts.TOWER
+    rules = layouts.HUGGINGFACE_ENCODER
     points = dict(UNNAMED_POINTS)
     if pooling_head:
-        rules += layouts.HEAD
+        rules += layouts.HUGGINGFACE_HEAD
         points |= HEAD_POINTS
     taps = {}
     for rule in rules:
-        if rule.ours[0].endswith(".*"):
-            taps[rule.stored.removesuffix(".*")] = rule.ours[0].removesuffix(".*")
+        if rule.port[0].endswith(".*"):
+            taps[rule.stored.removesuffix(".*")] = rule.port[0].removesuffix(".*")
     taps |= points
     # An nn.MultiheadAttention neither calls its out_proj nor has a module for in_proj.
     return {

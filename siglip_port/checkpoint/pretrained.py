@@ -1,17 +1,16 @@
-"""A model from a checkpoint, and a checkpoint from a model: what `from_hf` and `save_hf` do."""
+"""A model from a checkpoint: what `from_hf` does."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypedDict, TypeVar
+from typing import TypedDict, TypeVar
 
 import torch
 
-from siglip_port.checkpoint import layouts, preprocessor_config, reader, registry
+from siglip_port.checkpoint.errors import CheckpointError
 from siglip_port.checkpoint.formats import DTYPES
-from siglip_port.checkpoint.reader import Checkpoint, CheckpointError
+from siglip_port.checkpoint.reader import Checkpoint
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.model import SigLipVisionModel
 
@@ -56,7 +55,7 @@ def load_model(
 
     Reads the layouts of transformers, timm, open_clip and big_vision, and of many vision-language
     models, in one file or in shards: see docs/checkpoints.md. `print(model.provenance)` tells what
-    was recognised.
+    was recognized.
 
     Args:
         cls: the class of the model.
@@ -72,7 +71,7 @@ def load_model(
         interpolation: the rule by which positions are fitted to images of other sizes, one of
             `siglip_port.config.INTERPOLATIONS`; None for the checkpoint's own, which most have not:
             then images of other sizes are refused.
-        layout: the name of one of `siglip_port.checkpoint.layouts.LAYOUTS`; None to recognise it.
+        layout: the name of one of `siglip_port.checkpoint.layouts.LAYOUTS`; None to recognize it.
         prefix: what stands before the encoder's names in the file, such as `vision_model.`; None to
             find it.
         config: the architecture, where the checkpoint does not tell it, or tells it wrongly.
@@ -94,10 +93,7 @@ def load_model(
     from siglip_port.hub import HubOptions, find_source
 
     validate_placement(dtype, device)
-    if config is not None and not isinstance(config, SigLipVisionConfig):
-        raise ValueError(f"config must be a SigLipVisionConfig, got a {type(config).__name__}")
-    if prefix is not None and not isinstance(prefix, str):
-        raise ValueError(f"prefix must be a text, got {prefix!r}")
+    validate_overrides(config, prefix)
     options = HubOptions(
         revision=revision,
         local_files_only=local_files_only,
@@ -114,7 +110,7 @@ def load_model(
     model, shapes = build_on_meta(replace(checkpoint.config, interpolation=rule), files.title, cls)
     tensors, model.provenance = checkpoint.read(shapes, dtype=dtype, device=device)
     model.load_state_dict(tensors, strict=True, assign=True)
-    model.preprocessor_config = checkpoint.processor
+    model.preprocessor_config = checkpoint.preprocessor_config
     return model.eval()
 
 
@@ -131,6 +127,14 @@ def validate_placement(dtype: torch.dtype | None, device: torch.device | str | N
         raise ValueError(f"device {device!r} cannot be used on this machine: {reason}") from error
     if is_meta:
         raise ValueError("device must be one that holds values, got 'meta'")
+
+
+def validate_overrides(config: SigLipVisionConfig | None, prefix: str | None) -> None:
+    """Raise ValueError unless what overrides the checkpoint is of the right type."""
+    if config is not None and not isinstance(config, SigLipVisionConfig):
+        raise ValueError(f"config must be a SigLipVisionConfig, got a {type(config).__name__}")
+    if prefix is not None and not isinstance(prefix, str):
+        raise ValueError(f"prefix must be a text, got {prefix!r}")
 
 
 def build_on_meta(
@@ -155,60 +159,3 @@ def build_on_meta(
     except (RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{name} describes an impossible tower: {error}") from error
     return model, {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
-def save_hf(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
-    """Write a model as a HuggingFace `SiglipVisionModel`, or `Siglip2VisionModel` if it is NaFlex.
-
-    Writes `model.safetensors`, a complete `config.json` and `preprocessor_config.json`. Tensors are
-    named as on the Hub (prefix `vision_model.`), which old and new releases of transformers read.
-
-    Args:
-        model: the model.
-        folder: where to; made if it does not exist. The three files are replaced if they are there
-            already.
-
-    Raises:
-        CheckpointError: the parameters are no longer those of the encoder (wrapped, quantised, with
-            adapters), or the folder cannot be written.
-    """
-    layout = layouts.HUGGINGFACE_NAFLEX if model.config.naflex else layouts.HUGGINGFACE
-    documents = {
-        reader.CONFIG: model.config.to_hf(),
-        preprocessor_config.PREPROCESSOR: model.preprocessor_config,
-    }
-    save(model, folder, layout, layouts.PREFIX, documents)
-
-
-def save_timm(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
-    """Write a model as timm does: `model.safetensors` and timm's `config.json`.
-
-    `timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)` loads it, with the
-    activation of the encoder. timm reads images its own way: it crops them, where transformers does
-    not.
-
-    Args:
-        model: the model.
-        folder: where to; made if it does not exist. The two files are replaced if they are there
-            already.
-
-    Raises:
-        CheckpointError: as for `save_hf`.
-        ValueError: timm has no model of this architecture.
-    """
-    layout = layouts.TIMM_NAFLEX if model.config.naflex else layouts.TIMM
-    config = registry.timm_config(model.config, model.preprocessor_config)
-    save(model, folder, layout, "", {reader.CONFIG: config})
-
-
-def save(
-    model: SigLipVisionModel,
-    folder: str | os.PathLike[str],
-    layout: layouts.Layout,
-    prefix: str,
-    documents: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Write the tensors of a model in a layout, and the JSON files that go with them."""
-    _, shapes = build_on_meta(model.config, "the configuration", SigLipVisionModel)
-    origin = None if model.provenance is None else model.provenance.origin
-    reader.save(folder, layout, prefix, model.config, model.state_dict(), shapes, documents, origin)

@@ -1,0 +1,35 @@
+"""Fixtures of these tests: an intact model, and copies of its files that may be damaged."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from siglip_port import SigLipVisionModel
+from tests.helpers.checkpoints import shard
+from tests.helpers.flax import flax, write_npz
+from tests.helpers.npz_files import Members
+
+
+@pytest.fixture(scope="session")
+def model(tower: Path) -> SigLipVisionModel:
+    """The model in the files of `tower` and `copied`, a `SMALL` one with random weights."""
+    return SigLipVisionModel.from_hf(tower)
+
+
+@pytest.fixture
+def sharded(copied: Path) -> Path:
+    """A copy of the model's files, in three shards."""
+    shard(copied)
+    return copied
+
+
+@pytest.fixture(scope="session")
+def members(model: SigLipVisionModel, tmp_path_factory: pytest.TempPathFactory) -> Members:
+    """The model as an `.npz` file of big_vision, array by array."""
+    path = tmp_path_factory.mktemp("npz") / "a.npz"
+    write_npz(path, flax(model.config, model.state_dict(), scanned=False), "params/img/")
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}

@@ -1,0 +1,161 @@
+"""`.npz` files, broken or made to do harm."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from siglip_port import CheckpointError, SigLipVisionModel
+from siglip_port.checkpoint.formats import (
+    UnreadableFileError,
+    read_header,
+)
+from tests.helpers.checkpoints import ODD
+from tests.helpers.damaged_files import Payload, assert_loads, assert_refused
+from tests.helpers.flax import flax, write_npz
+from tests.helpers.npz_files import BIAS, Members, describe_array, npy, npy_header, write_zip
+
+load = SigLipVisionModel.from_hf
+
+MEMBERS: dict[str, tuple[bytes, str]] = {
+    "a pickle": (b"", "expected one of F64, F32, F16, BF16, found a pickle"),
+    "nothing": (b"", "EOF: reading magic string"),
+    "no magic": (b"0" * 200, "the magic string is not correct"),
+    "negative": (
+        npy_header(describe_array("(-24,)")) + b"\0" * 96,
+        r"the shape \(-24,\), which no tensor has",
+    ),
+    "enormous": (npy_header(describe_array(f"({10**30},)")) + b"\0" * 96, "which no tensor has"),
+    "larger than it is": (
+        npy_header(describe_array("(10**9,)".replace("10**9", "1000000000"))),
+        "its header asks for 4000000",
+    ),
+    "more than its header says": (
+        npy(np.ones(24, np.float32)) + b"\0",
+        "has 225 bytes, its header asks for 224",
+    ),
+    "truncated": (npy(np.ones(24, np.float32))[:-1], "has 223 bytes, its header asks for 224"),
+    "another shape": (
+        npy(np.ones(23, np.float32)),
+        r"shape: expected \[24\] by the architecture, found \[23\]",
+    ),
+    "a structure": (npy(np.zeros(24, [("a", "<f4")])), "found \\[\\('a', '<f4'\\)\\]"),
+    "whole numbers": (npy(np.zeros(24, np.int32)), "found int32"),
+    "a bool for a size": (
+        npy_header(describe_array("(True, 24)")) + b"\0" * 96,
+        "which no tensor has",
+    ),
+    "of Python 2": (
+        npy_header(describe_array("(24L,)")) + b"\0" * 96,
+        "is not a whole npz file .Reading `.npy` or `.npz` file required",
+    ),
+    "a header of 4 GB": (
+        b"\x93NUMPY\2\0\xff\xff\xff\xff" + b" " * 999,
+        "EOF: reading array header",
+    ),
+    "deep": (npy_header(describe_array("(" * 5000 + ")" * 5000), b"\2\0"), "not a whole npz file"),
+    "code": (npy_header("__import__('os').mkdir('unpickled')\n"), "not a whole npz file"),
+}
+
+
+@pytest.mark.parametrize("case", MEMBERS)
+def test_invalid_arrays(
+    case: str, members: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content, message = MEMBERS[case]
+    if case == "a pickle":
+        content = npy(np.array([Payload(tmp_path / "unpickled")] * 24, dtype=object))
+    write_zip(tmp_path / "a.npz", {**members, BIAS: content})
+    assert_refused(tmp_path / "a.npz", message)
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_archives(members: Members, tmp_path: Path, model: SigLipVisionModel) -> None:
+    path = tmp_path / "a.npz"
+    write_zip(path, members)
+    assert_loads(path, model)
+    whole = path.read_bytes()
+    write_zip(
+        path,
+        {
+            **members,
+            "opt/state.npy": npy(np.array([Payload(tmp_path / "unpickled")], dtype=object)),
+        },
+    )
+    assert_loads(path, model)
+    assert not (tmp_path / "unpickled").exists()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert_refused(path, "File is not a zip file")
+    for how in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        write_zip(path, members, how)
+        assert_refused(path, "is compressed as numpy does not compress")
+    write_zip(path, {**members, BIAS.replace("bias", "sole"): members[BIAS]})
+    path.write_bytes(path.read_bytes().replace(b"sole.npy", b"bias.npy"))
+    assert_refused(path, f"it holds {BIAS.removesuffix('.npy')} more than once")
+    write_zip(path, {**members, "../params/img/x.npy": members[BIAS]})
+    assert_loads(path, model)  # a name is nothing but a name: here, of another tower's
+    write_zip(path, {**members, "params/img/../x.npy": members[BIAS]})
+    assert_refused(path, "unknown tensors")
+
+
+def test_encrypted_array(members: Members, tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    write_zip(path, {BIAS: members[BIAS]})
+    content = bytearray(path.read_bytes())
+    content[6] |= 1  # in the member's own header, and in the directory
+    content[content.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(content)
+    assert_refused(path, "is encrypted")
+
+
+def test_changed_bytes(members: Members, tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    write_zip(path, members, zipfile.ZIP_STORED)
+    name = "params/img/embedding/kernel.npy"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(members[name][-96:], bytes(96)))
+    assert_refused(
+        path, "params/img/embedding/kernel is damaged .Bad CRC-32.*; fetch the file again"
+    )
+
+
+def test_start_of_archive(tmp_path: Path) -> None:
+    """Found by scripts/fuzz/run.py: Python's zipfile is content with the directory at the end."""
+    path = tmp_path / "tower.npz"
+    np.savez(path, weight=np.ones(3, np.float32))
+    assert read_header(path).tensors.keys() == {"weight"}
+    content = path.read_bytes()
+    path.write_bytes(content[:2] + b"?" + content[3:])
+    with pytest.raises(
+        UnreadableFileError, match="not a zip archive: it does not begin as one does"
+    ):
+        read_header(path)
+
+
+def test_truncated_archive(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(CheckpointError, match=r"a.npz is not a whole npz file .* fetch it again"):
+        load(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("damage", ["data", "header", "before"])
+def test_damaged_member(damage: str, tmp_path: Path) -> None:
+    config = replace(ODD, image_size=42, num_encoder_blocks=1)
+    path = tmp_path / "a.npz"
+    write_npz(path, flax(config, SigLipVisionModel(config).state_dict(), scanned=True), "img/")
+    content = bytearray(path.read_bytes())
+    at = content.index(b"Transformer/encoder_norm/scale.npy")
+    if damage == "before":
+        content[:0] = b"shell script"
+        content[-200:] = bytes(200)
+    else:
+        at = content.index(b"NUMPY", at) + (200 if damage == "data" else -1)
+        content[at] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a.npz.*(fetch it again|fetch the file again)"):
+        load(path)

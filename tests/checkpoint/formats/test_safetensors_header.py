@@ -1,0 +1,301 @@
+"""Headers of safetensors files, broken or made to do harm."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from siglip_port import CheckpointError, SigLipVisionModel
+from siglip_port.checkpoint.formats import (
+    UnreadableFileError,
+    open_tensors,
+    read_header,
+)
+from siglip_port.checkpoint.source import WEIGHTS
+from tests.helpers.damaged_files import Json, assert_loads, assert_refused, read_raw, write_raw
+from tests.helpers.hub_server import Hub, Repository
+
+NORM, FC1 = "vision_model.post_layernorm.bias", "vision_model.encoder.layers.0.mlp.fc1.weight"
+
+
+def changed(name: str, **values: object) -> Callable[[Json], Json]:
+    return lambda header: {**header, name: {**header[name], **values}}
+
+
+def moved(by: int) -> Callable[[Json], Json]:
+    def move(header: Json) -> Json:
+        begin, end = header[NORM]["data_offsets"]
+        return changed(NORM, data_offsets=[begin + by, end + by])(header)
+
+    return move
+
+
+def text(old: str, new: str) -> Callable[[Json], bytes]:
+    """The header with a piece of its text replaced."""
+
+    def replaced(header: Json) -> bytes:
+        whole = json.dumps(header, ensure_ascii=False)
+        assert old in whole
+        return whole.replace(old, new, 1).encode("utf-8", "surrogateescape")
+
+    return replaced
+
+
+HEADERS: dict[str, tuple[Callable[[Json], Json | bytes], str]] = {
+    "a list": (lambda _: b"[]", "its header is no JSON object"),
+    "no JSON": (lambda _: b"{", "Expecting property name"),
+    "no UTF-8": (text("F32", "F\udcff2"), "'utf-8' codec can't decode byte 0xff"),
+    "UTF-16": (lambda h: json.dumps(h).encode("utf-16"), "'utf-8' codec can't decode"),
+    "byte order mark": (lambda h: b"\xef\xbb\xbf" + json.dumps(h).encode(), "Unexpected UTF-8 BOM"),
+    "half a character": (text("{", '{"\\ud800": 1, '), "surrogates not allowed"),
+    "deep": (lambda _: b'{"a":' * 2000 + b"1" + b"}" * 2000, "deep inside each other"),
+    "very deep": (lambda _: b"[" * 1_000_000, "deep inside each other"),
+    "a long number": (text("[0", "[" + "9" * 5000), "Exceeds the limit"),
+    "NaN": (changed(NORM, shape=[float("nan")]), r"the shape \[nan\], which no tensor has"),
+    "a name twice": (
+        lambda h: text("{", f'{{"{NORM}": {json.dumps(h[FC1])}, ')(h),
+        f"says '{NORM}' more than once",
+    ),
+    "metadata twice": (text("{", '{"__metadata__": {}, '), "says '__metadata__' more than once"),
+    "a key twice": (text('"dtype"', '"dtype": "F16", "dtype"'), "says 'dtype' more than once"),
+    "metadata: list": (lambda h: {**h, "__metadata__": []}, "__metadata__ must be texts by name"),
+    "metadata: number": (
+        lambda h: {**h, "__metadata__": {"a": 1}},
+        "__metadata__ must be texts by name",
+    ),
+    "a number": (
+        lambda h: {**h, NORM: 1},
+        "must have a dtype, a shape and data_offsets, and nothing else",
+    ),
+    "no offsets": (
+        lambda h: {**h, NORM: {"dtype": "F32", "shape": [24]}},
+        "must have a dtype, a shape and data_off",
+    ),
+    "three offsets": (
+        changed(NORM, data_offsets=[0, 1, 2]),
+        "must have a dtype, a shape and two data_offsets",
+    ),
+    "shape: text": (changed(NORM, shape="24"), "must have a dtype, a shape and two data_offsets"),
+    "shape: float": (changed(NORM, shape=[24.0]), r"the shape \[24.0\], which no tensor has"),
+    "shape: bool": (
+        changed(NORM, shape=[True, 24]),
+        r"the shape \[True, 24\], which no tensor has",
+    ),
+    "shape: negative": (changed(NORM, shape=[-24]), r"the shape \[-24\], which no tensor has"),
+    "shape: both negative": (
+        changed(NORM, shape=[-1, -24]),
+        r"the shape \[-1, -24\], which no tensor has",
+    ),
+    "shape: enormous": (changed(NORM, shape=[10**30]), r"the shape \[10+\], which no tensor has"),
+    "shape: enormous and empty": (changed(NORM, shape=[0, 2**62, 2**62]), "which no tensor has"),
+    "shape: a hundred": (changed(NORM, shape=[1] * 99 + [24]), "which no tensor has"),
+    "shape: too many": (changed(NORM, shape=[25]), r"96 bytes, which F32 of shape \[25\] has not"),
+    "dtype: too wide": (changed(NORM, dtype="F64"), r"96 bytes, which F64 of shape \[24\] has not"),
+    "dtype: a number": (changed(NORM, dtype=32), "must have a dtype, a shape and two data_offsets"),
+    "dtype: unknown": (
+        changed(NORM, dtype="Q4_K"),
+        "expected one of F64, F32, F16, BF16, found Q4_K",
+    ),
+    "offsets: float": (
+        lambda h: changed(NORM, data_offsets=[0.0, 96.0])(h),
+        "is said to lie from 0.0 to 96.0",
+    ),
+    "offsets: bool": (
+        lambda h: changed(NORM, data_offsets=[False, 96])(h),
+        "is said to lie from False to 96",
+    ),
+    "offsets: negative": (changed(NORM, data_offsets=[-96, 0]), "is said to lie from -96 to 0"),
+    "offsets: backwards": (changed(NORM, data_offsets=[96, 0]), "is said to lie from 96 to 0"),
+    "offsets: overlap": (moved(-4), "is said to begin at [0-9]+, but the tensors before it end at"),
+    "offsets: a gap": (moved(4), "is said to begin at [0-9]+, but the tensors before it end at"),
+    "offsets: enormous": (
+        moved(10**30),
+        "is said to begin at [0-9]+, but the tensors before it end at",
+    ),
+    "nothing": (lambda _: {}, "its tensors take [0-9]+ bytes, the file has"),
+    "one tensor less": (
+        lambda h: dict(sorted(h.items(), key=offsets)[:-1]),
+        "its tensors take [0-9]+ bytes, the file",
+    ),
+}
+
+
+def offsets(item: tuple[str, Any]) -> int:
+    return int(item[1].get("data_offsets", [0])[0])
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_invalid_headers(case: str, copied: Path) -> None:
+    edit, message = HEADERS[case]
+    header, data = read_raw(copied / WEIGHTS)
+    write_raw(copied / WEIGHTS, edit(header), data)
+    assert_refused(copied, message)
+    if case not in (
+        "a name twice",
+        "shape: a hundred",
+    ):  # of which safetensors takes the last; which no tensor can have
+        with pytest.raises(SafetensorError), safe_open(copied / WEIGHTS, framework="pt"):
+            pass
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda h: dict(reversed(h.items())),
+        lambda h: json.dumps(h).encode() + b" " * 77,
+        lambda h: {k: v for k, v in h.items() if k != "__metadata__"},
+        lambda h: {**h, "__metadata__": None},
+        lambda h: {
+            **h,
+            "text_model.none": {"dtype": "I8", "shape": [3, 0], "data_offsets": [0, 0]},
+        },
+        lambda h: {**h, "text_model.none": {"dtype": "Q4_K", "shape": [7], "data_offsets": [0, 0]}},
+    ],
+    ids=[
+        "another order",
+        "spaces",
+        "no metadata",
+        "null for metadata",
+        "an empty tensor",
+        "a dtype of tomorrow",
+    ],
+)
+def test_valid_headers(
+    edit: Callable[[Json], Json | bytes], copied: Path, model: SigLipVisionModel
+) -> None:
+    header, data = read_raw(copied / WEIGHTS)
+    write_raw(copied / WEIGHTS, edit(header), data)
+    assert_loads(copied, model)
+
+
+BITS = {"F64": 64, "F32": 32, "BF16": 16, "F8_E4M3": 8, "F4": 4, "BOOL": 8}
+
+
+SHAPES = st.lists(st.integers(0, 3), max_size=3)
+
+
+WRONG = st.sampled_from([0] * 12 + [1, -1, 4, True, 0.0])
+
+
+@given(
+    st.permutations(list(BITS)),
+    st.lists(st.tuples(SHAPES, WRONG, WRONG), max_size=4),
+    st.sampled_from([0, 0, 0, 1]),
+)
+@settings(max_examples=200)
+def test_agrees_with_safetensors(
+    tmp_path_factory: pytest.TempPathFactory,
+    dtypes: list[str],
+    tensors: list[tuple[list[int], float, float]],
+    more: int,
+) -> None:
+    path, at = tmp_path_factory.getbasetemp() / "any.safetensors", 0
+    header = {}
+    for dtype, (shape, *wrong) in zip(dtypes, tensors, strict=False):
+        end = at + math.prod(shape) * BITS[dtype] // 8
+        header[dtype] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [at + wrong[0], end + wrong[1]],
+        }
+        at = end
+    write_raw(path, dict(sorted(header.items())), bytes(at + more))
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+    except SafetensorError:
+        with pytest.raises(UnreadableFileError):
+            read_header(path)
+    else:
+        assert read_header(path).tensors.keys() == names
+
+
+def test_length_like_a_pickle(copied: Path, model: SigLipVisionModel) -> None:
+    """0x280 bytes or 0x480: the first two bytes are those of a pickle, or nearly."""
+    header, data = read_raw(copied / WEIGHTS)
+    length = len(json.dumps(header)) // 256 * 256 + 0x180
+    for protocol in range(2, 6):
+        size = 0x80 + 256 * protocol + length // 2048 * 2048 + 2048
+        write_raw(copied / WEIGHTS, json.dumps(header).encode().ljust(size), data)
+        assert (copied / WEIGHTS).read_bytes()[0] == 0x80
+        assert_loads(copied, model)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+            "a pointer of Git LFS",
+        ),
+        (lambda path: path.write_bytes(path.read_bytes()[:-4]), "the file has"),
+        (
+            lambda path: write_raw(path, moved(4)((h := read_raw(path))[0]), h[1]),
+            "but the tensors before it end at",
+        ),
+    ],
+    ids=["LFS", "truncated", "a gap"],
+)
+def test_invalid_remote_headers(
+    edit: Callable[[Path], object], message: str, copied: Path, hub: Hub, tmp_path: Path
+) -> None:
+    """Of which only parts are read, so that safetensors never sees them."""
+    edit(copied / WEIGHTS)
+    hub.repositories["google/a"] = Repository(copied)
+    with pytest.raises(
+        CheckpointError, match=f"model.safetensors of 'google/a' is not a whole .*{message}"
+    ):
+        SigLipVisionModel.from_hf("google/a", cache_dir=tmp_path / "cache")
+
+
+TENSORS = {
+    "a": torch.randn(3, 5),
+    "b": torch.randn(4).bfloat16(),
+    "c": torch.tensor(2.5),
+    "d": torch.ones(2, 0),
+    "e": torch.ones(3, dtype=torch.int64),
+    "f": torch.ones(2).to(torch.float8_e4m3fn),
+}
+
+
+def test_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(TENSORS, path, {"format": "pt"})
+    header = read_header(path).tensors
+    with safe_open(path, framework="pt") as file:
+        assert header.keys() == set(file.keys())
+        for name, stored in header.items():
+            assert stored.shape == tuple(file.get_slice(name).get_shape())
+            assert stored.dtype == file.get_slice(name).get_dtype()
+            assert stored.nbytes == TENSORS[name].nbytes
+
+
+@given(st.integers(0, 400), st.binary(min_size=1, max_size=3))
+def test_damaged_header(position: int, damage: bytes) -> None:
+    with tempfile.TemporaryDirectory() as copied:
+        path = Path(copied, "a.safetensors")
+        save_file(TENSORS, path)
+        content = bytearray(path.read_bytes())
+        content[position : position + len(damage)] = damage
+        path.write_bytes(content)
+        try:
+            header = read_header(path).tensors
+        except UnreadableFileError:
+            return
+        with open_tensors(path) as read:
+            for name in header:
+                try:
+                    read(name)
+                except UnreadableFileError:
+                    return

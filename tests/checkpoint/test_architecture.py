@@ -1,0 +1,305 @@
+"""The architecture of a checkpoint without transformers' `config.json`, by shapes and whatever else tells it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
+from siglip_port.checkpoint import layouts, preprocessor_config
+from siglip_port.checkpoint.architecture import StoredSizes, infer_architecture, read_sizes
+from siglip_port.checkpoint.key_rules import Layout
+from siglip_port.checkpoint.layouts import LAYOUTS
+from siglip_port.checkpoint.source import CONFIG
+from tests.helpers.checkpoints import (
+    EXACT,
+    ODD,
+    TANH,
+    config_for,
+    edit_config,
+)
+from tests.helpers.damaged_files import assert_refused
+from tests.helpers.flax import flax, write_npz
+from tests.helpers.other_libraries import write_hf_encoder
+from tests.helpers.strategies import json_values
+
+load = SigLipVisionModel.from_hf
+
+
+# What shapes tell of google/siglip-base-patch16-224.
+BASE = StoredSizes(
+    embed_dim=768,
+    num_patches=196,
+    patch_size=16,
+    num_channels=3,
+    mlp_hidden_dim=3072,
+    num_encoder_blocks=12,
+)
+SO400M = replace(BASE, embed_dim=1152, mlp_hidden_dim=4304, num_encoder_blocks=27)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_read_sizes(layout: Layout) -> None:
+    config = replace(
+        config_for(layout),
+        embed_dim=144,
+        num_attention_heads=2,  # of 72, which some layouts take for granted
+        mlp_hidden_dim=101,
+        image_size=35,
+        patch_size=7,
+        num_encoder_blocks=11,
+    )
+    rules = layout.rules(config.pooling_head)
+    state_dict = SigLipVisionModel(config).state_dict()
+    stored = layout.to_stored(state_dict, 11, config.num_attention_heads, rules, "x.")
+    sizes = read_sizes(layout, {name: tuple(tensor.shape) for name, tensor in stored.items()}, "x.")
+    for field in fields(StoredSizes):
+        size = getattr(sizes, field.name)
+        if field.name != "num_attention_heads" or size is not None:
+            assert size == getattr(config, field.name), field.name
+    with pytest.raises(ValueError, match=r"is missing, from which its size is told"):
+        read_sizes(layout, {}, "x.")
+
+
+def test_unknown_architecture() -> None:
+    with pytest.raises(
+        ValueError, match=r"tell the number of heads and the activation; put .* or pass config="
+    ):
+        infer_architecture(layouts.TIMM, BASE, {})
+    with pytest.raises(ValueError, match=r"tell the activation; put"):
+        infer_architecture(layouts.TIMM, BASE, {"num_heads": 12})
+    with pytest.raises(ValueError, match=r"tell the number of heads; put"):
+        infer_architecture(layouts.NANOVLM, BASE, {})
+
+
+@pytest.mark.parametrize(
+    ("contents", "heads", "act"),
+    [
+        ({"architecture": "vit_base_patch16_siglip_224"}, 12, EXACT),
+        ({"architecture": "vit_base_patch16_siglip_224", "model_args": {"num_heads": 6}}, 6, EXACT),
+        (
+            {
+                "architecture": "vit_base_patch16_siglip_224",
+                "model_args": {"act_layer": "gelu_tanh"},
+            },
+            12,
+            TANH,
+        ),
+        ({"num_heads": 8, "act_layer": "gelu"}, 8, EXACT),
+        ({"deep": [{"vision": "google/siglip-base-patch16-224"}]}, 12, TANH),
+    ],
+)
+def test_config_before_name(contents: dict[str, Any], heads: int, act: str) -> None:
+    config = infer_architecture(layouts.TIMM, BASE, contents)
+    assert (config.num_attention_heads, config.hidden_act) == (heads, act)
+
+
+def test_shapes_before_config() -> None:
+    content = {
+        "architecture": "vit_base_patch16_siglip_384",
+        "num_heads": 6,
+        "embed_dim": 5,
+        "depth": 7,
+    }
+    config = infer_architecture(layouts.TIMM, replace(BASE, num_attention_heads=16), content)
+    sizes = (config.embed_dim, config.num_encoder_blocks, config.num_attention_heads)
+    assert sizes == (768, 12, 16)
+    assert config.image_size == 224
+
+
+def test_heads_of_other_width() -> None:
+    with pytest.raises(ValueError, match="tell the number of heads; put"):
+        infer_architecture(layouts.TIMM, BASE, {"architecture": "vit_large_patch16_siglip_256"})
+
+
+def test_values_fixed_by_layout() -> None:
+    sizes = replace(SO400M, patch_size=14, num_patches=729, num_attention_heads=16)
+    config = infer_architecture(layouts.MOONDREAM, sizes, {})
+    assert (config.layer_norm_eps, config.hidden_act) == (1e-5, TANH)
+    content = {"vit_n_heads": 12, "vit_ln_eps": 1e-5}
+    assert infer_architecture(layouts.NANOVLM, BASE, content).layer_norm_eps == 1e-5
+
+
+PATCHES_OF_SO400M = replace(BASE, embed_dim=1152, patch_size=14, num_patches=729)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "content", "image_size"),
+    [
+        # of the published model of this shape, or the least that there are patches for
+        (BASE, {}, 224),
+        (replace(BASE, num_patches=144), {}, 192),
+        (BASE, {"img_size": 230}, 230),  # its patches are as many
+        (BASE, {"input_size": [3, 239, 239]}, 239),
+        (BASE, {"img_size": 240}, 224),  # its patches are more
+        (BASE, {"img_size": 384, "image_size": 225}, 225),
+        (BASE, {"img_size": True}, 224),
+        (PATCHES_OF_SO400M, {}, 384),  # 27 * 14 is 378
+        (PATCHES_OF_SO400M, {"architecture": "siglip-vit-so-384px"}, 384),
+        (PATCHES_OF_SO400M, {"name": "vit_so400m_patch14_siglip_378"}, 378),
+        (replace(PATCHES_OF_SO400M, embed_dim=768), {}, 378),
+    ],
+)
+def test_image_size(sizes: StoredSizes, content: dict[str, Any], image_size: int) -> None:
+    content = {"num_heads": 12, "act_layer": "gelu_tanh", **content}
+    assert infer_architecture(layouts.TIMM, sizes, content).image_size == image_size
+
+
+def test_positions_not_square() -> None:
+    sizes = replace(BASE, num_patches=195, num_attention_heads=12)
+    with pytest.raises(ValueError, match="its 195 positions form no square grid"):
+        infer_architecture(layouts.BIG_VISION, sizes, {})
+
+
+def test_several_names() -> None:
+    two = {"a": "vit_base_patch16_siglip_224", "b": ["vit_base_patch16_siglip_384"]}
+    with pytest.raises(
+        ValueError,
+        match=r"names several towers \(vit_base_patch16_siglip_224, .*_384\); pass config=",
+    ):
+        infer_architecture(layouts.TIMM, BASE, two)
+    same = {"a": "google/siglip-base-patch16-224", "b": "siglip-base-patch16-224"}
+    assert infer_architecture(layouts.TIMM, BASE, same) == SigLipVisionConfig()
+
+
+JSON = json_values(st.sampled_from(["gelu", "vit_base_patch16_siglip_224"]))
+PLACES = st.sampled_from(
+    [
+        "architecture",
+        "model_args",
+        "model_cfg",
+        "vision_cfg",
+        "pretrained_cfg",
+        "vision_config",
+        "params",
+        "model_type",
+    ]
+)
+
+
+KEYS = st.sampled_from(
+    ["num_heads", "vit_n_heads", "act_layer", "vit_ln_eps", "img_size", "input_size", "global_pool"]
+)
+
+
+@given(
+    st.dictionaries(
+        PLACES | KEYS, JSON | st.dictionaries(PLACES | KEYS, JSON, max_size=4), max_size=6
+    )
+)
+def test_any_json(content: dict[str, Any]) -> None:
+    try:
+        config = infer_architecture(layouts.TIMM, BASE, content)
+        preprocessor_config.derive(config, content, content, "made")
+    except ValueError:
+        return
+    assert config.num_patches == BASE.num_patches
+
+
+def test_published_image_size(tmp_path: Path) -> None:
+    """27 x 27 patches of 14 pixels and a width of 1152 are siglip-so400m-patch14-384, not a tower for 378 pixels."""
+    config = SigLipVisionConfig(
+        embed_dim=1152,
+        num_attention_heads=16,
+        num_encoder_blocks=1,
+        mlp_hidden_dim=8,
+        patch_size=14,
+        image_size=384,
+    )
+    model = SigLipVisionModel(config)
+    write_npz(tmp_path / "a.npz", flax(config, model.state_dict(), scanned=True), "img/")
+    assert load(tmp_path / "a.npz").config == config
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"hidden_act": "quick_gelu"},
+        {"layer_norm_eps": "1e-5"},
+        {"vision_use_head": None},
+        {"image_size": [45, 54]},
+        {"model_type": "siglip2_navit"},
+        {"model_type": "clip_vision_model"},
+    ],
+)
+def test_refused_config_not_replaced_by_name(vision: dict[str, Any], tmp_path: Path) -> None:
+    """Most fine-tuned checkpoints name the published one that they began with."""
+    write_hf_encoder(tmp_path)
+    own = json.loads((tmp_path / "config.json").read_text())
+    content = {
+        "_name_or_path": "google/siglip-base-patch16-224",
+        "model_type": "x",
+        "vision_config": {**own, **vision},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(
+        CheckpointError,
+        match=r"not the configuration of a SigLIP vision tower .* if it is wrong, pass",
+    ):
+        load(tmp_path)
+    assert load(tmp_path, config=ODD).config == ODD
+    (tmp_path / "config.json").write_text("{")
+    assert load(tmp_path, config=ODD).config == ODD
+
+
+def test_bagel_refused(tmp_path: Path) -> None:
+    write_hf_encoder(tmp_path, replace(ODD, naflex=True, image_size=42))
+    content = {"model_type": "bagel", "vit_path": "google/siglip-so400m-patch14-384"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="'bagel' is refused"):
+        load(tmp_path)
+
+
+def test_heads_of_other_parts(tmp_path: Path) -> None:
+    config = replace(
+        ODD, embed_dim=1152, num_attention_heads=16, pooling_head=False, num_encoder_blocks=1
+    )
+    write_hf_encoder(tmp_path, config)
+    content = {"model_type": "llava_qwen", "mm_vision_tower": "google/siglip-so400m-patch14-384"}
+    (tmp_path / "config.json").write_text(json.dumps({**content, "audio_config": {"num_heads": 8}}))
+    assert load(tmp_path).config.num_attention_heads == 16
+
+
+def test_original_llava(tmp_path: Path) -> None:
+    """Its config.json describes the language model and names the tower.
+
+    The last block of that one is not stored.
+    """
+    config = replace(
+        ODD, embed_dim=1152, num_attention_heads=16, pooling_head=False, num_encoder_blocks=2
+    )
+    prefix = "model.vision_tower.vision_tower.vision_model."
+    tensors = {prefix + n: t for n, t in write_hf_encoder(tmp_path, config).items()}
+    save_file({**tensors, "model.layers.0.x": torch.ones(3)}, tmp_path / "model.safetensors")
+    content = {
+        "model_type": "llava",
+        "hidden_size": 3584,
+        "mm_vision_tower": "google/siglip-so400m-patch14-384",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert load(tmp_path).config == replace(config, image_size=42)
+
+
+@pytest.mark.parametrize("value", [False, 0, "", [], {}, "relu"])
+def test_invalid_timm_values(value: object, model: SigLipVisionModel, tmp_path: Path) -> None:
+    model.save_timm(tmp_path)
+    edit_config(
+        tmp_path,
+        model_args={
+            **json.loads((tmp_path / CONFIG).read_text())["model_args"],
+            "act_layer": value,
+        },
+    )
+    assert_refused(tmp_path, "hidden_act must be one of gelu_pytorch_tanh, gelu, got")
+    edit_config(
+        tmp_path, model_args={"act_layer": "gelu_tanh", "num_heads": 2, "vit_ln_eps": value}
+    )
+    assert_refused(tmp_path, "layer_norm_eps must (be a number|lie between 0 and 1), got")

@@ -1,0 +1,118 @@
+"""big_vision's `.npz` files, made by the transforms of its converters and not by our tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from siglip_port import CheckpointError, SigLipVisionModel
+from siglip_port.parity.metrics import relative_error
+from siglip_port.parity.stress_weights import randomise
+from tests.helpers.checkpoints import ODD, pixels
+from tests.helpers.flax import flax, write_npz
+from tests.helpers.other_libraries import timm_tower
+
+load = SigLipVisionModel.from_hf
+
+
+@pytest.mark.parametrize("root", ["params/img/", "img/"])
+@pytest.mark.parametrize("scanned", [False, True], ids=["indexed", "scanned"])
+@pytest.mark.parametrize("naflex", [False, True], ids=["fixed", "naflex"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_big_vision(root: str, scanned: bool, naflex: bool, dtype: str, tmp_path: Path) -> None:
+    config = replace(
+        ODD, naflex=naflex, image_size=42
+    )  # what shapes tell: six patches of seven pixels
+    original = SigLipVisionModel(config)
+    randomise(original)
+    original = original.to(getattr(torch, dtype)).float()
+    path = tmp_path / "tower.npz"
+    write_npz(path, flax(config, original.state_dict(), scanned=scanned), root, dtype)
+    model = load(path)
+    assert model.config == config
+    assert next(model.parameters()).dtype == getattr(torch, dtype)
+    state = model.state_dict()
+    assert all(torch.equal(state[name].float(), t) for name, t in original.state_dict().items())
+    assert model.provenance is not None
+    assert ("blocks stacked" in model.provenance.layout) == scanned
+    assert model.provenance.dropped == {
+        "scale and bias of the image-text logits": 1,
+        "text tower": 1,
+    }
+    model.save_hf(tmp_path / "hf")
+    assert all(torch.equal(t, state[n]) for n, t in load(tmp_path / "hf").state_dict().items())
+
+
+@torch.no_grad()
+def test_timm_reads_big_vision(tmp_path: Path) -> None:
+    """An independent witness: timm's own reader of `.npz` files."""
+    original = SigLipVisionModel(replace(ODD, image_size=42))
+    randomise(original)
+    write_npz(
+        tmp_path / "tower.npz",
+        flax(original.config, original.state_dict(), scanned=False),
+        "params/img/",
+    )
+    tower: Any = timm_tower("vit_base_patch32_siglip_256", img_size=42).eval()
+    tower.load_pretrained(str(tmp_path / "tower.npz"), prefix="params/img/")
+    x = pixels(original.config).float()
+    model = load(tmp_path / "tower.npz")
+    assert relative_error(model(x), tower.forward_features(x)) <= 1e-5
+    assert relative_error(model.embed(x), tower(x)) <= 1e-5
+    assert torch.equal(model(x), original.eval()(x))
+
+
+def test_paligemma(tmp_path: Path) -> None:
+    """No pooling head, and the projector under the tower's own prefix."""
+    config = replace(ODD, pooling_head=False, image_size=42)
+    original = SigLipVisionModel(config)
+    randomise(original)
+    arrays = flax(config, original.state_dict(), scanned=True)
+    arrays |= {"head/kernel": np.ones((72, 16)), "head/bias": np.ones(16)}
+    language = {"params/llm/layers/mlp/linear": np.ones(3, np.float32)}
+    np.savez(
+        tmp_path / "pt.npz",
+        **{f"params/img/{k}": v.astype(np.float32) for k, v in arrays.items()},  # type: ignore[arg-type]
+        **language,  # type: ignore[arg-type]
+    )
+    model = load(tmp_path / "pt.npz")
+    assert model.config == config
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in original.state_dict().items())
+    assert model.provenance is not None
+    assert model.provenance.dropped == {"language model": 1, "projector": 2}
+
+
+def test_pickled_arrays(tmp_path: Path) -> None:
+    arrays = flax(replace(ODD, image_size=42), SigLipVisionModel(ODD).state_dict(), scanned=False)
+    np.savez(
+        tmp_path / "a.npz",
+        **{f"img/{k}": v for k, v in arrays.items()},  # type: ignore[arg-type]
+        evil=np.array([print], dtype=object),
+    )
+    assert (
+        load(tmp_path / "a.npz").provenance is not None
+    )  # beside the tower, it is not even looked at
+    arrays["MAPHead_0/probe"] = np.array([print], dtype=object)
+    np.savez(tmp_path / "a.npz", **{f"img/{k}": v for k, v in arrays.items()})  # type: ignore[arg-type]
+    with pytest.raises(
+        CheckpointError, match=r"dtype: expected one of F64, F32, F16, BF16, found a pickle"
+    ):
+        load(tmp_path / "a.npz")
+
+
+def test_beside_timm_config(tmp_path: Path) -> None:
+    original = SigLipVisionModel(replace(ODD, image_size=42))
+    write_npz(
+        tmp_path / "tower.npz", flax(original.config, original.state_dict(), scanned=False), "img/"
+    )
+    (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch16_siglip_224"}')
+    assert (
+        load(tmp_path / "tower.npz").config == original.config
+    )  # the tanh form, whatever timm does
+    with pytest.raises(CheckpointError, match=r"holds neither .*; pass the file tower.npz itself"):
+        load(tmp_path)

@@ -1,0 +1,304 @@
+"""The configuration and the index of a checkpoint: what is wrong with them is said in words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    SiglipVisionConfig,
+)
+
+from siglip_port import CheckpointError, SigLipVisionModel
+from siglip_port.checkpoint.formats import MAX_JSON_BYTES
+from siglip_port.checkpoint.source import CONFIG, INDEX, WEIGHTS
+from tests.helpers.checkpoints import (
+    SMALL,
+    MakeCheckpoint,
+    edit_config,
+    edit_index,
+    rename_in_a_thousand,
+    shard,
+)
+from tests.helpers.damaged_files import Json, assert_loads, assert_refused
+from tests.helpers.strategies import JSON
+
+load = SigLipVisionModel.from_hf
+
+
+def test_nested_and_flat_config(checkpoint: MakeCheckpoint) -> None:
+    """A config.json as on the Hub.
+
+    Nested, everything that equals a default left out, no dtype, no architectures.
+    """
+    folder = checkpoint(prefix="vision_model.")
+    content = json.loads((folder / "config.json").read_text())
+    default = SiglipVisionConfig().to_dict()
+    nested = {k: v for k, v in content.items() if k in default and v != default[k]}
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "siglip", "vision_config": nested})
+    )
+    assert load(folder).config == SMALL
+    for dtype_key in ({"torch_dtype": "float16"}, {"dtype": "bfloat16"}, {}):
+        (folder / "config.json").write_text(json.dumps({**nested, **dtype_key}))
+        model = load(folder)
+        assert model.config == SMALL
+        assert (
+            next(model.parameters()).dtype == torch.float32
+        )  # that of the file, whatever the config says
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", '"siglip"', "\x00", "[" * 100_000])
+def test_config_not_an_object(checkpoint: MakeCheckpoint, content: str) -> None:
+    folder = checkpoint()
+    (folder / "config.json").write_text(content)
+    with pytest.raises(
+        CheckpointError,
+        match=r"config.json (is not readable JSON|must hold a JSON object).*fetch it again",
+    ):
+        load(folder)
+
+
+def test_config_missing(checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint()
+    (folder / "config.json").unlink()
+    for source in (folder, folder / "model.safetensors"):
+        with pytest.raises(
+            CheckpointError, match=r"has no config.json, .*put the checkpoint's own beside"
+        ):
+            load(source)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({}, "has no usable weight_map"),
+        ({"weight_map": ["x"]}, "has no usable weight_map"),
+        ({"weight_map": {"head.probe": 3}}, "has no usable weight_map"),
+        (
+            {"weight_map": {"head.probe": "../model.safetensors"}},
+            r"no plain .safetensors file names: ../model.safetensors",
+        ),
+        (
+            {"weight_map": {"head.probe": "/etc/model.safetensors"}},
+            "no plain .safetensors file names",
+        ),
+        (
+            {
+                "weight_map": dict.fromkeys(
+                    (f"encoder.layers.{i}.mlp.fc1.bias" for i in range(4)),
+                    f"{'m' * 300}.safetensors",
+                )
+            },
+            r"cannot be read: .*File name too long",
+        ),
+        (
+            {"weight_map": {"head.probe": "pytorch_model-00001-of-00002.bin"}},
+            "Pickled weights .* are refused",
+        ),
+    ],
+)
+def test_invalid_index(checkpoint: MakeCheckpoint, index: dict[str, Any], message: str) -> None:
+    folder = checkpoint()
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+NORM, FC1 = "vision_model.post_layernorm.bias", "vision_model.encoder.layers.0.mlp.fc1.weight"
+
+
+def placed(file: object, name: str = NORM) -> Callable[[Json], Json]:
+    return lambda index: {**index, "weight_map": {**index["weight_map"], name: file}}
+
+
+PLAIN = "names shards that are no plain .safetensors file names"
+
+
+INDEXES: dict[str, tuple[Callable[[Json], object], str]] = {
+    "..": (placed("../model.safetensors"), PLAIN),
+    "../..": (placed("../../../../../../etc/passwd"), PLAIN),
+    "absolute": (placed("/model.safetensors"), PLAIN),
+    "a folder": (placed("folder/model.safetensors"), PLAIN),
+    "a folder of Windows": (placed("..\\model.safetensors"), PLAIN),
+    "an address": (placed("http://127.0.0.1/model.safetensors"), PLAIN),
+    "a line": (placed("model.safetensors\n"), PLAIN),
+    "a zero": (placed("model\0.safetensors"), PLAIN),
+    "a pickle": (
+        placed("pytorch_model.bin"),
+        f"{PLAIN}: pytorch_model.bin. Pickled weights .* are refused",
+    ),
+    "nothing": (placed(""), PLAIN),
+    "too long a name": (placed("a" * 5000 + ".safetensors"), "so these cannot be read"),
+    "not there": (
+        placed("elsewhere.safetensors"),
+        "has no file elsewhere.safetensors, so these cannot be read",
+    ),
+    "a number": (placed(1), "has no usable weight_map"),
+    "null": (lambda index: {**index, "weight_map": None}, "has no usable weight_map"),
+    "a list": (lambda _: [], "must hold a JSON object, found a list"),
+    "no map": (lambda _: {}, "has no usable weight_map"),
+    "an empty map": (lambda _: {"weight_map": {}}, "holds no SigLIP vision tower"),
+    "another shard": (
+        lambda i: placed(next(f for f in i["weight_map"].values() if f != i["weight_map"][NORM]))(
+            i
+        ),
+        "missing tensors .1.:\n    vision_model.post_layernorm.bias(.|\n)*that the index does not "
+        "place there",
+    ),
+    "twice": (
+        lambda index: json.dumps(index).replace(
+            f'"{NORM}"', f'"{NORM}": "model-00001-of-00003.safetensors", "{NORM}"'
+        ),
+        f"is not readable JSON .it says '{NORM}' more than once.; fetch it again",
+    ),
+    "a thousand towers": (
+        rename_in_a_thousand,
+        "names 1000 towers in the layout 'huggingface', more than the 100 that are looked at; say "
+        "which is",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_damaged_index(case: str, sharded: Path) -> None:
+    edit, message = INDEXES[case]
+    shutil.copy(
+        sharded / "model-00001-of-00003.safetensors", sharded.parent / "model.safetensors"
+    )  # what .. leads to
+    edit_index(sharded, edit)
+    assert_refused(sharded, message)
+
+
+CONFIGS: dict[str, tuple[Callable[[str], str | bytes], str]] = {
+    "nothing": (lambda _: "", "is not readable JSON .Expecting value"),
+    "a list": (lambda _: "[]", "must hold a JSON object, found a list"),
+    "null": (lambda _: "null", "must hold a JSON object, found a NoneType"),
+    "zeros": (lambda t: "\0" * len(t), "is not readable JSON"),
+    "a zero": (lambda t: t.replace("{", "{\0"), "is not readable JSON"),
+    "no UTF-8": (
+        lambda t: t.encode().replace(b"siglip", b"sigli\xff"),
+        "is not readable JSON .'utf-8' codec",
+    ),
+    "half a character": (
+        lambda t: t.replace("siglip_vision_model", "\\ud800"),
+        "surrogates not allowed",
+    ),
+    "deep": (
+        lambda t: t.replace("{", '{"a": ' + "[" * 500 + "]" * 500 + ",", 1),
+        "more than 100 deep inside",
+    ),
+    "very deep": (lambda _: '{"a": ' + "[" * 1_000_000, "too deep inside each other"),
+    "twice": (
+        lambda t: t.replace("{", '{"hidden_size": 32, ', 1),
+        "it says 'hidden_size' more than once",
+    ),
+    "a long number": (lambda t: t.replace(": 24", ": " + "2" * 5000), "Exceeds the limit"),
+    "cut off": (lambda t: t[: len(t) // 2], "is not readable JSON"),
+}
+
+
+ABSURD: list[tuple[Json, str]] = [
+    ({"hidden_size": 10**9}, "shape: expected"),
+    ({"hidden_size": 2**63}, "impossible tower|shape: expected"),
+    ({"hidden_size": 10**4000}, "impossible tower"),
+    ({"image_size": 10**9}, "shape: expected"),
+    ({"image_size": 10**4000}, "impossible tower"),
+    ({"patch_size": 10**4000, "image_size": 10**4000}, "impossible tower"),
+    ({"num_channels": 10**12}, "shape: expected|impossible tower"),
+    ({"intermediate_size": 10**12}, "shape: expected"),
+    (
+        {"num_hidden_layers": 10**7},
+        "asks for 10000000 blocks, but the weights have only 64 tensors",
+    ),
+    ({"num_attention_heads": 10**4000}, "must be divisible by num_attention_heads"),
+    ({"layer_norm_eps": float("inf")}, "layer_norm_eps must lie between 0 and 1, got inf"),
+    ({"layer_norm_eps": float("nan")}, "layer_norm_eps must lie between 0 and 1, got nan"),
+    ({"attention_dropout": float("nan")}, r"attention_dropout must lie in \[0, 1\), got nan"),
+    ({"attention_dropout": 10**4000}, r"attention_dropout must lie in \[0, 1\)"),
+    (
+        {"model_type": "siglip2_vision_model", "num_patches": 10**4000, "patch_size": 10**4000},
+        "integer string|describes",
+    ),
+    ({"model_type": "janus_vision_model", "mlp_ratio": float("inf")}, "mlp_ratio must be a number"),
+    ({"model_type": "siglip2_vision_model", "num_patches": 10**18}, "describes a NaFlex tower"),
+]
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_damaged_config(case: str, copied: Path) -> None:
+    edit, message = CONFIGS[case]
+    edited = edit((copied / CONFIG).read_text())
+    (copied / CONFIG).write_bytes(edited if isinstance(edited, bytes) else edited.encode())
+    assert_refused(copied, message)
+    shutil.move(copied / CONFIG, copied / "open_clip_config.json")
+    assert_refused(copied, message)
+    shutil.copy(copied / "open_clip_config.json", copied / "preprocessor_config.json")
+    (copied / "open_clip_config.json").unlink()
+    assert_refused(copied, "has no config.json|" + message)
+
+
+@pytest.mark.parametrize(("changes", "message"), ABSURD, ids=lambda value: str(value)[:40])
+def test_absurd_sizes(changes: Json, message: str, copied: Path) -> None:
+    edit_config(copied, **changes)
+    assert_refused(copied, message)
+
+
+@pytest.mark.parametrize("name", [CONFIG, INDEX, "preprocessor_config.json"])
+def test_too_long_files(name: str, sharded: Path) -> None:
+    with (sharded / name).open("r+b") as file:
+        file.truncate(MAX_JSON_BYTES + 1)
+    assert_refused(
+        sharded, f"it has {MAX_JSON_BYTES + 1} bytes, and at most {MAX_JSON_BYTES} are read"
+    )
+
+
+def test_byte_order_mark(copied: Path, model: SigLipVisionModel) -> None:
+    (copied / CONFIG).write_text((copied / CONFIG).read_text(), encoding="utf-8-sig")
+    assert_loads(copied, model)
+
+
+def test_remote_code(copied: Path, model: SigLipVisionModel) -> None:
+    ran = copied / "ran"
+    (copied / "modeling_x.py").write_text(
+        f"import os; os.mkdir({str(ran)!r})\nclass Model: ...\nclass Config: ...\n"
+    )
+    edit_config(
+        copied, auto_map={"AutoModel": "modeling_x.Model", "AutoConfig": "modeling_x.Config"}
+    )
+    assert_loads(copied, model)
+    assert not ran.exists()
+
+
+KEYS = st.sampled_from(
+    [*SMALL.to_hf(), "vision_config", "num_patches", "mlp_ratio", "mean_pooling", "auto_map"]
+)
+
+
+NUMBERS = st.sampled_from(
+    [0, -1, 1, 24, 10**9, 2**31, 2**63, 10**400, 1e308, float("inf"), float("nan"), True, "24"]
+)
+
+
+@given(st.dictionaries(KEYS, NUMBERS | JSON, min_size=1, max_size=3), st.booleans())
+@settings(max_examples=60)
+def test_any_value(tower: Path, changes: Json, nested: bool) -> None:
+    content = {**json.loads((tower / CONFIG).read_text()), **changes}
+    folder = tower.parent / "any-config"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(tower / WEIGHTS, folder)
+    (folder / CONFIG).write_text(
+        json.dumps({"model_type": "siglip", "vision_config": content} if nested else content)
+    )
+    try:
+        SigLipVisionModel.from_hf(folder)
+    except CheckpointError:
+        return

@@ -1,0 +1,206 @@
+"""Names of other code, with an encoder computed from the stored tensors as that code computes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from siglip_port import SigLipVisionModel
+from siglip_port.parity.metrics import relative_error
+from tests.helpers.checkpoints import pixels
+
+load = SigLipVisionModel.from_hf
+
+
+HEADS, WIDTH, BLOCKS = 2, 144, 3  # heads of 72, which moondream and gemma_pytorch have
+
+
+P = 7
+
+
+def vit(
+    x: Tensor,
+    t: dict[str, Tensor],
+    patches: Tensor,
+    names: dict[str, str],
+    blocks: int,
+    eps: float,
+    act: str,
+) -> Tensor:
+    """A ViT straight from stored tensors.
+
+    `names` say how the parts are called, `q` None for a fused qkv.
+    """
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return nn.functional.layer_norm(
+            x, x.shape[-1:], t[f"{name}.weight"], t[f"{name}.bias"], eps
+        )
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return nn.functional.linear(x, t[f"{name}.weight"], t[f"{name}.bias"])
+
+    x = patches + t[names["pos"]].reshape(-1, patches.shape[-1])
+    for i in range(blocks):
+        block = names["block"].format(i)
+        y = norm(x, f"{block}.{names['norm1']}")
+        if "qkv" in names:
+            q, k, v = linear(y, f"{block}.{names['qkv']}").chunk(3, dim=-1)
+        else:
+            q, k, v = (linear(y, f"{block}.{names['attn']}.{n}_proj") for n in "qkv")
+        q, k, v = (z.view(*z.shape[:2], HEADS, -1).transpose(1, 2) for z in (q, k, v))
+        context = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        x = x + linear(context.transpose(1, 2).flatten(2), f"{block}.{names['out']}")
+        y = linear(norm(x, f"{block}.{names['norm2']}"), f"{block}.mlp.fc1")
+        x = x + linear(nn.functional.gelu(y, approximate=act), f"{block}.mlp.fc2")
+    return norm(x, names["norm"])
+
+
+def patches_channel_first(x: Tensor) -> Tensor:
+    """Moondream's: [B, C, H, W] -> [B, N, C * P * P]."""
+    b, c, h, w = x.shape
+    cells = x.reshape(b, c, h // P, P, w // P, P).permute(0, 2, 4, 1, 3, 5)
+    return cells.reshape(b, (h // P) * (w // P), c * P * P)
+
+
+def draw_tensors(
+    names: dict[str, str], patch: tuple[str, tuple[int, ...]], prefix: str
+) -> dict[str, Tensor]:
+    """Random tensors under the names of the code in question, all in float64."""
+    generator = torch.Generator().manual_seed(0)
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{patch[0]}.weight": patch[1],
+        f"{patch[0]}.bias": (WIDTH,),
+    }
+    shapes[names["pos"]] = (36, WIDTH) if names["pos"].endswith("weight") else (1, 36, WIDTH)
+    for i in range(BLOCKS):
+        block = names["block"].format(i)
+        linears = {"mlp.fc1": (101, WIDTH), "mlp.fc2": (WIDTH, 101), names["out"]: (WIDTH, WIDTH)}
+        if "qkv" in names:
+            linears[names["qkv"]] = (3 * WIDTH, WIDTH)
+        else:
+            linears |= {f"{names['attn']}.{n}_proj": (WIDTH, WIDTH) for n in "qkv"}
+        for name, shape in linears.items():
+            shapes |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
+        for norm in (names["norm1"], names["norm2"]):
+            shapes |= {f"{block}.{norm}.weight": (WIDTH,), f"{block}.{norm}.bias": (WIDTH,)}
+    shapes |= {f"{names['norm']}.weight": (WIDTH,), f"{names['norm']}.bias": (WIDTH,)}
+    draw = {
+        n: torch.randn(s, generator=generator, dtype=torch.float64) / s[-1] ** 0.5
+        for n, s in shapes.items()
+    }
+    return {prefix + name: tensor for name, tensor in draw.items()}
+
+
+MOONDREAM = {
+    "pos": "pos_emb", "block": "blocks.{}", "norm1": "ln1", "qkv": "attn.qkv", "out": "attn.proj", "norm2": "ln2",
+    "norm": "post_ln",
+}  # fmt: skip
+
+
+OLD_MOONDREAM = {
+    **MOONDREAM,
+    "pos": "pos_embed",
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "norm": "norm",
+}
+
+
+NANOVLM = {
+    **MOONDREAM, "pos": "patch_embedding.position_embedding", "qkv": "attn.qkv_proj", "out": "attn.out_proj",
+    "norm": "layer_norm",
+}  # fmt: skip
+
+
+GEMMA = {
+    "pos": "position_embedding.weight", "block": "encoder_blocks.{}", "norm1": "layer_norm1", "attn": "self_attn",
+    "out": "self_attn.o_proj", "norm2": "layer_norm2", "norm": "final_norm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("title", "prefix", "names", "patch", "flat", "eps", "config"),
+    [
+        (
+            "Moondream",
+            "model.vision.",
+            MOONDREAM,
+            "patch_emb",
+            True,
+            1e-5,
+            {"model_type": "moondream1", "config": {}},
+        ),
+        ("Moondream", "vision.", MOONDREAM, "patch_emb", True, 1e-5, None),
+        (
+            "Moondream before 2025",
+            "vision_encoder.encoder.model.visual.",
+            OLD_MOONDREAM,
+            "patch_embed.linear",
+            True,
+            1e-5,
+            {"model_type": "moondream1"},
+        ),
+        (
+            "nanoVLM",
+            "vision_encoder.",
+            NANOVLM,
+            "patch_embedding.conv",
+            False,
+            1e-6,
+            {
+                "vit_n_heads": 2,
+                "vit_img_size": 45,
+                "vit_ln_eps": 1e-6,
+                "lm_n_heads": 9,
+                "vit_model_type": "google/siglip2-base-patch16-512",
+            },
+        ),
+        ("gemma_pytorch", "siglip_vision_model.", GEMMA, "patch_embedding", False, 1e-6, None),
+    ],
+)
+def test_stored_names(
+    title: str,
+    prefix: str,
+    names: dict[str, str],
+    patch: str,
+    flat: bool,
+    eps: float,
+    config: dict[str, Any] | None,
+    tmp_path: Path,
+) -> None:
+    shape = (WIDTH, 3 * P * P) if flat else (WIDTH, 3, P, P)
+    tensors = draw_tensors(names, (patch, shape), prefix)
+    rest = {f"{prefix}proj_mlp.fc1.weight": torch.ones(2)} if title == "Moondream" else {}
+    save_file({**tensors, **rest, "text_model.x": torch.ones(2)}, tmp_path / "model.safetensors")
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load(tmp_path)
+    assert model.provenance is not None
+    assert model.provenance.layout == f"{title}, prefix {prefix.rstrip('.')}"
+    assert model.config.layer_norm_eps == eps
+    assert model.config.image_size == (45 if title == "nanoVLM" else 42)
+    x = pixels(model.config)
+    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if flat:
+        patches = nn.functional.linear(
+            patches_channel_first(x), bare[f"{patch}.weight"], bare[f"{patch}.bias"]
+        )
+    else:
+        patches = (
+            nn.functional.conv2d(x, bare[f"{patch}.weight"], bare[f"{patch}.bias"], P).flatten(2).mT
+        )
+    with torch.no_grad():
+        expected = vit(x, bare, patches, names, BLOCKS, eps, "tanh")
+        assert relative_error(model(x), expected) <= 1e-10
+        # The comparison tells: with the other epsilon, or the other GELU, it would not be equal.
+        assert (
+            relative_error(model(x), vit(x, bare, patches, names, BLOCKS, 2.2e-6, "tanh")) > 1e-10
+        )
+        assert relative_error(model(x), vit(x, bare, patches, names, BLOCKS, eps, "none")) > 1e-7

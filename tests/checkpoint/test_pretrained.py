@@ -1,0 +1,131 @@
+"""`from_hf`: sources, arguments, and what a load leaves alone."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from siglip_port import CheckpointError, SigLipVisionModel
+from tests.helpers.checkpoints import (
+    SMALL,
+    MakeCheckpoint,
+)
+
+load = SigLipVisionModel.from_hf
+
+
+def test_dtype_and_device(checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint()
+    model = load(folder, dtype=torch.bfloat16, device="cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    exact = load(folder).state_dict()
+    assert all(
+        torch.equal(tensor, exact[name].bfloat16()) for name, tensor in model.state_dict().items()
+    )
+    for bad in ("bfloat16", torch.int8, "auto", torch.float8_e4m3fn):
+        with pytest.raises(
+            ValueError, match=r"^dtype must be one of torch.float64, torch.float32, .*, got "
+        ):
+            load(folder, dtype=bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="device must be one that holds values, got 'meta'"):
+        load(folder, device="meta")
+    with pytest.raises(ValueError, match="device 'abacus' cannot be used on this machine"):
+        load(folder, device="abacus")
+
+
+def test_provenance(checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint()
+    lines = str(load(folder, dtype=torch.bfloat16, pooling_head=False).provenance).splitlines()
+    size = sum(
+        t.nbytes
+        for k, t in load_file(folder / "model.safetensors").items()
+        if not k.startswith("head.")
+    )
+    whole = (folder / "model.safetensors").stat().st_size
+    assert lines == [
+        f"source   {folder}",
+        "files    model.safetensors",
+        "layout   HuggingFace, no prefix",
+        f"read     {size / 1e3:.2f} of {whole / 1e3:.2f} kB, 53 tensors",
+        "dropped  11 of the pooling head, left out",
+        "dtype    torch.bfloat16 (stored: torch.float32)",
+    ]
+    assert SigLipVisionModel(SMALL).provenance is None
+
+
+def test_global_state(checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint()
+    before = (
+        torch.get_rng_state(),
+        random.getstate(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+    )
+    load(folder)
+    after = (
+        torch.get_rng_state(),
+        random.getstate(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+    )
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+    assert torch.zeros(1).device.type == "cpu"
+
+
+def test_invalid_sources(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    sources: list[tuple[str | Path, str]] = [
+        (
+            tmp_path / "empty",
+            r"holds neither model.safetensors nor model.safetensors.index.json; found: nothing",
+        ),
+        (tmp_path / "absent", "does not exist on this machine, and is no Hub id such as"),
+        ("no/such/folder", "does not exist on this machine, and is no Hub id such as"),
+        ("nowhere/model.safetensors", "does not exist on this machine, and is no Hub id such as"),
+        ("", "does not exist on this machine"),
+        (
+            tmp_path / "notes.txt",
+            "is neither a .safetensors nor an .npz file; pass one, or the folder",
+        ),
+        ("a" * 5000, "cannot be read"),
+        ("~nobody-of-that-name/tower", "cannot be read"),
+    ]
+    for source, message in sources:
+        with pytest.raises(CheckpointError, match=message):
+            load(source)
+
+
+@pytest.mark.parametrize("source", [None, 3, b"folder", ["folder"]])
+def test_source_types(source: object) -> None:
+    with pytest.raises(CheckpointError, match="the source must be a path or a Hub id, got a "):
+        load(source)  # type: ignore[arg-type]
+
+
+def test_path_like_a_hub_id(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint(), tmp_path / "google" / "siglip")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert (
+            load("google/siglip").config == SMALL
+        )  # what exists here is a path, also where it looks like a Hub id
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"config": {"hidden_size": 72}}, "config must be a SigLipVisionConfig, got a dict"),
+        ({"prefix": 3}, "prefix must be a text, got 3"),
+        ({"device": 1.5}, "device 1.5 cannot be used"),
+    ],
+)
+def test_argument_types(how: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, **how)

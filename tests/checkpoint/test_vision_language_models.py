@@ -1,0 +1,163 @@
+"""Vision encoders inside vision-language models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from siglip_port import SigLipVisionConfig, SigLipVisionModel
+from siglip_port.parity.metrics import relative_error
+from siglip_port.parity.stress_weights import randomise
+from tests.helpers.checkpoints import ODD, edit_config, pixels
+from tests.helpers.other_libraries import assert_same_outputs, write_hf_encoder
+from tests.helpers.vision_language_models import build, small_vision
+
+load = SigLipVisionModel.from_hf
+
+
+FAMILIES = [
+    "paligemma",
+    "gemma3",
+    "llava_onevision",
+    "idefics2",
+    "idefics3",
+    "smolvlm",
+    "lfm2_vl",
+    "janus",
+    "deepseek_vl",
+    "colpali",
+    "llava_next",
+]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_saved_by_transformers(kind: str, tmp_path: Path) -> None:
+    whole, tower_of = build(kind)
+    randomise(whole)
+    whole.save_pretrained(tmp_path)
+    tower = tower_of(whole)
+
+    def run(x: Tensor) -> dict[str, Tensor]:
+        if kind != "lfm2_vl":
+            return {"tokens": tower(x).last_hidden_state}
+        from siglip_port.patches import pack
+
+        return {"tokens": tower(**pack(list(x), 7)).last_hidden_state}
+
+    model = assert_same_outputs(tmp_path, tower, run)
+    assert model.provenance is not None
+    assert model.provenance.dropped
+    assert model.provenance.tensors_read == 16 * 3 + 5
+    assert model.config.hidden_act == ("gelu" if kind == "janus" else "gelu_pytorch_tanh")
+    assert model.config.resize_rule == (
+        "navit"
+        if kind in ("idefics2", "idefics3", "smolvlm")
+        else "naflex"
+        if kind == "lfm2_vl"
+        else None
+    )
+
+
+def test_phi_4(tmp_path: Path) -> None:
+    """Its own files say nothing of the tower's sizes, which its code knows.
+
+    Here with a tower of two blocks.
+    """
+    vision = {**small_vision("phi4_multimodal_vision"), "feature_layer": -2, "crop_size": 45}
+    tower: Any = transformers.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionModel(
+        transformers.models.phi4_multimodal.configuration_phi4_multimodal.Phi4MultimodalVisionConfig(
+            **vision
+        )
+    )
+    randomise(tower)
+    for layer in tower.encoder.layers:
+        # transformers 5.23 says True, and its sdpa then hides later patches wherever none is
+        # padding; eager does not.
+        layer.self_attn.is_causal = False
+    prefix = "model.embed_tokens_extend.image_embed.img_processor."
+    tensors = {prefix + name: tensor for name, tensor in tower.state_dict().items()}
+    save_file(
+        {**tensors, "model.embed_tokens_extend.image_embed.glb_GN": torch.ones(3)},
+        tmp_path / "model.safetensors",
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "phi4_multimodal", "vision_config": vision})
+    )
+
+    def run(x: Tensor) -> dict[str, Tensor]:
+        output = tower(x)
+        return {"tokens": output.last_hidden_state, "pooled": output.pooler_output}
+
+    model = assert_same_outputs(tmp_path, tower, run)
+    assert model.config.resize_rule == "navit"
+    known = SigLipVisionConfig.from_hf(
+        {"model_type": "phi4mm", "hidden_size": 3072, "num_hidden_layers": 32}
+    )
+    assert (known.embed_dim, known.num_encoder_blocks, known.num_patches) == (1152, 27, 32 * 32)
+
+
+@pytest.mark.parametrize(("drop", "blocks"), [(True, 10), (False, 11), (..., 10)])
+def test_minicpm(drop: object, blocks: int, tmp_path: Path) -> None:
+    """Its config.json counts a last block that may not be stored, and does not name its kind of positions."""
+    tensors = write_hf_encoder(
+        tmp_path, replace(ODD, num_encoder_blocks=blocks, pooling_head=False)
+    )
+    save_file({f"vpm.{n}": t for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    edit_config(tmp_path, num_hidden_layers=11, model_type="siglip")
+    vision = json.loads((tmp_path / "config.json").read_text())
+    whole = {"model_type": "minicpmv", "vision_config": vision, "drop_vision_last_layer": drop}
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in whole.items() if v is not ...})
+    )
+    config = load(tmp_path).config
+    assert config == replace(
+        ODD, num_encoder_blocks=blocks, pooling_head=False, interpolation="navit"
+    )
+
+
+@pytest.mark.parametrize(
+    "kind", ["llava_onevision", "paligemma", "gemma3", "idefics2", "idefics3", "smolvlm"]
+)
+@torch.no_grad()
+def test_features_for_language_model(kind: str, tmp_path: Path) -> None:
+    """The table of docs/checkpoints.md.
+
+    What enters the projector, caught in the model's own vision path.
+    """
+    whole, _ = build(kind)
+    randomise(whole)
+    whole = whole.double().eval()
+    whole.save_pretrained(tmp_path)
+    port = load(tmp_path)
+    caught: list[Tensor] = []
+    path = whole.model
+    projector: nn.Module = (
+        path.connector if hasattr(path, "connector") else path.multi_modal_projector
+    )
+    projector.register_forward_pre_hook(
+        lambda _, args, kwargs: caught.append(args[0] if args else kwargs["image_hidden_states"]),
+        with_kwargs=True,
+    )
+    x = pixels(port.config)
+    if kind in ("paligemma", "gemma3"):
+        path.get_image_features(x)
+    elif kind == "llava_onevision":
+        size = port.config.image_size
+        path.get_image_features(x[None], image_sizes=torch.tensor([[size, size]]))
+    else:
+        path.get_image_features(x[None])
+    expected = caught[0].flatten(0, -3)
+    if kind == "llava_onevision":
+        (features,) = port.hidden_states(x, [-1])
+        assert relative_error(port(x), expected) > 1e-2  # not the tokens after post_layernorm
+    else:
+        features = port(x)
+    assert relative_error(features, expected) <= 1e-10

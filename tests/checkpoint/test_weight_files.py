@@ -1,0 +1,211 @@
+"""The weights files of a checkpoint: one file, shards, pickles, and how much memory they may take."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    SiglipModel,
+)
+
+from siglip_port import CheckpointError, SigLipVisionModel
+from siglip_port.checkpoint.source import CONFIG, pickle_advice
+from tests.helpers.checkpoints import (
+    SMALL,
+    MakeCheckpoint,
+    adding,
+    dropping,
+    edit_config,
+    edit_index,
+    edit_tensors,
+    shard,
+)
+from tests.helpers.damaged_files import assert_loads, assert_refused
+from tests.helpers.npz_files import BIAS, Members, describe_array, npy_header
+from tests.helpers.other_libraries import write_two_towers
+
+load = SigLipVisionModel.from_hf
+
+
+def test_named_file(checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint()
+    (folder / "model.safetensors").rename(folder / "tower.v2.safetensors")
+    assert load(str(folder / "tower.v2.safetensors")).config == SMALL
+    with pytest.raises(
+        CheckpointError, match=r"holds neither model.safetensors nor .*found: config.json, tower.v2"
+    ):
+        load(folder)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_permission_denied(checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint()
+    for path in (folder / "model.safetensors", folder / "config.json", folder):
+        mode = path.stat().st_mode
+        path.chmod(0)
+        with pytest.raises(CheckpointError, match="Permission denied"):
+            load(folder)
+        path.chmod(mode)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "weights.pth", "last.ckpt"])
+def test_pickles_refused(checkpoint: MakeCheckpoint, name: str) -> None:
+    folder = checkpoint()
+    torch.save(load_file(folder / "model.safetensors"), folder / name)
+    (folder / "model.safetensors").unlink()
+    for source in (folder, folder / name):
+        with pytest.raises(
+            CheckpointError,
+            match=rf"Pickled weights \({name}\) are refused: to load a pickle can run any code",
+        ):
+            load(source)
+    (folder / name).rename(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
+        load(folder)
+    assert pickle_advice(["model.safetensors", "config.json"]) == ""
+
+
+def test_unneeded_shard(tmp_path: Path) -> None:
+    write_two_towers(tmp_path, SiglipModel)
+    tensors = load_file(tmp_path / "model.safetensors")
+    files = {name: f"{name.split('.')[0]}.safetensors" for name in tensors}
+    for file in set(files.values()) - {"text_model.safetensors"}:
+        save_file(
+            {k: v.clone() for k, v in tensors.items() if files[k] == file},
+            tmp_path / file,
+            {"format": "pt"},
+        )
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    provenance = load(tmp_path).provenance
+    assert provenance is not None
+    assert [file.name for file in provenance.files] == ["vision_model.safetensors"]
+
+
+def test_missing_and_damaged_shards(checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint()
+    shard(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    (folder / "model-00003-of-00003.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    message = str(caught.value)
+    assert re.search(
+        r"has no file model-00002-of-00003.safetensors, so these cannot be read \(2[12]\):", message
+    )
+    assert re.search(
+        r"model-00003-of-00003.safetensors is not a whole safetensors file .* \(2[12]\):", message
+    )
+
+
+def test_tensor_missing_in_shard(checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint()
+    shard(folder)
+    for i in (1, 2, 3):
+        edit_tensors(folder, dropping("head.probe"), f"model-{i:05}-of-00003.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing tensors \(1\):\n    head.probe\n"):
+        load(folder)
+
+
+def test_tensor_in_two_shards(
+    checkpoint: MakeCheckpoint,
+) -> None:
+    folder = checkpoint()
+    shard(folder)
+    tensors = load_file(folder / "model-00001-of-00003.safetensors")
+    name = min(tensors)
+    second = "model-00002-of-00003.safetensors"
+    edit_tensors(folder, adding({name: tensors[name] + 1, "extra": tensors[name]}), second)
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert (
+        f"tensors in {second} that the index does not place there (2):\n    {name}\n    extra\n"
+        in str(caught.value)
+    )
+
+
+def test_thousands_of_shards(sharded: Path, model: SigLipVisionModel) -> None:
+    """Those without the tower are not opened: they are not even there."""
+    rest = {f"language_model.layers.{i}.w": f"rest-{i:05}.safetensors" for i in range(20_000)}
+    edit_index(sharded, lambda index: {**index, "weight_map": {**rest, **index["weight_map"]}})
+    assert_loads(sharded, model)
+
+
+def test_linked_shards(sharded: Path, model: SigLipVisionModel) -> None:
+    """As in the Hub's cache, where all are."""
+    (sharded.parent / "blobs").mkdir()
+    for path in sharded.glob("*.safetensors"):
+        path.symlink_to(path.rename(sharded.parent / "blobs" / path.stem))
+    assert_loads(sharded, model)
+    (path := next(sharded.glob("*.safetensors"))).unlink()
+    path.symlink_to(path.name)
+    assert_refused(sharded, f"{path.name}.*, so these cannot be read")
+
+
+MEASURE = r"""
+import re, sys
+from pathlib import Path
+from siglip_port import CheckpointError, SigLipVisionModel
+def peak():  # in megabytes, of this process alone
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1000
+for path in sys.argv[1:2] + sys.argv[1:]:  # the first once before, for what is imported on the way
+    before = peak()
+    try:
+        SigLipVisionModel.from_hf(path)
+    except CheckpointError as error:
+        print(peak() - before, str(error).splitlines()[0][-200:])
+    else:
+        raise SystemExit(f"{path} was loaded")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others tell it elsewhere")
+def test_bounded_memory(copied: Path, members: Members, tmp_path: Path) -> None:
+    """Four bombs, in a process of its own, which would need gigabytes: they are refused before."""
+    wide = Path(shutil.copytree(copied, tmp_path / "wide"))
+    edit_config(wide, hidden_size=10**9, num_attention_heads=1, intermediate_size=10**9)
+    header, large = tmp_path / "header.npz", tmp_path / "large.npz"
+    lists = Path(shutil.copytree(copied, tmp_path / "lists"))
+    with zipfile.ZipFile(header, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(BIAS, b"\x93NUMPY\2\0" + struct.pack("<I", 1 << 28) + bytes(1 << 28))
+    with zipfile.ZipFile(large, "w", zipfile.ZIP_DEFLATED) as archive:
+        for (
+            name,
+            content,
+        ) in (
+            members.items()
+        ):  # all that is 24 wide, 8192 wide: 4 GB, by the headers and the directory
+            shape = [
+                {24: 8192, 12: 4096}.get(size, size) for size in np.load(io.BytesIO(content)).shape
+            ]
+            archive.writestr(name, start := npy_header(describe_array(str(tuple(shape)))))
+            archive.getinfo(name).file_size = len(start) + 4 * int(np.prod(shape))
+    (lists / CONFIG).write_text('{"a": [' + "[]," * 1_000_000 + "[]]}")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, (wide, header, large, lists))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    used, messages = zip(
+        *(line.split(maxsplit=1) for line in done.stdout.splitlines()[1:]), strict=True
+    )
+    assert "does not hold the tower" in messages[0]
+    assert "EOF: reading array header" in messages[1]
+    assert "more than 100 times as many, which no weights have" in messages[2]
+    assert max(map(int, used[:3])) < 100
+    assert int(used[3]) < 200

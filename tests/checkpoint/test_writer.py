@@ -1,0 +1,234 @@
+"""Saving: transformers and timm read what is written, and a failure leaves the old files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import (
+    SiglipVisionModel,
+)
+from transformers import SiglipVisionModel as ReferenceModel
+
+from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel, pack
+from siglip_port.checkpoint.extract import extract_model
+from siglip_port.parity.metrics import relative_error
+from siglip_port.parity.siglip.reference import hf_config
+from siglip_port.parity.stress_weights import randomise
+from tests.helpers.checkpoints import (
+    ODD,
+    SHALLOW,
+    SMALL,
+    MakeCheckpoint,
+    edit_config,
+    pixels,
+)
+from tests.helpers.hub_cache import assert_same
+
+load = SigLipVisionModel.from_hf
+
+
+@pytest.mark.parametrize(
+    "config", [ODD, replace(SMALL, pooling_head=False, hidden_act="gelu")], ids=["head", "headless"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_save_and_load(tmp_path: Path, config: SigLipVisionConfig, dtype: torch.dtype) -> None:
+    model = SigLipVisionModel(config).to(dtype).eval()
+    randomise(model)
+    model.save_hf(tmp_path / "new" / "folder")
+    back = load(tmp_path / "new" / "folder")
+    assert back.config == config
+    assert back.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor)
+        assert back.state_dict()[name].dtype == dtype
+    reference, info = ReferenceModel.from_pretrained(
+        tmp_path / "new" / "folder", output_loading_info=True
+    )
+    assert not any(info.values())
+    assert reference.dtype == dtype
+    x = pixels(config).to(dtype)
+    torch.testing.assert_close(model(x), reference(x).last_hidden_state)
+    with safe_open(tmp_path / "new" / "folder" / "model.safetensors", "pt") as file:
+        assert all(name.startswith("vision_model.") for name in file.keys())  # noqa: SIM118
+        assert file.metadata().keys() == {"format", "siglip_port_config"}
+        assert file.metadata()["format"] == "pt"
+
+
+def test_overwrite_own_source(checkpoint: MakeCheckpoint) -> None:
+    """The file that the weights are mapped from is replaced, not written into."""
+    folder = checkpoint()
+    model = load(folder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_hf(folder)
+    for state in (model.state_dict(), load(folder).state_dict()):
+        assert all(torch.equal(state[name], before[name]) for name in before)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+
+
+def test_folder_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="could not be written to"):
+        SigLipVisionModel(SMALL).save_hf(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_failed_save(checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def break_off(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("siglip_port.checkpoint.writer.json.dumps", break_off)
+    with pytest.raises(CheckpointError, match=r"could not be written to .*no space left on device"):
+        SigLipVisionModel(SMALL).save_hf(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_changed_modules(tmp_path: Path) -> None:
+    model = SigLipVisionModel(SMALL)
+    model.transformer.encoder.encoder_blocks[0].mlp.fc1 = torch.nn.Linear(24, 40, bias=False)  # type: ignore[union-attr]
+    model.adapter = torch.nn.Linear(1, 1)
+    with pytest.raises(
+        CheckpointError,
+        match=r"missing tensors \(1\):\n(?s:.*)fc1.bias\n.*unknown tensors \(2\):\n    adapter.bias",
+    ):
+        model.save_hf(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unsavable_tensors(tmp_path: Path) -> None:
+    resized, meta, quantised = (SigLipVisionModel(SMALL) for _ in range(3))
+    resized.transformer.embeddings.position_embedding = torch.nn.Embedding(9, 24)
+    quantised.transformer.post_layernorm.to(torch.float8_e4m3fn)
+    meta.to("meta")
+    for model, message in [
+        (
+            resized,
+            r"another shape than the configuration says \(1\):\n    "
+            r"transformer.embeddings.position_embedding.weight",
+        ),
+        (meta, r"a dtype or device that cannot be saved \(68\):"),
+        (
+            quantised,
+            r"a dtype or device that cannot be saved \(2\):\n    transformer.post_layernorm.bias",
+        ),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            model.save_hf(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+def test_file_mode(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        SigLipVisionModel(SMALL).save_hf(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("naflex", [False, True], ids=["fixed", "naflex"])
+@pytest.mark.parametrize("head", [True, False], ids=["head", "headless"])
+@torch.no_grad()
+def test_transformers_loads_saved_model(naflex: bool, head: bool, tmp_path: Path) -> None:
+    config = replace(SHALLOW, naflex=naflex, pooling_head=head, image_size=42)
+    port = SigLipVisionModel(config).double().eval()
+    randomise(port)
+    port.save_hf(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    model = transformers.Siglip2VisionModel if naflex else SiglipVisionModel
+    reference, info = model.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    x = pixels(config)
+    inputs: dict[str, Any] = {**pack(list(x), 7)} if naflex else {"pixel_values": x}
+    output = reference.double().eval()(**inputs)
+    assert relative_error(port(x), output.last_hidden_state) <= 1e-10
+    if head:
+        assert relative_error(port.embed(x), output.pooler_output) <= 1e-10
+    written = json.loads((tmp_path / "config.json").read_text())
+    architecture = set(vars(hf_config(config))) & set(type(hf_config(config)).__annotations__)
+    assert {
+        name: getattr(hf_config(config), name) for name in architecture
+    }.items() <= written.items()
+    again = load(tmp_path)
+    assert again.config == config
+    assert all(torch.equal(t, port.state_dict()[n]) for n, t in again.state_dict().items())
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
+@torch.no_grad()
+def test_timm_loads_saved_model(act: str, tmp_path: Path) -> None:
+    port = SigLipVisionModel(replace(SHALLOW, hidden_act=act, image_size=46)).eval()
+    randomise(port)
+    port.save_timm(tmp_path)
+    tower: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    x = pixels(port.config).float()
+    assert relative_error(port(x), tower.forward_features(x)) <= 1e-5
+    assert relative_error(port.embed(x), tower(x)) <= 1e-5
+    assert (
+        load(tmp_path).config == port.config
+    )  # the size of a picture too, which timm's architecture says otherwise
+
+
+def test_timm_other_epsilon(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="timm's SigLIP towers have layer_norm_eps 1e-6, this one has 1e-05"
+    ):
+        SigLipVisionModel(replace(SHALLOW, layer_norm_eps=1e-5)).save_timm(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_mixed_files(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Shapes alone would not tell: the two differ in nothing but the activation."""
+    model = SigLipVisionModel.from_hf(checkpoint())
+    other = SigLipVisionModel.from_hf(checkpoint(), config=replace(SMALL, hidden_act="gelu"))
+    for write in (SigLipVisionModel.save_hf, extract_model):
+        one, two = tmp_path / f"one {write.__name__}", tmp_path / f"two {write.__name__}"
+        write(model, one)
+        write(other, two)
+        assert SigLipVisionModel.from_hf(one).config.hidden_act == "gelu_pytorch_tanh"
+        assert SigLipVisionModel.from_hf(two).config.hidden_act == "gelu"
+        shutil.copy(one / "config.json", two)
+        with pytest.raises(
+            CheckpointError,
+            match="the configuration is not the one that these weights were saved wit",
+        ):
+            SigLipVisionModel.from_hf(two)
+        assert SigLipVisionModel.from_hf(two, config=other.config).config == other.config
+
+
+@pytest.mark.parametrize(
+    "changes", [{"attention_dropout": 0.5}, {"vision_use_head": ...}, {"comment": "mine"}]
+)
+def test_harmless_edits(
+    changes: dict[str, Any], checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    SigLipVisionModel.from_hf(checkpoint()).save_hf(tmp_path / "saved")
+    edit_config(tmp_path / "saved", **changes)
+    assert_same(SigLipVisionModel.from_hf(tmp_path / "saved"), tmp_path / "saved")
+
+
+def test_same_bytes(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    SigLipVisionModel.from_hf(checkpoint()).save_hf(tmp_path / "first")
+    first = (tmp_path / "first" / "model.safetensors").read_bytes()
+    for i in range(8):  # safetensors by itself puts the metadata in one of two orders
+        SigLipVisionModel.from_hf(checkpoint(name=f"{i}")).save_hf(tmp_path / f"again {i}")
+        assert (tmp_path / f"again {i}" / "model.safetensors").read_bytes() == first
