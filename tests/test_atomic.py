@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from siglip_port import CheckpointError, SigLipVisionModel
-from siglip_port.atomic import write_text
 from siglip_port.checkpoint.extract import extract
 from tests.helpers.checkpoints import SMALL, MakeCheckpoint, edit_config
 from tests.helpers.hub_cache import NAME, WEIGHTS, assert_same, kept, start
@@ -164,12 +163,3 @@ def test_a_disk_that_fills_up_under_the_cache(
     assert not kept(cache)
     assert_same(SigLipVisionModel.from_hf(NAME, cache_dir=cache), folder)
     assert hub.requests[WEIGHTS] > 1
-
-
-def test_write_text_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    target = tmp_path / "report.json"
-    write_text(target, "one")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(target, "\ud800")
-    assert target.read_text() == "one"
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
