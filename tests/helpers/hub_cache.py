@@ -38,7 +38,9 @@ def kept(cache: Path, pattern: str = "*.safetensors") -> list[Path]:
 
 
 CHILD = textwrap.dedent("""
-    import sys
+    import signal, sys
+    # Processes that a script runs in the background ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from siglip_port import SigLipVisionModel
     from siglip_port.hub import chunked_download
     chunked_download.CHUNK_BYTES = 4096
