@@ -23,9 +23,10 @@ from siglip_port.parity.siglip.cases import random_case
 from siglip_port.parity.siglip.pixels import check_pixels, levels_per_unit
 from siglip_port.parity.siglip.reference import image_processors
 from siglip_port.parity.siglip.sample_images import synthetic_photograph
+from siglip_port.parity.siglip.verify_options import SAMPLE_IMAGE
 from tests.helpers.checkpoints import SMALL
 
-PHOTOGRAPH = Image.open(Path(__file__).parents[2] / "images" / "chelsea.png")
+PHOTOGRAPH = Image.open(SAMPLE_IMAGE)
 NAFLEX = replace(SMALL, naflex=True)
 
 Processors = dict[Backend, ImageProcessor]
