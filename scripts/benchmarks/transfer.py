@@ -14,29 +14,34 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import torch
+from huggingface_hub import constants
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    SiglipConfig,
+    SiglipModel,
+)
 
-from tests.helpers.hub_server import Hub, Repository  # noqa: E402
+from siglip_port import SigLipVisionModel
+from siglip_port.checkpoint.inspect import inspect_checkpoint
+from siglip_port.checkpoint.registry import PUBLISHED
+from siglip_port.hub import HubOptions, find_source
+from tests.helpers.hub_server import Hub, Repository
+from tests.helpers.network import url_template
 
-HUB = Hub()
-os.environ["HF_ENDPOINT"] = HUB.url  # before anything imports the client
-os.environ.pop("HF_HUB_OFFLINE", None)
+SHARD_BYTES = 5_000_000_000
+"""What releases of transformers of that time made."""
 
-import torch  # noqa: E402
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipConfig, SiglipModel  # noqa: E402
+ITEM_BYTES = {"F32": 4, "BF16": 2}
 
-from siglip_port import SigLipVisionModel  # noqa: E402
-from siglip_port.checkpoint.inspect import inspect_checkpoint  # noqa: E402
-from siglip_port.checkpoint.registry import PUBLISHED  # noqa: E402
-from siglip_port.hub import HubOptions, find_source  # noqa: E402
-
-SHARD = 5_000_000_000  # bytes: what releases of transformers of that time made
+Shapes = Mapping[str, torch.Size]
+"""By the names of tensors."""
 
 TEXT = {
     "google/siglip-base-patch16-224": {"projection_size": 768},
@@ -75,7 +80,7 @@ GEMMA = {
 }
 
 
-def siglip(repo: str) -> tuple[Mapping[str, object], dict[str, torch.Size]]:
+def siglip(repo: str) -> tuple[Mapping[str, object], Shapes]:
     """Configuration, and names and shapes of all tensors, of a published SigLIP."""
     published = next(row for row in PUBLISHED if row.repo == repo)
     vision = {**published.config.to_hf(), "model_type": "siglip_vision_model"}
@@ -83,111 +88,133 @@ def siglip(repo: str) -> tuple[Mapping[str, object], dict[str, torch.Size]]:
     with torch.device("meta"):
         model = SiglipModel(SiglipConfig(text_config=TEXT[repo], vision_config=vision))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if (total := sum(map(math.prod, shapes.values()))) != published.total_parameters:
+    total = sum(map(math.prod, shapes.values()))
+    if total != published.total_parameters:
         raise ValueError(
             f"{repo} has {published.total_parameters} parameters, this would have {total}"
         )
     return config, shapes
 
 
-def gemma() -> tuple[Mapping[str, object], dict[str, torch.Size]]:
-    """The same of a Gemma 3 of the size of its 27B, whose names on the Hub are those of transformers 4."""
+def gemma() -> tuple[Mapping[str, object], Shapes]:
+    """The same of a Gemma 3 of the size of its 27B.
+
+    Its names on the Hub are those of transformers 4.
+    """
     with torch.device("meta"):
         model = Gemma3ForConditionalGeneration(Gemma3Config(**GEMMA))
-    old = {
+    old_prefixes = {
         "model.vision_tower.": "vision_tower.vision_model.",
         "model.language_model.": "language_model.model.",
         "model.multi_modal_projector.": "multi_modal_projector.",
     }
     shapes: dict[str, torch.Size] = {}
     for name, tensor in model.state_dict().items():
-        for new, before in old.items():
+        for new, old in old_prefixes.items():
             if name.startswith(new):
-                shapes[before + name.removeprefix(new)] = tensor.shape
+                shapes[old + name.removeprefix(new)] = tensor.shape
     return GEMMA, shapes
 
 
-def write(
-    folder: Path, config: Mapping[str, object], shapes: Mapping[str, torch.Size], dtype: str
+def split_shards(shapes: Shapes, item_bytes: int) -> list[dict[str, torch.Size]]:
+    """Put tensors into shards of at most `SHARD_BYTES`, in order."""
+    shards: list[dict[str, torch.Size]] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * item_bytes
+        if size + nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = shape
+        size += nbytes
+    return shards
+
+
+def write_checkpoint(
+    folder: Path, config: Mapping[str, object], shapes: Shapes, dtype: str
 ) -> None:
-    """Writes a checkpoint of zeros in sparse files: one, or shards with their index."""
+    """Write a checkpoint of zeros in sparse files: one, or shards with their index."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    size = {"F32": 4, "BF16": 2}[dtype]
-    shards: list[dict[str, torch.Size]] = [{}]
-    for name, shape in shapes.items():
-        if sum(map(math.prod, shards[-1].values())) * size + math.prod(shape) * size > SHARD:
-            shards.append({})
-        shards[-1][name] = shape
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    shards = split_shards(shapes, ITEM_BYTES[dtype])
     if len(shards) == 1:
-        names = ["model.safetensors"]
-    else:
-        total = size * sum(map(math.prod, shapes.values()))
-        placed = {
-            tensor: file for file, shard in zip(names, shards, strict=True) for tensor in shard
-        }
-        index = {"metadata": {"total_size": total}, "weight_map": placed}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    for file, shard in zip(names, shards, strict=True):
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in sorted(shard):
-            begin, end = end, end + math.prod(shard[name]) * size
-            header[name] = {
-                "dtype": dtype,
-                "shape": list(shard[name]),
-                "data_offsets": [begin, end],
-            }
-        content = json.dumps(header, separators=(",", ":")).encode()
-        content += b" " * (-len(content) % 8)
-        with (folder / file).open("wb") as out:
-            out.write(struct.pack("<Q", len(content)) + content)
-            out.truncate(8 + len(content) + end)
+        write_zeros(folder / "model.safetensors", shards[0], dtype)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_zeros(folder / file, shard, dtype)
+        weight_map |= dict.fromkeys(shard, file)
+    total = ITEM_BYTES[dtype] * sum(map(math.prod, shapes.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def took() -> tuple[int, int]:
+def write_zeros(path: Path, shapes: Shapes, dtype: str) -> None:
+    """Write a sparse safetensors file of zeros."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(shapes):
+        begin = end
+        end += math.prod(shapes[name]) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shapes[name]), "data_offsets": [begin, end]}
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    with path.open("wb") as out:
+        out.write(struct.pack("<Q", len(content)) + content)
+        out.truncate(8 + len(content) + end)
+
+
+def take_counts(hub: Hub) -> tuple[int, int]:
     """Bytes and requests since the last time."""
-    taken = sum(HUB.sent.values()), sum(HUB.requests.values())
-    HUB.sent.clear()
-    HUB.requests.clear()
-    return taken
+    sent = sum(hub.sent.values())
+    requests = sum(hub.requests.values())
+    hub.sent.clear()
+    hub.requests.clear()
+    return sent, requests
+
+
+def measure(hub: Hub, repo: str, folder: Path, caches: Path) -> tuple[str, ...]:
+    """Load and inspect a repository; return the cells of its row."""
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    take_counts(hub)
+    inspect_checkpoint(find_source(repo, HubOptions(cache_dir=caches / "inspect")))
+    inspected, _ = take_counts(hub)
+    model = SigLipVisionModel.from_hf(repo, cache_dir=caches / "load")
+    loaded, requests = take_counts(hub)
+    SigLipVisionModel.from_hf(repo, cache_dir=caches / "load")
+    loaded_again, _ = take_counts(hub)
+    assert model.provenance is not None
+    return (
+        repo,
+        f"{size:,}",
+        f"{model.provenance.bytes_read:,}",
+        f"{loaded:,}",
+        f"{loaded / size:.2%}",
+        f"{requests}",
+        f"{loaded_again:,}",
+        f"{inspected / 1e3:.0f} kB",
+    )
 
 
 def main() -> None:
-    """Serves, loads, counts, prints."""
-    rows = [(repo, *siglip(repo), "F32") for repo in TEXT] + [
-        ("google/gemma-3-27b-like", *gemma(), "BF16")
-    ]
+    """Serve, load, count, print."""
+    hub = Hub()
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = url_template(hub.url)
+    constants.HF_HUB_OFFLINE = False
+    checkpoints = [(repo, *siglip(repo), "F32") for repo in TEXT]
+    checkpoints.append(("google/gemma-3-27b-like", *gemma(), "BF16"))
     print(
         "| served | in its files | tower | `from_hf` takes | share | requests | again | `inspect` "
         "takes |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for repo, config, shapes, dtype in rows:
+    for repo, config, shapes, dtype in checkpoints:
         with tempfile.TemporaryDirectory() as scratch:
-            folder, cache = Path(scratch, "served"), Path(scratch, "cache")
-            write(folder, config, shapes, dtype)
-            HUB.repositories[repo] = Repository(folder)
-            whole = sum(path.stat().st_size for path in folder.iterdir())
-            took()
-            inspect_checkpoint(find_source(repo, HubOptions(cache_dir=Path(scratch, "other"))))
-            looked, _ = took()
-            model = SigLipVisionModel.from_hf(repo, cache_dir=cache)
-            taken, requests = took()
-            SigLipVisionModel.from_hf(repo, cache_dir=cache)
-            again, _ = took()
-            assert model.provenance is not None
-            cells = (
-                repo,
-                f"{whole:,}",
-                f"{model.provenance.bytes_read:,}",
-                f"{taken:,}",
-                f"{taken / whole:.2%}",
-                f"{requests}",
-                f"{again:,}",
-                f"{looked / 1e3:.0f} kB",
-            )
+            folder = Path(scratch, "served")
+            write_checkpoint(folder, config, shapes, dtype)
+            hub.repositories[repo] = Repository(folder)
+            cells = measure(hub, repo, folder, Path(scratch, "caches"))
             print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from siglip_port.checkpoint.errors import CheckpointError
-from siglip_port.checkpoint.formats import MAX_JSON_BYTES as MAX_JSON_BYTES
+from siglip_port.checkpoint.formats import MAX_JSON_BYTES
 from siglip_port.hub.cached_files import CachedFiles
 from siglip_port.hub.chunked_download import check_free_space, download_file
 from siglip_port.hub.client import RepositoryClient

@@ -168,7 +168,8 @@ class HubRepository:
                 return read_header(path)
             except UnreadableFileError:
                 if not self._cached.is_damaged(path, filename):
-                    return read_weights_header(path)  # which says what is wrong with the file on the Hub
+                    # This is what the Hub has; the error says what is wrong with it.
+                    return read_weights_header(path)
         if self.options.vision_only and filename.endswith(".safetensors"):
             cached = self._find_header(filename)
             if cached is not None:

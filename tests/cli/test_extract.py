@@ -180,14 +180,14 @@ def wrong_config(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extraction, "_outputs", lambda model: [torch.rand(2)])
+    monkeypatch.setattr(extraction, "outputs_of_noise", lambda model: [torch.rand(2)])
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(model: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(extraction, "_outputs", interrupt)
+    monkeypatch.setattr(extraction, "outputs_of_noise", interrupt)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,10 +22,12 @@ TEXT_MODEL_BYTES = 300_000
 """Beside the vision encoder, so that it is the lesser part."""
 
 
-def assert_same(model: SigLipVisionModel, folder: Path, **options: Any) -> None:  # noqa: ANN401
+def assert_same(
+    model: SigLipVisionModel, folder: Path, *, pooling_head: bool | None = None
+) -> None:
     """The same bits as read from the files themselves."""
     times = tuple(path.stat().st_mtime_ns for path in sorted(folder.iterdir()))
-    local = load_local(folder, times, **options)
+    local = load_local(folder, times, pooling_head)
     assert model.config == local.config
     state = model.state_dict()
     assert state.keys() == local.state_dict().keys()
@@ -35,12 +36,10 @@ def assert_same(model: SigLipVisionModel, folder: Path, **options: Any) -> None:
 
 @lru_cache(maxsize=4)
 def load_local(
-    folder: Path,
-    times: tuple[int, ...],
-    **options: Any,  # noqa: ANN401
+    folder: Path, times: tuple[int, ...], pooling_head: bool | None
 ) -> SigLipVisionModel:
     """The model in a folder whose files were written at these times."""
-    return SigLipVisionModel.from_hf(folder, **options)
+    return SigLipVisionModel.from_hf(folder, pooling_head=pooling_head)
 
 
 def own_files(cache: Path, pattern: str = "*.safetensors") -> list[Path]:

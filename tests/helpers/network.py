@@ -15,9 +15,13 @@ def silent_port() -> int:
         return port
 
 
+def url_template(url: str) -> str:
+    """How the Hub's client makes addresses of files at another server."""
+    return f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+
+
 def point_client_at(url: str, patch: pytest.MonkeyPatch) -> None:
     """Have the Hub's client, and the port, ask another server for files."""
     from huggingface_hub import constants
 
-    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url_template(url))

@@ -24,7 +24,7 @@ def unwritable(folder: Path, code: int) -> Iterator[None]:
     """
 
     def refuse_below(function: Function, writes: Callable[..., bool]) -> Function:
-        def call(path: Any, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+        def call(path: object, *arguments: object, **options: object) -> object:
             paths = [Path(p) for p in (path, *arguments[:1]) if isinstance(p, (str, Path))]
             is_below = any(folder in p.parents for p in paths)
             if is_below and writes(*arguments, **options):
@@ -57,9 +57,9 @@ def mode_writes(mode: str = "r", *_: object, **__: object) -> bool:
 def refused_operation(name: str, code: int) -> Iterator[None]:
     """One function fails wherever the port keeps what is its own in the cache, but for headers."""
     place: Any = os if name == "posix_fallocate" else Path
-    function = getattr(place, name)
+    function: Function = getattr(place, name)
 
-    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+    def refuse(path: object, *arguments: object, **options: object) -> object:
         is_reading = name == "open" and (not arguments or arguments[0] == "rb")
         is_own = ".siglip_port" in str(path) and "header" not in str(path)
         if isinstance(path, int) or (is_own and not is_reading):

@@ -11,7 +11,6 @@ import http.client
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -515,7 +514,10 @@ def test_one_connection_carries_all_kinds_of_answers(hub: Hub, plain: str) -> No
 def test_many_at_once(hub: Hub, plain: str) -> None:
     hub.faults = [Fault("slow", seconds=0.02, times=None)]
     bodies: list[bytes] = []
-    run: Callable[[], None] = lambda: bodies.append(ask(plain, "0-49999")[2])  # noqa: E731
+
+    def run() -> None:
+        bodies.append(ask(plain, "0-49999")[2])
+
     threads = [threading.Thread(target=run) for _ in range(16)]
     for thread in threads:
         thread.start()

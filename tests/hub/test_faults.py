@@ -141,7 +141,8 @@ def test_fault(
             assert all(same), describe(fault)
             assert token not in f"{model.provenance!r}"
     assert not [address for address, _ in hub.authorizations if address == hub.cdn_url]
-    print(f"{key}, {times or 'always'}: {len(faults) - len(failed)} of {len(faults)} survived")
+    survived = len(faults) - len(failed)
+    print(f"{key}, {'once' if times else 'always'}: {survived} of {len(faults)} survived")
     if times == 1:
         statuses = {fault.status for fault in faults if fault.kind == "status"}
         assert failed == statuses.intersection(request.final)

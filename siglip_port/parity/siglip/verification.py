@@ -18,7 +18,6 @@ from siglip_port.config import SigLipVisionConfig
 from siglip_port.hub import HubOptions, HubRepository, find_source, unreachable_reason
 from siglip_port.image_processing import ImageProcessor
 from siglip_port.model import SigLipVisionModel
-from siglip_port.optimize import ENGINES, EngineError
 from siglip_port.parity.results import Comparison, GateResult, Section
 from siglip_port.parity.siglip import cases, pixels, reference
 from siglip_port.parity.siglip.cases import Case
@@ -81,7 +80,7 @@ def load_port(options: VerifyOptions, scratch: Path) -> LoadedPort:
     try:
         if options.weights != "random":
             return load_checkpoint(options, source.name, offline)
-        config = DEFAULT_CONFIG if is_default else read_config(options.checkpoint, offline)
+        config = DEFAULT_CONFIG if is_default else read_architecture(options.checkpoint, offline)
     except HubUnreachableError as error:
         reason = str(error)
         if offline:
@@ -121,7 +120,7 @@ def load_model(
     )
 
 
-def read_config(checkpoint: str, offline: bool) -> SigLipVisionConfig:
+def read_architecture(checkpoint: str, offline: bool) -> SigLipVisionConfig:
     """Read the architecture of a checkpoint from its `config.json`."""
     contents = read_config(find_source(checkpoint, HubOptions(local_files_only=offline)))
     if contents is None:
@@ -250,6 +249,8 @@ def run_small_case(options: VerifyOptions, case: Case, track: Track) -> Section:
 
 def engine_gates(case: Case, model: SigLipVisionModel) -> Iterator[GateResult]:
     """Judge every engine that the model can run in; say which it cannot, and why."""
+    from siglip_port.optimize import ENGINES, EngineError  # parity works without it
+
     for engine in ENGINES:
         if engine in ("eager", "int8"):  # the port itself; not meant to be equal
             continue
