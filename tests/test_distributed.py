@@ -70,10 +70,12 @@ def train_one_process(
 @pytest.mark.parametrize("naflex", [False, True], ids=["fixed", "naflex"])
 def test_ddp_and_fsdp_gradients(run: Run, wrapper: str, naflex: bool) -> None:
     key = wrapper
-    config, batch = CONFIG, images()
+    config = CONFIG
+    batch = images()
     if naflex:
         key = f"{wrapper}, naflex"
-        config, batch = NAFLEX, packed_images()
+        config = NAFLEX
+        batch = packed_images()
     _, expected = train_one_process(config, batch)
     for results in run.results:
         assert worst_error(results[key], expected)[0] <= GRADIENT_TOLERANCE

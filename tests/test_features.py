@@ -41,8 +41,8 @@ def test_hidden_states(pair: tuple[SigLipVisionModel, Any]) -> None:
     x = pixels(SHALLOW)
     expected = reference(x, output_hidden_states=True).hidden_states
     layers = [0, 1, 2, 3, -1, -2, -4, 2]
-    for ours, layer in zip(port.hidden_states(x, layers), layers, strict=True):
-        assert relative_error(ours, expected[layer]) <= 1e-10
+    for output, layer in zip(port.hidden_states(x, layers), layers, strict=True):
+        assert relative_error(output, expected[layer]) <= 1e-10
     tokens, first = port.hidden_states(x, (-1, 0), post_layernorm=True)
     assert torch.equal(tokens, port(x))
     assert torch.equal(first, port.transformer.post_layernorm(port.hidden_states(x, [0])[0]))
@@ -111,10 +111,10 @@ def test_attention_maps(pair: tuple[SigLipVisionModel, Any]) -> None:
     port, reference = pair
     x = pixels(SHALLOW)
     expected = reference(x, output_attentions=True).attentions
-    for ours, layer in zip(port.attention_maps(x, [2, 0, -2]), (2, 0, -2), strict=True):
-        assert ours.shape == (2, 4, 36, 36)
-        assert relative_error(ours, expected[layer]) <= 1e-6
-        assert relative_error(ours.sum(-1), torch.ones(2, 4, 36)) <= 1e-12
+    for output, layer in zip(port.attention_maps(x, [2, 0, -2]), (2, 0, -2), strict=True):
+        assert output.shape == (2, 4, 36, 36)
+        assert relative_error(output, expected[layer]) <= 1e-6
+        assert relative_error(output.sum(-1), torch.ones(2, 4, 36)) <= 1e-12
     with pytest.raises(ValueError, match="layers must lie between -3 and 2, got 3"):
         port.attention_maps(x, [3])
 
@@ -137,9 +137,9 @@ def test_pooling_attention(pair: tuple[SigLipVisionModel, Any]) -> None:
     tokens = port(pixels(SHALLOW))
     probe = reference.head.probe.repeat(2, 1, 1)
     _, expected = reference.head.attention(probe, tokens, tokens, average_attn_weights=False)
-    ours = port.pooling_attention(tokens)
-    assert ours.shape == (2, 4, 36)
-    assert relative_error(ours, expected[:, :, 0]) <= 1e-10
+    output = port.pooling_attention(tokens)
+    assert output.shape == (2, 4, 36)
+    assert relative_error(output, expected[:, :, 0]) <= 1e-10
 
 
 @torch.no_grad()

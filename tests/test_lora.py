@@ -47,7 +47,8 @@ def test_lora_initial_output() -> None:
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert len(linears) == 6 * (3 + 1)  # of three blocks and of the head
     x = images(SHALLOW)
-    tokens, vectors = model(x), model.embed(x)
+    tokens = model(x)
+    vectors = model.embed(x)
     wrapped = with_lora(model)
     assert adapters(wrapped).keys() == linears
     assert {name.split(".")[-3] for name, p in wrapped.named_parameters() if p.requires_grad} == {
@@ -96,23 +97,27 @@ def test_lora_gradients_in_blocks(
     checkpoint: MakeCheckpoint,
 ) -> None:
     port, reference = load_pair(SHALLOW, checkpoint)
-    ours, theirs = (with_lora(model, fresh=False, targets=ENCODER) for model in (port, reference))
+    port_lora, reference_lora = (
+        with_lora(model, fresh=False, targets=ENCODER) for model in (port, reference)
+    )
     pairs = {
         name.replace("transformer.encoder.encoder_blocks", "encoder.layers"): a
-        for name, a in adapters(ours).items()
+        for name, a in adapters(port_lora).items()
     }
-    others = adapters(theirs)
+    others = adapters(reference_lora)
     assert pairs.keys() == others.keys()
     assert len(pairs) == 6 * 3
     for name, adapter in pairs.items():
         others[name].load_state_dict(adapter.state_dict())
     x = images(SHALLOW)
-    backward(ours.embed(x).sin().mean())
-    backward(theirs(x).pooler_output.sin().mean())
+    backward(port_lora.embed(x).sin().mean())
+    backward(reference_lora(x).pooler_output.sin().mean())
     for name, adapter in pairs.items():
         for part in ("lora_A", "lora_B"):
-            mine, other = (getattr(a, part)["default"].weight.grad for a in (adapter, others[name]))
-            assert relative_error(mine, other) <= GRADIENT_TOLERANCE, (name, part)
+            port_grad, reference_grad = (
+                getattr(a, part)["default"].weight.grad for a in (adapter, others[name])
+            )
+            assert relative_error(port_grad, reference_grad) <= GRADIENT_TOLERANCE, (name, part)
 
 
 def test_lora_gradients(
@@ -124,7 +129,7 @@ def test_lora_gradients(
     wrapped = with_lora(port, fresh=False)
     x = images(SHALLOW)
     backward(wrapped.embed(x).sin().mean())
-    found = {
+    factors = {
         name: (a.scaling["default"], a.lora_A["default"].weight, a.lora_B["default"].weight)
         for name, a in adapters(wrapped).items()
     }
@@ -144,8 +149,8 @@ def test_lora_gradients(
             strict=True,
         )
     }
-    assert len(found) == 6 * (3 + 1)
-    for name, (scale, a, b) in found.items():
+    assert len(factors) == 6 * (3 + 1)
+    for name, (scale, a, b) in factors.items():
         grad = whole[f"{name}.weight"]
         assert a.grad is not None
         assert b.grad is not None

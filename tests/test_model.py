@@ -70,42 +70,50 @@ def pair(config: SigLipVisionConfig, checkpoint: MakeCheckpoint) -> Pair:
 
 
 def inputs_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
-    """What `module` is given first while `run` runs."""
-    given: list[Tensor] = []
+    """Return what `module` is given first while `run` runs."""
+    inputs: list[Tensor] = []
     hook = module.register_forward_pre_hook(
-        lambda _, args, kwargs: given.append((*args, *kwargs.values())[0]), with_kwargs=True
+        lambda _, args, kwargs: inputs.append((*args, *kwargs.values())[0]), with_kwargs=True
     )
     run()
     hook.remove()
-    return given[0]
+    return inputs[0]
 
 
 @architectures
 @torch.no_grad()
 def test_parity_of_every_module(pair: Pair, config: SigLipVisionConfig) -> None:
-    """Each part of the port is given the reference's own input to the same part, so that an error stays where it is."""
+    """Each part gets the reference's own input to the same part: an error stays where it is."""
     port, reference = pair
     x = pixels(config)
-    theirs = reference.model
+    reference_model = reference.model
 
-    def check(rung: str, ours: Tensor, expected: Tensor) -> None:
-        assert ours.shape == expected.shape
-        assert relative_error(ours, expected) <= EXACT, rung
+    def check(rung: str, output: Tensor, expected: Tensor) -> None:
+        assert output.shape == expected.shape
+        assert relative_error(output, expected) <= EXACT, rung
 
-    check("embeddings", port.transformer.embeddings(x), theirs.embeddings(x))
-    for i, layer in enumerate(theirs.encoder.layers):
+    check("embeddings", port.transformer.embeddings(x), reference_model.embeddings(x))
+    for i, layer in enumerate(reference_model.encoder.layers):
         block = port.transformer.encoder.encoder_blocks[i]
         assert isinstance(block, EncoderBlock)
-        h = inputs_of(layer, lambda: theirs(x))
+        h = inputs_of(layer, lambda: reference_model(x))
         check(f"block {i}, attention", block.self_attn(h), layer.self_attn(h)[0])
         check(f"block {i}, mlp", block.mlp(h), layer.mlp(h))
         check(f"block {i}", block(h), layer(h, None))
-    h = theirs.embeddings(x)
-    check("encoder", port.transformer.encoder(h), theirs.encoder(inputs_embeds=h).last_hidden_state)
+    h = reference_model.embeddings(x)
+    check(
+        "encoder",
+        port.transformer.encoder(h),
+        reference_model.encoder(inputs_embeds=h).last_hidden_state,
+    )
     expected = reference.side().run(x)
     check("tower", port(x), expected["tokens"])
     assert port.pooling_head is not None
-    check("pooling head", port.pooling_head(expected["tokens"]), theirs.head(expected["tokens"]))
+    check(
+        "pooling head",
+        port.pooling_head(expected["tokens"]),
+        reference_model.head(expected["tokens"]),
+    )
     check("pooled", port.embed(x), expected["pooled"])
 
 
@@ -115,17 +123,17 @@ def test_gradients(pair: Pair, config: SigLipVisionConfig) -> None:
     x = pixels(config)
     port.embed(x).square().sum().backward()
     reference.model(x).pooler_output.square().sum().backward()
-    ours = {name: p.grad for name, p in port.named_parameters() if p.grad is not None}
-    assert len(ours) == len(list(port.parameters()))
-    theirs = dict(reference.model.named_parameters())
+    port_grads = {name: p.grad for name, p in port.named_parameters() if p.grad is not None}
+    assert len(port_grads) == len(list(port.parameters()))
+    reference_parameters = dict(reference.model.named_parameters())
     rows = layouts.HUGGINGFACE_ENCODER + layouts.HUGGINGFACE_HEAD
     for name, grad in layouts.HUGGINGFACE.to_stored(
-        ours, config.num_encoder_blocks, config.num_attention_heads, rows
+        port_grads, config.num_encoder_blocks, config.num_attention_heads, rows
     ).items():
         # A bias of the keys moves all scores of a query alike, so its gradient is zero but for
         # rounding.
-        assert (grad - theirs[name].grad).norm() <= 1e-10 * max(
-            grad.norm(), theirs["head.probe"].grad.norm()
+        assert (grad - reference_parameters[name].grad).norm() <= 1e-10 * max(
+            grad.norm(), reference_parameters["head.probe"].grad.norm()
         ), name
 
 
@@ -135,7 +143,8 @@ def test_edge_pixels_ignored() -> None:
     x = torch.randn(1, 3, 384, 384)
     tokens = model(x)
     assert tokens.shape == (1, 27 * 27, 24)
-    x[:, :, 378:, :], x[:, :, :, 378:] = 7, -7
+    x[:, :, 378:, :] = 7
+    x[:, :, :, 378:] = -7
     assert torch.equal(model(x), tokens)
     x[:, :, 377, 0] = 7
     assert not torch.equal(model(x), tokens)
@@ -188,7 +197,7 @@ def test_pixel_dtype() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "found"),
+    ("x", "message"),
     [
         (torch.zeros(3, 16, 16), r"got torch.float32 of shape \[3, 16, 16\]"),
         (torch.zeros(1, 4, 16, 16), r"got torch.float32 of shape \[1, 4, 16, 16\]"),
@@ -205,10 +214,10 @@ def test_pixel_dtype() -> None:
         ([[0.0]], "got a list"),
     ],
 )
-def test_invalid_pixels(x: object, found: str) -> None:
+def test_invalid_pixels(x: object, message: str) -> None:
     expected = r"^pixel_values must be a floating point tensor of shape \[B, 3, 16, 16\], "
     for module in (SigLipVisionModel(SMALL), VisionEmbeddings(SMALL)):
-        with pytest.raises(ValueError, match=expected + found):
+        with pytest.raises(ValueError, match=expected + message):
             module(x)
 
 
@@ -219,9 +228,10 @@ def test_invalid_tokens() -> None:
         (torch.zeros(1, 4, 24, dtype=torch.int64), r"torch.int64 of shape \[1, 4, 24\]"),
         ([0.0], "a list"),
     ]
-    for tokens, found in wrong:
+    for tokens, message in wrong:
         with pytest.raises(
-            ValueError, match=rf"^tokens must be a floating .* of shape \[B, N, 24\], got {found}$"
+            ValueError,
+            match=rf"^tokens must be a floating .* of shape \[B, N, 24\], got {message}$",
         ):
             SigLipVisionModel(SMALL).pool(tokens)  # type: ignore[arg-type]
     headless = SigLipVisionModel(replace(SMALL, pooling_head=False))
@@ -248,7 +258,8 @@ def test_invalid_config() -> None:
 
 
 def test_components_alone() -> None:
-    tokens, x = torch.randn(2, 4, 24), torch.randn(2, 3, 16, 16)
+    tokens = torch.randn(2, 4, 24)
+    x = torch.randn(2, 3, 16, 16)
     for module in (MLP, MultiheadAttention, EncoderBlock, SigLipEncoder):
         assert module(SMALL)(tokens).shape == (2, 4, 24)
     assert MultiheadAttention(SMALL)(tokens, query=torch.randn(2, 1, 24)).shape == (2, 1, 24)
@@ -277,19 +288,22 @@ def test_initialization() -> None:
         embed_dim=384, num_attention_heads=6, num_encoder_blocks=1, pooling_head=True
     )
     rows = layouts.HUGGINGFACE_ENCODER + layouts.HUGGINGFACE_HEAD
-    ours = layouts.HUGGINGFACE.to_stored(
+    port_tensors = layouts.HUGGINGFACE.to_stored(
         SigLipVisionModel(config).state_dict(), 1, config.num_attention_heads, rows
     )
-    theirs = ReferenceModel(references.hf_config(config)).state_dict()
-    for name, tensor in theirs.items():
+    reference_tensors = ReferenceModel(references.hf_config(config)).state_dict()
+    for name, tensor in reference_tensors.items():
         if tensor.std() == 0:  # zeros and ones
-            assert torch.equal(ours[name], tensor), name
+            assert torch.equal(port_tensors[name], tensor), name
             continue
-        mine, chance = ours[name], tensor.numel() ** -0.5
-        assert abs(mine.mean()) <= 5 * tensor.std() * chance, name
-        assert abs(mine.std() / tensor.std() - 1) <= 6 * chance, name
+        port_tensor = port_tensors[name]
+        chance = tensor.numel() ** -0.5
+        assert abs(port_tensor.mean()) <= 5 * tensor.std() * chance, name
+        assert abs(port_tensor.std() / tensor.std() - 1) <= 6 * chance, name
         # sqrt(3) for a uniform distribution, more for a normal one
-        assert (mine.abs().max() / mine.std() < 2) == (tensor.abs().max() / tensor.std() < 2), name
+        assert (port_tensor.abs().max() / port_tensor.std() < 2) == (
+            tensor.abs().max() / tensor.std() < 2
+        ), name
 
 
 def test_initialization_of_components() -> None:

@@ -32,8 +32,10 @@ def test_import_cost() -> None:
         "import sys, siglip_port.parity.compare, siglip_port;"
         "print(*sorted({name.split('.')[0] for name in sys.modules}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    imported = set(done.stdout.split())
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    imported = set(process.stdout.split())
     assert {"torch", "safetensors", "siglip_port"} <= imported
     assert not imported & {
         "transformers",
@@ -54,12 +56,13 @@ def test_load_import_cost(checkpoint: MakeCheckpoint) -> None:
     Three seconds, 160 MB.
     """
     code = (
-        "import sys, torch, siglip_port.checkpoint, siglip_port.hub.repository; before = set(sys.modules);"
+        "import sys, torch, siglip_port.checkpoint, siglip_port.hub.repository;"
+        "before = set(sys.modules);"
         "siglip_port.SigLipVisionModel.from_hf(sys.argv[1]); print(*set(sys.modules) - before)"
     )
     command = [sys.executable, "-c", code, str(checkpoint())]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert len(done.stdout.split()) < 20
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(process.stdout.split()) < 20
 
 
 def test_other_ports_example_can_fail(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,5 +113,5 @@ def test_documented_examples(
 
 def test_demonstration_script() -> None:
     script = ROOT / "scripts" / "run_siglip_vision.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    assert done.stdout == "Output shape: torch.Size([1, 196, 768])\n"
+    process = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert process.stdout == "Output shape: torch.Size([1, 196, 768])\n"

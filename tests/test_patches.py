@@ -82,7 +82,8 @@ def test_padding_invariance(pair: tuple[SigLipVisionModel, Any]) -> None:
     port, _ = pair
     batch = pictures(*SHAPES)
     together = pack(batch, 7, num_patches=53)
-    tokens, vectors = port(**together), port.embed(**together)
+    tokens = port(**together)
+    vectors = port.embed(**together)
     for i, ((h, w), picture) in enumerate(zip(SHAPES, batch, strict=True)):
         alone = pack([picture], 7)
         assert relative_error(tokens[i, : h * w], port(**alone)[0]) <= 1e-12
@@ -113,10 +114,8 @@ def test_mask_left_out(
 
 @torch.no_grad()
 def test_naflex_equals_fixed() -> None:
-    naflex, fixed = (
-        SigLipVisionModel(NAFLEX).double().eval(),
-        SigLipVisionModel(FIXED).double().eval(),
-    )
+    naflex = SigLipVisionModel(NAFLEX).double().eval()
+    fixed = SigLipVisionModel(FIXED).double().eval()
     randomise(fixed)
     naflex.load_state_dict(fixed.state_dict())
     x = pixels(FIXED)
@@ -244,7 +243,7 @@ def test_interpolation_timm(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("size", [(8, 12), (3, 10), (7, 7), (2, 9)])
 def test_interpolation_big_vision(size: tuple[int, int]) -> None:
-    """`resample_posemb` of big_vision's models/vit.py is `scipy.ndimage.zoom(grid, (H/h, W/w, 1), order=1)`."""
+    """big_vision's `resample_posemb` is `scipy.ndimage.zoom(grid, (H/h, W/w, 1), order=1)`."""
     from scipy.ndimage import zoom
 
     table = torch.randn(36, 24, dtype=torch.float64)
@@ -333,8 +332,8 @@ def test_navit(kind: str) -> None:
     }
     name = {"idefics2": "Idefics2", "idefics3": "Idefics3", "smolvlm": "SmolVLM"}[kind]
     module = getattr(transformers.models, kind)
-    made = vars(getattr(module, f"configuration_{kind}"))[f"{name}VisionConfig"]
-    config = made(**vision, image_size=42, patch_size=7)
+    model_class = vars(getattr(module, f"configuration_{kind}"))[f"{name}VisionConfig"]
+    config = model_class(**vision, image_size=42, patch_size=7)
     tower = (
         vars(getattr(module, f"modeling_{kind}"))[f"{name}VisionTransformer"](config)
         .double()

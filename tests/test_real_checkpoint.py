@@ -75,8 +75,8 @@ def test_two_cats() -> None:
         ["a photo of 2 cats", "a photo of 2 dogs"], padding="max_length", return_tensors="pt"
     )
     processor = ImageProcessor.from_config(SigLipVisionModel.from_hf(name).preprocessor_config)
-    found = logits_per_image(name, processor(image)["pixel_values"], texts["input_ids"])
-    torch.testing.assert_close(found, torch.tensor(GOLDENS["two cats"]), rtol=1e-3, atol=1e-3)
+    logits = logits_per_image(name, processor(image)["pixel_values"], texts["input_ids"])
+    torch.testing.assert_close(logits, torch.tensor(GOLDENS["two cats"]), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,5 +89,5 @@ def test_big_vision_logits(name: str) -> None:
         )
         for file in (f"siglip_pixel_values{suffix}.pt", "siglip_input_ids.pt")
     )
-    found = logits_per_image(name, pixel_values, input_ids)
-    torch.testing.assert_close(found, torch.tensor(GOLDENS[name]), rtol=1e-5, atol=1e-4)
+    logits = logits_per_image(name, pixel_values, input_ids)
+    torch.testing.assert_close(logits, torch.tensor(GOLDENS[name]), rtol=1e-5, atol=1e-4)

@@ -53,32 +53,38 @@ def test_gradients(checkpoint: MakeCheckpoint, side: int | None) -> None:
     x, y = (images(SHALLOW, side).requires_grad_() for _ in range(2))
     tokens = port(x)
     backward(loss_of(tokens, port.pool(tokens)))
-    theirs = reference(y, interpolate_pos_encoding=side is not None)
-    backward(loss_of(theirs.last_hidden_state, theirs.pooler_output))
+    output = reference(y, interpolate_pos_encoding=side is not None)
+    backward(loss_of(output.last_hidden_state, output.pooler_output))
     assert x.grad is not None
     assert y.grad is not None
     assert relative_error(x.grad, y.grad) <= GRADIENT_TOLERANCE
-    ours, expected = to_reference_names(port, gradients(port)), gradients(reference)
-    assert worst_error(ours, expected)[0] <= GRADIENT_TOLERANCE, worst_error(ours, expected)
-    ours["encoder.layers.1.mlp.fc1.weight"] *= 1 + 1e-9
-    assert worst_error(ours, expected)[1] == "encoder.layers.1.mlp.fc1.weight"
-    assert worst_error(ours, expected)[0] > GRADIENT_TOLERANCE
+    port_grads = to_reference_names(port, gradients(port))
+    expected = gradients(reference)
+    assert worst_error(port_grads, expected)[0] <= GRADIENT_TOLERANCE, worst_error(
+        port_grads, expected
+    )
+    port_grads["encoder.layers.1.mlp.fc1.weight"] *= 1 + 1e-9
+    assert worst_error(port_grads, expected)[1] == "encoder.layers.1.mlp.fc1.weight"
+    assert worst_error(port_grads, expected)[0] > GRADIENT_TOLERANCE
 
 
 def test_gradients_of_packed_patches(checkpoint: MakeCheckpoint) -> None:
     port, reference = load_pair(NAFLEX, checkpoint)
-    ours, theirs = packed_images(), packed_images()
-    mask = ours["pixel_attention_mask"]
-    x, y = ours["pixel_values"].requires_grad_(), theirs["pixel_values"].requires_grad_()
-    tokens = port(**ours)
+    batch = packed_images()
+    reference_batch = packed_images()
+    mask = batch["pixel_attention_mask"]
+    x = batch["pixel_values"].requires_grad_()
+    y = reference_batch["pixel_values"].requires_grad_()
+    tokens = port(**batch)
     backward(loss_of(tokens, port.pool(tokens, mask), mask))
-    output = reference(**theirs)
+    output = reference(**reference_batch)
     backward(loss_of(output.last_hidden_state, output.pooler_output, mask))
     assert x.grad is not None
     assert y.grad is not None
     assert not x.grad[mask == 0].any()
     assert relative_error(x.grad, y.grad) <= GRADIENT_TOLERANCE
-    grads, expected = to_reference_names(port, gradients(port)), gradients(reference)
+    grads = to_reference_names(port, gradients(port))
+    expected = gradients(reference)
     assert grads["embeddings.patch_embedding.weight"].shape == (72, 3 * 7 * 7)  # a Linear's
     # On a CPU, both fit positions in float32, and sum the gradients of the pictures in different
     # dtypes.
@@ -86,7 +92,7 @@ def test_gradients_of_packed_patches(checkpoint: MakeCheckpoint) -> None:
     assert relative_error(grads.pop(name), expected.pop(name)) <= 1e-6
     assert worst_error(grads, expected)[0] <= GRADIENT_TOLERANCE, worst_error(grads, expected)
 
-    tokens = port(**{**ours, "pixel_attention_mask": torch.ones_like(mask)})  # the mask left out
+    tokens = port(**{**batch, "pixel_attention_mask": torch.ones_like(mask)})  # the mask left out
     backward(loss_of(tokens, port.pool(tokens, mask), mask))
     wrong = to_reference_names(port, gradients(port))
     assert worst_error({n: wrong[n] for n in expected}, expected)[0] > 1e-2
@@ -102,11 +108,14 @@ def test_gradients_of_mean_pooling(checkpoint: MakeCheckpoint, config: SigLipVis
     tokens = reference(**batch).last_hidden_state
     mask = batch.get("pixel_attention_mask", torch.ones(tokens.shape[:2]))[:, :, None]
     backward(((tokens * mask).sum(1) / mask.sum(1)).sin().mean())
-    ours, expected = to_reference_names(port, gradients(port)), gradients(reference)
+    port_grads = to_reference_names(port, gradients(port))
+    expected = gradients(reference)
     if config.naflex:  # as above
         name = "embeddings.position_embedding.weight"
-        assert relative_error(ours.pop(name), expected.pop(name)) <= 1e-6
-    assert worst_error(ours, expected)[0] <= GRADIENT_TOLERANCE, worst_error(ours, expected)
+        assert relative_error(port_grads.pop(name), expected.pop(name)) <= 1e-6
+    assert worst_error(port_grads, expected)[0] <= GRADIENT_TOLERANCE, worst_error(
+        port_grads, expected
+    )
 
 
 def test_dropout(
@@ -118,12 +127,12 @@ def test_dropout(
     def both() -> tuple[Tensor, Tensor]:
         """The tokens; and the gradients stay in the parameters."""
         torch.manual_seed(0)
-        ours = port(x)
-        backward(loss_of(ours, port.pool(ours)))
+        tokens = port(x)
+        backward(loss_of(tokens, port.pool(tokens)))
         torch.manual_seed(0)
-        theirs = reference(x)
-        backward(loss_of(theirs.last_hidden_state, theirs.pooler_output))
-        return ours.detach(), theirs.last_hidden_state.detach()
+        output = reference(x)
+        backward(loss_of(output.last_hidden_state, output.pooler_output))
+        return tokens.detach(), output.last_hidden_state.detach()
 
     still, expected = both()
     assert relative_error(still, expected) <= TOLERANCE
@@ -163,15 +172,17 @@ def test_dtypes_and_autocast(checkpoint: MakeCheckpoint, dtype: torch.dtype) -> 
     (truth, _), (true_gradients, _) = vectors_and_gradients()
 
     def check() -> None:
-        (ours, theirs), grads = vectors_and_gradients()
-        assert 0 < relative_error(ours, truth) <= 1.5 * relative_error(theirs, truth)
+        (port_vector, reference_vector), grads = vectors_and_gradients()
+        assert (
+            0 < relative_error(port_vector, truth) <= 1.5 * relative_error(reference_vector, truth)
+        )
         for name in (
             "embeddings.patch_embedding.weight",
             "encoder.layers.1.mlp.fc1.weight",
             "head.probe",
         ):
-            mine, other = (relative_error(g[name], true_gradients[name]) for g in grads)
-            assert 0 < mine <= 1.5 * other, name
+            port_error, other = (relative_error(g[name], true_gradients[name]) for g in grads)
+            assert 0 < port_error <= 1.5 * other, name
 
     port.half() if dtype == torch.float16 else port.to(dtype)
     reference.to(dtype)
@@ -289,11 +300,9 @@ def test_copies(
 
 @torch.no_grad()
 def test_state_dict(tmp_path: Path) -> None:
-    model, fresh, assigned = (
-        random_model(SHALLOW),
-        SigLipVisionModel(SHALLOW),
-        SigLipVisionModel(SHALLOW),
-    )
+    model = random_model(SHALLOW)
+    fresh = SigLipVisionModel(SHALLOW)
+    assigned = SigLipVisionModel(SHALLOW)
     x = images(SHALLOW)
     assert (
         model.state_dict().keys() == dict(model.named_parameters()).keys()

@@ -1,4 +1,4 @@
-"""Checkpoints as other releases of transformers write them, and what those releases make of them, and of ours.
+"""Checkpoints of other releases of transformers, and what those make of them and of ours.
 
 `uv run pytest -m versions`: needs uv and a package index; installs every release in an environment
 of its own.
@@ -41,9 +41,9 @@ def written(
 ) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     for name, naflex in (("ours", False), ("ours-naflex", True)):
-        ours = SigLipVisionModel(replace(ODD, naflex=naflex, image_size=42 if naflex else 45))
-        randomise(ours)
-        ours.save_hf(folder / name)
+        model = SigLipVisionModel(replace(ODD, naflex=naflex, image_size=42 if naflex else 45))
+        randomise(model)
+        model.save_hf(folder / name)
     torch_version = version("torch").split("+")[0]
     packages = [
         f"transformers=={request.param}",

@@ -1,4 +1,4 @@
-"""The architecture of a checkpoint without transformers' `config.json`, by shapes and whatever else tells it."""
+"""The architecture of a checkpoint without transformers' `config.json`."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_any_json(content: dict[str, Any]) -> None:
 
 
 def test_published_image_size(tmp_path: Path) -> None:
-    """27 x 27 patches of 14 pixels and a width of 1152 are siglip-so400m-patch14-384, not a tower for 378 pixels."""
+    """27 x 27 patches of 14 and a width of 1152 are siglip-so400m-patch14-384, not one for 378."""
     config = SigLipVisionConfig(
         embed_dim=1152,
         num_attention_heads=16,

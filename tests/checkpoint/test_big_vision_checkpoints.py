@@ -14,7 +14,7 @@ from siglip_port import CheckpointError, SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.stress_weights import randomise
 from tests.helpers.checkpoints import ODD, pixels
-from tests.helpers.flax import flax, write_npz
+from tests.helpers.flax import flax, save_arrays, write_npz
 from tests.helpers.other_libraries import timm_tower
 
 load = SigLipVisionModel.from_hf
@@ -74,12 +74,9 @@ def test_paligemma(tmp_path: Path) -> None:
     randomise(original)
     arrays = flax(config, original.state_dict(), scanned=True)
     arrays |= {"head/kernel": np.ones((72, 16)), "head/bias": np.ones(16)}
-    language = {"params/llm/layers/mlp/linear": np.ones(3, np.float32)}
-    np.savez(
-        tmp_path / "pt.npz",
-        **{f"params/img/{k}": v.astype(np.float32) for k, v in arrays.items()},  # type: ignore[arg-type]
-        **language,  # type: ignore[arg-type]
-    )
+    stored = {f"params/img/{name}": array.astype(np.float32) for name, array in arrays.items()}
+    stored["params/llm/layers/mlp/linear"] = np.ones(3, np.float32)
+    save_arrays(tmp_path / "pt.npz", stored)
     model = load(tmp_path / "pt.npz")
     assert model.config == config
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in original.state_dict().items())
@@ -89,16 +86,12 @@ def test_paligemma(tmp_path: Path) -> None:
 
 def test_pickled_arrays(tmp_path: Path) -> None:
     arrays = flax(replace(ODD, image_size=42), SigLipVisionModel(ODD).state_dict(), scanned=False)
-    np.savez(
-        tmp_path / "a.npz",
-        **{f"img/{k}": v for k, v in arrays.items()},  # type: ignore[arg-type]
-        evil=np.array([print], dtype=object),
-    )
-    assert (
-        load(tmp_path / "a.npz").provenance is not None
-    )  # beside the tower, it is not even looked at
-    arrays["MAPHead_0/probe"] = np.array([print], dtype=object)
-    np.savez(tmp_path / "a.npz", **{f"img/{k}": v for k, v in arrays.items()})  # type: ignore[arg-type]
+    stored = {f"img/{name}": array for name, array in arrays.items()}
+    pickled = np.array([print], dtype=object)
+    save_arrays(tmp_path / "a.npz", {**stored, "evil": pickled})
+    # beside the model, it is not even looked at
+    assert load(tmp_path / "a.npz").provenance is not None
+    save_arrays(tmp_path / "a.npz", {**stored, "img/MAPHead_0/probe": pickled})
     with pytest.raises(
         CheckpointError, match=r"dtype: expected one of F64, F32, F16, BF16, found a pickle"
     ):
@@ -111,8 +104,7 @@ def test_beside_timm_config(tmp_path: Path) -> None:
         tmp_path / "tower.npz", flax(original.config, original.state_dict(), scanned=False), "img/"
     )
     (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch16_siglip_224"}')
-    assert (
-        load(tmp_path / "tower.npz").config == original.config
-    )  # the tanh form, whatever timm does
+    # the tanh form, whatever timm does
+    assert load(tmp_path / "tower.npz").config == original.config
     with pytest.raises(CheckpointError, match=r"holds neither .*; pass the file tower.npz itself"):
         load(tmp_path)

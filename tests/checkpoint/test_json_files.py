@@ -113,7 +113,8 @@ def test_invalid_index(checkpoint: MakeCheckpoint, index: dict[str, Any], messag
         load(folder)
 
 
-NORM, FC1 = "vision_model.post_layernorm.bias", "vision_model.encoder.layers.0.mlp.fc1.weight"
+NORM = "vision_model.post_layernorm.bias"
+FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
 
 
 def placed(file: object, name: str = NORM) -> Callable[[Json], Json]:

@@ -32,8 +32,8 @@ PREFIXES = st.sampled_from(
 @each_layout
 def test_mappings_cover_port(layout: Layout) -> None:
     claims = layout.mappings(ODD.num_encoder_blocks, layout.rules(True))
-    ours = [name for claim in claims.values() for name in claim.port]
-    assert sorted(ours) == sorted(Port(config_for(layout, ODD)).state_dict())
+    port = [name for claim in claims.values() for name in claim.port]
+    assert sorted(port) == sorted(Port(config_for(layout, ODD)).state_dict())
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,10 @@ def test_mappings_cover_reference(layout: Layout) -> None:
     config = config_for(layout, ODD)
     model = (Siglip2VisionModel if layout.naflex else SiglipVisionModel)(hf_config(config))
     claims = layout.mappings(config.num_encoder_blocks, layout.rules(True))
-    ours = Port(config).state_dict()
+    port = Port(config).state_dict()
     shapes = {
         name: claim.stored_shape(
-            [ours[our].shape for our in claim.port], config.num_attention_heads
+            [port[our].shape for our in claim.port], config.num_attention_heads
         )
         for name, claim in claims.items()
     }
@@ -57,8 +57,8 @@ def test_mappings_cover_reference(layout: Layout) -> None:
 @given(num_blocks=st.integers(0, 40), prefix=PREFIXES)
 def test_mappings_unique(layout: Layout, num_blocks: int, prefix: str) -> None:
     claims = layout.mappings(num_blocks, layout.rules(True), prefix)
-    ours = [name for claim in claims.values() for name in claim.port]
-    assert len(set(ours)) == len(ours) == 16 * num_blocks + (20 if layout.head else 5)
+    port = [name for claim in claims.values() for name in claim.port]
+    assert len(set(port)) == len(port) == 16 * num_blocks + (20 if layout.head else 5)
     assert all(name.startswith(prefix) for name in claims)
     assert not [name for name in claims if "{}" in name or "*" in name]
 
@@ -68,17 +68,18 @@ def test_round_trip(layout: Layout) -> None:
     config = config_for(layout)
     model = Port(config)
     randomise(model)
-    ours, rows = model.state_dict(), layout.rules(config.pooling_head)
+    port = model.state_dict()
+    rows = layout.rules(config.pooling_head)
     stored = layout.to_stored(
-        ours, config.num_encoder_blocks, config.num_attention_heads, rows, "x."
+        port, config.num_encoder_blocks, config.num_attention_heads, rows, "x."
     )
     back: dict[str, torch.Tensor] = {}
     for name, claim in layout.mappings(config.num_encoder_blocks, rows, "x.").items():
-        shapes = [ours[our].shape for our in claim.port]
+        shapes = [port[our].shape for our in claim.port]
         back |= dict(zip(claim.port, claim.from_stored(stored[name], shapes), strict=True))
         assert stored[name].shape == claim.stored_shape(shapes, config.num_attention_heads)
-    assert back.keys() == ours.keys()
-    assert all(torch.equal(back[name], ours[name]) for name in ours)
+    assert back.keys() == port.keys()
+    assert all(torch.equal(back[name], port[name]) for name in port)
 
 
 @each_layout
@@ -138,13 +139,13 @@ def test_layouts_disjoint(layout: Layout, prefix: str) -> None:
     stored = layout.to_stored(
         Port(config).state_dict(), 11, config.num_attention_heads, layout.rules(True), prefix
     )
-    found = [
+    matches = [
         (o.name, p)
         for o in LAYOUTS
         for p in o.prefixes(stored)
         if o.fits(stored[p + o.signature_keys[0]].shape)
     ]
-    assert found == [(layout.name, prefix)]
+    assert matches == [(layout.name, prefix)]
 
 
 def test_duplicate_claims() -> None:

@@ -1,4 +1,4 @@
-"""Names of other code, with an encoder computed from the stored tensors as that code computes it."""
+"""Names of other code, with an encoder computed from stored tensors as that code does it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from tests.helpers.checkpoints import pixels
 load = SigLipVisionModel.from_hf
 
 
-HEADS, WIDTH, BLOCKS = 2, 144, 3  # heads of 72, which moondream and gemma_pytorch have
+HEADS = 2
+WIDTH = 144
+BLOCKS = 3  # heads of 72, which moondream and gemma_pytorch have
 
 
 P = 7
@@ -99,9 +101,14 @@ def draw_tensors(
 
 
 MOONDREAM = {
-    "pos": "pos_emb", "block": "blocks.{}", "norm1": "ln1", "qkv": "attn.qkv", "out": "attn.proj", "norm2": "ln2",
+    "pos": "pos_emb",
+    "block": "blocks.{}",
+    "norm1": "ln1",
+    "qkv": "attn.qkv",
+    "out": "attn.proj",
+    "norm2": "ln2",
     "norm": "post_ln",
-}  # fmt: skip
+}
 
 
 OLD_MOONDREAM = {
@@ -114,15 +121,23 @@ OLD_MOONDREAM = {
 
 
 NANOVLM = {
-    **MOONDREAM, "pos": "patch_embedding.position_embedding", "qkv": "attn.qkv_proj", "out": "attn.out_proj",
+    **MOONDREAM,
+    "pos": "patch_embedding.position_embedding",
+    "qkv": "attn.qkv_proj",
+    "out": "attn.out_proj",
     "norm": "layer_norm",
-}  # fmt: skip
+}
 
 
 GEMMA = {
-    "pos": "position_embedding.weight", "block": "encoder_blocks.{}", "norm1": "layer_norm1", "attn": "self_attn",
-    "out": "self_attn.o_proj", "norm2": "layer_norm2", "norm": "final_norm",
-}  # fmt: skip
+    "pos": "position_embedding.weight",
+    "block": "encoder_blocks.{}",
+    "norm1": "layer_norm1",
+    "attn": "self_attn",
+    "out": "self_attn.o_proj",
+    "norm2": "layer_norm2",
+    "norm": "final_norm",
+}
 
 
 @pytest.mark.parametrize(

@@ -118,11 +118,15 @@ def test_other_files(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     (source / "processor_config.json").write_text(
         json.dumps({"image_processor": inner})
     )  # as transformers 5 has it
-    found = load(source).preprocessor_config
-    assert (found["resample"], found["image_mean"], found["image_std"]) == (2, [0.4] * 3, [0.5] * 3)
+    config = load(source).preprocessor_config
+    assert (config["resample"], config["image_mean"], config["image_std"]) == (
+        2,
+        [0.4] * 3,
+        [0.5] * 3,
+    )
     (source / "preprocessor_config.json").write_text("not json")
     assert (
-        load(source).preprocessor_config == found
+        load(source).preprocessor_config == config
     )  # this one is not looked for, as by transformers
     (source / "processor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"preprocessor_config.json is not readable JSON"):

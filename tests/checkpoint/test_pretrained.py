@@ -119,13 +119,13 @@ def test_path_like_a_hub_id(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("arguments", "message"),
     [
         ({"config": {"hidden_size": 72}}, "config must be a SigLipVisionConfig, got a dict"),
         ({"prefix": 3}, "prefix must be a text, got 3"),
         ({"device": 1.5}, "device 1.5 cannot be used"),
     ],
 )
-def test_argument_types(how: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_argument_types(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        load(tmp_path, **how)
+        load(tmp_path, **arguments)

@@ -102,10 +102,8 @@ def test_position_ids(checkpoint: MakeCheckpoint) -> None:
 
 
 def test_pooling_head(checkpoint: MakeCheckpoint) -> None:
-    with_head, without = (
-        checkpoint(name="with"),
-        checkpoint(replace(SMALL, pooling_head=False), name="without"),
-    )
+    with_head = checkpoint(name="with")
+    without = checkpoint(replace(SMALL, pooling_head=False), name="without")
     assert load(with_head).config.pooling_head
     assert load(with_head, pooling_head=True).config.pooling_head
     left_out = load(with_head, pooling_head=False)
@@ -338,15 +336,15 @@ PLACES = st.integers(0, 40) | st.integers(0, 6_000) | st.integers(0, 100_000)
 @given(
     st.binary(max_size=64), PLACES, st.sampled_from(["insert", "overwrite", "truncate", "replace"])
 )
-def test_damaged_bytes(whole: tuple[Path, bytes], noise: bytes, at: int, how: str) -> None:
-    """Whatever happens to a file, it ends in a CheckpointError, or the damage lies in the numbers alone."""
+def test_damaged_bytes(whole: tuple[Path, bytes], noise: bytes, at: int, damage: str) -> None:
+    """A damaged file ends in a CheckpointError, or the damage lies in the numbers alone."""
     path, content = whole
     damaged = {
         "insert": content[:at] + noise + content[at:],
         "overwrite": content[:at] + noise + content[at + len(noise) :],
         "truncate": content[:at],
         "replace": noise,
-    }[how]
+    }[damage]
     path.write_bytes(damaged)
     try:
         model = load(path)
@@ -368,7 +366,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 def test_only_encoder_read(
     tmp_path: Path,
     recwarn: pytest.WarningsRecorder,
-    capfd: Any,  # noqa: ANN401
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Whatever else the file holds.
 
@@ -402,7 +400,8 @@ def test_round_trip_of_layouts(layout: Layout, tmp_path: Path) -> None:
     config = replace(ODD, pooling_head=bool(layout.head), naflex=layout.naflex, image_size=42)
     original = SigLipVisionModel(config)
     randomise(original)
-    rows, sep = layout.rules(config.pooling_head), "/" if "big_vision" in layout.name else "."
+    rows = layout.rules(config.pooling_head)
+    sep = "/" if "big_vision" in layout.name else "."
     stored = layout.to_stored(
         original.state_dict(), 11, config.num_attention_heads, rows, f"some{sep}where{sep}"
     )

@@ -131,6 +131,8 @@ def test_mlx(tmp_path: Path) -> None:
 def test_one_encoder_of_a_thousand(sharded: Path) -> None:
     """Of the others, nothing is opened."""
     edit_index(sharded, rename_in_a_thousand)
-    found = inspect_checkpoint(find_source(sharded), prefix="tower7.vision_model.")
-    assert found.towers == (("huggingface", "tower7.vision_model."),)
-    assert "has no file shard-7.safetensors, so these cannot be read (64)" in str(found.problem)
+    inspection = inspect_checkpoint(find_source(sharded), prefix="tower7.vision_model.")
+    assert inspection.towers == (("huggingface", "tower7.vision_model."),)
+    assert "has no file shard-7.safetensors, so these cannot be read (64)" in str(
+        inspection.problem
+    )

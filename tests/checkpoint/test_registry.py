@@ -1,4 +1,4 @@
-"""The table of published towers, and how a file without transformers' configuration tells which one it holds."""
+"""The table of published models, and the names that other code has for them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def test_config_round_trip(published: Published) -> None:
         pooling_head=True, naflex=published.config.naflex, image_size=256
     ).to_hf()
     default |= {} if published.config.naflex else {"image_size": 224}
-    left = {k: v for k, v in published.config.to_hf().items() if default[k] != v}
+    short = {k: v for k, v in published.config.to_hf().items() if default[k] != v}
     kind = "siglip2" if published.config.naflex else "siglip"
-    content = {"model_type": kind, "text_config": {"hidden_size": 1}, "vision_config": left}
+    content = {"model_type": kind, "text_config": {"hidden_size": 1}, "vision_config": short}
     assert SigLipVisionConfig.from_hf(content) == published.config
-    assert len(left) < 8
+    assert len(short) < 8
 
 
 def test_table() -> None:
@@ -79,15 +79,15 @@ def test_names_of_published(published: Published) -> None:
 def test_names_in_other_code(
     name: str, width: int, image: int, patch: int, act: str, mean: bool
 ) -> None:
-    found = config_of_name(name)
-    assert found is not None
-    assert (found.embed_dim, found.image_size, found.patch_size) == (width, image, patch)
-    assert (found.hidden_act, found.mean_pooling, found.naflex) == (act, mean, False)
+    config = config_of_name(name)
+    assert config is not None
+    assert (config.embed_dim, config.image_size, config.patch_size) == (width, image, patch)
+    assert (config.hidden_act, config.mean_pooling, config.naflex) == (act, mean, False)
 
 
 def test_naflex_names() -> None:
-    found = config_of_name("naflexvit_base_patch16_siglip.v2_webli")
-    assert found == replace(SigLipVisionConfig(), image_size=256, naflex=True)
+    config = config_of_name("naflexvit_base_patch16_siglip.v2_webli")
+    assert config == replace(SigLipVisionConfig(), image_size=256, naflex=True)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_timm(name: str, act: str, tmp_path: Path) -> None:
 
 
 def test_timm_names() -> None:
-    """Activation, patch and pooling, for every SigLIP architecture that timm has, from its own code."""
+    """Activation, patch and pooling of the SigLIP architectures that timm has, by its own code."""
     from siglip_port.checkpoint.registry import config_of_name
 
     names = [n for n in timm.list_models("*siglip*") if n.startswith(("vit_", "naflexvit_"))]

@@ -31,7 +31,8 @@ def test_round_trip(published: Published) -> None:
 
 def test_unpublished_architecture() -> None:
     contents = to_timm(ODD, resample=2, image_mean=[0.1, 0.2, 0.3])
-    args, cfg = contents["model_args"], contents["pretrained_cfg"]
+    args = contents["model_args"]
+    cfg = contents["pretrained_cfg"]
     assert (args["img_size"], args["patch_size"], args["depth"], args["num_heads"]) == (
         45,
         7,

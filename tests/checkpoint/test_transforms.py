@@ -30,11 +30,11 @@ KINDS = {
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda transform: transform.name or "plain")
 def test_round_trip(transform: Transform) -> None:
     shape = SHAPES[KINDS.get(transform.name, "patch")]
-    ours = torch.randn(shape)
-    stored = transform.store(ours, 2)
-    assert torch.equal(transform.load(stored, shape), ours)
+    tensor = torch.randn(shape)
+    stored = transform.store(tensor, 2)
+    assert torch.equal(transform.load(stored, shape), tensor)
     assert torch.equal(
-        stored.flatten().sort().values, ours.flatten().sort().values
+        stored.flatten().sort().values, tensor.flatten().sort().values
     )  # values are moved, no more
     assert torch.equal(transform.store(transform.load(stored, shape), 2), stored)
 

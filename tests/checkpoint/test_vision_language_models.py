@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -72,11 +71,9 @@ def test_phi_4(tmp_path: Path) -> None:
     Here with a tower of two blocks.
     """
     vision = {**small_vision("phi4_multimodal_vision"), "feature_layer": -2, "crop_size": 45}
-    tower: Any = transformers.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionModel(
-        transformers.models.phi4_multimodal.configuration_phi4_multimodal.Phi4MultimodalVisionConfig(
-            **vision
-        )
-    )
+    phi4 = transformers.models.phi4_multimodal
+    config = phi4.configuration_phi4_multimodal.Phi4MultimodalVisionConfig(**vision)
+    tower = phi4.modeling_phi4_multimodal.Phi4MultimodalVisionModel(config)
     randomise(tower)
     for layer in tower.encoder.layers:
         # transformers 5.23 says True, and its sdpa then hides later patches wherever none is
@@ -98,15 +95,19 @@ def test_phi_4(tmp_path: Path) -> None:
 
     model = assert_same_outputs(tmp_path, tower, run)
     assert model.config.resize_rule == "navit"
-    known = SigLipVisionConfig.from_hf(
+    published = SigLipVisionConfig.from_hf(
         {"model_type": "phi4mm", "hidden_size": 3072, "num_hidden_layers": 32}
     )
-    assert (known.embed_dim, known.num_encoder_blocks, known.num_patches) == (1152, 27, 32 * 32)
+    assert (published.embed_dim, published.num_encoder_blocks, published.num_patches) == (
+        1152,
+        27,
+        32 * 32,
+    )
 
 
 @pytest.mark.parametrize(("drop", "blocks"), [(True, 10), (False, 11), (..., 10)])
 def test_minicpm(drop: object, blocks: int, tmp_path: Path) -> None:
-    """Its config.json counts a last block that may not be stored, and does not name its kind of positions."""
+    """Its config.json counts a last block that may not be stored, and no kind of positions."""
     tensors = write_hf_encoder(
         tmp_path, replace(ODD, num_encoder_blocks=blocks, pooling_head=False)
     )

@@ -1,4 +1,4 @@
-"""The weights files of a checkpoint: one file, shards, pickles, and how much memory they may take."""
+"""The weights files of a checkpoint: one file, shards, pickles, and the memory they may take."""
 
 from __future__ import annotations
 
@@ -177,7 +177,8 @@ def test_bounded_memory(copied: Path, members: Members, tmp_path: Path) -> None:
     """Four bombs, in a process of its own, which would need gigabytes: they are refused before."""
     wide = Path(shutil.copytree(copied, tmp_path / "wide"))
     edit_config(wide, hidden_size=10**9, num_attention_heads=1, intermediate_size=10**9)
-    header, large = tmp_path / "header.npz", tmp_path / "large.npz"
+    header = tmp_path / "header.npz"
+    large = tmp_path / "large.npz"
     lists = Path(shutil.copytree(copied, tmp_path / "lists"))
     with zipfile.ZipFile(header, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(BIAS, b"\x93NUMPY\2\0" + struct.pack("<I", 1 << 28) + bytes(1 << 28))
@@ -194,15 +195,15 @@ def test_bounded_memory(copied: Path, members: Members, tmp_path: Path) -> None:
             archive.writestr(name, start := npy_header(describe_array(str(tuple(shape)))))
             archive.getinfo(name).file_size = len(start) + 4 * int(np.prod(shape))
     (lists / CONFIG).write_text('{"a": [' + "[]," * 1_000_000 + "[]]}")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, (wide, header, large, lists))],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     used, messages = zip(
-        *(line.split(maxsplit=1) for line in done.stdout.splitlines()[1:]), strict=True
+        *(line.split(maxsplit=1) for line in process.stdout.splitlines()[1:]), strict=True
     )
     assert "does not hold the tower" in messages[0]
     assert "EOF: reading array header" in messages[1]

@@ -102,11 +102,13 @@ def test_failed_save(checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 
 def test_changed_modules(tmp_path: Path) -> None:
     model = SigLipVisionModel(SMALL)
-    model.transformer.encoder.encoder_blocks[0].mlp.fc1 = torch.nn.Linear(24, 40, bias=False)  # type: ignore[union-attr]
+    mlp = model.get_submodule("transformer.encoder.encoder_blocks.0.mlp")
+    mlp.fc1 = torch.nn.Linear(24, 40, bias=False)
     model.adapter = torch.nn.Linear(1, 1)
     with pytest.raises(
         CheckpointError,
-        match=r"missing tensors \(1\):\n(?s:.*)fc1.bias\n.*unknown tensors \(2\):\n    adapter.bias",
+        match=r"missing tensors \(1\):\n(?s:.*)fc1.bias\n"
+        r".*unknown tensors \(2\):\n    adapter.bias",
     ):
         model.save_hf(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -201,7 +203,8 @@ def test_mixed_files(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     model = SigLipVisionModel.from_hf(checkpoint())
     other = SigLipVisionModel.from_hf(checkpoint(), config=replace(SMALL, hidden_act="gelu"))
     for write in (SigLipVisionModel.save_hf, extract_model):
-        one, two = tmp_path / f"one {write.__name__}", tmp_path / f"two {write.__name__}"
+        one = tmp_path / f"one {write.__name__}"
+        two = tmp_path / f"two {write.__name__}"
         write(model, one)
         write(other, two)
         assert SigLipVisionModel.from_hf(one).config.hidden_act == "gelu_pytorch_tanh"

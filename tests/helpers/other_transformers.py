@@ -114,7 +114,8 @@ def write_expected(folder: Path, tower: Any, seed: int) -> None:  # noqa: ANN401
         if naflex
         else torch.randn(2, 3, 45, 45, generator=generator)
     )
-    expected, inputs = {"pixel_values": pixel_values}, {}
+    expected = {"pixel_values": pixel_values}
+    inputs = {}
     if naflex:
         shapes = torch.tensor([[4, 9], [5, 8]])
         inputs = {

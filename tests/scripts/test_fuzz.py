@@ -87,7 +87,8 @@ def test_short_campaign(tmp_path: Path) -> None:
 # --- loaders that are wrong -----------------------------------------------------------------------
 
 Patch = pytest.MonkeyPatch
-load, config_of = SigLipVisionModel.from_hf, SigLipVisionConfig.from_hf
+load = SigLipVisionModel.from_hf
+config_of = SigLipVisionConfig.from_hf
 
 
 def without_check_of_size(patch: Patch) -> None:
@@ -216,12 +217,10 @@ def test_damaged_cache_detected(hub: Hub, tmp_path: Path, monkeypatch: Patch) ->
 def test_failures_reported(
     tmp_path: Path, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    report, kept, mutant, now = (
-        tmp_path / "fuzz.json",
-        tmp_path / "kept",
-        Fuzzer.mutant,
-        Counter[str](),
-    )
+    report = tmp_path / "fuzz.json"
+    kept = tmp_path / "kept"
+    mutant = Fuzzer.mutant
+    now = Counter[str]()
 
     def noted(self: Fuzzer, number: int) -> Any:  # noqa: ANN401
         now["number"] = number

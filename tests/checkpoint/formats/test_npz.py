@@ -91,8 +91,8 @@ def test_archives(members: Members, tmp_path: Path, model: SigLipVisionModel) ->
     assert not (tmp_path / "unpickled").exists()
     path.write_bytes(whole[: len(whole) // 2])
     assert_refused(path, "File is not a zip file")
-    for how in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
-        write_zip(path, members, how)
+    for compression in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        write_zip(path, members, compression)
         assert_refused(path, "is compressed as numpy does not compress")
     write_zip(path, {**members, BIAS.replace("bias", "sole"): members[BIAS]})
     path.write_bytes(path.read_bytes().replace(b"sole.npy", b"bias.npy"))

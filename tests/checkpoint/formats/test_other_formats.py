@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 from collections.abc import Callable
@@ -20,7 +21,10 @@ def zipped(payload: Payload) -> bytes:
     return file.getvalue()
 
 
-PICKLED = "a pickle, which is refused.*; to load a pickle can run any code. Where you trust its origin, transformers'"
+PICKLED = (
+    "a pickle, which is refused.*; to load a pickle can run any code. "
+    "Where you trust its origin, transformers'"
+)
 
 
 OTHERS: dict[str, tuple[Callable[[Payload], bytes], str]] = {
@@ -45,10 +49,10 @@ OTHERS: dict[str, tuple[Callable[[Payload], bytes], str]] = {
     "HDF5": (lambda _: b"\x89HDF\r\n\x1a\n" + b"\0" * 99, "it is an HDF5 file"),
     "one array": (lambda _: b"\x93NUMPY\1\0" + b"\0" * 99, "it is a single array of numpy"),
     "noise": (lambda _: bytes(range(200, 255)) * 9, "damaged or of another format: fetch it again"),
-    **{
-        f"pickle, protocol {n}": (lambda payload, n=n: pickle.dumps(payload, protocol=n), PICKLED)  # type: ignore[misc]
-        for n in range(2, 6)
-    },
+    "pickle, protocol 2": (functools.partial(pickle.dumps, protocol=2), PICKLED),
+    "pickle, protocol 3": (functools.partial(pickle.dumps, protocol=3), PICKLED),
+    "pickle, protocol 4": (functools.partial(pickle.dumps, protocol=4), PICKLED),
+    "pickle, protocol 5": (functools.partial(pickle.dumps, protocol=5), PICKLED),
     "pickle, protocol 0": (
         lambda payload: pickle.dumps(payload, protocol=0),
         "damaged or of another format",

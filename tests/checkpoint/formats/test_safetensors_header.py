@@ -26,7 +26,8 @@ from siglip_port.checkpoint.source import WEIGHTS
 from tests.helpers.damaged_files import Json, assert_loads, assert_refused, read_raw, write_raw
 from tests.helpers.hub_server import Hub, Repository
 
-NORM, FC1 = "vision_model.post_layernorm.bias", "vision_model.encoder.layers.0.mlp.fc1.weight"
+NORM = "vision_model.post_layernorm.bias"
+FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
 
 
 def changed(name: str, **values: object) -> Callable[[Json], Json]:
@@ -200,7 +201,8 @@ def test_agrees_with_safetensors(
     tensors: list[tuple[list[int], float, float]],
     more: int,
 ) -> None:
-    path, at = tmp_path_factory.getbasetemp() / "any.safetensors", 0
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    at = 0
     header = {}
     for dtype, (shape, *wrong) in zip(dtypes, tensors, strict=False):
         end = at + math.prod(shape) * BITS[dtype] // 8

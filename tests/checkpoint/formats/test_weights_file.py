@@ -46,9 +46,9 @@ def test_larger_than_memory(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text + content[8 + length :])
         file.truncate(8 + len(text) + end + 60_000_000_000)
-    found = inspect_checkpoint(find_source(folder))
-    assert found.problem is None
-    assert found.whole.bytes == end + 60_000_000_000
+    inspection = inspect_checkpoint(find_source(folder))
+    assert inspection.problem is None
+    assert inspection.whole.bytes == end + 60_000_000_000
 
     def no_memory(*_: object, **__: object) -> None:
         raise RuntimeError(
