@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     But for the tests that need the real one.
     """
     if "hub" not in config.option.markexpr.replace("not hub", ""):
+        assert "huggingface_hub" not in sys.modules, "a conftest.py imports the Hub's client"
         os.environ["HF_ENDPOINT"] = HUB.url
         os.environ["HF_HOME"] = HOME.name
         os.environ.pop("HF_HUB_OFFLINE", None)
