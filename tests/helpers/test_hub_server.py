@@ -48,6 +48,12 @@ def repository(hub: Hub, tmp_path: Path) -> Repository:
 Reply = tuple[int, dict[str, str], bytes]
 
 
+@pytest.fixture
+def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client does not wait between its attempts."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+
+
 def ask(
     address: str,
     span: str = "",
@@ -57,18 +63,18 @@ def ask(
 ) -> Reply:
     """One request without any help: no redirects, no decoding, no second try."""
     parts = urlsplit(address)
-    mine = connection or http.client.HTTPConnection(parts.netloc, timeout=10)
+    opened = connection or http.client.HTTPConnection(parts.netloc, timeout=10)
     try:
-        mine.request(
+        opened.request(
             method,
             f"{parts.path}?{parts.query}",
             headers={"Range": f"bytes={span}"} if span else {},
         )
-        response = mine.getresponse()
+        response = opened.getresponse()
         return response.status, dict(response.headers), response.read()
     finally:
         if connection is None:
-            mine.close()
+            opened.close()
 
 
 def at(hub: Hub, file: str, revision: str = "main") -> str:
@@ -113,7 +119,7 @@ def test_files_and_listings(hub: Hub, repository: Repository, tmp_path: Path) ->
     assert hub.requests[f"GET api/models/{NAME}"] == 1
 
 
-def test_what_the_hub_refuses(hub: Hub, repository: Repository, tmp_path: Path) -> None:
+def test_refusals(hub: Hub, repository: Repository, tmp_path: Path) -> None:
     def status(
         error: type[HfHubHTTPError],
         name: str = NAME,
@@ -145,9 +151,7 @@ def test_what_the_hub_refuses(hub: Hub, repository: Repository, tmp_path: Path) 
     assert ask(at(hub, WEIGHTS))[0] == 403
 
 
-def test_a_token_is_shown_to_the_hub_and_not_to_the_cdn(
-    hub: Hub, repository: Repository, tmp_path: Path
-) -> None:
+def test_token_is_not_for_cdn(hub: Hub, repository: Repository, tmp_path: Path) -> None:
     assert hf_hub_download(NAME, WEIGHTS, token="secret", cache_dir=tmp_path)
     assert hub.authorizations == [(hub.url, "Bearer secret")]
     location = ask(at(hub, WEIGHTS))[1]["Location"]
@@ -160,7 +164,7 @@ def test_a_token_is_shown_to_the_hub_and_not_to_the_cdn(
     assert hub.authorizations[1:] == [(hub.cdn_url, "Bearer secret")]
 
 
-def test_a_push_keeps_the_old_commit(hub: Hub, repository: Repository, tmp_path: Path) -> None:
+def test_push_keeps_old_commit(hub: Hub, repository: Repository, tmp_path: Path) -> None:
     shutil.copytree(repository.folder, tmp_path / "new")
     (tmp_path / "new" / "config.json").write_text('{"new": 1}')
     (tmp_path / "new" / WEIGHTS).unlink()
@@ -178,9 +182,8 @@ def test_a_push_keeps_the_old_commit(hub: Hub, repository: Repository, tmp_path:
     assert HfApi().model_info(NAME).sha == repository.commit
 
 
-def test_the_client_tries_again_where_a_transfer_broke_off(
-    hub: Hub, repository: Repository, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("no_sleep")
+def test_client_resumes(hub: Hub, repository: Repository, tmp_path: Path) -> None:
     hub.faults = [Fault("close", f"CDN * {WEIGHTS}", after=60_000)]
     assert Path(hf_hub_download(NAME, WEIGHTS, cache_dir=tmp_path)).read_bytes() == CONTENT
     assert hub.sent[WEIGHTS] == 60_000 + len(CONTENT)
@@ -188,9 +191,8 @@ def test_the_client_tries_again_where_a_transfer_broke_off(
     assert not hub.faults
 
 
-def test_a_hub_that_is_too_busy_says_when_to_come_back(
-    hub: Hub, repository: Repository, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("no_sleep")
+def test_client_retries_after_429(hub: Hub, repository: Repository, tmp_path: Path) -> None:
     hub.faults = [Fault("status", "CDN *", status=429, headers={"Retry-After": "0"}, times=2)]
     assert Path(hf_hub_download(NAME, WEIGHTS, cache_dir=tmp_path)).read_bytes() == CONTENT
     assert hub.requests[f"CDN GET {WEIGHTS}"] == 3
@@ -199,7 +201,7 @@ def test_a_hub_that_is_too_busy_says_when_to_come_back(
 # --- redirects and ranges -------------------------------------------------------------------------
 
 
-def test_a_large_file_is_elsewhere(hub: Hub, repository: Repository) -> None:
+def test_large_file_redirects_to_cdn(hub: Hub, repository: Repository) -> None:
     status, headers, body = ask(at(hub, WEIGHTS), method="HEAD")
     assert (status, body) == (302, b"")
     assert (headers["X-Linked-Etag"], headers["X-Linked-Size"]) == (
@@ -221,7 +223,7 @@ def test_a_large_file_is_elsewhere(hub: Hub, repository: Repository) -> None:
     assert ask(at(hub, "config.json"))[0] == 302
 
 
-def test_a_small_file_is_here(hub: Hub, repository: Repository) -> None:
+def test_small_file_is_served_by_hub(hub: Hub, repository: Repository) -> None:
     status, headers, body = ask(at(hub, "config.json"))
     assert (status, body, headers["Content-Length"], headers["Accept-Ranges"]) == (
         200,
@@ -238,7 +240,7 @@ def test_a_small_file_is_here(hub: Hub, repository: Repository) -> None:
     assert after["X-Repo-Commit"] == repository.commit != headers["X-Repo-Commit"]
 
 
-def test_signed_addresses_end(hub: Hub, repository: Repository) -> None:
+def test_signed_address_expires(hub: Hub, repository: Repository) -> None:
     def location() -> str:
         return ask(at(hub, WEIGHTS))[1]["Location"]
 
@@ -256,7 +258,7 @@ def test_signed_addresses_end(hub: Hub, repository: Repository) -> None:
 
 
 @pytest.mark.parametrize(
-    ("span", "expected", "told"),
+    ("span", "expected", "content_range"),
     [
         ("0-0", CONTENT[:1], "0-0"),
         ("10-19", CONTENT[10:20], "10-19"),
@@ -271,10 +273,17 @@ def test_signed_addresses_end(hub: Hub, repository: Repository) -> None:
         ("-", CONTENT, None),
     ],
 )
-def test_ranges(hub: Hub, plain: str, span: str, expected: bytes | None, told: str | None) -> None:
+def test_ranges(
+    hub: Hub, plain: str, span: str, expected: bytes | None, content_range: str | None
+) -> None:
     status, headers, body = ask(plain, span)
-    assert status == (200 if told is None else 416 if expected is None else 206)
-    assert headers.get("Content-Range") == (None if told is None else f"bytes {told}/100000")
+    if content_range is None:
+        assert status == 200
+    else:
+        assert status == (416 if expected is None else 206)
+    assert headers.get("Content-Range") == (
+        None if content_range is None else f"bytes {content_range}/100000"
+    )
     if expected is not None:
         assert body == expected
         assert hub.sent[WEIGHTS] == int(headers["Content-Length"]) == len(expected)
@@ -285,19 +294,19 @@ def test_ranges(hub: Hub, plain: str, span: str, expected: bytes | None, told: s
     assert not {"Accept-Ranges", "Content-Range"} & headers.keys()
 
 
-def test_a_huge_file_is_not_read(hub: Hub, repository: Repository) -> None:
+def test_huge_file_is_not_read(hub: Hub, repository: Repository) -> None:
     size = 60 << 30
     with (repository.folder / "huge.safetensors").open("wb") as opened:
         opened.truncate(size)
         opened.seek(size - 3)
         opened.write(b"end")
-    began = time.monotonic()
+    start = time.monotonic()
     headers = ask(at(hub, "huge.safetensors"), method="HEAD")[1]
     assert headers["X-Linked-Size"] == str(size)
     assert len(headers["X-Linked-Etag"].strip('"')) == 46  # nobody takes it for a SHA-256
     assert ask(headers["Location"], f"{size - 100}-")[2] == b"\0" * 97 + b"end"
     assert ask(headers["Location"], f"{size >> 1}-{(size >> 1) + 99}")[2] == b"\0" * 100
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - start < 2
     assert hub.sent["huge.safetensors"] == 200
 
 
@@ -305,15 +314,15 @@ def test_a_huge_file_is_not_read(hub: Hub, repository: Repository) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 416, 429, 500, 503])
-def test_any_status(hub: Hub, plain: str, status: int) -> None:
+def test_status_fault(hub: Hub, plain: str, status: int) -> None:
     hub.faults = [Fault("status", status=status, headers={"Retry-After": "7"})]
-    found, headers, _ = ask(plain)
-    assert (found, headers["Retry-After"]) == (status, "7")
+    actual, headers, _ = ask(plain)
+    assert (actual, headers["Retry-After"]) == (status, "7")
     assert ask(plain)[2] == CONTENT
 
 
 @pytest.mark.parametrize(
-    ("fault", "span", "status", "told", "expected"),
+    ("fault", "span", "status", "content_range", "expected"),
     [
         (Fault("html"), "", 200, None, None),
         (Fault("short"), "10-19", 206, "10-14/100000", CONTENT[10:15]),
@@ -345,23 +354,23 @@ def test_any_status(hub: Hub, plain: str, status: int) -> None:
     ids=lambda value: f"{value.kind} {value.after}" if isinstance(value, Fault) else "",
 )
 @pytest.mark.parametrize("cdn", ["", "*"], ids=["hub", "cdn"])
-def test_an_answer_that_is_not_what_was_asked_for(
+def test_spoiled_answer(
     hub: Hub,
     repository: Repository,
     cdn: str,
     fault: Fault,
     span: str,
     status: int,
-    told: str | None,
+    content_range: str | None,
     expected: bytes | None,
 ) -> None:
     repository.cdn = cdn
     address = ask(at(hub, WEIGHTS))[1]["Location"] if cdn else at(hub, WEIGHTS)
     hub.faults = [fault]
-    found, headers, body = ask(address, span)
-    assert (found, headers.get("Content-Range")) == (
+    actual, headers, body = ask(address, span)
+    assert (actual, headers.get("Content-Range")) == (
         status,
-        told and f"bytes {told.removeprefix('bytes ')}",
+        content_range and f"bytes {content_range.removeprefix('bytes ')}",
     )
     assert body == expected if expected is not None else b"<html>" in body
     assert ("Content-Length" in headers) == (fault.kind != "no length")
@@ -370,7 +379,7 @@ def test_an_answer_that_is_not_what_was_asked_for(
     assert ask(address, "10-19")[2] == CONTENT[10:20]
 
 
-def test_a_compressed_answer(hub: Hub, plain: str) -> None:
+def test_gzip_fault(hub: Hub, plain: str) -> None:
     hub.faults = [Fault("gzip", times=2)]
     for span in ("", "10-19"):
         _, headers, body = ask(plain, span)
@@ -379,30 +388,30 @@ def test_a_compressed_answer(hub: Hub, plain: str) -> None:
 
 
 @pytest.mark.parametrize("cdn", ["", "*"], ids=["hub", "cdn"])
-def test_headers_that_differ_or_miss(hub: Hub, repository: Repository, cdn: str) -> None:
+def test_header_faults(hub: Hub, repository: Repository, cdn: str) -> None:
     repository.cdn = cdn
     names = ("X-Linked-Etag", "X-Linked-Size") if cdn else ("ETag", "Content-Length")
     hub.faults = [Fault("other etag"), Fault("no etag"), Fault("other size"), Fault("no commit")]
-    found = [ask(at(hub, WEIGHTS), method="HEAD")[1] for _ in range(5)]
-    good = found.pop()
-    assert [answer.get(names[0]) == good[names[0]] for answer in found] == [
+    answers = [ask(at(hub, WEIGHTS), method="HEAD")[1] for _ in range(5)]
+    good = answers.pop()
+    assert [answer.get(names[0]) == good[names[0]] for answer in answers] == [
         False,
         False,
         True,
         True,
     ]
-    assert names[0] in found[0]
-    assert names[0] not in found[1]
+    assert names[0] in answers[0]
+    assert names[0] not in answers[1]
     if cdn:
-        assert found[2][names[1]] == str(len(CONTENT) + 1)
-    assert ["X-Repo-Commit" in answer for answer in found] == [True, True, True, False]
+        assert answers[2][names[1]] == str(len(CONTENT) + 1)
+    assert ["X-Repo-Commit" in answer for answer in answers] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("after", [None, 0, 1000])
 @pytest.mark.parametrize(
     ("kind", "error"), [("reset", ConnectionResetError), ("close", http.client.HTTPException)]
 )
-def test_a_connection_that_breaks(
+def test_broken_connection(
     hub: Hub, plain: str, kind: str, error: type[Exception], after: int | None
 ) -> None:
     hub.faults = [Fault("reset" if kind == "reset" else "close", after=after)]
@@ -424,7 +433,7 @@ def test_a_connection_that_breaks(
     assert ask(plain)[2] == CONTENT
 
 
-def test_what_was_sent_before_a_reset_arrives(hub: Hub, plain: str, repository: Repository) -> None:
+def test_reset_after_sent_bytes(hub: Hub, plain: str, repository: Repository) -> None:
     """However slow the client is to read it."""
     with (repository.folder / WEIGHTS).open("wb") as opened:
         opened.truncate(8_000_000)
@@ -440,11 +449,11 @@ def test_what_was_sent_before_a_reset_arrives(hub: Hub, plain: str, repository: 
 
 
 @pytest.mark.parametrize("after", [None, 1000])
-def test_an_answer_that_stalls(hub: Hub, plain: str, after: int | None) -> None:
+def test_stall_fault(hub: Hub, plain: str, after: int | None) -> None:
     hub.faults = [Fault("stall", seconds=0.2, after=after), Fault("stall", after=after)]
-    began = time.monotonic()
+    start = time.monotonic()
     assert ask(plain)[2] == CONTENT
-    assert time.monotonic() - began >= 0.2
+    assert time.monotonic() - start >= 0.2
     connection = http.client.HTTPConnection(urlsplit(plain).netloc, timeout=0.1)
     connection.request("GET", urlsplit(plain).path)
     with pytest.raises(TimeoutError):  # this one lasts
@@ -459,14 +468,14 @@ def test_an_answer_that_stalls(hub: Hub, plain: str, after: int | None) -> None:
     assert not hub.sent
 
 
-def test_an_answer_that_is_slow(hub: Hub, plain: str) -> None:
+def test_slow_fault(hub: Hub, plain: str) -> None:
     hub.faults = [Fault("slow", after=50_000, seconds=0.02)]
-    began = time.monotonic()
+    start = time.monotonic()
     assert ask(plain)[2] == CONTENT
-    assert time.monotonic() - began >= 50_000 // SLOW_CHUNK * 0.02
+    assert time.monotonic() - start >= 50_000 // SLOW_CHUNK * 0.02
 
 
-def test_faults_come_in_order_and_are_used_up(hub: Hub, repository: Repository) -> None:
+def test_faults_are_used_up_in_order(hub: Hub, repository: Repository) -> None:
     config, weights = at(hub, "config.json"), at(hub, WEIGHTS)
     hub.faults = [
         Fault("status", "HEAD config.json", status=500, times=2),
@@ -483,7 +492,7 @@ def test_faults_come_in_order_and_are_used_up(hub: Hub, repository: Repository) 
 # --- connections ----------------------------------------------------------------------------------
 
 
-def test_one_connection_carries_all_kinds_of_answers(hub: Hub, plain: str) -> None:
+def test_connection_is_reused(hub: Hub, plain: str) -> None:
     """A body that is longer or shorter than its headers say would spoil the answer after it."""
     connection = http.client.HTTPConnection(urlsplit(plain).netloc, timeout=10)
     connection.connect()
@@ -511,7 +520,7 @@ def test_one_connection_carries_all_kinds_of_answers(hub: Hub, plain: str) -> No
     assert hub.most_at_once == 1
 
 
-def test_many_at_once(hub: Hub, plain: str) -> None:
+def test_concurrent_requests(hub: Hub, plain: str) -> None:
     hub.faults = [Fault("slow", seconds=0.02, times=None)]
     bodies: list[bytes] = []
 
