@@ -240,7 +240,7 @@ def main_case(
     kind = {"pooling_head": port.pooling_head is not None, "naflex": port.config.naflex, **where}
     reference = references.load(source, dtype=dtype, device=args.device, **kind)
     # A NaFlex tower gets whole pictures here; its own pixels are the matter of another gate.
-    square = references.processors(replace(port.config, naflex=False), source, **where)["pil"]
+    square = references.image_processors(replace(port.config, naflex=False), source, **where)["pil"]
     pixels = with_noise(square(photograph)["pixel_values"])
     dtypes = [
         dtype,
@@ -297,13 +297,13 @@ def judge_pixels(port: SigLipVisionModel, case: Case, photograph: Image.Image) -
     """Compares what both sides' image processors make of pictures of all kinds, as the checkpoint says."""
     from siglip_port.image_processing import ImageProcessor
     from siglip_port.parity.siglip import reference as references
-    from siglip_port.parity.siglip.pixels import pixels
+    from siglip_port.parity.siglip.pixels import check_pixels
 
-    theirs = references.processors(port.config, case.source, **on_this_machine(port))
+    theirs = references.image_processors(port.config, case.source, **on_this_machine(port))
     ours = {
         backend: ImageProcessor.from_config(port.preprocessor_config, backend) for backend in theirs
     }
-    return pixels(ours, theirs, photograph, None if port.pooling_head is None else port.embed)
+    return check_pixels(ours, theirs, photograph, None if port.pooling_head is None else port.embed)
 
 
 def prove(

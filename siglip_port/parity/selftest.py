@@ -38,6 +38,7 @@ from siglip_port.parity.sides import Side
 from siglip_port.parity.siglip import cases as proof
 from siglip_port.parity.siglip import pixels
 from siglip_port.parity.siglip import reference as references
+from siglip_port.parity.siglip.sample_images import synthetic_photograph
 from siglip_port.parity.siglip.cases import Case
 from siglip_port.parity.siglip.taps import siglip_taps
 from siglip_port.text import format_table
@@ -190,7 +191,7 @@ def examine_shapes(mutant: Mutant) -> Result:
     result = Result(mutant)
     assert mutant.subject in ("naflex", "resized")
     with built(mutant) as load, tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
-        reference, inputs = references.small_tower(mutant.subject, Path(folder))
+        reference, inputs = references.small_reference(mutant.subject, Path(folder))
         try:
             model, _, table = load(
                 folder, interpolation=None if mutant.subject == "naflex" else "hf"
@@ -239,12 +240,12 @@ def examine_images(mutant: Mutant) -> Result:
             SigLipVisionConfig(image_size=64),
             SigLipVisionConfig(image_size=64, naflex=True),
         ):
-            theirs = references.processors(config)
+            theirs = references.image_processors(config)
             ours = {
                 name: image.ImageProcessor.from_config(processors.default(config), name)
                 for name in theirs
             }
-            gate = pixels.pixels(ours, theirs, pixels.waves(), explained=0)
+            gate = pixels.check_pixels(ours, theirs, synthetic_photograph(), max_hints=0)
             if not gate.passed:
                 result.kills.setdefault(gate.name, gate.findings[0])
                 result.innocent += innocent(gate.name, gate.findings, mutant)

@@ -1,11 +1,11 @@
-"""`compare` must pass what is equal, fail what is not, leave both sides as they were, and refuse what is no truth."""
+"""`compare` passes what is equal, fails what is not, and leaves both sides as they were."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,290 +13,302 @@ from torch import Tensor, nn
 
 from siglip_port import MLP, EncoderBlock, SigLipVisionModel
 from siglip_port.parity import Comparison, assert_parity, compare
-from siglip_port.parity.results import GateResult, Section
-from siglip_port.parity.siglip import cases as proof
-from siglip_port.parity.siglip import reference as references
+from siglip_port.parity.siglip import cases, reference
 from siglip_port.parity.siglip.taps import siglip_taps
 from tests.helpers.checkpoints import ODD, SMALL, MakeCheckpoint, pixels
 
-
-def block(model: SigLipVisionModel, i: int = 5) -> EncoderBlock:
-    part = model.transformer.encoder.encoder_blocks[i]
-    assert isinstance(part, EncoderBlock)
-    return part
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def sides(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    reference = references.load(folder, pooling_head=True, dtype=dtype)
-    return reference.model, SigLipVisionModel.from_hf(folder, dtype=dtype)
+class Pair:
+    """The reference, and a port of the same checkpoint that a test may break."""
 
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.reference: nn.Module = reference.load(folder, pooling_head=True, dtype=dtype).model
+        self.port = SigLipVisionModel.from_hf(folder, dtype=dtype)
 
-def compared(
-    reference: nn.Module, port: nn.Module, inputs: Tensor, dtype: torch.dtype = torch.float32
-) -> Comparison:
-    return compare(
-        reference,
-        port,
-        inputs.to(dtype),
-        siglip_taps(True),
-        call_reference=references.outputs,
-        call_port=proof.port_outputs,
-        weights=proof.tensors_by_reference_name,
-    )
+    def block(self, i: int = 5) -> EncoderBlock:
+        block = self.port.transformer.encoder.encoder_blocks[i]
+        assert isinstance(block, EncoderBlock)
+        return block
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("odd")
-    references.write_random_checkpoint(folder, ODD)
-    return folder
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
-)
-def test_no_false_alarm(tmp_path: Path, seed: int, dtype: torch.dtype, threads: int) -> None:
-    references.write_random_checkpoint(tmp_path, ODD, seed)
-    torch.set_num_threads(threads)
-    try:
-        found = compared(*sides(tmp_path, dtype), pixels(ODD, seed=seed), dtype)
-    finally:
-        torch.set_num_threads(1)
-    assert found.equal, found
-    names = ["environment", "weights", "liveness", "semantics"]
-    assert [gate.name for gate in found.sections[0].gates] == names + (
-        [f"rounding {str(dtype)[6:]}"] * (dtype != torch.float64)
-    )
-
-
-def test_both_sides_are_given_back_as_they_were(folder: Path) -> None:
-    reference, port = sides(folder)
-    port.requires_grad_(False)
-
-    def looks() -> list[tuple[int, torch.dtype, bool]]:
-        return [
-            (t.data_ptr(), t.dtype, t.requires_grad)
-            for side in (reference, port)
-            for t in side.parameters()
-        ]
-
-    before = looks()
-    inputs = pixels(ODD).float()
-    kept, state = inputs.clone(), torch.get_rng_state()
-    assert compared(reference, port, inputs).equal
-    assert looks() == before
-    assert torch.equal(inputs, kept)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.is_grad_enabled()
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in port.modules())
-
-
-def test_a_difference_has_an_address_a_size_and_a_hint(folder: Path) -> None:
-    reference, port = sides(folder)
-    block(port).layer_norm2.eps = 3.7e-6
-    found = compared(reference, port, pixels(ODD))
-    assert not found.equal
-    assert re.match(
-        r"DIFFERENT \(weights as given\): semantics: encoder\.layers\.5\.layer_norm2 \(port: "
-        r"transformer\.encoder\."
-        r"encoder_blocks\.5\.layer_norm2\): differs in float64, bound 1e-10, relative error "
-        r"[\d.]+e-0[678]; "
-        r"looks like: eps 3.7e-06 instead of 1e-06",
-        found.verdict,
-    )
-    assert [f.reference for _, gate, f in found.findings if gate.name == "semantics"] == [
-        "encoder.layers.5.layer_norm2"
-    ]
-    with pytest.raises(AssertionError, match=re.escape(found.verdict)):
-        assert_parity(
-            reference,
-            port,
-            pixels(ODD).float(),
+    def compare(self, inputs: Tensor | None = None) -> Comparison:
+        if inputs is None:
+            inputs = pixels(ODD)
+        return compare(
+            self.reference,
+            self.port,
+            inputs.to(self.dtype),
             siglip_taps(True),
-            call_reference=references.outputs,
-            call_port=proof.port_outputs,
-            weights=proof.tensors_by_reference_name,
+            call_reference=reference.outputs,
+            call_port=cases.port_outputs,
+            weights=cases.tensors_by_reference_name,
+        )
+
+    def compare_outputs(self) -> Comparison:
+        """Without taps and weights."""
+        return compare(
+            self.reference,
+            self.port,
+            pixels(ODD).to(self.dtype),
+            call_reference=reference.outputs,
+            call_port=cases.port_outputs,
         )
 
 
-def test_two_faults_have_two_addresses(folder: Path) -> None:
-    reference, port = sides(folder)
-    with torch.no_grad():
-        block(port, 2).self_attn.out_proj.bias.zero_()
-        block(port, 9).mlp.fc1.bias.zero_()
-    named = [
-        f.reference
-        for _, gate, f in compared(reference, port, pixels(ODD)).findings
-        if gate.name == "semantics"
-    ]
-    assert named == ["encoder.layers.2.self_attn.out_proj", "encoder.layers.9.mlp.fc1"]
+@pytest.fixture
+def pair(odd_checkpoint: Path) -> Pair:
+    return Pair(odd_checkpoint)
 
 
-def test_a_bias_of_the_keys_is_noticed_although_no_output_shows_it(folder: Path) -> None:
-    reference, port = sides(folder)
-    with torch.no_grad():
-        block(port).self_attn.k_proj.bias.add_(1)
+@pytest.fixture
+def single_thread_afterwards() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+def check_no_false_alarm(folder: Path, seed: int, dtype: torch.dtype, threads: int) -> None:
+    reference.write_random_checkpoint(folder, ODD, seed)
+    torch.set_num_threads(threads)
+    comparison = Pair(folder, dtype).compare(pixels(ODD, seed=seed))
+    assert comparison.equal, comparison
+    names = ["environment", "weights", "liveness", "semantics"]
+    if dtype != torch.float64:
+        names.append(f"rounding {str(dtype)[6:]}")
+    assert [gate.name for gate in comparison.sections[0].gates] == names
+
+
+@pytest.mark.usefixtures("single_thread_afterwards")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_false_alarm(tmp_path: Path, dtype: torch.dtype) -> None:
+    check_no_false_alarm(tmp_path, seed=0, dtype=dtype, threads=1)
+
+
+@pytest.mark.usefixtures("single_thread_afterwards")
+def test_no_false_alarm_with_two_threads(tmp_path: Path) -> None:
+    check_no_false_alarm(tmp_path, seed=1, dtype=torch.float32, threads=2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("single_thread_afterwards")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_false_alarm_on_many_weights(
+    tmp_path: Path, seed: int, dtype: torch.dtype, threads: int
+) -> None:
+    check_no_false_alarm(tmp_path, seed, dtype, threads)
+
+
+def test_both_sides_are_given_back_as_they_were(pair: Pair) -> None:
+    pair.port.requires_grad_(False)
+
+    def state_of_parameters() -> list[tuple[int, torch.dtype, bool]]:
+        return [
+            (parameter.data_ptr(), parameter.dtype, parameter.requires_grad)
+            for side in (pair.reference, pair.port)
+            for parameter in side.parameters()
+        ]
+
+    before = state_of_parameters()
     inputs = pixels(ODD).float()
-    assert compare(
-        reference, port, inputs, call_reference=references.outputs, call_port=proof.port_outputs
-    ).equal
-    found = compared(reference, port, inputs)
-    assert {f.reference for _, _, f in found.findings} == {
+    original_inputs = inputs.clone()
+    random_state = torch.get_rng_state()
+    assert pair.compare(inputs).equal
+    assert state_of_parameters() == before
+    assert torch.equal(inputs, original_inputs)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.is_grad_enabled()
+    for part in pair.port.modules():
+        assert not part._forward_hooks
+        assert not part._forward_pre_hooks
+
+
+def test_difference_has_an_address_a_size_and_a_hint(pair: Pair) -> None:
+    pair.block().layer_norm2.eps = 3.7e-6
+    comparison = pair.compare()
+    assert not comparison.equal
+    assert re.match(
+        r"DIFFERENT \(weights as given\): semantics: encoder\.layers\.5\.layer_norm2 \(port: "
+        r"transformer\.encoder\.encoder_blocks\.5\.layer_norm2\): differs in float64, bound 1e-10, "
+        r"relative error [\d.]+e-0[678]; looks like: eps 3.7e-06 instead of 1e-06",
+        comparison.verdict,
+    )
+    assert places(comparison, "semantics") == ["encoder.layers.5.layer_norm2"]
+
+
+def places(comparison: Comparison, gate_name: str) -> list[str]:
+    """What a gate names."""
+    return [finding.reference for _, gate, finding in comparison.findings if gate.name == gate_name]
+
+
+def check_parity(pair: Pair) -> None:
+    assert_parity(
+        pair.reference,
+        pair.port,
+        pixels(ODD).float(),
+        siglip_taps(True),
+        call_reference=reference.outputs,
+        call_port=cases.port_outputs,
+        weights=cases.tensors_by_reference_name,
+    )
+
+
+def test_assert_parity_fails_with_the_verdict(pair: Pair) -> None:
+    pair.block().layer_norm2.eps = 3.7e-6
+    verdict = pair.compare().verdict
+    with pytest.raises(AssertionError, match=re.escape(verdict)):
+        check_parity(pair)
+
+
+def test_assert_parity_passes_what_is_equal(pair: Pair) -> None:
+    check_parity(pair)
+
+
+def test_two_faults_have_two_addresses(pair: Pair) -> None:
+    with torch.no_grad():
+        pair.block(2).self_attn.out_proj.bias.zero_()
+        pair.block(9).mlp.fc1.bias.zero_()
+    assert places(pair.compare(), "semantics") == [
+        "encoder.layers.2.self_attn.out_proj",
+        "encoder.layers.9.mlp.fc1",
+    ]
+
+
+def test_bias_of_the_keys_although_no_output_shows_it(pair: Pair) -> None:
+    with torch.no_grad():
+        pair.block().self_attn.k_proj.bias.add_(1)
+    assert pair.compare_outputs().equal
+    comparison = pair.compare()
+    assert {finding.reference for _, _, finding in comparison.findings} == {
         "encoder.layers.5.self_attn.k_proj",
         "encoder.layers.5.self_attn.k_proj.bias",
     }
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_is_equal_to_nothing(folder: Path, value: float) -> None:
-    reference, port = sides(folder)
-    block(port).self_attn.register_forward_hook(lambda _, args, out: out * value)
-    found = compared(reference, port, pixels(ODD))
-    assert not found.equal
-    assert found.findings[0][2].reference == "encoder.layers.5.self_attn"
+def test_what_is_not_finite_is_equal_to_nothing(pair: Pair, value: float) -> None:
+    pair.block().self_attn.register_forward_hook(lambda _, args, output: output * value)
+    comparison = pair.compare()
+    assert not comparison.equal
+    assert comparison.findings[0][2].reference == "encoder.layers.5.self_attn"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_reference_that_is_not_finite_is_no_reference(folder: Path, value: float) -> None:
-    reference, port = sides(folder)
+def test_reference_that_is_not_finite_is_refused(pair: Pair, value: float) -> None:
     with torch.no_grad():
-        for side in (reference, port):
+        for side in (pair.reference, pair.port):
             next(iter(side.parameters())).fill_(value)
-    with pytest.raises(
-        ValueError,
-        match=r"the reference's weights hold NaN or infinity in float32, .* with: [a-z_.]+$",
-    ):
-        compared(reference, port, pixels(ODD))
+    message = r"the reference's weights hold NaN or infinity in float32, .* with: [a-z_.]+$"
+    with pytest.raises(ValueError, match=message):
+        pair.compare()
 
 
-def test_overflow_in_a_narrow_dtype_is_no_verdict(folder: Path) -> None:
+def test_overflow_in_a_narrow_dtype_is_refused(odd_checkpoint: Path) -> None:
     """Both overflow: infinity is not inside an infinite bound."""
-    reference, port = sides(folder, torch.float16)
+    pair = Pair(odd_checkpoint, torch.float16)
     with torch.no_grad():
-        for side in (reference, port.transformer):
-            side.post_layernorm.weight.fill_(6e4)
+        for side in (pair.reference, pair.port.transformer):
+            side.get_parameter("post_layernorm.weight").fill_(6e4)
     with pytest.raises(ValueError, match=r"NaN or infinity in float16 \(post_layernorm\)"):
-        compared(reference, port, pixels(ODD), torch.float16)
+        pair.compare()
 
 
-def test_two_dead_models_are_not_equal(folder: Path) -> None:
-    reference, port = sides(folder)
+def test_two_dead_models_are_refused(pair: Pair) -> None:
     with torch.no_grad():
-        for parameter in [*port.parameters(), *reference.parameters()]:
+        for parameter in [*pair.port.parameters(), *pair.reference.parameters()]:
             parameter.zero_()
     with pytest.raises(ValueError, match=r"nothing but zeros \(tokens\): two dead models would"):
-        compared(reference, port, pixels(ODD))
+        pair.compare()
 
 
-def test_two_models_that_give_the_same_for_everything_are_not_equal(folder: Path) -> None:
-    reference, port = sides(folder)
+def test_two_models_with_the_same_output_for_everything_are_not_equal(pair: Pair) -> None:
     with torch.no_grad():
-        for side in (reference, port.transformer):
-            side.embeddings.patch_embedding.weight.zero_()
-    found = compared(reference, port, pixels(ODD))
-    assert (
-        "liveness: tokens: it is the same for every input, so that agreement proves nothing"
-        in str(found)
-    )
+        for side in (pair.reference, pair.port.transformer):
+            side.get_parameter("embeddings.patch_embedding.weight").zero_()
+    message = "liveness: tokens: it is the same for every input, so that agreement proves nothing"
+    assert message in str(pair.compare())
 
 
-def test_a_truth_must_be_float64_throughout(folder: Path) -> None:
-    reference, port = sides(folder)
-    reference.set_attn_implementation("eager")
-    with pytest.raises(
-        ValueError, match=r"is not float64 throughout \(tokens is rough to .*e-0[678]\)"
-    ):
-        compared(reference, port, pixels(ODD))
+def test_truth_that_is_not_float64_throughout_is_refused(odd_checkpoint: Path) -> None:
+    pair = Pair(odd_checkpoint)
+    loaded = reference.load(odd_checkpoint, pooling_head=True, dtype=torch.float32)
+    loaded.model.set_attn_implementation("eager")
+    pair.reference = loaded.model
+    message = r"is not float64 throughout \(tokens is rough to .*e-0[678]\)"
+    with pytest.raises(ValueError, match=message):
+        pair.compare()
 
 
-def test_what_cannot_be_compared_is_said_so(folder: Path) -> None:
-    reference, port = sides(folder)
-    x = pixels(ODD).float()
+def test_single_input_is_refused(pair: Pair) -> None:
     with pytest.raises(ValueError, match="inputs must hold at least two"):
-        compared(reference, port, x[:1])
-    with pytest.raises(
-        ValueError, match=r"outputs differently \(last_hidden_state, output, pooler_output\)"
-    ):
-        compare(reference, port, x)
-    with pytest.raises(
-        ValueError, match=r"no module 'post_ln', which the tap 'post_layernorm': 'post_ln'"
-    ):
-        compare(reference, port, x, {"post_layernorm": "post_ln"})
+        pair.compare(pixels(ODD)[:1])
 
 
-def test_an_output_that_the_port_lacks_or_that_has_another_shape(folder: Path) -> None:
-    reference, port = sides(folder)
-    headless = SigLipVisionModel.from_hf(folder, pooling_head=False)
-    found = compare(
-        reference,
-        headless,
-        pixels(ODD).float(),
-        call_reference=references.outputs,
-        call_port=proof.port_outputs,
-    )
-    assert "pooled: the port does not return it" in str(found)
-    assert port.pooling_head is not None
-    port.pooling_head.register_forward_hook(lambda _, inputs, output: output[:, :-1])
-    found = compared(reference, port, pixels(ODD))
-    assert not found.equal
-    assert "[2, 71]" in str(found)
+def test_outputs_of_other_names_are_refused(pair: Pair) -> None:
+    message = r"outputs differently \(last_hidden_state, output, pooler_output\)"
+    with pytest.raises(ValueError, match=message):
+        compare(pair.reference, pair.port, pixels(ODD).float())
 
 
-def test_a_comparison_of_nothing_is_not_equal() -> None:
-    assert not Comparison(()).equal
-    assert Comparison(()).verdict == "DIFFERENT (weights as given): no gate was run"
-    idle = Comparison((Section("a", "b", (GateResult("semantics", 0, ""),)),))
-    assert not idle.equal
-    assert idle.verdict == "DIFFERENT (weights as given): semantics: gate semantics checked nothing"
+def test_unknown_tap_is_refused(pair: Pair) -> None:
+    message = r"no module 'post_ln', which the tap 'post_layernorm': 'post_ln'"
+    with pytest.raises(ValueError, match=message):
+        compare(pair.reference, pair.port, pixels(ODD).float(), {"post_layernorm": "post_ln"})
+
+
+def test_output_that_the_port_lacks(odd_checkpoint: Path) -> None:
+    pair = Pair(odd_checkpoint)
+    pair.port = SigLipVisionModel.from_hf(odd_checkpoint, pooling_head=False)
+    assert "pooled: the port does not return it" in str(pair.compare_outputs())
+
+
+def test_output_of_another_shape(pair: Pair) -> None:
+    assert pair.port.pooling_head is not None
+    pair.port.pooling_head.register_forward_hook(lambda _, inputs, output: output[:, :-1])
+    comparison = pair.compare()
+    assert not comparison.equal
+    assert "[2, 71]" in str(comparison)
 
 
 def without_modules(mlp: MLP, x: Tensor) -> Tensor:
-    return mlp.activation(x @ mlp.fc1.weight.T + mlp.fc1.bias) @ mlp.fc2.weight.T + mlp.fc2.bias
+    """What an MLP computes, without calling its Linears."""
+    hidden = mlp.activation(x @ mlp.fc1.weight.T + mlp.fc1.bias)
+    return hidden @ mlp.fc2.weight.T + mlp.fc2.bias
 
 
-def test_a_port_that_fuses_modules_is_equal_and_the_verdict_says_what_was_not_seen(
-    folder: Path,
+def test_fused_modules_are_equal_and_named_in_the_verdict(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference, port = sides(folder)
-    for part in port.transformer.encoder.encoder_blocks:
-        mlp = part.mlp
-        mlp.forward = lambda x, mlp=mlp: (
-            mlp.activation(x @ mlp.fc1.weight.T + mlp.fc1.bias) @ mlp.fc2.weight.T + mlp.fc2.bias
-        )
-    found = compared(reference, port, pixels(ODD))
-    assert found.equal, found
-    assert (
-        "seen only by what follows: encoder.layers.0.mlp.fc1, encoder.layers.0.mlp.fc2"
-        in found.verdict
-    )
+    monkeypatch.setattr(MLP, "forward", without_modules)
+    comparison = pair.compare()
+    assert comparison.equal, comparison
+    message = "seen only by what follows: encoder.layers.0.mlp.fc1, encoder.layers.0.mlp.fc2"
+    assert message in comparison.verdict
 
 
-def test_a_float32_step_inside_is_told_from_a_mistake_of_its_size(folder: Path) -> None:
-    reference, port = sides(folder)
-    norm = block(port).layer_norm1
-    norm.register_forward_hook(lambda _, args, out: out.float().to(out.dtype))
-    found = compared(reference, port, pixels(ODD))
-    assert found.equal, found
-    assert (
+def test_float32_step_inside_is_told_from_a_bug_of_its_size(pair: Pair) -> None:
+    norm = pair.block().layer_norm1
+    norm.register_forward_hook(lambda _, args, output: output.float().to(output.dtype))
+    comparison = pair.compare()
+    assert comparison.equal, comparison
+    message = (
         "float32 inside whatever the dtype, so judged by its rounding: encoder.layers.5.layer_norm1"
-        in found.verdict
     )
-    norm.register_forward_hook(lambda _, args, out: out * (1 + 1e-7))  # as small, and a mistake
-    assert not compared(reference, port, pixels(ODD)).equal
+    assert message in comparison.verdict
+    norm.register_forward_hook(lambda _, args, output: output * (1 + 1e-7))  # as small, and a bug
+    assert not pair.compare().equal
 
 
-def test_taps_of_a_headless_tower(checkpoint: MakeCheckpoint) -> None:
+def test_headless_model(checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint(SMALL)
-    reference = references.load(folder, pooling_head=False, dtype=torch.float32)
-    port = SigLipVisionModel.from_hf(folder, pooling_head=False)
-    found = compare(
-        reference.model,
-        port,
+    comparison = compare(
+        reference.load(folder, pooling_head=False, dtype=torch.float32).model,
+        SigLipVisionModel.from_hf(folder, pooling_head=False),
         pixels(SMALL).float(),
         siglip_taps(False),
-        call_reference=references.outputs,
-        call_port=proof.port_outputs,
+        call_reference=reference.outputs,
+        call_port=cases.port_outputs,
     )
-    assert found.equal, found
+    assert comparison.equal, comparison

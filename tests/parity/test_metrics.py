@@ -6,25 +6,79 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from siglip_port.parity.metrics import bits, cosine, relative_error
+from siglip_port.parity.metrics import (
+    ErrorMeter,
+    bits,
+    cosine,
+    is_finite,
+    relative_error,
+    tensors_equal,
+)
+
+TRUTH = torch.tensor([[3.0, 4.0], [0.0, 5.0]], dtype=torch.float64)
+VALUE = torch.tensor([[3.0, 4.1], [0.0, 5.0]])
+ERROR = 0.1 / math.sqrt(50)
 
 
-def test_figures_by_hand() -> None:
-    truth = torch.tensor([[3.0, 4.0], [0.0, 5.0]], dtype=torch.float64)
-    value = torch.tensor([[3.0, 4.1], [0.0, 5.0]])
-    assert relative_error(value, truth) == pytest.approx(0.1 / math.sqrt(50), rel=1e-5)
+def test_relative_error() -> None:
+    assert relative_error(VALUE, TRUTH) == pytest.approx(ERROR, rel=1e-5)
     assert math.isnan(relative_error(torch.zeros(2, 2), torch.zeros(2, 2)))
-    assert math.isnan(relative_error(value * math.nan, truth))
+    assert math.isnan(relative_error(VALUE * math.nan, TRUTH))
 
 
 def test_cosine_is_taken_along_the_features() -> None:
-    a, b = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    a = torch.randn(2, 5, 7)
+    b = torch.randn(2, 5, 7)
+    expected = F.cosine_similarity(a[1, 2].double(), b[1, 2].double(), dim=0)
     assert cosine(a, b).shape == (2, 5)
-    assert cosine(a, b)[1, 2] == pytest.approx(
-        float(F.cosine_similarity(a[1, 2].double(), b[1, 2].double(), dim=0))
-    )
+    assert cosine(a, b)[1, 2] == pytest.approx(float(expected))
 
 
 def test_bits_tell_zeros_apart_and_not_nans() -> None:
-    assert not torch.equal(bits(torch.tensor([0.0])), bits(torch.tensor([-0.0])))
-    assert torch.equal(bits(torch.tensor([math.nan])), bits(torch.tensor([math.nan])))
+    nan = torch.tensor([math.nan])
+    assert not tensors_equal(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert tensors_equal(nan, nan.clone())
+    assert torch.equal(bits(nan), bits(nan.clone()))
+
+
+def test_is_finite() -> None:
+    assert is_finite(TRUTH)
+    assert not is_finite(TRUTH * math.nan)
+    assert not is_finite(TRUTH / 0)
+
+
+def test_error_meter() -> None:
+    meter = ErrorMeter(TRUTH)
+    assert meter.add(VALUE) is not None
+    error = meter.error()
+    assert error.overall == pytest.approx(ERROR, rel=1e-5)
+    assert error.worst == pytest.approx(0.1 / 5, rel=1e-5)  # both vectors are of length 5
+
+
+def test_error_meter_of_parts_and_passes() -> None:
+    meter = ErrorMeter(TRUTH)
+    for part in (*VALUE.split(1), *VALUE.split(1)):
+        meter.add(part)
+    assert meter.error().overall == pytest.approx(ERROR, rel=1e-5)
+    meter.add(VALUE[:1])
+    assert not meter.is_complete
+    assert meter.error() == (math.inf, math.inf)
+
+
+def test_error_meter_of_another_shape() -> None:
+    meter = ErrorMeter(TRUTH)
+    assert meter.add(VALUE[:, :1]) is None
+    assert meter.error() == (math.inf, math.inf)
+
+
+def test_error_meter_of_what_is_not_finite() -> None:
+    meter = ErrorMeter(TRUTH)
+    meter.add(VALUE * math.nan)
+    assert math.isnan(meter.error().overall)
+    assert math.isnan(meter.error().worst)
+
+
+def test_error_meter_where_the_truth_is_zero() -> None:
+    meter = ErrorMeter(torch.zeros(2, 2))
+    meter.add(VALUE)
+    assert math.isnan(meter.error().overall)

@@ -1,177 +1,194 @@
-"""The gate on pixels.
+"""The gate `pixels`: images become the same numbers by the port's processors and the reference's.
 
-Pictures of all kinds through the port's preprocessing and the reference's, bit for bit.
-
-All other gates give both sides the same pixels. So this one alone says whether it is the pixels
-that differ.
+Bit for bit. All other gates give both sides the same pixels, so this one alone says whether it is
+the pixels that differ.
 """
 
 from __future__ import annotations
 
-import io
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from siglip_port.image_processing import Backend, ImageProcessor
 from siglip_port.parity.gates import MEANING
-from siglip_port.parity.metrics import bits, cosine
+from siglip_port.parity.metrics import cosine, tensors_equal
 from siglip_port.parity.results import Finding, GateResult
+from siglip_port.parity.siglip.sample_images import Sample, sample_images
 
-Theirs = Mapping[Backend, Callable[[Any], Mapping[str, Tensor]]]
-"""The reference's processors: what each makes of one picture."""
+Embed = Callable[..., Tensor]
+"""`SigLipVisionModel.embed`: a batch by name -> vectors, [B, D]."""
 
-_PLACE = ("pixel_values", "siglip_port.image_processing")
+Pixels = Mapping[str, Tensor]
+"""What a processor makes of an image: `pixel_values`, and for NaFlex models mask and shapes."""
 
+ReferenceProcessors = Mapping[Backend, Callable[[Sample], Pixels]]
+"""The reference's processors, by backend."""
 
-def pictures(photograph: Image.Image) -> Iterator[tuple[str, Any]]:
-    """The photograph in every shape and mode that a file can bring; each with its name."""
-    photograph = photograph.convert("RGB")
-    width, height = photograph.size
-    small, random = photograph.resize((60, 50)), np.random.default_rng(0)
-    yield "the photograph", photograph
-    yield "upright", photograph.resize((height // 3 + 1, width))
-    yield "a thin line", photograph.resize((2, 199))
-    yield "one pixel", photograph.resize((1, 1))
-    yield "larger than any tower's", photograph.resize((1111, 901))
-    yield "noise", Image.fromarray(random.integers(0, 256, (70, 90, 3), dtype=np.uint8))
-    for mode in ("1", "L", "P", "CMYK", "YCbCr", "F"):
-        yield mode, small.convert(mode)
-    yield "I;16", Image.fromarray(np.arange(3000, dtype=np.uint16).reshape(50, 60) * 20)
-    clear = small.copy()
-    clear.putalpha(Image.fromarray(random.integers(0, 256, (50, 60), dtype=np.uint8)))
-    yield "RGBA", clear
-    yield "LA", clear.convert("LA")
-    palette = small.quantize(16)
-    palette.info["transparency"] = 3
-    yield "P, transparent", palette
-    yield "a JPEG file", _read_again(photograph, "JPEG")
-    with tempfile.TemporaryDirectory() as folder:
-        exif = Image.Exif()
-        exif[0x0112] = 6  # a quarter turn, as telephones have it
-        photograph.save(path := f"{folder}/turned.jpg", exif=exif)
-        yield "a JPEG file that lies on its side", path
-    yield "an array", np.array(small)
-    yield "an array with transparency", random.integers(0, 256, (50, 60, 4), dtype=np.uint8)
-    yield "a tensor, channels first", torch.from_numpy(np.array(small)).movedim(-1, 0).contiguous()
+CHANGES: dict[str, dict[str, Any]] = {
+    "resample=0": {"resample": 0},
+    "resample=1": {"resample": 1},
+    "resample=2": {"resample": 2},
+    "resample=3": {"resample": 3},
+    "the other backend": {},
+    "no normalisation": {"mean": None, "std": None},
+    "mean and std of 0.5": {"mean": (0.5,) * 3, "std": (0.5,) * 3},
+    "mean and std of ImageNet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+    "a factor of 1/255": {"rescale_factor": 1 / 255},
+    "no resizing": {"do_resize": False},
+}
+"""What the reference's processor can have that the port's has not."""
 
 
-def waves() -> Image.Image:
-    """A picture where there is no photograph: smooth, with every level, and no two sides alike."""
-    levels = np.random.default_rng(1).integers(0, 256, (9, 13, 3), dtype=np.uint8)
-    return Image.fromarray(levels).resize((451, 300), Image.Resampling.BICUBIC)
-
-
-def _read_again(image: Image.Image, kind: str) -> Image.Image:
-    file = io.BytesIO()
-    image.save(file, kind)
-    return Image.open(io.BytesIO(file.getvalue()))
-
-
-def pixels(
+def check_pixels(
     processors: Mapping[Backend, ImageProcessor],
-    theirs: Theirs,
+    reference_processors: ReferenceProcessors,
     photograph: Image.Image,
-    embed: Callable[..., Tensor] | None = None,
-    explained: int = 1,
+    embed: Embed | None = None,
+    max_hints: int = 1,
 ) -> GateResult:
-    """Compares what both sides make of `pictures`.
+    """Compare what both sides make of `sample_images`.
 
     Args:
         processors: the port's, by backend.
-        theirs: the reference's, by the same backends.
-        photograph: any picture.
-        embed: the port, to say what a difference in pixels does to a vector; None for a tower
+        reference_processors: the reference's, by the same backends.
+        photograph: any image.
+        embed: the port, to say what a difference in pixels does to a vector; None for a model
             without.
-        explained: how many differences, of each backend, get a hint, and the cosine.
+        max_hints: how many differences, of each backend, get a hint, and the cosine.
     """
-    checked, findings = 0, []
+    checked = 0
+    findings = []
     for backend, processor in processors.items():
-        left = explained
-        for name, picture in pictures(photograph):
+        hints = 0
+        for name, image in sample_images(photograph):
             checked += 1
-            try:
-                given, expected = dict(processor(picture)), dict(theirs[backend](picture))
-            except Exception as error:  # whatever it is, one of the two cannot take the picture
-                findings.append(
-                    Finding(f"{name}, {backend}: {type(error).__name__}: {error}", *_PLACE)
-                )
+            difference = compare_image(processor, reference_processors[backend], image)
+            if difference is None:
                 continue
-            if what := _differs(given, expected, levels(processor)):
-                costs = _costs(embed, given, expected) if left > 0 else ""
-                hint = _hint(processor, picture, expected) if left > 0 else ""
-                left -= 1
-                findings.append(Finding(f"{name}, {backend}: {what}{costs}", *_PLACE, hint=hint))
+            hint = ""
+            message = difference.message
+            if difference.pixels is not None and hints < max_hints:
+                hints += 1
+                message += describe_cost(embed, *difference.pixels)
+                hint = find_hint(processor, image, difference.pixels[1])
+            findings.append(pixel_finding(f"{name}, {backend}: {message}", hint))
     return GateResult("pixels", checked, MEANING["pixels"].bound, tuple(findings))
 
 
-def levels(processor: ImageProcessor) -> float:
-    """How many of the 255 levels of a picture's values are one of what a processor makes of them, at the most."""
-    return max(processor.std or (1.0,)) / (processor.rescale_factor or 1.0)
+def pixel_finding(message: str, hint: str) -> Finding:
+    """A finding of this gate, which has one address."""
+    return Finding(message, "pixel_values", "siglip_port.image_processing", hint=hint)
 
 
-def _differs(given: Mapping[str, Any], expected: Mapping[str, Any], step: float = 1.0) -> str:
-    """What is not the same in two batches; empty where everything is."""
-    if given.keys() != expected.keys():
-        return f"gives {', '.join(given)}, expected {', '.join(expected)}"
-    for name, tensor in given.items():
+@dataclass(frozen=True)
+class Difference:
+    """What is not the same of one image.
+
+    Attributes:
+        message: in words.
+        pixels: those of the port and of the reference; None where one of them has none.
+    """
+
+    message: str
+    pixels: tuple[Pixels, Pixels] | None = None
+
+
+def compare_image(
+    processor: ImageProcessor, reference_processor: Callable[[Sample], Pixels], image: Sample
+) -> Difference | None:
+    """Compare what two processors make of one image; None where it is the same."""
+    try:
+        pixels = process(processor, image)
+        expected = dict(reference_processor(image))
+    except Exception as error:  # whatever it is, one of the two cannot take the image
+        return Difference(f"{type(error).__name__}: {error}")
+    message = compare_pixels(pixels, expected, levels_per_unit(processor))
+    if not message:
+        return None
+    return Difference(message, (pixels, expected))
+
+
+def process(processor: ImageProcessor, image: Sample) -> Pixels:
+    """What the port's processor makes of one image."""
+    return cast(dict[str, Tensor], processor(image))
+
+
+def levels_per_unit(processor: ImageProcessor) -> float:
+    """How many of an image's 255 levels make a difference of 1 in the pixels, at most."""
+    std = max(processor.std or (1.0,))
+    return std / (processor.rescale_factor or 1.0)
+
+
+def compare_pixels(pixels: Pixels, expected: Pixels, levels: float = 1.0) -> str:
+    """Say what is not the same in two batches; empty where everything is.
+
+    Args:
+        pixels: the port's.
+        expected: the reference's.
+        levels: see `levels_per_unit`.
+    """
+    if pixels.keys() != expected.keys():
+        return f"gives {', '.join(pixels)}, expected {', '.join(expected)}"
+    for name, tensor in pixels.items():
         other = torch.as_tensor(expected[name])
         if tensor.shape != other.shape:
             return f"{name} of shape {list(tensor.shape)}, expected {list(other.shape)}"
         if name == "pixel_values":
-            if tensor.dtype != other.dtype:
-                return f"{name} are {tensor.dtype}, expected {other.dtype}"
-            if not torch.equal(bits(tensor), bits(other)):
-                far = (tensor.double() - other.double()).abs() * step
-                return f"differs by up to {far.max():.3g} of 255 levels, in {(far > 0).double().mean():.0%} of all values"
+            message = compare_values(tensor, other, levels)
+            if message:
+                return message
         elif not torch.equal(tensor.long(), other.long()):
             return f"{name} is not the same"
     return ""
 
 
-def _costs(embed: Callable[..., Tensor] | None, given: Any, expected: Any) -> str:  # noqa: ANN401
-    if embed is None or {k: t.shape for k, t in given.items()} != {
-        k: t.shape for k, t in expected.items()
-    }:
+def compare_values(values: Tensor, expected: Tensor, levels: float) -> str:
+    """Say by how much two `pixel_values` of one shape differ; empty where no bit does."""
+    if values.dtype != expected.dtype:
+        return f"pixel_values are {values.dtype}, expected {expected.dtype}"
+    if tensors_equal(values, expected):
+        return ""
+    differences = (values.double() - expected.double()).abs() * levels
+    share = (differences > 0).double().mean()
+    return f"differs by up to {differences.max():.3g} of 255 levels, in {share:.0%} of all values"
+
+
+def describe_cost(embed: Embed | None, pixels: Pixels, expected: Pixels) -> str:
+    """Say what a difference in pixels does to the port's vectors."""
+    if embed is None or shapes_of(pixels) != shapes_of(expected):
         return ""
     with torch.inference_mode():
-        ours, theirs = embed(**given), embed(**expected)
-    return (
-        f"; the port's vectors of the two have a cosine of {float(cosine(ours, theirs).min()):.6f}"
-    )
+        similarity = cosine(embed(**pixels), embed(**expected))
+    return f"; the port's vectors of the two have a cosine of {float(similarity.min()):.6f}"
 
 
-def _hint(processor: ImageProcessor, picture: Any, expected: Mapping[str, Any]) -> str:  # noqa: ANN401
-    """What to change in the port's processor to have it as expected.
+def shapes_of(pixels: Pixels) -> dict[str, torch.Size]:
+    """The shape of every tensor."""
+    return {name: tensor.shape for name, tensor in pixels.items()}
 
-    Empty where nothing known does.
-    """
-    changes: dict[str, dict[str, Any]] = {
-        f"resample={number}": {"resample": number}
-        for number in (0, 1, 2, 3)
-        if number != processor.resample
-    }
-    changes |= {
-        "the other backend": {
-            "backend": "pil" if processor.backend == "torchvision" else "torchvision"
-        },
-        "no normalisation": {"mean": None, "std": None},
-        "mean and std of 0.5": {"mean": (0.5,) * 3, "std": (0.5,) * 3},
-        "mean and std of ImageNet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
-        "a factor of 1/255": {"rescale_factor": 1 / 255},
-        "no resizing": {"do_resize": False},
-    }
-    for name, change in changes.items():
+
+def find_hint(processor: ImageProcessor, image: Sample, expected: Pixels) -> str:
+    """What to change in the port's processor to have it as expected; empty if nothing known."""
+    for name, changed in changed_processors(processor):
         try:
-            other = dict(replace(processor, **change)(picture))
+            pixels = process(changed, image)
         except (ValueError, RuntimeError):
             continue
-        if not _differs(other, expected):
+        if not compare_pixels(pixels, expected):
             return f"the reference has {name}"
     return ""
+
+
+def changed_processors(processor: ImageProcessor) -> Iterator[tuple[str, ImageProcessor]]:
+    """The processor with each of `CHANGES`."""
+    for name, change in CHANGES.items():
+        if name == "the other backend":
+            backend: Backend = "pil" if processor.backend == "torchvision" else "torchvision"
+            yield name, replace(processor, backend=backend)
+        elif name != f"resample={processor.resample}":
+            yield name, replace(processor, **change)

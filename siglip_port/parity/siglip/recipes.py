@@ -1,4 +1,4 @@
-"""Random weights on which the bugs of a port are loud: the recipes N1, S1, L7 and L8.
+"""Random weights on which the bugs of a SigLIP port are loud: the recipes N1, S1, L7 and L8.
 
 A freshly initialized model hides bugs: its biases are 0, its LayerNorms the identity and its
 attention almost uniform, so that whatever forgets, swaps or repeats one of them goes unseen. The
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from siglip_port.parity.stress_weights import randomise
 
+Weights = dict[str, Tensor]
+"""Parameters by name; changed in place."""
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to a tower after `randomise`.
+    """What is done to a model after `randomise`.
 
     Attributes:
         purpose: what the weights are for.
@@ -28,7 +31,7 @@ class Recipe:
         probe: factor on the pooling probe.
         shrink: whether all that is written into the residual stream is scaled by sqrt(eps), so that
             the LayerNorms' variances are of the size of their eps.
-        tail: share of the MLPs' hidden units parked where the forms of GELU differ most, at
+        tail: share of the MLPs' hidden units parked where the variants of GELU differ most, at
             `tail_at`.
         tail_at: where that is.
         amplify: size of the constants that cancel exactly and amplify rounding on the way; 0 for
@@ -47,7 +50,7 @@ class Recipe:
     constant: float = 0.0
 
 
-_L7 = Recipe(
+L7 = Recipe(
     "tripwires: constants that cancel exactly amplify whatever rounds too much",
     attention=2.2,
     probe=2.0,
@@ -68,24 +71,27 @@ RECIPES: dict[str, Recipe | None] = {
         tail=0.5,
         tail_at=-3.2,
     ),
-    "L7": _L7,
+    "L7": L7,
     "L8": replace(
-        _L7,
+        L7,
         purpose="L7, and a large constant before the last LayerNorm: makes its variance count",
         constant=30.0,
     ),
 }
-"""The recipes by name. `default` is none: a fresh initialisation, for comparison."""
+"""The recipes by name. `default` is none: a fresh initialization, for comparison."""
+
+TAIL_SPREAD = 0.25
+"""Standard deviation of the inputs of hidden units in GELU's tail."""
 
 
 @torch.no_grad()
-def fill(tower: nn.Module, recipe: str, seed: int = 1234) -> None:
-    """Fills a SigLIP tower whose tensors are named as in the flat HuggingFace layout, in place.
+def fill(model: nn.Module, recipe: str, seed: int = 1234) -> None:
+    """Fill a SigLIP model whose tensors are named as in the flat HuggingFace layout, in place.
 
     Args:
-        tower: transformers' `SiglipVisionModel`, of any release that names its tensors so, or the
+        model: transformers' `SiglipVisionModel`, of any release that names its tensors so, or the
             NaFlex one.
-        recipe: one of `RECIPES`; `default` leaves the tower as its constructor left it.
+        recipe: one of `RECIPES`; `default` leaves the model as its constructor left it.
         seed: of generators of their own; the global one is not touched.
 
     Raises:
@@ -93,28 +99,31 @@ def fill(tower: nn.Module, recipe: str, seed: int = 1234) -> None:
     """
     if recipe not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-    chosen = RECIPES[recipe]
-    if chosen is None:
+    steps = RECIPES[recipe]
+    if steps is None:
         return
-    randomise(tower, seed)
-    weights: dict[str, Tensor] = dict(tower.named_parameters())
-    eps = next(part.eps for part in tower.modules() if isinstance(part, nn.LayerNorm))
+    randomise(model, seed)
+    weights: Weights = dict(model.named_parameters())
+    scale = math.sqrt(layer_norm_eps(model))
     generator = torch.Generator().manual_seed(seed + 1)
-    _sharpen_attention(weights, chosen)
-    if chosen.tail:
-        _park_in_the_tail(weights, chosen, generator)
-    if chosen.shrink:
-        for name, weight in weights.items():
-            block_or_head = name.startswith(("encoder.layers", "head."))
-            if "embedding" in name or (block_or_head and ("out_proj" in name or "fc2" in name)):
-                weight.mul_(math.sqrt(eps))
-    if chosen.amplify:
-        _amplify_rounding(weights, chosen.amplify, math.sqrt(eps), generator)
-    if chosen.constant:
-        _lift_the_last_layernorm(weights, chosen.constant * math.sqrt(eps), generator)
+    sharpen_attention(weights, steps)
+    if steps.tail:
+        park_in_tail(weights, steps, generator)
+    if steps.shrink:
+        shrink_residual_stream(weights, scale)
+    if steps.amplify:
+        amplify_rounding(weights, steps.amplify, scale, generator)
+    if steps.constant:
+        lift_last_layer_norm(weights, steps.constant * scale, generator)
 
 
-def _sharpen_attention(weights: dict[str, Tensor], recipe: Recipe) -> None:
+def layer_norm_eps(model: nn.Module) -> float:
+    """The eps of the first LayerNorm of a model."""
+    return next(part.eps for part in model.modules() if isinstance(part, nn.LayerNorm))
+
+
+def sharpen_attention(weights: Weights, recipe: Recipe) -> None:
+    """Scale queries, keys and the probe."""
     for name, weight in weights.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             weight.mul_(recipe.attention)
@@ -124,86 +133,120 @@ def _sharpen_attention(weights: dict[str, Tensor], recipe: Recipe) -> None:
             weight.mul_(recipe.probe)
 
 
-def _park_in_the_tail(
-    weights: dict[str, Tensor], recipe: Recipe, generator: torch.Generator
-) -> None:
-    """Gives a share of fc1's units inputs of N(tail_at, 0.25^2), and scales fc2 to what comes out of them."""
-    spread = 0.25
-    sample = recipe.tail_at + spread * torch.randn(4096, generator=generator)
-    size = float(F.gelu(sample, approximate="tanh").square().mean().sqrt())
+def park_in_tail(weights: Weights, recipe: Recipe, generator: torch.Generator) -> None:
+    """Give a share of fc1's units inputs of N(tail_at, 0.25^2); scale fc2 to what comes of them."""
+    sample = recipe.tail_at + TAIL_SPREAD * torch.randn(4096, generator=generator)
+    activations = F.gelu(sample, approximate="tanh")
+    size = float(activations.square().mean().sqrt())
     for name, weight in weights.items():
-        if name.endswith("fc1.weight"):
-            mlp = name.removesuffix("fc1.weight")
-            units = torch.randperm(len(weight), generator=generator)[
-                : int(len(weight) * recipe.tail)
-            ]
-            # The LayerNorm before it, N1's, puts out vectors of mean square 1.65 + 0.25, or less
-            # where eps counts.
-            rows = weight[units]
-            weight[units] = rows / rows.norm(dim=1, keepdim=True) * spread / 1.26
-            weights[f"{mlp}fc1.bias"][units] = recipe.tail_at + 0.05 * torch.randn(
-                len(units), generator=generator
-            )
-            weights[f"{mlp}fc2.weight"][:, units] *= 0.65 / size
+        if not name.endswith("fc1.weight"):
+            continue
+        mlp = name.removesuffix("fc1.weight")
+        num_units = int(len(weight) * recipe.tail)
+        units = torch.randperm(len(weight), generator=generator)[:num_units]
+        # The LayerNorm before it, N1's, puts out vectors of mean square 1.65 + 0.25, or less where
+        # eps counts.
+        rows = weight[units]
+        weight[units] = rows / rows.norm(dim=1, keepdim=True) * TAIL_SPREAD / 1.26
+        noise = torch.randn(len(units), generator=generator)
+        weights[f"{mlp}fc1.bias"][units] = recipe.tail_at + 0.05 * noise
+        weights[f"{mlp}fc2.weight"][:, units] *= 0.65 / size
 
 
-def _amplify_rounding(
-    weights: dict[str, Tensor], size: float, stream: float, generator: torch.Generator
+def shrink_residual_stream(weights: Weights, scale: float) -> None:
+    """Scale all that is written into the residual stream."""
+    for name, weight in weights.items():
+        is_output = "out_proj" in name or "fc2" in name
+        is_inside = name.startswith(("encoder.layers", "head."))
+        if "embedding" in name or (is_inside and is_output):
+            weight.mul_(scale)
+
+
+def amplify_rounding(
+    weights: Weights, size: float, stream: float, generator: torch.Generator
 ) -> None:
-    """Adds constants that change nothing in real numbers, and cost digits in floating point ones."""
+    """Add constants that change nothing in real numbers, and cost digits in floating point ones.
 
-    def trip(bias: str, readers: list[str], size: float, rows: slice = slice(None)) -> None:
-        """Adds `size` N to a bias, and takes what its readers make of it out of theirs."""
-        big = size * torch.randn(weights[bias][rows].shape, generator=generator)
-        for reader in readers:
-            weights[f"{reader}bias"] -= (weights[f"{reader}weight"].double() @ big.double()).to(
-                big.dtype
-            )
-        weights[bias][rows] += big
-
+    Args:
+        weights: changed in place.
+        size: of the constants.
+        stream: the scale of the residual stream.
+        generator: draws them.
+    """
     for name in list(weights):
         if name.endswith("layer_norm1.bias"):
             block = name.removesuffix("layer_norm1.bias")
-            trip(name, [f"{block}self_attn.{part}_proj." for part in "qkv"], size)
-            trip(f"{block}layer_norm2.bias", [f"{block}mlp.fc1."], size)
-            trip(f"{block}self_attn.v_proj.bias", [f"{block}self_attn.out_proj."], 3 * size)
-            key_bias = weights[f"{block}self_attn.k_proj.bias"]  # no output depends on it
-            key_bias += 0.6 * size * torch.randn(key_bias.shape, generator=generator)
+            add_constants_to_block(weights, block, size, generator)
     if "head.attention.in_proj_bias" in weights:
-        bias = weights["head.attention.in_proj_bias"]
-        width = len(bias) // 3
-        trip(
-            "head.attention.in_proj_bias",
-            ["head.attention.out_proj."],
-            3 * size,
-            slice(2 * width, None),
-        )
-        bias[width : 2 * width] += 0.6 * size * torch.randn(width, generator=generator)
-    weights["embeddings.position_embedding.weight"] += (
-        10 * size * stream
-    )  # common to all: every LayerNorm removes it
+        add_constants_to_head(weights, size, generator)
+    # Common to all: every LayerNorm removes it.
+    weights["embeddings.position_embedding.weight"] += 10 * size * stream
     patches = weights["embeddings.patch_embedding.weight"]
-    if patches.ndim == 4:  # High-pass filters: the rounding, order and resizing of pixels matter.
-        ramp = torch.arange(patches.shape[-1])
-        checkers = 1.0 - 2.0 * ((ramp[:, None] + ramp) % 2)
-        noise = torch.randn(patches.shape, generator=generator) * patches.std()
-        patches.copy_(4 * (0.03 * patches + 0.97 * checkers * noise))
+    if patches.ndim == 4:
+        to_high_pass_filters(patches, generator)
 
 
-def _lift_the_last_layernorm(
-    weights: dict[str, Tensor], size: float, generator: torch.Generator
+def add_constants_to_block(
+    weights: Weights, block: str, size: float, generator: torch.Generator
 ) -> None:
-    """Adds a constant vector to all tokens after the last block, and takes it out of post_layernorm's result."""
+    """Add constants to the inputs of a block's Linears, and to the keys."""
+    projections = [f"{block}self_attn.{part}_proj." for part in "qkv"]
+    add_constant(weights, f"{block}layer_norm1.bias", projections, size, generator)
+    add_constant(weights, f"{block}layer_norm2.bias", [f"{block}mlp.fc1."], size, generator)
+    values = f"{block}self_attn.v_proj.bias"
+    add_constant(weights, values, [f"{block}self_attn.out_proj."], 3 * size, generator)
+    key_bias = weights[f"{block}self_attn.k_proj.bias"]  # no output depends on it
+    key_bias += 0.6 * size * torch.randn(key_bias.shape, generator=generator)
+
+
+def add_constants_to_head(weights: Weights, size: float, generator: torch.Generator) -> None:
+    """Add constants to the values and keys of the pooling head, whose bias holds q, k and v."""
+    bias = weights["head.attention.in_proj_bias"]
+    width = len(bias) // 3
+    values = slice(2 * width, None)
+    readers = ["head.attention.out_proj."]
+    add_constant(weights, "head.attention.in_proj_bias", readers, 3 * size, generator, rows=values)
+    bias[width : 2 * width] += 0.6 * size * torch.randn(width, generator=generator)
+
+
+def add_constant(
+    weights: Weights,
+    bias: str,
+    readers: list[str],
+    size: float,
+    generator: torch.Generator,
+    *,
+    rows: slice = slice(None),
+) -> None:
+    """Add `size` N to a bias, and take what its readers make of it out of theirs."""
+    constant = size * torch.randn(weights[bias][rows].shape, generator=generator)
+    for reader in readers:
+        effect = weights[f"{reader}weight"].double() @ constant.double()
+        weights[f"{reader}bias"] -= effect.to(constant.dtype)
+    weights[bias][rows] += constant
+
+
+def to_high_pass_filters(patches: Tensor, generator: torch.Generator) -> None:
+    """Fill the patch convolution: rounding, order and resizing of pixels matter to it."""
+    ramp = torch.arange(patches.shape[-1])
+    checkers = 1.0 - 2.0 * ((ramp[:, None] + ramp) % 2)
+    noise = torch.randn(patches.shape, generator=generator) * patches.std()
+    patches.copy_(4 * (0.03 * patches + 0.97 * checkers * noise))
+
+
+def lift_last_layer_norm(weights: Weights, size: float, generator: torch.Generator) -> None:
+    """Add a constant vector to all tokens after the last block.
+
+    The bias of post_layernorm takes it out again.
+    """
     constant = size * torch.randn(weights["post_layernorm.bias"].shape, generator=generator)
     constant -= constant.mean()
-    last = max(
-        (name for name in weights if name.endswith("mlp.fc2.bias") and "layers" in name), key=_block
-    )
-    weights[last] += constant
-    weights["post_layernorm.bias"] -= (
-        weights["post_layernorm.weight"] * constant / constant.std(correction=0)
-    )
+    weights[last_block_bias(weights)] += constant
+    deviation = constant.std(correction=0)
+    weights["post_layernorm.bias"] -= weights["post_layernorm.weight"] * constant / deviation
 
 
-def _block(name: str) -> int:
-    return int(name.split(".")[2])
+def last_block_bias(weights: Weights) -> str:
+    """The name of the last bias that is added to the tokens."""
+    names = [name for name in weights if name.endswith("mlp.fc2.bias") and "layers" in name]
+    return max(names, key=lambda name: int(name.split(".")[2]))

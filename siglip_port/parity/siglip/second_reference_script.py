@@ -1,14 +1,14 @@
-"""A witness in a process of its own.
+"""A second reference in a process of its own.
 
-What a third implementation computes with a SigLIP tower's weights, in float64.
+What a third implementation computes with a SigLIP model's weights, in float64.
 
-`python witness_script.py PACKAGE FOLDER`. It runs in isolated environments, so it imports torch,
-safetensors and the package, and nothing of ours. FOLDER holds config.json and model.safetensors
-(transformers' SiglipVisionModel, names without a prefix), inputs.safetensors, and points.json: the
-points of the reference that are of interest. It leaves outputs.safetensors there, with
-`output.<name>` and `tap.<point>`, and witness.json.
+`python second_reference_script.py PACKAGE FOLDER`. It runs in isolated environments, so it imports
+torch, safetensors and the package, and nothing of ours. FOLDER holds config.json and
+model.safetensors (transformers' SiglipVisionModel, names without a prefix), inputs.safetensors, and
+points.json: the points of the reference that are of interest. It leaves outputs.safetensors there,
+with `output.<name>` and `tap.<point>`, and witness.json.
 
-A *place* is where the witness has a point of the reference: the path of a module for what it
+A *place* is where the second reference has a point of the first: the path of a module for what it
 returns, `path:input` for what it is given, `path:2/3` for the second of three equal parts of what
 it returns.
 """
@@ -58,7 +58,7 @@ TIMM = (
 
 
 @dataclass(frozen=True)
-class Witness:
+class Implementation:
     """The third implementation, with the weights loaded.
 
     Attributes:
@@ -76,52 +76,48 @@ class Witness:
     is_float64: bool = True
 
 
-def build_transformers(folder: Path, config: Json, weights: Tensors) -> Witness:
-    """Builds another release's SiglipVisionModel, with the attention that it chooses itself.
+def build_transformers(folder: Path, config: Json, weights: Tensors) -> Implementation:
+    """Build another release's SiglipVisionModel, with the attention that it chooses itself.
 
     Sdpa, if it has it.
     """
     transformers = importlib.import_module("transformers")
-    model = (
-        transformers.SiglipVisionModel(transformers.SiglipVisionConfig.from_pretrained(folder))
-        .double()
-        .eval()
-    )
-    prefix = (
-        "vision_model."
-        if any(name.startswith("vision_model.") for name in model.state_dict())
-        else ""
-    )
-    model.load_state_dict({prefix + name: tensor for name, tensor in weights.items()}, strict=True)
+    hf_config = transformers.SiglipVisionConfig.from_pretrained(folder)
+    model = transformers.SiglipVisionModel(hf_config).double().eval()
+    prefix = ""
+    if any(name.startswith("vision_model.") for name in model.state_dict()):
+        prefix = "vision_model."
+    model.load_state_dict(add_prefix(weights, prefix), strict=True)
 
     def run(pixels: Tensor) -> Tensors:
         output = model(pixels)
-        tokens = {"tokens": output.last_hidden_state}
-        return {**tokens, "pooled": output.pooler_output} if config["vision_use_head"] else tokens
+        outputs = {"tokens": output.last_hidden_state}
+        if config["vision_use_head"]:
+            outputs["pooled"] = output.pooler_output
+        return outputs
 
-    attention = getattr(
-        model.config, "_attn_implementation", "eager"
-    )  # whose softmax is float32 whatever the dtype
+    # The softmax of the eager attention is float32 whatever the dtype.
+    attention = getattr(model.config, "_attn_implementation", "eager")
     label = f"transformers {transformers.__version__}"
-    return Witness(label, model, run, lambda point: prefix + point, is_float64=attention != "eager")
+    is_float64 = attention != "eager"
+    return Implementation(label, model, run, lambda point: prefix + point, is_float64)
 
 
-def build_timm(_: Path, config: Json, weights: Tensors) -> Witness:
-    """Builds timm's tower, as its `vit_base_patch16_siglip_224` is built."""
+def build_timm(_: Path, config: Json, weights: Tensors) -> Implementation:
+    """Build timm's encoder, as its `vit_base_patch16_siglip_224` is built."""
     return with_trunk(f"timm {version('timm')}", make_trunk(config), "", config, weights)
 
 
-def build_open_clip(_: Path, config: Json, weights: Tensors) -> Witness:
-    """Builds open_clip's tower, as its `ViT-B-16-SigLIP` is built: a TimmModel.
+def build_open_clip(_: Path, config: Json, weights: Tensors) -> Implementation:
+    """Build open_clip's encoder, as its `ViT-B-16-SigLIP` is built: a TimmModel.
 
     It takes the sizes from timm by the name of a model alone, so one of our size is registered
     there.
     """
-    settings = importlib.import_module("open_clip").get_model_config("ViT-B-16-SigLIP")[
-        "vision_cfg"
-    ]
+    open_clip = importlib.import_module("open_clip")
+    settings = open_clip.get_model_config("ViT-B-16-SigLIP")["vision_cfg"]
 
-    def siglip_of_our_size(*, num_classes: int, global_pool: str, **_: object) -> Any:  # noqa: ANN401 (timm's class)
+    def siglip_of_our_size(*, num_classes: int, global_pool: str, **_: object) -> nn.Module:
         return make_trunk(config, num_classes=num_classes, global_pool=global_pool)
 
     importlib.import_module("timm.models").register_model(siglip_of_our_size)
@@ -137,93 +133,114 @@ def build_open_clip(_: Path, config: Json, weights: Tensors) -> Witness:
     return with_trunk(label, model, "trunk.", config, weights)
 
 
-def make_trunk(config: Json, **how: object) -> Any:  # noqa: ANN401 (timm's class)
-    """Makes timm's VisionTransformer in our sizes.
+def make_trunk(config: Json, *, num_classes: int = 0, global_pool: str | None = None) -> nn.Module:
+    """Make timm's VisionTransformer in our sizes.
 
     The activation and eps are its own, and its testimony.
     """
-    pool = {"num_classes": 0, "global_pool": "map" if config["vision_use_head"] else ""}
-    return importlib.import_module("timm.models").VisionTransformer(
+    if global_pool is None:
+        global_pool = "map" if config["vision_use_head"] else ""
+    hidden_size = config["hidden_size"]
+    trunk: nn.Module = importlib.import_module("timm.models").VisionTransformer(
         img_size=config["image_size"],
         patch_size=config["patch_size"],
         in_chans=config["num_channels"],
-        embed_dim=config["hidden_size"],
+        embed_dim=hidden_size,
         depth=config["num_hidden_layers"],
         num_heads=config["num_attention_heads"],
-        mlp_ratio=(config["intermediate_size"] + 0.5)
-        / config["hidden_size"],  # it rounds the product down
+        mlp_ratio=(config["intermediate_size"] + 0.5) / hidden_size,  # it rounds the product down
         class_token=False,
-        **{**pool, **how},
+        num_classes=num_classes,
+        global_pool=global_pool,
     )
+    return trunk
 
 
-def with_trunk(label: str, model: Any, prefix: str, config: Json, weights: Tensors) -> Witness:  # noqa: ANN401
-    """A model that is, or has, a trunk of timm's."""
-    model.double().eval().load_state_dict(
-        {prefix + k: v for k, v in to_timm(weights).items()}, strict=True
-    )
+def with_trunk(
+    label: str, model: nn.Module, prefix: str, config: Json, weights: Tensors
+) -> Implementation:
+    """Load the weights into a model that is, or has, a trunk of timm's."""
+    model.double().eval()
+    model.load_state_dict(add_prefix(to_timm(weights), prefix), strict=True)
 
     def run(pixels: Tensor) -> Tensors:
-        tokens: Tensors = {}  # the model returns what is pooled alone
+        outputs: Tensors = {}
         norm = model.get_submodule(f"{prefix}norm")
-        handle = norm.register_forward_hook(lambda _, __, output: tokens.update(tokens=output))
+        # The model returns what is pooled alone.
+        handle = norm.register_forward_hook(lambda _, __, output: outputs.update(tokens=output))
         returned = model(pixels)
         handle.remove()
-        return {**tokens, "pooled": returned} if config["vision_use_head"] else tokens
+        if config["vision_use_head"]:
+            outputs["pooled"] = returned
+        return outputs
 
-    return Witness(label, model, run, lambda point: prefix + rename(point))
+    return Implementation(label, model, run, lambda point: prefix + rename(point))
+
+
+def add_prefix(tensors: Tensors, prefix: str) -> Tensors:
+    """The same tensors, with a prefix before their names."""
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def rename(point: str) -> str:
     """The reference's point -> timm's place."""
-    for theirs, timms in TIMM:
-        point = point.replace(theirs, timms)
+    for name, timm_name in TIMM:
+        point = point.replace(name, timm_name)
     return point
 
 
 def to_timm(weights: Tensors) -> Tensors:
-    """Renames the reference's tensors, and fuses or splits them into timm's."""
-    rest = dict(weights)
-    found = {"pos_embed": rest.pop("embeddings.position_embedding.weight")[None]}
-    if "head.probe" in rest:
-        found["attn_pool.latent"] = rest.pop("head.probe")
+    """Rename the reference's tensors, and fuse or split them into timm's."""
+    weights = dict(weights)
+    tensors = {"pos_embed": weights.pop("embeddings.position_embedding.weight")[None]}
+    if "head.probe" in weights:
+        tensors["attn_pool.latent"] = weights.pop("head.probe")
         for kind in ("weight", "bias"):
-            qkv = rest.pop(f"head.attention.in_proj_{kind}").chunk(3)
-            rest |= {
-                f"head.attention:{part}.{kind}": tensor
-                for part, tensor in zip("qkv", qkv, strict=True)
-            }
-    fused: dict[str, Tensors] = {}
-    for name, tensor in rest.items():
+            fused = weights.pop(f"head.attention.in_proj_{kind}")
+            for part, tensor in zip("qkv", fused.chunk(3), strict=True):
+                weights[f"head.attention:{part}.{kind}"] = tensor
+    parts: dict[str, Tensors] = {}
+    for name, tensor in weights.items():
         module, _, kind = name.rpartition(".")
         path, _, part = rename(module).partition(":")
-        fused.setdefault(f"{path}.{kind}", {})[part] = tensor
-    return found | {
-        name: torch.cat([parts[part] for part in sorted(parts)]) for name, parts in fused.items()
-    }
+        parts.setdefault(f"{path}.{kind}", {})[part] = tensor
+    for name, by_part in parts.items():
+        tensors[name] = torch.cat([by_part[part] for part in sorted(by_part)])
+    return tensors
 
 
 def listen(model: nn.Module, places: Iterable[str]) -> Tensors:
-    """Hooks the places that the model has; returns a dict that is filled when it runs."""
-    seen: Tensors = {}
+    """Hook the places that the model has; return a dict that is filled when it runs."""
+    values: Tensors = {}
+
+    def input_hook(place: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            values[place] = args[0].clone()
+
+        return hook
+
+    def output_hook(place: str, part: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: object, output: object) -> None:
+            values[place] = part_of(output, part).clone()
+
+        return hook
+
     modules = dict(model.named_modules())
     for place in places:
-        path, _, what = place.partition(":")
-        if path in modules and what == "input":
-            modules[path].register_forward_pre_hook(
-                lambda _, args, p=place: seen.update({p: args[0].clone()})
-            )
-        elif path in modules and (not what or "/" in what):
-            modules[path].register_forward_hook(
-                lambda _, __, output, p=place, w=what: seen.update({p: part_of(output, w).clone()})
-            )
-    return seen
+        path, _, part = place.partition(":")
+        if path not in modules:
+            continue
+        if part == "input":
+            modules[path].register_forward_pre_hook(input_hook(place))
+        elif not part or "/" in part:
+            modules[path].register_forward_hook(output_hook(place, part))
+    return values
 
 
-def part_of(output: Any, which: str) -> Tensor:  # noqa: ANN401 (whatever the module returns)
+def part_of(output: Any, part: str) -> Tensor:  # noqa: ANN401 (whatever the module returns)
     """The first tensor of what is returned, or its `2/3`, the second of three equal parts."""
     tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    number, _, parts = (which or "1/1").partition("/")
+    number, _, parts = (part or "1/1").partition("/")
     return tensor.chunk(int(parts), -1)[int(number) - 1]
 
 
@@ -231,26 +248,33 @@ BUILDERS = {"timm": build_timm, "open_clip": build_open_clip, "transformers": bu
 
 
 def main(package: str, folder: Path) -> None:
-    """Hears the witness."""
-    config, points = (
-        json.loads((folder / name).read_text()) for name in ("config.json", "points.json")
-    )
-    weights = {
-        name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()
-    }
-    pixels = load_file(folder / "inputs.safetensors")["pixel_values"].double()
-    witness = BUILDERS[package](folder, config, weights)
-    seen = listen(witness.model, map(witness.place, points))
+    """Run the implementation, and leave what it computed."""
+    config = json.loads((folder / "config.json").read_text())
+    points = json.loads((folder / "points.json").read_text())
+    weights = load_double(folder / "model.safetensors")
+    pixels = load_double(folder / "inputs.safetensors")["pixel_values"]
+    implementation = BUILDERS[package](folder, config, weights)
+    places = {point: implementation.place(point) for point in points}
+    values = listen(implementation.model, places.values())
     with torch.inference_mode():
-        tensors = {f"output.{name}": tensor for name, tensor in witness.run(pixels).items()}
-    places = {point: witness.place(point) for point in points if witness.place(point) in seen}
-    tensors |= {f"tap.{point}": seen[place] for point, place in places.items()}
-    save_file(
-        {name: t.double().contiguous().clone() for name, t in tensors.items()},
-        folder / "outputs.safetensors",
-    )
-    about = {"label": witness.label, "is_float64": witness.is_float64, "places": places}
+        outputs = implementation.run(pixels)
+    places = {point: place for point, place in places.items() if place in values}
+    tensors = {f"output.{name}": tensor for name, tensor in outputs.items()}
+    tensors |= {f"tap.{point}": values[place] for point, place in places.items()}
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.double().contiguous().clone()
+    save_file(tensors, folder / "outputs.safetensors")
+    about = {
+        "label": implementation.label,
+        "is_float64": implementation.is_float64,
+        "places": places,
+    }
     (folder / "witness.json").write_text(json.dumps(about))
+
+
+def load_double(path: Path) -> Tensors:
+    """Load the tensors of a file in float64."""
+    return {name: tensor.double() for name, tensor in load_file(path).items()}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The gate on pixels: passes what is equal, and says of what is not where, how much and why."""
+"""The gate on pixels passes what is equal, and says where, how much and why something is not."""
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,43 +14,51 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import compare_origin
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
-from siglip_port.checkpoint import preprocessor_config as processors
+from siglip_port.checkpoint import preprocessor_config
 from siglip_port.image_processing import Backend, ImageProcessor
-from siglip_port.parity import mutants, randomise
-from siglip_port.parity.selftest import examine_images
-from siglip_port.parity.siglip import reference as references
-from siglip_port.parity.siglip.pixels import levels, pictures, pixels, waves
-from tests.helpers.checkpoints import SMALL, MakeCheckpoint
+from siglip_port.parity import Comparison, randomise
+from siglip_port.parity.results import Finding, GateResult, Section
+from siglip_port.parity.siglip.cases import random_case
+from siglip_port.parity.siglip.pixels import check_pixels, levels_per_unit
+from siglip_port.parity.siglip.reference import image_processors
+from siglip_port.parity.siglip.sample_images import synthetic_photograph
+from tests.helpers.checkpoints import SMALL
 
-PHOTOGRAPH = Image.open(Path(__file__).parents[3] / "tests" / "images" / "chelsea.png")
+PHOTOGRAPH = Image.open(Path(__file__).parents[2] / "images" / "chelsea.png")
+NAFLEX = replace(SMALL, naflex=True)
 
-
-def sides(
-    config: SigLipVisionConfig,
-) -> tuple[dict[Backend, ImageProcessor], dict[Backend, Callable[[Any], Any]]]:
-    theirs = references.processors(config)
-    assert list(theirs) == ["pil", "torchvision"]
-    return {
-        name: ImageProcessor.from_config(processors.default(config), name) for name in theirs
-    }, theirs
+Processors = dict[Backend, ImageProcessor]
 
 
-@pytest.mark.parametrize("naflex", [False, True])
-def test_equal(naflex: bool) -> None:
-    ours, theirs = sides(replace(SMALL, naflex=naflex))
-    gate = pixels(ours, theirs, PHOTOGRAPH)
+def port_processors(config: SigLipVisionConfig) -> Processors:
+    """The port's, as the published checkpoints have them."""
+    content = preprocessor_config.default(config)
+    backends: tuple[Backend, ...] = ("pil", "torchvision")
+    return {backend: ImageProcessor.from_config(content, backend) for backend in backends}
+
+
+def first_finding(processor: ImageProcessor, **options: Any) -> Finding:  # noqa: ANN401
+    gate = check_pixels({"pil": processor}, image_processors(SMALL), PHOTOGRAPH, **options)
+    return gate.findings[0]
+
+
+@pytest.mark.parametrize("config", [SMALL, NAFLEX], ids=["fixed", "naflex"])
+def test_equal_pixels_pass(config: SigLipVisionConfig) -> None:
+    gate = check_pixels(port_processors(config), image_processors(config), PHOTOGRAPH)
     assert gate.passed
     assert gate.name == "pixels"
-    assert gate.checked == 2 * len(list(pictures(PHOTOGRAPH))) == 42
-    assert not pixels({}, theirs, PHOTOGRAPH).passed  # nothing was checked
+    assert gate.checked == 42  # 21 images, by both backends
 
 
-@pytest.mark.parametrize("naflex", [False, True])
+def test_no_processors_do_not_pass() -> None:
+    assert not check_pixels({}, image_processors(SMALL), PHOTOGRAPH).passed
+
+
+@pytest.mark.parametrize("config", [SMALL, NAFLEX], ids=["fixed", "naflex"])
 @pytest.mark.parametrize("name", ["siglip-small", "siglip2-small"])
 @pytest.mark.parametrize(
-    "beside",
+    "content",
     [
         None,
         {},
@@ -60,25 +67,30 @@ def test_equal(naflex: bool) -> None:
     ],
 )
 def test_both_sides_read_the_same_from_a_checkpoint(
-    naflex: bool, name: str, beside: dict[str, Any] | None, tmp_path: Path
+    config: SigLipVisionConfig, name: str, content: dict[str, Any] | None, tmp_path: Path
 ) -> None:
     folder = tmp_path / name
-    model = SigLipVisionModel(replace(SMALL, naflex=naflex))
-    model.save_hf(folder)
+    SigLipVisionModel(config).save_hf(folder)
     (folder / "preprocessor_config.json").unlink()
-    if beside is not None:
-        kind = "Siglip2ImageProcessor" if naflex else "SiglipImageProcessor"
-        of_tower = (
-            {"patch_size": SMALL.patch_size, "max_num_patches": SMALL.num_patches} if naflex else {}
-        )
-        content = {"image_processor_type": kind, **of_tower, **beside}
+    if content is not None:
+        content = {**processor_fields(config), **content}
         (folder / "preprocessor_config.json").write_text(json.dumps(content))
-    told = SigLipVisionModel.from_hf(folder).preprocessor_config
-    theirs = references.processors(model.config, folder)
-    gate = pixels(
-        {name: ImageProcessor.from_config(told, name) for name in theirs}, theirs, PHOTOGRAPH
-    )
+    port_config = SigLipVisionModel.from_hf(folder).preprocessor_config
+    reference = image_processors(config, folder)
+    port = {backend: ImageProcessor.from_config(port_config, backend) for backend in reference}
+    gate = check_pixels(port, reference, PHOTOGRAPH)
     assert gate.passed, gate.findings[0]
+
+
+def processor_fields(config: SigLipVisionConfig) -> dict[str, Any]:
+    """What every `preprocessor_config.json` of such a model holds."""
+    if not config.naflex:
+        return {"image_processor_type": "SiglipImageProcessor"}
+    return {
+        "image_processor_type": "Siglip2ImageProcessor",
+        "patch_size": config.patch_size,
+        "max_num_patches": config.num_patches,
+    }
 
 
 @pytest.mark.parametrize(
@@ -94,56 +106,52 @@ def test_both_sides_read_the_same_from_a_checkpoint(
         ({"mean": (0.1, 0.2, 0.3)}, "the reference has mean and std of 0.5"),
     ],
 )
-def test_what_differs_is_called_by_name(change: dict[str, Any], hint: str) -> None:
-    ours, theirs = sides(SMALL)
-    gate = pixels({"pil": replace(ours["pil"], **change)}, theirs, PHOTOGRAPH)
-    finding = gate.findings[0]
-    assert finding.message.startswith("the photograph, pil: differs by up to ")
-    assert finding.hint == hint
-    assert not any(other.hint for other in gate.findings[1:])
+def test_hint(change: dict[str, Any], hint: str) -> None:
+    changed = replace(port_processors(SMALL)["pil"], **change)
+    gate = check_pixels({"pil": changed}, image_processors(SMALL), PHOTOGRAPH)
+    first, *others = gate.findings
+    assert first.message.startswith("the photograph, pil: differs by up to ")
+    assert first.hint == hint
+    assert not any(other.hint for other in others)
 
 
 @pytest.mark.parametrize(
     "change", [{}, {"image_std": [0.229] * 3}, {"do_rescale": False}, {"do_normalize": False}]
 )
-def test_differences_are_told_in_levels(change: dict[str, Any]) -> None:
-    ours = ImageProcessor.from_config({**processors.default(SMALL), **change})
+def test_differences_are_given_in_levels(change: dict[str, Any]) -> None:
+    processor = ImageProcessor.from_config({**preprocessor_config.default(SMALL), **change})
+    level = 1 / levels_per_unit(processor)
 
-    def brighter(picture: Any) -> dict[str, Tensor]:  # noqa: ANN401
-        return {"pixel_values": ours(picture)["pixel_values"] + 2 / levels(ours)}
+    def two_levels_brighter(image: Any) -> dict[str, Tensor]:  # noqa: ANN401
+        return {"pixel_values": processor(image)["pixel_values"] + 2 * level}
 
-    step = (
-        ours(np.full((9, 9, 3), 9, np.uint8))["pixel_values"]
-        - ours(np.zeros((9, 9, 3), np.uint8))["pixel_values"]
-    )[0]
-    assert float(step.mean()) == pytest.approx(9 / levels(ours), rel=1e-5)
-    told = pixels({"pil": ours}, {"pil": brighter}, PHOTOGRAPH).findings[0].message
-    assert "differs by up to 2 of 255 levels, in 100%" in told
+    black = processor(np.zeros((9, 9, 3), np.uint8))["pixel_values"]
+    gray = processor(np.full((9, 9, 3), 9, np.uint8))["pixel_values"]
+    assert float((gray - black).mean()) == pytest.approx(9 * level, rel=1e-5)
+    gate = check_pixels({"pil": processor}, {"pil": two_levels_brighter}, PHOTOGRAPH)
+    assert "differs by up to 2 of 255 levels, in 100%" in gate.findings[0].message
 
 
-def test_what_it_does_to_a_vector() -> None:
+def test_effect_on_the_vectors() -> None:
     model = SigLipVisionModel(SMALL).eval()
     randomise(model, seed=0)
-    ours, theirs = sides(SMALL)
-    (finding, *_) = pixels(
-        {"pil": replace(ours["pil"], resample=0)}, theirs, PHOTOGRAPH, model.embed
-    ).findings
-    cosine = float(finding.message.rpartition(" ")[2])
-    assert 0 < cosine < 0.9999
-    assert "; the port's vectors of the two have a cosine of " in finding.message
+    changed = replace(port_processors(SMALL)["pil"], resample=0)
+    message = first_finding(changed, embed=model.embed).message
+    assert "; the port's vectors of the two have a cosine of " in message
+    assert 0 < float(message.rpartition(" ")[2]) < 0.9999
 
 
-def test_a_picture_that_one_side_refuses() -> None:
-    ours, theirs = sides(SMALL)
-
-    def refuse(picture: object) -> dict[str, Tensor]:
+def test_image_that_one_side_refuses() -> None:
+    def refuse(image: object) -> dict[str, Tensor]:
         raise TypeError("no")
 
-    assert (
-        pixels(ours, {**theirs, "pil": refuse}, PHOTOGRAPH).findings[0].message
-        == "the photograph, pil: TypeError: no"
-    )
-    for other, what in (
+    gate = check_pixels(port_processors(SMALL), {"pil": refuse, "torchvision": refuse}, PHOTOGRAPH)
+    assert gate.findings[0].message == "the photograph, pil: TypeError: no"
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
         ({"pixel_values": torch.zeros(1)}, "pixel_values of shape [1, 3, 16, 16], expected [1]"),
         ({"x": torch.zeros(1)}, "gives pixel_values, expected x"),
         (
@@ -151,37 +159,78 @@ def test_a_picture_that_one_side_refuses() -> None:
             "pixel_values are torch.float32, expected torch.float64",
         ),
         ({"pixel_values": torch.zeros(1, 3, 16, 16)}, "differs by up to "),
-    ):
-        given: Callable[[Any], dict[str, Tensor]] = functools.partial(lambda made, _: made, other)
-        assert what in pixels(ours, {**theirs, "pil": given}, PHOTOGRAPH).findings[0].message
+    ],
+)
+def test_pixels_of_another_kind(pixels: dict[str, Tensor], message: str) -> None:
+    processors: Processors = {"pil": port_processors(SMALL)["pil"]}
+    gate = check_pixels(processors, {"pil": lambda image: pixels}, PHOTOGRAPH)
+    assert message in gate.findings[0].message
 
 
-@pytest.mark.parametrize("name", ["image_float64", "image_palette_alpha", "image_patches_few"])
-def test_mistakes_are_noticed(name: str) -> None:
-    """The finest ones; all are in the self-test."""
-    (mutant,) = (mutant for mutant in mutants.IMAGES if mutant.name == name)
-    assert examine_images(mutant).passed
-    assert not examine_images(replace(mutant, edits=())).noticed
+class Float64Normalization(ImageProcessor):
+    """Subtracts mean and divides by std in float64, and rounds once, to float32."""
+
+    def __call__(self, images: Any) -> Any:  # noqa: ANN401
+        rescaled = replace(self, mean=None, std=None)(images)["pixel_values"].double()
+        mean = torch.tensor(self.mean, dtype=torch.float32).double()[:, None, None]
+        std = torch.tensor(self.std, dtype=torch.float32).double()[:, None, None]
+        return {"pixel_values": ((rescaled - mean) / std).float()}
 
 
-def test_pixels_that_differ_are_told_from_a_model_that_does(
-    checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The port misreads the filter: the pixels differ, and no other gate has anything to say."""
-    folder, derive = checkpoint(), processors.derive
-    assert compare_origin.main(["--checkpoint", str(folder)]) == 0
-    assert "pixels (42), environment" in capsys.readouterr().out.splitlines()[-1]
-    monkeypatch.setattr(processors, "derive", lambda *given: {**derive(*given), "resample": 2})
-    assert compare_origin.main(["--checkpoint", str(folder)]) == 1
-    out = capsys.readouterr().out
-    rows = [line.split(" | ") for line in out.splitlines() if " | " in line][1:]
-    assert [row[0].strip() for row in rows if row[-1].strip() != "passed"] == ["pixels"]
-    assert (
-        "DIFFERENT (checkpoint weights): pixels: pixel_values (port: "
-        "siglip_port.image_processing): the photograph, " in out
-    )
-    assert "looks like: the reference has resample=3" in out
+class OpaquePalette(ImageProcessor):
+    """Forgets the transparency of palettes."""
+
+    def __call__(self, images: Any) -> Any:  # noqa: ANN401
+        if isinstance(images, Image.Image) and images.mode == "P":
+            images = images.copy()
+            images.info.pop("transparency", None)
+        return super().__call__(images)
 
 
-def test_waves_have_every_level() -> None:
-    assert [band.getextrema() for band in waves().split()] == [(0, 255)] * 3
+class FewerPatches(ImageProcessor):
+    """Resizes to strictly fewer patches than allowed."""
+
+    def __call__(self, images: Any) -> Any:  # noqa: ANN401
+        assert self.max_num_patches is not None
+        return self.batch([replace(self, max_num_patches=self.max_num_patches - 1).one(images)])
+
+
+def check_broken(kind: type[ImageProcessor], config: SigLipVisionConfig) -> GateResult:
+    """The gate on a processor that is broken in a way hard to see; all are in the self-test."""
+    fields = vars(port_processors(config)["pil"])
+    return check_pixels({"pil": kind(**fields)}, image_processors(config), synthetic_photograph())
+
+
+def test_normalization_in_float64_is_detected() -> None:
+    """The mean is that of ImageNet: halves are exact."""
+    content = {**preprocessor_config.default(SMALL), "image_mean": [0.485, 0.456, 0.406]}
+    right = ImageProcessor.from_config({**content, "image_std": [0.229, 0.224, 0.225]})
+    broken = Float64Normalization(**vars(right))
+    reference: dict[Backend, Callable[..., Any]] = {"pil": right}
+    assert check_pixels({"pil": right}, reference, PHOTOGRAPH).passed
+    assert not check_pixels({"pil": broken}, reference, PHOTOGRAPH).passed
+
+
+def test_opaque_palette_is_detected() -> None:
+    gate = check_broken(OpaquePalette, SMALL)
+    assert [finding.message.split(",")[:2] for finding in gate.findings] == [["P", " transparent"]]
+
+
+def test_fewer_patches_are_detected() -> None:
+    assert not check_broken(FewerPatches, NAFLEX).passed
+    assert check_broken(ImageProcessor, NAFLEX).passed
+
+
+def test_no_other_gate_sees_pixels_that_differ() -> None:
+    """The port misreads the filter."""
+    with random_case(SMALL, "N1") as case:
+        port = SigLipVisionModel.from_hf(case.source)
+        content = {**port.preprocessor_config, "resample": 2}
+        processors: Processors = {"pil": ImageProcessor.from_config(content)}
+        reference = image_processors(SMALL, case.source)
+        gates = (check_pixels(processors, reference, PHOTOGRAPH, port.embed), *case.check(port))
+    comparison = Comparison((Section("checkpoint", "checkpoint", gates),), "checkpoint weights")
+    assert [gate.name for gate in gates if not gate.passed] == ["pixels"]
+    address = "pixels: pixel_values (port: siglip_port.image_processing): the photograph, "
+    assert f"DIFFERENT (checkpoint weights): {address}" in comparison.verdict
+    assert "looks like: the reference has resample=3" in comparison.verdict

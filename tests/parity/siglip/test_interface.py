@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from siglip_port import SigLipVisionModel
+from siglip_port.parity import randomise
+from siglip_port.parity.siglip.cases import noise_images
+from siglip_port.parity.siglip.interface import check_interface
+from tests.helpers.checkpoints import SMALL
+
+NAFLEX = replace(SMALL, naflex=True, image_size=24)
+
+
+def make_port(naflex: bool = False) -> SigLipVisionModel:
+    model = SigLipVisionModel(NAFLEX if naflex else SMALL).eval()
+    randomise(model)
+    return model
+
+
+def messages(port: SigLipVisionModel) -> list[str]:
+    gate = check_interface(port, noise_images(port.config))
+    return [finding.message for finding in gate.findings]
+
+
+def test_port_passes() -> None:
+    gate = check_interface(make_port(), noise_images(SMALL))
+    assert gate.passed
+    assert gate.checked == 3
+
+
+def test_headless_port_passes() -> None:
+    config = replace(SMALL, pooling_head=False)
+    gate = check_interface(SigLipVisionModel(config).eval(), noise_images(config))
+    assert gate.passed
+    assert gate.checked == 1
+
+
+def test_naflex_port_passes() -> None:
+    gate = check_interface(make_port(naflex=True), noise_images(NAFLEX))
+    assert gate.passed
+    assert gate.checked == 4
+
+
+Embed = Callable[..., Tensor]
+
+
+def double_the_vectors(embed: Embed, x: Tensor, normalize: bool = False) -> Tensor:
+    return embed(x, normalize=normalize) * 2
+
+
+def never_normalize(embed: Embed, x: Tensor, normalize: bool = False) -> Tensor:
+    return embed(x)
+
+
+def drop_a_feature(embed: Embed, x: Tensor, normalize: bool = False) -> Tensor:
+    return embed(x, normalize=normalize)[:, 1:]
+
+
+NOT_POOLED = "embed() is not pool() of the tokens"
+NOT_NORMALIZED = "embed(normalize=True) is not pooled / ||pooled||"
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (double_the_vectors, [NOT_POOLED, NOT_NORMALIZED]),
+        (never_normalize, [NOT_NORMALIZED]),
+        (drop_a_feature, [NOT_POOLED, NOT_NORMALIZED]),
+    ],
+)
+def test_embed(
+    fault: Callable[..., Tensor], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = make_port()
+    embed = port.embed
+    monkeypatch.setattr(port, "embed", lambda x, **options: fault(embed, x, **options))
+    assert messages(port) == expected
+
+
+def test_shape_of_the_tokens() -> None:
+    port = make_port()
+    port.transformer.register_forward_hook(lambda _, args, tokens: tokens[:, 1:])
+    assert messages(port) == ["shape [2, 3, 24], expected [2, 4, 24]"]
+
+
+def test_packed_patches() -> None:
+    port = make_port(naflex=True)
+
+    def reverse_packed(_: torch.nn.Module, args: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
+        return tokens.flip(1) if args[0].ndim == 3 else tokens
+
+    port.transformer.register_forward_hook(reverse_packed)
+    assert messages(port) == [
+        "packed patches of [16, 40] pixels give other tokens than the picture"
+    ]
