@@ -38,8 +38,8 @@ from siglip_port.parity.sides import Side
 from siglip_port.parity.siglip import cases as proof
 from siglip_port.parity.siglip import pixels
 from siglip_port.parity.siglip import reference as references
-from siglip_port.parity.siglip.sample_images import synthetic_photograph
 from siglip_port.parity.siglip.cases import Case
+from siglip_port.parity.siglip.sample_images import synthetic_photograph
 from siglip_port.parity.siglip.taps import siglip_taps
 from siglip_port.text import format_table
 from siglip_port.threads import torch_threads
