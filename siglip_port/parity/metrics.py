@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 
@@ -18,7 +17,7 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 def cosine(value: Tensor, truth: Tensor) -> Tensor:
     """Cosine similarity along the feature axis, the last one: [..., D], [..., D] -> [...]."""
-    return F.cosine_similarity(value.double(), truth.double(), dim=-1)
+    return torch.cosine_similarity(value.double(), truth.double(), dim=-1)
 
 
 def bits(tensor: Tensor) -> Tensor:

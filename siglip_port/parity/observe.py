@@ -156,8 +156,8 @@ def measure_noise(run: ReferenceRun, attention: str) -> None:
     """Run the reference in its own dtype, and add what its rounding does at every point."""
     reference = run.reference
     with cast(reference.module, run.dtype):
-        identity = {point: point for point in run.exact.taps}
-        rounded = compare_run(reference, run.inputs, run.exact, identity)
+        own_points = dict(zip(run.exact.taps, run.exact.taps, strict=True))
+        rounded = compare_run(reference, run.inputs, run.exact, own_points)
     run.outputs[attention] = rounded.outputs
     for name, error in rounded.errors.items():
         if not math.isfinite(error.overall):
@@ -228,11 +228,6 @@ def compare_outputs(
             meter.add(outputs[name])
             errors[name] = meter.error()
     return errors
-
-
-def missing_outputs(run: ReferenceRun, compared: ComparedRun) -> list[str]:
-    """The outputs of the reference that the other side does not return."""
-    return [name for name in run.exact.outputs if name not in compared.outputs]
 
 
 def substitute(value: Tensor, truth: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 Visit = Callable[[str, Tensor], Tensor | None]
@@ -238,9 +237,9 @@ def inside_attention(
     biases = attention.in_proj_bias.chunk(3)
     projected = {}
     for i, (part, name) in enumerate((("q", "query"), ("k", "key"), ("v", "value"))):
-        projected[part] = F.linear(inputs[name], weights[i], biases[i])
+        projected[part] = nn.functional.linear(inputs[name], weights[i], biases[i])
     heads = [x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected.values()]
-    context = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    context = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
     return {**projected, "context": context}
 
 

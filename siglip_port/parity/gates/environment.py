@@ -47,8 +47,7 @@ def training_modules(module: nn.Module) -> list[str]:
 
 def check_dtypes(side: str, module: nn.Module) -> list[Finding]:
     """Find parameters of more than one floating point dtype."""
-    parameters = [p for p in module.parameters() if p.is_floating_point()]
-    dtypes = sorted({str(parameter.dtype) for parameter in parameters})
+    dtypes = sorted({str(p.dtype) for p in module.parameters() if p.is_floating_point()})
     if len(dtypes) <= 1:
         return []
     return [Finding(f"the {side}'s parameters are of {len(dtypes)} dtypes: {dtypes}")]

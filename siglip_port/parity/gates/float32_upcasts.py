@@ -32,18 +32,22 @@ def all_are_float32_upcasts(
     """
     if not names:
         return False
-    if any(not forced.errors[name].overall <= bounds.UPCAST_BOUND for name in names):
-        return False
-    if any(name not in run.exact.taps for name in names):
-        return False  # an output that is wrong although all before it is right
+    for name in names:
+        if not forced.errors[name].overall <= bounds.UPCAST_BOUND:
+            return False
+        if name not in run.exact.taps:
+            return False  # an output that is wrong although all before it is right
 
     generator = torch.Generator().manual_seed(0)
     errors = []
     for scale in PERTURBATIONS:
         inputs = perturb(run.exact_inputs, scale, generator)
         errors.append(errors_at(port, run, taps, inputs, names))
-    original, *perturbed = errors
-    return all(is_rounding(original[name], [error[name] for error in perturbed]) for name in names)
+    for name in names:
+        original, *perturbed = (error[name] for error in errors)
+        if not is_rounding(original, perturbed):
+            return False
+    return True
 
 
 def errors_at(

@@ -15,7 +15,8 @@ import torch
 
 from siglip_port.parity import bounds, hints
 from siglip_port.parity.gates.float32_upcasts import all_are_float32_upcasts
-from siglip_port.parity.observe import ComparedRun, ReferenceRun, compare_run, missing_outputs
+from siglip_port.parity.gates.missing_outputs import find_missing_outputs
+from siglip_port.parity.observe import ComparedRun, ReferenceRun, compare_run
 from siglip_port.parity.results import Finding, GateResult, Measurement
 from siglip_port.parity.sides import Side, cast
 from siglip_port.parity.taps import Tap, port_to_reference, reference_to_port
@@ -73,10 +74,7 @@ def check_numerics(
         max_hints: how many of the taps that differ get a hint.
     """
     runs = run_both_ways(port, run, taps)
-    findings = [
-        Finding("the port does not return it", name, name)
-        for name in missing_outputs(run, runs.free)
-    ]
+    findings = find_missing_outputs(run, runs.free)
     suspects = find_suspects(runs)
     findings += explain_suspects(runs, suspects, max_hints)
     measurements = [*measure(runs, "free-running", runs.free)]
@@ -118,10 +116,12 @@ def run_in_float64(
 
 def points_outside_bound(run: ReferenceRun, compared: ComparedRun) -> list[str]:
     """The points that differ, in the order of the computation."""
-    names = [name for name in run.points if name in compared.errors]
-    return [
-        name for name in names if not bounds.within_float64_bound(compared.errors[name].overall)
-    ]
+    names = []
+    for name in run.points:
+        error = compared.errors.get(name)
+        if error is not None and not bounds.within_float64_bound(error.overall):
+            names.append(name)
+    return names
 
 
 def find_suspects(runs: Float64Runs) -> list[str]:

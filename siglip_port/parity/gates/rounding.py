@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from siglip_port.parity import bounds
+from siglip_port.parity.gates.missing_outputs import find_missing_outputs
 from siglip_port.parity.metrics import RelativeError
-from siglip_port.parity.observe import ReferenceRun, compare_run, missing_outputs
+from siglip_port.parity.observe import ReferenceRun, compare_run
 from siglip_port.parity.results import Finding, GateResult, Measurement, ratio
 from siglip_port.parity.sides import Side, cast, dtype_name
 from siglip_port.parity.taps import Tap, port_to_reference, reference_to_port
@@ -28,10 +29,7 @@ def check_rounding(port: Side, run: ReferenceRun, taps: list[Tap]) -> GateResult
             tap = Tap(name, port_names.get(name, name))
             error = compared.errors[name]
             measurements.append(measure_rounding(dtype, tap, error, run.noise[name]))
-    findings = [
-        Finding("the port does not return it", name, name)
-        for name in missing_outputs(run, compared)
-    ]
+    findings = find_missing_outputs(run, compared)
     findings += first_coarse_step(measurements)
     return GateResult(
         f"rounding {dtype}",

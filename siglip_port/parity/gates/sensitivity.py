@@ -146,10 +146,7 @@ def port_influence(port: Side, inputs: Inputs, expected: Influence) -> Influence
         influence = influence_by_gradient(port, inputs, parameters)
     except RuntimeError:
         influence = Influence([~mask for mask in expected.masks], list(parameters))
-    same_masks = all(
-        torch.equal(mask, other)
-        for mask, other in zip(influence.masks, expected.masks, strict=True)
-    )
+    same_masks = all(map(torch.equal, influence.masks, expected.masks))
     if same_masks and not influence.unused_parameters:
         return influence
     return influence_by_perturbation(port, inputs, suspected=influence, expected=expected)
@@ -270,6 +267,7 @@ class PerturbationProbe:
         tensor += noise * original.abs().mean() * places
         outputs = self._run()
         tensor.copy_(original)
-        return any(
-            not tensors_equal(outputs[name], output) for name, output in self._outputs.items()
-        )
+        for name, output in self._outputs.items():
+            if not tensors_equal(outputs[name], output):
+                return True
+        return False

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from siglip_port.parity.hints.attention import attention_guesses, projection_guesses
@@ -129,7 +128,9 @@ def output_guesses(tap: TapContext) -> Iterator[Guess]:
         yield from other_weights_guesses(tap, lambda other: layer_norm(other, x))
     elif isinstance(module, nn.Linear):
         yield from linear_guesses(module.weight, module.bias, x)
-        yield from other_weights_guesses(tap, lambda other: F.linear(x, other.weight, other.bias))
+        yield from other_weights_guesses(
+            tap, lambda other: nn.functional.linear(x, other.weight, other.bias)
+        )
     elif isinstance(module, nn.Conv2d):
         yield from convolution_guesses(module, x)
     elif not list(module.children()):
@@ -146,7 +147,7 @@ def sum_guesses(tap: TapContext) -> Iterator[Guess]:
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """What a LayerNorm computes, without its hooks."""
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return nn.functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def other_weights_guesses(tap: TapContext, run: Callable[[Any], Tensor]) -> Iterator[Guess]:

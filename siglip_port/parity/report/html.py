@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def render_page(report: Json, image: str) -> str:
         image: what `image_data_uri` returned for the first image; empty for none.
     """
     gates = [gate for _, gate in section_gates(report)]
-    findings = [finding_row(finding) for finding in report["findings"]]
+    findings = list(map(finding_row, report["findings"]))
     template = environment().get_template("report.html.j2")
     return template.render(
         report=report,
@@ -70,7 +71,7 @@ def render_page(report: Json, image: str) -> str:
         image=image,
         has_cosines=bool(distances_of(report)),
         patches=build_patches(report),
-        gate_sections=[gate_section(section) for section in report["sections"]],
+        gate_sections=list(map(gate_section, report["sections"])),
         findings_open=findings[:MAX_FINDINGS_OPEN],
         findings_folded=findings[MAX_FINDINGS_OPEN:],
         outputs=output_table(report),
@@ -261,20 +262,19 @@ class Figure:
 
 def measuring_sections(report: Json) -> list[Json]:
     """The sections with measurements, the checkpoint itself first."""
-    sections = [
-        section
-        for section in report["sections"]
-        if any(gate["measurements"] for gate in section["gates"])
-    ]
+    sections = []
+    for section in report["sections"]:
+        if any(gate["measurements"] for gate in section["gates"]):
+            sections.append(section)
     return sorted(sections, key=lambda section: section["name"] != "checkpoint")
 
 
 def depth_plots(report: Json) -> list[Figure]:
     """Errors at every tap, of every run; one plot a checkpoint."""
-    return [
-        Figure(section_title(section), depth_plot(section))
-        for section in measuring_sections(report)
-    ]
+    figures = []
+    for section in measuring_sections(report):
+        figures.append(Figure(section_title(section), depth_plot(section)))
+    return figures
 
 
 def depth_plot(section: Json) -> Plot:
@@ -288,16 +288,22 @@ def depth_plot(section: Json) -> Plot:
     series = []
     for run, measurements in by_run.items():
         series += run_series(run, measurements)
-    everything = [item for measurements in by_run.values() for item in measurements]
+    everything = itertools.chain.from_iterable(by_run.values())
     return build_plot(series, hover_texts(everything), marked)
 
 
 def run_series(run: str, measurements: list[Measurement]) -> list[Series]:
     """The port's errors in one run, the reference's where it rounds too, and the bound."""
     color = COLORS.get(run, OTHER_COLOR)
-    errors = {item.reference: item.error for item in measurements}
-    if any(item.noise for item in measurements):
-        noise = {item.reference: item.noise for item in measurements}
+    errors = {}
+    noise = {}
+    bounds = {}
+    for item in measurements:
+        errors[item.reference] = item.error
+        noise[item.reference] = item.noise
+        if item.bound > 0:
+            bounds[item.reference] = item.bound
+    if any(noise.values()):
         series = [
             Series(f"{run}: the port", color, "line", errors),
             Series(f"{run}: the reference", color, "broad", noise),
@@ -306,7 +312,6 @@ def run_series(run: str, measurements: list[Measurement]) -> list[Series]:
         series = [Series(run, color, "dots", errors)]
     if run != FORCED_RUN:  # its bound is that of the free-running one
         label = "bound of the float64 runs" if run == FREE_RUN else f"bound of {run}"
-        bounds = {item.reference: item.bound for item in measurements if item.bound > 0}
         series.append(Series(label, color, "bound", bounds))
     return series
 
@@ -324,12 +329,19 @@ def ratio_plots(report: Json) -> list[Figure]:
 
 def ratio_plot(measurements: list[Measurement]) -> Plot:
     """The port's rounding in units of the reference's, at every tap."""
-    one = {item.reference: 1.0 for item in measurements}
-    bounds = {item.reference: item.bound / item.noise for item in measurements if item.noise}
-    inside = {item.reference: item.ratio for item in measurements if item.passed}
-    outside = {item.reference: item.ratio for item in measurements if not item.passed}
+    bounds = {}
+    inside = {}
+    outside = {}
+    for item in measurements:
+        if item.noise:
+            bounds[item.reference] = item.bound / item.noise
+        if item.passed:
+            inside[item.reference] = item.ratio
+        else:
+            outside[item.reference] = item.ratio
+    ones = dict.fromkeys((item.reference for item in measurements), 1.0)
     series = [
-        Series("1: as the reference", "c5", "line", one),
+        Series("1: as the reference", "c5", "line", ones),
         Series("bound", "bad", "bound", bounds),
         Series("the port", "c0", "dots", inside),
         Series("the port, outside its bound", "bad", "dots", outside),
@@ -368,7 +380,7 @@ def output_table(report: Json) -> Table | None:
     outputs = report.get("outputs")
     if not outputs:
         return None
-    heads = list(dict.fromkeys(key for item in outputs for key in item))
+    heads = list(dict.fromkeys(itertools.chain.from_iterable(outputs)))
     rows = [[format_value(item.get(head, "")) for head in heads] for item in outputs]
     return Table([head.replace("_", " ") for head in heads], rows)
 

@@ -20,6 +20,7 @@ New keys leave it as it is.
 """
 
 Json = dict[str, Any]
+JsonValue = Any
 
 
 def to_json(comparison: Comparison, **more: object) -> Json:
@@ -79,7 +80,7 @@ def finding_to_json(finding: Finding) -> Json:
     return {"what": fields.pop("message"), **fields}
 
 
-def finite(value: object) -> Any:  # noqa: ANN401 (a container stays a container)
+def finite(value: object) -> JsonValue:
     """Turn what JSON does not know into texts, NaN and infinity among them."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)

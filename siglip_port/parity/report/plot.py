@@ -42,6 +42,11 @@ class Series:
         return 0.0 in self.values.values()
 
     @property
+    def is_finite(self) -> bool:
+        """Whether all its values are."""
+        return all(map(math.isfinite, self.values.values()))
+
+    @property
     def is_constant(self) -> bool:
         """Whether all its values are the same."""
         first = next(iter(self.values.values()))
@@ -146,7 +151,7 @@ def build_plot(
         hover_texts: a text for each tap.
         marked: taps that get an arrow, the first of which is named.
     """
-    taps = TapAxis(unique(name for one in series for name in one.values))
+    taps = TapAxis(tap_names(series))
     drawn = [one for one in series if one.values]
     drawn.sort(key=lambda one: DRAWING_ORDER.index(one.kind))
     plane = Plane(taps, ErrorAxis.fit(drawn), drawn)
@@ -168,9 +173,12 @@ def build_plot(
     )
 
 
-def unique(names: Iterable[str]) -> list[str]:
-    """Every name once, in the order in which they come."""
-    return list(dict.fromkeys(names))
+def tap_names(series: list[Series]) -> list[str]:
+    """All taps, in the order in which the series have them."""
+    names: dict[str, None] = {}
+    for one in series:
+        names |= dict.fromkeys(one.values)
+    return list(names)
 
 
 @dataclass
@@ -308,8 +316,7 @@ class Plane:
         if self.lanes:
             y = (self.errors.bottom + self.bottom) / 2 + 8
             labels.append(Label(LEFT - 8, y, "exactly 0", "end"))
-        values = [value for one in self.series for value in one.values.values()]
-        if not all(map(math.isfinite, values)):
+        if not all(one.is_finite for one in self.series):
             labels.append(Label(LEFT - 8, TOP - 5, "inf or nan", "end"))
         return labels
 

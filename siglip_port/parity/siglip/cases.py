@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -258,43 +259,29 @@ def small_cases(
         full: all gates on all recipes, with two seeds and all dtypes, instead of what each recipe
             is best for.
     """
-
-    def case(
-        architecture: SigLipVisionConfig,
-        recipe: str,
-        seed: int = 1234,
-        *,
-        gates: tuple[str, ...] = ALL_GATES,
-        dtypes: tuple[torch.dtype, ...] = (torch.float32,),
-        name: str = "odd tower",
-    ) -> AbstractContextManager[Case]:
-        small = replace(
-            architecture,
-            hidden_act=config.hidden_act,
-            layer_norm_eps=config.layer_norm_eps,
-            pooling_head=config.pooling_head,
-            naflex=config.naflex,
-        )
-        return random_case(
-            small,
-            recipe,
-            seed,
-            gates=gates,
-            dtypes=dtypes,
-            attentions=attentions,
-            device=device,
-            name=name,
-        )
-
+    odd = compute_as(ODD, config)
+    mini = compute_as(MINI, config)
+    case = functools.partial(random_case, device=device, attentions=attentions)
     if full:
         for seed in (1234, 4321):
             for recipe in ("default", "N1", "S1"):
-                yield case(ODD, recipe, seed, dtypes=LOW_DTYPES)
+                yield case(odd, recipe, seed, dtypes=LOW_DTYPES)
             for recipe in ("L7", "L8"):
-                yield case(ODD, recipe, seed)
-            yield case(MINI, "N1", seed, dtypes=LOW_DTYPES, name="small so400m")
+                yield case(odd, recipe, seed)
+            yield case(mini, "N1", seed, dtypes=LOW_DTYPES, name="small so400m")
         return
-    yield case(ODD, "N1", gates=ALL_GATES[:-1])
-    yield case(MINI, "N1", gates=("weights", "semantics"), name="small so400m")
-    yield case(ODD, "L7", gates=("rounding",))
-    yield case(ODD, "S1", gates=("rounding",), dtypes=LOW_DTYPES[1:])
+    yield case(odd, "N1", gates=ALL_GATES[:-1])
+    yield case(mini, "N1", gates=("weights", "semantics"), name="small so400m")
+    yield case(odd, "L7", gates=("rounding",))
+    yield case(odd, "S1", gates=("rounding",), dtypes=LOW_DTYPES[1:])
+
+
+def compute_as(architecture: SigLipVisionConfig, config: SigLipVisionConfig) -> SigLipVisionConfig:
+    """An architecture of its own sizes, with the activation, eps and head of another."""
+    return replace(
+        architecture,
+        hidden_act=config.hidden_act,
+        layer_norm_eps=config.layer_norm_eps,
+        pooling_head=config.pooling_head,
+        naflex=config.naflex,
+    )

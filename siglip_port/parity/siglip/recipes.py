@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from siglip_port.parity.stress_weights import randomise
@@ -136,7 +135,7 @@ def sharpen_attention(weights: Weights, recipe: Recipe) -> None:
 def park_in_tail(weights: Weights, recipe: Recipe, generator: torch.Generator) -> None:
     """Give a share of fc1's units inputs of N(tail_at, 0.25^2); scale fc2 to what comes of them."""
     sample = recipe.tail_at + TAIL_SPREAD * torch.randn(4096, generator=generator)
-    activations = F.gelu(sample, approximate="tanh")
+    activations = nn.functional.gelu(sample, approximate="tanh")
     size = float(activations.square().mean().sqrt())
     for name, weight in weights.items():
         if not name.endswith("fc1.weight"):

@@ -35,6 +35,13 @@ from siglip_port.parity.siglip.recipes import fill
 
 Attention = Literal["sdpa", "eager"]
 
+# transformers is untyped here: these say what is meant.
+HFModel = Any
+HFConfig = Any
+HFClass = Any
+HFOutput = Any
+HFProcessor = Any
+
 VERSION: str = transformers.__version__
 
 FIELDS = {
@@ -55,11 +62,11 @@ FIELDS = {
 Not the port's own table: what that one gets wrong must be seen here.
 """
 
-PROCESSORS: dict[Backend, Any] = {
+PROCESSORS: dict[Backend, HFClass] = {
     "pil": SiglipImageProcessorPil,
     "torchvision": SiglipImageProcessor,
 }
-NAFLEX_PROCESSORS: dict[Backend, Any] = {
+NAFLEX_PROCESSORS: dict[Backend, HFClass] = {
     "pil": Siglip2ImageProcessorPil,
     "torchvision": Siglip2ImageProcessor,
 }
@@ -83,7 +90,7 @@ class Reference:
 
     attentions: tuple[Attention, ...] = ("sdpa", "eager")
 
-    def __init__(self, model: Any) -> None:  # noqa: ANN401 (transformers is untyped here)
+    def __init__(self, model: HFModel) -> None:
         self.model = model
 
     def side(self) -> Side:
@@ -129,7 +136,7 @@ def outputs(model: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
     return name_outputs(model(patches, mask, shapes))
 
 
-def name_outputs(output: Any) -> dict[str, Tensor]:  # noqa: ANN401 (transformers is untyped here)
+def name_outputs(output: HFOutput) -> dict[str, Tensor]:
     """`tokens` and, with a head, `pooled`, of what the reference returns."""
     tensors = {"tokens": output.last_hidden_state, "pooled": output.pooler_output}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -143,12 +150,12 @@ def hf_config(config: SigLipVisionConfig) -> SiglipVisionConfig | Siglip2VisionC
     return config_class(config.naflex)(**values)
 
 
-def config_class(naflex: bool) -> Any:  # noqa: ANN401 (transformers is untyped here)
+def config_class(naflex: bool) -> HFClass:
     """The reference's class of configurations."""
     return Siglip2VisionConfig if naflex else SiglipVisionConfig
 
 
-def model_class(naflex: bool) -> Any:  # noqa: ANN401 (transformers is untyped here)
+def model_class(naflex: bool) -> HFClass:
     """The reference's class of models."""
     return Siglip2VisionModel if naflex else SiglipVisionModel
 
@@ -221,7 +228,7 @@ def load(
     return Reference(model.to(device).eval())
 
 
-def make_square(config: Any) -> None:  # noqa: ANN401 (transformers is untyped here)
+def make_square(config: HFConfig) -> None:
     """Replace pairs of sides by one: a configuration may hold them, the model divides numbers."""
     for name in ("image_size", "patch_size"):
         size = getattr(config, name, None)
@@ -340,7 +347,7 @@ def default_options(config: SigLipVisionConfig, folder: str | Path | None) -> di
     return options
 
 
-def process_image(processor: Any, image: object) -> dict[str, Tensor]:  # noqa: ANN401 (untyped)
+def process_image(processor: HFProcessor, image: object) -> dict[str, Tensor]:
     """Turn one image, or one file, into a batch.
 
     Files are opened as the reference opens them for Pillow. Torchvision's decoders are deprecated.

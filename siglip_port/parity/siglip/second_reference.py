@@ -301,8 +301,5 @@ def distance_table(distances: Distances) -> str:
     for pair, by_output in distances.items():
         rows.append([" - ".join(pair), *(f"{by_output[name]:.1e}" for name in names)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return "\n".join(lines)

@@ -237,9 +237,10 @@ def listen(model: nn.Module, places: Iterable[str]) -> Tensors:
     return values
 
 
-def part_of(output: Any, part: str) -> Tensor:  # noqa: ANN401 (whatever the module returns)
+def part_of(output: object, part: str) -> Tensor:
     """The first tensor of what is returned, or its `2/3`, the second of three equal parts."""
-    tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    tensor = output[0] if isinstance(output, (tuple, list)) else output
+    assert isinstance(tensor, Tensor)
     number, _, parts = (part or "1/1").partition("/")
     return tensor.chunk(int(parts), -1)[int(number) - 1]
 
