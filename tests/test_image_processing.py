@@ -38,10 +38,10 @@ from siglip_port.image_processing import (
 )
 from siglip_port.image_reading import MAX_FILE_BYTES
 from siglip_port.parity.metrics import bits
+from siglip_port.parity.siglip.verify_options import SAMPLE_IMAGE
 from tests.helpers.checkpoints import SMALL
 from tests.helpers.models import random_model
 
-CHELSEA = Path(__file__).parent / "images" / "chelsea.png"
 FIXED = {
     "image_processor_type": "SiglipImageProcessor",
     "size": {"height": 48, "width": 32},
@@ -57,7 +57,7 @@ NAFLEX = {
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     """The photograph with noise: edges, flat parts, and every value from 0 to 255."""
-    with Image.open(CHELSEA) as image:
+    with Image.open(SAMPLE_IMAGE) as image:
         resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(resized).astype(int)
     noise = np.random.default_rng(seed).integers(-40, 40, pixels.shape)
@@ -451,7 +451,7 @@ def test_embed_images() -> None:
     images: list[ImageInput] = [
         photo(30, 20),
         photo(20, 30),
-        CHELSEA,
+        SAMPLE_IMAGE,
         np.asarray(photo(9, 9)),
     ]
     size = {"height": config.image_size, "width": config.image_size}
@@ -473,9 +473,9 @@ def test_embed_images() -> None:
 def test_embed_unusable_images() -> None:
     model = random_model(replace(SMALL, pooling_head=True))
     with pytest.raises(ImageError, match="picture 1 of 2: "):
-        model.embed_images([CHELSEA, b"no"])
+        model.embed_images([SAMPLE_IMAGE, b"no"])
     with pytest.raises(ValueError, match="batch_size must be"):
-        model.embed_images([CHELSEA], batch_size=0)
+        model.embed_images([SAMPLE_IMAGE], batch_size=0)
 
 
 def test_embed_images_naflex() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 import siglip_port
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
+from siglip_port.parity.siglip.verify_options import SAMPLE_IMAGE
 from tests.helpers.checkpoints import MakeCheckpoint
 from tests.helpers.hub_server import Hub, Repository
 
@@ -94,7 +95,7 @@ def test_documented_examples(
     hub.repositories["google/siglip-base-patch16-224"] = Repository(tmp_path / "served")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.png").write_bytes((ROOT / "tests/images/chelsea.png").read_bytes())
+    (tmp_path / "photos" / "cat.png").write_bytes(SAMPLE_IMAGE.read_bytes())
     (tmp_path / "photos" / "broken.jpg").write_bytes(b"no")
     documents = ("checkpoints", "embedding", "other_ports", "performance", "pixels")
     for file in ("README.md", *(f"docs/{name}.md" for name in documents)):

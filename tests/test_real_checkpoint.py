@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, SiglipModel
 import compare_origin
 from siglip_port import SigLipVisionModel
 from siglip_port.image_processing import ImageProcessor
+from siglip_port.parity.siglip.verify_options import DEFAULT_CHECKPOINT
 
 pytestmark = pytest.mark.hub
 
@@ -60,7 +61,7 @@ def logits_per_image(name: str, pixel_values: Tensor, input_ids: Tensor) -> Tens
     return logits
 
 
-@pytest.mark.parametrize("name", [compare_origin.CHECKPOINT, "google/siglip2-base-patch16-224"])
+@pytest.mark.parametrize("name", [DEFAULT_CHECKPOINT, "google/siglip2-base-patch16-224"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_comparison(name: str, dtype: str) -> None:
     assert compare_origin.main(["--weights", "hub", "--checkpoint", name, "--dtype", dtype]) == 0
@@ -69,7 +70,7 @@ def test_comparison(name: str, dtype: str) -> None:
 def test_two_cats() -> None:
     with urllib.request.urlopen(GOLDENS["two cats, address"]) as response:
         image = Image.open(io.BytesIO(response.read()))
-    name = compare_origin.CHECKPOINT
+    name = DEFAULT_CHECKPOINT
     texts = AutoTokenizer.from_pretrained(name)(
         ["a photo of 2 cats", "a photo of 2 dogs"], padding="max_length", return_tensors="pt"
     )

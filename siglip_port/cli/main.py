@@ -1,26 +1,28 @@
-"""The entry point of the command `siglip-port`.
-
-The commands are in `siglip_port.cli.commands`, and need an extra.
-"""
+"""The entry point of the command `siglip-port`: it needs nothing but the standard library."""
 
 from __future__ import annotations
 
 import sys
 
+from siglip_port.cli import extras
+
 
 def main() -> None:
-    """Runs the command line.
+    """Run the command line.
 
-    Exits with code 2 and a sentence where what it needs is not installed.
+    Exit with code 2 and a sentence where what it needs is not installed.
     """
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["verify"]:  # the one command that does without the extra
+        from siglip_port.cli import verify
+
+        sys.exit(verify.main(arguments[1:]))
     try:
-        from siglip_port.cli.commands import app
-    except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
-            raise
-        print(
-            f"siglip-port needs {error.name}, which is not installed: install siglip-port[cli]",
-            file=sys.stderr,
-        )
+        for package in ("typer", "rich"):
+            extras.require(package, "cli", subject="siglip-port")
+    except extras.MissingExtraError as error:
+        print(error, file=sys.stderr)
         sys.exit(2)
+    from siglip_port.cli.app import app
+
     app()

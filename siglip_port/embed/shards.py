@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_port import atomic
+from siglip_port import __version__, atomic
 from siglip_port.embed.batches import BatchResult
 from siglip_port.embed.errors import EmbedError
 from siglip_port.embed.inputs import Item
@@ -255,8 +255,8 @@ def printable(name: str) -> str:
 
 def package_versions() -> dict[str, str]:
     """Return the versions that stand in the metadata."""
-    versions = {"python": platform.python_version()}
-    for name in ("siglip-port", "torch", "pillow", "numpy"):
+    versions = {"python": platform.python_version(), "siglip-port": __version__}
+    for name in ("torch", "pillow", "numpy"):
         versions[name] = version(name)
     return versions
 

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
+from siglip_port import __version__
 from siglip_port.hub.errors import RetriesExhaustedError
 
 CONTENT_RANGE = re.compile(r"bytes\s+(?P<first>\d+)-(?P<last>\d+)/(?P<size>\d+|\*)", re.IGNORECASE)
@@ -153,7 +153,7 @@ class FileSession:
         headers = build_hf_headers(
             token=self.token if is_hub(address, self.url) else False,
             library_name="siglip-port",
-            library_version=version("siglip-port"),
+            library_version=__version__,
         )
         if not re.fullmatch(r"(Bearer [!-~]+)?", headers.get("authorization", "")):
             raise RetriesExhaustedError(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from siglip_port import atomic
+from siglip_port import __version__, atomic
 from siglip_port.model import SigLipVisionModel
 from siglip_port.optimize.choice import Choice
 
@@ -82,8 +82,8 @@ def processor_info() -> dict[str, str]:
 def compiler_versions() -> list[str]:
     """Return what makes compiled code useless when it changes: versions and instructions."""
     flags = processor_info().get("flags", platform.processor())
-    packages = ("onnxruntime", "openvino", "siglip-port")
-    return [torch.__version__, *map(installed_version, packages), flags]
+    engines = [installed_version(package) for package in ("onnxruntime", "openvino")]
+    return [torch.__version__, *engines, __version__, flags]
 
 
 def installed_version(package: str) -> str:

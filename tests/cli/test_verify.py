@@ -1,11 +1,13 @@
-"""The command, end to end: what it prints, what it writes, and all three exit codes."""
+"""The command `verify`, end to end: what it prints, what it writes, and its exit codes."""
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,19 +16,27 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from huggingface_hub import constants
 from PIL import Image
+from torch import Tensor
 
 import compare_origin
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port import model as port
-from siglip_port.parity.siglip import cases as proof
-from siglip_port.parity.siglip import reference as references
-from siglip_port.parity.siglip.cases import Case
+from siglip_port.cli import verify
+from siglip_port.parity.siglip import cases, census, reference, verification
+from siglip_port.parity.siglip.verify_options import (
+    DTYPES,
+    SAMPLE_IMAGE,
+    VerifyOptions,
+    read_image,
+)
 from tests.helpers.checkpoints import SMALL, MakeCheckpoint, edit_config, edit_tensors
 from tests.helpers.hub_server import Fault, Hub, Repository
 from tests.helpers.network import silent_port
 
 ROOT = Path(compare_origin.__file__).parent
+SCRIPT = ROOT / "compare_origin.py"
 KNOWN_LINES = [
     "siglip_custom.shape: ",
     "siglip_custom-afterPooling.shape: ",
@@ -40,10 +50,22 @@ KNOWN_LINES = [
 GATES = ["pixels", "environment", "config", "weights", "liveness", "semantics", "interface"]
 
 
-def run(*args: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command as a user does, in a process of its own."""
+@pytest.fixture(autouse=True)
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models that are smaller still, in this process: a fourth of the time."""
+    monkeypatch.setattr(cases, "ODD", replace(SMALL, image_size=28, num_encoder_blocks=2))
+    monkeypatch.setattr(cases, "MINI", replace(SMALL, image_size=24, num_encoder_blocks=2))
+
+
+def call(*arguments: str | Path) -> int:
+    """Run the command in this process, which saves importing transformers each time."""
+    return compare_origin.main([str(argument) for argument in arguments])
+
+
+def execute(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, as a user does."""
     return subprocess.run(
-        [sys.executable, ROOT / "compare_origin.py", *map(str, args)],
+        [sys.executable, *map(str, command)],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -51,45 +73,34 @@ def run(*args: str | Path, **environment: str) -> subprocess.CompletedProcess[st
     )
 
 
-def test_the_default_command_without_a_network(tmp_path: Path) -> None:
-    """The main command of the README, full size."""
-    done = run(
-        "--json",
-        tmp_path / "out.json",
-        HF_ENDPOINT=f"http://127.0.0.1:{silent_port()}",
-        HF_HOME=str(tmp_path),
-    )
-    assert done.returncode == 0, done.stderr
+# --- the default command --------------------------------------------------------------------------
+
+
+def check_default_command(stdout: str, stderr: str, report: Path, shape: tuple[int, ...]) -> None:
+    """Assert that random weights were compared, on all checkpoints, and nothing differs."""
     assert re.fullmatch(
         r"google/siglip-base-patch16-224 is not in the local cache, and the Hub cannot be reached "
-        r"\(no connection to "
-        r"127.0.0.1 \(.*\)\): comparing random weights of the same architecture instead\.\n",
-        done.stderr,
+        r"\(no connection to 127.0.0.1 \(.*\)\): comparing random weights of the same "
+        r"architecture instead\.\n",
+        stderr,
     )
-    lines = done.stdout.splitlines()
-    assert [
-        line[: len(known)] for line, known in zip(lines, KNOWN_LINES, strict=False)
-    ] == KNOWN_LINES
-    assert lines[0].endswith("torch.Size([2, 196, 768])")
-    assert lines[3].endswith("torch.Size([2, 768])")
+    lines = stdout.splitlines()
+    beginnings = [line[: len(known)] for line, known in zip(lines, KNOWN_LINES, strict=False)]
+    assert beginnings == KNOWN_LINES
+    assert lines[0].endswith(f"torch.Size({list(shape)})")
+    assert lines[3].endswith(f"torch.Size({[shape[0], shape[2]]})")
     assert float(lines[4].split(": ")[1]) == pytest.approx(1)
     table = [re.split(r" +\| +", line) for line in lines if " | " in line][1:]
-    assert [row[0] for row in table] == [
-        *GATES,
-        "rounding float32",
-        "rounding bfloat16",
-        "rounding float16",
-    ]
+    roundings = [f"rounding {dtype}" for dtype in ("float32", "bfloat16", "float16")]
+    assert [row[0] for row in table] == [*GATES, *roundings]
     assert {row[-1] for row in table} == {"passed"}
-    assert re.match(
-        r"EQUAL \(random weights\): passed pixels \(42\), environment \(16\), config \(22\), "
-        r"weights \(464\), ",
-        lines[-1],
+    assert lines[-1].startswith(
+        "EQUAL (random weights): passed pixels (42), environment (16), config (22), weights ("
     )
-    content = json.loads((tmp_path / "out.json").read_text())
+    content = json.loads(report.read_text())
     assert content["equal"] is True
     assert content["weights"] == "random weights"
-    assert content["environment"]["transformers"] == references.VERSION
+    assert content["environment"]["transformers"] == reference.VERSION
     names = [(section["name"], section["weights"]) for section in content["sections"]]
     assert names == [
         ("checkpoint", "random weights, N1"),
@@ -98,71 +109,152 @@ def test_the_default_command_without_a_network(tmp_path: Path) -> None:
         ("odd tower", "L7, seed 1234"),
         ("odd tower", "S1, seed 1234"),
     ]
-    assert [gate["name"] for gate in content["sections"][0]["gates"]] == [
-        *GATES,
-        "rounding float32",
-    ]
+    gates = [gate["name"] for gate in content["sections"][0]["gates"]]
+    assert gates == [*GATES, "rounding float32"]
     for section in content["sections"]:
-        assert all(
-            gate["passed"] and not gate["unseen"] and not gate["islands"]
-            for gate in section["gates"]
-        )
+        for gate in section["gates"]:
+            assert gate["passed"]
+            assert not gate["unseen"]
+            assert not gate["islands"]
+
+
+def test_default_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a network, and of a small architecture."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+    silent = template.replace(constants.ENDPOINT, f"http://127.0.0.1:{silent_port()}")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", silent)
+    monkeypatch.setattr(verification, "DEFAULT_CONFIG", SMALL)
+    assert call("--json", tmp_path / "out.json") == 0
+    out, err = capsys.readouterr()
+    check_default_command(out, err, tmp_path / "out.json", (2, 4, 24))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+@pytest.mark.slow
+def test_default_command_full_size(tmp_path: Path) -> None:
+    """The main command of the README."""
+    result = execute(
+        SCRIPT,
+        "--json",
+        tmp_path / "out.json",
+        HF_ENDPOINT=f"http://127.0.0.1:{silent_port()}",
+        HF_HOME=str(tmp_path),
+    )
+    assert result.returncode == 0, result.stderr
+    check_default_command(result.stdout, result.stderr, tmp_path / "out.json", (2, 196, 768))
+    assert ", weights (464), " in result.stdout.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == ["out.json"]
 
 
-def test_exact_gelu_ends_in_exit_code_1(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    """The same command, with a port in which one word is wrong."""
-    folder = checkpoint()
-    wrong = (
-        "import sys, torch.nn.functional as F, siglip_port.model as port, compare_origin;"
-        "port.ACTIVATIONS['gelu_pytorch_tanh'] = F.gelu; "
-        "sys.exit(compare_origin.main(sys.argv[1:]))"
+# --- as a program ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source_tree(tmp_path: Path) -> Path:
+    """The package and the script alone, of a release of their own, where nothing is installed."""
+    tree = tmp_path / "tree"
+    shutil.copytree(
+        ROOT / "siglip_port", tree / "siglip_port", ignore=shutil.ignore_patterns("__pycache__")
     )
-    command = [
-        sys.executable,
-        "-c",
-        wrong,
+    shutil.copy(SCRIPT, tree)
+    init = tree / "siglip_port" / "__init__.py"
+    init.write_text(re.sub('__version__ = ".*"', '__version__ = "9.8.7"', init.read_text()))
+    return tree
+
+
+@pytest.fixture
+def other_packages(tmp_path: Path) -> Path:
+    """All packages that are installed, but ours: a folder for PYTHONPATH."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    for path in Path(torch.__file__).parents[1].iterdir():
+        if not path.name.startswith(("siglip_port", "__pycache__")):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def test_source_tree_that_is_not_installed(
+    source_tree: Path, other_packages: Path, checkpoint: MakeCheckpoint
+) -> None:
+    """Without `site`, nothing but PYTHONPATH leads to packages."""
+    result = execute(
+        "-S",
+        source_tree / "compare_origin.py",
         "--checkpoint",
-        str(folder),
-        "--json",
-        str(tmp_path / "out.json"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
+        checkpoint(),
+        PYTHONPATH=str(other_packages),
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[-2].startswith("siglip_port 9.8.7, torch ")
+    assert lines[-1].startswith("EQUAL (checkpoint weights): ")
+
+
+def test_source_tree_beside_an_installed_package(source_tree: Path) -> None:
+    """The script takes the package beside it."""
+    census_file = source_tree / "siglip_port" / "parity" / "siglip" / census.SUMMARY.name
+    summary = json.loads(census_file.read_text())
+    census_file.write_text(json.dumps({**summary, "machine": "a machine of its own"}))
+    result = execute(source_tree / "compare_origin.py", "--list-gates", PYTHONPATH=str(ROOT))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("recorded on a machine of its own)\n")
+
+
+def run_script(*arguments: str | Path) -> int:
+    """Run the script in this process; return its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code
+
+
+def test_script_exit_codes(
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of a port that is right, and of one in which one word is wrong."""
+    folder = checkpoint()
+    assert run_script("--checkpoint", folder) == 0
+    capsys.readouterr()
+    monkeypatch.setitem(port.ACTIVATIONS, "gelu_pytorch_tanh", F.gelu)
+    assert run_script("--checkpoint", folder, "--json", tmp_path / "out.json") == 1
     assert re.match(
         r"DIFFERENT \(checkpoint weights\): semantics: encoder\.layers\.0\.mlp\.fc2:input \(port: "
-        r".*\): differs in "
-        r"float64, bound 1e-10, relative error .*; looks like: exact \(erf\) GELU; and \d+ more "
-        r"findings",
-        done.stdout.splitlines()[-1],
+        r".*\): differs in float64, bound 1e-10, relative error .*; looks like: exact \(erf\) "
+        r"GELU; and \d+ more findings",
+        capsys.readouterr().out.splitlines()[-1],
     )
     assert json.loads((tmp_path / "out.json").read_text())["equal"] is False
 
 
-def test_wrong_calls_end_in_exit_code_2_and_one_sentence(tmp_path: Path) -> None:
-    calls: list[tuple[list[str | Path], str]] = [
-        (
-            ["--checkpoint", tmp_path],
-            r"could not compare: .* holds neither model.safetensors nor .*; found: nothing",
-        ),
-        (
-            ["--image", tmp_path / "absent.png"],
-            r"could not compare: --image .*No such file.*; pass a JPEG or PNG",
-        ),
-    ]
-    for args, sentence in calls:
-        done = run(*args, HF_HUB_OFFLINE="1")
-        assert done.returncode == 2
-        assert not done.stdout
-        assert re.match(sentence, done.stderr)
-        assert len(done.stderr.splitlines()) == 1
+def test_script_without_torch() -> None:
+    """Another Python than that of `uv run`."""
+    code = (
+        "import sys; sys.modules['torch'] = None; import compare_origin;"
+        "sys.exit(compare_origin.main([]))"
+    )
+    result = execute("-c", code, PYTHONPATH=str(ROOT))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(
+        r"could not compare: ModuleNotFoundError: .* torch .*; run it with "
+        r"`uv run compare_origin.py`\n",
+        result.stderr,
+    )
 
 
-# The rest runs in this process, which saves importing transformers each time.
-
-
-def call(*args: str | Path) -> int:
-    return compare_origin.main([str(arg) for arg in args])
+def test_script_says_what_it_needs(tmp_path: Path) -> None:
+    """In one sentence, before anything is imported that takes seconds."""
+    result = execute(SCRIPT, "--image", tmp_path / "absent.png", HF_HUB_OFFLINE="1")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(
+        r"could not compare: --image .*No such file.*; pass a JPEG or PNG .*\n", result.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,7 +265,11 @@ def call(*args: str | Path) -> int:
             "could not compare: 'no/such/folder' does not exist on this machine",
         ),
         (
-            ["--image", "tests/images/README.md"],
+            ["--checkpoint", "docs/images"],
+            r"could not compare: .* holds neither model.safetensors nor .*; found: league.svg",
+        ),
+        (
+            ["--image", "README.md"],
             r"could not compare: --image .*README.md cannot be read as a picture",
         ),
         (
@@ -193,7 +289,7 @@ def call(*args: str | Path) -> int:
             r"could not compare: --json .*tests is no file that could be replaced",
         ),
         (
-            ["--report", "tests/images/README.md"],
+            ["--report", "README.md"],
             r"could not compare: --report .*: its folder does not exist, or",
         ),
         (
@@ -247,7 +343,7 @@ def test_unknown_options(args: list[str], capsys: pytest.CaptureFixture[str]) ->
     assert "usage: compare_origin.py" in capsys.readouterr().err
 
 
-def test_help_fits_a_page(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         call("--help")
     assert exit_.value.code == 0
@@ -256,9 +352,9 @@ def test_help_fits_a_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(out.splitlines()) <= 60
 
 
-@pytest.mark.parametrize("dtype", compare_origin.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_dtypes_and_attentions(
+def test_dtype_and_attention(
     checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], dtype: str, attention: str
 ) -> None:
     assert call("--checkpoint", checkpoint(), "--dtype", dtype, "--attn", attention) == 0
@@ -269,63 +365,59 @@ def test_dtypes_and_attentions(
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "CMYK", "1", "LA"])
-def test_pictures_of_all_modes(checkpoint: MakeCheckpoint, tmp_path: Path, mode: str) -> None:
+def test_image_modes(checkpoint: MakeCheckpoint, tmp_path: Path, mode: str) -> None:
     folder = checkpoint()
     (folder / "preprocessor_config.json").write_text('{"do_convert_rgb": null, "resample": 2}')
-    with Image.open(compare_origin.PHOTOGRAPH) as image:
+    with Image.open(SAMPLE_IMAGE) as image:
         image.convert(mode).resize((9, 5)).save(tmp_path / "picture.tif")
-    arguments = ["--checkpoint", str(folder), "--image", str(tmp_path / "picture.tif")]
     if mode == "CMYK":  # one of them to the end
-        assert call(*arguments) == 0
-    args = compare_origin.parse(arguments)
-    port, source = compare_origin.load_port(args, str(tmp_path))
-    picture = compare_origin.read_picture(args.image)
-    case = compare_origin.main_case(args, port, source, picture, is_random=False)
+        assert call("--checkpoint", folder, "--image", tmp_path / "picture.tif") == 0
+    options = VerifyOptions(str(folder), image=tmp_path / "picture.tif")
+    loaded = verification.load_port(options, tmp_path)
+    case = verification.checkpoint_case(options, loaded, read_image(options.image))
     assert case.inputs.shape == (2, 3, 16, 16)
     assert case.inputs.isfinite().all()
-    assert all(gate.passed for gate in case.check(port))
+    assert all(gate.passed for gate in case.check(loaded.model))
 
 
-def test_the_photograph_is_resized_as_the_checkpoint_says(
+def test_image_is_resized_by_the_checkpoint(
     checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[torch.Tensor] = []
-    write_reports = compare_origin.write_reports
+    inputs: list[Tensor] = []
+    with_noise = verification.with_noise
 
-    def keep(args: argparse.Namespace, report: dict[str, object], case: Case) -> None:
-        seen.append(case.inputs)
-        write_reports(args, report, case)
+    def record(pixel_values: Tensor) -> Tensor:
+        inputs.append(with_noise(pixel_values))
+        return inputs[-1]
 
-    monkeypatch.setattr(compare_origin, "write_reports", keep)
+    monkeypatch.setattr(verification, "with_noise", record)
     folder = checkpoint()
     assert call("--checkpoint", folder) == 0
     (folder / "preprocessor_config.json").write_text('{"resample": 0}')
     assert call("--checkpoint", folder) == 0
-    assert not torch.equal(seen[0][0], seen[1][0])
-    assert torch.equal(seen[0][1], seen[1][1])
+    assert not torch.equal(inputs[0][0], inputs[1][0])
+    assert torch.equal(inputs[0][1], inputs[1][1])
 
 
-def test_an_error_of_any_kind_is_no_verdict(
+def test_unexpected_error(
     checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr(references, "load", fail)
+    monkeypatch.setattr(reference, "load", fail)
     assert call("--checkpoint", checkpoint()) == 2
     assert capsys.readouterr().err == "could not compare: KeyError: 'surprise'\n"
 
 
-def test_sizes_written_as_pairs(checkpoint: MakeCheckpoint) -> None:
+def test_sizes_as_pairs(checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint()
     edit_config(folder, image_size=[16, 16], patch_size=[8, 8])
     assert call("--checkpoint", folder) == 0
 
 
 @pytest.mark.parametrize("resample", [2, 3])
-def test_a_naflex_checkpoint(
-    checkpoint: MakeCheckpoint, resample: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_naflex(checkpoint: MakeCheckpoint, resample: int, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint(replace(SMALL, naflex=True))
     processor = {
         "image_processor_type": "Siglip2ImageProcessor",
@@ -333,14 +425,14 @@ def test_a_naflex_checkpoint(
         "patch_size": 8,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    assert compare_origin.main(["--checkpoint", str(folder), "--attn", "sdpa"]) == 0
+    assert call("--checkpoint", folder, "--attn", "sdpa") == 0
     # The small towers are NaFlex too, and given pictures that are not square: another rule would be
     # noticed.
     monkeypatch.setattr(SigLipVisionConfig, "resize_rule", property(lambda _: "timm"))
-    assert compare_origin.main(["--checkpoint", str(folder), "--attn", "sdpa"]) == 1
+    assert call("--checkpoint", folder, "--attn", "sdpa") == 1
 
 
-def test_layouts_that_transformers_cannot_load(
+def test_layout_that_transformers_cannot_load(
     checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The way is to take the tower out, and to compare that."""
@@ -356,7 +448,7 @@ def test_layouts_that_transformers_cannot_load(
     assert call("--checkpoint", tmp_path / "taken out") == 0
 
 
-def test_headless_checkpoints_are_compared_before_pooling(
+def test_without_pooling_head(
     checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = checkpoint()
@@ -367,7 +459,7 @@ def test_headless_checkpoints_are_compared_before_pooling(
     assert out.splitlines()[-1].startswith("EQUAL (checkpoint weights): ")
 
 
-def test_a_file_and_random_weights_of_its_architecture(
+def test_file_and_random_weights(
     checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = checkpoint() / "model.safetensors"
@@ -379,7 +471,7 @@ def test_a_file_and_random_weights_of_its_architecture(
     assert call("--checkpoint", file) == 2
 
 
-def test_weights_that_are_not_the_files_are_noticed(
+def test_wrong_weights(
     checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loader that gets one bias of the keys wrong: no output shows it, and the verdict does."""
@@ -401,7 +493,7 @@ def test_weights_that_are_not_the_files_are_noticed(
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_weights_that_are_not_numbers_are_no_verdict(
+def test_weights_not_finite(
     value: float, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One element in each of two blocks.
@@ -426,7 +518,7 @@ def test_weights_that_are_not_numbers_are_no_verdict(
     assert printed.out == ""
 
 
-def test_weights_that_a_narrow_dtype_cannot_hold_are_no_verdict(
+def test_weights_beyond_float16(
     checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = checkpoint()
@@ -438,7 +530,7 @@ def test_weights_that_a_narrow_dtype_cannot_hold_are_no_verdict(
     )
 
 
-def test_a_port_that_gives_no_number_is_different(
+def test_port_not_finite(
     checkpoint: MakeCheckpoint,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -459,18 +551,16 @@ def test_a_port_that_gives_no_number_is_different(
     )
 
 
-def test_an_interrupt_is_no_verdict(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupt(_: object) -> bool:
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare_origin, "run", interrupt)
+    monkeypatch.setattr(verify, "run", interrupt)
     assert call() == 130
     assert capsys.readouterr().err == "interrupted: nothing was compared\n"
 
 
-def test_a_config_that_the_port_misread_would_be_noticed(
+def test_wrong_activation(
     checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = checkpoint()
@@ -481,7 +571,7 @@ def test_a_config_that_the_port_misread_would_be_noticed(
     capsys.readouterr()
 
 
-def test_hub_ids(hub: Hub, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hub(hub: Hub, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
     """From the Hub, then from its cache, then from neither."""
     folder = checkpoint(prefix="vision_model.")
     hub.repositories["google/siglip-served"] = Repository(folder)
@@ -494,8 +584,6 @@ def test_hub_ids(hub: Hub, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFix
         )
     assert call("--checkpoint", "google/siglip-absent") == 2
     assert "the Hub has no repository 'google/siglip-absent'" in capsys.readouterr().err
-    from huggingface_hub import constants
-
     with pytest.MonkeyPatch.context() as offline:
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
         assert call("--checkpoint", "google/siglip-served") == 0
@@ -512,15 +600,15 @@ def test_hub_ids(hub: Hub, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFix
             )
 
 
-def test_a_hub_that_answers_and_then_breaks_off(
+def test_hub_breaks_off(
     hub: Hub,
     checkpoint: MakeCheckpoint,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The default command goes on with random weights, of a small architecture here, and says why."""
-    monkeypatch.setattr(compare_origin, "CHECKPOINT", "google/siglip-broken")
-    monkeypatch.setattr("siglip_port.SigLipVisionConfig", lambda **_: SMALL)
+    """The default command goes on with random weights, of a small architecture, and says why."""
+    monkeypatch.setattr(verification, "DEFAULT_CHECKPOINT", "google/siglip-broken")
+    monkeypatch.setattr(verification, "DEFAULT_CONFIG", SMALL)
     hub.repositories["google/siglip-broken"] = Repository(checkpoint())
     hub.faults = [Fault("reset", "CDN * model.safetensors", times=None)]
     assert call("--checkpoint", "google/siglip-broken") == 0
@@ -532,12 +620,10 @@ def test_a_hub_that_answers_and_then_breaks_off(
     assert call("--checkpoint", "google/siglip-broken", "--weights", "hub") == 2
 
 
-def test_the_photograph_is_not_square_and_pixels_are_not_all_noise() -> None:
-    with Image.open(compare_origin.PHOTOGRAPH) as image:
+def test_inputs() -> None:
+    with Image.open(SAMPLE_IMAGE) as image:
         assert image.width != image.height
-        pixels = compare_origin.with_noise(
-            references.processors(SMALL)["pil"](image)["pixel_values"]
-        )
+        pixels = verification.with_noise(reference.processors(SMALL)["pil"](image)["pixel_values"])
     assert pixels.shape == (2, 3, 16, 16)
     assert pixels.abs().max() <= 1
     assert (pixels[0] - pixels[1]).std() > 0.3
@@ -546,7 +632,7 @@ def test_the_photograph_is_not_square_and_pixels_are_not_all_noise() -> None:
 # --- reports, baselines, witnesses, and what else there is ----------------------------------------
 
 
-def test_reports_and_a_baseline(
+def test_reports_and_baseline(
     checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = checkpoint()
@@ -563,7 +649,12 @@ def test_reports_and_a_baseline(
     )
 
 
-def test_the_full_proof(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["tiny", pytest.param("small", marks=pytest.mark.slow)])
+def test_full(
+    size: str, checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if size == "small":
+        monkeypatch.undo()
     assert call("--checkpoint", checkpoint(), "--full", "--json", tmp_path / "full.json") == 0
     sections = json.loads((tmp_path / "full.json").read_text())["sections"]
     names = [gate["name"] for gate in sections[0]["gates"]]
@@ -578,7 +669,7 @@ def test_the_full_proof(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     }
 
 
-def test_gates_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_gates(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--list-gates") == 0
     out = capsys.readouterr().out
     assert all(f"\n{gate}: " in f"\n{out}" for gate in [*GATES, "rounding"])
@@ -587,32 +678,78 @@ def test_gates_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_large_towers_state_their_need(capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_note(capsys: pytest.CaptureFixture[str]) -> None:
     so400m = SigLipVisionConfig(
-        embed_dim=1152, image_size=384, patch_size=14, num_attention_heads=16, num_encoder_blocks=27,
-        mlp_hidden_dim=4304, pooling_head=True,
-    )  # fmt: skip
+        embed_dim=1152,
+        image_size=384,
+        patch_size=14,
+        num_attention_heads=16,
+        num_encoder_blocks=27,
+        mlp_hidden_dim=4304,
+        pooling_head=True,
+    )
     with torch.device("meta"):
-        towers = [
+        models = [
             port.SigLipVisionModel(config)
             for config in (so400m, SigLipVisionConfig(pooling_head=True))
         ]
-    compare_origin.warn_of_memory(towers[0], torch.float32)
+    verification.warn_of_memory(models[0], torch.float32)
     assert re.match(r"this tower has 428 M parameters: needs about 1\d GB", capsys.readouterr().err)
-    compare_origin.warn_of_memory(towers[1], torch.float32)
+    verification.warn_of_memory(models[1], torch.float32)
     assert capsys.readouterr().err == ""
 
 
-def test_every_form_of_optimize_is_judged(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_gates(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with proof.random_case(proof.ODD, "L7", gates=("rounding",)) as case:
-        found = list(compare_origin.optimized_forms(case, SigLipVisionModel.from_hf(case.source)))
-    assert [gate.name for gate in found] == [
+    with cases.random_case(cases.ODD, "L7", gates=("rounding",)) as case:
+        gates = list(verification.engine_gates(case, SigLipVisionModel.from_hf(case.source)))
+    assert [gate.name for gate in gates] == [
         f"rounding float32, {engine}" for engine in ("packed", "packed-gelu", "onnxruntime")
     ]
-    assert all(gate.passed and gate.checked == 2 for gate in found)
-    told = capsys.readouterr().err
-    assert "openvino is not judged on the odd tower: it is not installed" in told
-    assert "compiled is not judged on the odd tower: it is for GPUs" in told
+    assert all(gate.passed and gate.checked == 2 for gate in gates)
+    notes = capsys.readouterr().err
+    assert "openvino is not judged on the odd tower: it is not installed" in notes
+    assert "compiled is not judged on the odd tower: it is for GPUs" in notes
+
+
+# --- what belongs to a clone, and to extras -------------------------------------------------------
+
+
+def test_without_transformers(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for arguments in (["--checkpoint", checkpoint()], ["--selftest"]):
+        assert call(*arguments) == 2
+        assert capsys.readouterr().err == (
+            "could not compare: this needs transformers, which is not installed: install "
+            "siglip-port[parity]\n"
+        )
+    assert call("--list-gates") == 0
+
+
+@pytest.mark.parametrize("option", ["--selftest", "--calibrate"])
+def test_without_a_clone(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    assert call(option) == 2
+    assert capsys.readouterr().err == (
+        "could not compare: --selftest and --calibrate need a clone of siglip-port: "
+        "scripts/selftest is not installed\n"
+    )
+
+
+def test_census_of_the_recorded_selftest() -> None:
+    """It is made anew by `python -m siglip_port.parity.siglip.census docs/selftest.json`."""
+    recorded = json.loads((ROOT / "docs" / "selftest.json").read_text())
+    assert json.loads(census.SUMMARY.read_text()) == census.summarize(recorded)
+
+
+@pytest.mark.parametrize("field", ["weights", "dtype", "attention"])
+def test_options_are_validated(field: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field} must be one of .*, got 'mine'"):
+        VerifyOptions(**{field: "mine"})  # type: ignore[arg-type]

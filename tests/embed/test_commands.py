@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
 
-from siglip_port.cli import commands
-from siglip_port.embed import Progress
 from tests.helpers.commands import run
 from tests.helpers.embedding import broken_images, readable_rows
 
@@ -48,25 +44,6 @@ def test_search(embedded: Path) -> None:
     assert nearest[0]["cosine"] == pytest.approx(1, abs=1e-5)
     assert len(nearest) == 3
     assert run("search", embedded, query["path"]).stdout.startswith("1.0000  ")
-
-
-def test_progress_line_fits_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    controller, terminal = os.openpty()
-    progress = Progress(total=10_000, done=5000, failed=47, fresh=100, seconds=10.0, model=9.0)
-    shares = "model 90%, waiting 0%, writing 0%, decoding 0%, preprocessing 0%"
-    with os.fdopen(terminal, "w") as stderr, os.fdopen(controller, "rb", buffering=0) as screen:
-        monkeypatch.setattr(sys, "stderr", stderr)
-        monkeypatch.setenv("COLUMNS", "30")
-        line = commands._Line()
-        line.show(commands._progress(progress))
-        assert screen.read(1000).decode() == "\r\033[K5000/10000, 47 failed, 10.0 p"
-        monkeypatch.setenv("COLUMNS", "200")
-        line.last = 0.0
-        line.show(commands._progress(progress))
-        text = f"5000/10000, 47 failed, 10.0 pictures/s, 8 min left: {shares}"
-        assert screen.read(1000).decode() == f"\r\033[K{text}"
-        line.clear()
-        assert screen.read(1000).decode() == "\r\033[K"
 
 
 def test_unusable_arguments(photos: Path, tower: Path, tmp_path: Path) -> None:

@@ -23,9 +23,10 @@ from siglip_port.parity import mutants, randomise
 from siglip_port.parity.selftest import examine_images
 from siglip_port.parity.siglip import reference as references
 from siglip_port.parity.siglip.pixels import levels, pictures, pixels, waves
+from siglip_port.parity.siglip.verify_options import SAMPLE_IMAGE
 from tests.helpers.checkpoints import SMALL, MakeCheckpoint
 
-PHOTOGRAPH = Image.open(Path(__file__).parents[3] / "tests" / "images" / "chelsea.png")
+PHOTOGRAPH = Image.open(SAMPLE_IMAGE)
 
 
 def sides(

@@ -1,0 +1,51 @@
+"""Checkpoints that the commands are tried on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.checkpoints import MakeCheckpoint, edit_tensors
+
+
+@pytest.fixture(scope="session")
+def written_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole SiglipModel, which no test changes."""
+    # Not imported above: a conftest is loaded before the Hub's client is pointed at our own Hub.
+    import transformers
+
+    from tests.helpers.other_libraries import write_two_towers
+
+    folder = tmp_path_factory.mktemp("whole model") / "written"
+    write_two_towers(folder, transformers.SiglipModel)
+    return folder
+
+
+@pytest.fixture
+def whole_model(written_model: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(written_model, tmp_path / "whole"))
+
+
+@pytest.fixture
+def two_towers(checkpoint: MakeCheckpoint) -> Path:
+    """Two vision encoders in one file, with prefixes a. and b."""
+    folder = checkpoint()
+    edit_tensors(
+        folder,
+        lambda tensors: {
+            f"{prefix}.{name}": tensor for prefix in "ab" for name, tensor in tensors.items()
+        },
+    )
+    return folder
+
+
+@pytest.fixture
+def hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The Hub's local cache, empty."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -1,0 +1,251 @@
+"""`siglip-port extract`: what it writes, verifies, and leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+
+from siglip_port import SigLipVisionModel
+from siglip_port.checkpoint import extract as extraction
+from siglip_port.parity.metrics import relative_error
+from siglip_port.parity.stress_weights import randomise
+from tests.helpers.checkpoints import (
+    ODD,
+    SMALL,
+    MakeCheckpoint,
+    edit_config,
+    edit_tensors,
+    pixels,
+)
+from tests.helpers.commands import inspect, run
+from tests.helpers.flax import flax, write_npz
+from tests.helpers.hub_server import Hub, Repository
+from tests.helpers.other_libraries import timm_tower
+from tests.helpers.vision_language_models import build
+
+PARAMETERS = sum(tensor.numel() for tensor in SigLipVisionModel(SMALL).state_dict().values())
+
+load = SigLipVisionModel.from_hf
+
+
+def test_extract_for_transformers(whole_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    printed = run("extract", whole_model, out).stdout
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+    assert printed.startswith(str(load(whole_model).provenance) + "\n")
+    assert f"written  {out / 'config.json'} (" in printed
+    assert "tokens [1, 4, 24] and vector [1, 24] of a picture of noise: the same bits\n" in printed
+    assert out.stat().st_mode == whole_model.stat().st_mode
+    theirs, info = transformers.SiglipVisionModel.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    whole = transformers.SiglipModel.from_pretrained(whole_model).eval()
+    x = pixels(SMALL).float()
+    with torch.no_grad():
+        found, expected = theirs.eval()(x), whole.vision_model(x)
+    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(found.pooler_output, expected.pooler_output)
+
+
+def test_extract_for_timm(whole_model: Path, tmp_path: Path) -> None:
+    run("extract", whole_model, tmp_path / "out", "--format", "timm")
+    tower: Any = timm.create_model(
+        f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=0
+    ).eval()
+    x = pixels(SMALL).float()
+    with torch.no_grad():
+        assert relative_error(load(whole_model).embed(x), tower(x)) <= 1e-5
+    assert "layout   timm, no prefix" in run("inspect", tmp_path / "out").stdout
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_extract_dtype(dtype: str, whole_model: Path, tmp_path: Path) -> None:
+    run("extract", whole_model, tmp_path / "out", "--dtype", dtype)
+    expected = load(whole_model, dtype=getattr(torch, dtype)).state_dict()
+    assert all(
+        torch.equal(tensor, expected[name])
+        for name, tensor in load(tmp_path / "out").state_dict().items()
+    )
+    assert (
+        inspect(tmp_path / "out")["tower"]["bytes"] == PARAMETERS * getattr(torch, dtype).itemsize
+    )
+
+
+@pytest.mark.parametrize("kind", ["timm-gap", "naflex", "npz", "idefics3"])
+def test_extract_layouts(kind: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    original = SigLipVisionModel(replace(ODD, naflex=kind == "naflex"))
+    randomise(original)
+    if kind == "timm-gap":
+        timm.models.save_for_hf(
+            timm_tower("vit_base_patch16_siglip_gap_224"), str(source), safe_serialization=True
+        )
+    elif kind == "idefics3":
+        build("idefics3")[0].save_pretrained(source)
+    elif kind == "naflex":
+        original.save_timm(source)
+    else:
+        source = source / "a.npz"
+        write_npz(
+            source, flax(replace(ODD, image_size=42), original.state_dict(), scanned=True), "img/"
+        )
+    printed = run("extract", source, tmp_path / "out").stdout
+    assert ("interpolation='navit': pass it to from_hf" in printed) == (kind == "idefics3")
+    assert (" and vector [1, 72] of" in printed) == (kind != "idefics3")
+    model, again = load(source), load(tmp_path / "out")
+    assert again.config == replace(model.config, interpolation=None)
+    assert all(
+        torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items()
+    )
+
+
+def test_extract_one_of_several_towers(two_towers: Path, tmp_path: Path) -> None:
+    run("extract", two_towers, tmp_path / "out", "--prefix", "b.")
+    expected = load(two_towers, prefix="b.").state_dict()
+    assert all(
+        torch.equal(tensor, expected[name])
+        for name, tensor in load(tmp_path / "out").state_dict().items()
+    )
+
+
+def test_extract_from_hub(hub: Hub, whole_model: Path, hub_cache: Path, tmp_path: Path) -> None:
+    hub.repositories["google/a"] = Repository(whole_model)
+    printed = run("extract", "google/a", tmp_path / "out", "--revision", "v1").stdout
+    assert f"source   google/a at commit {hub.repositories['google/a'].commit}\n" in printed
+    hub.requests.clear()
+    run("extract", "google/a", tmp_path / "again", "--revision", "v1", "--offline")
+    assert not hub.requests
+
+
+def test_extract_refused_folders(whole_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for folder, says in (
+        (out, "is not empty; pass another folder, or --force"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "no" / "where", "does not exist"),
+        (whole_model, "is not empty"),
+    ):
+        assert says in run("extract", whole_model, folder, code=2).stderr
+    for source in (whole_model, whole_model / "model.safetensors"):
+        assert (
+            "holds the checkpoint itself"
+            in run("extract", source, whole_model, "--force", code=2).stderr
+        )
+    assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+def test_extract_force(whole_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    run("extract", whole_model, out)
+    (out / "precious").write_text("mine")
+    (out / "model.safetensors").write_text("lost")
+    run("extract", whole_model, out, "--force")
+    assert (out / "precious").read_text() == "mine"
+    assert load(out).config == SMALL
+
+
+def wrong_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    save = SigLipVisionModel.save_hf
+
+    def damaged(self: SigLipVisionModel, folder: Path) -> None:
+        save(self, folder)
+        edit_tensors(folder, lambda tensors: {name: -tensor for name, tensor in tensors.items()})
+
+    monkeypatch.setattr(SigLipVisionModel, "save_hf", damaged)
+
+
+def wrong_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    save = SigLipVisionModel.save_hf
+
+    def damaged(self: SigLipVisionModel, folder: Path) -> None:
+        save(self, folder)
+        edit_config(folder, hidden_act="gelu")
+
+    monkeypatch.setattr(SigLipVisionModel, "save_hf", damaged)
+
+
+def wrong_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extraction, "outputs_of_noise", lambda model: [torch.rand(2)])
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(model: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(extraction, "outputs_of_noise", interrupt)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "says"),
+    [
+        (
+            wrong_weights,
+            1,
+            "what was written is not what was read, and has been removed; different: pooling_head",
+        ),
+        (
+            wrong_config,
+            1,
+            "out: the configuration is not the one that these weights were saved with",
+        ),
+        (
+            wrong_outputs,
+            1,
+            "and has been removed; different: what it computes of a picture of noise\n",
+        ),
+        (interrupted, 130, "interrupted\n"),
+    ],
+)
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "empty"])
+def test_extract_removes_what_failed(
+    exists: bool,
+    fault: Callable[[pytest.MonkeyPatch], None],
+    code: int,
+    says: str,
+    whole_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if exists:
+        (tmp_path / "out").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    fault(monkeypatch)
+    result = run("extract", whole_model, tmp_path / "out", code=code)
+    assert says in result.stderr
+    assert result.stdout == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_extract_errors(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = checkpoint(replace(SMALL, layer_norm_eps=1e-5))
+    result = run("extract", folder, tmp_path / "out", "--format", "timm", code=1)
+    assert result.stderr == "timm's SigLIP towers have layer_norm_eps 1e-6, this one has 1e-05\n"
+    edit_tensors(
+        folder, lambda tensors: {name: t for name, t in tensors.items() if "fc1" not in name}
+    )
+    assert "missing tensors (8):" in run("extract", folder, tmp_path / "out", code=1).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_extract_compares_bits() -> None:
+    zero, nan = torch.zeros(2), torch.full((2,), torch.nan)
+    assert extraction.is_same(nan, nan.clone())
+    assert not extraction.is_same(zero, -zero)
+    assert not extraction.is_same(zero, zero.double())
+    assert not extraction.is_same(zero, torch.zeros(2, 1))
+    assert not extraction.is_same(zero, None)
