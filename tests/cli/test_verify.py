@@ -265,8 +265,8 @@ def test_script_says_what_it_needs(tmp_path: Path) -> None:
             "could not compare: 'no/such/folder' does not exist on this machine",
         ),
         (
-            ["--checkpoint", "docs/images"],
-            r"could not compare: .* holds neither model.safetensors nor .*; found: league.svg",
+            ["--checkpoint", "docs"],
+            r"could not compare: .* holds neither model.safetensors nor .*; found: ",
         ),
         (
             ["--image", "README.md"],

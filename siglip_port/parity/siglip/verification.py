@@ -205,8 +205,9 @@ def compare_pixels(port: LoadedPort, image: Image.Image) -> GateResult:
         backend: ImageProcessor.from_config(model.preprocessor_config, backend)
         for backend in reference_processors
     }
-    embed = None if model.pooling_head is None else model.embed
-    return pixels.pixels(port_processors, reference_processors, image, embed)
+    if model.pooling_head is None:
+        return pixels.pixels(port_processors, reference_processors, image, None)
+    return pixels.pixels(port_processors, reference_processors, image, model.embed)
 
 
 def run_gates(
