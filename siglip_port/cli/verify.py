@@ -132,6 +132,7 @@ def parse(argv: Sequence[str] | None, prog: str) -> tuple[Action, VerifyOptions]
         epilog="exit status: 0 equal, 1 different, 2 could not compare, 3 no power",
         allow_abbrev=False,
     )
+    add_checkpoint_options(parser)
     add_comparison_options(parser)
     add_output_options(parser)
     add_actions(parser)
@@ -140,8 +141,8 @@ def parse(argv: Sequence[str] | None, prog: str) -> tuple[Action, VerifyOptions]
     return action, VerifyOptions(**arguments)
 
 
-def add_comparison_options(parser: argparse.ArgumentParser) -> None:
-    """Add what decides what is compared, and how."""
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is compared."""
     parser.add_argument(
         "--checkpoint",
         default=VerifyOptions.checkpoint,
@@ -163,6 +164,10 @@ def add_comparison_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a photograph (siglip_port/parity/siglip/images/chelsea.png)",
     )
+
+
+def add_comparison_options(parser: argparse.ArgumentParser) -> None:
+    """Add how it is compared."""
     parser.add_argument(
         "--dtype",
         choices=verify_options.DTYPES,

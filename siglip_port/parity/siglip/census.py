@@ -42,10 +42,10 @@ def census(summary: Mapping[str, Any]) -> str:
     lines = []
     for gate, meaning in MEANING.items():
         lines += [f"{gate}: {meaning.text}", f"  bound: {meaning.bound}"]
-        found = summary["gates"][gate]
-        alone = ", ".join(found["alone"]) or "none"
+        detections = summary["gates"][gate]
+        alone = ", ".join(detections["alone"]) or "none"
         lines.append(
-            f"  notices {found['detected']} of {summary['mutants']} mistakes, alone: {alone}"
+            f"  notices {detections['detected']} of {summary['mutants']} mistakes, alone: {alone}"
         )
     lines.append(
         f"(counts: `compare_origin.py --selftest --json`, recorded on {summary['machine']})"
