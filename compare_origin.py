@@ -158,13 +158,16 @@ def run(args: argparse.Namespace) -> int:
 
         witness.parse(args.second_ref)
     photograph = read_picture(args.image)
-    if args.list_gates or args.selftest or args.calibrate:
-        from siglip_port.parity import selftest
+    if args.list_gates:
+        from siglip_port.parity.siglip.census import census_text
 
-        if args.list_gates:
-            print(selftest.census_text(RECORDED))
-            return 0
-        return 0 if (selftest.calibrate if args.calibrate else selftest.run)(args, progress) else 3
+        print(census_text(RECORDED))
+        return 0
+    if args.selftest or args.calibrate:
+        from scripts import selftest
+
+        run_it = selftest.calibrate if args.calibrate else selftest.run
+        return 0 if run_it(args, progress) else 3
 
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
         port, source = load_port(args, scratch)
