@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 import compare_origin
+from scripts.selftest.catalogue import MUTANTS
+from scripts.selftest.examination import examine_images
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint import preprocessor_config as processors
 from siglip_port.image_processing import Backend, ImageProcessor
-from siglip_port.parity import mutants, randomise
-from siglip_port.parity.selftest import examine_images
+from siglip_port.parity import randomise
 from siglip_port.parity.siglip import reference as references
 from siglip_port.parity.siglip.pixels import levels, pictures, pixels, waves
 from tests.helpers.checkpoints import SMALL, MakeCheckpoint
@@ -159,9 +160,9 @@ def test_a_picture_that_one_side_refuses() -> None:
 @pytest.mark.parametrize("name", ["image_float64", "image_palette_alpha", "image_patches_few"])
 def test_mistakes_are_noticed(name: str) -> None:
     """The finest ones; all are in the self-test."""
-    (mutant,) = (mutant for mutant in mutants.IMAGES if mutant.name == name)
+    (mutant,) = (mutant for mutant in MUTANTS if mutant.name == name)
     assert examine_images(mutant).passed
-    assert not examine_images(replace(mutant, edits=())).noticed
+    assert not examine_images(replace(mutant, patch=None)).detected
 
 
 def test_pixels_that_differ_are_told_from_a_model_that_does(
