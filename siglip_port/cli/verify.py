@@ -111,15 +111,15 @@ def load_selftest() -> ModuleType:
     Raises:
         RuntimeError: the package was installed without it.
     """
-    for name in ("scripts.selftest", "siglip_port.parity.selftest"):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not name.startswith(error.name):
-                raise
-    raise RuntimeError(
-        "--selftest and --calibrate need a clone of siglip-port: scripts/selftest is not installed"
-    )
+    try:
+        return importlib.import_module("scripts.selftest")
+    except ModuleNotFoundError as error:
+        if error.name not in ("scripts", "scripts.selftest"):
+            raise
+        raise RuntimeError(
+            "--selftest and --calibrate need a clone of siglip-port: scripts/selftest is not "
+            "installed"
+        ) from error
 
 
 def parse(argv: Sequence[str] | None, prog: str) -> tuple[Action, VerifyOptions]:
