@@ -74,7 +74,7 @@ class RepositoryClient:
         return None if cached == self.commit else cached
 
     @property
-    def known_files(self) -> dict[str, RemoteFile]:
+    def remote_files(self) -> dict[str, RemoteFile]:
         """The files that have been asked for, and are there, by name."""
         return self._files
 
@@ -107,7 +107,7 @@ class RepositoryClient:
                 "the Hub cannot be asked for %s (%s): the cache's commit %s is taken, which may "
                 "not be the newest",
                 self.title,
-                describe_cause(error, self.requested(filename)),
+                describe_cause(error, self.describe_file(filename)),
                 cached,
             )
 
@@ -175,7 +175,7 @@ class RepositoryClient:
         except Exception:  # It only adds to a message about another fault.
             return []
 
-    def requested(self, filename: str) -> RequestedFile:
+    def describe_file(self, filename: str) -> RequestedFile:
         """Return what messages say of a file."""
         return RequestedFile(filename, self.name, self.options)
 

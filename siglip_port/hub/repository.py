@@ -129,7 +129,7 @@ class HubRepository:
         except CheckpointError:
             raise
         except Exception as error:
-            request = self._client.requested(filename)
+            request = self._client.describe_file(filename)
             failure = explain_failure(error, request, self._client.older_commit)
         raise failure  # out of the handler, so that it does not carry what it came of
 
@@ -291,7 +291,7 @@ class HubRepository:
 
         Raises the error where that would not help.
         """
-        known = self._client.known_files
+        known = self._client.remote_files
         files = [known[filename] for filename in filenames if filename in known]
         has_xet = bool(files) and all(file.can_use_xet for file in files)
         if isinstance(error, RetriesExhaustedError) and not has_xet:
