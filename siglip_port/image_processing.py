@@ -133,6 +133,11 @@ class ImageProcessor:
         )
 
     @property
+    def factor(self) -> float:
+        """What the values 0 to 255 are multiplied by, 1.0 for nothing."""
+        return 1.0 if self.rescale_factor is None else self.rescale_factor
+
+    @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with every choice that changes a pixel.
 
@@ -220,8 +225,7 @@ class ImageProcessor:
             image = Image.fromarray(np.moveaxis(rgb, 0, -1))
             resized = image.resize((width, height), Image.Resampling(self.resample))
             rgb = np.moveaxis(np.asarray(resized), -1, 0)
-        factor = 1.0 if self.rescale_factor is None else self.rescale_factor
-        values = (rgb.astype(np.float64) * factor).astype(np.float32)
+        values = (rgb.astype(np.float64) * self.factor).astype(np.float32)
         if self.mean is not None and self.std is not None:
             mean = np.array(self.mean, dtype=np.float32)[:, None, None]
             std = np.array(self.std, dtype=np.float32)[:, None, None]
@@ -245,7 +249,7 @@ class ImageProcessor:
             rgb = functional.resize(rgb, list(size), interpolation=mode, antialias=True)
         if self.mean is None or self.std is None:
             return rgb.float() if self.rescale_factor is None else rgb * self.rescale_factor
-        scale = 1.0 if self.rescale_factor is None else 1.0 / self.rescale_factor
+        scale = 1.0 / self.factor
         mean = (torch.tensor(self.mean) * scale).tolist()
         std = (torch.tensor(self.std) * scale).tolist()
         values: Tensor = functional.normalize(rgb.float(), mean, std)

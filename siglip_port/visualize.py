@@ -81,8 +81,7 @@ def model_view(model: SigLipVisionModel, image: ImageInput) -> ModelView:
     rgb = values[:, : rows * patch_size, : columns * patch_size].movedim(0, -1).double()
     if processor.mean is not None and processor.std is not None:
         rgb = rgb * torch.tensor(processor.std).double() + torch.tensor(processor.mean).double()
-    factor = 1.0 if processor.rescale_factor is None else processor.rescale_factor
-    rgb = rgb / (255 * factor)
+    rgb = rgb / (255 * processor.factor)
     return ModelView(pixels, rgb.clamp(0, 1), (rows, columns))
 
 
@@ -332,10 +331,10 @@ def draw_tokens(view: ModelView, tokens: Tensor) -> Figure:
         "variance"
     )
     colors = to_colors(scores).unflatten(0, view.grid)
-    left, middle, right = figure.subplots(1, 3)
-    show_image(left, view.rgb, "the picture")
-    show_overlay(middle, view, colors, "laid over it")
-    show_image(right, colors, "the components")
+    image_axes, overlay_axes, color_axes = figure.subplots(1, 3)
+    show_image(image_axes, view.rgb, "the picture")
+    show_overlay(overlay_axes, view, colors, "laid over it")
+    show_image(color_axes, colors, "the components")
     return figure
 
 
@@ -349,15 +348,15 @@ def draw_attention(view: ModelView, attention: Tensor) -> Figure:
     height = max(rows * (2 * view.panel_height + 0.3), 5 * view.panel_height + 1)
     figure = new_figure(5.5 + 2 * columns, height + 0.6)
     figure.suptitle("The attention of the pooling head's probe; 1 is an even share for each patch")
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(5, 2 * columns))[0]
+    mean_part, heads_part = figure.subfigures(1, 2, squeeze=False, width_ratios=(5, 2 * columns))[0]
     mean = maps.mean(0)
-    axes = left.subplots()
+    axes = mean_part.subplots()
     maximum = max(2.0, float(mean.max()))
     shown = show_overlay(axes, view, mean, f"mean of {len(maps)} heads", maximum)
     # Beneath a tall image, its numbers would be cut off.
     location = "bottom" if view.panel_height <= 1 else "right"
-    left.colorbar(shown, ax=axes, shrink=0.7, location=location)
-    panels = right.subplots(rows, columns, squeeze=False).flatten()
+    mean_part.colorbar(shown, ax=axes, shrink=0.7, location=location)
+    panels = heads_part.subplots(rows, columns, squeeze=False).flatten()
     for number, (axes, values) in enumerate(zip(panels, maps, strict=False)):
         maximum = max(2.0, float(values.max()))
         title = f"head {number}: 0 to {maximum:.3g}"

@@ -39,7 +39,7 @@ assert siglip_port.optimize.selection.ROUNDS
 WITHOUT_BOTH = """
 import sys
 sys.modules.update({"siglip_port.optimize": None, "siglip_port.embed": None})
-import siglip_port.cli.commands, siglip_port.parity, siglip_port.visualize
+import siglip_port.cli.app, siglip_port.parity, siglip_port.visualize
 """
 
 WITHOUT_EMBED = """
