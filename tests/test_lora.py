@@ -137,15 +137,15 @@ def test_lora_gradients(
     reference.load_state_dict(to_reference_names(merged, dict(merged.state_dict())))
     backward(reference(x).pooler_output.sin().mean())
     grads = gradients(reference)
-    claims = layouts.HUGGINGFACE.mappings(
+    mappings = layouts.HUGGINGFACE.mappings(
         SHALLOW.num_encoder_blocks, layouts.HUGGINGFACE.rules(pooling_head=True)
     )
     whole = {
         name: grad
-        for stored, claim in claims.items()
+        for stored, mapping in mappings.items()
         for name, grad in zip(
-            claim.port,
-            claim.from_stored(grads[stored], [shapes[n] for n in claim.port]),
+            mapping.port,
+            mapping.from_stored(grads[stored], [shapes[n] for n in mapping.port]),
             strict=True,
         )
     }

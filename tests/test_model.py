@@ -126,9 +126,9 @@ def test_gradients(pair: Pair, config: SigLipVisionConfig) -> None:
     port_grads = {name: p.grad for name, p in port.named_parameters() if p.grad is not None}
     assert len(port_grads) == len(list(port.parameters()))
     reference_parameters = dict(reference.model.named_parameters())
-    rows = layouts.HUGGINGFACE_ENCODER + layouts.HUGGINGFACE_HEAD
+    rules = layouts.HUGGINGFACE_ENCODER + layouts.HUGGINGFACE_HEAD
     for name, grad in layouts.HUGGINGFACE.to_stored(
-        port_grads, config.num_encoder_blocks, config.num_attention_heads, rows
+        port_grads, config.num_encoder_blocks, config.num_attention_heads, rules
     ).items():
         # A bias of the keys moves all scores of a query alike, so its gradient is zero but for
         # rounding.
@@ -287,9 +287,9 @@ def test_initialization() -> None:
     config = SigLipVisionConfig(
         embed_dim=384, num_attention_heads=6, num_encoder_blocks=1, pooling_head=True
     )
-    rows = layouts.HUGGINGFACE_ENCODER + layouts.HUGGINGFACE_HEAD
+    rules = layouts.HUGGINGFACE_ENCODER + layouts.HUGGINGFACE_HEAD
     port_tensors = layouts.HUGGINGFACE.to_stored(
-        SigLipVisionModel(config).state_dict(), 1, config.num_attention_heads, rows
+        SigLipVisionModel(config).state_dict(), 1, config.num_attention_heads, rules
     )
     reference_tensors = ReferenceModel(references.hf_config(config)).state_dict()
     for name, tensor in reference_tensors.items():

@@ -346,8 +346,8 @@ def test_navit(kind: str) -> None:
     from siglip_port.checkpoint.layouts import HUGGINGFACE
 
     stored = tower.state_dict()
-    claims = HUGGINGFACE.mappings(3, HUGGINGFACE.encoder)
-    port.load_state_dict({claim.port[0]: stored[name] for name, claim in claims.items()})
+    mappings = HUGGINGFACE.mappings(3, HUGGINGFACE.encoder)
+    port.load_state_dict({mapping.port[0]: stored[name] for name, mapping in mappings.items()})
 
     x = pixels(FIXED)
     assert (

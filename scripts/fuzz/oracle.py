@@ -1,51 +1,35 @@
-"""What a checkpoint says, told without siglip_port's readers.
+"""What a checkpoint says, told without siglip_port's readers, for `run.py`.
 
-By the libraries of the file formats, for `run.py`.
-
-Which of the stored numbers belongs where in our tensors was found by storing a tower whose every
+Which of the stored numbers belongs where in our tensors was found by storing a model whose every
 number is another.
 """
 
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 import json
 import math
-import re
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
-import safetensors
 import torch
 from torch import Tensor, nn
 
-from scripts.fuzz.mutants import (
-    CONFIG,
-    INDEX,
-    KINDS,
-    NPZ,
-    PREPROCESSOR,
-    WEIGHTS,
-    Files,
-    join,
-    make,
-    split,
-)
+from scripts.fuzz.intact import KINDS, Files, make
+from scripts.fuzz.stored_tensors import Tensors, UnusableError, read_object, read_tensors
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
+from siglip_port.checkpoint.preprocessor_config import PREPROCESSOR
+from siglip_port.checkpoint.source import CONFIG
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ACTS = ("gelu", "gelu_pytorch_tanh")
 # the architecture that `save_timm` names, whose activation is the exact GELU
 TIMM = "vit_base_patch16_siglip_224"
 
 # transformers' keys, our fields, and the defaults: those of google/siglip-base-patch16-224, as the
 # library says.
-HF: tuple[tuple[str, str, Any], ...] = (
+HF_KEYS: tuple[tuple[str, str, Any], ...] = (
     ("num_channels", "num_channels", 3),
     ("hidden_size", "embed_dim", 768),
     ("image_size", "image_size", 224),
@@ -57,7 +41,7 @@ HF: tuple[tuple[str, str, Any], ...] = (
     ("layer_norm_eps", "layer_norm_eps", 1e-6),
     ("hidden_act", "hidden_act", "gelu_pytorch_tanh"),
 )
-_IN_THE_SHAPES = (
+IN_THE_SHAPES = (
     "num_channels",
     "embed_dim",
     "patch_size",
@@ -65,15 +49,12 @@ _IN_THE_SHAPES = (
     "mlp_hidden_dim",
     "grid_size",
 )
-
-
-class UnusableError(Exception):
-    """The files say nothing that may be loaded; why."""
+LEGAL_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """A tower: what decides over all that it computes.
+    """A model: what decides over all that it computes.
 
     Attributes:
         config: its architecture.
@@ -90,330 +71,235 @@ class Meaning:
 
 
 class Reader:
-    """Knows how a layout stores the tower, from intact files.
+    """Knows how a layout stores the model, from intact files.
 
     Args:
         name: one of `KINDS`.
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self.kind = name, KINDS[name]
+        self.name = name
+        self.kind = KINDS[name]
         state = SigLipVisionModel(self.kind.config).state_dict()
-        self._sizes = {name: tensor.numel() for name, tensor in state.items()}
-        # float32 holds these numbers exactly; of bfloat16, the same tower in float32 tells.
-        stored = _stored(make("flat" if name == "bf16" else name, _number))
-        added = self.kind.prefix if name == "bf16" else ""
-        inside = {
-            added + key: t
-            for key, t in stored.items()
-            if (added + key).startswith(self.kind.prefix)
-        }
-        self._places = {
-            key: tensor.long() - 1 for key, tensor in inside.items() if not _is_ballast(key)
-        }
-        assert sorted(torch.cat([t.flatten() for t in self._places.values()])) == list(
-            range(sum(self._sizes.values()))
-        )
+        self.size = sum(tensor.numel() for tensor in state.values())
+        # float32 holds these numbers exactly; of bfloat16, the same model in float32 tells.
+        stored = read_tensors(make("flat" if name == "bf16" else name, fill_with_numbers))
+        if name == "bf16":
+            stored = {self.kind.prefix + key: tensor for key, tensor in stored.items()}
+        self.places: Tensors = {}  # stored name -> where each number belongs in the state
+        for key, tensor in stored.items():
+            if key.startswith(self.kind.prefix) and not is_ballast(key):
+                self.places[key] = tensor.long() - 1
+        flat = torch.cat([tensor.flatten() for tensor in self.places.values()])
+        assert sorted(flat.tolist()) == list(range(self.size))
 
     def read(self, files: Files) -> Meaning:
-        """Tells what the files say.
+        """Tell what the files say.
 
         Raises:
             UnusableError: they must be refused.
         """
-        stored = _stored(files, self._places.keys())
-        head = {key for key in self._places if key.startswith(self.kind.prefix + self.kind.head)}
-        wanted = self._places.keys() if head & stored.keys() else self._places.keys() - head
-        if missing := wanted - stored.keys():
+        stored = read_tensors(files, self.places.keys())
+        head_prefix = self.kind.prefix + self.kind.head
+        head = {key for key in self.places if key.startswith(head_prefix)}
+        has_head = bool(head & stored.keys())
+        expected = self.places.keys() if has_head else self.places.keys() - head
+        self.check_tensors(stored, expected)
+        content = read_object(files[CONFIG], CONFIG) if CONFIG in files else None
+        if self.kind.described:
+            config = self.config_as_described(content, has_head)
+        else:
+            config = self.config_by_shapes(content or {}, has_head)
+        dtype, state = self.read_state(stored, expected)
+        return Meaning(config, dtype, state, expected_processor(files, config))
+
+    def check_tensors(self, stored: Tensors, expected: Collection[str]) -> None:
+        """Raise UnusableError unless the tensors are those of the model."""
+        missing = set(expected) - stored.keys()
+        if missing:
             raise UnusableError(f"tensors are missing: {sorted(missing)[:3]}")
-        inside = {
-            key for key in stored if key.startswith(self.kind.prefix) and not _is_ballast(key)
-        }
-        if unknown := inside - wanted:
+        own = {key for key in stored if key.startswith(self.kind.prefix) and not is_ballast(key)}
+        unknown = own - set(expected)
+        if unknown:
             raise UnusableError(f"tensors that nobody knows: {sorted(unknown)[:3]}")
-        if wrong := [key for key in wanted if stored[key].shape != self._places[key].shape]:
-            raise UnusableError(f"tensors of another shape: {sorted(wrong)[:3]}")
-        has_head = len(wanted) == len(self._places)
-        config = (self._described if self.kind.described else self._by_shapes)(
-            _configuration(files), has_head
-        )
-        return Meaning(config, *self._state(stored, wanted), _processor(files, config))
+        misshapen = [key for key in expected if stored[key].shape != self.places[key].shape]
+        if misshapen:
+            raise UnusableError(f"tensors of another shape: {sorted(misshapen)[:3]}")
 
-    def _state(
-        self, stored: Mapping[str, Tensor], wanted: Iterable[str]
+    def read_state(
+        self, stored: Mapping[str, Tensor], expected: Collection[str]
     ) -> tuple[torch.dtype, bytes]:
-        """Puts the stored numbers where they belong; in the one dtype that holds them all."""
-        dtype = functools.reduce(torch.promote_types, (stored[key].dtype for key in wanted))
-        flat = torch.zeros(sum(self._sizes.values()), dtype=dtype)
-        filled = torch.zeros(len(flat), dtype=torch.bool)
-        for key in wanted:
-            flat[self._places[key]], filled[self._places[key]] = stored[key].to(dtype), True
-        return dtype, raw(flat[filled])
+        """Put the stored numbers where they belong; in the one dtype that holds them all."""
+        dtype = functools.reduce(torch.promote_types, (stored[key].dtype for key in expected))
+        flat = torch.zeros(self.size, dtype=dtype)
+        filled = torch.zeros(self.size, dtype=torch.bool)
+        for key in expected:
+            flat[self.places[key]] = stored[key].to(dtype)
+            filled[self.places[key]] = True
+        return dtype, raw_bytes(flat[filled])
 
-    def _described(self, content: dict[str, Any] | None, has_head: bool) -> SigLipVisionConfig:
-        """The architecture by transformers' configuration.
+    def config_as_described(
+        self, content: dict[str, Any] | None, has_head: bool
+    ) -> SigLipVisionConfig:
+        """Tell the architecture by transformers' configuration.
 
         What is written must be legal, the rest is default.
         """
         if content is None:
             raise UnusableError("there is no config.json")
         vision = content.get("vision_config")
-        vision = content if vision is None else vision
+        if vision is None:
+            vision = content
         if not isinstance(vision, dict):
             raise UnusableError("vision_config is no object")
-        told = [c["model_type"] for c in (vision, content) if c.get("model_type") is not None]
-        kind = told[0] if told else "siglip_vision_model"
-        if kind not in ("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"):
-            raise UnusableError(f"model_type is {kind!r}")
-        naflex = kind.startswith("siglip2")
-        values = {ours: vision.get(theirs, default) for theirs, ours, default in HF}
+        kind = find_model_type(vision, content)
+        values = {name: vision.get(key, default) for key, name, default in HF_KEYS}
         for name in ("image_size", "patch_size"):
             pair = values[name]
             if isinstance(pair, list) and len(pair) == 2 and pair[0] == pair[1]:
                 values[name] = pair[0]
+        naflex = kind.startswith("siglip2")
         if naflex:
-            count = vision.get("num_patches", 256)
-            if type(count) is not int or count < 1 or math.isqrt(count) ** 2 != count:
-                raise UnusableError(f"num_patches is {count!r}")
-            patch = values["patch_size"]
-            values["image_size"] = math.isqrt(count) * (patch if type(patch) is int else 1)
-        return self._checked(
-            **values, naflex=naflex, **_pooling(has_head, vision.get("mean_pooling") is True)
-        )
+            values["image_size"] = naflex_image_size(vision, values["patch_size"])
+        mean = vision.get("mean_pooling") is True
+        return self.checked_config(**values, naflex=naflex, **pooling(has_head, mean))
 
-    def _by_shapes(self, content: dict[str, Any] | None, has_head: bool) -> SigLipVisionConfig:
-        """The architecture as the shapes tell it, which are right.
+    def config_by_shapes(self, content: dict[str, Any], has_head: bool) -> SigLipVisionConfig:
+        """Tell the architecture as the shapes do, which are right.
 
         And for the rest, what timm's configuration says.
         """
-        content = content or {}
-        told = [
-            part
-            for part in (content.get("model_args"), content.get("pretrained_cfg"), content)
-            if type(part) is dict
-        ]
+        parts = [content.get("model_args"), content.get("pretrained_cfg"), content]
+        sections = [part for part in parts if type(part) is dict]
 
         def first(key: str) -> Any:  # noqa: ANN401 (a value of JSON)
-            return next((part[key] for part in told if part.get(key) is not None), None)
+            values = (section[key] for section in sections if section.get(key) is not None)
+            return next(values, None)
 
-        heads, act = self.kind.config.num_attention_heads, first("act_layer")
+        own = self.kind.config
+        num_heads = own.num_attention_heads
+        act = first("act_layer")
         if self.name == "timm":
-            heads = first("num_heads")
-            act = act if act is not None or TIMM not in json.dumps(content) else "gelu"
+            num_heads = first("num_heads")
+            if act is None and TIMM in json.dumps(content):
+                act = "gelu"
         elif act is None:
             act = "gelu_pytorch_tanh"
-        sides = [
-            part[key]
-            for part in told
-            for key in ("img_size", "image_size", "input_size")
-            if key in part
-        ]
-        sides = [side[-1] if isinstance(side, list) and side else side for side in sides]
-        grid, patch = self.kind.config.grid_size, self.kind.config.patch_size
-        values = {
-            field.name: getattr(self.kind.config, field.name)
-            for field in fields(SigLipVisionConfig)
-        }
-        values |= {
-            "num_attention_heads": heads,
-            "hidden_act": "gelu_pytorch_tanh" if act == "gelu_tanh" else act,
-        }
-        values["image_size"] = next(
-            (s for s in sides if type(s) is int and s // patch == grid), grid * patch
-        )
-        return self._checked(**values | _pooling(has_head, first("global_pool") == "avg"))
+        values: dict[str, Any] = {f.name: getattr(own, f.name) for f in fields(own)}
+        values["num_attention_heads"] = num_heads
+        values["hidden_act"] = "gelu_pytorch_tanh" if act == "gelu_tanh" else act
+        values["image_size"] = own.grid_size * own.patch_size
+        for size in image_sizes(sections):
+            if type(size) is int and size // own.patch_size == own.grid_size:
+                values["image_size"] = size
+                break
+        values |= pooling(has_head, first("global_pool") == "avg")
+        return self.checked_config(**values)
 
-    def _checked(self, **values: Any) -> SigLipVisionConfig:  # noqa: ANN401 (values of JSON)
-        """Makes the configuration, where every value is legal and none contradicts the tensors, which are right."""
+    def checked_config(self, **values: Any) -> SigLipVisionConfig:  # noqa: ANN401 (values of JSON)
+        """Make the configuration, where every value is legal and none contradicts the tensors."""
         for field in fields(SigLipVisionConfig):
-            value, kind = values.setdefault(field.name, None), str(field.type)
-            legal = {"int": (int,), "float": (int, float), "bool": (bool,)}.get(kind)
-            if legal and (
-                type(value) not in legal or (type(value) is int and kind == "int" and value < 1)
-            ):
+            value = values.setdefault(field.name, None)
+            legal = LEGAL_TYPES.get(str(field.type))
+            is_positive = str(field.type) != "int" or type(value) is not int or value >= 1
+            if legal and (type(value) not in legal or not is_positive):
                 raise UnusableError(f"{field.name} is {value!r}")
-        if values["hidden_act"] not in ACTS or values["embed_dim"] % values["num_attention_heads"]:
-            raise UnusableError(
-                f"hidden_act is {values['hidden_act']!r}, heads are {values['num_attention_heads']}"
-            )
-        if not 0 < values["layer_norm_eps"] < 1 or not 0 <= values["attention_dropout"] < 1:
-            raise UnusableError(
-                f"eps is {values['layer_norm_eps']}, dropout is {values['attention_dropout']}"
-            )
-        true = self.kind.config
-        values["grid_size"] = values["image_size"] // values["patch_size"]
-        for name in (*_IN_THE_SHAPES, "naflex"):
-            if values[name] != getattr(true, name):
-                raise UnusableError(
-                    f"{name} is {values[name]}, by the shapes {getattr(true, name)}"
-                )
-        return replace(true, **{key: value for key, value in values.items() if key != "grid_size"})
+        act = values["hidden_act"]
+        heads = values["num_attention_heads"]
+        if act not in ACTS or values["embed_dim"] % heads:
+            raise UnusableError(f"hidden_act is {act!r}, heads are {heads}")
+        eps = values["layer_norm_eps"]
+        dropout = values["attention_dropout"]
+        if not 0 < eps < 1 or not 0 <= dropout < 1:
+            raise UnusableError(f"eps is {eps}, dropout is {dropout}")
+        grid_size = values["image_size"] // values["patch_size"]
+        for name in (*IN_THE_SHAPES, "naflex"):
+            value = {**values, "grid_size": grid_size}[name]
+            true = getattr(self.kind.config, name)
+            if value != true:
+                raise UnusableError(f"{name} is {value}, by the shapes {true}")
+        return replace(self.kind.config, **values)
 
 
-def loaded(model: SigLipVisionModel, files: Files) -> Meaning:
-    """What a model is, to be compared with what the files say."""
+def meaning_of(model: SigLipVisionModel, files: Files) -> Meaning:
+    """Return what a model is, to be compared with what the files say."""
     tensors = list(model.state_dict().values())
     (dtype,) = {tensor.dtype for tensor in tensors}
-    config = model.config
-    found = {
-        key: model.preprocessor_config.get(key)
-        for key in _json(files.get(PREPROCESSOR, b"{}"), PREPROCESSOR)
-    }
-    processor = None if _processor(files, config) is None else json.dumps(found, sort_keys=True)
-    return Meaning(
-        config, dtype, raw(torch.cat([tensor.flatten() for tensor in tensors])), processor
-    )
+    processor = None
+    if expected_processor(files, model.config) is not None:
+        keys = read_object(files[PREPROCESSOR], PREPROCESSOR)
+        own = {key: model.preprocessor_config.get(key) for key in keys}
+        processor = json.dumps(own, sort_keys=True)
+    state = raw_bytes(torch.cat([tensor.flatten() for tensor in tensors]))
+    return Meaning(model.config, dtype, state, processor)
 
 
-def raw(tensor: Tensor) -> bytes:
-    """The bytes of a tensor."""
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _number(model: nn.Module) -> None:
-    """Fills a tower with the numbers 1, 2, 3, ..., through all its tensors."""
-    tensors = list(model.state_dict().values())
-    starts = itertools.accumulate((tensor.numel() for tensor in tensors), initial=1)
-    for tensor, start in zip(tensors, starts, strict=False):
-        tensor.copy_(torch.arange(start, start + tensor.numel()).reshape(tensor.shape))
-
-
-def _is_ballast(name: str) -> bool:
-    return name.startswith("text_model.") or name == "logit_scale"
-
-
-def _pooling(has_head: bool, mean: bool) -> dict[str, bool]:
-    """The file decides over the pooling head, whatever the configuration says.
-
-    A mean is taken only without it.
-    """
-    return {"pooling_head": has_head, "mean_pooling": mean and not has_head}
-
-
-def _json(content: bytes, name: str) -> dict[str, Any]:
-    try:
-        document = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UnusableError(f"{name} is no JSON") from error
-    if not isinstance(document, dict):
-        raise UnusableError(f"{name} is no object")
-    return document
-
-
-def _configuration(files: Files) -> dict[str, Any] | None:
-    return _json(files[CONFIG], CONFIG) if CONFIG in files else None
-
-
-def _processor(files: Files, config: SigLipVisionConfig) -> str | None:
-    """What the model's preprocessor must say.
+def expected_processor(files: Files, config: SigLipVisionConfig) -> str | None:
+    """Return what the model's preprocessor must say.
 
     All that the file says, but for the size, if it is one for SigLIP.
     """
     if PREPROCESSOR not in files:
         return None
-    found = _json(files[PREPROCESSOR], PREPROCESSOR)
-    kind = found.get("image_processor_type", found.get("feature_extractor_type"))
-    if not isinstance(kind, str) or not kind.startswith(
-        "Siglip2" if config.naflex else "SiglipImage"
-    ):
+    content = read_object(files[PREPROCESSOR], PREPROCESSOR)
+    kind = content.get("image_processor_type", content.get("feature_extractor_type"))
+    own = "Siglip2" if config.naflex else "SiglipImage"
+    if not isinstance(kind, str) or not kind.startswith(own):
         return None
-    if not config.naflex and "size" in found:
-        found["size"] = {"height": config.image_size, "width": config.image_size}
-    return json.dumps(found, sort_keys=True)
+    if not config.naflex and "size" in content:
+        content["size"] = {"height": config.image_size, "width": config.image_size}
+    return json.dumps(content, sort_keys=True)
 
 
-def _stored(files: Files, tower: Iterable[str] = ()) -> dict[str, Tensor]:
-    """All tensors of one file, or of those shards that hold the tower, by name."""
-    if NPZ in files:
-        return _npz(files[NPZ])
-    if WEIGHTS in files:
-        return _safetensors(files[WEIGHTS], WEIGHTS)
-    if INDEX not in files:
-        if "open_clip_model.safetensors" in files:
-            return _safetensors(files["open_clip_model.safetensors"], "open_clip_model.safetensors")
-        raise UnusableError("there are no weights")
-    placed = _json(files[INDEX], INDEX).get("weight_map")
-    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
-        raise UnusableError("the index has no weight_map")
-    if bad := [
-        file
-        for file in placed.values()
-        if re.search(r"[/\\\n\0]", file) or not file.endswith(".safetensors")
-    ]:
-        raise UnusableError(f"the index leads to {bad[0]!r}")
-    tensors: dict[str, Tensor] = {}
-    for shard in {file for name, file in placed.items() if name in tower or not tower}:
-        if shard not in files:
-            raise UnusableError(f"there is no {shard}")
-        found = _safetensors(files[shard], shard)
-        if astray := [name for name in found if placed.get(name) != shard]:
-            raise UnusableError(f"the index does not place {astray[0]} in {shard}")
-        tensors |= found
-    unread = {name: torch.empty(0) for name in placed if name not in tensors and name not in tower}
-    return {**unread, **tensors}
+def find_model_type(vision: dict[str, Any], content: dict[str, Any]) -> str:
+    """Return the kind of model that a configuration describes."""
+    kind = vision.get("model_type")
+    if kind is None:
+        kind = content.get("model_type")
+    if kind is None:
+        return "siglip_vision_model"
+    if kind in ("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"):
+        return str(kind)
+    raise UnusableError(f"model_type is {kind!r}")
 
 
-def _safetensors(content: bytes, name: str) -> dict[str, Tensor]:
-    """All tensors of a file, by the format's own library, and as strictly as the format is described.
-
-    Tensors of dtypes that no tower has are empty.
-    """
-    try:
-        found = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
-    except safetensors.SafetensorError as error:
-        # What is outside the tower may be of a dtype that this release of the library does not know
-        # yet.
-        if "unknown variant" in str(error) and (known := _of_known_dtypes(content)) != content:
-            return _safetensors(known, name)
-        raise UnusableError(f"{name}: {error}") from error
-    names = [
-        key
-        for key, _ in json.loads(split(content)[0], object_pairs_hook=list)
-        if key != "__metadata__"
-    ]
-    if len(names) > len(found):
-        raise UnusableError(f"{name} has a tensor twice")  # which the library does not mind
-    return {
-        key: torch.frombuffer(value["data"], dtype=DTYPES[value["dtype"]]).reshape(value["shape"])
-        if value["dtype"] in DTYPES and value["data"]
-        else torch.empty(0)
-        for key, value in found
-    }
+def naflex_image_size(vision: dict[str, Any], patch_size: object) -> int:
+    """Return the side in pixels of the grid of positions."""
+    count = vision.get("num_patches", 256)
+    if type(count) is not int or count < 1 or math.isqrt(count) ** 2 != count:
+        raise UnusableError(f"num_patches is {count!r}")
+    return math.isqrt(count) * (patch_size if type(patch_size) is int else 1)
 
 
-def _of_known_dtypes(content: bytes) -> bytes:
-    """The same file, where what is of a dtype unknown to the library is that many bytes instead."""
-    header, data = split(content)
-    try:
-        tensors = json.loads(header)
-        for key, tensor in tensors.items():
-            if key != "__metadata__" and tensor["dtype"] not in DTYPES:
-                begin, end = tensor["data_offsets"]
-                tensor |= {"dtype": "U8", "shape": [end - begin]}
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return content
-    return join(json.dumps(tensors).encode(), data)
+def image_sizes(sections: list[dict[str, Any]]) -> list[object]:
+    """Return the sizes of an image that are told; of a list, the last."""
+    sizes = []
+    for section in sections:
+        for key in ("img_size", "image_size", "input_size"):
+            if key in section:
+                size = section[key]
+                sizes.append(size[-1] if isinstance(size, list) and size else size)
+    return sizes
 
 
-def _npz(content: bytes) -> dict[str, Tensor]:
-    """All arrays of an archive, by numpy.
+def pooling(has_head: bool, mean: bool) -> dict[str, bool]:
+    """Return the pooling: the file decides over the head, and a mean is taken only without it."""
+    return {"pooling_head": has_head, "mean_pooling": mean and not has_head}
 
-    Those that numpy cannot read, and that are no floats, are empty.
-    """
-    tensors: dict[str, Tensor] = {}
-    try:
-        with warnings.catch_warnings(), np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            warnings.simplefilter("ignore")
-            for name in archive.files:
-                tensors[name] = torch.empty(0)
-                try:
-                    array = archive[name]
-                except Exception:  # of zipfile, zlib and numpy, which have no base in common
-                    continue
-                if array.dtype.kind == "f" and array.dtype.itemsize < 16:
-                    tensors[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
-                elif array.dtype == np.dtype("V2"):
-                    tensors[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    except Exception as error:  # likewise
-        raise UnusableError(f"no .npz file: {error}") from error
-    return tensors
+
+def is_ballast(name: str) -> bool:
+    """Whether a tensor is not the vision encoder's."""
+    return name.startswith("text_model.") or name == "logit_scale"
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """Return the bytes of a tensor."""
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def fill_with_numbers(model: nn.Module) -> None:
+    """Fill a model with the numbers 1, 2, 3, ..., through all its tensors."""
+    tensors = list(model.state_dict().values())
+    starts = itertools.accumulate((tensor.numel() for tensor in tensors), initial=1)
+    for tensor, start in zip(tensors, starts, strict=False):
+        tensor.copy_(torch.arange(start, start + tensor.numel()).reshape(tensor.shape))

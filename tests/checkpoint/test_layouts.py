@@ -31,8 +31,8 @@ PREFIXES = st.sampled_from(
 
 @each_layout
 def test_mappings_cover_port(layout: Layout) -> None:
-    claims = layout.mappings(ODD.num_encoder_blocks, layout.rules(True))
-    port = [name for claim in claims.values() for name in claim.port]
+    mappings = layout.mappings(ODD.num_encoder_blocks, layout.rules(True))
+    port = [name for mapping in mappings.values() for name in mapping.port]
     assert sorted(port) == sorted(Port(config_for(layout, ODD)).state_dict())
 
 
@@ -42,13 +42,13 @@ def test_mappings_cover_port(layout: Layout) -> None:
 def test_mappings_cover_reference(layout: Layout) -> None:
     config = config_for(layout, ODD)
     model = (Siglip2VisionModel if layout.naflex else SiglipVisionModel)(hf_config(config))
-    claims = layout.mappings(config.num_encoder_blocks, layout.rules(True))
+    mappings = layout.mappings(config.num_encoder_blocks, layout.rules(True))
     port = Port(config).state_dict()
     shapes = {
-        name: claim.stored_shape(
-            [port[our].shape for our in claim.port], config.num_attention_heads
+        name: mapping.stored_shape(
+            [port[our].shape for our in mapping.port], config.num_attention_heads
         )
-        for name, claim in claims.items()
+        for name, mapping in mappings.items()
     }
     assert shapes == {name: tensor.shape for name, tensor in model.state_dict().items()}
 
@@ -56,11 +56,11 @@ def test_mappings_cover_reference(layout: Layout) -> None:
 @each_layout
 @given(num_blocks=st.integers(0, 40), prefix=PREFIXES)
 def test_mappings_unique(layout: Layout, num_blocks: int, prefix: str) -> None:
-    claims = layout.mappings(num_blocks, layout.rules(True), prefix)
-    port = [name for claim in claims.values() for name in claim.port]
+    mappings = layout.mappings(num_blocks, layout.rules(True), prefix)
+    port = [name for mapping in mappings.values() for name in mapping.port]
     assert len(set(port)) == len(port) == 16 * num_blocks + (20 if layout.head else 5)
-    assert all(name.startswith(prefix) for name in claims)
-    assert not [name for name in claims if "{}" in name or "*" in name]
+    assert all(name.startswith(prefix) for name in mappings)
+    assert not [name for name in mappings if "{}" in name or "*" in name]
 
 
 @each_layout
@@ -69,15 +69,15 @@ def test_round_trip(layout: Layout) -> None:
     model = Port(config)
     randomise(model)
     port = model.state_dict()
-    rows = layout.rules(config.pooling_head)
+    rules = layout.rules(config.pooling_head)
     stored = layout.to_stored(
-        port, config.num_encoder_blocks, config.num_attention_heads, rows, "x."
+        port, config.num_encoder_blocks, config.num_attention_heads, rules, "x."
     )
     back: dict[str, torch.Tensor] = {}
-    for name, claim in layout.mappings(config.num_encoder_blocks, rows, "x.").items():
-        shapes = [port[our].shape for our in claim.port]
-        back |= dict(zip(claim.port, claim.from_stored(stored[name], shapes), strict=True))
-        assert stored[name].shape == claim.stored_shape(shapes, config.num_attention_heads)
+    for name, mapping in layout.mappings(config.num_encoder_blocks, rules, "x.").items():
+        shapes = [port[our].shape for our in mapping.port]
+        back |= dict(zip(mapping.port, mapping.from_stored(stored[name], shapes), strict=True))
+        assert stored[name].shape == mapping.stored_shape(shapes, config.num_attention_heads)
     assert back.keys() == port.keys()
     assert all(torch.equal(back[name], port[name]) for name in port)
 
@@ -89,9 +89,9 @@ def test_round_trip(layout: Layout) -> None:
     prefix=PREFIXES,
 )
 def test_unknown_keys(layout: Layout, suffix: str, position: int, prefix: str) -> None:
-    claims = layout.mappings(3, layout.rules(True), prefix)
-    invented = sorted(claims)[position % len(claims)] + suffix
-    assert invented not in claims
+    mappings = layout.mappings(3, layout.rules(True), prefix)
+    invented = sorted(mappings)[position % len(mappings)] + suffix
+    assert invented not in mappings
     assert layout.reason_to_ignore(invented, prefix) is None
 
 
@@ -149,12 +149,12 @@ def test_layouts_disjoint(layout: Layout, prefix: str) -> None:
 
 
 def test_duplicate_claims() -> None:
-    for rows in (
+    for rules in (
         HUGGINGFACE_ENCODER + HUGGINGFACE_ENCODER[:1],
         (*HUGGINGFACE_ENCODER, KeyRule(HUGGINGFACE_ENCODER[0].port, "elsewhere.*")),
     ):
         with pytest.raises(ValueError, match=r"claims these more than once: .*patch_embedding"):
-            HUGGINGFACE.mappings(1, rows)
+            HUGGINGFACE.mappings(1, rules)
 
 
 def test_unique_names() -> None:

@@ -400,10 +400,10 @@ def test_round_trip_of_layouts(layout: Layout, tmp_path: Path) -> None:
     config = replace(ODD, pooling_head=bool(layout.head), naflex=layout.naflex, image_size=42)
     original = SigLipVisionModel(config)
     randomise(original)
-    rows = layout.rules(config.pooling_head)
+    rules = layout.rules(config.pooling_head)
     sep = "/" if "big_vision" in layout.name else "."
     stored = layout.to_stored(
-        original.state_dict(), 11, config.num_attention_heads, rows, f"some{sep}where{sep}"
+        original.state_dict(), 11, config.num_attention_heads, rules, f"some{sep}where{sep}"
     )
     save_file({n: t.contiguous() for n, t in stored.items()}, tmp_path / "tower.safetensors")
     model = load(tmp_path / "tower.safetensors", config=config)

@@ -13,15 +13,15 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
-from scripts.fuzz import run as fuzz
-from scripts.fuzz import trial as fuzz_trial
+from scripts.fuzz import fuzz_hub, run, trial
+from scripts.fuzz.mutants import Mutant
 from scripts.fuzz.trial import Fuzzer, Result
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint.formats import Header, parse_header
@@ -44,44 +44,46 @@ def some(fuzzer: Fuzzer, row: str, count: int) -> Iterator[Result]:
     return (fuzzer.run(next(numbers)) for _ in range(count))
 
 
-def test_short_campaign(tmp_path: Path) -> None:
-    """Nothing fails; and the damage is real.
+GROUPS = {
+    "header",
+    "length",
+    "data",
+    "index",
+    "config",
+    "preprocessor",
+    "npz",
+    "files",
+    "several",
+}
 
-    Most of it has to be refused, some of it makes another tower.
-    """
-    report = tmp_path / "fuzz.json"
-    command = [
-        sys.executable,
-        "scripts/fuzz/run.py",
-        "--count",
-        "150",
-        "--hub-share",
-        "0.08",
-        "--json",
-        str(report),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    assert "HANDLED 150 of 150" in done.stdout
-    found = json.loads(report.read_text())
-    rows = found["rows"]
-    groups = {
-        "header",
-        "length",
-        "data",
-        "index",
-        "config",
-        "preprocessor",
-        "npz",
-        "files",
-        "several",
-    }
-    assert rows.keys() == groups | {"hub ranges", "hub faults", "hub cache", "all"}
-    assert (rows["all"]["tried"], rows["all"]["FAILED"], found["failed"]) == (150, 0, [])
+
+def run_campaign(count: int, folder: Path) -> dict[str, Any]:
+    """Run a campaign, in which nothing may fail; return its report."""
+    report = folder / "fuzz.json"
+    arguments = ["--count", str(count), "--hub-share", "0.08", "--json", str(report)]
+    command = [sys.executable, "scripts/fuzz/run.py", *arguments]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, ""), process.stdout + process.stderr
+    assert f"HANDLED {count} of {count}" in process.stdout
+    summary: dict[str, Any] = json.loads(report.read_text())
+    total = summary["rows"]["all"]
+    assert (total["tried"], total["FAILED"], summary["failed"]) == (count, 0, [])
+    return summary
+
+
+def test_short_campaign(tmp_path: Path) -> None:
+    total = run_campaign(40, tmp_path)["rows"]["all"]
+    assert all(total[outcome] > 1 for outcome in ("refused", "identical", "as the file says"))
+
+
+@pytest.mark.slow
+def test_campaign(tmp_path: Path) -> None:
+    """The damage is real: most of it has to be refused, some of it makes another model."""
+    rows = run_campaign(150, tmp_path)["rows"]
+    assert rows.keys() == GROUPS | {"hub ranges", "hub faults", "hub cache", "all"}
     assert rows["all"]["(unchanged)"] < 5
-    assert all(
-        rows["all"][outcome] > 10 for outcome in ("refused", "identical", "as the file says")
-    )
+    outcomes = ("refused", "identical", "as the file says")
+    assert all(rows["all"][outcome] > 10 for outcome in outcomes)
 
 
 # --- loaders that are wrong -----------------------------------------------------------------------
@@ -192,10 +194,15 @@ def test_broken_loader_detected(
     assert fuzzer.run(result.number).outcome != "FAILED"
 
 
+def cached_encoders(cache: Path) -> list[Path]:
+    return [path for path in cache.rglob("*-tower-*") if path.suffix != ".lock"]
+
+
 def test_damaged_cache_detected(hub: Hub, tmp_path: Path, monkeypatch: Patch) -> None:
     from huggingface_hub import constants
 
-    monkeypatch.setattr(fuzz_trial, "_our_hub", lambda _: hub)
+    monkeypatch.setattr(trial, "start_hub", lambda _: hub)
+    monkeypatch.setattr(fuzz_hub, "cached_files", cached_encoders)
     monkeypatch.setattr(chunked_download, "CHUNK_BYTES", 512)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     fuzzer = Fuzzer(4, tmp_path, 1.0)
@@ -211,59 +218,54 @@ def test_damaged_cache_detected(hub: Hub, tmp_path: Path, monkeypatch: Patch) ->
     assert fuzzer.run(result.number).outcome != "FAILED"
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*multi-threaded.*fork:DeprecationWarning"
-)  # the tests' Hub is idle
+def misbehave(number: int, folder: Path) -> None:
+    """Do what no loader may do, another thing for each number of a mutant."""
+    match number:
+        case 1:
+            os._exit(3)
+        case 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case 4:
+            raise KeyError("a")
+        case 5:
+            threading.Event().wait()
+        case 6:
+            b"x" * (trial.MEMORY + (200 << 20))
+        case 7:
+            print("hm")
+        case 8:
+            warnings.warn("hm", stacklevel=1)
+        case 9:
+            Path(folder, "left").write_text("behind")
+
+
+# the tests' Hub is idle
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_failures_reported(
     tmp_path: Path, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """With the number of the mutant that did it."""
     report = tmp_path / "fuzz.json"
-    kept = tmp_path / "kept"
-    mutant = Fuzzer.mutant
-    now = Counter[str]()
+    keep = tmp_path / "keep"
+    make_mutant = Fuzzer.mutant
+    numbers: list[int] = []
 
-    def noted(self: Fuzzer, number: int) -> Any:  # noqa: ANN401
-        now["number"] = number
-        return mutant(self, number)
+    def note_number(self: Fuzzer, number: int) -> tuple[str, Mutant, Random]:
+        numbers.append(number)
+        return make_mutant(self, number)
 
-    def bad(source: Path) -> SigLipVisionModel:
-        match now["number"]:
-            case 1:
-                os._exit(3)
-            case 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            case 4:
-                raise KeyError("a")
-            case 5:
-                threading.Event().wait()
-            case 6:
-                b"x" * (fuzz_trial.MEMORY + (200 << 20))
-            case 7:
-                print("hm")
-            case 8:
-                warnings.warn("hm", stacklevel=1)
-            case 9:
-                Path(source.parent if source.suffix else source, "left").write_text("behind")
+    def load_badly(source: Path) -> SigLipVisionModel:
+        if numbers:
+            misbehave(numbers[-1], source.parent if source.suffix else source)
         return load(source)
 
-    monkeypatch.setattr(fuzz_trial, "SECONDS", 0.5)
-    monkeypatch.setattr(Fuzzer, "mutant", noted)
-    monkeypatch.setattr(SigLipVisionModel, "from_hf", bad)
-    options = [
-        "--count",
-        "12",
-        "--seed",
-        "3",
-        "--hub-share",
-        "0",
-        "--json",
-        str(report),
-        "--keep",
-        str(kept),
-    ]
-    assert fuzz.main(options) == 1
-    found = json.loads(report.read_text())
-    errors = {failed["number"]: failed["error"] for failed in found["failed"]}
+    monkeypatch.setattr(trial, "SECONDS", 0.5)
+    monkeypatch.setattr(Fuzzer, "mutant", note_number)
+    monkeypatch.setattr(SigLipVisionModel, "from_hf", load_badly)
+    mutants = ["--count", "12", "--seed", "3", "--hub-share", "0"]
+    assert run.main([*mutants, "--json", str(report), "--keep", str(keep)]) == 1
+    failures = json.loads(report.read_text())["failed"]
+    errors = {failure["number"]: failure["error"] for failure in failures}
     assert errors[1] == "the process died: exit code 3"
     assert errors[3] == "the process died: signal 9"
     assert "KeyError: 'a'" in errors[4]
@@ -276,8 +278,8 @@ def test_failures_reported(
     printed = capfd.readouterr().out
     assert "FAILED: --seed 3 --hub-share 0.0 --only 5\n" in printed
     assert "HANDLED 4 of 12" in printed
-    assert {path.name for path in kept.iterdir()} == {"4", "5", "6", "7", "8", "9"}
-    assert (kept / "9" / "checkpoint" / "left").read_text() == "behind"
+    assert {path.name for path in keep.iterdir()} == {"4", "5", "6", "7", "8", "9"}
+    assert (keep / "9" / "checkpoint" / "left").read_text() == "behind"
 
 
 def test_reproducible_by_number(
@@ -288,7 +290,7 @@ def test_reproducible_by_number(
     assert mutants == [again.mutant(number)[:2] for number in range(30)]
     assert mutants != [other.mutant(number)[:2] for number in range(30)]
     result = fuzzer.run(7)
-    assert fuzz.main(["--only", "7", "--hub-share", "0"]) == (result.outcome == "FAILED")
+    assert run.main(["--only", "7", "--hub-share", "0"]) == (result.outcome == "FAILED")
     assert (
         f"{result.outcome}: --seed 0 --hub-share 0.0 --only 7\n  {result.what}\n"
         in capsys.readouterr().out

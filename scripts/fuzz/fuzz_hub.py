@@ -1,0 +1,141 @@
+"""A Hub of our own on loopback, at which something goes wrong, and what it leaves in the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import get_args
+
+from scripts.fuzz.byte_edits import edit_data, join, noise, split
+from siglip_port import CheckpointError, SigLipVisionModel
+from tests.helpers.hub_server import Fault, Hub, Kind, Repository
+
+NAME = "fuzz/tower"
+FAULTY_REQUESTS = (
+    "HEAD config.json",
+    "GET config.json",
+    "HEAD *",
+    "GET *",
+    "CDN RANGE *",
+    "CDN GET *",
+    "GET api/*",
+    "*",
+)
+STATUS_CODES = (400, 401, 403, 404, 408, 410, 416, 429, 500, 502, 503, 504)
+
+Load = Callable[[], SigLipVisionModel]
+
+
+def start_hub(room: Path) -> Hub:
+    """Start a Hub, and point this process's client at it.
+
+    Nobody waits long, the client's own retries neither.
+    """
+    hub = Hub()
+    os.environ |= {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(room.parent),
+        "HF_HUB_VERBOSITY": "critical",
+    }
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    from huggingface_hub import constants
+
+    from siglip_port.hub import chunked_download, retry
+
+    logging.getLogger("siglip_port").setLevel(logging.CRITICAL)  # to say how it copes is no failure
+    constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.3  # type: ignore[assignment]
+    constants.HF_HUB_ETAG_TIMEOUT = 0.3  # type: ignore[assignment]
+    retry.BACKOFF_SECONDS = (0.01,) * len(retry.BACKOFF_SECONDS)  # type: ignore[assignment]
+    chunked_download.CHUNK_BYTES = 512
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(0.01 if seconds else 0)
+    return hub
+
+
+def load_from_hub(hub: Hub, folder: Path, *, offline: bool = False) -> SigLipVisionModel:
+    """Load a checkpoint that the Hub serves, through a cache beside its folder."""
+    hub.repositories[NAME] = Repository(folder)
+    cache = folder.parent / "cache"
+    return SigLipVisionModel.from_hf(NAME, cache_dir=cache, local_files_only=offline)
+
+
+def prepare(hub: Hub, row: str, folder: Path, rng: Random, steps: list[str]) -> Load:
+    """Have something go wrong at the Hub or in the cache; return what loads then.
+
+    Args:
+        hub: our Hub.
+        row: what is to go wrong: `hub ranges` for nothing, `hub faults` or `hub cache`.
+        folder: of the checkpoint.
+        rng: decides.
+        steps: what has been done, in words; is added to.
+    """
+    hub.reset()
+    if row == "hub faults":
+        hub.faults = [random_fault(rng)]
+        steps.append(str(hub.faults[0]))
+    if row != "hub cache":
+        return lambda: load_from_hub(hub, folder)
+    fill_cache(hub, folder, rng)
+    steps += damage_cache(folder, rng)
+    offline = rng.random() < 0.5
+    return lambda: load_from_hub(hub, folder, offline=offline)
+
+
+def fill_cache(hub: Hub, folder: Path, rng: Random) -> None:
+    """Load once, or as much as arrives before the connection breaks."""
+    if rng.random() < 0.5:
+        works = Fault("none", "CDN RANGE *", times=rng.randrange(1, 8))
+        breaks = Fault("reset", "CDN RANGE *", times=None, after=rng.choice((None, 200)))
+        hub.faults = [works, breaks]
+    with contextlib.suppress(CheckpointError):
+        load_from_hub(hub, folder)
+    hub.reset()
+
+
+def cached_files(cache: Path) -> list[Path]:
+    """Return the files of the cache, our own several times: among many small ones of the client."""
+    files = []
+    for path in sorted(cache.rglob("*")):
+        if path.is_file() and not path.is_symlink() and path.suffix != ".lock":
+            files.append(path)
+    return files + 3 * [path for path in files if ".siglip_port" in path.parts]
+
+
+def damage_cache(folder: Path, rng: Random) -> list[str]:
+    """Damage one or two files of the cache; return which, in words."""
+    files = cached_files(folder.parent / "cache")
+    steps = []
+    for path in rng.choices(files, k=rng.choice((1, 1, 2))):
+        content = path.read_bytes() if path.exists() else b""
+        path.unlink(missing_ok=True)
+        if rng.random() < 0.9:
+            header, data = split(content)
+            noisy = noise(rng, content)
+            other_data = join(header, edit_data(rng, data))
+            path.write_bytes(rng.choice((noisy, other_data, b"", content + b"\0")))
+        steps.append(f"damaged {path.relative_to(folder.parent)}")
+    return steps
+
+
+def random_fault(rng: Random) -> Fault:
+    """Return anything that goes wrong between the Hub and here, and can be noticed."""
+    kind: Kind = rng.choice([kind for kind in get_args(Kind) if kind != "none"])
+    request = rng.choice(FAULTY_REQUESTS)
+    times = rng.choice((1, 1, 2, None))
+    # Ten bytes a request for ever would be progress, if a slow one.
+    after = rng.choice((None, 0, 1, 10, 100) if times else (None, 0, 1000))
+    if kind == "wrong bytes":
+        # in a header, which is what is read first, or in what is fetched whole
+        request, times = rng.choice(
+            (("CDN RANGE *", 1), ("CDN GET *", times), ("GET *.json", times))
+        )
+    if kind == "stall":
+        times = 1
+    seconds = 0.01 if kind == "slow" else None
+    status = rng.choice(STATUS_CODES)
+    return Fault(kind, request, times, after, seconds=seconds, status=status)

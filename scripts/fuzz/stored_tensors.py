@@ -1,0 +1,137 @@
+"""The tensors in a checkpoint's files, by the libraries of the file formats."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor
+
+from scripts.fuzz.byte_edits import join, split
+from scripts.fuzz.intact import NPZ, Files
+from siglip_port.checkpoint.source import INDEX, WEIGHTS
+
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+Tensors = dict[str, Tensor]
+
+
+class UnusableError(Exception):
+    """The files say nothing that may be loaded; why."""
+
+
+def read_object(content: bytes, name: str) -> dict[str, Any]:
+    """Read a JSON object."""
+    try:
+        document = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UnusableError(f"{name} is no JSON") from error
+    if not isinstance(document, dict):
+        raise UnusableError(f"{name} is no object")
+    return document
+
+
+def read_tensors(files: Files, encoder: Iterable[str] = ()) -> Tensors:
+    """Read all tensors of one file, or of those shards that hold the encoder, by name."""
+    if NPZ in files:
+        return read_npz(files[NPZ])
+    if WEIGHTS in files:
+        return read_safetensors(files[WEIGHTS], WEIGHTS)
+    if INDEX in files:
+        return read_shards(files, encoder)
+    if OPEN_CLIP_WEIGHTS in files:
+        return read_safetensors(files[OPEN_CLIP_WEIGHTS], OPEN_CLIP_WEIGHTS)
+    raise UnusableError("there are no weights")
+
+
+def read_shards(files: Files, encoder: Iterable[str]) -> Tensors:
+    """Read the shards that hold the encoder; the other tensors of the index are empty."""
+    file_of = read_object(files[INDEX], INDEX).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(f, str) for f in file_of.values()):
+        raise UnusableError("the index has no weight_map")
+    for file in file_of.values():
+        if re.search(r"[/\\\n\0]", file) or not file.endswith(".safetensors"):
+            raise UnusableError(f"the index leads to {file!r}")
+    tensors: Tensors = {}
+    for shard in {file for name, file in file_of.items() if name in encoder or not encoder}:
+        if shard not in files:
+            raise UnusableError(f"there is no {shard}")
+        own = read_safetensors(files[shard], shard)
+        for name in own:
+            if file_of.get(name) != shard:
+                raise UnusableError(f"the index does not place {name} in {shard}")
+        tensors |= own
+    unread = [name for name in file_of if name not in tensors and name not in encoder]
+    return {**{name: torch.empty(0) for name in unread}, **tensors}
+
+
+def read_safetensors(content: bytes, name: str) -> Tensors:
+    """Read all tensors of a file, as strictly as the format is described.
+
+    Tensors of dtypes that no model has are empty.
+    """
+    try:
+        entries = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError as error:
+        # What is outside the encoder may be of a dtype that this release of the library does not
+        # know yet.
+        known = with_known_dtypes(content)
+        if "unknown variant" in str(error) and known != content:
+            return read_safetensors(known, name)
+        raise UnusableError(f"{name}: {error}") from error
+    pairs = json.loads(split(content)[0], object_pairs_hook=list)
+    if len([key for key, _ in pairs if key != "__metadata__"]) > len(entries):
+        raise UnusableError(f"{name} has a tensor twice")  # which the library does not mind
+    tensors = {}
+    for key, entry in entries:
+        tensors[key] = torch.empty(0)
+        if entry["dtype"] in DTYPES and entry["data"]:
+            flat = torch.frombuffer(entry["data"], dtype=DTYPES[entry["dtype"]])
+            tensors[key] = flat.reshape(entry["shape"])
+    return tensors
+
+
+def with_known_dtypes(content: bytes) -> bytes:
+    """Return the same file, where what is of an unknown dtype is that many bytes instead."""
+    header, data = split(content)
+    try:
+        tensors = json.loads(header)
+        for key, tensor in tensors.items():
+            if key != "__metadata__" and tensor["dtype"] not in DTYPES:
+                begin, end = tensor["data_offsets"]
+                tensor |= {"dtype": "U8", "shape": [end - begin]}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return content
+    return join(json.dumps(tensors).encode(), data)
+
+
+def read_npz(content: bytes) -> Tensors:
+    """Read all arrays of an archive, by numpy.
+
+    Those that numpy cannot read, and that are no floats, are empty.
+    """
+    tensors: Tensors = {}
+    try:
+        with warnings.catch_warnings(), np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            warnings.simplefilter("ignore")
+            for name in archive.files:
+                tensors[name] = torch.empty(0)
+                try:
+                    array = archive[name]
+                except Exception:  # of zipfile, zlib and numpy, which have no base in common
+                    continue
+                if array.dtype.kind == "f" and array.dtype.itemsize < 16:
+                    tensors[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+                elif array.dtype == np.dtype("V2"):
+                    tensors[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    except Exception as error:  # likewise
+        raise UnusableError(f"no .npz file: {error}") from error
+    return tensors

@@ -1,0 +1,80 @@
+"""Damages what the header of a safetensors file says of tensors; it stays well-formed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from random import Random
+
+import torch
+from safetensors.torch import load_file, save
+
+from scripts.fuzz.byte_edits import join, noise, split
+from scripts.fuzz.json_edits import DAMAGED
+
+
+def exchange(rng: Random, content: bytes) -> bytes:
+    """Exchange what a header says of two tensors of one size: the place, the dtype or the shape.
+
+    Or lose the whole pooling head, which leaves a model without.
+    """
+    header, data = split(content)
+    try:
+        document = json.loads(header)
+        sizes = {}
+        for name, entry in document.items():
+            if name[0] != "_":
+                begin, end = entry["data_offsets"][:2]
+                sizes[name] = end - begin
+        one = rng.choice(list(sizes))
+        two = rng.choice([name for name in sizes if sizes[name] == sizes[one]])
+        part = rng.choice(("data_offsets", "dtype", "shape"))
+        first = document[one][part]
+        document[one][part] = document[two][part]
+        document[two][part] = first
+        names = list(document)
+        rng.shuffle(names)
+        if rng.random() < 0.1:
+            return without_head(content)
+    except DAMAGED:
+        return noise(rng, content)
+    return join(json.dumps({name: document[name] for name in names}).encode(), data)
+
+
+def add(rng: Random, content: bytes) -> bytes:
+    """Add a copy of a tensor under another name.
+
+    Of a block that there is not, or one that nobody knows.
+    """
+    header, data = split(content)
+    try:
+        document = json.loads(header)
+        name = rng.choice(list(document))
+        begin, end = document[name]["data_offsets"]
+        entry = {**document[name], "data_offsets": [len(data), len(data) + end - begin]}
+        names = (f"{name}x", name.replace("1", "7"), f"head.{name}", f"text_model.{name}")
+        document[rng.choice(names)] = entry
+    except DAMAGED:  # or of the metadata
+        return noise(rng, content)
+    return join(json.dumps(document).encode(), data + data[begin:end])
+
+
+def without_head(content: bytes) -> bytes:
+    """Drop the tensors of the pooling head."""
+    rest = {}
+    for name, tensor in load_tensors(content).items():
+        if "head." not in name and "attn_pool." not in name:
+            rest[name] = tensor
+    return save(rest)
+
+
+def load_tensors(content: bytes) -> dict[str, torch.Tensor]:
+    """Read all tensors of a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        path.write_bytes(content)
+        try:
+            return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        except Exception as error:  # by another edit: whatever safetensors raises
+            raise ValueError from error
