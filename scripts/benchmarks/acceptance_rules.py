@@ -1,4 +1,4 @@
-"""The league table: what the acceptance rules of other projects make of our catalogue of mistakes, and what ours makes.
+"""The league table: what the acceptance rules of other projects make of our catalogue of mutants.
 
 `uv run --group figures scripts/benchmarks/acceptance_rules.py` takes a minute on 2 cores, prints
 the table, writes it into docs/parity.md and draws docs/images/league.svg. Our own row is that of

@@ -623,7 +623,9 @@ def test_hub_breaks_off(
 def test_inputs() -> None:
     with Image.open(SAMPLE_IMAGE) as image:
         assert image.width != image.height
-        pixels = verification.with_noise(reference.image_processors(SMALL)["pil"](image)["pixel_values"])
+        pixels = verification.with_noise(
+            reference.image_processors(SMALL)["pil"](image)["pixel_values"]
+        )
     assert pixels.shape == (2, 3, 16, 16)
     assert pixels.abs().max() <= 1
     assert (pixels[0] - pixels[1]).std() > 0.3
