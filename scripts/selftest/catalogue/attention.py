@@ -1,0 +1,335 @@
+"""Attention: scale, softmax, masks, heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name the field uses)
+from torch import Tensor
+
+from scripts.selftest.catalogue import seams
+from scripts.selftest.mutant import Mutant, Patch, replace
+from siglip_port import SigLipVisionModel
+from siglip_port.model import MultiheadAttention
+
+CONTEXT = "context head-context"
+
+
+def scale_of(attention: MultiheadAttention) -> float:
+    """Return what scores are multiplied by."""
+    return attention.head_dim**-0.5
+
+
+def scores_of(attention: MultiheadAttention, q: Tensor, k: Tensor) -> Tensor:
+    """Return the scaled scores, [B, H, Q, N]."""
+    return q @ k.mT * scale_of(attention)
+
+
+def attend(
+    name: str,
+    what: str,
+    function: Callable[[MultiheadAttention, Tensor, Tensor, Tensor], Tensor],
+    source: str = "variant",
+    locations: str = CONTEXT,
+    gate: str = "semantics",
+) -> Mutant:
+    """Make another context of q, k and v, [B, H, N, D/H]."""
+    return Mutant(name, what, locations, gate, source, patch=seams.attend(function))
+
+
+def scale_by(scale: Callable[[MultiheadAttention], float]) -> Patch:
+    """Scale scores otherwise."""
+    return seams.attend(
+        lambda attention, q, k, v: F.scaled_dot_product_attention(q, k, v, scale=scale(attention))
+    )
+
+
+def scale(
+    name: str, what: str, factor: Callable[[MultiheadAttention], float], source: str = "variant"
+) -> Mutant:
+    """Multiply scores by another factor."""
+    return Mutant(name, what, CONTEXT, source=source, patch=scale_by(factor))
+
+
+def leave_head_unscaled(model: SigLipVisionModel) -> None:
+    """Give the head's attention, and no other, a scale of 1."""
+    assert model.pooling_head is not None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: object) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+    model.pooling_head.attention.attend = attend  # type: ignore[method-assign, assignment]
+
+
+def add_one_to_sum(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Let every query attend to one more key, of score 0, that has no value."""
+    scores = F.pad(scores_of(attention, q, k), (0, 1))
+    return scores.softmax(-1)[..., :-1] @ v
+
+
+def attend_near(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend to less than 30 tokens on either side."""
+    distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+    return F.scaled_dot_product_attention(
+        q, k, v, distance.abs() < 30, scale=scale_of(attention)
+    )
+
+
+def split_width_first(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Read the features as (width, head)."""
+
+    def resplit(x: Tensor) -> Tensor:
+        features = x.transpose(1, 2).flatten(2)
+        return features.unflatten(-1, (-1, attention.num_heads)).permute(0, 3, 1, 2)
+
+    return F.scaled_dot_product_attention(
+        resplit(q), resplit(k), resplit(v), scale=scale_of(attention)
+    )
+
+
+def swap_queries_and_keys(
+    attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Let keys ask queries, where there are as many of both."""
+    if q.shape == k.shape:
+        q, k = k, q
+    return F.scaled_dot_product_attention(q, k, v, scale=scale_of(attention))
+
+
+def drop_last_head(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Set the context of the last head to zero."""
+    context = F.scaled_dot_product_attention(q, k, v, scale=scale_of(attention))
+    heads = torch.arange(attention.num_heads)[:, None, None]
+    return context * (heads < attention.num_heads - 1)
+
+
+def add_diagonal(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Add 1 to the score of every token with itself."""
+    bias = torch.eye(q.shape[2], k.shape[2], dtype=q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale_of(attention))
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Apply a rotary position embedding, by a fiftieth of the token's number."""
+    angle = torch.arange(x.shape[2], dtype=x.dtype)[:, None] / 50
+    first, second = x.chunk(2, -1)
+    return torch.cat(
+        [
+            first * angle.cos() - second * angle.sin(),
+            first * angle.sin() + second * angle.cos(),
+        ],
+        -1,
+    )
+
+
+def set_heads(count: Callable[[int], int]) -> Callable[[SigLipVisionModel], None]:
+    """Make an edit that gives all attentions another number of heads."""
+
+    def edit(model: SigLipVisionModel) -> None:
+        for module in model.modules():
+            if isinstance(module, MultiheadAttention):
+                width = module.num_heads * module.head_dim
+                module.num_heads = count(module.num_heads)
+                module.head_dim = width // module.num_heads
+
+    return edit
+
+
+def normalize_queries_and_keys(
+    attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Scale queries and keys to unit length."""
+    q = F.normalize(q, dim=-1)
+    k = F.normalize(k, dim=-1)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale_of(attention))
+
+
+ATTENTION = [
+    scale(
+        "scale_none",
+        "not scaled",
+        lambda attention: 1.0,
+        "huggingface/transformers#39043; ggml-org/llama.cpp#17516",
+    ),
+    scale(
+        "scale_sqrt_dim",
+        "scaled by the width of all heads",
+        lambda attention: (attention.num_heads * attention.head_dim) ** -0.5,
+        "lucidrains/vit-pytorch#65; karpathy/ng-video-lecture#6",
+    ),
+    attend(
+        "scale_twice",
+        "scaled twice",
+        lambda attention, q, k, v: F.scaled_dot_product_attention(
+            q * scale_of(attention), k, v, scale=scale_of(attention)
+        ),
+    ),
+    scale(
+        "scale_inverted",
+        "multiplied by sqrt(head_dim)",
+        lambda attention: 1 / scale_of(attention),
+        "huggingface/transformers#39043",
+    ),
+    scale(
+        "scale_num_heads",
+        "scaled by the number of heads",
+        lambda attention: attention.num_heads**-0.5,
+        "tenstorrent/tt-metal#56789",
+    ),
+    scale(
+        "scale_padded",
+        "scaled for a padded head_dim",
+        lambda attention: 32**-0.5,
+        "intel/ipex-llm#12619; bytedance-iaas/sglang#485",
+    ),
+    scale(
+        "scale_bf16",
+        "the scale rounded to bfloat16",
+        lambda attention: float(torch.tensor(scale_of(attention)).bfloat16()),
+    ),
+    Mutant(
+        "scale_head_none",
+        "not scaled in the head only",
+        "head-context",
+        source="LAION-AI/temporal-embedding-aggregation#23",
+        edit=leave_head_unscaled,
+    ),
+    attend(
+        "softmax_dim",
+        "softmax over the queries",
+        lambda attention, q, k, v: scores_of(attention, q, k).softmax(-2) @ v,
+    ),
+    attend("softmax_plus_one", "one added to the softmax's sum", add_one_to_sum),
+    attend(
+        "softmax_no_normalisation",
+        "sigmoid for softmax",
+        lambda attention, q, k, v: scores_of(attention, q, k).sigmoid() @ v,
+    ),
+    attend(
+        "causal_mask",
+        "causal mask",
+        lambda attention, q, k, v: F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale_of(attention)
+        ),
+        "microsoft/onnxruntime#25360; ggml-org/llama.cpp#23800",
+    ),
+    attend(
+        "mask_last_token",
+        "the last key masked",
+        lambda attention, q, k, v: F.scaled_dot_product_attention(
+            q, k[..., :-1, :], v[..., :-1, :], scale=scale_of(attention)
+        ),
+        "Blaizzy/mlx-vlm#2266",
+    ),
+    attend(
+        "mask_first_token",
+        "the first key dropped, as if it were CLS",
+        lambda attention, q, k, v: F.scaled_dot_product_attention(
+            q, k[..., 1:, :], v[..., 1:, :], scale=scale_of(attention)
+        ),
+        "TinyLLaVA/TinyLLaVA_Factory#203",
+    ),
+    attend("window", "attention to near tokens only", attend_near),
+    attend(
+        "attn_dropout",
+        "attention dropout active at inference",
+        lambda attention, q, k, v: F.scaled_dot_product_attention(
+            q, k, v, dropout_p=0.1, scale=scale_of(attention)
+        ),
+        "karpathy/nanoGPT#240; LAION-AI/CLIP_benchmark#73",
+        "context head-context tokens pooled inputs",
+        "liveness",
+    ),
+    attend(
+        "head_interleave_split",
+        "heads read as (width, head)",
+        split_width_first,
+        "lsdefine/attention-is-all-you-need-keras#36",
+    ),
+    Mutant(
+        "merge_missing_transpose",
+        "heads merged without the transpose",
+        CONTEXT,
+        source="jsbaan/transformer-from-scratch#6; meta-pytorch/opacus#825",
+        patch=replace(
+            MultiheadAttention,
+            "merge_heads",
+            lambda attention, x: x.flatten(1).unflatten(1, (x.shape[2], -1)),
+        ),
+    ),
+    Mutant(
+        "merge_interleaved",
+        "heads merged as (width, head)",
+        CONTEXT,
+        patch=replace(
+            MultiheadAttention,
+            "merge_heads",
+            lambda attention, x: x.permute(0, 2, 3, 1).flatten(2),
+        ),
+    ),
+    Mutant(
+        "split_missing_transpose",
+        "heads split without the transpose",
+        CONTEXT,
+        source="hyunwoongko/transformer#15",
+        patch=replace(
+            MultiheadAttention,
+            "split_heads",
+            lambda attention, x: x.reshape(
+                x.shape[0], attention.num_heads, -1, attention.head_dim
+            ),
+        ),
+    ),
+    Mutant(
+        "num_heads_wrong",
+        "half as many heads",
+        CONTEXT,
+        source="huggingface/transformers#39089; salesforce/LAVIS#106",
+        edit=set_heads(lambda heads: heads // 2 or 1),
+    ),
+    Mutant("one_head", "one head", CONTEXT, edit=set_heads(lambda heads: 1)),
+    attend(
+        "qk_swapped_in_scores",
+        "scores of k against q",
+        swap_queries_and_keys,
+        locations="context",
+    ),
+    attend(
+        "value_is_key",
+        "keys in place of the values",
+        lambda attention, q, k, v: F.scaled_dot_product_attention(
+            q, k, k, scale=scale_of(attention)
+        ),
+        "huggingface/transformers#40257",
+    ),
+    attend("last_head_dropped", "the last head left out", drop_last_head),
+    attend(
+        "scores_clipped",
+        "scores clipped to 5",
+        lambda attention, q, k, v: scores_of(attention, q, k).clamp(-5, 5).softmax(-1) @ v,
+    ),
+    attend("relative_bias", "a bias on the diagonal of the scores", add_diagonal),
+    attend(
+        "rotary",
+        "rotary position embedding in a tower without",
+        lambda attention, q, k, v: F.scaled_dot_product_attention(
+            rotate(q), rotate(k), v, scale=scale_of(attention)
+        ),
+        "tenstorrent/tt-metal#32024",
+    ),
+    Mutant(
+        "out_proj_missing",
+        "out_proj not applied",
+        "attention head-attention head-context",
+        patch=seams.projections(out=lambda attention, x: x),
+    ),
+    Mutant(
+        "query_from_values",
+        "queries made by v_proj",
+        "q head-q head-v context head-context v",
+        source="vllm-project/vllm#42803",
+        patch=seams.projections(q=lambda attention, x: attention.v_proj(x)),
+    ),
+    attend("qk_norm", "q and k normalised, as in newer towers", normalize_queries_and_keys),
+]

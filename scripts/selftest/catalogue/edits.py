@@ -1,0 +1,158 @@
+"""Ways to edit a loaded model, and to round its numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from scripts.selftest.mutant import Edit
+from siglip_port import SigLipVisionModel
+from siglip_port.model import MLP, EncoderBlock
+
+BLOCK = "transformer.encoder.encoder_blocks.{}"
+"""Of names of modules and parameters; `{}` stands for the number of every block."""
+
+BLOCK_5 = "transformer.encoder.encoder_blocks.5"
+ATTENTION = f"{BLOCK}.self_attn"
+CONVOLUTION = "transformer.embeddings.patch_embedding"
+POSITIONS = "transformer.embeddings.position_embedding.weight"
+HEAD = "pooling_head"
+
+
+def is_named(name: str, pattern: str) -> bool:
+    """Whether a name is that of a pattern, in which `{}` stands for a number."""
+    return re.fullmatch(re.escape(pattern).replace(r"\{\}", r"\d+"), name) is not None
+
+
+def blocks_of(model: SigLipVisionModel) -> list[EncoderBlock]:
+    """Return the blocks of a model."""
+    blocks = []
+    for block in model.transformer.encoder.encoder_blocks:
+        assert isinstance(block, EncoderBlock)
+        blocks.append(block)
+    return blocks
+
+
+def block_of(model: SigLipVisionModel, number: int = 5) -> EncoderBlock:
+    """Return a block of a model; the last one where there are not so many."""
+    blocks = blocks_of(model)
+    return blocks[min(number, len(blocks) - 1)]
+
+
+def change(function: Callable[[Tensor], Tensor], *patterns: str) -> Edit:
+    """Change the values of the parameters of these names."""
+
+    def edit(model: SigLipVisionModel) -> None:
+        for name, parameter in model.named_parameters():
+            if any(is_named(name, pattern) for pattern in patterns):
+                parameter.data = function(parameter.data).contiguous().clone()
+
+    return edit
+
+
+def clear(*patterns: str) -> Edit:
+    """Set the parameters of these names to zero."""
+    return change(torch.zeros_like, *patterns)
+
+
+def swap_parameters(one: nn.Module, other: nn.Module, *kinds: str) -> None:
+    """Swap parameters of two modules: those of these names, or all."""
+    for kind in kinds or [name for name, _ in one.named_parameters()]:
+        first = one.get_parameter(kind)
+        second = other.get_parameter(kind)
+        data = first.data
+        first.data = second.data
+        second.data = data
+
+
+def swap(first: str, second: str, *kinds: str) -> Edit:
+    """Swap the parameters of two modules, in every block where `{}` stands for its number."""
+
+    def edit(model: SigLipVisionModel) -> None:
+        count = len(blocks_of(model)) if "{}" in first else 1
+        for number in range(count):
+            one = model.get_submodule(first.format(number))
+            other = model.get_submodule(second.format(number))
+            swap_parameters(one, other, *kinds)
+
+    return edit
+
+
+def hook(pattern: str, function: Callable[[Tensor, Tensor], Tensor]) -> Edit:
+    """Change what modules return, by a function of their first input and their output."""
+
+    def edit(model: SigLipVisionModel) -> None:
+        for name, module in model.named_modules():
+            if is_named(name, pattern):
+                module.register_forward_hook(lambda _, args, output: function(args[0], output))
+
+    return edit
+
+
+def change_input(function: Callable[[Tensor], Tensor]) -> Edit:
+    """Change what the model is called with."""
+
+    def edit(model: SigLipVisionModel) -> None:
+        model.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
+
+    return edit
+
+
+def set_activation(where: str, function: Callable[[Tensor], Tensor]) -> Edit:
+    """Give the MLPs of which a part of the path matches another activation."""
+
+    def edit(model: SigLipVisionModel) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, MLP) and re.search(where, name):
+                module.activation = function
+
+    return edit
+
+
+def set_eps(where: str, value: float) -> Edit:
+    """Give the LayerNorms of which a part of the path matches another epsilon."""
+
+    def edit(model: SigLipVisionModel) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.LayerNorm) and re.search(where, name):
+                module.eps = value
+
+    return edit
+
+
+def reorder(order: Callable[[int], list[int]]) -> Edit:
+    """Run the blocks in another order: the modules keep their names, and their tensors move."""
+
+    def edit(model: SigLipVisionModel) -> None:
+        blocks = blocks_of(model)
+        states = []
+        for block in blocks:
+            states.append({name: tensor.clone() for name, tensor in block.state_dict().items()})
+        for block, number in zip(blocks, order(len(blocks)), strict=True):
+            block.load_state_dict(states[number])
+
+    return edit
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def round_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Make a function that rounds to a dtype and back."""
+    return lambda tensor: tensor.to(dtype).to(tensor.dtype)
+
+
+def round_to_tf32(tensor: Tensor) -> Tensor:
+    """Round to the 10 bits of TF32."""
+    _, exponent = torch.frexp(tensor.double())
+    scale = torch.exp2(exponent.double() - 11)
+    return ((tensor.double() / scale).round() * scale).to(tensor.dtype)
+
+
+def quantize_to_int8(tensor: Tensor) -> Tensor:
+    """Quantize to 8 bits, one scale a row, and back."""
+    scale = tensor.abs().amax(dim=-1, keepdim=True) / 127
+    return (tensor / scale).round() * scale

@@ -1,0 +1,228 @@
+"""Loading: the key map, the tensors, the configuration, the mode."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scripts.selftest.catalogue.weights import TENSORS
+from scripts.selftest.mutant import Mutant, Patch, combine, replace, wrap
+from siglip_port import SigLipVisionConfig, SigLipVisionModel
+from siglip_port.checkpoint import hf_config, layouts
+from siglip_port.checkpoint.layouts import Claim, Layout, Row
+from siglip_port.checkpoint.reader import Checkpoint
+
+LOST = "transformer.encoder.encoder_blocks.5.self_attn.v_proj.bias"
+
+Rows = tuple[Row, ...]
+
+
+def swap_head_projections(rows: Rows) -> Rows:
+    """Take the first third of the head's fused projection for k, the second for q."""
+    swapped = []
+    for row in rows:
+        if row.stored == "head.attention.in_proj_*":
+            q, k, v = row.ours
+            row = dataclasses.replace(row, ours=(k, q, v))
+        swapped.append(row)
+    return tuple(swapped)
+
+
+def swap_norms(rows: Rows) -> Rows:
+    """Read each LayerNorm of a block from the names of the other."""
+    others = {"layer_norm1": "layer_norm2", "layer_norm2": "layer_norm1"}
+    swapped = []
+    for row in rows:
+        stored = re.sub("layer_norm[12]", lambda match: others[match[0]], row.stored)
+        swapped.append(dataclasses.replace(row, stored=stored))
+    return tuple(swapped)
+
+
+def change_rows(function: Callable[[Rows], Rows]) -> Patch:
+    """Change the rows of the key map, for all that read it."""
+    return combine(
+        wrap(Layout, "rows", lambda rows, *args: function(rows(*args))),
+        replace(layouts, "TOWER", function(layouts.TOWER)),
+        replace(layouts, "HEAD", function(layouts.HEAD)),
+    )
+
+
+def sort_blocks_as_text(
+    claims: Callable[..., dict[str, Claim]], layout: Layout, num_blocks: int, *args: Any  # noqa: ANN401
+) -> dict[str, Claim]:
+    """Take the stored block 10 for the one after block 1."""
+    numbers = sorted(range(num_blocks), key=str)
+
+    def renumber(name: str) -> str:
+        return re.sub(
+            r"(?<=encoder_blocks\.)\d+", lambda match: str(numbers.index(int(match[0]))), name
+        )
+
+    result = {}
+    for stored, claim in claims(layout, num_blocks, *args).items():
+        ours = tuple(renumber(name) for name in claim.ours)
+        result[stored] = dataclasses.replace(claim, ours=ours)
+    return result
+
+
+def split_interleaved(split: object, tensor: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """Give every part the rows that lie `parts` apart."""
+    return tuple(tensor[number::parts] for number in range(parts))
+
+
+def change_tensors(function: Callable[[Tensor], Tensor]) -> Patch:
+    """Change every tensor that is read."""
+
+    def read(original: Callable[..., Any], *args: Any, **kwargs: Any) -> object:  # noqa: ANN401
+        tensors, provenance = original(*args, **kwargs)
+        return {name: function(tensor) for name, tensor in tensors.items()}, provenance
+
+    return wrap(Checkpoint, "read", read)
+
+
+def transpose_if_square(tensor: Tensor) -> Tensor:
+    """Swap rows and columns, where their shape does not show it."""
+    if tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]:
+        return tensor.T
+    return tensor
+
+
+def clear_last_row(tensor: Tensor) -> Tensor:
+    """Set the end of a tensor to zero."""
+    return torch.cat([tensor[:-1], 0 * tensor[-1:]])
+
+
+def change_config(function: Callable[[SigLipVisionConfig], dict[str, Any]]) -> Patch:
+    """Change some fields of what is read of `config.json`."""
+
+    def config_from_hf(
+        original: Callable[[Mapping[str, Any]], SigLipVisionConfig], contents: Mapping[str, Any]
+    ) -> SigLipVisionConfig:
+        config = original(contents)
+        return dataclasses.replace(config, **function(config))
+
+    return wrap(hf_config, "config_from_hf", config_from_hf)
+
+
+def lose_one(
+    load_state_dict: Callable[..., object],
+    model: SigLipVisionModel,
+    tensors: Mapping[str, Tensor],
+    **options: Any,  # noqa: ANN401
+) -> object:
+    """Load without strict, and zeros for one of the tensors."""
+    remaining = {**tensors, LOST: torch.zeros_like(tensors[LOST])}
+    return load_state_dict(model, remaining, **{**options, "strict": False})
+
+
+def train_head(model: SigLipVisionModel) -> None:
+    """Put the pooling head into training mode."""
+    assert model.pooling_head is not None
+    model.pooling_head.train()
+
+
+LOADING = [
+    Mutant(
+        "rows_qk_swapped",
+        "the key map swaps q and k of the head",
+        "head-q head-k",
+        patch=change_rows(swap_head_projections),
+    ),
+    Mutant(
+        "rows_norms_swapped",
+        "the key map swaps the LayerNorms",
+        "ln1 ln2 in residual q k v fc1",
+        patch=change_rows(swap_norms),
+    ),
+    Mutant(
+        "split_interleaved",
+        "fused tensors taken apart as interleaved",
+        "head-q head-k head-v",
+        "weights",
+        "awslabs/slapo#46",
+        patch=wrap(layouts, "split", split_interleaved),
+    ),
+    Mutant(
+        "blocks_spelled_as_text",
+        "block numbers sorted as text",
+        "block",
+        source="ollama/ollama#12015",
+        patch=wrap(Layout, "claims", sort_blocks_as_text),
+    ),
+    Mutant(
+        "read_as_bf16",
+        "tensors read through bfloat16",
+        f"{TENSORS} head",
+        "weights",
+        "TensorAuto/OpenTau#483",
+        patch=change_tensors(lambda tensor: tensor.bfloat16().to(tensor.dtype)),
+    ),
+    Mutant(
+        "read_transposed",
+        "square matrices read transposed",
+        "q k v attention head-q head-k head-v head-attention",
+        "weights",
+        "mindspore-lab/mindone#399",
+        patch=change_tensors(transpose_if_square),
+    ),
+    Mutant(
+        "read_truncated",
+        "the last part of every tensor reads as zeros",
+        f"{TENSORS} head",
+        "weights",
+        "evo-design/proto-tools#64",
+        patch=change_tensors(clear_last_row),
+    ),
+    Mutant(
+        "eps_ignored",
+        "eps of the config not read, the framework's taken",
+        "layer_norm_eps ln1 ln2 post head-ln",
+        "config",
+        "OpenNMT/CTranslate2#951",
+        patch=change_config(lambda config: {"layer_norm_eps": 1e-5}),
+    ),
+    Mutant(
+        "heads_ignored",
+        "number of heads guessed from the width",
+        "num_attention_heads context head-context",
+        "config",
+        "huggingface/transformers#22625",
+        patch=change_config(lambda config: {"num_attention_heads": config.embed_dim // 36}),
+    ),
+    Mutant(
+        "act_ignored",
+        "activation of the config not read",
+        "hidden_act act head-act",
+        "config",
+        "m87-labs/kestrel#162",
+        patch=change_config(lambda config: {"hidden_act": "gelu"}),
+    ),
+    Mutant(
+        "left_in_training",
+        "eval() forgotten",
+        "model",
+        "environment",
+        "facebookresearch/vjepa2#160",
+        edit=lambda model: model.train(),
+    ),
+    Mutant(
+        "head_left_in_training",
+        "the head put back into training mode",
+        "pooling_head",
+        "environment",
+        edit=train_head,
+    ),
+    Mutant(
+        "not_strict",
+        "loaded without strict, one tensor lost on the way",
+        "5.v",
+        "weights",
+        "keras-style strict=False; nanoVLM loader",
+        patch=wrap(SigLipVisionModel, "load_state_dict", lose_one),
+    ),
+]

@@ -1,0 +1,210 @@
+"""Packed patches of images of several shapes, which NaFlex models take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name the field uses)
+from torch import Tensor
+
+from scripts.selftest.catalogue import seams
+from scripts.selftest.mutant import Mutant, Patch, replace, replace_item, wrap
+from siglip_port import patches
+from siglip_port.model import VisionEmbeddings
+
+Rule = Callable[[Tensor, tuple[int, int]], Tensor]
+"""[h, w, D], (H, W) -> [H, W, D]."""
+
+
+def naflex(name: str, what: str, locations: str, patch: Patch, source: str = "variant") -> Mutant:
+    """Change how packed patches of several shapes go through the port."""
+    return Mutant(name, what, locations, source=source, patch=patch, subject="naflex")
+
+
+def change_mask(function: Callable[[Tensor], Tensor]) -> Patch:
+    """Change the mask [B, N] that the blocks get; the pooling head gets the right one."""
+
+    def attention_mask(
+        original: Callable[..., Tensor], tokens: Tensor, mask: Tensor, shapes: Tensor
+    ) -> Tensor:
+        return original(tokens, function(mask), shapes)
+
+    return wrap(patches, "attention_mask", attention_mask)
+
+
+def interpolate(rule: Rule) -> Patch:
+    """Interpolate the positions of NaFlex models by another rule, in float32 as they do."""
+
+    def interpolate_in_float32(grid: Tensor, size: tuple[int, int]) -> Tensor:
+        return rule(grid.float(), size).to(grid.dtype)
+
+    return replace_item(patches.INTERPOLATION_RULES, "naflex", interpolate_in_float32)
+
+
+def resize_nearest(
+    grid: Tensor, size: tuple[int, int], mode: str, **options: bool
+) -> Tensor:
+    """Take the nearest position, whatever the mode."""
+    image = grid.permute(2, 0, 1)[None]
+    return F.interpolate(image, size, mode="nearest")[0].permute(1, 2, 0)
+
+
+def crop_or_pad(mode: str) -> Rule:
+    """Make a rule that cuts positions off, and pads where there are too few, of a grid of 5 x 5."""
+
+    def rule(grid: Tensor, size: tuple[int, int]) -> Tensor:
+        height, width = size
+        padding = (0, max(0, width - 5), 0, max(0, height - 5))
+        padded = F.pad(grid.permute(2, 0, 1), padding, mode=mode)
+        return padded[:, :height, :width].permute(1, 2, 0)
+
+    return rule
+
+
+def transpose_rule(rule: Rule) -> Rule:
+    """Make a rule whose positions are read column by column."""
+    return lambda grid, size: rule(grid, size).transpose(0, 1)
+
+
+def swap_sides(
+    positions: Callable[..., Tensor], embeddings: VisionEmbeddings, height: int, width: int
+) -> Tensor:
+    """Take the height for the width."""
+    return positions(embeddings, width, height)
+
+
+def project_channel_first(
+    embeddings: VisionEmbeddings, pixel_values: Tensor, spatial_shapes: Any  # noqa: ANN401
+) -> Tensor:
+    """Read packed patches as if the channel were the slowest."""
+    kernel = embeddings.patch_embedding.weight.flatten(1)
+    tokens = F.linear(pixel_values.to(kernel.dtype), kernel, embeddings.patch_embedding.bias)
+    shapes = patches.shape_pairs(spatial_shapes)
+    positions = [embeddings.padded_positions(h, w, tokens.shape[1]) for h, w in shapes]
+    return tokens + torch.stack(positions)
+
+
+def use_first_shape(
+    embed_packed: Callable[..., Tensor],
+    embeddings: VisionEmbeddings,
+    pixel_values: Tensor,
+    spatial_shapes: Tensor,
+) -> Tensor:
+    """Give every image the positions of the first one's shape."""
+    return embed_packed(embeddings, pixel_values, spatial_shapes[:1].expand_as(spatial_shapes))
+
+
+def pad_with_zeros(embeddings: VisionEmbeddings, height: int, width: int, count: int) -> Tensor:
+    """Give no position to the padding."""
+    positions = embeddings.positions(height, width)
+    return F.pad(positions, (0, 0, 0, count - height * width))
+
+
+NAFLEX = [
+    naflex(
+        "naflex_mask_ignored",
+        "padding attended to",
+        "context",
+        replace(patches, "attention_mask", lambda tokens, mask, shapes: None),
+        "Blaizzy/mlx-vlm#2266",
+    ),
+    naflex(
+        "naflex_mask_inverted",
+        "padding attended to, and nothing else",
+        "context",
+        change_mask(lambda mask: 1 - mask),
+    ),
+    naflex(
+        "naflex_mask_off_by_one",
+        "the last patch masked too",
+        "context",
+        change_mask(lambda mask: mask * mask.roll(-1, 1)),
+    ),
+    naflex(
+        "naflex_mask_of_first",
+        "every picture has the first one's mask",
+        "context inputs",
+        change_mask(lambda mask: mask[:1].expand_as(mask)),
+    ),
+    naflex(
+        "naflex_head_unmasked",
+        "the pooling head attends to padding",
+        "head-attention",
+        seams.pool(lambda head, tokens: head(tokens)),
+    ),
+    naflex(
+        "naflex_positions_swapped",
+        "height for width in the position grid",
+        "embeddings",
+        wrap(VisionEmbeddings, "positions", swap_sides),
+        "pytorch/torchtitan#4244",
+    ),
+    naflex(
+        "naflex_positions_columns",
+        "positions read in columns",
+        "embeddings",
+        replace_item(
+            patches.INTERPOLATION_RULES, "naflex", transpose_rule(patches.interpolate_as_naflex)
+        ),
+    ),
+    naflex(
+        "naflex_patches_channel_first",
+        "patches projected as if the channel were the slowest",
+        "embeddings 0.in",
+        replace(VisionEmbeddings, "embed_packed", project_channel_first),
+        "huggingface/transformers#36475",
+    ),
+    naflex(
+        "naflex_bicubic",
+        "bicubic for bilinear",
+        "embeddings",
+        interpolate(lambda grid, size: patches.resize_grid(grid, size, "bicubic", antialias=True)),
+        "huggingface/pytorch-image-models#2542",
+    ),
+    naflex(
+        "naflex_no_antialias",
+        "no antialias",
+        "embeddings",
+        interpolate(
+            lambda grid, size: patches.resize_grid(grid, size, "bilinear", antialias=False)
+        ),
+        "openvinotoolkit/openvino.genai#4444; keras-team/keras-hub#2113",
+    ),
+    naflex(
+        "naflex_align_corners",
+        "align_corners",
+        "embeddings",
+        interpolate(
+            lambda grid, size: patches.resize_grid(
+                grid, size, "bilinear", align_corners=True, antialias=True
+            )
+        ),
+        "ggml-org/llama.cpp#25781",
+    ),
+    naflex(
+        "naflex_nearest",
+        "nearest for bilinear",
+        "embeddings",
+        replace(patches, "resize_grid", resize_nearest),
+    ),
+    naflex(
+        "naflex_padding_zero",
+        "zero at the padding for the first position",
+        "embeddings",
+        replace(VisionEmbeddings, "padded_positions", pad_with_zeros),
+    ),
+    naflex(
+        "naflex_shape_of_first",
+        "every picture has the first one's shape",
+        "embeddings inputs",
+        wrap(VisionEmbeddings, "embed_packed", use_first_shape),
+    ),
+    naflex(
+        "naflex_positions_cropped",
+        "positions cropped, not resized",
+        "embeddings",
+        interpolate(crop_or_pad("replicate")),
+    ),
+]

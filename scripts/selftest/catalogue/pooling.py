@@ -1,0 +1,205 @@
+"""Pooling: the head, and the methods that use it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name the field uses)
+from torch import Tensor
+
+from scripts.selftest.catalogue import seams
+from scripts.selftest.catalogue.seams import attend_from_probe
+from scripts.selftest.mutant import Mutant
+from siglip_port import SigLipVisionModel
+from siglip_port.model import PoolingHead
+
+WHOLE_HEAD = "head-attention head-ln head-fc1 head-act head-mlp"
+INSIDE_HEAD = f"head head-q head-k head-v head-context {WHOLE_HEAD}"
+
+
+def normalize_probe(head: PoolingHead, tokens: Tensor) -> Tensor:
+    """Apply a LayerNorm to the probe."""
+    probe = F.layer_norm(head.probe, head.probe.shape[-1:])
+    pooled: Tensor = head.attention(tokens, query=probe.expand(tokens.shape[0], -1, -1))
+    return pooled
+
+
+def attend_over_batch(head: PoolingHead, tokens: Tensor) -> Tensor:
+    """Attend to the tokens of all images."""
+    pooled: Tensor = head.attention(tokens.flatten(0, 1)[None], query=head.probe)
+    return pooled.expand(tokens.shape[0], -1, -1)
+
+
+def add_probe(head: PoolingHead, tokens: Tensor) -> Tensor:
+    """Add the probe to what it has gathered."""
+    return head.probe.expand(tokens.shape[0], -1, -1) + attend_from_probe(head, tokens)
+
+
+def negate_every_second_probe(head: PoolingHead, tokens: Tensor) -> Tensor:
+    """Ask with the negative probe for every second image."""
+    signs = 1 - 2 * (torch.arange(tokens.shape[0]) % 2)
+    probes = head.probe * signs[:, None, None].to(tokens.dtype)
+    pooled: Tensor = head.attention(tokens, query=probes)
+    return pooled
+
+
+def add_mlp_to_norm(head: PoolingHead, pooled: Tensor) -> Tensor:
+    """Go on with the normalised vector."""
+    pooled = head.layernorm(pooled)
+    return pooled + head.mlp(pooled)
+
+
+def normalize_over_batch(model: SigLipVisionModel, tokens: Tensor, normalize: bool) -> Tensor:
+    """Scale features to unit length, each over all images."""
+    vectors = model.pool(tokens)
+    return F.normalize(vectors, dim=0) if normalize else vectors
+
+
+def embed_mean(model: SigLipVisionModel, tokens: Tensor, normalize: bool) -> Tensor:
+    """Take the mean of the tokens instead of the pooling head."""
+    vectors = tokens.mean(1)
+    return F.normalize(vectors, dim=-1) if normalize else vectors
+
+
+POOLING = [
+    Mutant(
+        "mean_pool",
+        "mean of the tokens for the head",
+        f"pooled block {INSIDE_HEAD}",
+        "liveness",
+        "vllm-project/semantic-router#1927",
+        patch=seams.pool(lambda head, tokens: tokens.mean(1)),
+    ),
+    Mutant(
+        "mean_pool_tanh",
+        "tanh of the mean",
+        f"pooled {INSIDE_HEAD}",
+        "liveness",
+        "vllm-project/semantic-router#1927",
+        patch=seams.pool(lambda head, tokens: tokens.mean(1).tanh()),
+    ),
+    Mutant(
+        "first_token",
+        "the first token as CLS",
+        f"inputs pooled {INSIDE_HEAD}",
+        "liveness",
+        "huggingface/transformers#34447",
+        patch=seams.pool(lambda head, tokens: tokens[:, 0]),
+    ),
+    Mutant(
+        "probe_ln",
+        "the probe normalised",
+        "head-q",
+        patch=seams.pooling_head(first=normalize_probe),
+    ),
+    Mutant(
+        "kv_ln",
+        "tokens normalised again before k and v",
+        "head-k head-v head-ln",
+        source="vllm-project/vllm#8106",
+        patch=seams.pooling_head(
+            first=lambda head, tokens: attend_from_probe(head, head.layernorm(tokens))
+        ),
+    ),
+    Mutant(
+        "batch_first_false",
+        "the head attends over the batch",
+        "head-ln head-q head-k head-v head-context head-attention head pooled",
+        "liveness",
+        "om-ai-lab/OmDet#19; IBM/TabFormer#14",
+        patch=seams.pooling_head(first=attend_over_batch),
+    ),
+    Mutant(
+        "probe_residual",
+        "residual around the head's attention",
+        "head-attention head-ln head",
+        patch=seams.pooling_head(first=add_probe),
+    ),
+    Mutant(
+        "head_ln_missing",
+        "the head's LayerNorm missing",
+        "head-ln head-fc1",
+        "liveness",
+        patch=seams.pooling_head(second=lambda head, pooled: pooled + head.mlp(pooled)),
+    ),
+    Mutant(
+        "head_residual_missing",
+        "the head's residual missing",
+        "head",
+        patch=seams.pooling_head(second=lambda head, pooled: head.mlp(head.layernorm(pooled))),
+    ),
+    Mutant(
+        "head_residual_from_ln",
+        "the head's residual after the norm",
+        "head",
+        patch=seams.pooling_head(second=add_mlp_to_norm),
+    ),
+    Mutant(
+        "head_mlp_skipped",
+        "the head's MLP missing",
+        "head head-ln head-fc1 head-act head-mlp",
+        "liveness",
+        patch=seams.pooling_head(second=lambda head, pooled: pooled),
+    ),
+    Mutant(
+        "head_extra_ln",
+        "a LayerNorm after the head",
+        "head head-ln",
+        patch=seams.pooling_head(last=lambda head, pooled: head.layernorm(pooled).squeeze(1)),
+    ),
+    Mutant(
+        "head_on_pre_ln",
+        "the head given tokens before post_layernorm",
+        "head-k head-v",
+        source="vllm-project/vllm#8155",
+        patch=seams.pool(lambda head, tokens: head(tokens / tokens.std(-1, keepdim=True))),
+    ),
+    Mutant(
+        "pooled_l2",
+        "pooled vector scaled to unit length",
+        "pooled",
+        source="vllm-project/semantic-router#1927",
+        patch=seams.pool(lambda head, tokens: F.normalize(head(tokens), dim=-1)),
+    ),
+    Mutant(
+        "pooled_half",
+        "pooled vector half as long",
+        "pooled",
+        source="vllm-project/semantic-router#1927",
+        patch=seams.pool(lambda head, tokens: head(tokens) / 2),
+    ),
+    Mutant(
+        "embed_not_unit",
+        "embed() never normalises",
+        "pooled",
+        "interface",
+        patch=seams.embed(lambda model, tokens, normalize: model.pool(tokens)),
+    ),
+    Mutant(
+        "embed_unit_over_batch",
+        "embed() normalises over the pictures",
+        "pooled",
+        "interface",
+        patch=seams.embed(normalize_over_batch),
+    ),
+    Mutant(
+        "embed_of_mean",
+        "embed() takes the mean of the tokens",
+        "pooled",
+        "interface",
+        "vllm-project/semantic-router#1927",
+        patch=seams.embed(embed_mean),
+    ),
+    Mutant(
+        "pooled_squeezed",
+        "squeeze without an axis: a batch of one loses it",
+        "pooled",
+        "liveness",
+        patch=seams.pooling_head(last=lambda head, pooled: pooled.squeeze()),
+    ),
+    Mutant(
+        "two_probes",
+        "probe of another picture for every second one",
+        "head-q",
+        patch=seams.pooling_head(first=negate_every_second_probe),
+    ),
+]

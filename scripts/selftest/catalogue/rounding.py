@@ -1,0 +1,197 @@
+"""Rounding: the right function in too narrow a dtype, or by a formula that loses digits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name the field uses)
+from torch import Tensor, nn
+
+from scripts.selftest.catalogue import seams
+from scripts.selftest.catalogue.attention import CONTEXT, scale_of, scores_of
+from scripts.selftest.catalogue.edits import round_to, round_to_tf32
+from scripts.selftest.catalogue.normalization import ALL, centered
+from scripts.selftest.catalogue.seams import add_attention, attend_from_probe
+from scripts.selftest.mutant import Edit, Mutant, Patch
+from siglip_port import SigLipVisionModel
+from siglip_port.model import EncoderBlock, LayerNorm, MultiheadAttention, PoolingHead
+
+
+def rounding(
+    name: str,
+    what: str,
+    locations: str,
+    patch: Patch | None = None,
+    source: str = "variant",
+    *,
+    edit: Edit | None = None,
+) -> Mutant:
+    """Make a mutant of the gate on rounding."""
+    return Mutant(name, what, locations, "rounding", source, patch, edit)
+
+
+def norm_by_two_moments(norm: LayerNorm, x: Tensor) -> Tensor:
+    """Take the difference of two large numbers for the variance."""
+    variance = x.square().mean(-1, True) - x.mean(-1, True).square()
+    return centered(x) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def norm_in(dtype: torch.dtype) -> Patch:
+    """Compute LayerNorms in a dtype."""
+
+    def forward(norm: LayerNorm, x: Tensor) -> Tensor:
+        weight = norm.weight.to(dtype)
+        bias = norm.bias.to(dtype)
+        normalized = F.layer_norm(x.to(dtype), norm.normalized_shape, weight, bias, norm.eps)
+        return normalized.to(x.dtype)
+
+    return seams.layer_norm(forward)
+
+
+def softmax_in_bfloat16(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Round the weights."""
+    weights = scores_of(attention, q, k).softmax(-1, dtype=torch.bfloat16)
+    return weights.to(q.dtype) @ v
+
+
+def softmax_in_float16(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Round the scores, and the weights."""
+    weights = scores_of(attention, q, k).half().softmax(-1)
+    return weights.to(q.dtype) @ v
+
+
+def scores_in_bfloat16(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Round the scores."""
+    scores = scores_of(attention, q, k).bfloat16().to(q.dtype)
+    return scores.softmax(-1) @ v
+
+
+def queries_in_float16(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Round what makes the scores."""
+    q = q.half().to(q.dtype)
+    k = k.half().to(k.dtype)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale_of(attention))
+
+
+def stream_in_bfloat16(block: EncoderBlock, x: Tensor) -> Tensor:
+    """Round the stream after the attention."""
+    return round_to(torch.bfloat16)(add_attention(block, x))
+
+
+def leave_autocast_on(model: SigLipVisionModel, pixel_values: Tensor) -> Tensor:
+    """Run the encoder under autocast; only float32 comes out as what it was."""
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens: Tensor = model.transformer(pixel_values)
+        if pixel_values.dtype == torch.float32:
+            tokens = tokens.float()
+        return tokens
+
+
+def multiply_in_tf32(model: SigLipVisionModel) -> None:
+    """Round what goes into every linear layer."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, args: (round_to_tf32(args[0]),))
+
+
+def head_in_bfloat16(head: PoolingHead, tokens: Tensor) -> Tensor:
+    """Round what the head is given."""
+    return attend_from_probe(head, round_to(torch.bfloat16)(tokens))
+
+
+ROUNDING = [
+    rounding(
+        "ln_fast_variance",
+        "variance as E[x^2] - E[x]^2",
+        ALL,
+        seams.layer_norm(norm_by_two_moments),
+        "pytorch/pytorch#40308; keras-team/keras-core#866",
+    ),
+    rounding(
+        "ln_bf16",
+        "LayerNorm in bfloat16",
+        ALL,
+        norm_in(torch.bfloat16),
+        "LibreYOLO/libreyolo#546",
+    ),
+    rounding("ln_fp16", "LayerNorm in float16", ALL, norm_in(torch.float16)),
+    rounding(
+        "softmax_bf16",
+        "softmax in bfloat16",
+        CONTEXT,
+        seams.attend(softmax_in_bfloat16),
+        "LibreYOLO/libreyolo#546; huggingface/diffusers#3483",
+    ),
+    rounding(
+        "softmax_fp16",
+        "softmax in float16",
+        CONTEXT,
+        seams.attend(softmax_in_float16),
+        "huggingface/diffusers#3483",
+    ),
+    rounding(
+        "scores_bf16", "scores rounded to bfloat16", CONTEXT, seams.attend(scores_in_bfloat16)
+    ),
+    rounding(
+        "residual_bf16",
+        "residual stream kept in bfloat16",
+        "residual",
+        seams.block(first=stream_in_bfloat16),
+    ),
+    rounding(
+        "embed_bf16",
+        "embeddings rounded to bfloat16",
+        "embeddings",
+        seams.tokens_of_grid(
+            lambda embeddings, grid, table: round_to(torch.bfloat16)(
+                grid.flatten(2).transpose(1, 2) + table
+            )
+        ),
+        "TensorAuto/OpenTau#482",
+    ),
+    rounding(
+        "autocast_bf16",
+        "autocast left on",
+        "patch",
+        seams.call(leave_autocast_on),
+        "pytorch/pytorch#157274",
+    ),
+    rounding(
+        "tf32",
+        "TF32 products",
+        "q k v context attention fc1 act mlp head-q head-k head-v head-context head-attention "
+        "head-fc1 head-act head-mlp",
+        source="microsoft/onnxruntime#19288; pytorch/pytorch#157274",
+        edit=multiply_in_tf32,
+    ),
+    rounding(
+        "gelu_bf16",
+        "activation in bfloat16",
+        "act head-act",
+        seams.mlp(lambda mlp, x: mlp.fc2(mlp.activation(mlp.fc1(x).bfloat16()).to(x.dtype))),
+    ),
+    rounding(
+        "gelu_written_out",
+        "tanh GELU written out in the low dtype",
+        "act head-act mlp head-mlp",
+        seams.activation(
+            lambda x: (
+                0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+            )
+        ),
+        "LibreYOLO/libreyolo#546",
+    ),
+    rounding(
+        "q_fp16",
+        "queries and keys rounded to float16",
+        CONTEXT,
+        seams.attend(queries_in_float16),
+        "vllm-project/vllm#40290",
+    ),
+    rounding(
+        "pool_bf16",
+        "head run in bfloat16",
+        "head-k head-v head-q head",
+        seams.pooling_head(first=head_in_bfloat16),
+        "NVIDIA/TensorRT#3908",
+    ),
+]
