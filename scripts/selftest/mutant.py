@@ -54,6 +54,10 @@ class Mutant:
     subject: Subject = "port"
     is_equivalent: bool = False
 
+    def __getstate__(self) -> dict[str, object]:
+        """What is sent to another process: all but the functions, most of which have no name."""
+        return {**vars(self), "patch": None, "edit": None}
+
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Break the code; mend it at the end."""

@@ -71,9 +71,7 @@ def add_one_to_sum(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tenso
 def attend_near(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend to less than 30 tokens on either side."""
     distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
-    return F.scaled_dot_product_attention(
-        q, k, v, distance.abs() < 30, scale=scale_of(attention)
-    )
+    return F.scaled_dot_product_attention(q, k, v, distance.abs() < 30, scale=scale_of(attention))
 
 
 def split_width_first(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -88,9 +86,7 @@ def split_width_first(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Te
     )
 
 
-def swap_queries_and_keys(
-    attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
+def swap_queries_and_keys(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Let keys ask queries, where there are as many of both."""
     if q.shape == k.shape:
         q, k = k, q
@@ -276,9 +272,7 @@ ATTENTION = [
         patch=replace(
             MultiheadAttention,
             "split_heads",
-            lambda attention, x: x.reshape(
-                x.shape[0], attention.num_heads, -1, attention.head_dim
-            ),
+            lambda attention, x: x.reshape(x.shape[0], attention.num_heads, -1, attention.head_dim),
         ),
     ),
     Mutant(

@@ -17,7 +17,9 @@ from siglip_port import SigLipVisionModel
 from siglip_port.model import EncoderBlock, LayerNorm, MultiheadAttention, VisionEmbeddings
 
 
-def equivalent(name: str, what: str, patch: Patch | None = None, edit: Edit | None = None) -> Mutant:
+def equivalent(
+    name: str, what: str, patch: Patch | None = None, edit: Edit | None = None
+) -> Mutant:
     """Make a variant that no gate may detect."""
     return Mutant(name, what, gate="", patch=patch, edit=edit, is_equivalent=True)
 
@@ -36,9 +38,7 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def attend_with(
-    attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
+def attend_with(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute the context as the port does."""
     return F.scaled_dot_product_attention(q, k, v, scale=scale_of(attention))
 
@@ -188,9 +188,7 @@ EQUIVALENT = [
     attend(
         "upcast_softmax",
         "softmax in float32 at least",
-        lambda attention, q, k, v: (
-            widen(scores_of(attention, q, k)).softmax(-1).to(q.dtype) @ v
-        ),
+        lambda attention, q, k, v: widen(scores_of(attention, q, k)).softmax(-1).to(q.dtype) @ v,
     ),
     attend(
         "scaled_queries",

@@ -53,7 +53,10 @@ def change_rows(function: Callable[[Rows], Rows]) -> Patch:
 
 
 def sort_blocks_as_text(
-    claims: Callable[..., dict[str, Claim]], layout: Layout, num_blocks: int, *args: Any  # noqa: ANN401
+    claims: Callable[..., dict[str, Claim]],
+    layout: Layout,
+    num_blocks: int,
+    *args: Any,  # noqa: ANN401
 ) -> dict[str, Claim]:
     """Take the stored block 10 for the one after block 1."""
     numbers = sorted(range(num_blocks), key=str)
@@ -157,7 +160,7 @@ LOADING = [
     Mutant(
         "read_as_bf16",
         "tensors read through bfloat16",
-        f"{TENSORS} head",
+        TENSORS,
         "weights",
         "TensorAuto/OpenTau#483",
         patch=change_tensors(lambda tensor: tensor.bfloat16().to(tensor.dtype)),
@@ -173,7 +176,7 @@ LOADING = [
     Mutant(
         "read_truncated",
         "the last part of every tensor reads as zeros",
-        f"{TENSORS} head",
+        TENSORS,
         "weights",
         "evo-design/proto-tools#64",
         patch=change_tensors(clear_last_row),

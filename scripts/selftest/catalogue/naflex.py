@@ -43,9 +43,7 @@ def interpolate(rule: Rule) -> Patch:
     return replace_item(patches.INTERPOLATION_RULES, "naflex", interpolate_in_float32)
 
 
-def resize_nearest(
-    grid: Tensor, size: tuple[int, int], mode: str, **options: bool
-) -> Tensor:
+def resize_nearest(grid: Tensor, size: tuple[int, int], mode: str, **options: bool) -> Tensor:
     """Take the nearest position, whatever the mode."""
     image = grid.permute(2, 0, 1)[None]
     return F.interpolate(image, size, mode="nearest")[0].permute(1, 2, 0)
@@ -76,7 +74,9 @@ def swap_sides(
 
 
 def project_channel_first(
-    embeddings: VisionEmbeddings, pixel_values: Tensor, spatial_shapes: Any  # noqa: ANN401
+    embeddings: VisionEmbeddings,
+    pixel_values: Tensor,
+    spatial_shapes: Any,  # noqa: ANN401
 ) -> Tensor:
     """Read packed patches as if the channel were the slowest."""
     kernel = embeddings.patch_embedding.weight.flatten(1)

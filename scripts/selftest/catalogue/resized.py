@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F  # noqa: N812 (the name the field uses)
 from torch import Tensor
 
@@ -21,9 +20,7 @@ def interpolate(rule: Rule) -> Patch:
     return replace_item(patches.INTERPOLATION_RULES, "hf", rule)
 
 
-def resize_by_factor(
-    grid: Tensor, size: tuple[int, int], mode: str, **options: bool
-) -> Tensor:
+def resize_by_factor(grid: Tensor, size: tuple[int, int], mode: str, **options: bool) -> Tensor:
     """Resize by a factor that is a tenth of a patch too large."""
     height, width, _ = grid.shape
     factors = ((size[0] + 0.1) / height, (size[1] + 0.1) / width)
@@ -89,7 +86,5 @@ RESIZED = [
         interpolate(resize_in_bfloat16),
         "TensorAuto/OpenTau#483",
     ),
-    resized(
-        "interp_not", "positions cut off, not resized", interpolate(crop_or_pad("constant"))
-    ),
+    resized("interp_not", "positions cut off, not resized", interpolate(crop_or_pad("constant"))),
 ]

@@ -174,9 +174,7 @@ ROUNDING = [
         "tanh GELU written out in the low dtype",
         "act head-act mlp head-mlp",
         seams.activation(
-            lambda x: (
-                0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-            )
+            lambda x: 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
         ),
         "LibreYOLO/libreyolo#546",
     ),

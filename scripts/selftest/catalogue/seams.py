@@ -215,7 +215,9 @@ def pooling_head(
 def pool(function: Callable[[PoolingHead, Tensor], Tensor]) -> Patch:
     """Replace what `pool` makes of the tokens, given the pooling head."""
 
-    def pool(model: SigLipVisionModel, tokens: Tensor, pixel_attention_mask: object = None) -> Tensor:
+    def pool(
+        model: SigLipVisionModel, tokens: Tensor, pixel_attention_mask: object = None
+    ) -> Tensor:
         assert model.pooling_head is not None
         return function(model.pooling_head, tokens)
 

@@ -1,0 +1,342 @@
+"""How images become pixel values, by either backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from scripts.selftest.mutant import Mutant, Patch, replace, wrap
+from siglip_port import image_processing, image_reading
+from siglip_port.image_processing import ImageProcessor
+from siglip_port.patches import pack
+
+Size = tuple[int, int]
+RGB = NDArray[np.uint8]
+Reader = Callable[[Image.Image], RGB]
+
+
+def images(name: str, what: str, patch: Patch, source: str = "variant") -> Mutant:
+    """Change how images become pixel values."""
+    return Mutant(name, what, "pixels", "pixels", source, patch, subject="images")
+
+
+# --- resizing -------------------------------------------------------------------------------------
+
+
+def change_pillow(**fields: Any) -> Patch:  # noqa: ANN401 (whatever the fields are)
+    """Give the backend `pil` other choices than the configuration says."""
+
+    def transform(original: Callable[..., Tensor], processor: ImageProcessor, *args: Any) -> Tensor:  # noqa: ANN401
+        return original(dataclasses.replace(processor, **fields), *args)
+
+    return wrap(ImageProcessor, "transform_with_pillow", transform)
+
+
+def resize_by(resize: Callable[[Image.Image, Size, Image.Resampling], Image.Image]) -> Patch:
+    """Resize otherwise by the backend `pil`: a function of an image, (width, height) and filter."""
+
+    def transform(
+        original: Callable[..., Tensor], processor: ImageProcessor, rgb: RGB, size: Size
+    ) -> Tensor:
+        image = Image.fromarray(np.moveaxis(rgb, 0, -1))
+        resized = resize(image, (size[1], size[0]), Image.Resampling(processor.resample))
+        return original(processor, np.moveaxis(np.asarray(resized), -1, 0), None)
+
+    return wrap(ImageProcessor, "transform_with_pillow", transform)
+
+
+def crop(image: Image.Image, size: Size, resample: Image.Resampling) -> Image.Image:
+    """Resize the shorter side, and cut the middle out."""
+    return ImageOps.fit(image, size, resample)
+
+
+def swap_sides(image: Image.Image, size: Size, resample: Image.Resampling) -> Image.Image:
+    """Resize to the height as width, and turn the result."""
+    resized = image.resize((size[1], size[0]), resample)
+    return resized.transpose(Image.Transpose.TRANSPOSE)
+
+
+def resize_twice(image: Image.Image, size: Size, resample: Image.Resampling) -> Image.Image:
+    """Resize to 256 x 256 first."""
+    return image.resize((256, 256), Image.Resampling.BICUBIC).resize(size, resample)
+
+
+def resize_without_antialias(
+    original: Callable[..., Tensor], processor: ImageProcessor, rgb: Tensor, size: Size
+) -> Tensor:
+    """Turn torchvision's antialias off, while the port resizes."""
+    from torchvision.transforms.v2 import functional
+
+    resize = functional.resize
+
+    def resize_plainly(*args: Any, **options: Any) -> Tensor:  # noqa: ANN401
+        resized: Tensor = resize(*args, **{**options, "antialias": False})
+        return resized
+
+    with mock.patch.object(functional, "resize", resize_plainly):
+        return original(processor, rgb, size)
+
+
+def resize_numbers(
+    original: Callable[..., Tensor], processor: ImageProcessor, rgb: Tensor, size: Size
+) -> Tensor:
+    """Resize float32, which is not rounded to levels."""
+    return original(processor, rgb.float(), size)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def change_reader(function: Callable[[Reader, Image.Image], RGB]) -> Patch:
+    """Read images of Pillow's otherwise, by a function that is given the original, too."""
+    return wrap(image_reading, "pillow_to_rgb", function)
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether an image has transparency, in a channel or as a color."""
+    return "A" in image.getbands() or image.info.get("transparency") is not None
+
+
+def drop_alpha(image: Image.Image) -> RGB:
+    """Return the colors as they are below."""
+    return np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
+
+
+def read_on_black(pillow_to_rgb: Reader, image: Image.Image) -> RGB:
+    """Lay an image with transparency onto black."""
+    if is_transparent(image):
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
+    return pillow_to_rgb(image)
+
+
+def read_palette_without_alpha(pillow_to_rgb: Reader, image: Image.Image) -> RGB:
+    """Heed transparency in a channel alone."""
+    return pillow_to_rgb(image) if "A" in image.getbands() else drop_alpha(image)
+
+
+def transpose_array(array_to_rgb: Callable[..., RGB], image: RGB | Tensor, backend: str) -> RGB:
+    """Take [H, W, C] for [W, H, C]."""
+    array = np.asarray(image)
+    if array.ndim == 3 and array.shape[0] not in (1, 3, 4):
+        array = array.transpose(1, 0, 2)
+    return array_to_rgb(array, backend)
+
+
+# --- rescaling and normalising --------------------------------------------------------------------
+
+
+def change_pixels(function: Callable[[Tensor], Tensor]) -> Patch:
+    """Change what the backend `pil` returns, [3, H, W]."""
+    return wrap(
+        ImageProcessor, "transform_with_pillow", lambda original, *args: function(original(*args))
+    )
+
+
+def normalize_by(function: Callable[[NDArray[np.float32], ImageProcessor], NDArray[Any]]) -> Patch:
+    """Normalise otherwise by the backend `pil`: a function of the rescaled values."""
+
+    def transform(
+        original: Callable[..., Tensor], processor: ImageProcessor, rgb: RGB, size: Size
+    ) -> Tensor:
+        plain = dataclasses.replace(processor, mean=None, std=None)
+        values = original(plain, rgb, size).numpy()
+        return torch.from_numpy(np.ascontiguousarray(function(values, processor)))
+
+    return wrap(ImageProcessor, "transform_with_pillow", transform)
+
+
+def of_channels(numbers: tuple[float, ...] | None, dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    """Shape one number a channel as [3, 1, 1]."""
+    return np.array(numbers, dtype=dtype)[:, None, None]
+
+
+def divide_first(values: NDArray[np.float32], processor: ImageProcessor) -> NDArray[Any]:
+    """Divide by std, then subtract the mean."""
+    mean = of_channels(processor.mean, np.float32)
+    return values / of_channels(processor.std, np.float32) - mean
+
+
+def normalize_in_float64(values: NDArray[np.float32], processor: ImageProcessor) -> NDArray[Any]:
+    """Compute, and return, float64."""
+    mean = of_channels(processor.mean, np.float64)
+    return (values - mean) / of_channels(processor.std, np.float64)
+
+
+# --- NaFlex ---------------------------------------------------------------------------------------
+
+
+def naflex_size(
+    height: int,
+    width: int,
+    patch_size: int,
+    max_num_patches: int,
+    to_whole: Callable[[float], int] = math.ceil,
+    *,
+    takes_upper_end: bool = False,
+) -> Size:
+    """Fit a size to a number of patches as the port does, but for how sides become whole patches.
+
+    And for which end of the last interval of the bisection is the result.
+    """
+
+    def scaled(scale: float, side: int) -> int:
+        return max(patch_size, to_whole(side * scale / patch_size) * patch_size)
+
+    lower = 1e-6
+    upper = 100.0
+    while upper - lower >= 1e-5:
+        scale = (lower + upper) / 2
+        patches = (scaled(scale, height) // patch_size) * (scaled(scale, width) // patch_size)
+        if patches <= max_num_patches:
+            lower = scale
+        else:
+            upper = scale
+    scale = upper if takes_upper_end else lower
+    return scaled(scale, height), scaled(scale, width)
+
+
+def change_naflex_size(function: Callable[[int, int, int, int], Size]) -> Patch:
+    """Choose the size of an image otherwise: a function of height, width, P and most patches."""
+    return replace(image_processing, "naflex_size", function)
+
+
+def squash(height: int, width: int, patch_size: int, max_num_patches: int) -> Size:
+    """Make every image a square."""
+    side = math.isqrt(max_num_patches) * patch_size
+    return side, side
+
+
+IMAGES = [
+    images(
+        "image_bilinear",
+        "resized by the default filter, whatever the checkpoint says",
+        change_pillow(resample=2),
+        "keras-team/keras-hub#2113",
+    ),
+    images(
+        "image_no_antialias",
+        "no antialias in the smaller picture",
+        wrap(ImageProcessor, "transform_with_torchvision", resize_without_antialias),
+        "pytorch/vision#2950",
+    ),
+    images(
+        "image_crop",
+        "the shorter side resized, and the middle cut out",
+        resize_by(crop),
+        "qdrant/fastembed#649",
+    ),
+    images("image_sides_swapped", "height for width", resize_by(swap_sides)),
+    images("image_twice", "resized to a larger size first", resize_by(resize_twice)),
+    images(
+        "image_float",
+        "resized as numbers, not as levels of 255",
+        wrap(ImageProcessor, "transform_with_torchvision", resize_numbers),
+        "huggingface/transformers#27601",
+    ),
+    images(
+        "image_bgr",
+        "BGR for RGB",
+        change_reader(lambda pillow_to_rgb, image: pillow_to_rgb(image)[::-1]),
+        "PaddlePaddle/PaddleClas#1312",
+    ),
+    images("image_alpha_black", "what is transparent becomes black", change_reader(read_on_black)),
+    images(
+        "image_alpha_dropped",
+        "what is transparent shows what is below",
+        change_reader(lambda pillow_to_rgb, image: drop_alpha(image)),
+    ),
+    images(
+        "image_palette_alpha",
+        "of palettes, transparency is forgotten",
+        change_reader(read_palette_without_alpha),
+    ),
+    images(
+        "image_mean_std_imagenet",
+        "ImageNet's mean and std",
+        change_pillow(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        "huggingface/transformers#20995",
+    ),
+    images(
+        "image_std_first", "divided by std before mean is subtracted", normalize_by(divide_first)
+    ),
+    images(
+        "image_not_normalised",
+        "mean and std forgotten",
+        change_pillow(mean=None, std=None),
+        "vllm-project/semantic-router#1928",
+    ),
+    images("image_256", "divided by 256", change_pillow(rescale_factor=1 / 256)),
+    images("image_not_rescaled", "values of 0 to 255", change_pillow(rescale_factor=None)),
+    images(
+        "image_bf16",
+        "pixels of bfloat16",
+        change_pixels(lambda pixels: pixels.bfloat16().float()),
+        "TensorAuto/OpenTau#482",
+    ),
+    images("image_float64", "normalised in float64", normalize_by(normalize_in_float64)),
+    images(
+        "image_channels_last",
+        "height, width, channels",
+        change_pixels(lambda pixels: pixels.movedim(0, -1).contiguous()),
+    ),
+    images(
+        "image_arrays_transposed",
+        "channels taken for rows in arrays",
+        wrap(image_reading, "array_to_rgb", transpose_array),
+    ),
+    images(
+        "image_arrays_alpha",
+        "transparency of arrays by Pillow's rounding for both backends",
+        wrap(
+            image_reading,
+            "composite_on_white",
+            lambda composite_on_white, rgba, backend: composite_on_white(rgba, "pil"),
+        ),
+    ),
+    images(
+        "image_not_upright",
+        "the EXIF orientation of a file passed over",
+        replace(image_reading, "open_upright", lambda content: Image.open(io.BytesIO(content))),
+    ),
+    images(
+        "image_patches_rounded_down",
+        "NaFlex: sizes rounded down to whole patches",
+        change_naflex_size(lambda *args: naflex_size(*args, to_whole=math.floor)),
+    ),
+    images(
+        "image_patches_rounded",
+        "NaFlex: sizes rounded to the nearest patch",
+        change_naflex_size(lambda *args: naflex_size(*args, to_whole=round)),
+    ),
+    images(
+        "image_patches_few",
+        "NaFlex: strictly fewer patches than allowed",
+        change_naflex_size(
+            lambda height, width, patch_size, most: naflex_size(height, width, patch_size, most - 1)
+        ),
+    ),
+    images(
+        "image_patches_largest",
+        "NaFlex: the upper end of the bisection",
+        change_naflex_size(lambda *args: naflex_size(*args, takes_upper_end=True)),
+    ),
+    images("image_naflex_square", "NaFlex: squashed to a square", change_naflex_size(squash)),
+    images(
+        "image_patches_not_padded",
+        "NaFlex: padded to the longest of the batch",
+        replace(
+            image_processing, "pack", lambda pixels, patch_size, most: pack(pixels, patch_size)
+        ),
+    ),
+]

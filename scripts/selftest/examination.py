@@ -1,0 +1,222 @@
+"""What the gates make of one mutant."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scripts.selftest.mutant import Mutant, is_expected_location
+from siglip_port import SigLipVisionConfig
+from siglip_port.checkpoint import default_preprocessor_config
+from siglip_port.image_processing import ImageProcessor
+from siglip_port.parity import gates, taps
+from siglip_port.parity.gates import Finding, Gate, Measurement, Side
+from siglip_port.parity.siglip import cases, pixels, reference
+from siglip_port.parity.siglip.cases import Case
+
+
+@dataclass
+class Result:
+    """What the gates made of one mutant.
+
+    Attributes:
+        mutant: the mutant.
+        detections: gate -> the first finding, for every gate that detected it, in their order.
+        false_locations: places that were named and are not the mutant's.
+        error: what the port raised, where it could not even run.
+    """
+
+    mutant: Mutant
+    detections: dict[str, Finding] = field(default_factory=dict)
+    false_locations: list[str] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def detected(self) -> bool:
+        """Whether any gate detected it."""
+        return bool(self.detections)
+
+    @property
+    def located(self) -> bool:
+        """Whether it was detected, and nothing was named that is not its place."""
+        return self.detected and not self.false_locations
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gates did what they must.
+
+        Equivalent variants pass them; all others are detected by their gate, and located.
+        """
+        if self.mutant.is_equivalent:
+            return not self.detected and not self.error
+        return self.mutant.gate in self.detections and self.located
+
+    def add(self, gate: Gate) -> None:
+        """Note that a gate did not pass."""
+        name = gate.name.split()[0]
+        self.detections.setdefault(name, gate.findings[0])
+
+    def add_locations(self, gate: Gate) -> None:
+        """Note the places that a gate names wrongly. Sensitivity names outputs, too: any may be."""
+        if gate.name == "liveness":
+            return
+        for finding in gate.findings:
+            location = finding.reference or finding.port
+            if not is_expected_location(location, self.mutant.locations):
+                self.false_locations.append(f"{gate.name}: {location}")
+
+    def add_error(self, error: Exception) -> None:
+        """Note that the port cannot even run."""
+        self.error = f"{type(error).__name__}: {error}"
+        self.detections.setdefault("run", Finding(self.error))
+
+
+def examine(mutant: Mutant, checkpoints: Iterable[Case], explained: int = 1) -> Result:
+    """Run a mutant through the gates of some cases.
+
+    Args:
+        mutant: of the port, called with images of its own size.
+        checkpoints: what to load it from, and what to compare it with.
+        explained: how many of the taps that differ get a hint.
+    """
+    result = Result(mutant)
+    rounding = []
+    with mutant.applied():
+        for case in checkpoints:
+            torch.manual_seed(0)  # for mutants that draw
+            try:
+                port = mutant.load(case.source, device=case.inputs.device)
+                for gate in case.check(port, explained=explained):
+                    if gate.passed:
+                        continue
+                    result.add(gate)
+                    if gate.name.startswith("rounding"):
+                        rounding.append(gate)
+                    else:
+                        result.add_locations(gate)
+            except (RuntimeError, ValueError) as error:
+                result.add_error(error)
+    if rounding and "semantics" not in result.detections:  # which has the better address
+        # So has the dtype that detects it most clearly: in one that hardly does, errors of many
+        # steps have added up before they are beyond the bound, and where that happens depends on
+        # the machine.
+        result.add_locations(max(rounding, key=largest_share))
+    return result
+
+
+def share_of_bound(measurement: Measurement) -> float:
+    """Return how much of its bound on rounding an error takes up, of all elements or the worst."""
+    return max(measurement.ratio / gates.ROUNDING_FACTOR, measurement.worst)
+
+
+def largest_share(gate: Gate) -> float:
+    """Return how much of its bound the clearest error of a gate takes up."""
+    return max(map(share_of_bound, gate.measurements), default=math.inf)
+
+
+@contextlib.contextmanager
+def make_cases(
+    seed: int = 1234, device: str = "cpu", *, full: bool = False
+) -> Iterator[list[Case]]:
+    """Make what mutants are tried on: N1 for all gates but rounding.
+
+    For that one, L7 for float32, and S1 for the narrow dtypes.
+
+    Args:
+        seed: of the weights.
+        device: where to.
+        full: L8 too.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def make(recipe: str, gates: tuple[str, ...], **options: Any) -> Case:  # noqa: ANN401
+            context = cases.made(cases.ODD, recipe, seed, gates=gates, device=device, **options)
+            return stack.enter_context(context)
+
+        checkpoints = [
+            make("N1", cases.ALL_GATES[:-1]),
+            make("L7", ("rounding",)),
+            make("S1", ("rounding",), dtypes=cases.LOW_DTYPES[1:]),
+        ]
+        if full:
+            checkpoints.append(make("L8", ("rounding",)))
+        yield checkpoints
+
+
+# --- other shapes, other images -------------------------------------------------------------------
+
+
+def examine_shapes(mutant: Mutant) -> Result:
+    """Run a mutant on packed patches, or on images of another size than the model's own."""
+    assert mutant.subject in ("naflex", "resized")
+    result = Result(mutant)
+    with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
+        side, inputs = reference.small_tower(mutant.subject, Path(folder))
+        interpolation = None if mutant.subject == "naflex" else "hf"
+        with mutant.applied():
+            try:
+                port = mutant.load(folder, interpolation=interpolation)
+                results = [*check_shapes(mutant, port, side, inputs)]
+            except (RuntimeError, ValueError) as error:
+                result.add_error(error)
+                return result
+    for gate in results:
+        if not gate.passed:
+            result.add(gate)
+            result.add_locations(gate)
+    return result
+
+
+def check_shapes(
+    mutant: Mutant, port: nn.Module, other: Side, inputs: Mapping[str, Tensor]
+) -> Iterator[Gate]:
+    """Run the gates that make sense of other shapes."""
+    # What is inside the reference's nn.MultiheadAttention is worked out again without masks, and to
+    # packed patches the port applies the weights of its convolution, not the convolution.
+    skipped = ["head.attention:"]
+    if mutant.subject == "naflex":
+        skipped.append("embeddings.patch_embedding")
+    points = {}
+    for theirs, ours in taps.siglip_taps(True).items():
+        if not theirs.startswith(tuple(skipped)):
+            points[theirs] = ours
+    pairs = taps.expand(points, other.module, port)
+    truth = gates.observe(other, inputs, [tap.reference for tap in pairs], torch.float32)
+    side = Side(port, call_with_shapes)
+    yield gates.weights(cases.stored(port), other.module.state_dict())
+    yield gates.liveness(side, other, inputs)
+    yield gates.semantics(side, other, truth, pairs, explained=1)
+
+
+def call_with_shapes(port: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ANN401
+    """Return `tokens` and `pooled` of packed patches, or of images."""
+    tokens = port(**inputs)
+    return {"tokens": tokens, "pooled": port.pool(tokens, inputs.get("pixel_attention_mask"))}
+
+
+def examine_images(mutant: Mutant) -> Result:
+    """Run a mutant on images of all kinds, as SigLIP and as NaFlex models take them."""
+    result = Result(mutant)
+    for config in (
+        SigLipVisionConfig(image_size=64),
+        SigLipVisionConfig(image_size=64, naflex=True),
+    ):
+        processors = reference.processors(config)
+        preprocessor = default_preprocessor_config(config)
+        with mutant.applied():
+            ours = {
+                backend: ImageProcessor.from_config(preprocessor, backend) for backend in processors
+            }
+            gate = pixels.pixels(ours, processors, pixels.waves(), explained=0)
+        if not gate.passed:
+            result.add(gate)
+            result.add_locations(gate)
+    return result
