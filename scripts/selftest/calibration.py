@@ -9,7 +9,7 @@ from scripts.selftest import catalogue
 from scripts.selftest.examination import make_cases, share_of_bound
 from scripts.selftest.mutant import Mutant
 from scripts.selftest.runner import SEEDS, Options, Progress
-from siglip_port.parity import gates
+from siglip_port.parity import bounds
 from siglip_port.parity.siglip.cases import Case
 from siglip_port.text import format_table
 
@@ -27,7 +27,7 @@ def calibrate(options: Options, progress: Progress) -> bool:
     finest: dict[str, Share] = {}
     mutants = [*catalogue.EQUIVALENT, *catalogue.ROUNDING]
     for seed in SEEDS if options.full else SEEDS[:2]:
-        with make_cases(seed, options.device) as cases:
+        with make_cases(seed, options.device) as (_, *cases):
             for mutant in progress(iter(mutants), f"seed {seed}"):
                 shares = measure_shares(mutant, cases)
                 if not mutant.is_equivalent:
@@ -43,18 +43,23 @@ def calibrate(options: Options, progress: Progress) -> bool:
     rows.append(["finest mistake", f"{weakest[0]:.2f}", weakest[1]])
     print("\n".join(format_table(rows)))
     holds = max(coarsest.values())[0] < 1 < weakest[0]
-    print(f"{'HOLDS' if holds else 'DOES NOT HOLD'}: {gates.ROUNDING_ORIGIN}")
+    print(f"{'HOLDS' if holds else 'DOES NOT HOLD'}: {bounds.ROUNDING_ORIGIN}")
     return holds
 
 
 def measure_shares(mutant: Mutant, cases: list[Case]) -> dict[str, Share]:
-    """Return the largest share of its bound that a mutant takes up in each rounding gate."""
+    """Return the largest share of its bound that a mutant takes up, in each gate on rounding.
+
+    Args:
+        mutant: of the port.
+        cases: with no other gates.
+    """
     shares: dict[str, Share] = {}
     with mutant.applied():
         for case in cases:
             port = mutant.load(case.source, device=case.inputs.device)
             with contextlib.suppress(RuntimeError):  # an autocast that meets bfloat16 weights
-                for gate in case.check(port, only=("rounding",)):
+                for gate in case.check(port):
                     largest = max(gate.measurements, key=share_of_bound)
                     where = f"{mutant.name} at {largest.reference}, {case.weights}"
                     shares[gate.name] = (share_of_bound(largest), where)

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scripts.selftest.mutant import Mutant, is_expected_location
-from siglip_port import SigLipVisionConfig
+from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint import default_preprocessor_config
 from siglip_port.image_processing import ImageProcessor
-from siglip_port.parity import gates, taps
-from siglip_port.parity.gates import Finding, Gate, Measurement, Side
-from siglip_port.parity.siglip import cases, pixels, reference
+from siglip_port.parity import bounds, gates
+from siglip_port.parity.observe import run_reference
+from siglip_port.parity.results import Finding, GateResult, Measurement
+from siglip_port.parity.sides import Side
+from siglip_port.parity.siglip import cases, pixels, reference, taps
 from siglip_port.parity.siglip.cases import Case
+from siglip_port.parity.taps import expand
 
 
 @dataclass
@@ -59,12 +62,12 @@ class Result:
             return not self.detected and not self.error
         return self.mutant.gate in self.detections and self.located
 
-    def add(self, gate: Gate) -> None:
+    def add(self, gate: GateResult) -> None:
         """Note that a gate did not pass."""
         name = gate.name.split()[0]
         self.detections.setdefault(name, gate.findings[0])
 
-    def add_locations(self, gate: Gate) -> None:
+    def add_locations(self, gate: GateResult) -> None:
         """Note the places that a gate names wrongly. Sensitivity names outputs, too: any may be."""
         if gate.name == "liveness":
             return
@@ -79,13 +82,13 @@ class Result:
         self.detections.setdefault("run", Finding(self.error))
 
 
-def examine(mutant: Mutant, checkpoints: Iterable[Case], explained: int = 1) -> Result:
+def examine(mutant: Mutant, checkpoints: Iterable[Case], max_hints: int = 1) -> Result:
     """Run a mutant through the gates of some cases.
 
     Args:
         mutant: of the port, called with images of its own size.
         checkpoints: what to load it from, and what to compare it with.
-        explained: how many of the taps that differ get a hint.
+        max_hints: how many of the taps that differ get a hint.
     """
     result = Result(mutant)
     rounding = []
@@ -94,7 +97,7 @@ def examine(mutant: Mutant, checkpoints: Iterable[Case], explained: int = 1) -> 
             torch.manual_seed(0)  # for mutants that draw
             try:
                 port = mutant.load(case.source, device=case.inputs.device)
-                for gate in case.check(port, explained=explained):
+                for gate in case.check(port, max_hints=max_hints):
                     if gate.passed:
                         continue
                     result.add(gate)
@@ -114,10 +117,10 @@ def examine(mutant: Mutant, checkpoints: Iterable[Case], explained: int = 1) -> 
 
 def share_of_bound(measurement: Measurement) -> float:
     """Return how much of its bound on rounding an error takes up, of all elements or the worst."""
-    return max(measurement.ratio / gates.ROUNDING_FACTOR, measurement.worst)
+    return max(measurement.ratio / bounds.ROUNDING_FACTOR, measurement.worst)
 
 
-def largest_share(gate: Gate) -> float:
+def largest_share(gate: GateResult) -> float:
     """Return how much of its bound the clearest error of a gate takes up."""
     return max(map(share_of_bound, gate.measurements), default=math.inf)
 
@@ -138,7 +141,9 @@ def make_cases(
     with contextlib.ExitStack() as stack:
 
         def make(recipe: str, gates: tuple[str, ...], **options: Any) -> Case:  # noqa: ANN401
-            context = cases.made(cases.ODD, recipe, seed, gates=gates, device=device, **options)
+            context = cases.random_case(
+                cases.ODD, recipe, seed, gates=gates, device=device, **options
+            )
             return stack.enter_context(context)
 
         checkpoints = [
@@ -176,8 +181,8 @@ def examine_shapes(mutant: Mutant) -> Result:
 
 
 def check_shapes(
-    mutant: Mutant, port: nn.Module, other: Side, inputs: Mapping[str, Tensor]
-) -> Iterator[Gate]:
+    mutant: Mutant, port: SigLipVisionModel, other: Side, inputs: Mapping[str, Tensor]
+) -> Iterator[GateResult]:
     """Run the gates that make sense of other shapes."""
     # What is inside the reference's nn.MultiheadAttention is worked out again without masks, and to
     # packed patches the port applies the weights of its convolution, not the convolution.
@@ -185,18 +190,19 @@ def check_shapes(
     if mutant.subject == "naflex":
         skipped.append("embeddings.patch_embedding")
     points = {}
-    for theirs, ours in taps.siglip_taps(True).items():
-        if not theirs.startswith(tuple(skipped)):
-            points[theirs] = ours
-    pairs = taps.expand(points, other.module, port)
-    truth = gates.observe(other, inputs, [tap.reference for tap in pairs], torch.float32)
+    for point, port_point in taps.siglip_taps(pooling_head=True).items():
+        if not point.startswith(tuple(skipped)):
+            points[point] = port_point
+    pairs = expand(points, other.module, port)
+    run = run_reference(other, inputs, [tap.reference for tap in pairs], torch.float32)
     side = Side(port, call_with_shapes)
-    yield gates.weights(cases.stored(port), other.module.state_dict())
-    yield gates.liveness(side, other, inputs)
-    yield gates.semantics(side, other, truth, pairs, explained=1)
+    tensors = cases.tensors_by_reference_name(port)
+    yield gates.check_weights(tensors, other.module.state_dict())
+    yield gates.check_sensitivity(side, other, inputs)
+    yield gates.check_numerics(side, run, pairs, max_hints=1)
 
 
-def call_with_shapes(port: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ANN401
+def call_with_shapes(port: SigLipVisionModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `tokens` and `pooled` of packed patches, or of images."""
     tokens = port(**inputs)
     return {"tokens": tokens, "pooled": port.pool(tokens, inputs.get("pixel_attention_mask"))}
@@ -212,10 +218,10 @@ def examine_images(mutant: Mutant) -> Result:
         processors = reference.processors(config)
         preprocessor = default_preprocessor_config(config)
         with mutant.applied():
-            ours = {
+            port = {
                 backend: ImageProcessor.from_config(preprocessor, backend) for backend in processors
             }
-            gate = pixels.pixels(ours, processors, pixels.waves(), explained=0)
+            gate = pixels.pixels(port, processors, pixels.waves(), explained=0)
         if not gate.passed:
             result.add(gate)
             result.add_locations(gate)

@@ -28,7 +28,7 @@ def examine_harness(mutant: HarnessMutant, config: SigLipVisionConfig) -> str:
             made = []
             for recipe in recipes:
                 gates = cases.ALL_GATES[:-1] if recipe == "N1" else ("rounding",)
-                made.append(stack.enter_context(cases.made(config, recipe, gates=gates)))
+                made.append(stack.enter_context(cases.random_case(config, recipe, gates=gates)))
             wrong = [one.name for one in judged if not examine(one, made).passed]
     except (ValueError, RuntimeError) as error:
         return str(error)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 
 from scripts.selftest.examination import Result
-from siglip_port.parity.compare import describe
 from siglip_port.parity.siglip import reference
 from siglip_port.parity.siglip.cases import ALL_GATES
 
@@ -90,7 +89,7 @@ def to_json(report: Report) -> dict[str, object]:
     """Return the report for programs: one entry a mutant, with all that detected it."""
     mutants = []
     for result in report.results:
-        detections = {gate: describe(finding) for gate, finding in result.detections.items()}
+        detections = {gate: str(finding) for gate, finding in result.detections.items()}
         mutants.append(
             {
                 "name": result.mutant.name,

@@ -121,7 +121,7 @@ class SelfTest:
             if self.full:
                 return examine(mutant, cases)
             own = cases[1:] if mutant.gate == "rounding" else cases[:1]
-            return examine(mutant, own, explained=0)
+            return examine(mutant, own, max_hints=0)
 
         self.report.results += self.follow(judge, catalogue.MUTANTS, "mistakes")
 
@@ -143,7 +143,7 @@ class SelfTest:
         for attention in ATTENTIONS:
             for case in cases:
                 case.attentions = (attention,)
-                case.truths = {}
+                case.reference_runs = {}
             run(f"{attention} alone", attention)
 
     def run_harness_mutants(self) -> None:

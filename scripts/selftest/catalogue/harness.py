@@ -1,7 +1,215 @@
-"""Bugs of the harness itself."""
+"""Bugs of the harness itself: the self-test must not succeed with one of them."""
 
 from __future__ import annotations
 
-from scripts.selftest.mutant import HarnessMutant
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-HARNESS: list[HarnessMutant] = []
+import torch
+from torch import Tensor, nn
+
+from scripts.selftest.mutant import HarnessMutant, combine, replace, wrap
+from siglip_port import SigLipVisionModel
+from siglip_port.parity import bounds, gates, observe
+from siglip_port.parity.gates import environment, numerics, rounding, sensitivity, weights
+from siglip_port.parity.metrics import RelativeError
+from siglip_port.parity.observe import ReferenceRun
+from siglip_port.parity.results import GateResult, Measurement
+from siglip_port.parity.sides import Inputs, Side
+from siglip_port.parity.siglip import cases, reference, taps
+from siglip_port.parity.siglip.cases import Case
+from siglip_port.parity.siglip.reference import Reference
+from siglip_port.parity.taps import Tap
+
+
+def run_reference_instead(
+    run_both_ways: Callable[..., object], port: Side, run: ReferenceRun, pairs: list[Tap]
+) -> object:
+    """Run the reference in the port's place."""
+    own = [Tap(tap.reference, tap.reference) for tap in pairs]
+    return run_both_ways(run.reference, run, own)
+
+
+def bound_by_own_error(
+    measure_rounding: Callable[..., Measurement],
+    dtype: str,
+    tap: Tap,
+    error: RelativeError,
+    noise: RelativeError,
+) -> Measurement:
+    """Take the port's error for the reference's."""
+    return measure_rounding(dtype, tap, error, error)
+
+
+def is_not_outside(measurement: Measurement) -> bool:
+    """Whether an error is not larger than its bound, as NaN is not."""
+    return not measurement.error > measurement.bound
+
+
+def stay_in_float32(cast: Callable[..., object], module: nn.Module, *dtypes: torch.dtype) -> object:
+    """Cast a module to the first of some dtypes only."""
+    return cast(module, dtypes[0])
+
+
+def fill_with_zeros(fill: Callable[..., object], model: nn.Module, *args: Any) -> None:  # noqa: ANN401
+    """Draw weights, and set them to zero."""
+    fill(model, *args)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+
+
+def compare_first_output(
+    compare_outputs: Callable[..., object],
+    outputs: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+) -> object:
+    """Leave out all outputs but one."""
+    name = next(iter(exact))
+    return compare_outputs(outputs, {name: exact[name]})
+
+
+def check_with_shared_weights(
+    check: Callable[..., Iterator[GateResult]],
+    case: Case,
+    port: SigLipVisionModel,
+    **options: Any,  # noqa: ANN401
+) -> Iterator[GateResult]:
+    """Give the reference the port's tensors, whatever has become of them."""
+    case.reference.model.load_state_dict(cases.tensors_by_reference_name(port))
+    case.reference_runs.clear()
+    return check(case, port, **options)
+
+
+def passes_if_sensitivity(result: GateResult) -> bool:
+    """Whether a gate has passed, or is that on sensitivity."""
+    return result.name == "liveness" or (not result.findings and result.checked > 0)
+
+
+def run_whole_batch(port: Side, inputs: Inputs) -> list[dict[str, Tensor]]:
+    """Run no example alone."""
+    return [port.run(inputs)]
+
+
+HARNESS = [
+    HarnessMutant(
+        "itself",
+        "the reference compared with itself",
+        ("ln_eps_once", "pooled_half"),
+        wrap(numerics, "run_both_ways", run_reference_instead),
+    ),
+    HarnessMutant(
+        "bound_wide",
+        "the float64 bound set to 1e-2",
+        ("ln_eps_once", "gelu_exact_head"),
+        replace(bounds, "FLOAT64_BOUND", 1e-2),
+    ),
+    HarnessMutant(
+        "factor_wide",
+        "the factor on rounding set to 3000",
+        ("ln_fast_variance", "softmax_bf16"),
+        combine(
+            replace(bounds, "ROUNDING_FACTOR", 3000.0), replace(bounds, "WORST_FACTOR", 5000.0)
+        ),
+    ),
+    HarnessMutant(
+        "bound_of_port",
+        "the bound on rounding made of the port's own error",
+        ("ln_fast_variance",),
+        wrap(rounding, "measure_rounding", bound_by_own_error),
+    ),
+    HarnessMutant(
+        "nan_passes",
+        "what is not a number is inside every bound",
+        ("nan_output",),
+        combine(
+            replace(Measurement, "passed", property(is_not_outside)),
+            replace(bounds, "within_float64_bound", lambda error: not error > bounds.FLOAT64_BOUND),
+            replace(sensitivity, "is_finite", lambda tensor: True),
+        ),
+    ),
+    HarnessMutant(
+        "weights_close",
+        "weights compared by allclose",
+        ("single_bit",),
+        replace(weights, "tensors_equal", torch.allclose),
+    ),
+    HarnessMutant(
+        "weights_skipped",
+        "tensors that one side lacks left out",
+        ("one_bias_removed",),
+        replace(weights, "names_missing_on_one_side", lambda port, reference: set()),
+    ),
+    HarnessMutant(
+        "no_forcing",
+        "teacher forcing that forces nothing",
+        ("ln_eps_once", "gelu_exact_once"),
+        replace(observe, "substitute", lambda value, truth: None),
+    ),
+    HarnessMutant(
+        "float32_truth",
+        "the truth computed in float32",
+        ("as_it_is",),
+        combine(
+            wrap(observe, "cast", stay_in_float32),
+            wrap(
+                observe,
+                "cast_inputs",
+                lambda cast_inputs, inputs, dtype: cast_inputs(inputs, torch.float32),
+            ),
+        ),
+    ),
+    HarnessMutant(
+        "eager_truth",
+        "the truth computed with a float32 softmax",
+        ("as_it_is",),
+        replace(Reference, "attentions", ("eager", "sdpa")),
+    ),
+    HarnessMutant(
+        "dead_models",
+        "both sides given weights of zero",
+        ("as_it_is",),
+        wrap(reference, "fill", fill_with_zeros),
+    ),
+    HarnessMutant(
+        "one_output",
+        "only the first output compared",
+        ("pooled_half",),
+        wrap(observe, "compare_outputs", compare_first_output),
+    ),
+    HarnessMutant(
+        "no_taps",
+        "no taps at all",
+        ("ln_eps_once",),
+        replace(taps, "siglip_taps", lambda pooling_head: {}),
+    ),
+    HarnessMutant(
+        "shared_memory",
+        "both sides share their tensors, so that a change of one is one of both",
+        ("one_bias_missing",),
+        wrap(Case, "check", check_with_shared_weights),
+    ),
+    HarnessMutant(
+        "liveness_off",
+        "a gate that passes whatever it finds",
+        ("k_bias_unused",),
+        replace(GateResult, "passed", property(passes_if_sensitivity)),
+    ),
+    HarnessMutant(
+        "environment_off",
+        "another gate that passes whatever it finds",
+        ("left_in_training",),
+        replace(environment, "training_modules", lambda module: []),
+    ),
+    HarnessMutant(
+        "config_off",
+        "the config compared with itself",
+        ("eps_ignored",),
+        wrap(gates, "check_config", lambda check_config, port, reference: check_config(port, port)),
+    ),
+    HarnessMutant(
+        "batch_with_itself",
+        "a batch compared with itself",
+        ("batch_leak",),
+        replace(sensitivity, "run_one_by_one", run_whole_batch),
+    ),
+]
