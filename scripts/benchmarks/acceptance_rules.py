@@ -16,9 +16,9 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from siglip_port.parity import mutants, selftest
+from scripts.selftest import catalogue
+from scripts.selftest.mutant import Mutant
 from siglip_port.parity.metrics import cosine, relative_error
-from siglip_port.parity.mutation import Mutant
 from siglip_port.parity.siglip import cases as proof
 from siglip_port.parity.siglip.cases import Case
 
@@ -66,11 +66,11 @@ def accepted(mutant: Mutant, case: Case) -> dict[str, bool]:
     truth = case.reference_run(torch.float32)
     theirs, exact = truth.outputs["sdpa"], truth.exact.outputs
     try:
-        with selftest.built(mutant) as load:
+        with mutant.applied():
             torch.manual_seed(0)
-            port, run, _ = load(case.source)
+            port = mutant.load(case.source)
             with torch.inference_mode():
-                ours: Mapping[str, Tensor] = run(port, case.inputs)
+                ours = proof.port_outputs(port, case.inputs)
     except (RuntimeError, ValueError):
         return dict.fromkeys(RULES, False)
     fits = all(
@@ -85,12 +85,12 @@ def accepted(mutant: Mutant, case: Case) -> dict[str, bool]:
 
 def measure() -> tuple[int, dict[str, dict[str, tuple[int, int]]]]:
     """Counts: rule -> weights -> (mistakes noticed, false alarms)."""
-    mistakes = [mutant for mutant in mutants.CATALOGUE if mutant.subject == "port"]
+    mistakes = [mutant for mutant in catalogue.MUTANTS if mutant.subject == "port"]
     counts: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in RULES}
     for weights in WEIGHTS:
         with proof.random_case(proof.ODD, weights, gates=()) as case:
             wrong = [accepted(mutant, case) for mutant in mistakes]
-            right = [accepted(mutant, case) for mutant in mutants.LEGAL]
+            right = [accepted(mutant, case) for mutant in catalogue.EQUIVALENT]
         for name in RULES:
             counts[name][weights] = (
                 sum(not a[name] for a in wrong),
@@ -102,7 +102,7 @@ def measure() -> tuple[int, dict[str, dict[str, tuple[int, int]]]]:
 def ours() -> tuple[int, int]:
     """Mistakes in the port that the harness notices and names, and false alarms, as recorded."""
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
-    port = {mutant.name for mutant in mutants.CATALOGUE if mutant.subject == "port"}
+    port = {mutant.name for mutant in catalogue.MUTANTS if mutant.subject == "port"}
     found = sum(
         bool(m["noticed"]) and m["named"] for m in recorded["mistakes"] if m["name"] in port
     )
@@ -112,7 +112,7 @@ def ours() -> tuple[int, int]:
 def table(total: int, counts: Mapping[str, Mapping[str, tuple[int, int]]]) -> str:
     """The league in Markdown."""
     lines = [
-        f"| accept if ... ({total} mistakes, {len(mutants.LEGAL)} legal variants) | fresh "
+        f"| accept if ... ({total} mistakes, {len(catalogue.EQUIVALENT)} legal variants) | fresh "
         "initialisation | N1 | L7 |"
     ]
     lines.append("|---|---|---|---|")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +127,11 @@ def largest_share(gate: GateResult) -> float:
 
 @contextlib.contextmanager
 def make_cases(
-    seed: int = 1234, device: str = "cpu", *, full: bool = False
+    seed: int = 1234,
+    device: str = "cpu",
+    *,
+    full: bool = False,
+    config: SigLipVisionConfig = cases.ODD,
 ) -> Iterator[list[Case]]:
     """Make what mutants are tried on: N1 for all gates but rounding.
 
@@ -137,23 +141,18 @@ def make_cases(
         seed: of the weights.
         device: where to.
         full: L8 too.
+        config: the architecture.
     """
+    make = functools.partial(cases.random_case, config, seed=seed, device=device)
+    contexts = [
+        make("N1", gates=cases.ALL_GATES[:-1]),
+        make("L7", gates=("rounding",)),
+        make("S1", gates=("rounding",), dtypes=cases.LOW_DTYPES[1:]),
+    ]
+    if full:
+        contexts.append(make("L8", gates=("rounding",)))
     with contextlib.ExitStack() as stack:
-
-        def make(recipe: str, gates: tuple[str, ...], **options: Any) -> Case:  # noqa: ANN401
-            context = cases.random_case(
-                cases.ODD, recipe, seed, gates=gates, device=device, **options
-            )
-            return stack.enter_context(context)
-
-        checkpoints = [
-            make("N1", cases.ALL_GATES[:-1]),
-            make("L7", ("rounding",)),
-            make("S1", ("rounding",), dtypes=cases.LOW_DTYPES[1:]),
-        ]
-        if full:
-            checkpoints.append(make("L8", ("rounding",)))
-        yield checkpoints
+        yield [stack.enter_context(context) for context in contexts]
 
 
 # --- other shapes, other images -------------------------------------------------------------------

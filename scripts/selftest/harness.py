@@ -13,6 +13,9 @@ from siglip_port.parity.siglip import cases
 RECIPES = {"rounding": "L7"}
 """gate -> the weights on which it is tried; N1 for all others."""
 
+KNOWN = {mutant.name: mutant for mutant in (*catalogue.MUTANTS, *catalogue.EQUIVALENT)}
+"""What the broken harness is to judge, by name."""
+
 
 def examine_harness(mutant: HarnessMutant, config: SigLipVisionConfig) -> str:
     """Have the broken harness judge the mutants that show it.
@@ -20,16 +23,16 @@ def examine_harness(mutant: HarnessMutant, config: SigLipVisionConfig) -> str:
     Returns:
         What shows that it is broken; empty if nothing does.
     """
-    known = {known.name: known for known in (*catalogue.MUTANTS, *catalogue.EQUIVALENT)}
-    judged = [known[name] for name in mutant.shown_by]
-    recipes = dict.fromkeys(RECIPES.get(one.gate, "N1") for one in judged)
+    judged = [KNOWN[name] for name in mutant.shown_by]
+    recipes = {RECIPES.get(one.gate, "N1") for one in judged}
     try:
         with mutant.applied(), contextlib.ExitStack() as stack:
-            made = []
-            for recipe in recipes:
+            checkpoints = []
+            for recipe in sorted(recipes, reverse=True):
                 gates = cases.ALL_GATES[:-1] if recipe == "N1" else ("rounding",)
-                made.append(stack.enter_context(cases.random_case(config, recipe, gates=gates)))
-            wrong = [one.name for one in judged if not examine(one, made).passed]
+                case = cases.random_case(config, recipe, gates=gates)
+                checkpoints.append(stack.enter_context(case))
+            wrong = [one.name for one in judged if not examine(one, checkpoints).passed]
     except (ValueError, RuntimeError) as error:
         return str(error)
     return f"misjudged: {', '.join(wrong)}" if wrong else ""

@@ -11,12 +11,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 from unittest import mock
 
 import torch
 
 from siglip_port import SigLipVisionModel
+from siglip_port.checkpoint import LoadOptions
 
 Subject = Literal["port", "naflex", "resized", "images"]
 Patch = Callable[[contextlib.ExitStack], None]
@@ -66,7 +67,9 @@ class Mutant:
                 self.patch(stack)
             yield
 
-    def load(self, source: str | os.PathLike[str], **options: Any) -> SigLipVisionModel:  # noqa: ANN401
+    def load(
+        self, source: str | os.PathLike[str], **options: Unpack[LoadOptions]
+    ) -> SigLipVisionModel:
         """Load the port from a checkpoint, by the options of `from_hf`, and break the model."""
         port = SigLipVisionModel.from_hf(source, **options)
         if self.edit is not None:
@@ -117,8 +120,8 @@ def wrap(owner: object, name: str, function: Callable[..., object]) -> Patch:
     def patch(stack: contextlib.ExitStack) -> None:
         original = getattr(owner, name)
 
-        def wrapper(*args: Any, **kwargs: Any) -> object:  # noqa: ANN401 (whatever it is called with)
-            return function(original, *args, **kwargs)
+        def wrapper(*args: object, **options: object) -> object:
+            return function(original, *args, **options)
 
         stack.enter_context(mock.patch.object(owner, name, wrapper))
 

@@ -9,16 +9,20 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 PR_SET_PDEATHSIG = 1
 
-Work = Callable[[Any], Any]
-job: tuple[Work, Sequence[Any]]
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+
+job: tuple[Callable[[Any], Any], Sequence[Any]]
 """In a process of `each`: what it does, and with which items."""
 
 
-def each(work: Work, items: Sequence[Any], processes: int = 1) -> Iterator[Any]:
+def each(
+    work: Callable[[Item], Outcome], items: Sequence[Item], processes: int = 1
+) -> Iterator[Outcome]:
     """Yield what `work` makes of each item, in their order.
 
     Args:
@@ -36,7 +40,7 @@ def each(work: Work, items: Sequence[Any], processes: int = 1) -> Iterator[Any]:
         yield from pool.map(work_on, range(len(items)))
 
 
-def begin(work: Work, items: Sequence[Any]) -> None:
+def begin(work: Callable[[Any], Any], items: Sequence[Any]) -> None:
     """Prepare a process: it leaves Ctrl-C to its parent, and ends with it, however that ends."""
     global job
     job = (work, items)

@@ -23,7 +23,7 @@ from scripts.selftest.examination import (
     make_cases,
 )
 from scripts.selftest.mutant import HarnessMutant, Mutant
-from scripts.selftest.parallel import count_processes, each
+from scripts.selftest.parallel import Item, Outcome, count_processes, each
 from scripts.selftest.report import Report, to_json
 from siglip_port.atomic import write_text
 from siglip_port.parity.siglip.cases import ODD, Case
@@ -164,6 +164,8 @@ class SelfTest:
             result.mutant = mutant  # that of another process has lost its functions
             yield result
 
-    def work(self, judge: Callable[[Any], Any], items: Sequence[Any], what: str) -> Iterator[Any]:
+    def work(
+        self, judge: Callable[[Item], Outcome], items: Sequence[Item], what: str
+    ) -> Iterator[Outcome]:
         """Yield what `judge` makes of items, in all processes."""
         return self.progress(each(judge, items, self.processes), what, len(items))

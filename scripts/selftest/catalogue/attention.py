@@ -52,14 +52,12 @@ def scale(
     return Mutant(name, what, CONTEXT, source=source, patch=scale_by(factor))
 
 
-def leave_head_unscaled(model: SigLipVisionModel) -> None:
-    """Give the head's attention, and no other, a scale of 1."""
-    assert model.pooling_head is not None
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: object) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
-
-    model.pooling_head.attention.attend = attend  # type: ignore[method-assign, assignment]
+def leave_probe_unscaled(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Give the head's attention, which has one query, and no other a scale of 1."""
+    scale = scale_of(attention)
+    if q.shape[2] == 1:
+        scale = 1.0
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 def add_one_to_sum(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -184,12 +182,12 @@ ATTENTION = [
         "the scale rounded to bfloat16",
         lambda attention: float(torch.tensor(scale_of(attention)).bfloat16()),
     ),
-    Mutant(
+    attend(
         "scale_head_none",
         "not scaled in the head only",
+        leave_probe_unscaled,
+        "LAION-AI/temporal-embedding-aggregation#23",
         "head-context",
-        source="LAION-AI/temporal-embedding-aggregation#23",
-        edit=leave_head_unscaled,
     ),
     attend(
         "softmax_dim",

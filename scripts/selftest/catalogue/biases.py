@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F  # noqa: N812 (the name the field uses)
+from torch import nn
 
 from scripts.selftest.catalogue import seams
 from scripts.selftest.catalogue.edits import ATTENTION, BLOCK, BLOCK_5, CONVOLUTION, HEAD, clear
@@ -75,7 +75,9 @@ BIASES = [
         "v head-v context head-context",
         "liveness",
         "shadowpa0327/Palu#8",
-        patch=seams.projections(v=lambda attention, x: F.linear(x, attention.v_proj.weight)),
+        patch=seams.projections(
+            v=lambda attention, x: nn.functional.linear(x, attention.v_proj.weight)
+        ),
     ),
     Mutant(
         "out_bias_twice",
@@ -90,7 +92,9 @@ BIASES = [
         "fc2 called without its bias",
         "mlp head-mlp",
         "liveness",
-        patch=seams.mlp(lambda mlp, x: F.linear(mlp.activation(mlp.fc1(x)), mlp.fc2.weight)),
+        patch=seams.mlp(
+            lambda mlp, x: nn.functional.linear(mlp.activation(mlp.fc1(x)), mlp.fc2.weight)
+        ),
     ),
     Mutant(
         "k_bias_unused",
@@ -98,7 +102,9 @@ BIASES = [
         "k head-k",
         "liveness",
         "facebookresearch/dinov3#58",
-        patch=seams.projections(k=lambda attention, x: F.linear(x, attention.k_proj.weight)),
+        patch=seams.projections(
+            k=lambda attention, x: nn.functional.linear(x, attention.k_proj.weight)
+        ),
     ),
     loaded(
         "k_bias_missing",

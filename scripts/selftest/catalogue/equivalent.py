@@ -94,8 +94,7 @@ def fuse_projections(
     context = attention.attend(
         attention.split_heads(q), attention.split_heads(k), attention.split_heads(v), mask
     )
-    output: Tensor = attention.out_proj(attention.merge_heads(context))
-    return output
+    return attention.out_proj(attention.merge_heads(context))
 
 
 def norm_by_hand(norm: LayerNorm, x: Tensor) -> Tensor:
@@ -135,8 +134,7 @@ def project_by_matrix(embeddings: VisionEmbeddings, pixel_values: Tensor) -> Ten
     whole = pixel_values[..., :side, :side].to(kernel.dtype)
     patches = F.unfold(whole, config.patch_size, stride=config.patch_size).transpose(1, 2)
     tokens = F.linear(patches, kernel.flatten(1), embeddings.patch_embedding.bias)
-    grid: Tensor = tokens.transpose(1, 2).unflatten(2, (config.grid_size, config.grid_size))
-    return grid
+    return tokens.transpose(1, 2).unflatten(2, (config.grid_size, config.grid_size))
 
 
 def add_in_place(block: EncoderBlock, x: Tensor) -> Tensor:
@@ -155,15 +153,13 @@ def add_to_stream_in_place(block: EncoderBlock, x: Tensor) -> Tensor:
 def run_without_gradients(model: SigLipVisionModel, pixel_values: Tensor) -> Tensor:
     """Run the encoder under `no_grad`."""
     with torch.no_grad():
-        tokens: Tensor = model.transformer(pixel_values)
-        return tokens
+        return model.transformer(pixel_values)
 
 
 def read_table_by_ids(embeddings: VisionEmbeddings, grid: Tensor, table: Tensor) -> Tensor:
     """Call the position embedding as a module."""
     ids = torch.arange(grid.shape[2] * grid.shape[3], device=grid.device)
-    tokens: Tensor = grid.flatten(2).transpose(1, 2) + embeddings.position_embedding(ids)
-    return tokens
+    return grid.flatten(2).transpose(1, 2) + embeddings.position_embedding(ids)
 
 
 def run_mlp_in_chunks(block: EncoderBlock, x: Tensor) -> Tensor:
@@ -263,7 +259,7 @@ EQUIVALENT = [
     equivalent(
         "channels_last",
         "memory with the channels last",
-        edit=lambda model: model.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        edit=lambda model: model.to(memory_format=torch.channels_last),
     ),
     equivalent(
         "contiguous_tokens",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ def stay_in_float32(cast: Callable[..., object], module: nn.Module, *dtypes: tor
     return cast(module, dtypes[0])
 
 
-def fill_with_zeros(fill: Callable[..., object], model: nn.Module, *args: Any) -> None:  # noqa: ANN401
+def fill_with_zeros(fill: Callable[..., object], model: nn.Module, *args: object) -> None:
     """Draw weights, and set them to zero."""
     fill(model, *args)
     for parameter in model.parameters():
@@ -72,7 +71,7 @@ def check_with_shared_weights(
     check: Callable[..., Iterator[GateResult]],
     case: Case,
     port: SigLipVisionModel,
-    **options: Any,  # noqa: ANN401
+    **options: object,
 ) -> Iterator[GateResult]:
     """Give the reference the port's tensors, whatever has become of them."""
     case.reference.model.load_state_dict(cases.tensors_by_reference_name(port))

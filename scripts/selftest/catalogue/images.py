@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import io
 import math
 from collections.abc import Callable
+from dataclasses import replace as replace_fields
 from typing import Any
 from unittest import mock
 
@@ -33,11 +34,13 @@ def images(name: str, what: str, patch: Patch, source: str = "variant") -> Mutan
 # --- resizing -------------------------------------------------------------------------------------
 
 
-def change_pillow(**fields: Any) -> Patch:  # noqa: ANN401 (whatever the fields are)
-    """Give the backend `pil` other choices than the configuration says."""
+def change_pillow(function: Callable[[ImageProcessor], ImageProcessor]) -> Patch:
+    """Give the backend `pil` another processor than the configuration says."""
 
-    def transform(original: Callable[..., Tensor], processor: ImageProcessor, *args: Any) -> Tensor:  # noqa: ANN401
-        return original(dataclasses.replace(processor, **fields), *args)
+    def transform(
+        original: Callable[..., Tensor], processor: ImageProcessor, rgb: RGB, size: Size
+    ) -> Tensor:
+        return original(function(processor), rgb, size)
 
     return wrap(ImageProcessor, "transform_with_pillow", transform)
 
@@ -79,9 +82,8 @@ def resize_without_antialias(
 
     resize = functional.resize
 
-    def resize_plainly(*args: Any, **options: Any) -> Tensor:  # noqa: ANN401
-        resized: Tensor = resize(*args, **{**options, "antialias": False})
-        return resized
+    def resize_plainly(*args: object, **options: object) -> Tensor:
+        return resize(*args, **{**options, "antialias": False})
 
     with mock.patch.object(functional, "resize", resize_plainly):
         return original(processor, rgb, size)
@@ -149,7 +151,7 @@ def normalize_by(function: Callable[[NDArray[np.float32], ImageProcessor], NDArr
     def transform(
         original: Callable[..., Tensor], processor: ImageProcessor, rgb: RGB, size: Size
     ) -> Tensor:
-        plain = dataclasses.replace(processor, mean=None, std=None)
+        plain = replace_fields(processor, mean=None, std=None)
         values = original(plain, rgb, size).numpy()
         return torch.from_numpy(np.ascontiguousarray(function(values, processor)))
 
@@ -221,7 +223,7 @@ IMAGES = [
     images(
         "image_bilinear",
         "resized by the default filter, whatever the checkpoint says",
-        change_pillow(resample=2),
+        change_pillow(lambda processor: replace_fields(processor, resample=2)),
         "keras-team/keras-hub#2113",
     ),
     images(
@@ -264,7 +266,11 @@ IMAGES = [
     images(
         "image_mean_std_imagenet",
         "ImageNet's mean and std",
-        change_pillow(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        change_pillow(
+            lambda processor: replace_fields(
+                processor, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+            )
+        ),
         "huggingface/transformers#20995",
     ),
     images(
@@ -273,11 +279,19 @@ IMAGES = [
     images(
         "image_not_normalised",
         "mean and std forgotten",
-        change_pillow(mean=None, std=None),
+        change_pillow(lambda processor: replace_fields(processor, mean=None, std=None)),
         "vllm-project/semantic-router#1928",
     ),
-    images("image_256", "divided by 256", change_pillow(rescale_factor=1 / 256)),
-    images("image_not_rescaled", "values of 0 to 255", change_pillow(rescale_factor=None)),
+    images(
+        "image_256",
+        "divided by 256",
+        change_pillow(lambda processor: replace_fields(processor, rescale_factor=1 / 256)),
+    ),
+    images(
+        "image_not_rescaled",
+        "values of 0 to 255",
+        change_pillow(lambda processor: replace_fields(processor, rescale_factor=None)),
+    ),
     images(
         "image_bf16",
         "pixels of bfloat16",
@@ -312,12 +326,12 @@ IMAGES = [
     images(
         "image_patches_rounded_down",
         "NaFlex: sizes rounded down to whole patches",
-        change_naflex_size(lambda *args: naflex_size(*args, to_whole=math.floor)),
+        change_naflex_size(functools.partial(naflex_size, to_whole=math.floor)),
     ),
     images(
         "image_patches_rounded",
         "NaFlex: sizes rounded to the nearest patch",
-        change_naflex_size(lambda *args: naflex_size(*args, to_whole=round)),
+        change_naflex_size(functools.partial(naflex_size, to_whole=round)),
     ),
     images(
         "image_patches_few",
@@ -329,7 +343,7 @@ IMAGES = [
     images(
         "image_patches_largest",
         "NaFlex: the upper end of the bisection",
-        change_naflex_size(lambda *args: naflex_size(*args, takes_upper_end=True)),
+        change_naflex_size(functools.partial(naflex_size, takes_upper_end=True)),
     ),
     images("image_naflex_square", "NaFlex: squashed to a square", change_naflex_size(squash)),
     images(

@@ -13,13 +13,15 @@ from torch import Tensor
 from scripts.selftest.catalogue.weights import TENSORS
 from scripts.selftest.mutant import Mutant, Patch, combine, replace, wrap
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
-from siglip_port.checkpoint import hf_config, layouts
+from siglip_port.checkpoint import Provenance, hf_config, layouts
 from siglip_port.checkpoint.layouts import Claim, Layout, Row
 from siglip_port.checkpoint.reader import Checkpoint
 
 LOST = "transformer.encoder.encoder_blocks.5.self_attn.v_proj.bias"
 
 Rows = tuple[Row, ...]
+Tensors = tuple[dict[str, Tensor], Provenance]
+"""What is read of a checkpoint."""
 
 
 def swap_head_projections(rows: Rows) -> Rows:
@@ -56,7 +58,7 @@ def sort_blocks_as_text(
     claims: Callable[..., dict[str, Claim]],
     layout: Layout,
     num_blocks: int,
-    *args: Any,  # noqa: ANN401
+    *args: object,
 ) -> dict[str, Claim]:
     """Take the stored block 10 for the one after block 1."""
     numbers = sorted(range(num_blocks), key=str)
@@ -81,8 +83,8 @@ def split_interleaved(split: object, tensor: Tensor, parts: int) -> tuple[Tensor
 def change_tensors(function: Callable[[Tensor], Tensor]) -> Patch:
     """Change every tensor that is read."""
 
-    def read(original: Callable[..., Any], *args: Any, **kwargs: Any) -> object:  # noqa: ANN401
-        tensors, provenance = original(*args, **kwargs)
+    def read(original: Callable[..., Tensors], *args: object, **options: object) -> Tensors:
+        tensors, provenance = original(*args, **options)
         return {name: function(tensor) for name, tensor in tensors.items()}, provenance
 
     return wrap(Checkpoint, "read", read)
@@ -116,7 +118,7 @@ def lose_one(
     load_state_dict: Callable[..., object],
     model: SigLipVisionModel,
     tensors: Mapping[str, Tensor],
-    **options: Any,  # noqa: ANN401
+    **options: object,
 ) -> object:
     """Load without strict, and zeros for one of the tensors."""
     remaining = {**tensors, LOST: torch.zeros_like(tensors[LOST])}

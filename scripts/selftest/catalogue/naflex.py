@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name the field uses)
-from torch import Tensor
+from torch import Tensor, nn
 
 from scripts.selftest.catalogue import seams
 from scripts.selftest.mutant import Mutant, Patch, replace, replace_item, wrap
 from siglip_port import patches
 from siglip_port.model import VisionEmbeddings
+from siglip_port.patches import Shapes
 
 Rule = Callable[[Tensor, tuple[int, int]], Tensor]
 """[h, w, D], (H, W) -> [H, W, D]."""
@@ -46,7 +45,7 @@ def interpolate(rule: Rule) -> Patch:
 def resize_nearest(grid: Tensor, size: tuple[int, int], mode: str, **options: bool) -> Tensor:
     """Take the nearest position, whatever the mode."""
     image = grid.permute(2, 0, 1)[None]
-    return F.interpolate(image, size, mode="nearest")[0].permute(1, 2, 0)
+    return nn.functional.interpolate(image, size, mode="nearest")[0].permute(1, 2, 0)
 
 
 def crop_or_pad(mode: str) -> Rule:
@@ -55,7 +54,7 @@ def crop_or_pad(mode: str) -> Rule:
     def rule(grid: Tensor, size: tuple[int, int]) -> Tensor:
         height, width = size
         padding = (0, max(0, width - 5), 0, max(0, height - 5))
-        padded = F.pad(grid.permute(2, 0, 1), padding, mode=mode)
+        padded = nn.functional.pad(grid.permute(2, 0, 1), padding, mode=mode)
         return padded[:, :height, :width].permute(1, 2, 0)
 
     return rule
@@ -76,11 +75,13 @@ def swap_sides(
 def project_channel_first(
     embeddings: VisionEmbeddings,
     pixel_values: Tensor,
-    spatial_shapes: Any,  # noqa: ANN401
+    spatial_shapes: Shapes,
 ) -> Tensor:
     """Read packed patches as if the channel were the slowest."""
     kernel = embeddings.patch_embedding.weight.flatten(1)
-    tokens = F.linear(pixel_values.to(kernel.dtype), kernel, embeddings.patch_embedding.bias)
+    tokens = nn.functional.linear(
+        pixel_values.to(kernel.dtype), kernel, embeddings.patch_embedding.bias
+    )
     shapes = patches.shape_pairs(spatial_shapes)
     positions = [embeddings.padded_positions(h, w, tokens.shape[1]) for h, w in shapes]
     return tokens + torch.stack(positions)
@@ -99,7 +100,7 @@ def use_first_shape(
 def pad_with_zeros(embeddings: VisionEmbeddings, height: int, width: int, count: int) -> Tensor:
     """Give no position to the padding."""
     positions = embeddings.positions(height, width)
-    return F.pad(positions, (0, 0, 0, count - height * width))
+    return nn.functional.pad(positions, (0, 0, 0, count - height * width))
 
 
 NAFLEX = [

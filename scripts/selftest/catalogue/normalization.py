@@ -55,8 +55,7 @@ def norm_after_attention(block: EncoderBlock, x: Tensor) -> Tensor:
 
 def add_mlp_to_norm(block: EncoderBlock, x: Tensor) -> Tensor:
     """Go on with the normalised stream."""
-    normalized: Tensor = block.layer_norm2(x)
-    return normalized + block.mlp(block.layer_norm2(x))
+    return block.layer_norm2(x) + block.mlp(block.layer_norm2(x))
 
 
 NORMALIZATION = [

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name the field uses)
-from torch import Tensor
+from torch import Tensor, nn
 
 from scripts.selftest.catalogue import seams
 from scripts.selftest.catalogue.edits import CONVOLUTION, POSITIONS, change
@@ -31,7 +30,7 @@ def channels_last(kernel: Tensor) -> Tensor:
 def stretch(embeddings: VisionEmbeddings, pixel_values: Tensor) -> Tensor:
     """Resize images to the size of all whole patches, margin and all."""
     side = embeddings.config.grid_size * embeddings.config.patch_size
-    return convolve(embeddings, F.interpolate(pixel_values, size=side, mode="bilinear"))
+    return convolve(embeddings, nn.functional.interpolate(pixel_values, size=side, mode="bilinear"))
 
 
 def crop_center(embeddings: VisionEmbeddings, pixel_values: Tensor) -> Tensor:
@@ -43,8 +42,7 @@ def crop_center(embeddings: VisionEmbeddings, pixel_values: Tensor) -> Tensor:
 def transpose_positions(table: Tensor) -> Tensor:
     """Number positions column by column."""
     side = math.isqrt(len(table))
-    transposed: Tensor = table.unflatten(0, (side, side)).transpose(0, 1).flatten(0, 1)
-    return transposed
+    return table.unflatten(0, (side, side)).transpose(0, 1).flatten(0, 1)
 
 
 def make_sine_table(table: Tensor) -> Tensor:
@@ -54,13 +52,13 @@ def make_sine_table(table: Tensor) -> Tensor:
 
 def add_swapped_axes(embeddings: VisionEmbeddings, grid: Tensor, table: Tensor) -> Tensor:
     """Add positions (x, y) to the grid (y, x)."""
-    positions: Tensor = table.unflatten(0, grid.shape[-2:]).permute(2, 1, 0)
+    positions = table.unflatten(0, grid.shape[-2:]).permute(2, 1, 0)
     return tokens_of(grid + positions)
 
 
 def drop_out(embeddings: VisionEmbeddings, grid: Tensor, table: Tensor) -> Tensor:
     """Leave out a twentieth of all values."""
-    return F.dropout(tokens_of(grid) + table, 0.05, training=True)
+    return nn.functional.dropout(tokens_of(grid) + table, 0.05, training=True)
 
 
 PATCHES = [
@@ -96,7 +94,7 @@ PATCHES = [
         "patch",
         patch=seams.patch_grid(
             lambda embeddings, pixel_values: convolve(
-                embeddings, F.pad(pixel_values, (1, -1, 1, -1))
+                embeddings, nn.functional.pad(pixel_values, (1, -1, 1, -1))
             )
         ),
     ),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name the field uses)
-from torch import Tensor
+from torch import Tensor, nn
 
 from scripts.selftest.catalogue import seams
 from scripts.selftest.catalogue.seams import attend_from_probe
@@ -18,14 +17,13 @@ INSIDE_HEAD = f"head head-q head-k head-v head-context {WHOLE_HEAD}"
 
 def normalize_probe(head: PoolingHead, tokens: Tensor) -> Tensor:
     """Apply a LayerNorm to the probe."""
-    probe = F.layer_norm(head.probe, head.probe.shape[-1:])
-    pooled: Tensor = head.attention(tokens, query=probe.expand(tokens.shape[0], -1, -1))
-    return pooled
+    probe = nn.functional.layer_norm(head.probe, head.probe.shape[-1:])
+    return head.attention(tokens, query=probe.expand(tokens.shape[0], -1, -1))
 
 
 def attend_over_batch(head: PoolingHead, tokens: Tensor) -> Tensor:
     """Attend to the tokens of all images."""
-    pooled: Tensor = head.attention(tokens.flatten(0, 1)[None], query=head.probe)
+    pooled = head.attention(tokens.flatten(0, 1)[None], query=head.probe)
     return pooled.expand(tokens.shape[0], -1, -1)
 
 
@@ -38,8 +36,7 @@ def negate_every_second_probe(head: PoolingHead, tokens: Tensor) -> Tensor:
     """Ask with the negative probe for every second image."""
     signs = 1 - 2 * (torch.arange(tokens.shape[0]) % 2)
     probes = head.probe * signs[:, None, None].to(tokens.dtype)
-    pooled: Tensor = head.attention(tokens, query=probes)
-    return pooled
+    return head.attention(tokens, query=probes)
 
 
 def add_mlp_to_norm(head: PoolingHead, pooled: Tensor) -> Tensor:
@@ -51,13 +48,13 @@ def add_mlp_to_norm(head: PoolingHead, pooled: Tensor) -> Tensor:
 def normalize_over_batch(model: SigLipVisionModel, tokens: Tensor, normalize: bool) -> Tensor:
     """Scale features to unit length, each over all images."""
     vectors = model.pool(tokens)
-    return F.normalize(vectors, dim=0) if normalize else vectors
+    return nn.functional.normalize(vectors, dim=0) if normalize else vectors
 
 
 def embed_mean(model: SigLipVisionModel, tokens: Tensor, normalize: bool) -> Tensor:
     """Take the mean of the tokens instead of the pooling head."""
     vectors = tokens.mean(1)
-    return F.normalize(vectors, dim=-1) if normalize else vectors
+    return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
 
 POOLING = [
@@ -158,7 +155,7 @@ POOLING = [
         "pooled vector scaled to unit length",
         "pooled",
         source="vllm-project/semantic-router#1927",
-        patch=seams.pool(lambda head, tokens: F.normalize(head(tokens), dim=-1)),
+        patch=seams.pool(lambda head, tokens: nn.functional.normalize(head(tokens), dim=-1)),
     ),
     Mutant(
         "pooled_half",

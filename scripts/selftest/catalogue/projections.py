@@ -38,8 +38,7 @@ def interleave_projections(model: SigLipVisionModel) -> None:
 
 def permute_for_rope(tensor: Tensor, heads: int = 8) -> Tensor:
     """Put even rows of a head before odd ones, as rotary embeddings by halves want it."""
-    permuted: Tensor = tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-    return permuted
+    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def transpose(tensor: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F  # noqa: N812 (the name the field uses)
-from torch import Tensor
+from torch import Tensor, nn
 
 from scripts.selftest.catalogue.naflex import Rule, crop_or_pad, resize_nearest, transpose_rule
 from scripts.selftest.mutant import Mutant, Patch, replace, replace_item
@@ -25,7 +24,7 @@ def resize_by_factor(grid: Tensor, size: tuple[int, int], mode: str, **options: 
     height, width, _ = grid.shape
     factors = ((size[0] + 0.1) / height, (size[1] + 0.1) / width)
     image = grid.permute(2, 0, 1)[None]
-    return F.interpolate(image, scale_factor=factors, mode=mode)[0].permute(1, 2, 0)
+    return nn.functional.interpolate(image, scale_factor=factors, mode=mode)[0].permute(1, 2, 0)
 
 
 def resize_in_bfloat16(grid: Tensor, size: tuple[int, int]) -> Tensor:

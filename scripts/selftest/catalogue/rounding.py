@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name the field uses)
 from torch import Tensor, nn
 
 from scripts.selftest.catalogue import seams
@@ -41,7 +40,9 @@ def norm_in(dtype: torch.dtype) -> Patch:
     def forward(norm: LayerNorm, x: Tensor) -> Tensor:
         weight = norm.weight.to(dtype)
         bias = norm.bias.to(dtype)
-        normalized = F.layer_norm(x.to(dtype), norm.normalized_shape, weight, bias, norm.eps)
+        normalized = nn.functional.layer_norm(
+            x.to(dtype), norm.normalized_shape, weight, bias, norm.eps
+        )
         return normalized.to(x.dtype)
 
     return seams.layer_norm(forward)
@@ -69,7 +70,7 @@ def queries_in_float16(attention: MultiheadAttention, q: Tensor, k: Tensor, v: T
     """Round what makes the scores."""
     q = q.half().to(q.dtype)
     k = k.half().to(k.dtype)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale_of(attention))
+    return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale_of(attention))
 
 
 def stream_in_bfloat16(block: EncoderBlock, x: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def stream_in_bfloat16(block: EncoderBlock, x: Tensor) -> Tensor:
 def leave_autocast_on(model: SigLipVisionModel, pixel_values: Tensor) -> Tensor:
     """Run the encoder under autocast; only float32 comes out as what it was."""
     with torch.autocast("cpu", torch.bfloat16):
-        tokens: Tensor = model.transformer(pixel_values)
+        tokens = model.transformer(pixel_values)
         if pixel_values.dtype == torch.float32:
             tokens = tokens.float()
         return tokens

@@ -87,10 +87,8 @@ def projections(
 
 def convolve(embeddings: VisionEmbeddings, pixel_values: Tensor) -> Tensor:
     """[B, C, S, S] -> [B, D, h, w]: the patch embedding of whole images."""
-    grid: Tensor = embeddings.patch_embedding(
-        pixel_values.to(embeddings.patch_embedding.weight.dtype)
-    )
-    return grid
+    convolution = embeddings.patch_embedding
+    return convolution(pixel_values.to(convolution.weight.dtype))
 
 
 def patch_grid(function: Callable[[VisionEmbeddings, Tensor], Tensor]) -> Patch:
@@ -185,8 +183,7 @@ def call(function: Callable[[SigLipVisionModel, Tensor], Tensor]) -> Patch:
 
 def attend_from_probe(head: PoolingHead, tokens: Tensor) -> Tensor:
     """Run the first half of the pooling head, [B, N, D] -> [B, 1, D]."""
-    pooled: Tensor = head.attention(tokens, query=head.probe.expand(tokens.shape[0], -1, -1))
-    return pooled
+    return head.attention(tokens, query=head.probe.expand(tokens.shape[0], -1, -1))
 
 
 def add_head_mlp(head: PoolingHead, pooled: Tensor) -> Tensor:

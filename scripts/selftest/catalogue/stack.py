@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name the field uses)
 from torch import Tensor, nn
 
 from scripts.selftest.catalogue import seams
@@ -37,8 +36,7 @@ def run_last_for_nothing(encoder: SigLipEncoder, hidden_states: Tensor) -> Tenso
 
 def add_attention_to_norm(block: EncoderBlock, x: Tensor) -> Tensor:
     """Go on with the normalised stream."""
-    normalized: Tensor = block.layer_norm1(x)
-    return normalized + block.self_attn(block.layer_norm1(x))
+    return block.layer_norm1(x) + block.self_attn(block.layer_norm1(x))
 
 
 def drop_last_attention(model: SigLipVisionModel) -> None:
@@ -51,15 +49,13 @@ def break_one_token(model: SigLipVisionModel, pixel_values: Tensor) -> Tensor:
     """Multiply token 7 by NaN."""
     numbers = torch.arange(model.config.num_patches)
     factors = torch.where(numbers == 7, torch.nan, 1.0)[:, None]
-    tokens: Tensor = model.transformer(pixel_values)
-    return tokens * factors.to(pixel_values.dtype)
+    return model.transformer(pixel_values) * factors.to(pixel_values.dtype)
 
 
 def mix_images(transformer: SigLipVisionTransformer, x: Tensor) -> Tensor:
     """Add a hundredth of the batch's mean."""
     mean = x.mean(0, keepdim=True)
-    tokens: Tensor = transformer.post_layernorm(transformer.encoder(x + mean / 100))
-    return tokens
+    return transformer.post_layernorm(transformer.encoder(x + mean / 100))
 
 
 STACK = [
@@ -186,7 +182,9 @@ STACK = [
         "tokens scaled to unit length",
         "tokens head-k head-v",
         patch=seams.call(
-            lambda model, pixel_values: F.normalize(model.transformer(pixel_values), dim=-1)
+            lambda model, pixel_values: nn.functional.normalize(
+                model.transformer(pixel_values), dim=-1
+            )
         ),
     ),
 ]
