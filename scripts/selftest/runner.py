@@ -48,17 +48,19 @@ SMALL = replace(
 
 
 class Options(Protocol):
-    """What the self-test reads of the command's options.
+    """What the self-test reads of the command's options."""
 
-    Attributes:
-        device: where to run the models.
-        full: whether every mutant goes through all gates, with all seeds.
-        json: a file for the report; None for none.
-    """
+    @property
+    def device(self) -> str:
+        """Where to run the models."""
 
-    device: str
-    full: bool
-    json: Path | None
+    @property
+    def full(self) -> bool:
+        """Whether every mutant goes through all gates, with all seeds."""
+
+    @property
+    def json(self) -> Path | None:
+        """A file for the report; None for none."""
 
 
 def run(options: Options, progress: Progress) -> bool:

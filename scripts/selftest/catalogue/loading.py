@@ -13,53 +13,52 @@ from torch import Tensor
 from scripts.selftest.catalogue.weights import TENSORS
 from scripts.selftest.mutant import Mutant, Patch, combine, replace, wrap
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
-from siglip_port.checkpoint import Provenance, hf_config, layouts
-from siglip_port.checkpoint.layouts import Claim, Layout, Row
-from siglip_port.checkpoint.reader import Checkpoint
+from siglip_port.checkpoint import Checkpoint, Provenance, hf_config, key_rules, layouts
+from siglip_port.checkpoint.key_rules import KeyMapping, KeyRule, Layout
 
 LOST = "transformer.encoder.encoder_blocks.5.self_attn.v_proj.bias"
 
-Rows = tuple[Row, ...]
+Rules = tuple[KeyRule, ...]
 Tensors = tuple[dict[str, Tensor], Provenance]
 """What is read of a checkpoint."""
 
 
-def swap_head_projections(rows: Rows) -> Rows:
+def swap_head_projections(rules: Rules) -> Rules:
     """Take the first third of the head's fused projection for k, the second for q."""
     swapped = []
-    for row in rows:
-        if row.stored == "head.attention.in_proj_*":
-            q, k, v = row.ours
-            row = dataclasses.replace(row, ours=(k, q, v))
-        swapped.append(row)
+    for rule in rules:
+        if rule.stored == "head.attention.in_proj_*":
+            q, k, v = rule.port
+            rule = dataclasses.replace(rule, port=(k, q, v))
+        swapped.append(rule)
     return tuple(swapped)
 
 
-def swap_norms(rows: Rows) -> Rows:
+def swap_norms(rules: Rules) -> Rules:
     """Read each LayerNorm of a block from the names of the other."""
     others = {"layer_norm1": "layer_norm2", "layer_norm2": "layer_norm1"}
     swapped = []
-    for row in rows:
-        stored = re.sub("layer_norm[12]", lambda match: others[match[0]], row.stored)
-        swapped.append(dataclasses.replace(row, stored=stored))
+    for rule in rules:
+        stored = re.sub("layer_norm[12]", lambda match: others[match[0]], rule.stored)
+        swapped.append(dataclasses.replace(rule, stored=stored))
     return tuple(swapped)
 
 
-def change_rows(function: Callable[[Rows], Rows]) -> Patch:
-    """Change the rows of the key map, for all that read it."""
+def change_rules(function: Callable[[Rules], Rules]) -> Patch:
+    """Change the rules of the key map, for all that read them."""
     return combine(
-        wrap(Layout, "rows", lambda rows, *args: function(rows(*args))),
-        replace(layouts, "TOWER", function(layouts.TOWER)),
-        replace(layouts, "HEAD", function(layouts.HEAD)),
+        wrap(Layout, "rules", lambda rules, *args: function(rules(*args))),
+        replace(layouts, "HUGGINGFACE_ENCODER", function(layouts.HUGGINGFACE_ENCODER)),
+        replace(layouts, "HUGGINGFACE_HEAD", function(layouts.HUGGINGFACE_HEAD)),
     )
 
 
 def sort_blocks_as_text(
-    claims: Callable[..., dict[str, Claim]],
+    mappings: Callable[..., dict[str, KeyMapping]],
     layout: Layout,
     num_blocks: int,
     *args: object,
-) -> dict[str, Claim]:
+) -> dict[str, KeyMapping]:
     """Take the stored block 10 for the one after block 1."""
     numbers = sorted(range(num_blocks), key=str)
 
@@ -69,9 +68,9 @@ def sort_blocks_as_text(
         )
 
     result = {}
-    for stored, claim in claims(layout, num_blocks, *args).items():
-        ours = tuple(renumber(name) for name in claim.ours)
-        result[stored] = dataclasses.replace(claim, ours=ours)
+    for stored, mapping in mappings(layout, num_blocks, *args).items():
+        port = tuple(renumber(name) for name in mapping.port)
+        result[stored] = dataclasses.replace(mapping, port=port)
     return result
 
 
@@ -136,13 +135,13 @@ LOADING = [
         "rows_qk_swapped",
         "the key map swaps q and k of the head",
         "head-q head-k",
-        patch=change_rows(swap_head_projections),
+        patch=change_rules(swap_head_projections),
     ),
     Mutant(
         "rows_norms_swapped",
         "the key map swaps the LayerNorms",
         "ln1 ln2 in residual q k v fc1",
-        patch=change_rows(swap_norms),
+        patch=change_rules(swap_norms),
     ),
     Mutant(
         "split_interleaved",
@@ -150,14 +149,14 @@ LOADING = [
         "head-q head-k head-v",
         "weights",
         "awslabs/slapo#46",
-        patch=wrap(layouts, "split", split_interleaved),
+        patch=wrap(key_rules, "split", split_interleaved),
     ),
     Mutant(
         "blocks_spelled_as_text",
         "block numbers sorted as text",
         "block",
         source="ollama/ollama#12015",
-        patch=wrap(Layout, "claims", sort_blocks_as_text),
+        patch=wrap(Layout, "mappings", sort_blocks_as_text),
     ),
     Mutant(
         "read_as_bf16",
