@@ -21,8 +21,10 @@ from siglip_port.parity import bounds, gates
 from siglip_port.parity.observe import run_reference
 from siglip_port.parity.results import Finding, GateResult, Measurement
 from siglip_port.parity.sides import Side
-from siglip_port.parity.siglip import cases, pixels, reference, taps
+from siglip_port.parity.siglip import cases, reference, taps
 from siglip_port.parity.siglip.cases import Case
+from siglip_port.parity.siglip.pixels import check_pixels
+from siglip_port.parity.siglip.sample_images import synthetic_photograph
 from siglip_port.parity.taps import expand
 
 
@@ -163,7 +165,7 @@ def examine_shapes(mutant: Mutant) -> Result:
     assert mutant.subject in ("naflex", "resized")
     result = Result(mutant)
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
-        side, inputs = reference.small_tower(mutant.subject, Path(folder))
+        side, inputs = reference.small_reference(mutant.subject, Path(folder))
         interpolation = None if mutant.subject == "naflex" else "hf"
         with mutant.applied():
             try:
@@ -214,13 +216,13 @@ def examine_images(mutant: Mutant) -> Result:
         SigLipVisionConfig(image_size=64),
         SigLipVisionConfig(image_size=64, naflex=True),
     ):
-        processors = reference.processors(config)
+        processors = reference.image_processors(config)
         preprocessor = default_preprocessor_config(config)
         with mutant.applied():
             port = {
                 backend: ImageProcessor.from_config(preprocessor, backend) for backend in processors
             }
-            gate = pixels.pixels(port, processors, pixels.waves(), explained=0)
+            gate = check_pixels(port, processors, synthetic_photograph(), max_hints=0)
         if not gate.passed:
             result.add(gate)
             result.add_locations(gate)

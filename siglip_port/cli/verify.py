@@ -111,12 +111,11 @@ def load_selftest() -> ModuleType:
     Raises:
         RuntimeError: the package was installed without it.
     """
-    for name in ("scripts.selftest", "siglip_port.parity.selftest"):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not name.startswith(error.name):
-                raise
+    try:
+        return importlib.import_module("scripts.selftest")
+    except ModuleNotFoundError as error:
+        if error.name not in ("scripts", "scripts.selftest"):
+            raise
     raise RuntimeError(
         "--selftest and --calibrate need a clone of siglip-port: scripts/selftest is not installed"
     )
