@@ -116,10 +116,9 @@ def load_selftest() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name not in ("scripts", "scripts.selftest"):
             raise
-        raise RuntimeError(
-            "--selftest and --calibrate need a clone of siglip-port: scripts/selftest is not "
-            "installed"
-        ) from error
+    raise RuntimeError(
+        "--selftest and --calibrate need a clone of siglip-port: scripts/selftest is not installed"
+    )
 
 
 def parse(argv: Sequence[str] | None, prog: str) -> tuple[Action, VerifyOptions]:

@@ -17,13 +17,7 @@ SIGLIP = ROOT / "siglip"
 THIRD_PARTY = {"torch", "numpy", "PIL", "jinja2"}
 SHARED = {"siglip_port.text", "siglip_port.atomic"}
 
-MOVING = {"mutants.py", "mutation.py", "selftest.py"}  # to scripts/selftest
-
-GENERIC_FILES = sorted(
-    path
-    for path in ROOT.rglob("*.py")
-    if not path.is_relative_to(SIGLIP) and path.name not in MOVING
-)
+GENERIC_FILES = sorted(path for path in ROOT.rglob("*.py") if not path.is_relative_to(SIGLIP))
 
 
 def imported_modules(path: Path) -> Iterator[str]:

@@ -22,7 +22,9 @@ import torch
 import compare_origin
 from scripts.selftest import catalogue, harness, runner
 from scripts.selftest.examination import (
+    Result,
     examine,
+    examine_images,
     examine_shapes,
     make_cases,
 )
@@ -32,10 +34,10 @@ from scripts.selftest.mutant import replace as replace_attribute
 from scripts.selftest.report import Report, to_json
 from scripts.selftest.runner import SMALL, SelfTest
 from siglip_port.parity import bounds, gates
-from siglip_port.parity.results import GateResult
+from siglip_port.parity.results import Finding, GateResult
 from siglip_port.parity.siglip import interface
 from siglip_port.parity.siglip.cases import ALL_GATES, Case
-from siglip_port.parity.siglip.census import SUMMARY, summarize
+from siglip_port.parity.siglip.census import SUMMARY, census, summarize
 
 BY_NAME = {mutant.name: mutant for mutant in (*catalogue.MUTANTS, *catalogue.EQUIVALENT)}
 HARNESS = {mutant.name: mutant for mutant in catalogue.HARNESS}
@@ -108,6 +110,20 @@ def test_equivalent_variants_pass_beside_each_attention(name: str, attention: st
 def test_images_of_other_shapes(name: str) -> None:
     assert examine_shapes(BY_NAME[name]).passed
     assert not examine_shapes(replace(BY_NAME[name], patch=None)).detected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "image_patches_few",
+        pytest.param("image_float64", marks=pytest.mark.slow),
+        pytest.param("image_palette_alpha", marks=pytest.mark.slow),
+    ],
+)
+def test_images(name: str) -> None:
+    """The finest ones."""
+    assert examine_images(BY_NAME[name]).passed
+    assert not examine_images(replace(BY_NAME[name], patch=None)).detected
 
 
 GATES = {
@@ -297,6 +313,13 @@ def test_recorded_census_is_that_of_the_recorded_selftest() -> None:
     """`python -m siglip_port.parity.siglip.census docs/selftest.json` writes it."""
     recorded = json.loads((ROOT / "docs" / "selftest.json").read_text())
     assert json.loads(SUMMARY.read_text()) == summarize(recorded)
+
+
+def test_the_census() -> None:
+    report = Report([Result(BY_NAME["ln_eps_once"], {"semantics": Finding("differs")})])
+    text = census(summarize(to_json(report)))
+    assert [line.split(":")[0] for line in text.splitlines()[:-1:3]] == list(gates.MEANING)
+    assert "  notices 1 of 1 mistakes, alone: ln_eps_once" in text
 
 
 def test_calibration(
