@@ -28,8 +28,9 @@ def test_public_names() -> None:
 
 
 def test_import_cost() -> None:
+    """An import brings nothing that a local checkpoint does not need."""
     code = (
-        "import sys, siglip_port.parity.compare, siglip_port;"
+        "import sys, siglip_port, siglip_port.checkpoint, siglip_port.parity.compare;"
         "print(*sorted({name.split('.')[0] for name in sys.modules}))"
     )
     process = subprocess.run(
@@ -47,6 +48,22 @@ def test_import_cost() -> None:
         "httpx",
         "typer",
         "rich",
+    }
+
+
+def test_model_imports_no_files() -> None:
+    code = (
+        "import sys, siglip_port.model;"
+        "print(*(name for name in sys.modules if name.startswith('siglip_port.')))"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert set(process.stdout.split()) <= {
+        "siglip_port.config",
+        "siglip_port.model",
+        "siglip_port.patches",
+        "siglip_port.validation",
     }
 
 
