@@ -155,9 +155,7 @@ def test_default_command_full_size(tmp_path: Path) -> None:
 def source_tree(tmp_path: Path) -> Path:
     """The package and the script alone, of a release of their own, where nothing is installed."""
     tree = tmp_path / "tree"
-    shutil.copytree(
-        ROOT / "siglip_port", tree / "siglip_port", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(ROOT / "siglip_port", tree / "siglip_port")
     shutil.copy(SCRIPT, tree)
     init = tree / "siglip_port" / "__init__.py"
     init.write_text(re.sub('__version__ = ".*"', '__version__ = "9.8.7"', init.read_text()))
