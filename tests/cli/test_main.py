@@ -34,9 +34,19 @@ def test_installed_command(whole_model: Path) -> None:
     result = execute(COMMAND, "inspect", whole_model)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == run("inspect", whole_model).stdout
-    result = execute(COMMAND, "inspect", whole_model / "nothing.safetensors")
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.count("\n") == 1
+
+
+def test_main_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "nothing.safetensors")
+    monkeypatch.setattr(sys, "argv", ["siglip-port", "inspect", missing])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
 
 
 def test_version() -> None:
