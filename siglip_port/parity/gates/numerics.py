@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from siglip_port.parity import bounds, hints
 from siglip_port.parity.gates.float32_upcasts import all_are_float32_upcasts
@@ -157,37 +158,40 @@ def unseen_modules(runs: Float64Runs) -> list[str]:
 
 def explain_suspects(runs: Float64Runs, suspects: list[str], max_hints: int) -> list[Finding]:
     """Say what is wrong at every suspect, and of the first ones what it looks like."""
-    exact = runs.reference.exact
-    explained = [name for name in suspects if name in exact.taps][:max_hints]
-    kept = ComparedRun({}, {}, {}, {})
-    if explained:
-        keep = frozenset(explained)
-        kept = run_in_float64(runs.port, runs.reference, runs.taps, forced=True, keep=keep)
+    taps = [name for name in suspects if name in runs.reference.exact.taps]
+    values = port_values(runs, taps[:max_hints])
     findings = []
     for name in suspects:
         if name in runs.free.unseen:
-            findings.append(unseen_finding(runs, name, kept))
+            findings.append(unseen_finding(runs, name, values.get(name)))
         else:
-            findings.append(difference_finding(runs, name, kept))
+            findings.append(difference_finding(runs, name, values.get(name)))
     return findings
 
 
-def unseen_finding(runs: Float64Runs, name: str, kept: ComparedRun) -> Finding:
-    """What is said of a point that cannot be compared."""
+def port_values(runs: Float64Runs, names: list[str]) -> dict[str, Tensor]:
+    """What the port has at some taps, given right inputs."""
+    if not names:
+        return {}
+    keep = frozenset(names)
+    return run_in_float64(runs.port, runs.reference, runs.taps, forced=True, keep=keep).values
+
+
+def unseen_finding(runs: Float64Runs, name: str, value: Tensor | None) -> Finding:
+    """What is said of a point that cannot be compared; `value` passed there, if anything."""
     message = runs.free.unseen[name]
-    if name in kept.values:
-        shape = list(kept.values[name].shape)
+    if value is not None:
         expected = list(runs.reference.exact.taps[name].shape)
-        message += f", {shape} for {expected}"
+        message += f", {list(value.shape)} for {expected}"
     return Finding(message, name, runs.port_name(name), math.inf)
 
 
-def difference_finding(runs: Float64Runs, name: str, kept: ComparedRun) -> Finding:
-    """What is said of a point that differs."""
+def difference_finding(runs: Float64Runs, name: str, value: Tensor | None) -> Finding:
+    """What is said of a point that differs, and of its `value` what it looks like."""
     exact = runs.reference.exact
     hint = ""
-    if name in kept.values:
-        hint = hints.explain_tap(runs.reference, name, kept.values[name])
+    if value is not None:
+        hint = hints.explain_tap(runs.reference, name, value)
     elif name in exact.outputs:
         hint = hints.explain_output(runs.free.outputs[name], exact.outputs[name])
     run = runs.forced if name in runs.wrong_steps else runs.free

@@ -279,17 +279,18 @@ def depth_plots(report: Json) -> list[Figure]:
 
 def depth_plot(section: Json) -> Plot:
     """Errors at every tap, of every run on one checkpoint."""
-    by_run: dict[str, list[Measurement]] = {}
+    measurements = []
     marked = []
     for gate in section["gates"]:
-        for measurement in measurements_of(gate):
-            by_run.setdefault(measurement.run, []).append(measurement)
+        measurements += measurements_of(gate)
         marked += [finding["reference"] for finding in gate["findings"]]
+    by_run: dict[str, list[Measurement]] = {}
+    for item in measurements:
+        by_run.setdefault(item.run, []).append(item)
     series = []
-    for run, measurements in by_run.items():
-        series += run_series(run, measurements)
-    everything = itertools.chain.from_iterable(by_run.values())
-    return build_plot(series, hover_texts(everything), marked)
+    for run, items in by_run.items():
+        series += run_series(run, items)
+    return build_plot(series, hover_texts(measurements), marked)
 
 
 def run_series(run: str, measurements: list[Measurement]) -> list[Series]:

@@ -20,8 +20,7 @@ from siglip_port.parity.gates.numerics import MAX_HINTS
 from siglip_port.parity.observe import ReferenceRun, run_reference
 from siglip_port.parity.results import GateResult
 from siglip_port.parity.sides import Call, Side
-from siglip_port.parity.siglip import interface, reference
-from siglip_port.parity.siglip import taps as siglip_taps
+from siglip_port.parity.siglip import interface, reference, taps
 from siglip_port.parity.siglip.reference import Reference
 from siglip_port.parity.taps import Tap, expand
 
@@ -62,13 +61,13 @@ def port_outputs(port: SigLipVisionModel, pixel_values: Tensor) -> dict[str, Ten
 def tensors_by_reference_name(port: SigLipVisionModel) -> dict[str, Tensor]:
     """The port's tensors under the reference's names, those that it has."""
     layout = layouts.HUGGINGFACE_NAFLEX if port.config.naflex else layouts.HUGGINGFACE
-    claims = layout.mappings(port.config.num_encoder_blocks, layout.rules(port.config.pooling_head))
+    rules = layout.rules(port.config.pooling_head)
     state = port.state_dict()
     tensors = {}
-    for name, claim in claims.items():
-        if set(claim.port) <= state.keys():
-            parts = [state[part] for part in claim.port]
-            tensors[name] = claim.to_stored(parts, port.config.num_attention_heads)
+    for name, mapping in layout.mappings(port.config.num_encoder_blocks, rules).items():
+        if set(mapping.port) <= state.keys():
+            parts = [state[part] for part in mapping.port]
+            tensors[name] = mapping.to_stored(parts, port.config.num_attention_heads)
     return tensors
 
 
@@ -117,7 +116,7 @@ class Case:
         return expand(self._points(), self.reference.model, port)
 
     def _points(self) -> dict[str, str]:
-        points = siglip_taps.siglip_taps(hasattr(self.reference.model, "head"))
+        points = taps.siglip_taps(hasattr(self.reference.model, "head"))
         if reference.is_naflex(self.reference.model):
             # A Linear over patches there, a convolution of images here.
             points.pop("embeddings.patch_embedding", None)
