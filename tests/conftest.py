@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from tests.helpers.sample_images import write_images
 
 torch.set_num_threads(1)  # towers of a few columns are slower with more
 
+FRESH_PROCESS = "SIGLIP_PORT_TEST_IN_FRESH_PROCESS"
 HUB = Hub()
 HOME = tempfile.TemporaryDirectory(prefix="siglip_port-tests-")
 
@@ -53,6 +55,24 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["HF_HOME"] = HOME.name
         os.environ.pop("HF_HUB_OFFLINE", None)
     os.environ["XDG_CACHE_HOME"] = str(Path(HOME.name) / "cache")  # what `optimize` keeps
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object | None:
+    """Runs a test that is marked `fresh_process` in a process of its own."""
+    if pyfuncitem.get_closest_marker("fresh_process") is None or FRESH_PROCESS in os.environ:
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
+    process = subprocess.run(
+        [*command, "-m", "", pyfuncitem.nodeid],
+        cwd=pyfuncitem.config.rootpath,
+        env={**os.environ, FRESH_PROCESS: "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout
+    return True
 
 
 @pytest.fixture

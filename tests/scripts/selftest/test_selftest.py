@@ -212,6 +212,7 @@ def shorten(monkeypatch: pytest.MonkeyPatch, cases: list[Case]) -> Shorten:
 
 
 @multi_threaded
+@pytest.mark.fresh_process
 def test_the_command(
     shorten: Shorten,
     monkeypatch: pytest.MonkeyPatch,
@@ -261,6 +262,8 @@ def test_in_full(
 
 @forks
 @multi_threaded
+@pytest.mark.fresh_process
+@pytest.mark.slow
 def test_on_all_cores_it_finds_the_same(
     shorten: Shorten, cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
