@@ -14,7 +14,8 @@ MAX_QUOTED_CHARACTERS = 400
 """Of the client's own text, in a message."""
 
 _URL = re.compile(
-    r"(?P<scheme>https?|socks\w*)://(?:[^\s/@'\"<>]*@)?(?P<host>[^\s/?#'\"<>]*)(?P<rest>[^\s'\"<>]*)"
+    r"(?P<scheme>https?|socks\w*)://(?:[^\s/@'\"<>]*@)?"
+    r"(?P<host>[^\s/?#'\"<>]*)(?P<rest>[^\s'\"<>]*)"
 )
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|(?i:(?<=bearer )\S+)")
 
