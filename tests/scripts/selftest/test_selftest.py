@@ -241,6 +241,7 @@ def test_the_command(
 
 @pytest.mark.slow
 @multi_threaded
+@pytest.mark.fresh_process
 def test_in_full(
     shorten: Shorten, cases: list[Case], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -290,6 +291,7 @@ def test_on_all_cores_it_finds_the_same(
 
 @forks
 @multi_threaded
+@pytest.mark.fresh_process
 def test_ctrl_c_ends_all_processes(
     shorten: Shorten, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
