@@ -16,6 +16,8 @@ from pathlib import Path
 # Before torch is loaded: threads that wait for each other do not spin, since other tests want the
 # cores (10 x slower).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Where it is set, every process that a test starts compiles torch and transformers anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 import torch
