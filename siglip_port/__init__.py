@@ -1,24 +1,25 @@
 """A PyTorch SigLIP vision encoder that loads every published checkpoint layout, with its proof."""
 
+from __future__ import annotations
+
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from siglip_port.config import SigLipVisionConfig
-from siglip_port.model import (
-    MLP,
-    EncoderBlock,
-    MultiheadAttention,
-    PoolingHead,
-    SigLipEncoder,
-    SigLipVisionModel,
-    SigLipVisionTransformer,
-    VisionEmbeddings,
-)
-from siglip_port.patches import pack, patchify
-
 if TYPE_CHECKING:
     from siglip_port.checkpoint import CheckpointError, HubUnreachableError, Provenance
+    from siglip_port.config import SigLipVisionConfig
+    from siglip_port.model import (
+        MLP,
+        EncoderBlock,
+        MultiheadAttention,
+        PoolingHead,
+        SigLipEncoder,
+        SigLipVisionModel,
+        SigLipVisionTransformer,
+        VisionEmbeddings,
+    )
     from siglip_port.optimize import OptimizedModel, optimize
+    from siglip_port.patches import pack, patchify
 
 __version__ = "0.1.0"
 
@@ -41,20 +42,35 @@ __all__ = [
     "patchify",
 ]
 
-# Imported when they are first asked for: the model itself needs no files, and nothing optimized.
-_IMPORTED_LATER = {
-    "CheckpointError": "siglip_port.checkpoint",
-    "HubUnreachableError": "siglip_port.checkpoint",
-    "Provenance": "siglip_port.checkpoint",
-    "OptimizedModel": "siglip_port.optimize",
-    "optimize": "siglip_port.optimize",
+# Imported on first use: torch alone takes seconds, and `siglip-port --help` needs none of it.
+_MODULES = {
+    "siglip_port.checkpoint": ("CheckpointError", "HubUnreachableError", "Provenance"),
+    "siglip_port.config": ("SigLipVisionConfig",),
+    "siglip_port.model": (
+        "MLP",
+        "EncoderBlock",
+        "MultiheadAttention",
+        "PoolingHead",
+        "SigLipEncoder",
+        "SigLipVisionModel",
+        "SigLipVisionTransformer",
+        "VisionEmbeddings",
+    ),
+    "siglip_port.optimize": ("OptimizedModel", "optimize"),
+    "siglip_port.patches": ("pack", "patchify"),
 }
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (whatever has this name)
-    if name not in _IMPORTED_LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(_IMPORTED_LATER[name])
-    if module.__name__ == f"{__name__}.{name}":  # a package that can be called
-        return module
-    return getattr(module, name)
+    for module_name, names in _MODULES.items():
+        if name in names:
+            module = importlib.import_module(module_name)
+            if name == "optimize":  # a package that can be called
+                return module
+            value = globals()[name] = getattr(module, name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

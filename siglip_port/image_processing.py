@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from siglip_port.checkpoint.preprocessor_config import RESAMPLE
+from siglip_port.extras import require
 from siglip_port.image_reading import Backend, ImageError, ImageInput, to_rgb
 from siglip_port.patches import pack
 
@@ -309,18 +310,12 @@ def naflex_size(height: int, width: int, patch_size: int, max_num_patches: int) 
 
 
 def check_backend(backend: str, resample: int) -> None:
-    """Raise ValueError unless a backend is installed and has a filter."""
+    """Raise ValueError or MissingExtraError unless a backend is installed and has a filter."""
     if backend not in ("pil", "torchvision"):
         raise ValueError(f"backend must be 'pil' or 'torchvision', got {backend!r}")
     if backend == "pil":
         return
-    try:
-        import torchvision.transforms.v2  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "backend='torchvision' needs torchvision: pip install 'siglip-port[torchvision]', or "
-            "use backend='pil'"
-        ) from error
+    require("torchvision")
     installed = version("torchvision")
     release = tuple(int(number) for number in installed.split(".")[:2])
     if resample == RESAMPLE["lanczos"] and release < (0, 27):

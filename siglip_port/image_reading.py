@@ -126,7 +126,7 @@ def array_to_rgb(image: NDArray[Any] | Tensor, backend: Backend) -> NDArray[np.u
     if image.dtype != uint8:
         raise ImageError(
             f"an array or tensor must be of uint8, 0 to 255, got {image.dtype}; what is already "
-            "normalised needs no preprocessing: pass it to the model as it is"
+            "normalized needs no preprocessing: pass it to the model as it is"
         )
     if isinstance(image, Tensor):
         image = image.detach().cpu().numpy()

@@ -64,7 +64,7 @@ class VisionEmbeddings(nn.Module):
             stride=config.patch_size,
             padding="valid",
         )
-        # As `nn.Embedding(N, D)`, without torch's own initialisation: see `init_normal`.
+        # As `nn.Embedding(N, D)`, without torch's own initialization: see `init_normal`.
         self.position_embedding = nn.Embedding.from_pretrained(
             torch.empty(config.num_patches, config.embed_dim), freeze=False
         )
@@ -203,7 +203,7 @@ class EncoderBlock(nn.Module):
 
 
 class SigLipEncoder(nn.Module):
-    """All L blocks, one after the other. [B, N, D] -> [B, N, D], not normalised at the end.
+    """All L blocks, one after the other. [B, N, D] -> [B, N, D], not normalized at the end.
 
     With `gradient_checkpointing`, every block is computed a second time on the way back, in
     training, instead of keeping what it computed.
@@ -252,7 +252,7 @@ class PoolingHead(nn.Module):
 
     MAPHead in big_vision, SiglipMultiheadAttentionPoolingHead in the reference. It has no residual
     around its attention, and no attention dropout. Built of plain `Linear`s, for the reference's
-    `nn.MultiheadAttention`, so that it quantises, shards and takes adapters like the blocks.
+    `nn.MultiheadAttention`, so that it quantizes, shards and takes adapters like the blocks.
     """
 
     def __init__(self, config: SigLipVisionConfig) -> None:
@@ -283,13 +283,13 @@ class SigLipVisionModel(nn.Module):
     """The SigLIP vision encoder, with its pooling head if `config.pooling_head`.
 
     All methods that take `pixel_values` take images, [B, C, S, S], of any floating point dtype,
-    normalised with mean 0.5 and std 0.5; of other sizes, where `config.resize_rule` says how
+    normalized with mean 0.5 and std 0.5; of other sizes, where `config.resize_rule` says how
     positions are fitted to them; or packed patches, `model(**pack(images, patch_size))`, for whose
     padding the results mean nothing. They raise ValueError for any other input.
 
     Attributes:
         config: the architecture.
-        provenance: where the weights come from; None for a freshly initialised model.
+        provenance: where the weights come from; None for a freshly initialized model.
     """
 
     def __init__(self, config: SigLipVisionConfig) -> None:

@@ -51,14 +51,14 @@ def remedy_for(pixel_values: Tensor, config: SigLipVisionConfig) -> str:
     """Say what to do with a tensor that is no batch of images."""
     channels = config.num_channels
     if not pixel_values.is_floating_point():
-        return "convert them to floating point and normalise them to [-1, 1]"
+        return "convert them to floating point and normalize them to [-1, 1]"
     if pixel_values.ndim == 4 and pixel_values.shape[-1] == channels != pixel_values.shape[1]:
         return "the channels come first: pixel_values.permute(0, 3, 1, 2)"
     if pixel_values.ndim == 3:
         if pixel_values.shape[0] == channels and pixel_values.shape[1] > 1:
             return "a single picture needs a batch of one: pixel_values[None]"
         return "packed patches come with their spatial_shapes"
-    remedy = "resize and normalise the pictures"
+    remedy = "resize and normalize the pictures"
     has_other_size = pixel_values.ndim == 4 and pixel_values.shape[1] == channels
     if config.resize_rule is None and has_other_size:
         remedy += ", or let positions be fitted to them: SigLipVisionConfig(interpolation='hf')"

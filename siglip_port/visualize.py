@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812 (the name the field uses)
 from torch import Tensor
 
 from siglip_port.atomic import commit_files, staging_dir
+from siglip_port.extras import require
 from siglip_port.image_processing import ImageInput, ImageProcessor, Pixels, move_pixels
 from siglip_port.model import SigLipVisionModel
 
@@ -184,8 +185,9 @@ def draw(model: SigLipVisionModel, image: ImageInput, folder: str | os.PathLike[
         siglip_port.image_processing.ImageError: the image cannot be read.
         ValueError: the model does not take such images, or what it computes is NaN or infinite.
         OSError: the folder cannot be written to.
-        ModuleNotFoundError: matplotlib is not installed.
+        siglip_port.extras.MissingExtraError: matplotlib is not installed.
     """
+    require("matplotlib")
     folder = Path(folder)
     view = model_view(model, image)
     figures = draw_figures(model, view)
@@ -240,7 +242,7 @@ def show_image(axes: Axes, rgb: Tensor, title: str) -> None:
 def show_overlay(
     axes: Axes, view: ModelView, values: Tensor, title: str, maximum: float = 1.0
 ) -> AxesImage:
-    """Lay values of the patches over the image in grey.
+    """Lay values of the patches over the image in gray.
 
     Args:
         axes: where to.
@@ -289,7 +291,7 @@ def draw_filters(weight: Tensor) -> Figure:
     figure = new_figure(7, 4.6)
     title = (
         f"The first {len(directions)} principal components of the {len(weight)} filters:\n"
-        f"{shares[: len(directions)].sum():.0%} of their variance. Each in its own scale, grey is 0"
+        f"{shares[: len(directions)].sum():.0%} of their variance. Each in its own scale, gray is 0"
     )
     show_image(figure.subplots(), mosaic(tiles, FILTER_COLUMNS, empty=1.0), title)
     return figure

@@ -115,11 +115,11 @@ def checkpoint(tmp_path: Path) -> MakeCheckpoint:
 @pytest.fixture(scope="session")
 def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of `SMALL`, on which nothing is zero and nothing is one."""
-    from siglip_port.parity import randomise
+    from siglip_port.parity import randomize
 
     folder = tmp_path_factory.mktemp("tower")
     model = SigLipVisionModel(SMALL).eval()
-    randomise(model, seed=0)
+    randomize(model, seed=0)
     model.save_hf(folder)
     return folder
 

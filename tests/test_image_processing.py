@@ -28,6 +28,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import (
 
 from siglip_port import SigLipVisionConfig, image_processing
 from siglip_port.checkpoint import default_preprocessor_config
+from siglip_port.extras import MissingExtraError
 from siglip_port.image_processing import (
     Backend,
     ImageError,
@@ -402,10 +403,8 @@ def test_unusable_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_processing, "version", lambda name: "0.26.1+cpu")
     with pytest.raises(ValueError, match=r"no Lanczos filter before 0.27, this is 0.26.1"):
         ImageProcessor.from_config({**FIXED, "resample": 1}, "torchvision")
-    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
-    with pytest.raises(
-        ValueError, match=r"needs torchvision: pip install 'siglip-port\[torchvision\]'"
-    ):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'siglip-port\[torchvision\]'"):
         ImageProcessor.from_config(FIXED, "torchvision")
 
 

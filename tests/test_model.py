@@ -31,7 +31,7 @@ from siglip_port.checkpoint import layouts
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.siglip import reference as references
 from siglip_port.parity.siglip.reference import Reference
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import ODD, SMALL, MakeCheckpoint, pixels
 
 # The deepest rung that rounding reaches is 1e-15; the weakest mistake of parity/faults.py makes
@@ -154,7 +154,7 @@ def test_edge_pixels_ignored() -> None:
 def test_dropout() -> None:
     config = replace(SMALL, attention_dropout=0.5)
     model = SigLipVisionModel(config)
-    randomise(model)
+    randomize(model)
     plain = SigLipVisionModel(SMALL).eval()
     plain.load_state_dict(model.state_dict())
     x = pixels(SMALL).float()
@@ -170,7 +170,7 @@ def test_dropout() -> None:
 @torch.no_grad()
 def test_embed() -> None:
     model = SigLipVisionModel(SMALL).eval()
-    randomise(model)
+    randomize(model)
     x = pixels(SMALL).float()
     pooled = model.pool(model(x))
     assert torch.equal(model.embed(x), pooled)
@@ -183,7 +183,7 @@ def test_embed() -> None:
 @torch.no_grad()
 def test_batch_invariance() -> None:
     model = SigLipVisionModel(ODD).double().eval()
-    randomise(model)
+    randomize(model)
     x = pixels(ODD, batch=3)
     one_by_one = torch.cat([model.embed(picture[None]) for picture in x])
     assert relative_error(model.embed(x), one_by_one) <= EXACT

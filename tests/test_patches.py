@@ -22,7 +22,7 @@ from siglip_port import SigLipVisionConfig, SigLipVisionModel, pack, patchify
 from siglip_port.config import INTERPOLATIONS
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.siglip.reference import hf_config
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 from siglip_port.patches import interpolate_positions
 from tests.helpers.checkpoints import ODD, MakeCheckpoint, pixels
 
@@ -116,7 +116,7 @@ def test_mask_left_out(
 def test_naflex_equals_fixed() -> None:
     naflex = SigLipVisionModel(NAFLEX).double().eval()
     fixed = SigLipVisionModel(FIXED).double().eval()
-    randomise(fixed)
+    randomize(fixed)
     naflex.load_state_dict(fixed.state_dict())
     x = pixels(FIXED)
     for out in (naflex(x), naflex(**pack(list(x), 7)), fixed(**pack(list(x), 7))):
@@ -215,7 +215,7 @@ def test_invalid_packed_patches(change: dict[str, Any], message: str) -> None:
 
 def with_rule(rule: str | None, config: SigLipVisionConfig = FIXED) -> SigLipVisionModel:
     model = SigLipVisionModel(replace(config, interpolation=rule)).double().eval()
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -339,7 +339,7 @@ def test_navit(kind: str) -> None:
         .double()
         .eval()
     )
-    randomise(tower)
+    randomize(tower)
     port = (
         SigLipVisionModel(replace(FIXED, pooling_head=False, interpolation="navit")).double().eval()
     )

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from siglip_port import SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import ODD
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ def written(
     folder = tmp_path_factory.mktemp(request.param)
     for name, naflex in (("ours", False), ("ours-naflex", True)):
         model = SigLipVisionModel(replace(ODD, naflex=naflex, image_size=42 if naflex else 45))
-        randomise(model)
+        randomize(model)
         model.save_hf(folder / name)
     torch_version = version("torch").split("+")[0]
     packages = [

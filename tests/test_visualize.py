@@ -301,7 +301,7 @@ def test_unusable_image_or_model(tmp_path: Path) -> None:
 
 def test_command(tower: Path, photo: Path, tmp_path: Path) -> None:
     """Draws what `draw` draws in another process, without pyplot."""
-    result = run("figures", photo, "-o", tmp_path / "out", "--model", tower, "--offline")
+    result = run("plot", photo, "-o", tmp_path / "out", "--model", tower, "--offline")
     files = [tmp_path / "out" / name for name in PLOTS]
     assert result.stdout.splitlines() == [str(file) for file in files]
     assert result.stderr == ""
@@ -319,7 +319,7 @@ def test_command(tower: Path, photo: Path, tmp_path: Path) -> None:
 def test_command_without_pooling_head(photo: Path, tmp_path: Path) -> None:
     random_model(replace(SMALL, pooling_head=False)).save_hf(tmp_path / "model")
     out = tmp_path / "out"
-    result = run("figures", photo, "-o", out, "--model", tmp_path / "model")
+    result = run("plot", photo, "-o", out, "--model", tmp_path / "model")
     assert result.stdout.splitlines() == [str(out / name) for name in PLOTS[:-1]]
     note = "pooling_attention.png is left out: the tower has no attention pooling head\n"
     assert result.stderr == note
@@ -330,10 +330,10 @@ def test_command_reads_image_before_model(tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no")
     out = tmp_path / "out"
-    result = run("figures", broken, "-o", out, "--model", tmp_path / "none", code=1)
+    result = run("plot", broken, "-o", out, "--model", tmp_path / "none", code=1)
     message = "the picture cannot be read: it is of no kind that Pillow knows"
     assert (result.stdout, result.stderr) == ("", f"{broken}: {message}\n")
-    result = run("figures", tmp_path / "none.png", "-o", out, code=1)
+    result = run("plot", tmp_path / "none.png", "-o", out, code=1)
     assert "none.png: the picture cannot be read: No such file" in result.stderr
     assert not out.exists()
 
@@ -344,14 +344,14 @@ def test_command_with_nan_weights(tower: Path, photo: Path, tmp_path: Path) -> N
 
     SigLipVisionModel.from_hf(tower).save_hf(tmp_path / "bad")
     edit_tensors(tmp_path / "bad", make_nan)
-    result = run("figures", photo, "-o", tmp_path / "out", "--model", tmp_path / "bad", code=1)
+    result = run("plot", photo, "-o", tmp_path / "out", "--model", tmp_path / "bad", code=1)
     message = "the tower makes tokens of this picture that are NaN or infinite"
     assert result.stderr.startswith(message)
     assert not (tmp_path / "out").exists()
 
 
 def test_command_output_is_a_file(tower: Path, photo: Path) -> None:
-    result = run("figures", photo, "-o", photo, "--model", tower, code=2)
+    result = run("plot", photo, "-o", photo, "--model", tower, code=2)
     assert "is a file" in result.stderr
 
 
@@ -359,6 +359,6 @@ def test_command_without_matplotlib(
     photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = run("figures", photo, "-o", tmp_path / "out", code=2)
-    message = "this needs matplotlib, which is not installed: install siglip-port[figures]\n"
+    result = run("plot", photo, "-o", tmp_path / "out", code=2)
+    message = "matplotlib is not installed; run: pip install 'siglip-port[plot]'\n"
     assert (result.stdout, result.stderr) == ("", message)

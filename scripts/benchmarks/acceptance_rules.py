@@ -1,6 +1,6 @@
-"""The league table: what the acceptance rules of other projects make of our catalogue of mutants.
+"""The league table: what the acceptance rules of other projects make of our catalog of mutants.
 
-`uv run --group figures scripts/benchmarks/acceptance_rules.py` takes a minute on 2 cores, prints
+`uv run --group plot scripts/benchmarks/acceptance_rules.py` takes a minute on 2 cores, prints
 the table, writes it into docs/parity.md and draws docs/images/league.svg. Our own row is that of
 `uv run compare_origin.py --selftest --full`, recorded in docs/selftest.json.
 """
@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from scripts.selftest import catalogue
+from scripts.selftest import catalog
 from scripts.selftest.mutant import Mutant
 from siglip_port.parity.metrics import cosine, relative_error
 from siglip_port.parity.siglip import cases as proof
@@ -85,12 +85,12 @@ def accepted(mutant: Mutant, case: Case) -> dict[str, bool]:
 
 def measure() -> tuple[int, dict[str, dict[str, tuple[int, int]]]]:
     """Counts: rule -> weights -> (mistakes noticed, false alarms)."""
-    mistakes = [mutant for mutant in catalogue.MUTANTS if mutant.subject == "port"]
+    mistakes = [mutant for mutant in catalog.MUTANTS if mutant.subject == "port"]
     counts: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in RULES}
     for weights in WEIGHTS:
         with proof.random_case(proof.ODD, weights, gates=()) as case:
             wrong = [accepted(mutant, case) for mutant in mistakes]
-            right = [accepted(mutant, case) for mutant in catalogue.EQUIVALENT]
+            right = [accepted(mutant, case) for mutant in catalog.EQUIVALENT]
         for name in RULES:
             counts[name][weights] = (
                 sum(not a[name] for a in wrong),
@@ -102,7 +102,7 @@ def measure() -> tuple[int, dict[str, dict[str, tuple[int, int]]]]:
 def ours() -> tuple[int, int]:
     """Mistakes in the port that the harness notices and names, and false alarms, as recorded."""
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
-    port = {mutant.name for mutant in catalogue.MUTANTS if mutant.subject == "port"}
+    port = {mutant.name for mutant in catalog.MUTANTS if mutant.subject == "port"}
     found = sum(
         bool(m["noticed"]) and m["named"] for m in recorded["mistakes"] if m["name"] in port
     )
@@ -112,8 +112,8 @@ def ours() -> tuple[int, int]:
 def table(total: int, counts: Mapping[str, Mapping[str, tuple[int, int]]]) -> str:
     """The league in Markdown."""
     lines = [
-        f"| accept if ... ({total} mistakes, {len(catalogue.EQUIVALENT)} legal variants) | fresh "
-        "initialisation | N1 | L7 |"
+        f"| accept if ... ({total} mistakes, {len(catalog.EQUIVALENT)} legal variants) | fresh "
+        "initialization | N1 | L7 |"
     ]
     lines.append("|---|---|---|---|")
     for name, by_weights in counts.items():
@@ -131,7 +131,7 @@ def table(total: int, counts: Mapping[str, Mapping[str, tuple[int, int]]]) -> st
 
 
 def draw(total: int, counts: Mapping[str, Mapping[str, tuple[int, int]]]) -> None:
-    """Draws how many mistakes each rule notices on a fresh initialisation, as most tests use it."""
+    """Draws how many mistakes each rule notices on a fresh initialization, as most tests use it."""
     plt.rcParams.update(
         {"font.size": 10, "svg.hashsalt": "siglip_port", "font.family": "sans-serif"}
     )
@@ -150,7 +150,7 @@ def draw(total: int, counts: Mapping[str, Mapping[str, tuple[int, int]]]) -> Non
             axes.text(total - 2, y, f"{missed} unnoticed", ha="right", va="center", color="#b3261e")
     axes.set_yticks(range(len(rows)), [name for _, name in rows])
     axes.set(xlim=(0, total), xticks=[])
-    title = f"Of {total} mistakes, noticed by each acceptance rule on freshly initialised weights"
+    title = f"Of {total} mistakes, noticed by each acceptance rule on freshly initialized weights"
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

@@ -29,7 +29,7 @@ from typing import Any
 from pyarrow import parquet
 
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
-from siglip_port.parity import randomise
+from siglip_port.parity import randomize
 
 SMALL = SigLipVisionConfig(
     embed_dim=192,
@@ -132,7 +132,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     source = args.model
     if source is None:
         model = SigLipVisionModel(SMALL).eval()
-        randomise(model, seed=0)
+        randomize(model, seed=0)
         model.save_hf(folder / "model")
         source = str(folder / "model")
     report: dict[str, Any] = {}

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
-from siglip_port.parity import randomise
+from siglip_port.parity import randomize
 
 BATCH_SIZE = 16
 BASELINE = "siglip-port, eager"
@@ -50,7 +50,7 @@ def write_weights(folder: Path) -> None:
     import torch
 
     model = SigLipVisionModel(SigLipVisionConfig(pooling_head=True)).eval()
-    randomise(model, seed=0)
+    randomize(model, seed=0)
     model.save_hf(folder / "hf")
     model.save_timm(folder / "timm")
     torch.manual_seed(0)

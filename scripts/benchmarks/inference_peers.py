@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_port import SigLipVisionConfig, SigLipVisionModel, optimize
-from siglip_port.parity import randomise
+from siglip_port.parity import randomize
 
 MODELS = {
     "base": SigLipVisionConfig(pooling_head=True),
@@ -93,7 +93,7 @@ class Bench:
 def prepare(name: str, device: str, dtype: torch.dtype) -> Iterator[Bench]:
     """Make the weights of one of `MODELS`, in a temporary folder."""
     model = SigLipVisionModel(MODELS[name]).eval()
-    randomise(model, seed=0)
+    randomize(model, seed=0)
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
         model.save_hf(Path(folder) / "hf")
         if name in TIMM_NAMES:

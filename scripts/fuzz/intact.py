@@ -18,7 +18,7 @@ from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint.layouts import BIG_VISION
 from siglip_port.checkpoint.preprocessor_config import PREPROCESSOR
 from siglip_port.checkpoint.source import CONFIG, INDEX, WEIGHTS
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 
 Files = dict[str, bytes]
 """The files of a checkpoint: names and contents."""
@@ -84,7 +84,7 @@ The first two with a text encoder, so that on the Hub the vision encoder is the 
 """
 
 
-def make(name: str, fill: Callable[[SigLipVisionModel], None] = randomise) -> Files:
+def make(name: str, fill: Callable[[SigLipVisionModel], None] = randomize) -> Files:
     """Make an intact checkpoint.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 
-from scripts.selftest import catalogue
+from scripts.selftest import catalog
 from scripts.selftest.examination import make_cases, share_of_bound
 from scripts.selftest.mutant import Mutant
 from scripts.selftest.runner import SEEDS, Options, Progress
@@ -25,7 +25,7 @@ def calibrate(options: Options, progress: Progress) -> bool:
     """
     coarsest: dict[str, Share] = {}
     finest: dict[str, Share] = {}
-    mutants = [*catalogue.EQUIVALENT, *catalogue.ROUNDING]
+    mutants = [*catalog.EQUIVALENT, *catalog.ROUNDING]
     for seed in SEEDS if options.full else SEEDS[:2]:
         with make_cases(seed, options.device) as (_, *cases):
             for mutant in progress(iter(mutants), f"seed {seed}"):

@@ -71,7 +71,7 @@ class Result:
 
     def add_locations(self, gate: GateResult) -> None:
         """Note the places that a gate names wrongly. Sensitivity names outputs, too: any may be."""
-        if gate.name == "liveness":
+        if gate.name == "sensitivity":
             return
         for finding in gate.findings:
             location = finding.reference or finding.port
@@ -109,7 +109,7 @@ def examine(mutant: Mutant, checkpoints: Iterable[Case], max_hints: int = 1) -> 
                         result.add_locations(gate)
             except (RuntimeError, ValueError) as error:
                 result.add_error(error)
-    if rounding and "semantics" not in result.detections:  # which has the better address
+    if rounding and "numerics" not in result.detections:  # which has the better address
         # So has the dtype that detects it most clearly: in one that hardly does, errors of many
         # steps have added up before they are beyond the bound, and where that happens depends on
         # the machine.

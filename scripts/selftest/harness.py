@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from scripts.selftest import catalogue
+from scripts.selftest import catalog
 from scripts.selftest.examination import examine
 from scripts.selftest.mutant import HarnessMutant
 from siglip_port import SigLipVisionConfig
@@ -13,7 +13,7 @@ from siglip_port.parity.siglip import cases
 RECIPES = {"rounding": "L7"}
 """gate -> the weights on which it is tried; N1 for all others."""
 
-KNOWN = {mutant.name: mutant for mutant in (*catalogue.MUTANTS, *catalogue.EQUIVALENT)}
+KNOWN = {mutant.name: mutant for mutant in (*catalog.MUTANTS, *catalog.EQUIVALENT)}
 """What the broken harness is to judge, by name."""
 
 

@@ -48,7 +48,7 @@ class Mutant:
     name: str
     what: str
     locations: str = ""
-    gate: str = "semantics"
+    gate: str = "numerics"
     source: str = "variant"
     patch: Patch | None = field(default=None, compare=False, repr=False)
     edit: Edit | None = field(default=None, compare=False, repr=False)
@@ -133,7 +133,7 @@ def replace_item(table: dict[str, Any], key: str, value: object) -> Patch:
 
     def patch(stack: contextlib.ExitStack) -> None:
         if key not in table:
-            raise KeyError(f"the catalogue is behind the code: the table has no entry {key!r}")
+            raise KeyError(f"the catalog is behind the code: the table has no entry {key!r}")
         stack.enter_context(mock.patch.dict(table, {key: value}))
 
     return patch

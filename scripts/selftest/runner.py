@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from scripts.selftest import catalogue, harness
+from scripts.selftest import catalog, harness
 from scripts.selftest.examination import (
     Result,
     examine,
@@ -83,7 +83,7 @@ def run(options: Options, progress: Progress) -> bool:
 
 
 class SelfTest:
-    """One run over the whole catalogue.
+    """One run over the whole catalog.
 
     Args:
         device: where to run the models.
@@ -125,7 +125,7 @@ class SelfTest:
             own = cases[1:] if mutant.gate == "rounding" else cases[:1]
             return examine(mutant, own, max_hints=0)
 
-        self.report.results += self.follow(judge, catalogue.MUTANTS, "mistakes")
+        self.report.results += self.follow(judge, catalog.MUTANTS, "mistakes")
 
     def run_variants(self, cases: list[Case], seed: int) -> None:
         """Run all equivalent variants; in full by threads, and beside each attention alone."""
@@ -134,7 +134,7 @@ class SelfTest:
             return examine(mutant, cases)
 
         def run(how: str, what: str) -> None:
-            for result in self.follow(allow, catalogue.EQUIVALENT, f"legal variants, {what}"):
+            for result in self.follow(allow, catalog.EQUIVALENT, f"legal variants, {what}"):
                 self.report.alarms.append((f"seed {seed}, {how}", result))
 
         for threads in (1, 2) if self.full else (torch.get_num_threads(),):
@@ -154,8 +154,8 @@ class SelfTest:
         def judge(mutant: HarnessMutant) -> str:
             return harness.examine_harness(mutant, SMALL)
 
-        shown = self.work(judge, catalogue.HARNESS, "mistakes in the harness")
-        for mutant, text in zip(catalogue.HARNESS, shown, strict=True):
+        shown = self.work(judge, catalog.HARNESS, "mistakes in the harness")
+        for mutant, text in zip(catalog.HARNESS, shown, strict=True):
             self.report.harness[mutant.name] = text
 
     def follow(

@@ -3,7 +3,7 @@
 from siglip_port.checkpoint.errors import (
     CheckpointError,
     HubUnreachableError,
-    SeveralTowersError,
+    MultipleEncodersError,
 )
 from siglip_port.checkpoint.extract import Extraction, extract_model
 from siglip_port.checkpoint.inspect import Inspection, inspect_checkpoint
@@ -25,9 +25,9 @@ __all__ = [
     "HubUnreachableError",
     "Inspection",
     "LoadOptions",
+    "MultipleEncodersError",
     "Provenance",
     "Published",
-    "SeveralTowersError",
     "Source",
     "build_on_meta",
     "default_preprocessor_config",

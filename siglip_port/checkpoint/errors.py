@@ -27,7 +27,7 @@ class HubUnreachableError(CheckpointError):
     """A file is not cached, and the Hub could not be reached, or was not to be asked."""
 
 
-class SeveralTowersError(CheckpointError):
+class MultipleEncodersError(CheckpointError):
     """A file holds more than one vision encoder, or one that matches several layouts.
 
     Attributes:

@@ -140,7 +140,7 @@ def inspect_checkpoint(
     Raises:
         CheckpointError: there is no such checkpoint, or so little of an encoder that nothing can be
             told of it.
-        SeveralTowersError: there are several, and neither layout nor prefix tells which is meant.
+        MultipleEncodersError: there are several; `layout` and `prefix` choose one.
         ValueError: there is no layout of this name.
     """
     checkpoint = Checkpoint(source, layout=layout, prefix=prefix)

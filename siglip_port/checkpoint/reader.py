@@ -81,7 +81,7 @@ class Checkpoint:
 
     Raises:
         CheckpointError: there is no such checkpoint, or it does not hold a SigLIP vision encoder.
-        SeveralTowersError: it holds several, and neither layout nor prefix tells which is meant.
+        MultipleEncodersError: it holds several; `layout` and `prefix` choose one.
         ValueError: there is no layout of this name.
     """
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from siglip_port.checkpoint.errors import CheckpointError, SeveralTowersError
+from siglip_port.checkpoint.errors import CheckpointError, MultipleEncodersError
 from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.checkpoint.layouts import HUGGINGFACE, LAYOUTS, PREFIX
 from siglip_port.checkpoint.weight_files import WeightFiles
@@ -47,7 +47,7 @@ def recognize(files: WeightFiles, layout_name: str | None, prefix: str | None) -
 
     Raises:
         CheckpointError: there is none.
-        SeveralTowersError: there are several.
+        MultipleEncodersError: there are several.
         ValueError: there is no layout of this name.
     """
     layouts = [layout for layout in LAYOUTS if layout_name in (None, layout.name)]
@@ -65,7 +65,7 @@ def recognize(files: WeightFiles, layout_name: str | None, prefix: str | None) -
         raise CheckpointError(describe_no_match(files, layouts, prefix, refusals))
     if len(matches) > 1:
         choices = [f"layout={layout.name!r}, prefix={place!r}" for layout, place in matches]
-        raise SeveralTowersError(
+        raise MultipleEncodersError(
             f"{files.source.title} holds more than one vision tower, or one that matches "
             f"several layouts: {'; '.join(choices)}; "
             "say which by layout= and prefix=",

@@ -47,7 +47,7 @@ def save_hf(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
             already.
 
     Raises:
-        CheckpointError: the parameters are no longer those of the encoder (wrapped, quantised, with
+        CheckpointError: the parameters are no longer those of the encoder (wrapped, quantized, with
             adapters), or the folder cannot be written.
     """
     layout = HUGGINGFACE_NAFLEX if model.config.naflex else HUGGINGFACE
@@ -151,7 +151,7 @@ def find_problems(state_dict: Mapping[str, Any], shapes: Mapping[str, torch.Size
         ("unknown tensors", sorted(unknown)),
         ("another shape than the configuration says", misshapen),
         ("a dtype or device that cannot be saved", unsavable),
-        ("sharded or quantised; to be gathered or dequantised first", subclasses),
+        ("sharded or quantized; to be gathered or dequantized first", subclasses),
     ]
     return [(problem, names) for problem, names in problems if names]
 

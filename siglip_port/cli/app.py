@@ -11,9 +11,9 @@ import typer
 import typer.core
 
 from siglip_port import __version__
-from siglip_port.cli import checkpoints, embed, export, visualize
-from siglip_port.cli.extras import MissingExtraError
+from siglip_port.cli import checkpoints, embed, export, plot
 from siglip_port.cli.output import fail
+from siglip_port.extras import MissingExtraError
 
 
 class SentenceGroup(typer.core.TyperGroup):
@@ -77,7 +77,7 @@ app.command("extract")(checkpoints.extract)
 app.command("export")(export.export)
 app.command("embed")(embed.embed)
 app.command("search")(embed.search)
-app.command("figures")(visualize.figures)
+app.command("plot")(plot.plot)
 app.command("list")(checkpoints.list_published)
 app.command(
     "verify",

@@ -45,14 +45,14 @@ def inspect(
     Exit code 0: it can be loaded. 1: it cannot, or holds several towers.
     """
     from siglip_port.checkpoint import CheckpointError
-    from siglip_port.checkpoint.errors import SeveralTowersError
+    from siglip_port.checkpoint.errors import MultipleEncodersError
     from siglip_port.checkpoint.inspect import inspect_checkpoint
     from siglip_port.hub import HubOptions, find_source
 
     files = find_source(source, HubOptions(revision=revision, local_files_only=offline))
     try:
         inspection = inspect_checkpoint(files, layout=layout, prefix=prefix)
-    except SeveralTowersError as error:
+    except MultipleEncodersError as error:
         if as_json:
             towers = [{"layout": tower.name, "prefix": place} for tower, place in error.towers]
             print_json(
@@ -124,9 +124,9 @@ def tower_options(layout: str, prefix: str) -> str:
 
 def describe_error(error: Exception) -> str:
     """An error as a sentence, with the options that would help."""
-    from siglip_port.checkpoint.errors import SeveralTowersError
+    from siglip_port.checkpoint.errors import MultipleEncodersError
 
-    if not isinstance(error, SeveralTowersError):
+    if not isinstance(error, MultipleEncodersError):
         return str(error)
     choices = "; ".join(tower_options(layout.name, prefix) for layout, prefix in error.towers)
     return f"the checkpoint holds more than one vision tower; pass one of: {choices}"

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from siglip_port.cli import extras
 from siglip_port.cli.options import (
     DEFAULT_MODEL,
     JsonOption,
@@ -19,6 +18,7 @@ from siglip_port.cli.options import (
 )
 from siglip_port.cli.output import fail, print_json
 from siglip_port.cli.progress import status_line
+from siglip_port.extras import require
 
 if TYPE_CHECKING:
     from siglip_port.embed import Progress
@@ -114,7 +114,7 @@ def embed(
         "engine": engine,
         "address": address,
     }
-    extras.require("pyarrow", "embed")
+    require("pyarrow")
     check_device(device)
     from siglip_port.model import SigLipVisionModel
 
@@ -208,7 +208,7 @@ def search(
 
     Exit code 0: found. 1: there are no vectors, or the picture or the model cannot be read.
     """
-    extras.require("pyarrow", "embed")
+    require("pyarrow")
     from siglip_port.embed import EmbedError
     from siglip_port.embed.search import embed_query
     from siglip_port.embed.search import search as search_vectors

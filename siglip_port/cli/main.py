@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from siglip_port.cli import extras
+from siglip_port.extras import MissingExtraError, require
 
 
 def main() -> None:
@@ -18,9 +18,8 @@ def main() -> None:
 
         sys.exit(verify.main(arguments[1:]))
     try:
-        for package in ("typer", "rich"):
-            extras.require(package, "cli", subject="siglip-port")
-    except extras.MissingExtraError as error:
+        require("typer", "rich")
+    except MissingExtraError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     from siglip_port.cli.app import app

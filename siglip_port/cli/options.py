@@ -46,7 +46,7 @@ SourceArgument = Annotated[
 ModelOption = Annotated[str, typer.Option("--model", help="A Hub id, a folder, or a file.")]
 LayoutOption = Annotated[
     str | None,
-    typer.Option(help="Name of the layout, instead of recognising it.", callback=known_layout),
+    typer.Option(help="Name of the layout, instead of recognizing it.", callback=known_layout),
 ]
 PrefixOption = Annotated[
     str | None,

@@ -16,8 +16,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from siglip_port.atomic import write_text
-from siglip_port.cli import extras
 from siglip_port.cli.progress import track
+from siglip_port.extras import MissingExtraError, require
 from siglip_port.parity.siglip import verify_options
 from siglip_port.parity.siglip.verify_options import VerifyOptions
 
@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "siglip-port verify")
     except Exception as error:
         # Whatever it was, it is no verdict: it must not end in the exit status of one.
         kind = hint = ""
-        if not isinstance(error, (ValueError, OSError, RuntimeError)):
+        if not isinstance(error, (ValueError, OSError, RuntimeError, MissingExtraError)):
             kind = f"{type(error).__name__}: "
-        if isinstance(error, ImportError):
-            hint = "; run it with `uv run compare_origin.py`"
+            if isinstance(error, ImportError):
+                hint = "; run it with `uv run compare_origin.py`"
         print(f"could not compare: {kind}{error}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -71,7 +71,7 @@ def run(action: Action, options: VerifyOptions) -> int:
 
         print(recorded_census())
         return 0
-    extras.require("transformers", "parity")
+    require("transformers")
     if action == "compare":
         return compare(options, image, baseline)
     selftest = load_selftest()
@@ -219,7 +219,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     """Add what can be done instead of a comparison."""
     helps: dict[Action, str] = {
         "list-gates": "say what each gate means",
-        "selftest": "prove the gates: every mistake of the catalogue must be noticed",
+        "selftest": "prove the gates: every mistake of the catalog must be noticed",
         "calibrate": "measure on this device what the bounds on rounding rest on",
     }
     group = parser.add_argument_group("instead of a comparison").add_mutually_exclusive_group()

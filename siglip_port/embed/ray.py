@@ -17,6 +17,7 @@ from siglip_port.embed.batches import Batch, BatchResult, run_batch
 from siglip_port.embed.decode import decode_items
 from siglip_port.embed.encoder import BatchEncoder
 from siglip_port.embed.errors import EmbedError
+from siglip_port.extras import MissingExtraError, require
 from siglip_port.image_processing import ImageProcessor
 from siglip_port.optimize import EngineError
 
@@ -60,11 +61,10 @@ def run_on_ray(
     # environment of a copy of this folder. And a cluster that is begun here reports to nobody.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise EmbedError("--engine ray needs Ray: pip install 'siglip-port[ray]'") from error
+    require("ray")
+    import ray
+    import ray.data
+
     if not batches:
         return
     require_cluster(address)
@@ -200,7 +200,7 @@ def require_cluster(address: str | None) -> None:
 def failure_reason(error: BaseException) -> str:
     """Return the last line that says something: Ray's errors hold whole tracebacks."""
     cause = getattr(error, "cause", None)
-    if isinstance(cause, (EngineError, OSError)):
+    if isinstance(cause, (EngineError, MissingExtraError, OSError)):
         return str(cause)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -39,6 +39,7 @@ from siglip_port.embed.shards import (
     shard_files,
     write_shard,
 )
+from siglip_port.extras import require
 from siglip_port.image_processing import Backend
 from siglip_port.model import SigLipVisionModel
 from siglip_port.optimize import EngineError, optimize
@@ -152,6 +153,7 @@ def embed(
     Raises:
         ValueError: an argument is not supported.
         EmbedError: the folder holds rows of other settings, is in use, or cannot be written to.
+        siglip_port.extras.MissingExtraError: pyarrow is not installed.
     """
     options = EmbedOptions(
         dtype=dtype,
@@ -181,6 +183,7 @@ def embed_with_options(
     on_progress: Callable[[Progress], None],
 ) -> Progress:
     """Do what `embed` does."""
+    require("pyarrow")
     if not isinstance(model, SigLipVisionModel):
         raise ValueError(f"model must be a SigLipVisionModel, got a {type(model).__name__}")
     items = find_items(inputs)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from siglip_port.embed.errors import EmbedError
 from siglip_port.embed.shards import read_settings, read_vectors
+from siglip_port.extras import require
 from siglip_port.image_processing import ImageProcessor
 from siglip_port.model import SigLipVisionModel
 from siglip_port.optimize.cache import weights_hash
@@ -75,6 +76,7 @@ def search(
     Raises:
         EmbedError: the folder holds no vectors.
     """
+    require("pyarrow")
     shards = sorted(Path(folder).glob("part-*.parquet"))
     if not shards:
         raise EmbedError(f"{folder} holds no vectors; write them with `siglip-port embed`")

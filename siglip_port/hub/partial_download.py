@@ -61,7 +61,7 @@ class StoredTensor:
     def sort_key(self) -> tuple[int, str, int]:
         """The widest first, so that each begins at a multiple of its width; else as in the source.
 
-        So neighbours stay neighbours.
+        So neighbors stay neighbors.
         """
         return -DTYPES[self.stored.dtype].itemsize, self.filename, self.first
 
@@ -196,7 +196,7 @@ def tensor_header(tensors: Iterable[StoredTensor]) -> dict[str, object]:
 
 
 def plan_chunks(tensors: Iterable[StoredTensor], offset: int) -> Iterator[Chunk]:
-    """Join tensors that are neighbours in the source, then cut what is long.
+    """Join tensors that are neighbors in the source, then cut what is long.
 
     Args:
         tensors: in the order in which they are put.

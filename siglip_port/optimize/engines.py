@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_port import atomic
+from siglip_port.extras import require
 from siglip_port.optimize.comparison import noise_images
 from siglip_port.optimize.export import export_any_batch, write_onnx
 from siglip_port.optimize.onednn import fuse_gelu, prepack_linears, prepacking_problem
@@ -89,10 +90,8 @@ def use_onnxruntime(model: OptimizedModel, cache: Path) -> None:
     """Run the transformer in ONNX Runtime."""
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise EngineError("it is for float32 on CPUs")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EngineError("it is not installed: pip install 'siglip-port[onnx]'") from error
+    require("onnxruntime", "onnx", "onnxscript")
+    import onnxruntime
 
     def write(path: Path) -> None:
         with warnings.catch_warnings():
@@ -119,10 +118,8 @@ def use_openvino(model: OptimizedModel, cache: Path) -> None:
     precisions = {torch.float32: "f32", torch.bfloat16: "bf16"}
     if model.device.type != "cpu" or dtype not in precisions:
         raise EngineError("it is for float32 and bfloat16 on CPUs")
-    try:
-        import openvino
-    except ImportError as error:
-        raise EngineError("it is not installed: pip install 'siglip-port[openvino]'") from error
+    require("openvino")
+    import openvino
 
     def write(path: Path) -> None:
         transformer = copy.deepcopy(model.transformer).float()

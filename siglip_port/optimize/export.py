@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_port import atomic
+from siglip_port.extras import require
 from siglip_port.model import SigLipVisionModel
 from siglip_port.optimize.comparison import (
     TOLERANCES,
@@ -47,14 +48,14 @@ class ExportFormat:
         dtypes: that the model may have.
         write: writes a module to a path.
         load: loads what was written.
-        packages: that are needed, for messages.
+        packages: optional dependencies that it needs.
     """
 
     suffix: str
     dtypes: tuple[torch.dtype, ...]
     write: Callable[[ModelOutputs, Path], None]
     load: Callable[[Path], ExportedRun]
-    packages: str = ""
+    packages: tuple[str, ...] = ()
 
 
 def export_onnx(model: SigLipVisionModel, path: str | os.PathLike[str]) -> float:
@@ -92,6 +93,7 @@ def export_program(model: SigLipVisionModel, path: str | os.PathLike[str]) -> fl
 
     Raises:
         ExportError: as for `export_onnx`.
+        MissingExtraError: what writes it is not installed.
     """
     return export_model(model, path, PROGRAM)
 
@@ -112,6 +114,7 @@ def export_package(model: SigLipVisionModel, path: str | os.PathLike[str]) -> fl
 
     Raises:
         ExportError: as for `export_onnx`.
+        MissingExtraError: what writes it is not installed.
     """
     return export_model(model, path, PACKAGE)
 
@@ -126,7 +129,9 @@ def export_model(
 
     Raises:
         ExportError: as for `export_onnx`.
+        MissingExtraError: what writes it is not installed.
     """
+    require(*file_format.packages)
     validate_export(model, path, file_format)
     path = Path(path).absolute()
     outputs = ModelOutputs(inference_copy(model, None)).eval()
@@ -143,10 +148,6 @@ def export_model(
                     f"{difference:.1e}, bound {bound:.0e}"
                 )
             atomic.commit_files([file], path.parent)
-    except ImportError as error:
-        raise ExportError(
-            f"{path.name} is not written: it needs {file_format.packages}: {error}"
-        ) from error
     except ExportError:
         raise
     except Exception as error:  # of many kinds: exporters raise whatever they like
@@ -296,7 +297,7 @@ ONNX = ExportFormat(
     (torch.float32,),
     write_onnx_outputs,
     load_onnx,
-    packages="onnx, onnxscript and onnxruntime",
+    packages=("onnx", "onnxscript", "onnxruntime"),
 )
 PROGRAM = ExportFormat(".pt2", FLOAT_DTYPES, write_program, load_program)
 PACKAGE = ExportFormat(".pt2", FLOAT_DTYPES, write_package, load_package)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from siglip_port.extras import MissingExtraError
 from siglip_port.model import SigLipVisionModel
 from siglip_port.optimize.cache import (
     load_choice,
@@ -103,7 +104,7 @@ def optimize(
     if choice is not None and choice.engine in ENGINES:
         try:
             ENGINES[choice.engine](copy, folder)
-        except EngineError:  # it could be used before: measure again
+        except (EngineError, MissingExtraError):  # it could be used before: measure again
             copy = inference_copy(copy, None)
         else:
             copy.choice = choice
@@ -131,6 +132,7 @@ def with_engine(
     Raises:
         ValueError: as for `optimize`.
         EngineError: the engine cannot be used here.
+        MissingExtraError: what it needs is not installed.
     """
     validate_arguments(model, dtype, [engine], 1, cache_dir)
     copy = inference_copy(model, parameter_dtype(dtype))
@@ -235,7 +237,7 @@ def build_candidates(
         try:
             ENGINES[name](candidate, cache)
             difference = relative_difference(ModelOutputs(candidate)(images), expected)
-        except (EngineError, OSError, RuntimeError) as error:
+        except (EngineError, MissingExtraError, OSError, RuntimeError) as error:
             candidates.left_out[name] = last_line(error)
             continue
         if not difference <= tolerance:

@@ -35,7 +35,7 @@ def compare(
 ) -> Comparison:
     """Compare two implementations of any model, gate by gate (see `siglip_port.parity.gates`).
 
-    Both are given back as they were. Fill the reference with `randomise` first and copy its weights
+    Both are given back as they were. Fill the reference with `randomize` first and copy its weights
     to the port: a fresh initialization hides bugs.
 
     Args:

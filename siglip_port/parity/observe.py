@@ -121,7 +121,7 @@ def check_is_truth(exact: Recording) -> None:
         if not tensor.any():
             raise ValueError(
                 f"the reference gives nothing but zeros ({name}): two dead models would agree; "
-                "give it weights that matter, with `siglip_port.parity.randomise` for example"
+                "give it weights that matter, with `siglip_port.parity.randomize` for example"
             )
 
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 MAX_FINDINGS_SHOWN = 10
 
-# Whose address is best: semantics names a step, weights a tensor, the others a symptom.
+# Whose address is best: numerics names a step, weights a tensor, the others a symptom.
 BEST_ADDRESS = (
-    "semantics",
+    "numerics",
     "weights",
     "rounding",
     "interface",
     "pixels",
     "config",
     "environment",
-    "liveness",
+    "sensitivity",
 )
 
 
@@ -75,7 +75,7 @@ class Finding:
         reference: the module, tensor or output, in the reference's names; empty where there is
             none.
         port: the same in the port's names.
-        error: its relative error there; for semantics, given right inputs.
+        error: its relative error there; for numerics, given right inputs.
         hint: what the error looks like; empty where it looks like nothing known.
     """
 

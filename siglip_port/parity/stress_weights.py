@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def randomise(module: nn.Module, seed: int = 1234) -> None:
+def randomize(module: nn.Module, seed: int = 1234) -> None:
     """Fill all parameters of a module, so that nothing is zero, nothing is one, and all matters.
 
     Linear weights N(0, 1 / fan_in); biases 0.3 N; LayerNorm gains exp(0.5 N), a tenth of them

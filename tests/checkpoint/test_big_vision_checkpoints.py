@@ -12,7 +12,7 @@ import torch
 
 from siglip_port import CheckpointError, SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import ODD, pixels
 from tests.helpers.flax import flax, save_arrays, write_npz
 from tests.helpers.other_libraries import timm_tower
@@ -29,7 +29,7 @@ def test_big_vision(root: str, scanned: bool, naflex: bool, dtype: str, tmp_path
         ODD, naflex=naflex, image_size=42
     )  # what shapes tell: six patches of seven pixels
     original = SigLipVisionModel(config)
-    randomise(original)
+    randomize(original)
     original = original.to(getattr(torch, dtype)).float()
     path = tmp_path / "tower.npz"
     write_npz(path, flax(config, original.state_dict(), scanned=scanned), root, dtype)
@@ -52,7 +52,7 @@ def test_big_vision(root: str, scanned: bool, naflex: bool, dtype: str, tmp_path
 def test_timm_reads_big_vision(tmp_path: Path) -> None:
     """An independent witness: timm's own reader of `.npz` files."""
     original = SigLipVisionModel(replace(ODD, image_size=42))
-    randomise(original)
+    randomize(original)
     write_npz(
         tmp_path / "tower.npz",
         flax(original.config, original.state_dict(), scanned=False),
@@ -71,7 +71,7 @@ def test_paligemma(tmp_path: Path) -> None:
     """No pooling head, and the projector under the tower's own prefix."""
     config = replace(ODD, pooling_head=False, image_size=42)
     original = SigLipVisionModel(config)
-    randomise(original)
+    randomize(original)
     arrays = flax(config, original.state_dict(), scanned=True)
     arrays |= {"head/kernel": np.ones((72, 16)), "head/bias": np.ones(16)}
     stored = {f"params/img/{name}": array.astype(np.float32) for name, array in arrays.items()}

@@ -20,7 +20,7 @@ from siglip_port.checkpoint.layouts import (
     LAYOUTS,
 )
 from siglip_port.parity.siglip.reference import hf_config
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import ODD, config_for
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
@@ -67,7 +67,7 @@ def test_mappings_unique(layout: Layout, num_blocks: int, prefix: str) -> None:
 def test_round_trip(layout: Layout) -> None:
     config = config_for(layout)
     model = Port(config)
-    randomise(model)
+    randomize(model)
     port = model.state_dict()
     rules = layout.rules(config.pooling_head)
     stored = layout.to_stored(

@@ -25,7 +25,7 @@ from siglip_port.checkpoint import layouts
 from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.checkpoint.source import WEIGHTS
 from siglip_port.parity.siglip import reference as references
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import (
     ODD,
     SHALLOW,
@@ -399,7 +399,7 @@ def test_round_trip_of_layouts(layout: Layout, tmp_path: Path) -> None:
     """
     config = replace(ODD, pooling_head=bool(layout.head), naflex=layout.naflex, image_size=42)
     original = SigLipVisionModel(config)
-    randomise(original)
+    randomize(original)
     rules = layout.rules(config.pooling_head)
     sep = "/" if "big_vision" in layout.name else "."
     stored = layout.to_stored(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from siglip_port import CheckpointError, SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import EXACT, ODD, TANH, edit_tensors, pixels
 from tests.helpers.other_libraries import assert_same_outputs, timm_outputs, timm_tower
 
@@ -115,7 +115,7 @@ def test_timm_naflex(tmp_path: Path) -> None:
         pos_embed_grid_size=(6, 6),
         num_classes=0,
     )
-    randomise(tower)
+    randomize(tower)
     timm.models.save_for_hf(tower, str(tmp_path), safe_serialization=True)
     model = assert_same_outputs(tmp_path, tower, timm_outputs(tower))
     assert model.config.naflex

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import ODD, edit_config, pixels
 from tests.helpers.other_libraries import assert_same_outputs, write_hf_encoder
 from tests.helpers.vision_language_models import build, small_vision
@@ -40,7 +40,7 @@ FAMILIES = [
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_saved_by_transformers(kind: str, tmp_path: Path) -> None:
     whole, tower_of = build(kind)
-    randomise(whole)
+    randomize(whole)
     whole.save_pretrained(tmp_path)
     tower = tower_of(whole)
 
@@ -74,7 +74,7 @@ def test_phi_4(tmp_path: Path) -> None:
     phi4 = transformers.models.phi4_multimodal
     config = phi4.configuration_phi4_multimodal.Phi4MultimodalVisionConfig(**vision)
     tower = phi4.modeling_phi4_multimodal.Phi4MultimodalVisionModel(config)
-    randomise(tower)
+    randomize(tower)
     for layer in tower.encoder.layers:
         # transformers 5.23 says True, and its sdpa then hides later patches wherever none is
         # padding; eager does not.
@@ -134,7 +134,7 @@ def test_features_for_language_model(kind: str, tmp_path: Path) -> None:
     What enters the projector, caught in the model's own vision path.
     """
     whole, _ = build(kind)
-    randomise(whole)
+    randomize(whole)
     whole = whole.double().eval()
     whole.save_pretrained(tmp_path)
     port = load(tmp_path)

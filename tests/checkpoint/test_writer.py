@@ -23,7 +23,7 @@ from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel, 
 from siglip_port.checkpoint.extract import extract_model
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.siglip.reference import hf_config
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import (
     ODD,
     SHALLOW,
@@ -44,7 +44,7 @@ load = SigLipVisionModel.from_hf
 @torch.no_grad()
 def test_save_and_load(tmp_path: Path, config: SigLipVisionConfig, dtype: torch.dtype) -> None:
     model = SigLipVisionModel(config).to(dtype).eval()
-    randomise(model)
+    randomize(model)
     model.save_hf(tmp_path / "new" / "folder")
     back = load(tmp_path / "new" / "folder")
     assert back.config == config
@@ -115,9 +115,9 @@ def test_changed_modules(tmp_path: Path) -> None:
 
 
 def test_unsavable_tensors(tmp_path: Path) -> None:
-    resized, meta, quantised = (SigLipVisionModel(SMALL) for _ in range(3))
+    resized, meta, quantized = (SigLipVisionModel(SMALL) for _ in range(3))
     resized.transformer.embeddings.position_embedding = torch.nn.Embedding(9, 24)
-    quantised.transformer.post_layernorm.to(torch.float8_e4m3fn)
+    quantized.transformer.post_layernorm.to(torch.float8_e4m3fn)
     meta.to("meta")
     for model, message in [
         (
@@ -127,7 +127,7 @@ def test_unsavable_tensors(tmp_path: Path) -> None:
         ),
         (meta, r"a dtype or device that cannot be saved \(68\):"),
         (
-            quantised,
+            quantized,
             r"a dtype or device that cannot be saved \(2\):\n    transformer.post_layernorm.bias",
         ),
     ]:
@@ -152,7 +152,7 @@ def test_file_mode(tmp_path: Path) -> None:
 def test_transformers_loads_saved_model(naflex: bool, head: bool, tmp_path: Path) -> None:
     config = replace(SHALLOW, naflex=naflex, pooling_head=head, image_size=42)
     port = SigLipVisionModel(config).double().eval()
-    randomise(port)
+    randomize(port)
     port.save_hf(tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["config.json", "model.safetensors", "preprocessor_config.json"]
@@ -179,7 +179,7 @@ def test_transformers_loads_saved_model(naflex: bool, head: bool, tmp_path: Path
 @torch.no_grad()
 def test_timm_loads_saved_model(act: str, tmp_path: Path) -> None:
     port = SigLipVisionModel(replace(SHALLOW, hidden_act=act, image_size=46)).eval()
-    randomise(port)
+    randomize(port)
     port.save_timm(tmp_path)
     tower: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
     x = pixels(port.config).float()

@@ -15,7 +15,7 @@ import transformers
 from siglip_port import SigLipVisionModel
 from siglip_port.checkpoint import extract as extraction
 from siglip_port.parity.metrics import relative_error
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import (
     ODD,
     SMALL,
@@ -86,7 +86,7 @@ def test_extract_layouts(kind: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     original = SigLipVisionModel(replace(ODD, naflex=kind == "naflex"))
-    randomise(original)
+    randomize(original)
     if kind == "timm-gap":
         timm.models.save_for_hf(
             timm_tower("vit_base_patch16_siglip_gap_224"), str(source), safe_serialization=True

@@ -15,7 +15,7 @@ import pytest
 import siglip_port
 from siglip_port.checkpoint.extract import Format
 from siglip_port.checkpoint.registry import PUBLISHED
-from siglip_port.cli import checkpoints, extras, main
+from siglip_port.cli import checkpoints, main
 from siglip_port.cli.options import DEFAULT_MODEL
 from siglip_port.parity.siglip.verify_options import DEFAULT_CHECKPOINT
 from tests.helpers.commands import run
@@ -61,7 +61,7 @@ def test_version() -> None:
 def test_help_lists_all_commands() -> None:
     listed = re.findall(r"^  (\w+)  +[A-Z]", run("--help").stdout, re.MULTILINE)
     assert listed == [
-        "inspect", "extract", "export", "embed", "search", "figures", "list", "verify",
+        "inspect", "extract", "export", "embed", "search", "plot", "list", "verify",
     ]  # fmt: skip
 
 
@@ -69,6 +69,7 @@ def test_without_the_extra() -> None:
     """`verify` works, and the rest says what is missing."""
     code = """
 import sys
+import tomllib
 sys.modules["typer"] = sys.modules["rich"] = None
 from siglip_port.cli.main import main
 for arguments in (["verify", "--list-gates"], ["list"]):
@@ -81,10 +82,7 @@ for arguments in (["verify", "--list-gates"], ["list"]):
     result = execute(sys.executable, "-c", code)
     assert result.stdout.startswith("pixels: ")
     assert result.stdout.endswith("\nexit code 0\nexit code 2\n")
-    assert (
-        result.stderr
-        == "siglip-port needs typer, which is not installed: install siglip-port[cli]\n"
-    )
+    assert result.stderr == "typer is not installed; run: pip install 'siglip-port[cli]'\n"
 
 
 @pytest.mark.parametrize(
@@ -92,15 +90,15 @@ for arguments in (["verify", "--list-gates"], ["list"]):
     [
         (
             ["embed", "a", "-o", "b"],
-            "this needs pyarrow, which is not installed: install siglip-port[embed]",
+            "pyarrow is not installed; run: pip install 'siglip-port[embed]'",
         ),
         (
             ["search", "a", "b"],
-            "this needs pyarrow, which is not installed: install siglip-port[embed]",
+            "pyarrow is not installed; run: pip install 'siglip-port[embed]'",
         ),
         (
-            ["figures", "a", "-o", "b"],
-            "this needs matplotlib, which is not installed: install siglip-port[figures]",
+            ["plot", "a", "-o", "b"],
+            "matplotlib is not installed; run: pip install 'siglip-port[plot]'",
         ),
     ],
 )
@@ -111,24 +109,6 @@ def test_missing_extra(
         monkeypatch.setitem(sys.modules, package, None)
     result = run(*arguments, code=2)
     assert (result.stdout, result.stderr) == ("", f"{sentence}\n")
-
-
-def test_every_extra_is_in_pyproject() -> None:
-    """With the package that it is there for."""
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    known = pyproject["project"]["optional-dependencies"]
-    source = "".join(path.read_text() for path in (PACKAGE / "cli").glob("*.py"))
-    pairs = re.findall(r"""require\("(\w+)", "(\w+)"\)""", source)
-    assert {extra for _, extra in pairs} == {"embed", "figures", "parity"}
-    for package, extra in pairs:
-        assert any(requirement.startswith(package) for requirement in known[extra])
-    assert known["parity"] == pyproject["dependency-groups"]["reference"]
-
-
-def test_require() -> None:
-    extras.require("torch", "nothing")
-    with pytest.raises(extras.MissingExtraError, match=r"^the command needs abacus, which is not"):
-        extras.require("abacus", "counting", subject="the command")
 
 
 def test_verify_is_a_command(

@@ -47,7 +47,7 @@ KNOWN_LINES = [
     "cosine_similarity after pooling.mean(): ",
     "cosine_similarity after pooling.min(): ",
 ]
-GATES = ["pixels", "environment", "config", "weights", "liveness", "semantics", "interface"]
+GATES = ["pixels", "environment", "config", "weights", "sensitivity", "numerics", "interface"]
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +223,7 @@ def test_script_exit_codes(
     monkeypatch.setitem(port.ACTIVATIONS, "gelu_pytorch_tanh", F.gelu)
     assert run_script("--checkpoint", folder, "--json", tmp_path / "out.json") == 1
     assert re.match(
-        r"DIFFERENT \(checkpoint weights\): semantics: encoder\.layers\.0\.mlp\.fc2:input \(port: "
+        r"DIFFERENT \(checkpoint weights\): numerics: encoder\.layers\.0\.mlp\.fc2:input \(port: "
         r".*\): differs in float64, bound 1e-10, relative error .*; looks like: exact \(erf\) "
         r"GELU; and \d+ more findings",
         capsys.readouterr().out.splitlines()[-1],
@@ -486,7 +486,7 @@ def test_wrong_weights(
     out = capsys.readouterr().out
     assert "weights: encoder.layers.1.self_attn.k_proj.bias: 24 of 24 elements differ" in out
     assert out.splitlines()[-1].startswith(
-        "DIFFERENT (checkpoint weights): semantics: encoder.layers.1.self_attn.k_proj (port: "
+        "DIFFERENT (checkpoint weights): numerics: encoder.layers.1.self_attn.k_proj (port: "
     )
 
 
@@ -540,7 +540,7 @@ def test_port_not_finite(
     assert call("--checkpoint", checkpoint(), "--json", tmp_path / "link.json") == 1
     verdict = capsys.readouterr().out.splitlines()[-1]
     assert verdict.startswith(
-        "DIFFERENT (checkpoint weights): semantics: encoder.layers.0.mlp.fc2:input "
+        "DIFFERENT (checkpoint weights): numerics: encoder.layers.0.mlp.fc2:input "
     )
     assert "not finite" in verdict
     assert (tmp_path / "link.json").is_symlink()
@@ -674,7 +674,7 @@ def test_list_gates(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert all(f"\n{gate}: " in f"\n{out}" for gate in [*GATES, "rounding"])
     assert re.search(
-        r"semantics: .*\n  bound: .*1e-10.*\n  notices \d+ of \d+ mistakes, alone: \w+", out
+        r"numerics: .*\n  bound: .*1e-10.*\n  notices \d+ of \d+ mistakes, alone: \w+", out
     )
 
 
@@ -708,7 +708,7 @@ def test_engine_gates(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     ]
     assert all(gate.passed and gate.checked == 2 for gate in gates)
     notes = capsys.readouterr().err
-    assert "openvino is not judged on the odd tower: it is not installed" in notes
+    assert "openvino is not judged on the odd tower: openvino is not installed" in notes
     assert "compiled is not judged on the odd tower: it is for GPUs" in notes
 
 
@@ -722,8 +722,8 @@ def test_without_transformers(
     for arguments in (["--checkpoint", checkpoint()], ["--selftest"]):
         assert call(*arguments) == 2
         assert capsys.readouterr().err == (
-            "could not compare: this needs transformers, which is not installed: install "
-            "siglip-port[parity]\n"
+            "could not compare: transformers is not installed; run: pip install "
+            "'siglip-port[parity]'\n"
         )
     assert call("--list-gates") == 0
 

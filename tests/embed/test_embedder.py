@@ -166,7 +166,7 @@ def test_nan_vector_is_an_error(embedder: Embedder) -> None:
         ({"form": None}, "form must be one of eager, packed"),
         ({"output": "all"}, "output must be pooled or tokens"),
         ({"store": "int8"}, "store float32 or float16, got 'pooled' and 'int8'"),
-        ({"output": "tokens", "normalize": True}, "not normalised"),
+        ({"output": "tokens", "normalize": True}, "not normalized"),
         ({"backend": "cv2"}, "backend must be"),
     ],
 )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import pickle
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from siglip_port.embed.batches import Batch
 from siglip_port.embed.inputs import find_items
 from siglip_port.embed.ray import DecodeStage, ModelStage, model_count, run_on_ray
 from siglip_port.embed.run import run_local
+from siglip_port.extras import MissingExtraError
 from tests.helpers.embedding import broken_images, image_paths, row_texts
 
 OPTIONS: dict[str, Any] = {
@@ -71,16 +70,9 @@ def test_cluster_too_small(tower: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_ray_missing(photos: Path, tower: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real_import = builtins.__import__
-
-    def import_all_but_ray(name: str, *arguments: Any) -> ModuleType:  # noqa: ANN401
-        if name.partition(".")[0] == "ray":
-            raise ImportError(name)
-        return real_import(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", import_all_but_ray)
+    monkeypatch.setitem(sys.modules, "ray", None)
     batch = Batch(0, 0, tuple(find_items([photos])[:2]))
-    with pytest.raises(EmbedError, match=r"needs Ray: pip install 'siglip-port\[ray\]'"):
+    with pytest.raises(MissingExtraError, match=r"run: pip install 'siglip-port\[ray\]'"):
         next(run_on_ray(Embedder(tower), [batch]))
 
 

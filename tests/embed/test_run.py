@@ -19,6 +19,7 @@ from pyarrow import parquet
 from siglip_port import OptimizedModel, SigLipVisionModel, atomic, optimize
 from siglip_port.checkpoint import default_preprocessor_config
 from siglip_port.embed import EmbedError, Progress, embed
+from siglip_port.extras import MissingExtraError
 from siglip_port.image_processing import ImageProcessor
 from tests.helpers.checkpoints import SMALL
 from tests.helpers.embedding import (
@@ -307,7 +308,7 @@ def test_full_disk(
         ({"threads": 0}, "threads must be a whole number from 1 on, got 0"),
         ({"shard_size": True}, "shard_size must be"),
         ({"output": "both"}, "output must be pooled or tokens"),
-        ({"output": "tokens", "normalize": True}, "are not normalised"),
+        ({"output": "tokens", "normalize": True}, "are not normalized"),
         ({"form": "fast"}, "form must be one of eager, packed,"),
         ({"address": "auto"}, "an address is that of a Ray cluster"),
         ({"engine": "spark"}, "engine local or ray, got 'parquet' and 'spark'"),
@@ -334,7 +335,7 @@ def test_model_without_vectors(photos: Path, tmp_path: Path) -> None:
 def test_torchvision_missing(
     photos: Path, model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
-    with pytest.raises(ValueError, match="needs torchvision"):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(MissingExtraError, match="torchvision is not installed"):
         embed([photos], tmp_path / "out", model, **OPTIONS, backend="torchvision")
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from torch import Tensor
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.checkpoint.source import CONFIG, INDEX, WEIGHTS
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 
 # Widths, heads and sizes that no mistake survives by luck: head_dim differs from the number of
 # heads, 1/sqrt(head_dim) is inexact, the image is no multiple of the patch, and 11 blocks sort
@@ -61,7 +61,7 @@ def random_model(
 ) -> SigLipVisionModel:
     """Return a model with random weights, none of which is zero or one, in `eval()` mode."""
     model = SigLipVisionModel(config).to(dtype).eval()
-    randomise(model)
+    randomize(model)
     return model
 
 

@@ -33,7 +33,7 @@ import torch
 
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint import extract_model
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 
 # As timm's vit_base_patch16_siglip_224 in what shapes do not show; the other differs in nothing
 # else.
@@ -75,7 +75,7 @@ class Outcome(NamedTuple):
 def random_model(config: SigLipVisionConfig, seed: int) -> SigLipVisionModel:
     """Return a model whose every parameter is random."""
     model = SigLipVisionModel(config).eval()
-    randomise(model, seed=seed)
+    randomize(model, seed=seed)
     return model
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
-from siglip_port.parity import randomise
+from siglip_port.parity import randomize
 from tests.helpers.checkpoints import SMALL
 
 
 def random_model(config: SigLipVisionConfig = SMALL, seed: int = 0) -> SigLipVisionModel:
     """A model on which nothing is zero and nothing is one, the same for the same seed."""
     model = SigLipVisionModel(config).eval()
-    randomise(model, seed=seed)
+    randomize(model, seed=seed)
     return model
 
 

@@ -15,7 +15,7 @@ from transformers import SiglipConfig, SiglipForImageClassification, SiglipModel
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.siglip import reference as references
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import ODD, SMALL, pixels
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -33,7 +33,7 @@ def timm_tower(name: str, **sizes: object) -> Any:  # noqa: ANN401 (timm's model
         **sizes,
     }
     model: nn.Module = timm.create_model(name, num_classes=0, **arguments)
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -79,5 +79,5 @@ def write_two_towers(folder: Path, kind: type[SiglipModel | SiglipForImageClassi
     )
     config = SiglipConfig(text_config=text, vision_config=references.hf_config(SMALL))
     model = kind(config)
-    randomise(model)
+    randomize(model)
     model.save_pretrained(folder)

@@ -13,7 +13,7 @@ import torch
 from open_clip.push_to_hf_hub import save_for_hf
 from safetensors.torch import save_file
 
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
         model = open_clip.model.CustomTextCLIP(
             **{k: v for k, v in config.items() if k != "custom_text"}
         ).eval()
-        randomise(model)
+        randomize(model)
         open_clip.model.set_model_preprocess_cfg(
             model,
             {

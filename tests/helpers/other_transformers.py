@@ -22,7 +22,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 
 # 12 blocks, so that their order as numbers and as text differs; a picture that is no multiple of
 # the patch; odd heads.
@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
     if hasattr(transformers, "LlavaOnevisionForConditionalGeneration"):
         models |= vision_language_models()
     for seed, (name, model) in enumerate(models.items()):
-        randomise(model.eval(), seed)
+        randomize(model.eval(), seed)
         model.save_pretrained(folder / name)
         write_expected(folder / name, tower_of(model), seed)
     for name, kind in (("ours", "SiglipVisionModel"), ("ours-naflex", "Siglip2VisionModel")):

@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from tests.helpers.hub_server import SLOW_CHUNK, Fault, Hub, Repository
 
 NAME = "google/a"
-CONTENT = bytes(range(250)) * 400  # no two neighbours are equal
+CONTENT = bytes(range(250)) * 400  # no two neighbors are equal
 WEIGHTS = "model.safetensors"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 

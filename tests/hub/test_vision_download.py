@@ -15,7 +15,7 @@ from siglip_port.checkpoint.inspect import inspect_checkpoint
 from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.checkpoint.layouts import LAYOUTS
 from siglip_port.hub import HubOptions, chunked_download, find_source
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import ODD, SMALL, edit_tensors, shard
 from tests.helpers.hub_answers import Kind
 from tests.helpers.hub_cache import (
@@ -78,7 +78,7 @@ def test_every_layout(
     monkeypatch.setattr(chunked_download, "CHUNK_BYTES", 1 << 19)
     config = replace(ODD, pooling_head=bool(layout.head), naflex=layout.naflex, image_size=42)
     original = SigLipVisionModel(config)
-    randomise(original)
+    randomize(original)
     separator = "/" if "big_vision" in layout.name else "."
     stored = layout.to_stored(
         original.state_dict(),

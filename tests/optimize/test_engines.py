@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from siglip_port import EncoderBlock, SigLipVisionConfig, SigLipVisionModel, optimize, pack
+from siglip_port.extras import MissingExtraError
 from siglip_port.optimize import ENGINES, EngineError, OptimizedModel, with_engine
 from siglip_port.optimize.cache import model_fingerprint
 from siglip_port.optimize.comparison import TOLERANCES, relative_difference
@@ -170,7 +171,7 @@ def test_prepacked_linears_follow_their_weights(model: SigLipVisionModel) -> Non
 
 def test_harness_passes_prepacked_model(engine_cache: Path) -> None:
     """At every step inside: prepacked Linears stand where Linears stood. A broken one fails."""
-    gates = ("environment", "config", "weights", "liveness", "semantics", "interface", "rounding")
+    gates = ("environment", "config", "weights", "sensitivity", "numerics", "interface", "rounding")
     with cases.random_case(cases.ODD, "L7", gates=gates) as case:
         port = with_engine(SigLipVisionModel.from_hf(case.source), "packed", cache_dir=engine_cache)
         assert [str(gate) for gate in case.check(port) if not gate.passed] == []
@@ -180,7 +181,7 @@ def test_harness_passes_prepacked_model(engine_cache: Path) -> None:
         block.mlp.fc2.activation = "gelu"
         block.mlp.fc2.algorithm = "tanh"
         failed = {gate.name for gate in case.check(port) if not gate.passed}
-        assert failed >= {"semantics", "rounding float32"}
+        assert failed >= {"numerics", "rounding float32"}
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -311,6 +312,6 @@ def test_extra_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, engine, None)
-    message = rf"it is not installed: pip install 'siglip-port\[{extra}\]'"
-    with pytest.raises(EngineError, match=message):
+    message = rf"{engine} is not installed; run: pip install 'siglip-port\[{extra}\]'"
+    with pytest.raises(MissingExtraError, match=message):
         with_engine(model, engine, cache_dir=tmp_path)

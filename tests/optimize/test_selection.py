@@ -101,8 +101,14 @@ def test_unusable_engines_are_left_out(
     assert fast.choice.engine == "eager"
     left_out = fast.choice.left_out
     assert left_out["compiled"].startswith("it is for GPUs")
-    assert left_out["openvino"] == "it is not installed: pip install 'siglip-port[openvino]'"
-    assert left_out["onnxruntime"] == "it is not installed: pip install 'siglip-port[onnx]'"
+    assert (
+        left_out["openvino"]
+        == "openvino is not installed; run: pip install 'siglip-port[openvino]'"
+    )
+    assert (
+        left_out["onnxruntime"]
+        == "onnxruntime is not installed; run: pip install 'siglip-port[onnx]'"
+    )
     assert left_out["packed"].endswith(", bound 2e-05")
     assert left_out["packed-gelu"].startswith("its results differ from the tower's own by inf")
     assert "compiled is left out:" in str(fast.choice)

@@ -73,7 +73,7 @@ def check_no_false_alarm(folder: Path, seed: int, dtype: torch.dtype, threads: i
     torch.set_num_threads(threads)
     comparison = Pair(folder, dtype).compare(pixels(ODD, seed=seed))
     assert comparison.equal, comparison
-    names = ["environment", "weights", "liveness", "semantics"]
+    names = ["environment", "weights", "sensitivity", "numerics"]
     if dtype != torch.float64:
         names.append(f"rounding {str(dtype)[6:]}")
     assert [gate.name for gate in comparison.sections[0].gates] == names
@@ -130,12 +130,12 @@ def test_difference_has_an_address_a_size_and_a_hint(pair: Pair) -> None:
     comparison = pair.compare()
     assert not comparison.equal
     assert re.match(
-        r"DIFFERENT \(weights as given\): semantics: encoder\.layers\.5\.layer_norm2 \(port: "
+        r"DIFFERENT \(weights as given\): numerics: encoder\.layers\.5\.layer_norm2 \(port: "
         r"transformer\.encoder\.encoder_blocks\.5\.layer_norm2\): differs in float64, bound 1e-10, "
         r"relative error [\d.]+e-0[678]; looks like: eps 3.7e-06 instead of 1e-06",
         comparison.verdict,
     )
-    assert places(comparison, "semantics") == ["encoder.layers.5.layer_norm2"]
+    assert places(comparison, "numerics") == ["encoder.layers.5.layer_norm2"]
 
 
 def places(comparison: Comparison, gate_name: str) -> list[str]:
@@ -170,7 +170,7 @@ def test_two_faults_have_two_addresses(pair: Pair) -> None:
     with torch.no_grad():
         pair.block(2).self_attn.out_proj.bias.zero_()
         pair.block(9).mlp.fc1.bias.zero_()
-    assert places(pair.compare(), "semantics") == [
+    assert places(pair.compare(), "numerics") == [
         "encoder.layers.2.self_attn.out_proj",
         "encoder.layers.9.mlp.fc1",
     ]
@@ -227,7 +227,9 @@ def test_two_models_with_the_same_output_for_everything_are_not_equal(pair: Pair
     with torch.no_grad():
         for side in (pair.reference, pair.port.transformer):
             side.get_parameter("embeddings.patch_embedding.weight").zero_()
-    message = "liveness: tokens: it is the same for every input, so that agreement proves nothing"
+    message = (
+        "sensitivity: tokens: it is the same for every input, so that agreement proves nothing"
+    )
     assert message in str(pair.compare())
 
 

@@ -60,35 +60,35 @@ def test_comparison_of_nothing_is_not_equal() -> None:
 
 
 def test_gate_that_checked_nothing_is_not_passed() -> None:
-    comparison = compared(GateResult("semantics", 0, ""))
+    comparison = compared(GateResult("numerics", 0, ""))
     assert not comparison.equal
     assert comparison.verdict == (
-        "DIFFERENT (weights as given): semantics: gate semantics checked nothing"
+        "DIFFERENT (weights as given): numerics: gate numerics checked nothing"
     )
 
 
 def test_verdict_has_the_best_address() -> None:
     comparison = compared(
-        GateResult("liveness", 1, "", (Finding("dead"),)),
-        GateResult("semantics", 1, "", (Finding("differs", "a"),)),
+        GateResult("sensitivity", 1, "", (Finding("dead"),)),
+        GateResult("numerics", 1, "", (Finding("differs", "a"),)),
         GateResult("rounding float32", 1, "", (Finding("coarse"),)),
     )
     assert comparison.verdict == (
-        "DIFFERENT (weights as given): semantics: a: differs; and 2 more findings"
+        "DIFFERENT (weights as given): numerics: a: differs; and 2 more findings"
     )
     assert str(comparison).splitlines()[:-1] == [
-        "  semantics: a: differs",
+        "  numerics: a: differs",
         "  rounding float32: coarse",
-        "  liveness: dead",
+        "  sensitivity: dead",
     ]
 
 
 def test_verdict_of_equality_counts() -> None:
     comparison = compared(
-        GateResult("weights", 3, ""), GateResult("semantics", 7, "", unseen=("x", "y"))
+        GateResult("weights", 3, ""), GateResult("numerics", 7, "", unseen=("x", "y"))
     )
     assert comparison.verdict == (
-        "EQUAL (weights as given): passed weights (3), semantics (7); computed without the module "
+        "EQUAL (weights as given): passed weights (3), numerics (7); computed without the module "
         "tapped there, so seen only by what follows: x, y"
     )
 

@@ -4,13 +4,13 @@ import torch
 from torch import nn
 
 from siglip_port import SigLipVisionModel
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import ODD
 
 
 def test_nothing_is_zero_and_nothing_is_one() -> None:
     model = SigLipVisionModel(ODD)
-    randomise(model)
+    randomize(model)
     for name, parameter in model.named_parameters():
         assert not ((parameter == 0) | (parameter == 1)).any(), name
         assert parameter.std() > 0.02, name
@@ -24,7 +24,7 @@ def test_distributions() -> None:
     attention = nn.MultiheadAttention(64, 4)
     table = nn.Embedding(64, 64)
     for module in (linear, norm, conv, attention, table):
-        randomise(module)
+        randomize(module)
     for tensor, spread in [
         (linear.weight, 400**-0.5),
         (linear.bias, 0.3),
@@ -47,7 +47,7 @@ def test_seed_decides_and_the_global_generator_does_not() -> None:
     models = [SigLipVisionModel(ODD) for _ in range(3)]
     random_state = torch.get_rng_state()
     for model, seed in zip(models, (7, 7, 8), strict=True):
-        randomise(model, seed)
+        randomize(model, seed)
     assert torch.equal(torch.get_rng_state(), random_state)
     first, second, third = (nn.utils.parameters_to_vector(model.parameters()) for model in models)
     assert torch.equal(first, second)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from siglip_port.parity import randomise
+from siglip_port.parity import randomize
 
 
 class ToyEncoder(nn.Module):
@@ -18,7 +18,7 @@ class ToyEncoder(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 2, stride=2)
         self.norm = nn.LayerNorm(8)
-        randomise(self)
+        randomize(self)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:

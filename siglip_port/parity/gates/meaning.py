@@ -50,7 +50,7 @@ MEANING = {
         text="every tensor of the one is a tensor of the other, none shares memory",
         bound="equality of every bit",
     ),
-    "liveness": Meaning(
+    "sensitivity": Meaning(
         question="Does every picture, patch and parameter matter, and do pictures not mix?",
         text=(
             "every picture, every pixel that counts and every parameter moves an output; two runs "
@@ -59,7 +59,7 @@ MEANING = {
         ),
         bound="equality; batches in float64: 1e-10",
     ),
-    "semantics": Meaning(
+    "numerics": Meaning(
         question=(
             "In float64, where rounding is next to nothing: do both compute the same at every tap?"
         ),

@@ -1,4 +1,4 @@
-"""The gate `semantics`: in float64, where rounding is next to nothing, both compute the same.
+"""The gate `numerics`: in float64, where rounding is next to nothing, both compute the same.
 
 At every tap, free-running and given right inputs (teacher-forced). Free-running, what goes wrong
 early is carried on; given right inputs, only a step that is itself wrong shows an error.
@@ -81,7 +81,7 @@ def check_numerics(
     measurements = [*measure(runs, "free-running", runs.free)]
     measurements += measure(runs, "teacher-forced", runs.forced)
     return GateResult(
-        "semantics",
+        "numerics",
         len(measurements),
         f"{bounds.FLOAT64_BOUND:g}: {bounds.FLOAT64_ORIGIN}",
         tuple(findings),

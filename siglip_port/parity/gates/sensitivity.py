@@ -1,4 +1,4 @@
-"""The gate `liveness`: everything matters, nothing mixes, and two runs agree.
+"""The gate `sensitivity`: everything matters, nothing mixes, and two runs agree.
 
 Two dead models agree perfectly.
 """
@@ -27,7 +27,7 @@ from siglip_port.parity.sides import (
     map_tensors,
 )
 
-MIXING_ORIGIN = "as in semantics: one picture alone against the same one in a batch"
+MIXING_ORIGIN = "as in numerics: one picture alone against the same one in a batch"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def check_sensitivity(port: Side, reference: Side, inputs: Inputs) -> GateResult
     bound = (
         f"equality, and no gradient is zero; batches: {bounds.FLOAT64_BOUND:g} ({MIXING_ORIGIN})"
     )
-    return GateResult("liveness", checked, bound, tuple(findings))
+    return GateResult("sensitivity", checked, bound, tuple(findings))
 
 
 def check_outputs(outputs: Mapping[str, Tensor], repeated: Mapping[str, Tensor]) -> list[Finding]:

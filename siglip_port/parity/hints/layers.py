@@ -101,7 +101,7 @@ def linear_guesses(weight: Tensor, bias: Tensor | None, x: Tensor) -> Iterator[G
         yield f"weight rounded to {name}", F.linear(x, narrow_weight, bias)
         yield f"its input rounded to {name}", F.linear(round_to(x, dtype), weight, bias)
     normalized = F.layer_norm(x, x.shape[-1:])
-    yield "its input normalised again", F.linear(normalized, weight, bias)
+    yield "its input normalized again", F.linear(normalized, weight, bias)
 
 
 def convolution_guesses(conv: nn.Conv2d, x: Tensor) -> Iterator[Guess]:
@@ -122,8 +122,8 @@ def convolution_guesses(conv: nn.Conv2d, x: Tensor) -> Iterator[Guess]:
         narrow_bias = None if bias is None else round_to(bias, dtype)
         yield f"pixels rounded to {name}", convolve(round_to(x, dtype), weight, bias)
         yield f"weights rounded to {name}", convolve(x, round_to(weight, dtype), narrow_bias)
-    yield "pixels quantised to 8 bits", convolve(quantize(x), weight, bias)
-    yield "pixels normalised twice", convolve((x - 0.5) / 0.5, weight, bias)
+    yield "pixels quantized to 8 bits", convolve(quantize(x), weight, bias)
+    yield "pixels normalized twice", convolve((x - 0.5) / 0.5, weight, bias)
 
 
 def kernel_guesses(weight: Tensor) -> Iterator[Guess]:
@@ -148,7 +148,7 @@ def pixel_guesses(x: Tensor) -> Iterator[Guess]:
         if x.shape[1] == len(mean):
             offset = torch.tensor(mean, dtype=x.dtype, device=x.device)[:, None, None]
             scale = torch.tensor(std, dtype=x.dtype, device=x.device)[:, None, None]
-            yield f"pixels normalised with {name}'s mean and std", ((x + 1) / 2 - offset) / scale
+            yield f"pixels normalized with {name}'s mean and std", ((x + 1) / 2 - offset) / scale
 
 
 def quantize(x: Tensor) -> Tensor:

@@ -64,6 +64,6 @@ def summand_guesses(
     yield f"without {y_name}", x
     yield f"without the residual connection from {x_name}", y
     yield f"{y_name} added twice", x + 2 * y
-    yield f"{y_name} and {x_name} normalised", nn.functional.layer_norm(x + y, x.shape[-1:])
+    yield f"{y_name} and {x_name} normalized", nn.functional.layer_norm(x + y, x.shape[-1:])
     for name, tensor in others:
         yield f"the residual connection comes from {name}", tensor + y

@@ -143,7 +143,7 @@ def remark(distances: list[float], equal: bool) -> str:
     if largest == 0:
         return "All are exactly 1."
     if not math.isfinite(largest):
-        return "Those that are grey are not finite."
+        return "Those that are gray are not finite."
     if largest >= 1e-3:
         return ""
     digits = -math.ceil(math.log10(largest))

@@ -35,7 +35,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "resample=2": {"resample": 2},
     "resample=3": {"resample": 3},
     "the other backend": {},
-    "no normalisation": {"mean": None, "std": None},
+    "no normalization": {"mean": None, "std": None},
     "mean and std of 0.5": {"mean": (0.5,) * 3, "std": (0.5,) * 3},
     "mean and std of ImageNet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
     "a factor of 1/255": {"rescale_factor": 1 / 255},

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from siglip_port.parity.stress_weights import randomise
+from siglip_port.parity.stress_weights import randomize
 
 Weights = dict[str, Tensor]
 """Parameters by name; changed in place."""
@@ -22,7 +22,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to a model after `randomise`.
+    """What is done to a model after `randomize`.
 
     Attributes:
         purpose: what the weights are for.
@@ -101,7 +101,7 @@ def fill(model: nn.Module, recipe: str, seed: int = 1234) -> None:
     steps = RECIPES[recipe]
     if steps is None:
         return
-    randomise(model, seed)
+    randomize(model, seed)
     weights: Weights = dict(model.named_parameters())
     scale = math.sqrt(layer_norm_eps(model))
     generator = torch.Generator().manual_seed(seed + 1)

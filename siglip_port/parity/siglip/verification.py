@@ -15,6 +15,7 @@ from torch import Tensor
 from siglip_port.checkpoint import CheckpointError, HubUnreachableError
 from siglip_port.checkpoint.json_files import read_config
 from siglip_port.config import SigLipVisionConfig
+from siglip_port.extras import MissingExtraError
 from siglip_port.hub import HubOptions, HubRepository, find_source, unreachable_reason
 from siglip_port.image_processing import ImageProcessor
 from siglip_port.model import SigLipVisionModel
@@ -257,7 +258,7 @@ def engine_gates(case: Case, model: SigLipVisionModel) -> Iterator[GateResult]:
         with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
             try:
                 yield from cases.engine_gates(case, model, engine, Path(scratch))
-            except EngineError as error:
+            except (EngineError, MissingExtraError) as error:
                 note(f"{engine} is not judged on the {case.name}: {error}")
 
 

@@ -39,7 +39,7 @@ OTHERS: dict[str, tuple[Callable[[Payload], bytes], str]] = {
         "a web page, as a login or an error brings.*; fetch it again, l",
     ),
     "XML": (lambda _: b'<?xml version="1.0"?><Error>', "a web page, as a login or an error brings"),
-    "JSON": (lambda _: b'{"error": "not authorised"}', "it is JSON, as an error brings"),
+    "JSON": (lambda _: b'{"error": "not authorized"}', "it is JSON, as an error brings"),
     "LFS": (
         lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
         "a pointer of Git LFS.*git lfs pull",

@@ -10,8 +10,8 @@ def test_every_gate_has_its_meaning() -> None:
         "environment",
         "config",
         "weights",
-        "liveness",
-        "semantics",
+        "sensitivity",
+        "numerics",
         "interface",
         "rounding",
     ]

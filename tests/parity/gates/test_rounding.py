@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from siglip_port.parity import randomise
+from siglip_port.parity import randomize
 from siglip_port.parity.gates import check_numerics, check_rounding
 from siglip_port.parity.observe import run_reference
 from siglip_port.parity.sides import Side
@@ -51,7 +51,7 @@ def test_one_coarse_vector_among_many() -> None:
         return output
 
     model = nn.Sequential(nn.Linear(16, 16)).eval()
-    randomise(model)
+    randomize(model)
     run = run_reference(Side(model), float_noise(2, 2000, 16), ["0"], torch.float32)
     model[0].register_forward_hook(spoil_one_vector)
     measurement = check_rounding(Side(model), run, [Tap("0", "0")]).measurements[0]

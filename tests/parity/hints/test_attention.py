@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from siglip_port.parity import randomise
+from siglip_port.parity import randomize
 from siglip_port.parity.hints.attention import attention_guesses, projection_guesses
 from siglip_port.parity.hints.guess import first_match
 from tests.parity.toy_models import double_noise
@@ -67,7 +67,7 @@ def test_no_guesses_where_heads_do_not_divide_the_width() -> None:
 
 def test_projections() -> None:
     attention = nn.MultiheadAttention(12, HEADS, batch_first=True).double()
-    randomise(attention)
+    randomize(attention)
     assert attention.in_proj_weight is not None
     q_weight, k_weight, _ = attention.in_proj_weight.chunk(3)
     k_bias = attention.in_proj_bias.chunk(3)[1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from siglip_port.parity import randomise
+from siglip_port.parity import randomize
 from siglip_port.parity.hints import explain, explain_output, explain_tap
 from siglip_port.parity.observe import run_reference
 from siglip_port.parity.sides import Side
@@ -18,13 +18,13 @@ def explain_layer(layer: nn.Module, x: Tensor, value: Tensor) -> str:
 
 def make_layer_norm() -> nn.LayerNorm:
     norm = nn.LayerNorm(32, eps=1e-6).double()
-    randomise(norm)
+    randomize(norm)
     return norm
 
 
 def make_linear(width: int = 6) -> nn.Linear:
     linear = nn.Linear(width, width).double()
-    randomise(linear)
+    randomize(linear)
     return linear
 
 
@@ -68,7 +68,7 @@ def test_linear() -> None:
 
 def test_weights_of_another_layer() -> None:
     layers = nn.ModuleDict({"one": nn.Linear(6, 6), "other": nn.Linear(6, 6)}).double()
-    randomise(layers)
+    randomize(layers)
     x = double_noise(2, 5, 6)
     value = layers["other"](x).detach()
     hint = explain(layers, "one", x, {"one": layers["one"](x)}, value)

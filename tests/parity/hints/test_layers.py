@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from siglip_port.parity import randomise
+from siglip_port.parity import randomize
 from siglip_port.parity.hints.guess import first_match
 from siglip_port.parity.hints.layers import (
     activation_guesses,
@@ -34,7 +34,7 @@ def test_activations(function: object, hint: str) -> None:
 @torch.no_grad()
 def test_layer_norms() -> None:
     norm = nn.LayerNorm(32, eps=1e-2).double()
-    randomise(norm)
+    randomize(norm)
     x = double_noise(2, 5, 32)
     right = norm(x)
     unit = F.layer_norm(x, (32,), eps=norm.eps)
@@ -55,13 +55,13 @@ def test_layer_norms() -> None:
 @torch.no_grad()
 def test_convolutions() -> None:
     conv = nn.Conv2d(3, 8, 2, stride=2).double()
-    randomise(conv)
+    randomize(conv)
     x = double_noise(2, 3, 6, 6)
     for pixels, hint in [
         (x.flip(1), "channels reversed (BGR for RGB)"),
         (x.flip(3), "picture mirrored"),
         ((x + 1) / 2, "pixels in [0, 1]"),
-        ((x - 0.5) / 0.5, "pixels normalised twice"),
+        ((x - 0.5) / 0.5, "pixels normalized twice"),
         (x.bfloat16().double(), "pixels rounded to bfloat16"),
         (((x + 1) / 2 - 0.1) / 0.2, ""),
     ]:

@@ -13,6 +13,6 @@ def make_comparison(error: float = 1e-7) -> Comparison:
     findings = (finding,) if error > 1e-10 else ()
     gates = (
         GateResult("weights", 3, "equality"),
-        GateResult("semantics", 7, "1e-10: why", findings, (measurement,)),
+        GateResult("numerics", 7, "1e-10: why", findings, (measurement,)),
     )
     return Comparison((Section("tower", "N1", gates),), "random weights")

@@ -72,14 +72,14 @@ def make_report(error: float = 0.0, *, findings: int = 0, rounded: float = 1e-7)
     `error` is that of the last tap in float64, `rounded` that in float32.
     """
     *others, last = TAPS
-    semantics = [Measurement(run, tap, f"port.{tap}", 0.0, 1e-10) for run in RUNS for tap in others]
-    semantics += [Measurement(run, last, f"port.{last}", error, 1e-10) for run in RUNS]
+    numerics = [Measurement(run, tap, f"port.{tap}", 0.0, 1e-10) for run in RUNS for tap in others]
+    numerics += [Measurement(run, last, f"port.{last}", error, 1e-10) for run in RUNS]
     rounding = [Measurement("float32", tap, f"port.{tap}", 1e-7, 3e-7, 1e-7, 0.2) for tap in others]
     rounding.append(Measurement("float32", last, f"port.{last}", rounded, 3e-7, 1e-7, 0.2))
     finding = Finding("differs", last, f"port.{last}", error, SCRIPT)
     gates = (
         GateResult("weights", 3, "equality of every bit"),
-        GateResult("semantics", len(semantics), "1e-10", (finding,) * findings, tuple(semantics)),
+        GateResult("numerics", len(numerics), "1e-10", (finding,) * findings, tuple(numerics)),
         GateResult("rounding float32", len(rounding), "3 x", (), tuple(rounding)),
     )
     sections = (Section("checkpoint", "N1", gates), Section("small", "S1", gates[1:]))
@@ -206,11 +206,11 @@ def test_page_of_nothing() -> None:
 
 def test_findings_without_a_module() -> None:
     gates = (
-        GateResult("liveness", 1, "equality", (Finding("two runs differ"),)),
-        GateResult("semantics", 0, "1e-10"),
+        GateResult("sensitivity", 1, "equality", (Finding("two runs differ"),)),
+        GateResult("numerics", 0, "1e-10"),
     )
     text = read_text(to_json(Comparison((Section("Tower", "as given", gates),))))
-    assert "gate semantics checked nothing" in text
+    assert "gate numerics checked nothing" in text
     assert "two runs differ" in text
     assert "nan" not in text  # there is no error to speak of
 

@@ -18,9 +18,9 @@ def test_json_holds_all_results_as_json_numbers() -> None:
     assert content["equal"] is False
     assert content["environment"] == {"threads": 2}
     assert content["findings"][0]["error"] == "inf"
-    semantics = content["sections"][0]["gates"][1]
-    assert semantics["passed"] is False
-    assert semantics["measurements"][0]["share"] == "inf"
+    numerics = content["sections"][0]["gates"][1]
+    assert numerics["passed"] is False
+    assert numerics["measurements"][0]["share"] == "inf"
 
 
 def test_json_keys() -> None:
@@ -43,7 +43,7 @@ def test_json_keys() -> None:
 
 
 def test_json_of_points_that_are_not_compared() -> None:
-    gate = GateResult("semantics", 1, "", unseen=("a",), float32_upcasts=("b",))
+    gate = GateResult("numerics", 1, "", unseen=("a",), float32_upcasts=("b",))
     report = to_json(Comparison((Section("tower", "N1", (gate,)),)))
     content = report["sections"][0]["gates"][0]
     assert content["unseen"] == ["a"]

@@ -10,7 +10,7 @@ def test_junit_of_a_difference() -> None:
     suite = ElementTree.fromstring(to_junit(to_json(make_comparison())))
     assert suite.get("tests") == "2"
     assert suite.get("failures") == "1"
-    failure = suite.find("testcase[@name='semantics']/failure")
+    failure = suite.find("testcase[@name='numerics']/failure")
     assert failure is not None
     assert "a.norm (port: b.norm): differs" in str(failure.get("message"))
 

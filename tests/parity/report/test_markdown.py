@@ -8,7 +8,7 @@ def test_markdown_of_a_difference() -> None:
     text = to_markdown(to_json(make_comparison()))
     assert text.startswith("# Parity: DIFFERENT\n")
     row = (
-        "| semantics | `a.norm` | `b.norm` | 1e-07 | differs in float64; "
+        "| numerics | `a.norm` | `b.norm` | 1e-07 | differs in float64; "
         "looks like: eps 1e-05 \\| <odd> |"
     )
     assert row in text

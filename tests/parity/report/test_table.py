@@ -10,7 +10,7 @@ from tests.parity.report.comparisons import make_comparison
 
 def test_gate_table_has_one_row_a_gate() -> None:
     rows = gate_table(make_comparison())
-    assert [row[0] for row in rows] == ["gate", "weights", "semantics"]
+    assert [row[0] for row in rows] == ["gate", "weights", "numerics"]
     assert rows[1][1:] == ["3", "", "tower, N1", "passed"]
     assert rows[2][1:] == ["7", "1e+03", "a.norm (tower, N1)", "FAILED"]
 
@@ -18,7 +18,7 @@ def test_gate_table_has_one_row_a_gate() -> None:
 def test_gate_table_of_several_checkpoints() -> None:
     twice = Comparison(make_comparison(0).sections * 2)
     assert gate_table(twice)[1][3] == "2 checkpoints"
-    assert gate_table(twice)[2] == ["semantics", "14", "0", "a.norm (tower, N1)", "passed"]
+    assert gate_table(twice)[2] == ["numerics", "14", "0", "a.norm (tower, N1)", "passed"]
 
 
 def test_gate_table_names_what_is_not_a_number() -> None:

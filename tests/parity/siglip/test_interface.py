@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from siglip_port import SigLipVisionModel
-from siglip_port.parity import randomise
+from siglip_port.parity import randomize
 from siglip_port.parity.siglip.cases import noise_images
 from siglip_port.parity.siglip.interface import check_interface
 from tests.helpers.checkpoints import SMALL
@@ -18,7 +18,7 @@ NAFLEX = replace(SMALL, naflex=True, image_size=24)
 
 def make_port(naflex: bool = False) -> SigLipVisionModel:
     model = SigLipVisionModel(NAFLEX if naflex else SMALL).eval()
-    randomise(model)
+    randomize(model)
     return model
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint import preprocessor_config
 from siglip_port.image_processing import Backend, ImageProcessor
-from siglip_port.parity import Comparison, randomise
+from siglip_port.parity import Comparison, randomize
 from siglip_port.parity.results import Finding, GateResult, Section
 from siglip_port.parity.siglip.cases import random_case
 from siglip_port.parity.siglip.pixels import check_pixels, levels_per_unit
@@ -135,7 +135,7 @@ def test_differences_are_given_in_levels(change: dict[str, Any]) -> None:
 
 def test_effect_on_the_vectors() -> None:
     model = SigLipVisionModel(SMALL).eval()
-    randomise(model, seed=0)
+    randomize(model, seed=0)
     changed = replace(port_processors(SMALL)["pil"], resample=0)
     message = first_finding(changed, embed=model.embed).message
     assert "; the port's vectors of the two have a cosine of " in message

@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from scripts.selftest.catalogue import EQUIVALENT, HARNESS, MUTANTS
-from scripts.selftest.catalogue.edits import quantize_to_int8, round_to_tf32
+from scripts.selftest.catalog import EQUIVALENT, HARNESS, MUTANTS
+from scripts.selftest.catalog.edits import quantize_to_int8, round_to_tf32
 from scripts.selftest.mutant import LOCATIONS, HarnessMutant, Mutant
 from siglip_port import SigLipVisionModel
-from siglip_port.parity import randomise
+from siglip_port.parity import randomize
 from siglip_port.parity.siglip.cases import ALL_GATES
 from tests.helpers.checkpoints import SMALL
 
 ALL: list[Mutant | HarnessMutant] = [*MUTANTS, *EQUIVALENT, *HARNESS]
 
 
-def test_the_catalogue_is_well_formed() -> None:
+def test_the_catalog_is_well_formed() -> None:
     assert (len(MUTANTS), len(EQUIVALENT), len(HARNESS)) == (261, 28, 18)
     names = [mutant.name for mutant in ALL]
     assert len(set(names)) == len(names)
@@ -98,7 +98,7 @@ EDITING = [mutant for mutant in (*MUTANTS, *EQUIVALENT) if mutant.edit is not No
 def model() -> SigLipVisionModel:
     config = replace(SMALL, num_encoder_blocks=11, num_attention_heads=8, embed_dim=32)
     model = SigLipVisionModel(config).eval()
-    randomise(model)
+    randomize(model)
     return model
 
 

@@ -85,7 +85,7 @@ def test_what_is_not_there_cannot_be_broken(owner: SimpleNamespace) -> None:
         with pytest.raises(AttributeError, match="missing"), applied(patch):
             pass
     patch = replace_item(owner.table, "missing", 0)
-    with pytest.raises(KeyError, match="the catalogue is behind the code"), applied(patch):
+    with pytest.raises(KeyError, match="the catalog is behind the code"), applied(patch):
         pass
 
 

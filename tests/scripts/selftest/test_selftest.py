@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import compare_origin
-from scripts.selftest import catalogue, harness, runner
+from scripts.selftest import catalog, harness, runner
 from scripts.selftest.examination import (
     Result,
     examine,
@@ -39,8 +39,8 @@ from siglip_port.parity.siglip import interface
 from siglip_port.parity.siglip.cases import ALL_GATES, Case
 from siglip_port.parity.siglip.census import SUMMARY, census, summarize
 
-BY_NAME = {mutant.name: mutant for mutant in (*catalogue.MUTANTS, *catalogue.EQUIVALENT)}
-HARNESS = {mutant.name: mutant for mutant in catalogue.HARNESS}
+BY_NAME = {mutant.name: mutant for mutant in (*catalog.MUTANTS, *catalog.EQUIVALENT)}
+HARNESS = {mutant.name: mutant for mutant in catalog.HARNESS}
 
 forks = pytest.mark.skipif(sys.platform != "linux", reason="forks")
 multi_threaded = pytest.mark.filterwarnings(
@@ -130,8 +130,8 @@ GATES = {
     "environment": (gates, "check_environment"),
     "config": (gates, "check_config"),
     "weights": (gates, "check_weights"),
-    "liveness": (gates, "check_sensitivity"),
-    "semantics": (gates, "check_numerics"),
+    "sensitivity": (gates, "check_sensitivity"),
+    "numerics": (gates, "check_numerics"),
     "interface": (interface, "check_interface"),
     "rounding": (gates, "check_rounding"),
 }
@@ -142,7 +142,7 @@ def test_a_gate_that_is_off_is_found_out(
     cases: list[Case], gate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each gate has mutants of its own: that others detect them too does not hide it."""
-    own = next(m for m in catalogue.MUTANTS if m.gate == gate and m.subject == "port")
+    own = next(m for m in catalog.MUTANTS if m.gate == gate and m.subject == "port")
     judged = cases[1:2] if gate == "rounding" else cases[:1]
     assert examine(own, judged).passed
     monkeypatch.setattr(*GATES[gate], lambda *_, **__: GateResult(gate, 1, "off"))
@@ -156,13 +156,13 @@ def test_a_false_location_is_found_out(cases: list[Case]) -> None:
     result = examine(replace(BY_NAME["ln_eps_once"], locations="4.ln2"), cases[:1])
     assert result.detected
     assert not result.located
-    assert "named wrongly: semantics: encoder.layers.5.layer_norm2" in Report([result]).failures[0]
+    assert "named wrongly: numerics: encoder.layers.5.layer_norm2" in Report([result]).failures[0]
 
 
 def test_a_false_alarm_is_found_out(cases: list[Case]) -> None:
     result = examine(replace(BY_NAME["ln_eps_once"], is_equivalent=True), cases)
     assert Report(alarms=[("seed 1", result)]).failures == [
-        "false alarm: ln_eps_once (seed 1): semantics, rounding "
+        "false alarm: ln_eps_once (seed 1): numerics, rounding "
     ]
 
 
@@ -189,7 +189,7 @@ def test_a_harmless_change_of_the_harness_is_not() -> None:
 
 @pytest.mark.slow
 def test_every_bug_of_the_harness_is_judged_on_mutants_that_a_sound_one_judges_rightly() -> None:
-    shown_by = {name: None for mutant in catalogue.HARNESS for name in mutant.shown_by}
+    shown_by = {name: None for mutant in catalog.HARNESS for name in mutant.shown_by}
     sound = HarnessMutant("sound", "nothing", tuple(shown_by), lambda stack: None)
     assert examine_harness(sound, SMALL) == ""
 
@@ -199,12 +199,12 @@ Shorten = Callable[..., None]
 
 @pytest.fixture
 def shorten(monkeypatch: pytest.MonkeyPatch, cases: list[Case]) -> Shorten:
-    """Shortens the catalogue, and makes the models small."""
+    """Shortens the catalog, and makes the models small."""
 
     def shorten(mutants: list[str], equivalent: list[str], bugs: list[str]) -> None:
-        monkeypatch.setattr(catalogue, "MUTANTS", [BY_NAME[name] for name in mutants])
-        monkeypatch.setattr(catalogue, "EQUIVALENT", [BY_NAME[name] for name in equivalent])
-        monkeypatch.setattr(catalogue, "HARNESS", [HARNESS[name] for name in bugs])
+        monkeypatch.setattr(catalog, "MUTANTS", [BY_NAME[name] for name in mutants])
+        monkeypatch.setattr(catalog, "EQUIVALENT", [BY_NAME[name] for name in equivalent])
+        monkeypatch.setattr(catalog, "HARNESS", [HARNESS[name] for name in bugs])
 
     small = contextlib.nullcontext(cases)
     monkeypatch.setattr(runner, "make_cases", lambda *_, **__: small)
@@ -219,7 +219,7 @@ def test_the_command(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """On a short catalogue: exit code 0, and 3 where a gate has lost its power."""
+    """On a short catalog: exit code 0, and 3 where a gate has lost its power."""
     shorten(["ln_eps_once", "interp_nearest", "ln_bf16"], ["as_it_is"], ["one_output"])
     threads = torch.get_num_threads()
     assert compare_origin.main(["--selftest", "--json", str(tmp_path / "self.json")]) == 0
@@ -230,12 +230,12 @@ def test_the_command(
     )
     written = json.loads((tmp_path / "self.json").read_text())
     assert written["passed"] is True
-    assert written["mistakes"][0]["noticed"].keys() == {"semantics"}
+    assert written["mistakes"][0]["noticed"].keys() == {"numerics"}
     assert torch.get_num_threads() == threads
     monkeypatch.setattr(bounds, "FLOAT64_BOUND", 1e-2)
     assert compare_origin.main(["--selftest"]) == 3
     out = capsys.readouterr().out
-    assert "ln_eps_once: must be noticed by semantics, was noticed by nothing" in out
+    assert "ln_eps_once: must be noticed by numerics, was noticed by nothing" in out
     assert out.splitlines()[-1].startswith("LOST POWER: ")
 
 
@@ -268,7 +268,7 @@ def test_in_full(
 def test_on_all_cores_it_finds_the_same(
     shorten: Shorten, cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the order of the catalogue; and a gate that is off is off in every process."""
+    """In the order of the catalog; and a gate that is off is off in every process."""
     names = ["gelu_exact_once", "input_bgr", "left_in_training", "interp_nearest", "eps_ignored"]
     shorten(names, ["as_it_is"], ["weights_close"])
     monkeypatch.setattr(gates, "check_config", lambda *_: GateResult("config", 1, "off"))
@@ -282,8 +282,8 @@ def test_on_all_cores_it_finds_the_same(
     two = SelfTest("cpu", False, progress, 2).run()
     assert to_json(one) == to_json(two)
     assert repr(one) == repr(two)  # as text, since NaN is not equal to itself
-    assert [result.mutant for result in two.results] == catalogue.MUTANTS
-    assert [result.mutant.edit for result in two.results] == [m.edit for m in catalogue.MUTANTS]
+    assert [result.mutant for result in two.results] == catalog.MUTANTS
+    assert [result.mutant.edit for result in two.results] == [m.edit for m in catalog.MUTANTS]
     assert [failure.split(":")[0] for failure in two.failures] == ["eps_ignored"]
     expected = ["mistakes: 5", "legal variants, seed 1234: 1", "mistakes in the harness: 1"]
     assert shown == expected * 2
@@ -321,7 +321,7 @@ def test_recorded_census_is_that_of_the_recorded_selftest() -> None:
 
 
 def test_the_census() -> None:
-    report = Report([Result(BY_NAME["ln_eps_once"], {"semantics": Finding("differs")})])
+    report = Report([Result(BY_NAME["ln_eps_once"], {"numerics": Finding("differs")})])
     text = census(summarize(to_json(report)))
     assert [line.split(":")[0] for line in text.splitlines()[:-1:3]] == list(gates.MEANING)
     assert "  notices 1 of 1 mistakes, alone: ln_eps_once" in text
@@ -335,11 +335,11 @@ def test_calibration(
     small = contextlib.nullcontext(cases)
     monkeypatch.setattr(calibration, "make_cases", lambda *_, **__: small)
     variants = [BY_NAME["as_it_is"], BY_NAME["hand_written_ln"]]
-    monkeypatch.setattr(catalogue, "EQUIVALENT", variants)
-    monkeypatch.setattr(catalogue, "ROUNDING", [BY_NAME["ln_bf16"]])
+    monkeypatch.setattr(catalog, "EQUIVALENT", variants)
+    monkeypatch.setattr(catalog, "ROUNDING", [BY_NAME["ln_bf16"]])
     assert compare_origin.main(["--calibrate"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("HOLDS: 3 x the reference's own distance from float64")
-    monkeypatch.setattr(catalogue, "ROUNDING", [replace(BY_NAME["as_it_is"], is_equivalent=False)])
+    monkeypatch.setattr(catalog, "ROUNDING", [replace(BY_NAME["as_it_is"], is_equivalent=False)])
     assert compare_origin.main(["--calibrate"]) == 3
     assert capsys.readouterr().out.splitlines()[-1].startswith("DOES NOT HOLD: ")

@@ -1,4 +1,4 @@
-"""The command `figures`."""
+"""The command `plot`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from siglip_port.cli import extras
 from siglip_port.cli.options import DEFAULT_MODEL, ModelOption, OfflineOption, RevisionOption
 from siglip_port.cli.output import fail
+from siglip_port.extras import require
 
 
-def figures(
+def plot(
     image: Annotated[Path, typer.Argument(help="A picture.")],
     out: Annotated[
         Path, typer.Option("-o", "--out", file_okay=False, help="The folder to be written.")
@@ -29,7 +29,7 @@ def figures(
     Exit code 0: drawn. 1: the picture or the model cannot be read, or the folder not be written. 2:
     wrong arguments.
     """
-    extras.require("matplotlib", "figures")
+    require("matplotlib")
     import torch
 
     from siglip_port import visualize

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from scripts.selftest.catalogue import seams
-from scripts.selftest.catalogue.seams import attend_from_probe
+from scripts.selftest.catalog import seams
+from scripts.selftest.catalog.seams import attend_from_probe
 from scripts.selftest.mutant import Mutant
 from siglip_port import SigLipVisionModel
 from siglip_port.model import PoolingHead
@@ -40,7 +40,7 @@ def negate_every_second_probe(head: PoolingHead, tokens: Tensor) -> Tensor:
 
 
 def add_mlp_to_norm(head: PoolingHead, pooled: Tensor) -> Tensor:
-    """Go on with the normalised vector."""
+    """Go on with the normalized vector."""
     pooled = head.layernorm(pooled)
     return pooled + head.mlp(pooled)
 
@@ -62,7 +62,7 @@ POOLING = [
         "mean_pool",
         "mean of the tokens for the head",
         f"pooled block {INSIDE_HEAD}",
-        "liveness",
+        "sensitivity",
         "vllm-project/semantic-router#1927",
         patch=seams.pool(lambda head, tokens: tokens.mean(1)),
     ),
@@ -70,7 +70,7 @@ POOLING = [
         "mean_pool_tanh",
         "tanh of the mean",
         f"pooled {INSIDE_HEAD}",
-        "liveness",
+        "sensitivity",
         "vllm-project/semantic-router#1927",
         patch=seams.pool(lambda head, tokens: tokens.mean(1).tanh()),
     ),
@@ -78,19 +78,19 @@ POOLING = [
         "first_token",
         "the first token as CLS",
         f"inputs pooled {INSIDE_HEAD}",
-        "liveness",
+        "sensitivity",
         "huggingface/transformers#34447",
         patch=seams.pool(lambda head, tokens: tokens[:, 0]),
     ),
     Mutant(
         "probe_ln",
-        "the probe normalised",
+        "the probe normalized",
         "head-q",
         patch=seams.pooling_head(first=normalize_probe),
     ),
     Mutant(
         "kv_ln",
-        "tokens normalised again before k and v",
+        "tokens normalized again before k and v",
         "head-k head-v head-ln",
         source="vllm-project/vllm#8106",
         patch=seams.pooling_head(
@@ -101,7 +101,7 @@ POOLING = [
         "batch_first_false",
         "the head attends over the batch",
         "head-ln head-q head-k head-v head-context head-attention head pooled",
-        "liveness",
+        "sensitivity",
         "om-ai-lab/OmDet#19; IBM/TabFormer#14",
         patch=seams.pooling_head(first=attend_over_batch),
     ),
@@ -115,7 +115,7 @@ POOLING = [
         "head_ln_missing",
         "the head's LayerNorm missing",
         "head-ln head-fc1",
-        "liveness",
+        "sensitivity",
         patch=seams.pooling_head(second=lambda head, pooled: pooled + head.mlp(pooled)),
     ),
     Mutant(
@@ -134,7 +134,7 @@ POOLING = [
         "head_mlp_skipped",
         "the head's MLP missing",
         "head head-ln head-fc1 head-act head-mlp",
-        "liveness",
+        "sensitivity",
         patch=seams.pooling_head(second=lambda head, pooled: pooled),
     ),
     Mutant(
@@ -166,14 +166,14 @@ POOLING = [
     ),
     Mutant(
         "embed_not_unit",
-        "embed() never normalises",
+        "embed() never normalizes",
         "pooled",
         "interface",
         patch=seams.embed(lambda model, tokens, normalize: model.pool(tokens)),
     ),
     Mutant(
         "embed_unit_over_batch",
-        "embed() normalises over the pictures",
+        "embed() normalizes over the pictures",
         "pooled",
         "interface",
         patch=seams.embed(normalize_over_batch),
@@ -190,7 +190,7 @@ POOLING = [
         "pooled_squeezed",
         "squeeze without an axis: a batch of one loses it",
         "pooled",
-        "liveness",
+        "sensitivity",
         patch=seams.pooling_head(last=lambda head, pooled: pooled.squeeze()),
     ),
     Mutant(

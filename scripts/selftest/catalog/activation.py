@@ -7,8 +7,8 @@ import math
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name the field uses)
 
-from scripts.selftest.catalogue import seams
-from scripts.selftest.catalogue.edits import set_activation
+from scripts.selftest.catalog import seams
+from scripts.selftest.catalog.edits import set_activation
 from scripts.selftest.mutant import Mutant
 
 ACT = "act head-act"

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from scripts.selftest.catalogue import seams
-from scripts.selftest.catalogue.edits import CONVOLUTION, POSITIONS, change
-from scripts.selftest.catalogue.projections import loaded
-from scripts.selftest.catalogue.seams import convolve
+from scripts.selftest.catalog import seams
+from scripts.selftest.catalog.edits import CONVOLUTION, POSITIONS, change
+from scripts.selftest.catalog.projections import loaded
+from scripts.selftest.catalog.seams import convolve
 from scripts.selftest.mutant import Mutant
 from siglip_port.model import VisionEmbeddings
 
@@ -161,7 +161,7 @@ PATCHES = [
         "pos_missing",
         "no position embedding",
         "embeddings",
-        "liveness",
+        "sensitivity",
         "clip-vil/CLIP-ViL#13",
         patch=seams.tokens_of_grid(lambda embeddings, grid, table: tokens_of(grid)),
     ),
@@ -197,7 +197,7 @@ PATCHES = [
         "embed_dropout",
         "dropout after the embeddings",
         "embeddings 0.in pooled",
-        "liveness",
+        "sensitivity",
         "huggingface/pytorch-image-models#1978",
         patch=seams.tokens_of_grid(drop_out),
     ),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from scripts.selftest.catalogue.edits import change_input, round_to
+from scripts.selftest.catalog.edits import change_input, round_to
 from scripts.selftest.mutant import Mutant
 
 
@@ -21,7 +21,7 @@ def pixel(
 def renormalize(
     mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> Callable[[Tensor], Tensor]:
-    """Make a function that normalises by other numbers than 0.5."""
+    """Make a function that normalizes by other numbers than 0.5."""
 
     def function(pixel_values: Tensor) -> Tensor:
         center = torch.tensor(mean, dtype=pixel_values.dtype)[:, None, None]
@@ -41,7 +41,7 @@ PIXELS = [
     pixel("input_transposed", "x for y", lambda x: x.transpose(2, 3)),
     pixel(
         "input_0_1",
-        "not normalised",
+        "not normalized",
         lambda x: (x + 1) / 2,
         "vllm-project/semantic-router#1928; End2End-Diffusion/iREPA#8",
     ),
@@ -59,8 +59,8 @@ PIXELS = [
         "huggingface/transformers#20995",
     ),
     pixel(
-        "input_normalised_twice",
-        "normalised twice",
+        "input_normalized_twice",
+        "normalized twice",
         lambda x: (x - 0.5) / 0.5,
         "real-stanford/diffusion_policy#112",
     ),
@@ -73,7 +73,7 @@ PIXELS = [
     ),
     pixel(
         "input_uint8",
-        "pixels quantised to 8 bits",
+        "pixels quantized to 8 bits",
         lambda x: ((x + 1) * 127.5).round() / 127.5 - 1,
     ),
     pixel("input_shifted", "shifted by one pixel", lambda x: x.roll((1, 1), (2, 3))),

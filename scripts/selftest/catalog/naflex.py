@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from scripts.selftest.catalogue import seams
+from scripts.selftest.catalog import seams
 from scripts.selftest.mutant import Mutant, Patch, replace, replace_item, wrap
 from siglip_port import patches
 from siglip_port.model import VisionEmbeddings

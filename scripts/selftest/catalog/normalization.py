@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812 (the name the field uses)
 from torch import Tensor
 
-from scripts.selftest.catalogue import seams
-from scripts.selftest.catalogue.edits import BLOCK, HEAD, set_eps, swap
+from scripts.selftest.catalog import seams
+from scripts.selftest.catalog.edits import BLOCK, HEAD, set_eps, swap
 from scripts.selftest.mutant import Mutant
 from siglip_port.model import EncoderBlock, LayerNorm
 
@@ -44,17 +44,17 @@ def over_tokens(norm: LayerNorm, x: Tensor) -> Tensor:
 
 
 def norm_after_mlp(block: EncoderBlock, x: Tensor) -> Tensor:
-    """Normalise the sum, not what goes into the MLP."""
+    """Normalize the sum, not what goes into the MLP."""
     return block.layer_norm2(x + block.mlp(x))
 
 
 def norm_after_attention(block: EncoderBlock, x: Tensor) -> Tensor:
-    """Normalise the sum, not what goes into the attention."""
+    """Normalize the sum, not what goes into the attention."""
     return block.layer_norm1(x + block.self_attn(x))
 
 
 def add_mlp_to_norm(block: EncoderBlock, x: Tensor) -> Tensor:
-    """Go on with the normalised stream."""
+    """Go on with the normalized stream."""
     return block.layer_norm2(x) + block.mlp(block.layer_norm2(x))
 
 
@@ -137,7 +137,7 @@ NORMALIZATION = [
     ),
     Mutant(
         "ln_over_tokens",
-        "normalised over tokens and features together",
+        "normalized over tokens and features together",
         ALL,
         source="keras-team/keras axis default",
         patch=seams.layer_norm(over_tokens),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from scripts.selftest.catalogue import seams
-from scripts.selftest.catalogue.edits import blocks_of
+from scripts.selftest.catalog import seams
+from scripts.selftest.catalog.edits import blocks_of
 from scripts.selftest.mutant import Mutant
 from siglip_port import SigLipVisionModel
 from siglip_port.model import EncoderBlock, SigLipEncoder, SigLipVisionTransformer
@@ -35,7 +35,7 @@ def run_last_for_nothing(encoder: SigLipEncoder, hidden_states: Tensor) -> Tenso
 
 
 def add_attention_to_norm(block: EncoderBlock, x: Tensor) -> Tensor:
-    """Go on with the normalised stream."""
+    """Go on with the normalized stream."""
     return block.layer_norm1(x) + block.self_attn(block.layer_norm1(x))
 
 
@@ -111,7 +111,7 @@ STACK = [
         "last_block_skipped",
         "last block left out",
         "10.block post-in",
-        "liveness",
+        "sensitivity",
         "vllm-project/vllm#13514; zjysteven/lmms-finetune#4",
         patch=seams.run_blocks(lambda encoder, x: run([*encoder.encoder_blocks][:-1], x)),
     ),
@@ -119,7 +119,7 @@ STACK = [
         "first_block_skipped",
         "first block left out",
         "0.block 1.in",
-        "liveness",
+        "sensitivity",
         patch=seams.run_blocks(lambda encoder, x: run([*encoder.encoder_blocks][1:], x)),
     ),
     Mutant(
@@ -150,7 +150,7 @@ STACK = [
         "penultimate",
         "tokens of the last block but one",
         "10.block post-in post tokens",
-        "liveness",
+        "sensitivity",
         "vllm-project/vllm#13514",
         patch=seams.run_blocks(run_last_for_nothing),
     ),
@@ -166,7 +166,7 @@ STACK = [
         "one token not a number",
         "tokens head head-k head-v head-context head-attention head-ln head-fc1 head-act head-mlp "
         "pooled",
-        "liveness",
+        "sensitivity",
         "vllm-project/vllm#40290; Blaizzy/mlx-vlm#293",
         patch=seams.call(break_one_token),
     ),
@@ -174,7 +174,7 @@ STACK = [
         "batch_leak",
         "a hundredth of the batch's mean in every picture",
         "post-in 0.in embeddings",
-        "liveness",
+        "sensitivity",
         patch=seams.encode(mix_images),
     ),
     Mutant(

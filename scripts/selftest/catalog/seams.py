@@ -222,7 +222,7 @@ def pool(function: Callable[[PoolingHead, Tensor], Tensor]) -> Patch:
 
 
 def embed(function: Callable[[SigLipVisionModel, Tensor, bool], Tensor]) -> Patch:
-    """Replace `embed`, given the tokens, and whether vectors are to be normalised."""
+    """Replace `embed`, given the tokens, and whether vectors are to be normalized."""
 
     def embed(
         model: SigLipVisionModel,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from scripts.selftest.catalogue import seams
-from scripts.selftest.catalogue.attention import CONTEXT, scale_of, scores_of
-from scripts.selftest.catalogue.edits import round_to, round_to_tf32
-from scripts.selftest.catalogue.normalization import ALL, centered
-from scripts.selftest.catalogue.seams import add_attention, attend_from_probe
+from scripts.selftest.catalog import seams
+from scripts.selftest.catalog.attention import CONTEXT, scale_of, scores_of
+from scripts.selftest.catalog.edits import round_to, round_to_tf32
+from scripts.selftest.catalog.normalization import ALL, centered
+from scripts.selftest.catalog.seams import add_attention, attend_from_probe
 from scripts.selftest.mutant import Edit, Mutant, Patch
 from siglip_port import SigLipVisionModel
 from siglip_port.model import EncoderBlock, LayerNorm, MultiheadAttention, PoolingHead

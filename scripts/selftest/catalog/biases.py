@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from scripts.selftest.catalogue import seams
-from scripts.selftest.catalogue.edits import ATTENTION, BLOCK, BLOCK_5, CONVOLUTION, HEAD, clear
-from scripts.selftest.catalogue.projections import K, Q, V, loaded
+from scripts.selftest.catalog import seams
+from scripts.selftest.catalog.edits import ATTENTION, BLOCK, BLOCK_5, CONVOLUTION, HEAD, clear
+from scripts.selftest.catalog.projections import K, Q, V, loaded
 from scripts.selftest.mutant import Mutant
 
 FC1 = f"{BLOCK}.mlp.fc1.bias"
@@ -73,7 +73,7 @@ BIASES = [
         "v_bias_unused",
         "v_proj called without its bias",
         "v head-v context head-context",
-        "liveness",
+        "sensitivity",
         "shadowpa0327/Palu#8",
         patch=seams.projections(
             v=lambda attention, x: nn.functional.linear(x, attention.v_proj.weight)
@@ -91,7 +91,7 @@ BIASES = [
         "fc_bias_unused",
         "fc2 called without its bias",
         "mlp head-mlp",
-        "liveness",
+        "sensitivity",
         patch=seams.mlp(
             lambda mlp, x: nn.functional.linear(mlp.activation(mlp.fc1(x)), mlp.fc2.weight)
         ),
@@ -100,7 +100,7 @@ BIASES = [
         "k_bias_unused",
         "k_proj called without its bias: no output can show it",
         "k head-k",
-        "liveness",
+        "sensitivity",
         "facebookresearch/dinov3#58",
         patch=seams.projections(
             k=lambda attention, x: nn.functional.linear(x, attention.k_proj.weight)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name the field uses)
 from torch import Tensor
 
-from scripts.selftest.catalogue import seams
+from scripts.selftest.catalog import seams
 from scripts.selftest.mutant import Mutant, Patch, replace
 from siglip_port import SigLipVisionModel
 from siglip_port.model import MultiheadAttention
@@ -32,7 +32,7 @@ def attend(
     function: Callable[[MultiheadAttention, Tensor, Tensor, Tensor], Tensor],
     source: str = "variant",
     locations: str = CONTEXT,
-    gate: str = "semantics",
+    gate: str = "numerics",
 ) -> Mutant:
     """Make another context of q, k and v, [B, H, N, D/H]."""
     return Mutant(name, what, locations, gate, source, patch=seams.attend(function))
@@ -196,7 +196,7 @@ ATTENTION = [
     ),
     attend("softmax_plus_one", "one added to the softmax's sum", add_one_to_sum),
     attend(
-        "softmax_no_normalisation",
+        "softmax_no_normalization",
         "sigmoid for softmax",
         lambda attention, q, k, v: scores_of(attention, q, k).sigmoid() @ v,
     ),
@@ -233,7 +233,7 @@ ATTENTION = [
         ),
         "karpathy/nanoGPT#240; LAION-AI/CLIP_benchmark#73",
         "context head-context tokens pooled inputs",
-        "liveness",
+        "sensitivity",
     ),
     attend(
         "head_interleave_split",
@@ -323,5 +323,5 @@ ATTENTION = [
         source="vllm-project/vllm#42803",
         patch=seams.projections(q=lambda attention, x: attention.v_proj(x)),
     ),
-    attend("qk_norm", "q and k normalised, as in newer towers", normalize_queries_and_keys),
+    attend("qk_norm", "q and k normalized, as in newer towers", normalize_queries_and_keys),
 ]

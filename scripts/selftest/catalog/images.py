@@ -135,7 +135,7 @@ def transpose_array(array_to_rgb: Callable[..., RGB], image: RGB | Tensor, backe
     return array_to_rgb(array, backend)
 
 
-# --- rescaling and normalising --------------------------------------------------------------------
+# --- rescaling and normalizing --------------------------------------------------------------------
 
 
 def change_pixels(function: Callable[[Tensor], Tensor]) -> Patch:
@@ -146,7 +146,7 @@ def change_pixels(function: Callable[[Tensor], Tensor]) -> Patch:
 
 
 def normalize_by(function: Callable[[NDArray[np.float32], ImageProcessor], NDArray[Any]]) -> Patch:
-    """Normalise otherwise by the backend `pil`: a function of the rescaled values."""
+    """Normalize otherwise by the backend `pil`: a function of the rescaled values."""
 
     def transform(
         original: Callable[..., Tensor], processor: ImageProcessor, rgb: RGB, size: Size
@@ -277,7 +277,7 @@ IMAGES = [
         "image_std_first", "divided by std before mean is subtracted", normalize_by(divide_first)
     ),
     images(
-        "image_not_normalised",
+        "image_not_normalized",
         "mean and std forgotten",
         change_pillow(lambda processor: replace_fields(processor, mean=None, std=None)),
         "vllm-project/semantic-router#1928",
@@ -298,7 +298,7 @@ IMAGES = [
         change_pixels(lambda pixels: pixels.bfloat16().float()),
         "TensorAuto/OpenTau#482",
     ),
-    images("image_float64", "normalised in float64", normalize_by(normalize_in_float64)),
+    images("image_float64", "normalized in float64", normalize_by(normalize_in_float64)),
     images(
         "image_channels_last",
         "height, width, channels",

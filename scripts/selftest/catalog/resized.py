@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from scripts.selftest.catalogue.naflex import Rule, crop_or_pad, resize_nearest, transpose_rule
+from scripts.selftest.catalog.naflex import Rule, crop_or_pad, resize_nearest, transpose_rule
 from scripts.selftest.mutant import Mutant, Patch, replace, replace_item
 from siglip_port import patches
 

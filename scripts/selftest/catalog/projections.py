@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scripts.selftest.catalogue.edits import ATTENTION, BLOCK_5, blocks_of, change, swap
+from scripts.selftest.catalog.edits import ATTENTION, BLOCK_5, blocks_of, change, swap
 from scripts.selftest.mutant import Edit, Mutant
 from siglip_port import SigLipVisionModel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scripts.selftest.catalogue.edits import (
+from scripts.selftest.catalog.edits import (
     ATTENTION,
     BLOCK,
     BLOCK_5,
@@ -21,7 +21,7 @@ from scripts.selftest.catalogue.edits import (
     round_to,
     swap,
 )
-from scripts.selftest.catalogue.projections import loaded, transpose
+from scripts.selftest.catalog.projections import loaded, transpose
 from siglip_port import SigLipVisionModel
 
 TENSORS = (
@@ -151,7 +151,7 @@ WEIGHTS = [
     ),
     loaded(
         "weights_int8",
-        "weights quantised to 8 bits",
+        "weights quantized to 8 bits",
         "q k v attention fc1 mlp",
         change(
             quantize_to_int8,

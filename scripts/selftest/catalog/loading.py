@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scripts.selftest.catalogue.weights import TENSORS
+from scripts.selftest.catalog.weights import TENSORS
 from scripts.selftest.mutant import Mutant, Patch, combine, replace, wrap
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint import Checkpoint, Provenance, hf_config, key_rules, layouts

@@ -10,8 +10,8 @@ import torch.nn.functional as F  # noqa: N812 (the name the field uses)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scripts.selftest.catalogue import seams
-from scripts.selftest.catalogue.attention import scale_of, scores_of
+from scripts.selftest.catalog import seams
+from scripts.selftest.catalog.attention import scale_of, scores_of
 from scripts.selftest.mutant import Edit, Mutant, Patch, replace
 from siglip_port import SigLipVisionModel
 from siglip_port.model import EncoderBlock, LayerNorm, MultiheadAttention, VisionEmbeddings

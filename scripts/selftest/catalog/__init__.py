@@ -1,0 +1,48 @@
+"""The catalog: bugs that ports of this and of like models have had, and variants that are none.
+
+A mutant is one line of what happened, one of where (in public: owner/repository#issue), and a small
+function that breaks the port. `locations` says in the words of `scripts.selftest.mutant.LOCATIONS`
+what the gates may name for it.
+"""
+
+from __future__ import annotations
+
+from scripts.selftest.catalog.activation import ACTIVATION
+from scripts.selftest.catalog.attention import ATTENTION
+from scripts.selftest.catalog.biases import BIASES
+from scripts.selftest.catalog.equivalent import EQUIVALENT
+from scripts.selftest.catalog.harness import HARNESS
+from scripts.selftest.catalog.images import IMAGES
+from scripts.selftest.catalog.loading import LOADING
+from scripts.selftest.catalog.naflex import NAFLEX
+from scripts.selftest.catalog.normalization import NORMALIZATION
+from scripts.selftest.catalog.patches import PATCHES
+from scripts.selftest.catalog.pixels import PIXELS
+from scripts.selftest.catalog.pooling import POOLING
+from scripts.selftest.catalog.projections import PROJECTIONS
+from scripts.selftest.catalog.resized import RESIZED
+from scripts.selftest.catalog.rounding import ROUNDING
+from scripts.selftest.catalog.stack import STACK
+from scripts.selftest.catalog.weights import WEIGHTS
+from scripts.selftest.mutant import Mutant
+
+__all__ = ["EQUIVALENT", "HARNESS", "MUTANTS", "ROUNDING"]
+
+MUTANTS: list[Mutant] = [
+    *ACTIVATION,
+    *NORMALIZATION,
+    *ATTENTION,
+    *PROJECTIONS,
+    *BIASES,
+    *WEIGHTS,
+    *PATCHES,
+    *STACK,
+    *POOLING,
+    *ROUNDING,
+    *PIXELS,
+    *LOADING,
+    *NAFLEX,
+    *RESIZED,
+    *IMAGES,
+]
+"""All bugs of the port; those of the harness are in `harness`."""
