@@ -1,4 +1,4 @@
-"""Runs the tower on one random picture: `uv run scripts/run_siglip_vision.py`.
+"""Runs the encoder on one random image: `uv run scripts/run_siglip_vision.py`.
 
 Fresh random weights, no checkpoint.
 """
@@ -9,7 +9,7 @@ from siglip_port import SigLipVisionConfig, SigLipVisionModel
 
 
 def main() -> None:
-    """Prints the shape of what siglip-base-patch16-224 makes of one picture.
+    """Prints the shape of what siglip-base-patch16-224 makes of one image.
 
     196 tokens of width 768.
     """

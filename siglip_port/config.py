@@ -25,7 +25,7 @@ class SigLipVisionConfig:
     Attributes:
         num_channels: channels C of a image.
         embed_dim: width D of a token.
-        image_size: height and width of a image, in pixels. Pictures are square.
+        image_size: height and width of a image, in pixels. Images are square.
         patch_size: height and width of a patch, in pixels. What is left at the right and lower edge
             of a image that is not a multiple of it is ignored, as in siglip-so400m-patch14-384
             (27 x 27 patches).

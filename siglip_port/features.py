@@ -49,7 +49,7 @@ def hidden_states(
     """
     if as_maps and batch.spatial_shapes is not None:
         raise ValueError(
-            "as_maps needs pictures of one shape, got packed patches; take the tokens, without "
+            "as_maps needs images of one shape, got packed patches; take the tokens, without "
             "padding"
         )
     indices = layer_indices(layers, model.config.num_encoder_blocks + 1)

@@ -193,7 +193,7 @@ class ImageProcessor:
             ImageError: there is none, they have no common shape, or more patches than fit.
         """
         if not pixels:
-            raise ImageError("there are no pictures; pass at least one")
+            raise ImageError("there are no images; pass at least one")
         if self.patch_size is not None:
             try:
                 return cast("Pixels", pack(pixels, self.patch_size, self.max_num_patches))
@@ -201,9 +201,7 @@ class ImageProcessor:
                 raise ImageError(str(error)) from error
         shapes = {tuple(image.shape[1:]) for image in pixels}
         if len(shapes) > 1:
-            raise ImageError(
-                f"without resizing, pictures must be of one size, got {sorted(shapes)}"
-            )
+            raise ImageError(f"without resizing, images must be of one size, got {sorted(shapes)}")
         return {"pixel_values": torch.stack(list(pixels))}
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:

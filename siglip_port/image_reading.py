@@ -55,13 +55,11 @@ def to_rgb(image: ImageInput, backend: Backend = "pil") -> NDArray[np.uint8]:
     except ImageError:
         raise
     except UnidentifiedImageError as error:  # whose own message names an object in memory
-        raise ImageError(
-            "the picture cannot be read: it is of no kind that Pillow knows"
-        ) from error
+        raise ImageError("the image cannot be read: it is of no kind that Pillow knows") from error
     except Exception as error:
         # Pillow's own kinds, the system's, and those of its decoders, of all kinds.
         raise ImageError(
-            f"the picture cannot be read: {str(error).strip() or type(error).__name__}"
+            f"the image cannot be read: {str(error).strip() or type(error).__name__}"
         ) from error
 
 
@@ -75,14 +73,14 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     try:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError("the picture cannot be read: it is no regular file")
+            raise ImageError("the image cannot be read: it is no regular file")
         check_file_size(status.st_size)
         return Path(path).read_bytes()
     except ImageError:
         raise
     except (OSError, ValueError) as error:  # the latter of names with a null in them
         reason = getattr(error, "strerror", None) or error
-        raise ImageError(f"the picture cannot be read: {reason}") from error
+        raise ImageError(f"the image cannot be read: {reason}") from error
 
 
 def check_file_size(size: int) -> None:
@@ -93,7 +91,7 @@ def check_file_size(size: int) -> None:
     """
     if size > MAX_FILE_BYTES:
         raise ImageError(
-            f"the picture cannot be read: {size:,} bytes, more than the {MAX_FILE_BYTES:,} of the "
+            f"the image cannot be read: {size:,} bytes, more than the {MAX_FILE_BYTES:,} of the "
             "largest"
         )
 
@@ -102,7 +100,7 @@ def open_upright(content: bytes) -> Image.Image:
     """Open the contents of a file, turned as its EXIF orientation says."""
     image = Image.open(io.BytesIO(content))
     if image.format == "EPS":
-        raise ImageError("the picture cannot be read: PostScript is a program, and is not run")
+        raise ImageError("the image cannot be read: PostScript is a program, and is not run")
     return ImageOps.exif_transpose(image)
 
 
@@ -110,10 +108,10 @@ def pillow_to_rgb(image: object) -> NDArray[np.uint8]:
     """Return the pixels of an image of Pillow's, laid onto white: [3, H, W]."""
     if not isinstance(image, Image.Image):
         raise ImageError(
-            f"a picture must be a path, bytes, a PIL image, an array or a tensor, got {type(image)}"
+            f"an image must be a path, bytes, a PIL image, an array or a tensor, got {type(image)}"
         )
     if 0 in image.size:
-        raise ImageError("the picture has no pixels")
+        raise ImageError("the image has no pixels")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))

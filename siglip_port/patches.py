@@ -72,15 +72,13 @@ def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
     return patches.flatten(-5, -4).flatten(-3)
 
 
-def pack(
-    pictures: Sequence[Tensor], patch_size: int, num_patches: int | None = None
-) -> PackedImages:
+def pack(images: Sequence[Tensor], patch_size: int, num_patches: int | None = None) -> PackedImages:
     """Pack images of several shapes into one batch: `model(**pack(images, patch_size))`.
 
     The result has the names and shapes of what transformers' `Siglip2ImageProcessor` returns.
 
     Args:
-        pictures: B tensors [C, H, W], of one dtype.
+        images: B tensors [C, H, W], of one dtype.
         patch_size: P, in pixels.
         num_patches: to which every image is padded, N; None for as many as the largest has.
 
@@ -90,11 +88,11 @@ def pack(
     Raises:
         ValueError: there are no images, one has no whole patch, or has more than `num_patches`.
     """
-    validate_images_to_pack(pictures, patch_size, num_patches)
-    shapes = [(image.shape[-2] // patch_size, image.shape[-1] // patch_size) for image in pictures]
+    validate_images_to_pack(images, patch_size, num_patches)
+    shapes = [(image.shape[-2] // patch_size, image.shape[-1] // patch_size) for image in images]
     counts = [rows * columns for rows, columns in shapes]
     size = max(counts) if num_patches is None else num_patches
-    patches = [patchify(image, patch_size) for image in pictures]
+    patches = [patchify(image, patch_size) for image in images]
     device = patches[0].device
     is_patch = torch.arange(size) < torch.tensor(counts)[:, None]
     return {

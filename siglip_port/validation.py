@@ -1,4 +1,4 @@
-"""Checks of what callers pass: each mistake is one check with its own sentence."""
+"""Checks of what callers pass: each bug is one check with its own sentence."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def remedy_for(pixel_values: Tensor, config: SigLipVisionConfig) -> str:
         return "the channels come first: pixel_values.permute(0, 3, 1, 2)"
     if pixel_values.ndim == 3:
         if pixel_values.shape[0] == channels and pixel_values.shape[1] > 1:
-            return "a single picture needs a batch of one: pixel_values[None]"
+            return "a single image needs a batch of one: pixel_values[None]"
         return "packed patches come with their spatial_shapes"
-    remedy = "resize and normalize the pictures"
+    remedy = "resize and normalize the images"
     has_other_size = pixel_values.ndim == 4 and pixel_values.shape[1] == channels
     if config.resize_rule is None and has_other_size:
         remedy += ", or let positions be fitted to them: SigLipVisionConfig(interpolation='hf')"
@@ -96,7 +96,7 @@ def validate_packed_patches(
     own = (config.grid_size, config.grid_size)
     if config.resize_rule is None and any(shape != own for shape in shapes):
         raise ValueError(
-            f"this tower takes pictures of {own[0]} x {own[1]} patches only, got {shapes}; "
+            f"this encoder takes images of {own[0]} x {own[1]} patches only, got {shapes}; "
             "let positions be fitted to others: SigLipVisionConfig(interpolation='naflex')"
         )
 
@@ -107,27 +107,27 @@ def validate_images_to_pack(
     """Raise ValueError unless images [C, H, W] can be packed into patches of one batch."""
     if len(images) == 0 or not all(isinstance(i, Tensor) and i.ndim == 3 for i in images):
         kinds = [list(i.shape) if isinstance(i, Tensor) else type(i).__name__ for i in images]
-        raise ValueError(f"pictures must be one or more tensors of shape [C, H, W], got {kinds}")
+        raise ValueError(f"images must be one or more tensors of shape [C, H, W], got {kinds}")
     if not isinstance(patch_size, int) or patch_size < 1:
         raise ValueError(f"patch_size must be a positive integer, got {patch_size!r}")
     channels = {image.shape[0] for image in images}
     dtypes = {image.dtype for image in images}
     if len(channels) > 1 or len(dtypes) > 1:
         raise ValueError(
-            f"pictures must have one number of channels and one dtype, got {channels} and {dtypes}"
+            f"images must have one number of channels and one dtype, got {channels} and {dtypes}"
         )
     largest = 0
     for image in images:
         count = (image.shape[1] // patch_size) * (image.shape[2] // patch_size)
         if count == 0:
             raise ValueError(
-                f"every picture must hold a patch of {patch_size} x {patch_size} pixels, got one "
+                f"every image must hold a patch of {patch_size} x {patch_size} pixels, got one "
                 f"of shape {list(image.shape)}"
             )
         largest = max(largest, count)
     if num_patches is not None and largest > num_patches:
         raise ValueError(
-            f"a picture has {largest} patches, more than num_patches={num_patches}; make it smaller"
+            f"an image has {largest} patches, more than num_patches={num_patches}; make it smaller"
         )
 
 

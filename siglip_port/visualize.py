@@ -210,7 +210,7 @@ def draw_figures(model: SigLipVisionModel, view: ModelView) -> dict[str, Figure]
     image_tokens = tokens[0, :number]
     if not image_tokens.isfinite().all():
         raise ValueError(
-            "the tower makes tokens of this picture that are NaN or infinite: see `siglip-port "
+            "the encoder makes tokens of this image that are NaN or infinite: see `siglip-port "
             "inspect`"
         )
     figures = {
@@ -334,7 +334,7 @@ def draw_tokens(view: ModelView, tokens: Tensor) -> Figure:
     )
     colors = to_colors(scores).unflatten(0, view.grid)
     image_axes, overlay_axes, color_axes = figure.subplots(1, 3)
-    show_image(image_axes, view.rgb, "the picture")
+    show_image(image_axes, view.rgb, "the image")
     show_overlay(overlay_axes, view, colors, "laid over it")
     show_image(color_axes, colors, "the components")
     return figure

@@ -29,7 +29,7 @@ from tests.helpers.hub_cache import NAME, TEXT_MODEL_BYTES
 from tests.helpers.hub_server import Hub, Repository
 from tests.helpers.sample_images import write_images
 
-torch.set_num_threads(1)  # towers of a few columns are slower with more
+torch.set_num_threads(1)  # encoders of a few columns are slower with more
 
 FRESH_PROCESS = "SIGLIP_PORT_TEST_IN_FRESH_PROCESS"
 HUB = Hub()
@@ -113,7 +113,7 @@ def checkpoint(tmp_path: Path) -> MakeCheckpoint:
 
 
 @pytest.fixture(scope="session")
-def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of `SMALL`, on which nothing is zero and nothing is one."""
     from siglip_port.parity import randomize
 
@@ -125,27 +125,27 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copied(tower: Path, tmp_path: Path) -> Path:
+def copied(encoder_folder: Path, tmp_path: Path) -> Path:
     """A copy of it that a test may change.
 
     `vision_model.` before the names, and made without the reference.
     """
-    return Path(shutil.copytree(tower, tmp_path / "served"))
+    return Path(shutil.copytree(encoder_folder, tmp_path / "served"))
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """50 pictures, several of them broken: `broken.json` says which."""
+    """50 images, several of them broken: `broken.json` says which."""
     folder = tmp_path_factory.mktemp("photos")
     assert len(set(write_images(folder, 50, 0.2, 0).values())) >= 3
     return folder
 
 
 @pytest.fixture(scope="session")
-def whole_model(tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_model(encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, and what is beside it in a whole model; without `preprocessor_config.json`."""
     folder = Path(
-        shutil.copytree(tower, tmp_path_factory.mktemp("whole_model"), dirs_exist_ok=True)
+        shutil.copytree(encoder_folder, tmp_path_factory.mktemp("whole_model"), dirs_exist_ok=True)
     )
     (folder / "preprocessor_config.json").unlink()
     text_model = torch.ones(TEXT_MODEL_BYTES // 4)

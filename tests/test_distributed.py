@@ -135,6 +135,8 @@ def test_fsdp_unregistered_methods(run: Run) -> None:
 def test_sharded_model_not_saved(run: Run) -> None:
     for rank, results in enumerate(run.results):
         message = results["saved while sharded"]
-        assert message.startswith("CheckpointError: the model to be saved does not hold the tower")
+        assert message.startswith(
+            "CheckpointError: the model to be saved does not hold the encoder"
+        )
         assert "sharded or quantized; to be gathered or dequantized first (" in message
         assert not (run.folder / f"sharded-{rank}").exists()

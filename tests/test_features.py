@@ -1,4 +1,4 @@
-"""What the tower gives beside its tokens.
+"""What the encoder gives beside its tokens.
 
 Hidden states, attention maps, and itself, as a checkpoint of others.
 """
@@ -57,7 +57,7 @@ def test_hidden_states_as_maps() -> None:
     for y in range(4):
         for column in range(7):
             assert torch.equal(maps[:, :, y, column], tokens[:, 7 * y + column])
-    with pytest.raises(ValueError, match="as_maps needs pictures of one shape"):
+    with pytest.raises(ValueError, match="as_maps needs images of one shape"):
         port.hidden_states(**pack(list(x), 7), layers=[2], as_maps=True)
 
 

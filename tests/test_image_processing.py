@@ -57,7 +57,7 @@ NAFLEX = {
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """The photograph with noise: edges, flat parts, and every value from 0 to 255."""
+    """The image with noise: edges, flat parts, and every value from 0 to 255."""
     with Image.open(SAMPLE_IMAGE) as image:
         resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(resized).astype(int)
@@ -330,7 +330,7 @@ def bomb() -> bytes:
         (encode(photo(60, 40), "JPEG")[:700], "cannot be read: .*truncated"),
         (encode(photo(60, 40))[:900], "cannot be read: "),
         (bomb(), "cannot be read: Image size .* exceeds limit"),
-        ("/nowhere/a.jpg", r"^/nowhere/a.jpg: the picture cannot be read: .*No such file"),
+        ("/nowhere/a.jpg", r"^/nowhere/a.jpg: the image cannot be read: .*No such file"),
         (Path(__file__).parent, "cannot be read: it is no regular file"),
         ("/dev/zero", "cannot be read: it is no regular file"),
         ("a\0b", "cannot be read: embedded null"),
@@ -346,7 +346,7 @@ def bomb() -> bytes:
         (Image.new("RGB", (0, 5)), "has no pixels"),
         (7, "must be a path, bytes, a PIL image, an array or a tensor, got <class 'int'>"),
         (None, "must be a path"),
-        ([], "there are no pictures"),
+        ([], "there are no images"),
         ([[]], "must be a path"),
     ],
 )
@@ -471,7 +471,7 @@ def test_embed_images() -> None:
 
 def test_embed_unusable_images() -> None:
     model = random_model(replace(SMALL, pooling_head=True))
-    with pytest.raises(ImageError, match="picture 1 of 2: "):
+    with pytest.raises(ImageError, match="image 1 of 2: "):
         model.embed_images([SAMPLE_IMAGE, b"no"])
     with pytest.raises(ValueError, match="batch_size must be"):
         model.embed_images([SAMPLE_IMAGE], batch_size=0)

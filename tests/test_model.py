@@ -1,4 +1,4 @@
-"""The tower, against the reference, in float64 and with random weights.
+"""The encoder, against the reference, in float64 and with random weights.
 
 Rung by rung, then as users call it.
 """
@@ -34,7 +34,7 @@ from siglip_port.parity.siglip.reference import Reference
 from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import ODD, SMALL, MakeCheckpoint, pixels
 
-# The deepest rung that rounding reaches is 1e-15; the weakest mistake of parity/faults.py makes
+# The deepest rung that rounding reaches is 1e-15; the weakest bug of parity/faults.py makes
 # 6e-8.
 EXACT = 1e-12
 

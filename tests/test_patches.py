@@ -1,4 +1,4 @@
-"""Pictures of other shapes than the tower's own.
+"""Images of other shapes than the encoder's own.
 
 Packed patches (NaFlex), other sizes, and NaViT's positions.
 """
@@ -34,7 +34,7 @@ SHAPES = [
     (1, 36),
     (11, 2),
     (3, 3),
-]  # patches: fewer, more, as many as the tower's 6 x 6
+]  # patches: fewer, more, as many as the encoder's 6 x 6
 
 
 def pictures(*shapes: tuple[int, int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -44,7 +44,7 @@ def pictures(*shapes: tuple[int, int], dtype: torch.dtype = torch.float64) -> li
 
 @pytest.fixture
 def pair(checkpoint: MakeCheckpoint) -> tuple[SigLipVisionModel, Any]:
-    """A NaFlex tower, and the reference's of the same weights, in float64."""
+    """A NaFlex encoder, and the reference's of the same weights, in float64."""
     folder = checkpoint(NAFLEX)
     reference = Siglip2VisionModel.from_pretrained(folder, dtype=torch.float64).eval()
     return SigLipVisionModel.from_hf(folder, dtype=torch.float64), reference
@@ -90,7 +90,7 @@ def test_padding_invariance(pair: tuple[SigLipVisionModel, Any]) -> None:
         assert relative_error(vectors[i], port.embed(**alone)[0]) <= 1e-12
         assert (
             relative_error(vectors[i], port.embed(picture[None])[0]) <= 1e-12
-        )  # as a picture, not as patches
+        )  # as an image, not as patches
     # What the mask keeps out matters: without it, the padding would be attended to.
     everything = torch.ones_like(together["pixel_attention_mask"])
     wrong = port(together["pixel_values"], everything, together["spatial_shapes"])
@@ -147,7 +147,7 @@ def test_pack() -> None:
 
 def test_invalid_images_to_pack() -> None:
     with pytest.raises(
-        ValueError, match=r"pictures must be one or more tensors of shape \[C, H, W\], got \[\]"
+        ValueError, match=r"images must be one or more tensors of shape \[C, H, W\], got \[\]"
     ):
         pack([], 7)
     with pytest.raises(ValueError, match=r"must hold a patch of 7 x 7 pixels"):
@@ -158,7 +158,7 @@ def test_invalid_images_to_pack() -> None:
         pack(pictures((2, 3)), 0)
     with pytest.raises(ValueError, match=r"one number of channels and one dtype, got .*float32"):
         pack([torch.ones(3, 9, 9), torch.ones(3, 9, 9).double()], 7)
-    with pytest.raises(ValueError, match=r"a picture has 6 patches, more than num_patches=5"):
+    with pytest.raises(ValueError, match=r"an image has 6 patches, more than num_patches=5"):
         pack(pictures((2, 3)), 7, num_patches=5)
 
 
@@ -292,12 +292,12 @@ def test_interpolation_rules_differ() -> None:
 
 @pytest.mark.parametrize("size", [(28, 63), (63, 28), (49, 42), (42, 49), (35, 35)])
 def test_other_sizes_refused(size: tuple[int, int]) -> None:
-    """Also 28 x 63 pixels, which happen to have as many patches, 36, as the tower's own 42 x 42."""
+    """Also 28 x 63 pixels, which happen to have as many patches, 36, as the encoder's own 42 x 42."""
     with pytest.raises(
         ValueError, match=r"\[B, 3, 42, 42\], got .*; .*SigLipVisionConfig\(interpolation='hf'\)"
     ):
         with_rule(None)(torch.ones(1, 3, *size, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"takes pictures of 6 x 6 patches only, got \[\(4, 9\)\]"):
+    with pytest.raises(ValueError, match=r"takes images of 6 x 6 patches only, got \[\(4, 9\)\]"):
         with_rule(None)(**pack(pictures((4, 9)), 7))
     with pytest.raises(
         ValueError, match=r"\[B, 3, height, width\], both at least 7, got .*\[1, 3, 42, 6\]"
@@ -305,7 +305,7 @@ def test_other_sizes_refused(size: tuple[int, int]) -> None:
         with_rule("hf")(torch.ones(1, 3, 42, 6, dtype=torch.float64))
     with pytest.raises(
         ValueError,
-        match=r"\[3, 42, 42\]; a single picture needs a batch of one: pixel_values\[None\]",
+        match=r"\[3, 42, 42\]; a single image needs a batch of one: pixel_values\[None\]",
     ):
         with_rule("hf")(torch.ones(3, 42, 42, dtype=torch.float64))
     with pytest.raises(
@@ -320,7 +320,7 @@ def test_other_sizes_refused(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("kind", ["idefics2", "idefics3", "smolvlm"])
 @torch.no_grad()
 def test_navit(kind: str) -> None:
-    """Packed patches, beside the padded pictures with a mask that these models take.
+    """Packed patches, beside the padded images with a mask that these models take.
 
     In transformers 5.23.
     """
@@ -334,25 +334,25 @@ def test_navit(kind: str) -> None:
     module = getattr(transformers.models, kind)
     model_class = vars(getattr(module, f"configuration_{kind}"))[f"{name}VisionConfig"]
     config = model_class(**vision, image_size=42, patch_size=7)
-    tower = (
+    reference = (
         vars(getattr(module, f"modeling_{kind}"))[f"{name}VisionTransformer"](config)
         .double()
         .eval()
     )
-    randomize(tower)
+    randomize(reference)
     port = (
         SigLipVisionModel(replace(FIXED, pooling_head=False, interpolation="navit")).double().eval()
     )
     from siglip_port.checkpoint.layouts import HUGGINGFACE
 
-    stored = tower.state_dict()
+    stored = reference.state_dict()
     mappings = HUGGINGFACE.mappings(3, HUGGINGFACE.encoder)
     port.load_state_dict({mapping.port[0]: stored[name] for name, mapping in mappings.items()})
 
     x = pixels(FIXED)
     assert (
-        relative_error(port(x), tower(x).last_hidden_state) <= 1e-10
-    )  # their own grid: the plain tower
+        relative_error(port(x), reference(x).last_hidden_state) <= 1e-10
+    )  # their own grid: the plain encoder
     shapes = [(3, 5), (6, 4), (2, 2)]
     padded = torch.zeros(3, 3, 42, 35, dtype=torch.float64)
     mask = torch.zeros(3, 6, 5, dtype=torch.bool)
@@ -360,7 +360,7 @@ def test_navit(kind: str) -> None:
     for i, (picture, (h, w)) in enumerate(zip(batch, shapes, strict=True)):
         padded[i, :, : 7 * h, : 7 * w] = picture
         mask[i, :h, :w] = True
-    expected = tower(padded, patch_attention_mask=mask).last_hidden_state.view(3, 6, 5, 72)
+    expected = reference(padded, patch_attention_mask=mask).last_hidden_state.view(3, 6, 5, 72)
     tokens = port(**pack(batch, 7))
     for i, (h, w) in enumerate(shapes):
         assert relative_error(tokens[i, : h * w], expected[i, :h, :w].flatten(0, 1)) <= 1e-10
@@ -370,7 +370,7 @@ def test_navit(kind: str) -> None:
 @pytest.mark.parametrize("size", [(13, 40), (27, 7), (70, 19), (20, 21)])
 @torch.no_grad()
 def test_navit_large_images(size: tuple[int, int]) -> None:
-    """The reference's embeddings of pictures of zeros, without a bias: the positions alone."""
+    """The reference's embeddings of images of zeros, without a bias: the positions alone."""
     module = transformers.models.idefics2
     config = module.configuration_idefics2.Idefics2VisionConfig(
         hidden_size=8, image_size=40, patch_size=2

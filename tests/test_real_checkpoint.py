@@ -3,7 +3,7 @@
 Needs the HuggingFace Hub (0.8 GB a checkpoint, cached).
 
 The golden numbers are published ones, of big_vision's own JAX weights and of transformers' tests:
-they are logits, which the port's image vectors give together with the reference's text tower.
+they are logits, which the port's image vectors give together with the reference's text encoder.
 
 SIGLIP_PORT_GOLDENS names a JSON file with the numbers of another Hub, which has other weights under
 the same names: so `tests/test_versions.py` runs these tests at a Hub of our own.
@@ -50,7 +50,7 @@ GOLDENS = json.loads(Path(OTHERS).read_text()) if OTHERS else PUBLISHED
 
 
 def logits_per_image(name: str, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
-    """The port's pictures against the reference's texts: [B, T]."""
+    """The port's images against the reference's texts: [B, T]."""
     both = SiglipModel.from_pretrained(name).eval()
     with torch.inference_mode():
         images = SigLipVisionModel.from_hf(name, pooling_head=True).embed(

@@ -86,7 +86,7 @@ def test_gradients_of_packed_patches(checkpoint: MakeCheckpoint) -> None:
     grads = to_reference_names(port, gradients(port))
     expected = gradients(reference)
     assert grads["embeddings.patch_embedding.weight"].shape == (72, 3 * 7 * 7)  # a Linear's
-    # On a CPU, both fit positions in float32, and sum the gradients of the pictures in different
+    # On a CPU, both fit positions in float32, and sum the gradients of the images in different
     # dtypes.
     name = "embeddings.position_embedding.weight"
     assert relative_error(grads.pop(name), expected.pop(name)) <= 1e-6

@@ -290,7 +290,7 @@ def test_unusable_image_or_model(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="of no kind that Pillow knows"):
         visualize.draw(model, b"no", tmp_path)
     model.transformer.post_layernorm.bias.data[3] = torch.nan
-    message = "tokens of this picture that are NaN or infinite: see `siglip-port inspect`"
+    message = "tokens of this image that are NaN or infinite: see `siglip-port inspect`"
     with pytest.raises(ValueError, match=message):
         visualize.draw(model, random_image(9, 9), tmp_path)
     assert not list(tmp_path.iterdir())
@@ -299,9 +299,9 @@ def test_unusable_image_or_model(tmp_path: Path) -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def test_command(tower: Path, photo: Path, tmp_path: Path) -> None:
+def test_command(encoder_folder: Path, photo: Path, tmp_path: Path) -> None:
     """Draws what `draw` draws in another process, without pyplot."""
-    result = run("plot", photo, "-o", tmp_path / "out", "--model", tower, "--offline")
+    result = run("plot", photo, "-o", tmp_path / "out", "--model", encoder_folder, "--offline")
     files = [tmp_path / "out" / name for name in PLOTS]
     assert result.stdout.splitlines() == [str(file) for file in files]
     assert result.stderr == ""
@@ -310,7 +310,14 @@ def test_command(tower: Path, photo: Path, tmp_path: Path) -> None:
         "visualize.draw(SigLipVisionModel.from_hf(sys.argv[1]), sys.argv[2], sys.argv[3]);"
         "print('matplotlib.pyplot' in sys.modules)"
     )
-    arguments = [sys.executable, "-c", program, str(tower), str(photo), str(tmp_path / "again")]
+    arguments = [
+        sys.executable,
+        "-c",
+        program,
+        str(encoder_folder),
+        str(photo),
+        str(tmp_path / "again"),
+    ]
     other = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert other.stdout == "False\n"
     assert digests([tmp_path / "again" / name for name in PLOTS]) == digests(files)
@@ -321,7 +328,7 @@ def test_command_without_pooling_head(photo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run("plot", photo, "-o", out, "--model", tmp_path / "model")
     assert result.stdout.splitlines() == [str(out / name) for name in PLOTS[:-1]]
-    note = "pooling_attention.png is left out: the tower has no attention pooling head\n"
+    note = "pooling_attention.png is left out: the encoder has no attention pooling head\n"
     assert result.stderr == note
     assert sorted(file.name for file in out.iterdir()) == sorted(PLOTS[:-1])
 
@@ -331,27 +338,27 @@ def test_command_reads_image_before_model(tmp_path: Path) -> None:
     broken.write_bytes(b"no")
     out = tmp_path / "out"
     result = run("plot", broken, "-o", out, "--model", tmp_path / "none", code=1)
-    message = "the picture cannot be read: it is of no kind that Pillow knows"
+    message = "the image cannot be read: it is of no kind that Pillow knows"
     assert (result.stdout, result.stderr) == ("", f"{broken}: {message}\n")
     result = run("plot", tmp_path / "none.png", "-o", out, code=1)
-    assert "none.png: the picture cannot be read: No such file" in result.stderr
+    assert "none.png: the image cannot be read: No such file" in result.stderr
     assert not out.exists()
 
 
-def test_command_with_nan_weights(tower: Path, photo: Path, tmp_path: Path) -> None:
+def test_command_with_nan_weights(encoder_folder: Path, photo: Path, tmp_path: Path) -> None:
     def make_nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor * torch.nan for name, tensor in tensors.items()}
 
-    SigLipVisionModel.from_hf(tower).save_hf(tmp_path / "bad")
+    SigLipVisionModel.from_hf(encoder_folder).save_hf(tmp_path / "bad")
     edit_tensors(tmp_path / "bad", make_nan)
     result = run("plot", photo, "-o", tmp_path / "out", "--model", tmp_path / "bad", code=1)
-    message = "the tower makes tokens of this picture that are NaN or infinite"
+    message = "the encoder makes tokens of this image that are NaN or infinite"
     assert result.stderr.startswith(message)
     assert not (tmp_path / "out").exists()
 
 
-def test_command_output_is_a_file(tower: Path, photo: Path) -> None:
-    result = run("plot", photo, "-o", photo, "--model", tower, code=2)
+def test_command_output_is_a_file(encoder_folder: Path, photo: Path) -> None:
+    result = run("plot", photo, "-o", photo, "--model", encoder_folder, code=2)
     assert "is a file" in result.stderr
 
 

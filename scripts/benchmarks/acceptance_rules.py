@@ -84,7 +84,7 @@ def accepted(mutant: Mutant, case: Case) -> dict[str, bool]:
 
 
 def measure() -> tuple[int, dict[str, dict[str, tuple[int, int]]]]:
-    """Counts: rule -> weights -> (mistakes noticed, false alarms)."""
+    """Counts: rule -> weights -> (bugs detected, false alarms)."""
     mistakes = [mutant for mutant in catalog.MUTANTS if mutant.subject == "port"]
     counts: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in RULES}
     for weights in WEIGHTS:
@@ -100,7 +100,7 @@ def measure() -> tuple[int, dict[str, dict[str, tuple[int, int]]]]:
 
 
 def ours() -> tuple[int, int]:
-    """Mistakes in the port that the harness notices and names, and false alarms, as recorded."""
+    """Bugs in the port that the harness detects and names, and false alarms, as recorded."""
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
     port = {mutant.name for mutant in catalog.MUTANTS if mutant.subject == "port"}
     found = sum(
@@ -112,7 +112,7 @@ def ours() -> tuple[int, int]:
 def table(total: int, counts: Mapping[str, Mapping[str, tuple[int, int]]]) -> str:
     """The league in Markdown."""
     lines = [
-        f"| accept if ... ({total} mistakes, {len(catalog.EQUIVALENT)} legal variants) | fresh "
+        f"| accept if ... ({total} bugs, {len(catalog.EQUIVALENT)} equivalent variants) | fresh "
         "initialization | N1 | L7 |"
     ]
     lines.append("|---|---|---|---|")
@@ -131,7 +131,7 @@ def table(total: int, counts: Mapping[str, Mapping[str, tuple[int, int]]]) -> st
 
 
 def draw(total: int, counts: Mapping[str, Mapping[str, tuple[int, int]]]) -> None:
-    """Draws how many mistakes each rule notices on a fresh initialization, as most tests use it."""
+    """Draws how many bugs each rule detects on a fresh initialization, as most tests use it."""
     plt.rcParams.update(
         {"font.size": 10, "svg.hashsalt": "siglip_port", "font.family": "sans-serif"}
     )
@@ -150,7 +150,7 @@ def draw(total: int, counts: Mapping[str, Mapping[str, tuple[int, int]]]) -> Non
             axes.text(total - 2, y, f"{missed} unnoticed", ha="right", va="center", color="#b3261e")
     axes.set_yticks(range(len(rows)), [name for _, name in rows])
     axes.set(xlim=(0, total), xticks=[])
-    title = f"Of {total} mistakes, noticed by each acceptance rule on freshly initialized weights"
+    title = f"Of {total} bugs, detected by each acceptance rule on freshly initialized weights"
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -173,7 +173,7 @@ def insert(path: Path, text: str) -> None:
 
 def main() -> None:
     """Measures, prints, writes and draws."""
-    torch.set_num_threads(1)  # small towers are fastest so
+    torch.set_num_threads(1)  # small encoders are fastest so
     total, counts = measure()
     text = table(total, counts)
     print(text)

@@ -249,7 +249,7 @@ PEERS = (
         ("sentence-transformers[image]==6.2.0",),
         sentence_transformers,
         read_sentence_transformers,
-        "a SiglipModel from a folder; of a tower alone it takes the mean of the tokens",
+        "a SiglipModel from a folder; of an encoder alone it takes the mean of the tokens",
     ),
     Peer(
         "dinotool",

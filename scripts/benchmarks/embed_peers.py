@@ -78,7 +78,7 @@ class Row:
         packages: which it ran with.
         start: seconds of a run on `FEW` images.
         seconds: of the run that counts.
-        pictures: of that run.
+        images: of that run.
         rate: images a second, without the start.
         rows: vectors that the run on all images left, those that are NaN included.
         broken: what became of the broken ones.
@@ -253,7 +253,7 @@ def compare_vectors(vectors: Vectors, baseline: Vectors) -> tuple[float, float, 
 # --- the report -----------------------------------------------------------------------------------
 
 HEADER = """\
-| | seconds (of them start) | pictures a second after the start | rows | the broken ones \
+| | seconds (of them start) | images a second after the start | rows | the broken ones \
 | cosine with ours: median, least, below 0.99 | |
 |---|---|---|---|---|---|---|"""
 
@@ -297,8 +297,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="of pictures, made if it is not there")
-    parser.add_argument("--count", type=int, default=2000, help="pictures to make (%(default)s)")
+    parser.add_argument("folder", type=Path, help="of images, made if it is not there")
+    parser.add_argument("--count", type=int, default=2000, help="images to make (%(default)s)")
     parser.add_argument(
         "--broken", type=float, default=0.01, help="share of them that is broken (%(default)s)"
     )

@@ -4,7 +4,7 @@ The table of docs/reliability.md.
 
     uv run scripts/benchmarks/hub_failures.py
 
-A Hub on loopback (`tests/helpers/hub_server.py`), a small tower with random weights, real waits:
+A Hub on loopback (`tests/helpers/hub_server.py`), a small encoder with random weights, real waits:
 about five minutes.
 """
 

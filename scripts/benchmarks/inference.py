@@ -330,7 +330,7 @@ def format_rows(rows: Rows, bench: Bench, peak: float) -> str:
     gflop = flops(bench.model.config) / 1e9
     width = max(map(len, rows))
     lines = [
-        f"{'':{width}} | ms a picture (quartiles) | times as fast | of the GEMM peak | difference"
+        f"{'':{width}} | ms an image (quartiles) | times as fast | of the GEMM peak | difference"
     ]
     for name, row in rows.items():
         spread = f"{row['ms']:8.1f} ({row['ms_low']:.1f}-{row['ms_high']:.1f})"
@@ -443,7 +443,7 @@ def main() -> int:
             plot(report, args.output.with_suffix(".png"))
         except ImportError:
             print(
-                "no picture: matplotlib is not installed; uv run --group bench "
+                "no image: matplotlib is not installed; uv run --group bench "
                 "scripts/benchmarks/inference.py"
             )
     return 0

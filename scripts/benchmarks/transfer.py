@@ -205,7 +205,7 @@ def main() -> None:
     checkpoints = [(repo, *siglip(repo), "F32") for repo in TEXT]
     checkpoints.append(("google/gemma-3-27b-like", *gemma(), "BF16"))
     print(
-        "| served | in its files | tower | `from_hf` takes | share | requests | again | `inspect` "
+        "| served | in its files | encoder | `from_hf` takes | share | requests | again | `inspect` "
         "takes |"
     )
     print("|---|---|---|---|---|---|---|---|")

@@ -123,7 +123,7 @@ def damage_cache(folder: Path, rng: Random) -> list[str]:
 
 
 def random_fault(rng: Random) -> Fault:
-    """Return anything that goes wrong between the Hub and here, and can be noticed."""
+    """Return anything that goes wrong between the Hub and here, and can be detected."""
     kind: Kind = rng.choice([kind for kind in get_args(Kind) if kind != "none"])
     request = rng.choice(FAULTY_REQUESTS)
     times = rng.choice((1, 1, 2, None))

@@ -17,7 +17,7 @@ of it:
   a warning, a word on the terminal, a pickle loaded, a file changed or left behind, intact files
   refused, files loaded that say nothing legal, a model that is not what they say.
 
-Bytes of the encoder's own ranges that are altered on their way from the Hub cannot be noticed by
+Bytes of the encoder's own ranges that are altered on their way from the Hub cannot be detected by
 anybody, since the Hub tells the hash of whole files only: such faults are made in headers, in files
 fetched whole, and in the cache.
 """

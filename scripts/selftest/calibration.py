@@ -39,8 +39,8 @@ def calibrate(options: Options, progress: Progress) -> bool:
     weakest = min(finest.values())
     rows = [["", "share of the bound", "of"]]
     for gate, (size, where) in coarsest.items():
-        rows.append([f"coarsest legal variant, {gate}", f"{size:.2f}", where])
-    rows.append(["finest mistake", f"{weakest[0]:.2f}", weakest[1]])
+        rows.append([f"coarsest equivalent variant, {gate}", f"{size:.2f}", where])
+    rows.append(["finest bug", f"{weakest[0]:.2f}", weakest[1]])
     print("\n".join(format_table(rows)))
     holds = max(coarsest.values())[0] < 1 < weakest[0]
     print(f"{'HOLDS' if holds else 'DOES NOT HOLD'}: {bounds.ROUNDING_ORIGIN}")

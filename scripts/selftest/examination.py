@@ -24,7 +24,7 @@ from siglip_port.parity.sides import Side
 from siglip_port.parity.siglip import cases, reference, taps
 from siglip_port.parity.siglip.cases import Case
 from siglip_port.parity.siglip.pixels import check_pixels
-from siglip_port.parity.siglip.sample_images import synthetic_photograph
+from siglip_port.parity.siglip.sample_images import synthetic_image
 from siglip_port.parity.taps import expand
 
 
@@ -222,7 +222,7 @@ def examine_images(mutant: Mutant) -> Result:
             port = {
                 backend: ImageProcessor.from_config(preprocessor, backend) for backend in processors
             }
-            gate = check_pixels(port, processors, synthetic_photograph(), max_hints=0)
+            gate = check_pixels(port, processors, synthetic_image(), max_hints=0)
         if not gate.passed:
             result.add(gate)
             result.add_locations(gate)

@@ -38,7 +38,7 @@ class Report:
                 lines.append(f"false alarm: {result.mutant.name} ({how}): {gates} {result.error}")
         for name, shown in self.harness.items():
             if not shown:
-                lines.append(f"mistake in the harness not noticed: {name}")
+                lines.append(f"bug in the harness not detected: {name}")
         return lines
 
     def census(self) -> list[list[str]]:
@@ -65,15 +65,15 @@ class Report:
         if self.full:
             hints = f" (and says what {sum(map(has_hint, self.results))} look like)"
         return (
-            f"notices {detected} of {total} mistakes, names the place of {located} of {total}"
-            f"{hints}, {alarms} false alarms in {len(self.alarms)} runs of legal variants; "
-            f"{shown} of {len(self.harness)} mistakes in the harness itself are found out"
+            f"detects {detected} of {total} bugs, names the place of {located} of {total}"
+            f"{hints}, {alarms} false alarms in {len(self.alarms)} runs of equivalent variants; "
+            f"{shown} of {len(self.harness)} bugs in the harness itself are found out"
         )
 
 
 def describe_failure(result: Result) -> str:
     """Say in one line what the gates made of a mutant, and what they must."""
-    line = f"{result.mutant.name}: must be noticed by {result.mutant.gate}, was noticed by "
+    line = f"{result.mutant.name}: must be detected by {result.mutant.gate}, was detected by "
     line += ", ".join(result.detections) or "nothing"
     if result.false_locations:
         line += f"; named wrongly: {', '.join(result.false_locations[:3])}"

@@ -134,7 +134,7 @@ class SelfTest:
             return examine(mutant, cases)
 
         def run(how: str, what: str) -> None:
-            for result in self.follow(allow, catalog.EQUIVALENT, f"legal variants, {what}"):
+            for result in self.follow(allow, catalog.EQUIVALENT, f"equivalent variants, {what}"):
                 self.report.alarms.append((f"seed {seed}, {how}", result))
 
         for threads in (1, 2) if self.full else (torch.get_num_threads(),):
@@ -154,7 +154,7 @@ class SelfTest:
         def judge(mutant: HarnessMutant) -> str:
             return harness.examine_harness(mutant, SMALL)
 
-        shown = self.work(judge, catalog.HARNESS, "mistakes in the harness")
+        shown = self.work(judge, catalog.HARNESS, "bugs in the harness")
         for mutant, text in zip(catalog.HARNESS, shown, strict=True):
             self.report.harness[mutant.name] = text
 

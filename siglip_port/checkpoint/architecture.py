@@ -22,7 +22,7 @@ from siglip_port.checkpoint.weight_files import WeightFiles
 from siglip_port.config import SigLipVisionConfig, is_int
 
 NOT_SIGLIP = (
-    "this is not the configuration of a SigLIP vision tower that can be loaded; if it is wrong, "
+    "this is not the configuration of a SigLIP vision encoder that can be loaded; if it is wrong, "
     "pass config="
 )
 
@@ -104,7 +104,7 @@ def read_sizes(
 
     extra_dims = int(layout.is_stacked)  # of the blocks
     if not layout.fits(patch) or len(fc1) != 2 + extra_dims or len(positions) < 2:
-        raise ValueError(f"its tensors have shapes that no {layout.title} tower has")
+        raise ValueError(f"its tensors have shapes that no {layout.title} encoder has")
     channels, patch_size = patch_sizes(layout, patch_rule, patch)
     embed_dim = positions[-1]
     num_heads = None
@@ -225,7 +225,7 @@ def find_published(content: Json) -> SigLipVisionConfig | None:
             configs[text] = replace(config, pooling_head=False)
     if len(set(configs.values())) > 1:
         raise ValueError(
-            f"its configuration names several towers ({', '.join(configs)}); pass config="
+            f"its configuration names several encoders ({', '.join(configs)}); pass config="
         )
     return next(iter(configs.values()), None)
 

@@ -31,7 +31,7 @@ class MultipleEncodersError(CheckpointError):
     """A file holds more than one vision encoder, or one that matches several layouts.
 
     Attributes:
-        towers: layout and prefix of each.
+        encoders: layout and prefix of each.
     """
 
     def __init__(self, message: str, towers: list[tuple[Layout, str]]) -> None:
@@ -41,7 +41,7 @@ class MultipleEncodersError(CheckpointError):
 
 def describe_problems(title: str, problems: Iterable[Problem]) -> str:
     """Write one message for all that is wrong: what, how many, and their names, folded by block."""
-    lines = [f"{title} does not hold the tower that its configuration describes"]
+    lines = [f"{title} does not hold the encoder that its configuration describes"]
     for problem, names in problems:
         lines.append(f"  {problem} ({len(names)}):")
         folded = fold_blocks(sorted(names))

@@ -109,7 +109,7 @@ def verify(model: SigLipVisionModel, folder: Path) -> list[Tensor]:
     if not different:
         outputs = zip(outputs_of_noise(result), expected, strict=True)
         if not all(is_same(output, other) for output, other in outputs):
-            different.append("what it computes of a picture of noise")
+            different.append("what it computes of an image of noise")
     if different:
         names = ", ".join(fold_blocks(sorted(different)))
         raise CheckpointError(

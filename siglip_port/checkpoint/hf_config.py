@@ -49,7 +49,7 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
 }
 """The `model_type`s that describe a SigLIP encoder, with the defaults in which they differ."""
 
-# The `model_type` of models whose published files hold no other for their tower, or one that says
+# The `model_type` of models whose published files hold no other for their encoder, or one that says
 # too little.
 ENCODER_OF = {
     "paligemma": "siglip_vision_model",
@@ -68,11 +68,11 @@ ENCODER_OF = {
 MINICPM = ("minicpmv", "minicpmo")
 
 REFUSED_TYPES = {
-    "minicpmv4_6": "its tower merges tokens between its blocks",
-    "minicpmv4_6_vision": "its tower merges tokens between its blocks",
-    "youtu_vl": "its tower has rotary positions and windows of attention",
+    "minicpmv4_6": "its encoder merges tokens between its blocks",
+    "minicpmv4_6_vision": "its encoder merges tokens between its blocks",
+    "youtu_vl": "its encoder has rotary positions and windows of attention",
     "bagel": "its configuration does not tell whether its positions are learned or rotary",
-    "phi3_v": "its tower is CLIP's, not SigLIP's",
+    "phi3_v": "its encoder is CLIP's, not SigLIP's",
     "clip": "CLIP is another model",
     "clip_vision_model": "CLIP is another model",
 }

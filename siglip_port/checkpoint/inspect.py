@@ -90,12 +90,12 @@ class Inspection:
         commit: the Hub commit, or None for a local path.
         files: the weights files.
         unread: those of them whose header cannot be had.
-        towers: layout and prefix of every vision encoder in the files.
+        encoders: layout and prefix of every vision encoder in the files.
         layout: the name of the layout that was taken.
         prefix: what stands before the names of the encoder.
         title: both, for people.
         config: the architecture.
-        tower: how much of the encoder is stored.
+        encoder: how much of the encoder is stored.
         whole: how much is stored in all files that could be read.
         entries: the tensors of the encoder.
         dropped: number of stored tensors that are not the encoder's, by reason.

@@ -95,7 +95,7 @@ def read_preprocessor_config(source: Source) -> dict[str, Any] | None:
             return image_processor
     if not_cached is not None:  # The model can do without.
         log.warning(
-            "how pictures are prepared is not known, so it is as SigLIP's towers are: %s",
+            "how images are prepared is not known, so it is as SigLIP's encoders are: %s",
             not_cached,
         )
     return None

@@ -128,7 +128,7 @@ class IgnoredKeys:
 
 
 OUTSIDE_PREFIX = (
-    IgnoredKeys(r"(.+\.)?text_model\..+|text\..+|(params/)?txt/.+", "text tower"),
+    IgnoredKeys(r"(.+\.)?text_model\..+|text\..+|(params/)?txt/.+", "text encoder"),
     IgnoredKeys(
         r"(.+\.)?logit_(scale|bias)|(params/)?[tb]", "scale and bias of the image-text logits"
     ),

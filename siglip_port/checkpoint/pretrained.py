@@ -157,5 +157,5 @@ def build_on_meta(
         with torch.device("meta"):
             model = cls(config)
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{name} describes an impossible tower: {error}") from error
+        raise CheckpointError(f"{name} describes an impossible encoder: {error}") from error
     return model, {name: tensor.shape for name, tensor in model.state_dict().items()}

@@ -204,8 +204,8 @@ class Checkpoint:
         if config.naflex == self.match.layout.naflex:
             return
         kinds = {
-            True: "a NaFlex tower (siglip2)",
-            False: "a tower for pictures of one size (siglip)",
+            True: "a NaFlex encoder (siglip2)",
+            False: "an encoder for images of one size (siglip)",
         }
         raise CheckpointError(
             f"{self._source.title}: {self._described_by} describes {kinds[config.naflex]}, but the "
@@ -249,7 +249,7 @@ class Checkpoint:
             )
         if count > MAX_BLOCKS:
             raise CheckpointError(
-                f"{asks}, and no tower has more than {MAX_BLOCKS}; {FETCH_BOTH_AGAIN}"
+                f"{asks}, and no encoder has more than {MAX_BLOCKS}; {FETCH_BOTH_AGAIN}"
             )
 
     # --- what `check` and `read` do ---------------------------------------------------------------

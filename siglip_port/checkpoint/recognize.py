@@ -66,7 +66,7 @@ def recognize(files: WeightFiles, layout_name: str | None, prefix: str | None) -
     if len(matches) > 1:
         choices = [f"layout={layout.name!r}, prefix={place!r}" for layout, place in matches]
         raise MultipleEncodersError(
-            f"{files.source.title} holds more than one vision tower, or one that matches "
+            f"{files.source.title} holds more than one vision encoder, or one that matches "
             f"several layouts: {'; '.join(choices)}; "
             "say which by layout= and prefix=",
             [*matches],
@@ -129,7 +129,7 @@ def candidate_prefixes(files: WeightFiles, layout: Layout, prefix: str | None) -
         prefixes = [place for place in prefixes if place.rstrip("./") == prefix.rstrip("./")]
     if len(prefixes) > MAX_CANDIDATES:
         raise CheckpointError(
-            f"{files.source.name} names {len(prefixes)} towers in the layout "
+            f"{files.source.name} names {len(prefixes)} encoders in the layout "
             f"{layout.name!r}, more than the "
             f"{MAX_CANDIDATES} that are looked at; say which is meant by prefix="
         )
@@ -163,7 +163,7 @@ def describe_no_match(
 ) -> str:
     """Say that there is no vision encoder, and what there is."""
     names = ", ".join(layout.name for layout in layouts)
-    message = f"{files.source.title} holds no SigLIP vision tower in a layout that is known here "
+    message = f"{files.source.title} holds no SigLIP vision encoder in a layout that is known here "
     message += f"({names})"
     if prefix is not None:
         message += f" behind the prefix {prefix!r}"

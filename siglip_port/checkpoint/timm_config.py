@@ -21,7 +21,7 @@ def config_to_timm(config: SigLipVisionConfig, preprocessor: Mapping[str, Any]) 
     """
     if config.layer_norm_eps != SigLipVisionConfig.layer_norm_eps:
         raise ValueError(
-            f"timm's SigLIP towers have layer_norm_eps 1e-6, this one has {config.layer_norm_eps}"
+            f"timm's SigLIP encoders have layer_norm_eps 1e-6, this one has {config.layer_norm_eps}"
         )
     architecture = "vit_base_patch16_siglip_224"
     if config.naflex:

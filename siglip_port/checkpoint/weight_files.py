@@ -175,7 +175,7 @@ def check_decompression(path: Path, header: Header, names: Iterable[str]) -> Non
     size = sum(header.tensors[name].nbytes for name in names)
     if size > MAX_DECOMPRESSION_RATIO * header.size:
         raise CheckpointError(
-            f"{path} has {header.size} bytes, and its tower would have {size}: more "
+            f"{path} has {header.size} bytes, and its encoder would have {size}: more "
             f"than {MAX_DECOMPRESSION_RATIO} "
             "times as many, which no weights have. Nothing was loaded; where you trust it, "
             "unpack it yourself"

@@ -40,7 +40,7 @@ class SentenceGroup(typer.core.TyperGroup):
 
 app = typer.Typer(
     cls=SentenceGroup,
-    help="Looks into checkpoints that hold a SigLIP vision tower, and takes the tower out of them.",
+    help="Inspect, convert, run and verify SigLIP vision encoders.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

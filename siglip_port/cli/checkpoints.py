@@ -40,9 +40,9 @@ def inspect(
 
     Of weights on the Hub, only headers are fetched.
 
-    Of files on this machine, the tower is read, too, and it is told what in it is NaN or infinite.
+    Of local files, the encoder is read as well, and NaN and infinite values are counted.
 
-    Exit code 0: it can be loaded. 1: it cannot, or holds several towers.
+    Exit code 0: it can be loaded. 1: it cannot, or holds several encoders.
     """
     from siglip_port.checkpoint import CheckpointError
     from siglip_port.checkpoint.errors import MultipleEncodersError
@@ -89,7 +89,7 @@ def print_inspection(inspection: Inspection) -> None:
         "whole", [f"{whole.parameters:,} parameters, {format_bytes(whole.bytes)}{unread}"]
     )
     print_labeled("dropped", ["; ".join(dropped) or "nothing"])
-    print_labeled("headers", [f"{fit} the tower that the configuration describes"])
+    print_labeled("headers", [f"{fit} the encoder that the configuration describes"])
     print_labeled("values", [describe_values(inspection)])
     print_labeled("config", [f"{field}={value!r}" for field, value in config.items()])
     typer.echo()
@@ -118,7 +118,7 @@ def describe_values(inspection: Inspection) -> str:
 
 
 def tower_options(layout: str, prefix: str) -> str:
-    """The options that choose one of a checkpoint's towers."""
+    """The options that choose one of a checkpoint's encoders."""
     return f"--layout {layout} --prefix {shlex.quote(prefix)}"
 
 
@@ -129,7 +129,7 @@ def describe_error(error: Exception) -> str:
     if not isinstance(error, MultipleEncodersError):
         return str(error)
     choices = "; ".join(tower_options(layout.name, prefix) for layout, prefix in error.towers)
-    return f"the checkpoint holds more than one vision tower; pass one of: {choices}"
+    return f"the checkpoint holds more than one vision encoder; pass one of: {choices}"
 
 
 # --- extract --------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def extract(
         ),
     ] = False,
 ) -> None:
-    """Write the tower of a checkpoint as a checkpoint of its own, and verify it bit for bit.
+    """Write the encoder of a checkpoint as a checkpoint of its own, and verify it bit for bit.
 
     Exit code 0: written and verified. 1: it cannot be loaded, written or verified. 2: wrong
     arguments.
@@ -187,7 +187,7 @@ def extract(
     )
     print_labeled(
         "verified",
-        [f"{extraction.parameters} parameters, and {outputs} of a picture of noise: the same bits"],
+        [f"{extraction.parameters} parameters, and {outputs} of an image of noise: the same bits"],
     )
     interpolation = model.config.interpolation
     if interpolation is not None:
@@ -214,7 +214,7 @@ def check_folder(out: Path, source: Path, force: bool) -> None:
 
 
 def list_published(as_json: JsonOption = False) -> None:
-    """List the published checkpoints, and how much of each is the vision tower."""
+    """List the published checkpoints, and how much of each is the vision encoder."""
     from siglip_port.checkpoint.registry import PUBLISHED
 
     rows = [describe_published(published) for published in PUBLISHED]

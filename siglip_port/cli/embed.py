@@ -32,8 +32,7 @@ def embed(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Folders, pictures, patterns in quotation marks, .txt lists, .tar or .parquet "
-            "files."
+            help="Folders, images, patterns in quotation marks, .txt lists, .tar or .parquet files."
         ),
     ],
     out: Annotated[
@@ -58,7 +57,7 @@ def embed(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of the CPU, for the model; as many as fit.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
     shard_size: Annotated[
         int, typer.Option(min=1, help="Rows a file; also what an interruption can cost.")
     ] = 2048,
@@ -70,7 +69,7 @@ def embed(
         ),
     ] = None,
     tokens: Annotated[
-        bool, typer.Option("--tokens", help="Write all tokens, not one vector a picture.")
+        bool, typer.Option("--tokens", help="Write all tokens, not one vector an image.")
     ] = False,
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Scale vectors to unit length.")
@@ -93,9 +92,9 @@ def embed(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the vectors of many pictures as parquet files.
+    """Write the vectors of many images as parquet files.
 
-    Exit code 0: all pictures have a vector. 3: some could not be read: their rows say why. 1: it
+    Exit code 0: all images have a vector. 3: some could not be read: their rows say why. 1: it
     could not go on; what is complete stays, and the same command goes on from there. 2: wrong
     arguments. 130: interrupted, likewise.
     """
@@ -159,7 +158,7 @@ def run(
     try:
         with status_line() as show:
             measuring = ", and measuring which form is fastest"
-            show(f"listing the pictures{measuring if options['form'] == 'fastest' else ''}")
+            show(f"listing the images{measuring if options['form'] == 'fastest' else ''}")
             return embed_images(
                 inputs, out, model, report=lambda each: show(describe_progress(each)), **options
             )
@@ -176,19 +175,19 @@ def describe_progress(progress: Progress) -> str:
     shares = ", ".join(f"{phase} {getattr(progress, phase) / seconds:.0%}" for phase in PHASES)
     return (
         f"{progress.done}/{progress.total}, {progress.failed} failed, {progress.rate:.1f} "
-        f"pictures/s, {minutes:.0f} min left: {shares}"
+        f"images/s, {minutes:.0f} min left: {shares}"
     )
 
 
 def print_summary(summary: Progress, out: Path) -> None:
     """Print what a run has done, and where its time went."""
     typer.echo(
-        f"{summary.done} of {summary.total} pictures in {out}, {summary.failed} of them with an "
+        f"{summary.done} of {summary.total} images in {out}, {summary.failed} of them with an "
         "error instead"
     )
     typer.echo(
         f"{summary.fresh} now, {summary.rate:.1f} a second; seconds: {summary.waiting:.1f} waiting "
-        f"for pictures, {summary.model:.1f} model, {summary.writing:.1f} writing; beside all that, "
+        f"for images, {summary.model:.1f} model, {summary.writing:.1f} writing; beside all that, "
         f"in all processes together, {summary.decoding:.1f} decoding, "
         f"{summary.preprocessing:.1f} preprocessing"
     )
@@ -196,17 +195,17 @@ def print_summary(summary: Progress, out: Path) -> None:
 
 def search(
     out: Annotated[Path, typer.Argument(help="A folder that `embed` has written.")],
-    query: Annotated[Path, typer.Argument(help="A picture.")],
-    count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many pictures.")] = 10,
+    query: Annotated[Path, typer.Argument(help="An image.")],
+    count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many images.")] = 10,
     source: Annotated[
         str | None, typer.Option("--model", help="Where the model is now, if it has moved.")
     ] = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the pictures of a folder of vectors that are nearest to one, by cosine.
+    """Find the images of a folder of vectors that are nearest to one, by cosine.
 
-    Exit code 0: found. 1: there are no vectors, or the picture or the model cannot be read.
+    Exit code 0: found. 1: there are no vectors, or the image or the model cannot be read.
     """
     require("pyarrow")
     from siglip_port.embed import EmbedError

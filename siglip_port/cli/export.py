@@ -37,7 +37,7 @@ def export(
     revision: RevisionOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Write the tower for other programs, run what was written, and compare it with the tower.
+    """Write the encoder for other programs, run what was written, and compare it with the encoder.
 
     Input pixel_values [batch, 3, size, size], outputs tokens and pooled, for every batch size.
 
@@ -72,4 +72,4 @@ def export(
         fail(str(problem), 1)
     typer.echo(model.provenance)
     print_labeled("written", [f"{out} ({format_bytes(out.stat().st_size)})"])
-    typer.echo(f"compared with the tower, in batches of 1, 2 and 5: differs by {error:.1e}")
+    typer.echo(f"compared with the encoder, in batches of 1, 2 and 5: differs by {error:.1e}")

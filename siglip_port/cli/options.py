@@ -50,7 +50,9 @@ LayoutOption = Annotated[
 ]
 PrefixOption = Annotated[
     str | None,
-    typer.Option(help="What stands before the tower's names, such as 'vision_model.'; may be ''."),
+    typer.Option(
+        help="What stands before the encoder's names, such as 'vision_model.'; may be ''."
+    ),
 ]
 RevisionOption = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")

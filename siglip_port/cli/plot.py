@@ -13,7 +13,7 @@ from siglip_port.extras import require
 
 
 def plot(
-    image: Annotated[Path, typer.Argument(help="A picture.")],
+    image: Annotated[Path, typer.Argument(help="An image.")],
     out: Annotated[
         Path, typer.Option("-o", "--out", file_okay=False, help="The folder to be written.")
     ],
@@ -21,12 +21,12 @@ def plot(
     revision: RevisionOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Draw what the tower has learned, and what it makes of a picture, as PNG files.
+    """Draw what the encoder has learned, and what it makes of an image, as PNG files.
 
     Its patches, filters, positions, tokens, and what its pooling head attends to. Files of the same
     names are replaced.
 
-    Exit code 0: drawn. 1: the picture or the model cannot be read, or the folder not be written. 2:
+    Exit code 0: drawn. 1: the image or the model cannot be read, or the folder not be written. 2:
     wrong arguments.
     """
     require("matplotlib")
@@ -47,6 +47,6 @@ def plot(
         typer.echo(file)
     if model.pooling_head is None:
         typer.echo(
-            f"{visualize.POOLING_PLOT} is left out: the tower has no attention pooling head",
+            f"{visualize.POOLING_PLOT} is left out: the encoder has no attention pooling head",
             err=True,
         )

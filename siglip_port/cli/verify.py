@@ -161,7 +161,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         type=path,
         default=VerifyOptions.image,
         metavar="PATH",
-        help="a photograph (siglip_port/parity/siglip/images/chelsea.png)",
+        help="an image (siglip_port/parity/siglip/images/chelsea.png)",
     )
 
 
@@ -219,7 +219,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     """Add what can be done instead of a comparison."""
     helps: dict[Action, str] = {
         "list-gates": "say what each gate means",
-        "selftest": "prove the gates: every mistake of the catalog must be noticed",
+        "selftest": "prove the gates: every bug of the catalog must be detected",
         "calibrate": "measure on this device what the bounds on rounding rest on",
     }
     group = parser.add_argument_group("instead of a comparison").add_mutually_exclusive_group()

@@ -239,7 +239,7 @@ class BatchEncoder:
         try:
             if not self.config.naflex and image.pixels.shape != expected:
                 raise ImageError(
-                    f"without resizing, a picture must be {list(expected)}, got "
+                    f"without resizing, an image must be {list(expected)}, got "
                     f"{list(image.pixels.shape)}"
                 )
             self.processor.batch([torch.from_numpy(image.pixels)])

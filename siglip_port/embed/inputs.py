@@ -86,7 +86,7 @@ def find_items(inputs: Sequence[str | os.PathLike[str]]) -> list[Item]:
         listed = list(items_of_input(name))
         if not listed:
             raise ValueError(
-                f"{name} holds no picture ({', '.join(IMAGE_SUFFIXES)}); name tar and parquet "
+                f"{name} holds no image ({', '.join(IMAGE_SUFFIXES)}); name tar and parquet "
                 "files one by one, or by a pattern such as 'folder/*.tar'"
             )
         if len(inputs) > 1:  # two folders may hold images of the same name
@@ -229,7 +229,7 @@ def read(item: Item) -> bytes:
             return read_parquet_row(item)
         return read_tar_member(item)
     except OSError as error:
-        raise ImageError(f"the picture cannot be read: {error.strerror or error}") from error
+        raise ImageError(f"the image cannot be read: {error.strerror or error}") from error
 
 
 def read_tar_member(item: Item) -> bytes:
@@ -240,7 +240,7 @@ def read_tar_member(item: Item) -> bytes:
         file.seek(offset)
         content = file.read(size)
     if len(content) < size:
-        raise ImageError("the tar file ends in the middle of the picture")
+        raise ImageError("the tar file ends in the middle of the image")
     return content
 
 

@@ -109,7 +109,7 @@ def validate_output(options: EmbedOptions, config: SigLipVisionConfig) -> None:
     """Raise ValueError unless a model of this configuration makes the output of these options."""
     if options.output == "tokens" and (config.naflex or options.normalize):
         raise ValueError(
-            "tokens are written of towers with pictures of one size, and are not normalized"
+            "tokens are written of encoders with images of one size, and are not normalized"
         )
     if options.output == "pooled" and not config.has_pooled_output:
         raise ValueError(

@@ -81,7 +81,7 @@ def run_on_ray(
     except (ConnectionError, ray.exceptions.RayError) as error:
         raise EmbedError(
             f"the Ray cluster gave up: {failure_reason(error)}; the same command goes on from "
-            "there; without --engine ray also past a picture that kills the process that decodes it"
+            "there; without --engine ray also past an image that kills the process that decodes it"
         ) from error
     finally:
         if started_here:

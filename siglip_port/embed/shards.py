@@ -60,7 +60,7 @@ class Settings:
         format: `parquet`; or `npy`, vectors beside the parquet files.
         preprocess: a hash of every choice that changes a pixel.
         processor: those choices.
-        pictures: how many images.
+        images: how many images.
         ids: a hash of their ids.
     """
 

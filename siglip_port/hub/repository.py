@@ -300,7 +300,7 @@ class HubRepository:
             self._downloader.range_errors[file.filename] = error
             size = f"{file.size / 1e6:,.1f} MB" if file.has_known_size else "bytes"
             log.warning(
-                "%s of %s cannot be fetched in parts, so all %s of it are fetched, not the tower "
+                "%s of %s cannot be fetched in parts, so all %s of it are fetched, not the encoder "
                 "alone: %s",
                 file.filename,
                 self._client.title,

@@ -35,9 +35,9 @@ class Choice:
         if self.milliseconds:
             fastest_first = sorted(self.milliseconds.items(), key=lambda item: item[1])
             times = ", ".join(f"{engine} {time:.1f}" for engine, time in fastest_first)
-            text += f"; milliseconds a picture: {times}"
+            text += f"; milliseconds an image: {times}"
         lines = [
-            f"{self.engine} ({text}); results differ from the tower's own by "
+            f"{self.engine} ({text}); results differ from the encoder's own by "
             f"{self.difference:.1e}, bound {self.bound:.0e}"
         ]
         for engine, reason in self.left_out.items():

@@ -182,7 +182,9 @@ def load_or_write(
         return load(path)
     except Exception as error:  # of many kinds, none of them documented
         advice = f"; if it could before, delete {path}" if path.exists() else ""
-        raise EngineError(f"{program} cannot take the tower: {last_line(error)}{advice}") from error
+        raise EngineError(
+            f"{program} cannot take the encoder: {last_line(error)}{advice}"
+        ) from error
 
 
 def last_line(error: BaseException) -> str:

@@ -103,7 +103,7 @@ def inference_copy(model: SigLipVisionModel, dtype: torch.dtype | None) -> Optim
         copy.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise ValueError(
-            "the parameters are not those of a SigLIP tower (it was wrapped, quantized, or given "
+            "the parameters are not those of a SigLIP encoder (it was wrapped, quantized, or given "
             "adapters); merge or remove what was added first"
         ) from error
     dtypes = {parameter.dtype for parameter in copy.parameters()}

@@ -242,7 +242,7 @@ def build_candidates(
             continue
         if not difference <= tolerance:
             candidates.left_out[name] = (
-                f"its results differ from the tower's own by {difference:.1e}, "
+                f"its results differ from the encoder's own by {difference:.1e}, "
                 f"bound {tolerance:.0e}"
             )
             continue

@@ -10,7 +10,7 @@ FLOAT64_BOUND = 1e-10
 """Largest relative error of float64 computations that agree."""
 
 FLOAT64_ORIGIN = (
-    "float64 rounding was measured at up to 3e-13, the weakest mistake of the catalog at 1e-8 "
+    "float64 rounding was measured at up to 3e-13, the weakest bug of the catalog at 1e-8 "
     "at its tap"
 )
 

@@ -14,9 +14,9 @@ from tests.helpers.npz_files import Members
 
 
 @pytest.fixture(scope="session")
-def model(tower: Path) -> SigLipVisionModel:
-    """The model in the files of `tower` and `copied`, a `SMALL` one with random weights."""
-    return SigLipVisionModel.from_hf(tower)
+def model(encoder_folder: Path) -> SigLipVisionModel:
+    """The model in the files of `encoder` and `copied`, a `SMALL` one with random weights."""
+    return SigLipVisionModel.from_hf(encoder_folder)
 
 
 @pytest.fixture

@@ -163,7 +163,7 @@ def test_several_names() -> None:
     two = {"a": "vit_base_patch16_siglip_224", "b": ["vit_base_patch16_siglip_384"]}
     with pytest.raises(
         ValueError,
-        match=r"names several towers \(vit_base_patch16_siglip_224, .*_384\); pass config=",
+        match=r"names several encoders \(vit_base_patch16_siglip_224, .*_384\); pass config=",
     ):
         infer_architecture(layouts.TIMM, BASE, two)
     same = {"a": "google/siglip-base-patch16-224", "b": "siglip-base-patch16-224"}
@@ -242,7 +242,7 @@ def test_refused_config_not_replaced_by_name(vision: dict[str, Any], tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(
         CheckpointError,
-        match=r"not the configuration of a SigLIP vision tower .* if it is wrong, pass",
+        match=r"not the configuration of a SigLIP vision encoder .* if it is wrong, pass",
     ):
         load(tmp_path)
     assert load(tmp_path, config=ODD).config == ODD
@@ -269,7 +269,7 @@ def test_heads_of_other_parts(tmp_path: Path) -> None:
 
 
 def test_original_llava(tmp_path: Path) -> None:
-    """Its config.json describes the language model and names the tower.
+    """Its config.json describes the language model and names the encoder.
 
     The last block of that one is not stored.
     """

@@ -15,7 +15,7 @@ from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import ODD, pixels
 from tests.helpers.flax import flax, save_arrays, write_npz
-from tests.helpers.other_libraries import timm_tower
+from tests.helpers.other_libraries import timm_encoder
 
 load = SigLipVisionModel.from_hf
 
@@ -42,7 +42,7 @@ def test_big_vision(root: str, scanned: bool, naflex: bool, dtype: str, tmp_path
     assert ("blocks stacked" in model.provenance.layout) == scanned
     assert model.provenance.dropped == {
         "scale and bias of the image-text logits": 1,
-        "text tower": 1,
+        "text encoder": 1,
     }
     model.save_hf(tmp_path / "hf")
     assert all(torch.equal(t, state[n]) for n, t in load(tmp_path / "hf").state_dict().items())
@@ -50,7 +50,7 @@ def test_big_vision(root: str, scanned: bool, naflex: bool, dtype: str, tmp_path
 
 @torch.no_grad()
 def test_timm_reads_big_vision(tmp_path: Path) -> None:
-    """An independent witness: timm's own reader of `.npz` files."""
+    """An independent second reference: timm's own reader of `.npz` files."""
     original = SigLipVisionModel(replace(ODD, image_size=42))
     randomize(original)
     write_npz(
@@ -58,17 +58,17 @@ def test_timm_reads_big_vision(tmp_path: Path) -> None:
         flax(original.config, original.state_dict(), scanned=False),
         "params/img/",
     )
-    tower: Any = timm_tower("vit_base_patch32_siglip_256", img_size=42).eval()
-    tower.load_pretrained(str(tmp_path / "tower.npz"), prefix="params/img/")
+    reference: Any = timm_encoder("vit_base_patch32_siglip_256", img_size=42).eval()
+    reference.load_pretrained(str(tmp_path / "tower.npz"), prefix="params/img/")
     x = pixels(original.config).float()
     model = load(tmp_path / "tower.npz")
-    assert relative_error(model(x), tower.forward_features(x)) <= 1e-5
-    assert relative_error(model.embed(x), tower(x)) <= 1e-5
+    assert relative_error(model(x), reference.forward_features(x)) <= 1e-5
+    assert relative_error(model.embed(x), reference(x)) <= 1e-5
     assert torch.equal(model(x), original.eval()(x))
 
 
 def test_paligemma(tmp_path: Path) -> None:
-    """No pooling head, and the projector under the tower's own prefix."""
+    """No pooling head, and the projector under the encoder's own prefix."""
     config = replace(ODD, pooling_head=False, image_size=42)
     original = SigLipVisionModel(config)
     randomize(original)
@@ -106,5 +106,7 @@ def test_beside_timm_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch16_siglip_224"}')
     # the tanh form, whatever timm does
     assert load(tmp_path / "tower.npz").config == original.config
-    with pytest.raises(CheckpointError, match=r"holds neither .*; pass the file tower.npz itself"):
+    with pytest.raises(
+        CheckpointError, match=r"holds neither .*; pass the file encoder.npz itself"
+    ):
         load(tmp_path)

@@ -147,7 +147,7 @@ INDEXES: dict[str, tuple[Callable[[Json], object], str]] = {
     "null": (lambda index: {**index, "weight_map": None}, "has no usable weight_map"),
     "a list": (lambda _: [], "must hold a JSON object, found a list"),
     "no map": (lambda _: {}, "has no usable weight_map"),
-    "an empty map": (lambda _: {"weight_map": {}}, "holds no SigLIP vision tower"),
+    "an empty map": (lambda _: {"weight_map": {}}, "holds no SigLIP vision encoder"),
     "another shard": (
         lambda i: placed(next(f for f in i["weight_map"].values() if f != i["weight_map"][NORM]))(
             i
@@ -161,9 +161,9 @@ INDEXES: dict[str, tuple[Callable[[Json], object], str]] = {
         ),
         f"is not readable JSON .it says '{NORM}' more than once.; fetch it again",
     ),
-    "a thousand towers": (
+    "a thousand encoders": (
         rename_in_a_thousand,
-        "names 1000 towers in the layout 'huggingface', more than the 100 that are looked at; say "
+        "names 1000 encoders in the layout 'huggingface', more than the 100 that are looked at; say "
         "which is",
     ),
 }
@@ -209,12 +209,12 @@ CONFIGS: dict[str, tuple[Callable[[str], str | bytes], str]] = {
 
 ABSURD: list[tuple[Json, str]] = [
     ({"hidden_size": 10**9}, "shape: expected"),
-    ({"hidden_size": 2**63}, "impossible tower|shape: expected"),
-    ({"hidden_size": 10**4000}, "impossible tower"),
+    ({"hidden_size": 2**63}, "impossible encoder|shape: expected"),
+    ({"hidden_size": 10**4000}, "impossible encoder"),
     ({"image_size": 10**9}, "shape: expected"),
-    ({"image_size": 10**4000}, "impossible tower"),
-    ({"patch_size": 10**4000, "image_size": 10**4000}, "impossible tower"),
-    ({"num_channels": 10**12}, "shape: expected|impossible tower"),
+    ({"image_size": 10**4000}, "impossible encoder"),
+    ({"patch_size": 10**4000, "image_size": 10**4000}, "impossible encoder"),
+    ({"num_channels": 10**12}, "shape: expected|impossible encoder"),
     ({"intermediate_size": 10**12}, "shape: expected"),
     (
         {"num_hidden_layers": 10**7},
@@ -230,7 +230,7 @@ ABSURD: list[tuple[Json, str]] = [
         "integer string|describes",
     ),
     ({"model_type": "janus_vision_model", "mlp_ratio": float("inf")}, "mlp_ratio must be a number"),
-    ({"model_type": "siglip2_vision_model", "num_patches": 10**18}, "describes a NaFlex tower"),
+    ({"model_type": "siglip2_vision_model", "num_patches": 10**18}, "describes a NaFlex encoder"),
 ]
 
 
@@ -291,11 +291,11 @@ NUMBERS = st.sampled_from(
 
 @given(st.dictionaries(KEYS, NUMBERS | JSON, min_size=1, max_size=3), st.booleans())
 @settings(max_examples=60)
-def test_any_value(tower: Path, changes: Json, nested: bool) -> None:
-    content = {**json.loads((tower / CONFIG).read_text()), **changes}
-    folder = tower.parent / "any-config"
+def test_any_value(encoder_folder: Path, changes: Json, nested: bool) -> None:
+    content = {**json.loads((encoder_folder / CONFIG).read_text()), **changes}
+    folder = encoder_folder.parent / "any-config"
     folder.mkdir(exist_ok=True)
-    shutil.copy(tower / WEIGHTS, folder)
+    shutil.copy(encoder_folder / WEIGHTS, folder)
     (folder / CONFIG).write_text(
         json.dumps({"model_type": "siglip", "vision_config": content} if nested else content)
     )

@@ -105,10 +105,10 @@ def test_encoder_keys_not_ignored(layout: Layout, prefix: str) -> None:
 @pytest.mark.parametrize(
     ("name", "prefix", "reason"),
     [
-        ("text_model.encoder.layers.0.mlp.fc1.weight", "vision_model.", "text tower"),
-        ("model.text_model.x", "model.vision_model.", "text tower"),
-        ("text.transformer.x", "visual.trunk.", "text tower"),
-        ("params/txt/head/kernel", "params/img/", "text tower"),
+        ("text_model.encoder.layers.0.mlp.fc1.weight", "vision_model.", "text encoder"),
+        ("model.text_model.x", "model.vision_model.", "text encoder"),
+        ("text.transformer.x", "visual.trunk.", "text encoder"),
+        ("params/txt/head/kernel", "params/img/", "text encoder"),
         ("logit_scale", "vision_model.", "scale and bias of the image-text logits"),
         ("logit_bias", "vision_model.", "scale and bias of the image-text logits"),
         ("params/b", "params/img/", "scale and bias of the image-text logits"),

@@ -166,13 +166,13 @@ PROCESSOR_KEYS = [
 )
 @settings(max_examples=30)
 def test_any_json(
-    tower: Path, model: SigLipVisionModel, content: Json, name: str, kind: str
+    encoder_folder: Path, model: SigLipVisionModel, content: Json, name: str, kind: str
 ) -> None:
-    """The tower can do without, so it is loaded; and saved, where the processor is one for JSON."""
-    folder = tower.parent / f"any-{name}"
+    """The encoder can do without, so it is loaded; and saved, where the processor is one for JSON."""
+    folder = encoder_folder.parent / f"any-{name}"
     folder.mkdir(exist_ok=True)
     for file in (WEIGHTS, CONFIG):
-        shutil.copy(tower / file, folder)
+        shutil.copy(encoder_folder / file, folder)
     content = {"image_processor_type": kind, **content}
     if name == "open_clip_config.json":
         content = {"preprocess_cfg": content, "pretrained_cfg": content}

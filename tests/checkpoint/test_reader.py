@@ -40,7 +40,7 @@ from tests.helpers.checkpoints import (
     shard,
 )
 from tests.helpers.damaged_files import assert_refused, read_raw, write_raw
-from tests.helpers.other_libraries import write_hf_encoder, write_two_towers
+from tests.helpers.other_libraries import write_hf_encoder, write_two_encoders
 
 load = SigLipVisionModel.from_hf
 
@@ -48,7 +48,7 @@ load = SigLipVisionModel.from_hf
 @pytest.mark.parametrize(
     ("kind", "dropped"),
     [
-        (SiglipModel, {"scale and bias of the image-text logits": 2, "text tower": 22}),
+        (SiglipModel, {"scale and bias of the image-text logits": 2, "text encoder": 22}),
         (SiglipForImageClassification, {"image classifier": 2}),
     ],
 )
@@ -57,7 +57,7 @@ load = SigLipVisionModel.from_hf
 def test_whole_models(
     tmp_path: Path, kind: type[SiglipModel], dropped: dict[str, int], in_shards: bool
 ) -> None:
-    write_two_towers(tmp_path, kind)
+    write_two_encoders(tmp_path, kind)
     if in_shards:
         shard(tmp_path)
     model = load(tmp_path)
@@ -225,17 +225,17 @@ FC1 = "encoder.layers.1.mlp.fc1.weight"
         (lambda t: {**t, FC1: t[FC1].to(torch.float8_e4m3fn)}, "found F8_E4M3"),
         (
             lambda t: {**t, **{f"vision_model.{k}": v.clone() for k, v in t.items()}},
-            r"more than one vision tower.*prefix=''; layout='huggingface', prefix='vision_model.'",
+            r"more than one vision encoder.*prefix=''; layout='huggingface', prefix='vision_model.'",
         ),
         (
             renaming("^", "tower"),
-            r"no SigLIP vision tower .* begin with: towerencoder \(48\), towerhead \(11\)",
+            r"no SigLIP vision encoder .* begin with: towerencoder \(48\), towerhead \(11\)",
         ),
         (
             lambda t: {**t, "embeddings.class_embedding": t["head.probe"].flatten()},
             "refused: no prefix .*a class token",
         ),
-        (lambda _: {}, "no SigLIP vision tower"),
+        (lambda _: {}, "no SigLIP vision encoder"),
     ],
 )
 def test_wrong_tensors(
@@ -259,7 +259,7 @@ def test_all_problems_at_once(checkpoint: MakeCheckpoint, monkeypatch: pytest.Mo
     with pytest.raises(CheckpointError) as caught:
         load(folder)
     assert str(caught.value).splitlines() == [
-        f"{folder} (layout: HuggingFace, no prefix) does not hold the tower that its configuration "
+        f"{folder} (layout: HuggingFace, no prefix) does not hold the encoder that its configuration "
         "describes",
         "  missing tensors (3):",
         "    encoder.layers.{0...2}.layer_norm1.bias",
@@ -303,8 +303,8 @@ def test_long_message(checkpoint: MakeCheckpoint) -> None:
             {"num_hidden_layers": 10**12},
             "asks for 1000000000000 blocks, but the weights have only 64 tensors",
         ),
-        ({"intermediate_size": 2**62}, "describes an impossible tower"),
-        ({"image_size": 10**15}, "describes an impossible tower"),
+        ({"intermediate_size": 2**62}, "describes an impossible encoder"),
+        ({"image_size": 10**15}, "describes an impossible encoder"),
         ({"image_size": 24}, r"shape: expected \[9, 24\] by config.json, found \[4, 24\]"),
         (
             {"num_attention_heads": 7},
@@ -317,7 +317,7 @@ def test_long_message(checkpoint: MakeCheckpoint) -> None:
         ),
         (
             {"model_type": "siglip2_vision_model"},
-            r"describes a NaFlex tower \(siglip2\), but the shape of the patch",
+            r"describes a NaFlex encoder \(siglip2\), but the shape of the patch",
         ),
         ({"vision_config": {}}, r"missing tensors"),
     ],
@@ -427,7 +427,7 @@ def test_too_many_blocks(copied: Path) -> None:
     }
     write_raw(copied / WEIGHTS, header, data)
     edit_config(copied, num_hidden_layers=20_000)
-    assert_refused(copied, "asks for 20000 blocks, and no tower has more than 1000")
+    assert_refused(copied, "asks for 20000 blocks, and no encoder has more than 1000")
 
 
 def test_config_override(checkpoint: MakeCheckpoint) -> None:

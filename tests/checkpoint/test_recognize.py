@@ -60,7 +60,7 @@ def test_prefix_without_separator(prefix: str, tmp_path: Path) -> None:
         CheckpointError, match=r"has the shape \[72, 3, 7, 7\], which it cannot have in the layout"
     ):
         load(tmp_path, prefix=prefix, layout="huggingface-naflex")
-    with pytest.raises(CheckpointError, match=r"the architecture describes a NaFlex tower"):
+    with pytest.raises(CheckpointError, match=r"the architecture describes a NaFlex encoder"):
         load(tmp_path, config=replace(ODD, naflex=True))
 
 
@@ -72,14 +72,16 @@ def test_several_encoders(tmp_path: Path) -> None:
     )
     with pytest.raises(
         CheckpointError,
-        match=r"more than one vision tower.*prefix='a\.'.*prefix='b\.'.*say which by",
+        match=r"more than one vision encoder.*prefix='a\.'.*prefix='b\.'.*say which by",
     ):
         load(tmp_path)
     assert torch.equal(
         load(tmp_path, prefix="b.").state_dict()["pooling_head.probe"], other["b.head.probe"]
     )
     assert load(tmp_path, prefix="a.", layout="huggingface").provenance is not None
-    with pytest.raises(CheckpointError, match=r"no SigLIP vision tower .* behind the prefix 'c.'"):
+    with pytest.raises(
+        CheckpointError, match=r"no SigLIP vision encoder .* behind the prefix 'c.'"
+    ):
         load(tmp_path, prefix="c.")
     with pytest.raises(
         CheckpointError, match=r"layout: timm, prefix a\): a.patch_embed.proj.weight is missing"

@@ -16,7 +16,7 @@ from siglip_port import CheckpointError, SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import EXACT, ODD, TANH, edit_tensors, pixels
-from tests.helpers.other_libraries import assert_same_outputs, timm_outputs, timm_tower
+from tests.helpers.other_libraries import assert_same_outputs, timm_outputs, timm_encoder
 
 load = SigLipVisionModel.from_hf
 
@@ -25,7 +25,7 @@ EXACT_ODD = replace(ODD, hidden_act=EXACT)
 
 
 def odd_heads(config: dict[str, Any]) -> dict[str, Any]:
-    """These towers have the number of heads from a published name; our small one has to say it."""
+    """These encoders have the number of heads from a published name; our small one has to say it."""
     return {**config, "num_heads": 4, "img_size": 45}
 
 
@@ -44,10 +44,10 @@ def odd_heads(config: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_timm(name: str, act: str, tmp_path: Path) -> None:
-    tower = timm_tower(name)
-    timm.models.save_for_hf(tower, str(tmp_path), safe_serialization=True)
+    reference = timm_encoder(name)
+    timm.models.save_for_hf(reference, str(tmp_path), safe_serialization=True)
     model = (
-        assert_same_outputs(tmp_path, tower, timm_outputs(tower))
+        assert_same_outputs(tmp_path, reference, timm_outputs(reference))
         if "gap" not in name
         else load(tmp_path)
     )
@@ -58,7 +58,7 @@ def test_timm(name: str, act: str, tmp_path: Path) -> None:
     assert model.provenance.layout == "timm, no prefix"
     with torch.no_grad():
         x = pixels(ODD).float()
-        assert relative_error(model.embed(x), tower.eval()(x)) <= 1e-5
+        assert relative_error(model.embed(x), reference.eval()(x)) <= 1e-5
 
 
 def test_timm_names() -> None:
@@ -71,27 +71,27 @@ def test_timm_names() -> None:
         config = config_of_name(name)
         assert config is not None
         with torch.device("meta"):
-            tower: Any = timm.create_model(name)
+            reference: Any = timm.create_model(name)
         assert (config.hidden_act == TANH) == (
-            type(tower.blocks[0].mlp.act).__name__ == "GELUTanh"
+            type(reference.blocks[0].mlp.act).__name__ == "GELUTanh"
         ), name
-        assert config.mean_pooling == (tower.global_pool == "avg")
-        assert config.num_encoder_blocks == len(tower.blocks)
-        assert config.num_attention_heads == tower.blocks[0].attn.num_heads
-        assert (config.embed_dim, config.mlp_hidden_dim) == tower.blocks[0].mlp.fc1.weight.shape[
-            ::-1
-        ]
-        assert tower.norm.eps == config.layer_norm_eps
+        assert config.mean_pooling == (reference.global_pool == "avg")
+        assert config.num_encoder_blocks == len(reference.blocks)
+        assert config.num_attention_heads == reference.blocks[0].attn.num_heads
+        assert (config.embed_dim, config.mlp_hidden_dim) == reference.blocks[
+            0
+        ].mlp.fc1.weight.shape[::-1]
+        assert reference.norm.eps == config.layer_norm_eps
         if not config.naflex:
             assert (config.patch_size, config.image_size) == (
-                tower.patch_embed.patch_size[0],
-                tower.patch_embed.img_size[0],
+                reference.patch_embed.patch_size[0],
+                reference.patch_embed.img_size[0],
             )
 
 
 def test_classifier_and_training_prefix(tmp_path: Path) -> None:
-    tower = timm_tower("vit_base_patch16_siglip_gap_224")
-    timm.models.save_for_hf(tower, str(tmp_path), safe_serialization=True)
+    reference = timm_encoder("vit_base_patch16_siglip_gap_224")
+    timm.models.save_for_hf(reference, str(tmp_path), safe_serialization=True)
     edit_tensors(
         tmp_path,
         lambda t: {
@@ -106,7 +106,7 @@ def test_classifier_and_training_prefix(tmp_path: Path) -> None:
 
 
 def test_timm_naflex(tmp_path: Path) -> None:
-    tower: Any = timm.create_model(
+    reference: Any = timm.create_model(
         "naflexvit_base_patch16_siglip",
         embed_dim=72,
         depth=3,
@@ -115,19 +115,19 @@ def test_timm_naflex(tmp_path: Path) -> None:
         pos_embed_grid_size=(6, 6),
         num_classes=0,
     )
-    randomize(tower)
-    timm.models.save_for_hf(tower, str(tmp_path), safe_serialization=True)
-    model = assert_same_outputs(tmp_path, tower, timm_outputs(tower))
+    randomize(reference)
+    timm.models.save_for_hf(reference, str(tmp_path), safe_serialization=True)
+    model = assert_same_outputs(tmp_path, reference, timm_outputs(reference))
     assert model.config.naflex
     assert (model.config.grid_size, model.config.patch_size) == (6, 16)
     with torch.no_grad():  # another shape, which both resize bilinearly with antialiasing
         x = torch.randn(2, 3, 16 * 9, 16 * 4)
-        assert relative_error(model.embed(x), tower.eval()(x)) <= 1e-5
+        assert relative_error(model.embed(x), reference.eval()(x)) <= 1e-5
 
 
 def test_missing_config(tmp_path: Path) -> None:
     timm.models.save_for_hf(
-        timm_tower("vit_base_patch16_siglip_224"), str(tmp_path), safe_serialization=True
+        timm_encoder("vit_base_patch16_siglip_224"), str(tmp_path), safe_serialization=True
     )
     (tmp_path / "config.json").unlink()
     with pytest.raises(
@@ -144,9 +144,9 @@ def test_missing_config(tmp_path: Path) -> None:
     [("vit_base_patch16_siglip_224", "avg", True), ("vit_base_patch16_siglip_gap_224", "", False)],
 )
 def test_global_pool(name: str, pool: str, by_mean: bool, tmp_path: Path) -> None:
-    tower = timm_tower(name, global_pool=pool, fc_norm=False)
-    tensors = {k: v for k, v in tower.state_dict().items() if not k.startswith("attn_pool")}
-    timm.models.save_for_hf(tower, str(tmp_path), safe_serialization=True)
+    reference = timm_encoder(name, global_pool=pool, fc_norm=False)
+    tensors = {k: v for k, v in reference.state_dict().items() if not k.startswith("attn_pool")}
+    timm.models.save_for_hf(reference, str(tmp_path), safe_serialization=True)
     save_file(tensors, tmp_path / "model.safetensors")
     assert load(tmp_path).config.mean_pooling == by_mean
     assert not load(tmp_path, pooling_head=False).config.mean_pooling
@@ -154,8 +154,8 @@ def test_global_pool(name: str, pool: str, by_mean: bool, tmp_path: Path) -> Non
 
 def test_open_clip(tmp_path: Path) -> None:
     """As open_clip lays them out; `pytest -m versions` has open_clip itself write them."""
-    tower = timm_tower("vit_so400m_patch16_siglip_256")
-    names = {f"visual.trunk.{k}": v.contiguous() for k, v in tower.state_dict().items()}
+    reference = timm_encoder("vit_so400m_patch16_siglip_256")
+    names = {f"visual.trunk.{k}": v.contiguous() for k, v in reference.state_dict().items()}
     text = {
         "text.transformer.x": torch.ones(2),
         "logit_scale": torch.ones(()),
@@ -176,21 +176,21 @@ def test_open_clip(tmp_path: Path) -> None:
     }
     content = {"model_cfg": {"embed_dim": 72, "vision_cfg": vision}, "preprocess_cfg": preprocess}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
-    model = assert_same_outputs(tmp_path, tower, timm_outputs(tower))
+    model = assert_same_outputs(tmp_path, reference, timm_outputs(reference))
     assert model.config == ODD
     assert model.provenance is not None
     assert model.provenance.layout == "timm, prefix visual.trunk"
     assert model.provenance.dropped == {
         "scale and bias of the image-text logits": 2,
-        "text tower": 1,
+        "text encoder": 1,
     }
     assert model.preprocessor_config["resample"] == 3
 
 
 def test_open_clip_beside_remote_code(tmp_path: Path) -> None:
-    tower = timm_tower("vit_base_patch16_siglip_224")
+    reference = timm_encoder("vit_base_patch16_siglip_224")
     save_file(
-        {f"visual.trunk.{k}": v for k, v in tower.state_dict().items()},
+        {f"visual.trunk.{k}": v for k, v in reference.state_dict().items()},
         tmp_path / "model.safetensors",
     )
     vision = {"image_size": 45, "timm_model_name": "vit_base_patch16_siglip_224", "num_heads": 4}
@@ -261,13 +261,15 @@ def test_open_clip_beside_remote_code(tmp_path: Path) -> None:
 def test_timm_encoders_in_other_models(
     prefix: str, content: dict[str, Any], beside: tuple[str, tuple[str, ...]], tmp_path: Path
 ) -> None:
-    tower = timm_tower("vit_so400m_patch14_siglip_384").eval()
-    tensors = {prefix + name: tensor for name, tensor in tower.state_dict().items()}
+    reference = timm_encoder("vit_so400m_patch14_siglip_384").eval()
+    tensors = {prefix + name: tensor for name, tensor in reference.state_dict().items()}
     tensors |= {beside[0] + name: torch.ones(2, 3, 4, 5) for name in beside[1]}
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(odd_heads(content)))
     model = load(tmp_path)
     assert model.config == EXACT_ODD
     x = pixels(ODD).float()
-    assert relative_error(model(x), tower.forward_features(x)) <= 1e-5
-    assert relative_error(load(tmp_path, pooling_head=False)(x), tower.forward_features(x)) <= 1e-5
+    assert relative_error(model(x), reference.forward_features(x)) <= 1e-5
+    assert (
+        relative_error(load(tmp_path, pooling_head=False)(x), reference.forward_features(x)) <= 1e-5
+    )

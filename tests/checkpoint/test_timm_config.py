@@ -76,6 +76,6 @@ def test_mlp_ratio() -> None:
 
 def test_other_epsilon() -> None:
     with pytest.raises(
-        ValueError, match=r"timm's SigLIP towers have layer_norm_eps 1e-6, this one has 1e-05"
+        ValueError, match=r"timm's SigLIP encoders have layer_norm_eps 1e-6, this one has 1e-05"
     ):
         to_timm(replace(ODD, layer_norm_eps=1e-5))

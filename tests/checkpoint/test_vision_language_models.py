@@ -39,19 +39,19 @@ FAMILIES = [
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_saved_by_transformers(kind: str, tmp_path: Path) -> None:
-    whole, tower_of = build(kind)
+    whole, encoder_of = build(kind)
     randomize(whole)
     whole.save_pretrained(tmp_path)
-    tower = tower_of(whole)
+    reference = encoder_of(whole)
 
     def run(x: Tensor) -> dict[str, Tensor]:
         if kind != "lfm2_vl":
-            return {"tokens": tower(x).last_hidden_state}
+            return {"tokens": reference(x).last_hidden_state}
         from siglip_port.patches import pack
 
-        return {"tokens": tower(**pack(list(x), 7)).last_hidden_state}
+        return {"tokens": reference(**pack(list(x), 7)).last_hidden_state}
 
-    model = assert_same_outputs(tmp_path, tower, run)
+    model = assert_same_outputs(tmp_path, reference, run)
     assert model.provenance is not None
     assert model.provenance.dropped
     assert model.provenance.tensors_read == 16 * 3 + 5
@@ -66,21 +66,21 @@ def test_saved_by_transformers(kind: str, tmp_path: Path) -> None:
 
 
 def test_phi_4(tmp_path: Path) -> None:
-    """Its own files say nothing of the tower's sizes, which its code knows.
+    """Its own files say nothing of the encoder's sizes, which its code knows.
 
-    Here with a tower of two blocks.
+    Here with an encoder of two blocks.
     """
     vision = {**small_vision("phi4_multimodal_vision"), "feature_layer": -2, "crop_size": 45}
     phi4 = transformers.models.phi4_multimodal
     config = phi4.configuration_phi4_multimodal.Phi4MultimodalVisionConfig(**vision)
-    tower = phi4.modeling_phi4_multimodal.Phi4MultimodalVisionModel(config)
-    randomize(tower)
-    for layer in tower.encoder.layers:
+    reference = phi4.modeling_phi4_multimodal.Phi4MultimodalVisionModel(config)
+    randomize(reference)
+    for layer in reference.encoder.layers:
         # transformers 5.23 says True, and its sdpa then hides later patches wherever none is
         # padding; eager does not.
         layer.self_attn.is_causal = False
     prefix = "model.embed_tokens_extend.image_embed.img_processor."
-    tensors = {prefix + name: tensor for name, tensor in tower.state_dict().items()}
+    tensors = {prefix + name: tensor for name, tensor in reference.state_dict().items()}
     save_file(
         {**tensors, "model.embed_tokens_extend.image_embed.glb_GN": torch.ones(3)},
         tmp_path / "model.safetensors",
@@ -90,10 +90,10 @@ def test_phi_4(tmp_path: Path) -> None:
     )
 
     def run(x: Tensor) -> dict[str, Tensor]:
-        output = tower(x)
+        output = reference(x)
         return {"tokens": output.last_hidden_state, "pooled": output.pooler_output}
 
-    model = assert_same_outputs(tmp_path, tower, run)
+    model = assert_same_outputs(tmp_path, reference, run)
     assert model.config.resize_rule == "navit"
     published = SigLipVisionConfig.from_hf(
         {"model_type": "phi4mm", "hidden_size": 3072, "num_hidden_layers": 32}

@@ -35,7 +35,7 @@ from tests.helpers.checkpoints import (
 )
 from tests.helpers.damaged_files import assert_loads, assert_refused
 from tests.helpers.npz_files import BIAS, Members, describe_array, npy_header
-from tests.helpers.other_libraries import write_two_towers
+from tests.helpers.other_libraries import write_two_encoders
 
 load = SigLipVisionModel.from_hf
 
@@ -45,7 +45,8 @@ def test_named_file(checkpoint: MakeCheckpoint) -> None:
     (folder / "model.safetensors").rename(folder / "tower.v2.safetensors")
     assert load(str(folder / "tower.v2.safetensors")).config == SMALL
     with pytest.raises(
-        CheckpointError, match=r"holds neither model.safetensors nor .*found: config.json, tower.v2"
+        CheckpointError,
+        match=r"holds neither model.safetensors nor .*found: config.json, encoder.v2",
     ):
         load(folder)
 
@@ -79,7 +80,7 @@ def test_pickles_refused(checkpoint: MakeCheckpoint, name: str) -> None:
 
 
 def test_unneeded_shard(tmp_path: Path) -> None:
-    write_two_towers(tmp_path, SiglipModel)
+    write_two_encoders(tmp_path, SiglipModel)
     tensors = load_file(tmp_path / "model.safetensors")
     files = {name: f"{name.split('.')[0]}.safetensors" for name in tensors}
     for file in set(files.values()) - {"text_model.safetensors"}:
@@ -138,7 +139,7 @@ def test_tensor_in_two_shards(
 
 
 def test_thousands_of_shards(sharded: Path, model: SigLipVisionModel) -> None:
-    """Those without the tower are not opened: they are not even there."""
+    """Those without the encoder are not opened: they are not even there."""
     rest = {f"language_model.layers.{i}.w": f"rest-{i:05}.safetensors" for i in range(20_000)}
     edit_index(sharded, lambda index: {**index, "weight_map": {**rest, **index["weight_map"]}})
     assert_loads(sharded, model)
@@ -205,7 +206,7 @@ def test_bounded_memory(copied: Path, members: Members, tmp_path: Path) -> None:
     used, messages = zip(
         *(line.split(maxsplit=1) for line in process.stdout.splitlines()[1:]), strict=True
     )
-    assert "does not hold the tower" in messages[0]
+    assert "does not hold the encoder" in messages[0]
     assert "EOF: reading array header" in messages[1]
     assert "more than 100 times as many, which no weights have" in messages[2]
     assert max(map(int, used[:3])) < 100

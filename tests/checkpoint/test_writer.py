@@ -181,18 +181,20 @@ def test_timm_loads_saved_model(act: str, tmp_path: Path) -> None:
     port = SigLipVisionModel(replace(SHALLOW, hidden_act=act, image_size=46)).eval()
     randomize(port)
     port.save_timm(tmp_path)
-    tower: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    reference: Any = timm.create_model(
+        f"local-dir:{tmp_path}", pretrained=True, num_classes=0
+    ).eval()
     x = pixels(port.config).float()
-    assert relative_error(port(x), tower.forward_features(x)) <= 1e-5
-    assert relative_error(port.embed(x), tower(x)) <= 1e-5
+    assert relative_error(port(x), reference.forward_features(x)) <= 1e-5
+    assert relative_error(port.embed(x), reference(x)) <= 1e-5
     assert (
         load(tmp_path).config == port.config
-    )  # the size of a picture too, which timm's architecture says otherwise
+    )  # the size of an image too, which timm's architecture says otherwise
 
 
 def test_timm_other_epsilon(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="timm's SigLIP towers have layer_norm_eps 1e-6, this one has 1e-05"
+        ValueError, match="timm's SigLIP encoders have layer_norm_eps 1e-6, this one has 1e-05"
     ):
         SigLipVisionModel(replace(SHALLOW, layer_norm_eps=1e-5)).save_timm(tmp_path / "none")
     assert not (tmp_path / "none").exists()

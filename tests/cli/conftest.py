@@ -16,10 +16,10 @@ def written_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Not imported above: a conftest is loaded before the Hub's client is pointed at our own Hub.
     import transformers
 
-    from tests.helpers.other_libraries import write_two_towers
+    from tests.helpers.other_libraries import write_two_encoders
 
     folder = tmp_path_factory.mktemp("whole model") / "written"
-    write_two_towers(folder, transformers.SiglipModel)
+    write_two_encoders(folder, transformers.SiglipModel)
     return folder
 
 
@@ -30,7 +30,7 @@ def whole_model(written_model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def two_towers(checkpoint: MakeCheckpoint) -> Path:
+def two_encoders(checkpoint: MakeCheckpoint) -> Path:
     """Two vision encoders in one file, with prefixes a. and b."""
     folder = checkpoint()
     edit_tensors(

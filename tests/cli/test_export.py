@@ -20,7 +20,7 @@ def test_export_onnx_and_program(whole_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "tower.onnx"
     printed = run("export", whole_model, out).stdout
     assert f"written  {out} (" in printed
-    assert "compared with the tower, in batches of 1, 2 and 5: differs by " in printed
+    assert "compared with the encoder, in batches of 1, 2 and 5: differs by " in printed
     x = pixels(SMALL, 3).float()
     model = SigLipVisionModel.from_hf(whole_model)
     (tokens, *_) = onnxruntime.InferenceSession(out).run(None, {"pixel_values": x.numpy()})

@@ -27,7 +27,7 @@ from tests.helpers.checkpoints import (
 from tests.helpers.commands import inspect, run
 from tests.helpers.flax import flax, write_npz
 from tests.helpers.hub_server import Hub, Repository
-from tests.helpers.other_libraries import timm_tower
+from tests.helpers.other_libraries import timm_encoder
 from tests.helpers.vision_language_models import build
 
 PARAMETERS = sum(tensor.numel() for tensor in SigLipVisionModel(SMALL).state_dict().values())
@@ -45,7 +45,7 @@ def test_extract_for_transformers(whole_model: Path, tmp_path: Path) -> None:
     ]
     assert printed.startswith(str(load(whole_model).provenance) + "\n")
     assert f"written  {out / 'config.json'} (" in printed
-    assert "tokens [1, 4, 24] and vector [1, 24] of a picture of noise: the same bits\n" in printed
+    assert "tokens [1, 4, 24] and vector [1, 24] of an image of noise: the same bits\n" in printed
     assert out.stat().st_mode == whole_model.stat().st_mode
     theirs, info = transformers.SiglipVisionModel.from_pretrained(out, output_loading_info=True)
     assert not any(info.values())
@@ -59,12 +59,12 @@ def test_extract_for_transformers(whole_model: Path, tmp_path: Path) -> None:
 
 def test_extract_for_timm(whole_model: Path, tmp_path: Path) -> None:
     run("extract", whole_model, tmp_path / "out", "--format", "timm")
-    tower: Any = timm.create_model(
+    reference: Any = timm.create_model(
         f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=0
     ).eval()
     x = pixels(SMALL).float()
     with torch.no_grad():
-        assert relative_error(load(whole_model).embed(x), tower(x)) <= 1e-5
+        assert relative_error(load(whole_model).embed(x), reference(x)) <= 1e-5
     assert "layout   timm, no prefix" in run("inspect", tmp_path / "out").stdout
 
 
@@ -89,7 +89,7 @@ def test_extract_layouts(kind: str, tmp_path: Path) -> None:
     randomize(original)
     if kind == "timm-gap":
         timm.models.save_for_hf(
-            timm_tower("vit_base_patch16_siglip_gap_224"), str(source), safe_serialization=True
+            timm_encoder("vit_base_patch16_siglip_gap_224"), str(source), safe_serialization=True
         )
     elif kind == "idefics3":
         build("idefics3")[0].save_pretrained(source)
@@ -110,9 +110,9 @@ def test_extract_layouts(kind: str, tmp_path: Path) -> None:
     )
 
 
-def test_extract_one_of_several_towers(two_towers: Path, tmp_path: Path) -> None:
-    run("extract", two_towers, tmp_path / "out", "--prefix", "b.")
-    expected = load(two_towers, prefix="b.").state_dict()
+def test_extract_one_of_several_towers(two_encoders: Path, tmp_path: Path) -> None:
+    run("extract", two_encoders, tmp_path / "out", "--prefix", "b.")
+    expected = load(two_encoders, prefix="b.").state_dict()
     assert all(
         torch.equal(tensor, expected[name])
         for name, tensor in load(tmp_path / "out").state_dict().items()
@@ -206,7 +206,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             wrong_outputs,
             1,
-            "and has been removed; different: what it computes of a picture of noise\n",
+            "and has been removed; different: what it computes of an image of noise\n",
         ),
         (interrupted, 130, "interrupted\n"),
     ],
@@ -234,7 +234,7 @@ def test_extract_removes_what_failed(
 def test_extract_errors(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     folder = checkpoint(replace(SMALL, layer_norm_eps=1e-5))
     result = run("extract", folder, tmp_path / "out", "--format", "timm", code=1)
-    assert result.stderr == "timm's SigLIP towers have layer_norm_eps 1e-6, this one has 1e-05\n"
+    assert result.stderr == "timm's SigLIP encoders have layer_norm_eps 1e-6, this one has 1e-05\n"
     edit_tensors(
         folder, lambda tensors: {name: t for name, t in tensors.items() if "fc1" not in name}
     )

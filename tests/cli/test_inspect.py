@@ -25,7 +25,7 @@ from tests.helpers.checkpoints import (
 from tests.helpers.commands import inspect, run, stored_entry
 from tests.helpers.flax import flax, write_npz
 from tests.helpers.hub_server import Fault, Hub, Repository
-from tests.helpers.other_libraries import timm_tower
+from tests.helpers.other_libraries import timm_encoder
 from tests.helpers.vision_language_models import build
 
 PARAMETERS = sum(tensor.numel() for tensor in SigLipVisionModel(SMALL).state_dict().values())
@@ -51,7 +51,10 @@ def test_inspect_whole_model(whole_model: Path) -> None:
     assert inspection["tower"]["bytes"] == 4 * PARAMETERS
     assert inspection["whole"]["tensors"] == len(header)
     assert inspection["whole"]["bytes"] == sum(stored.nbytes for stored in header.values())
-    assert inspection["dropped"].keys() == {"scale and bias of the image-text logits", "text tower"}
+    assert inspection["dropped"].keys() == {
+        "scale and bias of the image-text logits",
+        "text encoder",
+    }
     assert sum(inspection["dropped"].values()) + inspection["tower"]["tensors"] == len(header)
     fc1 = stored_entry(inspection, "vision_model.encoder.layers.{0...2}.mlp.fc1.weight")
     assert fc1 == {
@@ -74,14 +77,14 @@ def test_inspect_output(whole_model: Path) -> None:
         assert all(name in printed for name in one["ours"])
         assert str(one["shape"]) in printed
     assert all(f"{name}={value!r}" in printed for name, value in asdict(SMALL).items())
-    assert f"tower    {PARAMETERS:,} parameters, 90.7 kB\n" in printed
-    assert "towers   --layout huggingface --prefix vision_model.\n" in printed
-    count = inspection["dropped"]["text tower"]
+    assert f"encoder    {PARAMETERS:,} parameters, 90.7 kB\n" in printed
+    assert "encoders   --layout huggingface --prefix vision_model.\n" in printed
+    count = inspection["dropped"]["text encoder"]
     assert (
-        f"dropped  2 of the scale and bias of the image-text logits; {count} of the text tower\n"
+        f"dropped  2 of the scale and bias of the image-text logits; {count} of the text encoder\n"
         in printed
     )
-    assert "headers  fit the tower" in printed
+    assert "headers  fit the encoder" in printed
     assert "\x1b" not in printed
     assert "…" not in printed
     assert not any(line.endswith(" ") for line in printed.splitlines())
@@ -96,7 +99,7 @@ def test_inspect_shards(whole_model: Path) -> None:
 
 
 def test_inspect_missing_shards(whole_model: Path) -> None:
-    """Where they hold nothing of the tower, they are not needed.
+    """Where they hold nothing of the encoder, they are not needed.
 
     Else all that is missing is named.
     """
@@ -110,7 +113,7 @@ def test_inspect_missing_shards(whole_model: Path) -> None:
     (whole_model / "model-00001-of-00003.safetensors").unlink()
     inspection = inspect(whole_model, code=1)
     assert inspection["problem"].startswith(
-        f"{whole_model} (layout: HuggingFace, prefix vision_model) does not hold the tower"
+        f"{whole_model} (layout: HuggingFace, prefix vision_model) does not hold the encoder"
     )
     assert None in [one["dtype"] for one in inspection["entries"]]
 
@@ -128,7 +131,7 @@ def test_inspect_vision_language_model(tmp_path: Path) -> None:
 
 def test_inspect_timm(tmp_path: Path) -> None:
     timm.models.save_for_hf(
-        timm_tower("vit_base_patch16_siglip_224"), str(tmp_path), safe_serialization=True
+        timm_encoder("vit_base_patch16_siglip_224"), str(tmp_path), safe_serialization=True
     )
     inspection = inspect(tmp_path)
     assert (inspection["layout"], inspection["prefix"], inspection["title"]) == (
@@ -142,7 +145,7 @@ def test_inspect_timm(tmp_path: Path) -> None:
         f"transformer.encoder.encoder_blocks.{{0...10}}.self_attn.{name}_proj.weight"
         for name in "qkv"
     ]
-    assert "towers   --layout timm --prefix ''\n" in run("inspect", tmp_path).stdout
+    assert "encoders   --layout timm --prefix ''\n" in run("inspect", tmp_path).stdout
 
 
 @pytest.mark.parametrize("scanned", [False, True], ids=["indexed", "scanned"])
@@ -165,7 +168,10 @@ def test_inspect_npz(scanned: bool, tmp_path: Path) -> None:
     assert query["ours"] == ["transformer.encoder.encoder_blocks.{0...10}.self_attn.q_proj.weight"]
     assert query["form"] == ("blocks stacked, " if scanned else "") + "[in, head, out of head]"
     assert query["shape"] == ([11] if scanned else []) + [72, 4, 18]
-    assert inspection["dropped"] == {"scale and bias of the image-text logits": 1, "text tower": 1}
+    assert inspection["dropped"] == {
+        "scale and bias of the image-text logits": 1,
+        "text encoder": 1,
+    }
 
 
 def test_inspect_blocks_of_several_dtypes(checkpoint: MakeCheckpoint) -> None:
@@ -178,7 +184,7 @@ def test_inspect_blocks_of_several_dtypes(checkpoint: MakeCheckpoint) -> None:
 
 
 def test_inspect_nan_and_inf(checkpoint: MakeCheckpoint) -> None:
-    """By tensor, and in the tower alone."""
+    """By tensor, and in the encoder alone."""
     folder = checkpoint(prefix="vision_model.")
     assert "values   all finite\n" in run("inspect", folder).stdout
     fc1, norm = "vision_model.encoder.layers.{}.mlp.fc1.weight", "vision_model.post_layernorm.bias"
@@ -206,21 +212,21 @@ def test_inspect_nan_and_inf(checkpoint: MakeCheckpoint) -> None:
     assert "1 NaN, 2 infinite\n" in printed
 
 
-def test_inspect_several_towers(two_towers: Path) -> None:
+def test_inspect_several_towers(two_encoders: Path) -> None:
     towers = [{"layout": "huggingface", "prefix": "a."}, {"layout": "huggingface", "prefix": "b."}]
-    for command in (["inspect", two_towers], ["extract", two_towers, two_towers / "out"]):
+    for command in (["inspect", two_encoders], ["extract", two_encoders, two_encoders / "out"]):
         result = run(*command, code=1)
         assert result.stdout == ""
         assert result.stderr == (
-            "the checkpoint holds more than one vision tower; pass one of: "
+            "the checkpoint holds more than one vision encoder; pass one of: "
             "--layout huggingface --prefix a.; --layout huggingface --prefix b.\n"
         )
-    inspection = inspect(two_towers, code=1)
+    inspection = inspect(two_encoders, code=1)
     assert inspection.keys() == {"source", "commit", "towers", "problem"}
     assert inspection["towers"] == towers
-    inspection = inspect(two_towers, "--prefix", "b.")
+    inspection = inspect(two_encoders, "--prefix", "b.")
     assert (inspection["prefix"], inspection["towers"]) == ("b.", towers)
-    assert inspect(two_towers, "--layout", "huggingface", "--prefix", "a.")["dropped"] == {
+    assert inspect(two_encoders, "--layout", "huggingface", "--prefix", "a.")["dropped"] == {
         "rest of the file": inspection["tower"]["tensors"]
     }
 
@@ -229,7 +235,7 @@ def test_inspect_wrong_config(checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint()
     edit_config(folder, intermediate_size=41)
     result = run("inspect", folder, code=1)
-    assert "headers  do not fit the tower" in result.stdout
+    assert "headers  do not fit the encoder" in result.stdout
     assert "[40, 24]" in result.stdout
     assert "shape: expected [41, 24] by config.json, found [40, 24] (4):" in result.stderr
     assert inspect(folder, code=1)["problem"] == result.stderr.rstrip("\n")

@@ -53,10 +53,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Screen]:
 
 def test_track(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(monkeypatch) as screen:
-        assert list(track(iter("abc"), "odd tower [L7]")) == list("abc")
+        assert list(track(iter("abc"), "odd encoder [L7]")) == list("abc")
         lines = screen.lines()
     counts = [line.removesuffix(" 0:00:00") for line in lines if line]
-    assert list(dict.fromkeys(counts)) == [f"odd tower [L7] {count}/?" for count in range(4)]
+    assert list(dict.fromkeys(counts)) == [f"odd encoder [L7] {count}/?" for count in range(4)]
     assert lines[-1] == ""  # it is erased
 
 
@@ -73,7 +73,7 @@ def test_track_erases_after_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with terminal(monkeypatch) as screen:
         with pytest.raises(ValueError, match="broken"):
-            list(track(fail(), "odd tower"))
+            list(track(fail(), "odd encoder"))
         assert screen.lines()[-1] == ""
 
 
@@ -83,7 +83,7 @@ def test_status_line_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Progress(total=10_000, done=5000, failed=47, fresh=100, seconds=10.0, model=9.0)
     text = describe_progress(run)
     assert text == (
-        "5000/10000, 47 failed, 10.0 pictures/s, 8 min left: model 90%, waiting 0%, writing 0%, "
+        "5000/10000, 47 failed, 10.0 images/s, 8 min left: model 90%, waiting 0%, writing 0%, "
         "decoding 0%, preprocessing 0%"
     )
     with terminal(monkeypatch) as screen:
@@ -104,16 +104,16 @@ def test_status_line_is_not_drawn_too_often(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_nothing_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(track(iter("abc"), "odd tower")) == list("abc")
+    assert list(track(iter("abc"), "odd encoder")) == list("abc")
     with status_line() as show:
-        show("listing the pictures")
+        show("listing the images")
     assert capsys.readouterr() == ("", "")
 
 
 def test_nothing_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(monkeypatch) as screen:
         monkeypatch.setitem(sys.modules, "rich", None)
-        assert list(track(iter("abc"), "odd tower")) == list("abc")
+        assert list(track(iter("abc"), "odd encoder")) == list("abc")
         with status_line() as show:
-            show("listing the pictures")
+            show("listing the images")
         assert screen.read() == ""

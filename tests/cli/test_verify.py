@@ -104,10 +104,10 @@ def check_default_command(stdout: str, stderr: str, report: Path, shape: tuple[i
     names = [(section["name"], section["weights"]) for section in content["sections"]]
     assert names == [
         ("checkpoint", "random weights, N1"),
-        ("odd tower", "N1, seed 1234"),
+        ("odd encoder", "N1, seed 1234"),
         ("small so400m", "N1, seed 1234"),
-        ("odd tower", "L7, seed 1234"),
-        ("odd tower", "S1, seed 1234"),
+        ("odd encoder", "L7, seed 1234"),
+        ("odd encoder", "S1, seed 1234"),
     ]
     gates = [gate["name"] for gate in content["sections"][0]["gates"]]
     assert gates == [*GATES, "rounding float32"]
@@ -268,7 +268,7 @@ def test_script_says_what_it_needs(tmp_path: Path) -> None:
         ),
         (
             ["--image", "README.md"],
-            r"could not compare: --image .*README.md cannot be read as a picture",
+            r"could not compare: --image .*README.md cannot be read as an image",
         ),
         (
             ["--device", "cuda"],
@@ -300,7 +300,7 @@ def test_script_says_what_it_needs(tmp_path: Path) -> None:
         ),
         (
             ["--second-ref", "clip"],
-            r"could not compare: there is no witness 'clip'; known are timm and open_clip",
+            r"could not compare: there is no second reference 'clip'; known are timm and open_clip",
         ),
         (
             ["--json", "/dev/null"],
@@ -424,8 +424,8 @@ def test_naflex(checkpoint: MakeCheckpoint, resample: int, monkeypatch: pytest.M
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     assert call("--checkpoint", folder, "--attn", "sdpa") == 0
-    # The small towers are NaFlex too, and given pictures that are not square: another rule would be
-    # noticed.
+    # The small encoders are NaFlex too, and given images that are not square: another rule would be
+    # detected.
     monkeypatch.setattr(SigLipVisionConfig, "resize_rule", property(lambda _: "timm"))
     assert call("--checkpoint", folder, "--attn", "sdpa") == 1
 
@@ -433,13 +433,13 @@ def test_naflex(checkpoint: MakeCheckpoint, resample: int, monkeypatch: pytest.M
 def test_layout_that_transformers_cannot_load(
     checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The way is to take the tower out, and to compare that."""
+    """The way is to take the encoder out, and to compare that."""
     folder = checkpoint(SMALL, prefix="vision_tower.vision_model.")
     assert call("--checkpoint", folder) == 2
     assert re.search(
         r"\(layout: HuggingFace, prefix vision_tower.vision_model\) is no checkpoint that "
         r"transformers loads .*; take "
-        r"the tower out, `siglip-port extract .* FOLDER`, and compare that folder",
+        r"the encoder out, `siglip-port extract .* FOLDER`, and compare that folder",
         capsys.readouterr().err,
     )
     SigLipVisionModel.from_hf(folder).save_hf(tmp_path / "taken out")
@@ -694,7 +694,9 @@ def test_memory_note(capsys: pytest.CaptureFixture[str]) -> None:
             for config in (so400m, SigLipVisionConfig(pooling_head=True))
         ]
     verification.warn_of_memory(models[0], torch.float32)
-    assert re.match(r"this tower has 428 M parameters: needs about 1\d GB", capsys.readouterr().err)
+    assert re.match(
+        r"this encoder has 428 M parameters: needs about 1\d GB", capsys.readouterr().err
+    )
     verification.warn_of_memory(models[1], torch.float32)
     assert capsys.readouterr().err == ""
 
@@ -708,8 +710,8 @@ def test_engine_gates(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     ]
     assert all(gate.passed and gate.checked == 2 for gate in gates)
     notes = capsys.readouterr().err
-    assert "openvino is not judged on the odd tower: openvino is not installed" in notes
-    assert "compiled is not judged on the odd tower: it is for GPUs" in notes
+    assert "openvino is not judged on the odd encoder: openvino is not installed" in notes
+    assert "compiled is not judged on the odd encoder: it is for GPUs" in notes
 
 
 # --- what belongs to a clone, and to extras -------------------------------------------------------

@@ -12,14 +12,14 @@ from tests.helpers.embedding import OPTIONS
 
 
 @pytest.fixture
-def model(tower: Path) -> SigLipVisionModel:
-    """The model of the fixture `tower`, for a test to change."""
-    return SigLipVisionModel.from_hf(tower)
+def model(encoder_folder: Path) -> SigLipVisionModel:
+    """The model of the fixture `encoder`, for a test to change."""
+    return SigLipVisionModel.from_hf(encoder_folder)
 
 
 @pytest.fixture(scope="session")
-def embedded(photos: Path, tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def embedded(photos: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the vectors of the fixture `photos`, made in one go. Not to be changed."""
     folder = tmp_path_factory.mktemp("embedded")
-    embed([photos], folder, SigLipVisionModel.from_hf(tower), **OPTIONS)
+    embed([photos], folder, SigLipVisionModel.from_hf(encoder_folder), **OPTIONS)
     return folder

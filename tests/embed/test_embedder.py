@@ -37,12 +37,12 @@ def read_files(files: list[str]) -> list[bytes]:
 
 
 @pytest.fixture
-def embedder(tower: Path) -> Embedder:
-    return Embedder(tower)
+def embedder(encoder_folder: Path) -> Embedder:
+    return Embedder(encoder_folder)
 
 
-def test_columns(tower: Path, files: list[str]) -> None:
-    embedder = Embedder(tower, batch_size=2)
+def test_columns(encoder_folder: Path, files: list[str]) -> None:
+    embedder = Embedder(encoder_folder, batch_size=2)
     rows = embedder({"path": files, "label": list("abcde")})
     assert list(rows) == ["path", "label", "width", "height", "embedding", "error"]
     assert rows["path"] == files
@@ -52,7 +52,7 @@ def test_columns(tower: Path, files: list[str]) -> None:
     assert rows["embedding"].dtype == np.float32
     has_error = [bool(error) for error in rows["error"]]
     assert has_error == np.isnan(rows["embedding"]).all(1).tolist()
-    assert rows["error"][2] == "the picture cannot be read: it is of no kind that Pillow knows"
+    assert rows["error"][2] == "the image cannot be read: it is of no kind that Pillow knows"
     readable = [*files[:2], *files[3:]]
     expected = embedder.base_model.embed_images(readable).numpy()
     assert np.allclose(rows["embedding"][[0, 1, 3, 4]], expected, rtol=1e-4, atol=1e-4)
@@ -73,9 +73,9 @@ def test_column_of_images(name: str, embedder: Embedder, files: list[str]) -> No
     assert list(rows["path"]) == files
 
 
-def test_named_column(tower: Path, embedder: Embedder, files: list[str]) -> None:
+def test_named_column(encoder_folder: Path, embedder: Embedder, files: list[str]) -> None:
     contents = read_files(files)
-    rows = Embedder(tower, column="png")({"png": contents, "path": ["x"] * 5})
+    rows = Embedder(encoder_folder, column="png")({"png": contents, "path": ["x"] * 5})
     assert repr(rows["embedding"]) == repr(embedder({"path": files})["embedding"])
 
 
@@ -94,22 +94,25 @@ def test_column_without_images(embedder: Embedder) -> None:
         embedder({"png": [b""]})
 
 
-def test_weights_load_lazily(tower: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_load_lazily(encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> None:
         raise AssertionError
 
     monkeypatch.setattr(SigLipVisionModel, "from_hf", load)
-    embedder = Embedder(tower)
+    embedder = Embedder(encoder_folder)
     assert embedder.embedding_dim == SMALL.embed_dim
-    assert Embedder(tower, output="tokens").embedding_dim == SMALL.embed_dim * SMALL.num_patches
+    assert (
+        Embedder(encoder_folder, output="tokens").embedding_dim
+        == SMALL.embed_dim * SMALL.num_patches
+    )
     assert len(pickle.dumps(embedder)) < 10_000
     with pytest.raises(AssertionError):
         embedder.load()
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
-def test_pickle(in_memory: bool, tower: Path, files: list[str]) -> None:
-    source = SigLipVisionModel.from_hf(tower) if in_memory else tower
+def test_pickle(in_memory: bool, encoder_folder: Path, files: list[str]) -> None:
+    source = SigLipVisionModel.from_hf(encoder_folder) if in_memory else encoder_folder
     embedder = Embedder(source, form="packed")
     before = pickle.dumps(embedder)
     expected = repr(embedder({"path": files}))
@@ -118,29 +121,29 @@ def test_pickle(in_memory: bool, tower: Path, files: list[str]) -> None:
     assert (len(after) < 10_000) != in_memory
     for pickled in (before, after):
         assert repr(pickle.loads(pickled)({"path": files})) == expected
-    assert embedder.name == str(tower)
+    assert embedder.name == str(encoder_folder)
 
 
-def test_output_options(tower: Path, files: list[str]) -> None:
+def test_output_options(encoder_folder: Path, files: list[str]) -> None:
     options: dict[str, Any] = {"normalize": True, "dtype": torch.bfloat16, "store": "float16"}
-    unit = Embedder(tower, **options)({"path": files})["embedding"]
+    unit = Embedder(encoder_folder, **options)({"path": files})["embedding"]
     assert unit.dtype == np.float16
     assert np.allclose(np.linalg.norm(unit[:2].astype(float), axis=1), 1, atol=1e-2)
-    tokens = Embedder(tower, output="tokens")({"path": files})["embedding"]
+    tokens = Embedder(encoder_folder, output="tokens")({"path": files})["embedding"]
     assert tokens.shape == (5, SMALL.embed_dim * SMALL.num_patches)
 
 
-def test_vector_does_not_depend_on_batch(tower: Path, files: list[str]) -> None:
-    embedder = Embedder(tower, batch_size=4)
+def test_vector_does_not_depend_on_batch(encoder_folder: Path, files: list[str]) -> None:
+    embedder = Embedder(encoder_folder, batch_size=4)
     together = embedder({"path": [files[0], files[1], files[3]]})["embedding"]
     alone = embedder({"path": [files[0]]})["embedding"]
     assert np.array_equal(together[:1], alone)
 
 
-def test_threads(tower: Path) -> None:
+def test_threads(encoder_folder: Path) -> None:
     threads = []
     before = torch.get_num_threads()
-    embedder = Embedder(tower, threads=before + 1)
+    embedder = Embedder(encoder_folder, threads=before + 1)
     embedder.model.register_forward_pre_hook(lambda *_: threads.append(torch.get_num_threads()))
     embedder.vectors([decode(np.zeros((4, 4, 3), np.uint8), embedder.processor)])
     assert threads == [before + 1]
@@ -170,17 +173,17 @@ def test_nan_vector_is_an_error(embedder: Embedder) -> None:
         ({"backend": "cv2"}, "backend must be"),
     ],
 )
-def test_wrong_option(options: dict[str, Any], message: str, tower: Path) -> None:
+def test_wrong_option(options: dict[str, Any], message: str, encoder_folder: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        Embedder(tower, **options)
+        Embedder(encoder_folder, **options)
 
 
-def test_unusable_model(tower: Path) -> None:
+def test_unusable_model(encoder_folder: Path) -> None:
     with pytest.raises(ValueError, match="optimized already"):
-        Embedder(optimize(SigLipVisionModel.from_hf(tower), engines=[]))
+        Embedder(optimize(SigLipVisionModel.from_hf(encoder_folder), engines=[]))
     with pytest.raises(ValueError, match="no pooling head"):
         Embedder(SigLipVisionModel(replace(SMALL, pooling_head=False)))
-    with pytest.raises(ValueError, match="pictures of one size"):
+    with pytest.raises(ValueError, match="images of one size"):
         Embedder(SigLipVisionModel(replace(SMALL, naflex=True)), output="tokens")
 
 

@@ -110,7 +110,7 @@ def test_items_of_several_inputs_have_own_ids(tmp_path: Path) -> None:
         ("a.tar", b"no tar" * 200, "cannot be read as a tar file"),
         ("a.parquet", b"no parquet", "cannot be read as a parquet file"),
         ("a.txt", b"\xff\xfe\xff", "cannot be read as a list of paths"),
-        ("b.txt", b"\n\n", "holds no picture"),
+        ("b.txt", b"\n\n", "holds no image"),
         ("folder", None, "does not exist"),
         ("a.tar.gz", b"", "is a compressed archive: unpack it"),
     ],
@@ -127,7 +127,7 @@ def test_input_without_images(tmp_path: Path) -> None:
         find_items([])
     with pytest.raises(ValueError, match=r"\*.jpg is a pattern that no file here matches"):
         find_items([tmp_path / "*.jpg"])
-    message = r"holds no picture .* by a pattern such as 'folder/\*.tar'"
+    message = r"holds no image .* by a pattern such as 'folder/\*.tar'"
     with pytest.raises(ValueError, match=message):
         find_items([tmp_path])
 
@@ -199,7 +199,7 @@ def test_folder_with_links_pipes_and_huge_files(model: SigLipVisionModel, tmp_pa
     with (folder / "g.jpg").open("wb") as file:
         file.truncate(10**12)  # sparse: nothing is written
     embed([folder], tmp_path / "out", model, **OPTIONS)
-    cannot = "the picture cannot be read: "
+    cannot = "the image cannot be read: "
     ids = read_column(tmp_path / "out", "id")
     errors = read_column(tmp_path / "out", "error")
     assert dict(zip(ids, errors, strict=True)) == {

@@ -35,10 +35,10 @@ OPTIONS: dict[str, Any] = {
 
 
 def test_stages_give_what_a_local_run_gives(
-    photos: Path, tower: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Ray calls them: what goes in and comes out of a stage is pickled, and so is the model."""
-    encoder = Embedder(SigLipVisionModel.from_hf(tower), batch_size=4)
+    encoder = Embedder(SigLipVisionModel.from_hf(encoder_folder), batch_size=4)
     items = find_items([photos])
     batches = [Batch(number, 0, tuple(items[4 * number : 4 * number + 4])) for number in range(3)]
     monkeypatch.setattr("ray.get", pickle.loads)
@@ -56,24 +56,28 @@ def test_stages_give_what_a_local_run_gives(
     ("cpus", "workers", "count"), [(7.0, None, 2), (6.0, 1, 1), (3.0, None, 1)]
 )
 def test_model_count(
-    cpus: float, workers: int | None, count: int, tower: Path, monkeypatch: pytest.MonkeyPatch
+    cpus: float,
+    workers: int | None,
+    count: int,
+    encoder_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": cpus})
-    assert model_count(Embedder(tower, threads=2), workers) == count
+    assert model_count(Embedder(encoder_folder, threads=2), workers) == count
 
 
-def test_cluster_too_small(tower: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_too_small(encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 5.0})
     message = "has 5 CPUs, and 2 models need 3: --threads 2, and one to decode, for each"
     with pytest.raises(EmbedError, match=message):
-        model_count(Embedder(tower, threads=2), 2)
+        model_count(Embedder(encoder_folder, threads=2), 2)
 
 
-def test_ray_missing(photos: Path, tower: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_missing(photos: Path, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     batch = Batch(0, 0, tuple(find_items([photos])[:2]))
     with pytest.raises(MissingExtraError, match=r"run: pip install 'siglip-port\[ray\]'"):
-        next(run_on_ray(Embedder(tower), [batch]))
+        next(run_on_ray(Embedder(encoder_folder), [batch]))
 
 
 @pytest.mark.parametrize(
@@ -86,9 +90,9 @@ def test_ray_missing(photos: Path, tower: Path, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_unreachable_cluster(
-    address: str, message: str, photos: Path, tower: Path, tmp_path: Path
+    address: str, message: str, photos: Path, encoder_folder: Path, tmp_path: Path
 ) -> None:
-    model = SigLipVisionModel.from_hf(tower)
+    model = SigLipVisionModel.from_hf(encoder_folder)
     with pytest.raises(EmbedError, match=message):
         embed([photos], tmp_path / "out", model, engine="ray", address=address, **OPTIONS)
 
@@ -106,15 +110,17 @@ def stop_after_25(progress: Progress) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster_run(photos: Path, tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cluster_run(
+    photos: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """One cluster for all: what `tests/helpers/ray_cluster.py` writes, with the local run."""
     folder = tmp_path_factory.mktemp("ray")
-    model = SigLipVisionModel.from_hf(tower)
+    model = SigLipVisionModel.from_hf(encoder_folder)
     embed([photos], folder / "local", model, **OPTIONS)
     with pytest.raises(StopError):
         embed([photos], folder / "run", model, report=stop_after_25, **OPTIONS)
     script = Path(__file__).parents[1] / "helpers" / "ray_cluster.py"
-    command = [sys.executable, *map(str, (script, photos, tower, folder))]
+    command = [sys.executable, *map(str, (script, photos, encoder_folder, folder))]
     subprocess.run(command, cwd=script.parents[2], check=True, timeout=600)
     return folder
 
@@ -134,16 +140,16 @@ def test_cluster_resumes_local_run(cluster_run: Path, photos: Path) -> None:
 
 @pytest.mark.slow
 def test_image_kills_every_process_of_cluster(cluster_run: Path) -> None:
-    message = "the Ray cluster gave up: .*died.* without --engine ray also past a picture"
+    message = "the Ray cluster gave up: .*died.* without --engine ray also past an image"
     assert re.match(message, read_report(cluster_run)["deadly"])
 
 
 @pytest.mark.slow
-def test_ray_data(cluster_run: Path, photos: Path, tower: Path) -> None:
+def test_ray_data(cluster_run: Path, photos: Path, encoder_folder: Path) -> None:
     """`map_batches` with an `Embedder`."""
     rows = read_report(cluster_run)["embedder"]
     files = image_paths(photos)
-    expected = Embedder(tower)({"path": files})
+    expected = Embedder(encoder_folder)({"path": files})
     errors, vectors = zip(*(rows[name] for name in files), strict=True)
     assert list(errors) == expected["error"].tolist()
     close = np.allclose(vectors, expected["embedding"], rtol=1e-4, atol=1e-4, equal_nan=True)

@@ -68,7 +68,7 @@ def test_row_of_image(photos: Path, embedded: Path, model: SigLipVisionModel) ->
         if row["error"]:
             assert row["width"] is row["height"] is None
             assert np.isnan(row["embedding"]).all()
-            assert row["error"].startswith("the picture cannot be read: ")
+            assert row["error"].startswith("the image cannot be read: ")
             continue
         with torch.inference_mode():
             expected = model.embed(**processor(path))[0]
@@ -77,13 +77,19 @@ def test_row_of_image(photos: Path, embedded: Path, model: SigLipVisionModel) ->
             assert {row["width"], row["height"]} == set(image.size)
 
 
-def test_file_metadata(photos: Path, tower: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
+def test_file_metadata(
+    photos: Path, encoder_folder: Path, model: SigLipVisionModel, tmp_path: Path
+) -> None:
     embed([photos], tmp_path, model, store="float16", normalize=True, **OPTIONS)
     file = parquet.ParquetFile(tmp_path / "part-000001.parquet")
     column = file.schema_arrow.field("embedding")
     assert str(column.type) == f"fixed_size_list<element: halffloat>[{SMALL.embed_dim}]"
     about = read_metadata(tmp_path / "part-000001.parquet")
-    assert (about["source"], about["commit"], about["dtype"]) == (str(tower), None, "float32")
+    assert (about["source"], about["commit"], about["dtype"]) == (
+        str(encoder_folder),
+        None,
+        "float32",
+    )
     assert (about["normalize"], about["store"], about["output"]) == (True, "float16", "pooled")
     processor = ImageProcessor.from_config(model.preprocessor_config)
     assert about["preprocess"] == processor.fingerprint
@@ -251,25 +257,28 @@ def check_resumes(
 def test_resume_after_signal(
     kind: signal.Signals,
     photos: Path,
-    tower: Path,
+    encoder_folder: Path,
     embedded: Path,
     model: SigLipVisionModel,
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
-    assert embed_until(24, kind, [photos, out, tower]) == -kind
+    assert embed_until(24, kind, [photos, out, encoder_folder]) == -kind
     check_resumes(photos, model, out, embedded)
 
 
 @pytest.mark.slow
 def test_resume_after_many_kills(
-    photos: Path, tower: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path
+    photos: Path, encoder_folder: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path
 ) -> None:
     """One run, killed again and again at other moments, some of them while it writes."""
     out = tmp_path / "out"
     for number, rows in enumerate(range(4, 48, 4)):
         delay = None if number % 3 == 0 else 0.002 * number
-        assert embed_until(rows, signal.SIGKILL, [photos, out, tower], delay) == -signal.SIGKILL
+        assert (
+            embed_until(rows, signal.SIGKILL, [photos, out, encoder_folder], delay)
+            == -signal.SIGKILL
+        )
         copy = tmp_path / f"copy{number}"
         shutil.copytree(out, copy)
         check_resumes(photos, model, copy, embedded, unfinished=False)

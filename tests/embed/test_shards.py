@@ -115,7 +115,7 @@ def test_other_weights_or_images_are_refused(
     before = contents(run)
     with pytest.raises(EmbedError, match=r"holds rows of another run: .*weights was "):
         embed([photos], run, random_model(seed=1), **OPTIONS)
-    with pytest.raises(EmbedError, match=r"another run: .*pictures was 50 and would be "):
+    with pytest.raises(EmbedError, match=r"another run: .*images was 50 and would be "):
         embed([str(photos / "000" / "*.jpg")], run, model, **OPTIONS)
     assert contents(run) == before
 

@@ -18,7 +18,7 @@ from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.checkpoint.source import CONFIG, INDEX, WEIGHTS
 from siglip_port.parity.stress_weights import randomize
 
-# Widths, heads and sizes that no mistake survives by luck: head_dim differs from the number of
+# Widths, heads and sizes that no bug survives by luck: head_dim differs from the number of
 # heads, 1/sqrt(head_dim) is inexact, the image is no multiple of the patch, and 11 blocks sort
 # differently as numbers and as text.
 ODD = SigLipVisionConfig(

@@ -74,7 +74,7 @@ def serve(hub: Hub, folder: Path, *, xet: bool) -> Path:
 
 
 def random_model(folder: Path, size: int) -> SiglipModel:
-    """Writes a whole SigLIP, both towers and what prepares their inputs, and returns it."""
+    """Writes a whole SigLIP, both encoders and what prepares their inputs, and returns it."""
     import sentencepiece
 
     vision = {

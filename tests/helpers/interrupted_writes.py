@@ -277,7 +277,7 @@ class Save:
         for name, model in self.models.items():
             if state in (name, "both") and is_same_model(loaded, model):
                 return state
-        return "another tower"
+        return "another encoder"
 
 
 def is_same_model(a: SigLipVisionModel, b: SigLipVisionModel) -> bool:

@@ -21,7 +21,7 @@ from tests.helpers.checkpoints import ODD, SMALL, pixels
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
-def timm_tower(name: str, **sizes: object) -> Any:  # noqa: ANN401 (timm's models are untyped)
+def timm_encoder(name: str, **sizes: object) -> Any:  # noqa: ANN401 (timm's models are untyped)
     """Build a model of timm in the sizes of ODD, with random weights."""
     arguments: dict[str, Any] = {
         "embed_dim": 72,
@@ -68,7 +68,9 @@ def write_hf_encoder(folder: Path, config: SigLipVisionConfig = ODD) -> dict[str
     return load_file(folder / "model.safetensors")
 
 
-def write_two_towers(folder: Path, kind: type[SiglipModel | SiglipForImageClassification]) -> None:
+def write_two_encoders(
+    folder: Path, kind: type[SiglipModel | SiglipForImageClassification]
+) -> None:
     """Have transformers write a whole model, of images and text."""
     text = SiglipTextConfig(
         hidden_size=24,

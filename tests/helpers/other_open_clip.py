@@ -1,6 +1,6 @@
 """Runs with open_clip, in an environment of its own (see test_versions.py).
 
-Has open_clip write a SigLIP model, its vision tower at full size and with random weights, as it
+Has open_clip write a SigLIP model, its vision encoder at full size and with random weights, as it
 does for the Hub, and beside it the pixels and what open_clip makes of them.
 """
 

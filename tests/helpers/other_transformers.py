@@ -24,7 +24,7 @@ from transformers import (
 
 from siglip_port.parity.stress_weights import randomize
 
-# 12 blocks, so that their order as numbers and as text differs; a picture that is no multiple of
+# 12 blocks, so that their order as numbers and as text differs; an image that is no multiple of
 # the patch; odd heads.
 VISION = {
     "hidden_size": 54,
@@ -61,7 +61,7 @@ def main(folder: Path) -> None:
     for seed, (name, model) in enumerate(models.items()):
         randomize(model.eval(), seed)
         model.save_pretrained(folder / name)
-        write_expected(folder / name, tower_of(model), seed)
+        write_expected(folder / name, encoder_of(model), seed)
     for name, kind in (("ours", "SiglipVisionModel"), ("ours-naflex", "Siglip2VisionModel")):
         if hasattr(transformers, kind):
             read = getattr(transformers, kind)
@@ -73,7 +73,7 @@ def main(folder: Path) -> None:
 
 
 def vision_language_models() -> dict[str, Any]:
-    """Models that hold a tower."""
+    """Models that hold an encoder."""
     vision = {**VISION, "vision_use_head": False, "model_type": "siglip_vision_model"}
     text = {
         "vocab_size": 50,
@@ -96,8 +96,8 @@ def vision_language_models() -> dict[str, Any]:
     }
 
 
-def tower_of(model: Any) -> Any:  # noqa: ANN401
-    """The vision tower, wherever that release keeps it."""
+def encoder_of(model: Any) -> Any:  # noqa: ANN401
+    """The vision encoder, wherever that release keeps it."""
     for inner in (getattr(model, "model", None), model):
         for name in ("vision_tower", "vision_model"):
             if hasattr(inner, name):
@@ -105,9 +105,9 @@ def tower_of(model: Any) -> Any:  # noqa: ANN401
     return model
 
 
-def write_expected(folder: Path, tower: Any, seed: int) -> None:  # noqa: ANN401
+def write_expected(folder: Path, reference: Any, seed: int) -> None:  # noqa: ANN401
     """What that release makes of noise."""
-    naflex = type(tower).__name__ == "Siglip2VisionModel"
+    naflex = type(reference).__name__ == "Siglip2VisionModel"
     generator = torch.Generator().manual_seed(seed)
     pixel_values = (
         torch.randn(2, 40, 147, generator=generator)
@@ -124,7 +124,7 @@ def write_expected(folder: Path, tower: Any, seed: int) -> None:  # noqa: ANN401
         }
     for dtype in (torch.float32, torch.float64):
         with torch.no_grad():
-            output = tower.to(dtype)(pixel_values.to(dtype), **inputs)
+            output = reference.to(dtype)(pixel_values.to(dtype), **inputs)
         expected[f"tokens.{dtype}"] = output[0]
         if len(output) > 1 and output[1] is not None:
             expected[f"pooled.{dtype}"] = output[1]

@@ -113,7 +113,7 @@ def main() -> int:
         return 2
     broken = write_images(args.folder, args.count, args.broken, args.seed)
     print(
-        f"{args.count} pictures in {args.folder}, {len(broken)} of them broken: "
+        f"{args.count} images in {args.folder}, {len(broken)} of them broken: "
         f"{args.folder / 'broken.json'}"
     )
     return 0

@@ -1,4 +1,4 @@
-"""Files that are damaged, on their way or in the cache, are noticed and fetched again."""
+"""Files that are damaged, on their way or in the cache, are detected and fetched again."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def test_idle_lock_is_ignored(
     encoder.unlink()
     with filelock.FileLock(encoder.with_suffix(".lock")):
         assert_same(load(NAME, cache_dir=cache), folder)
-    assert "another process fetches model-tower" in caplog.text
+    assert "another process fetches model-encoder" in caplog.text
     assert "does nothing: going on without" in caplog.text
 
 

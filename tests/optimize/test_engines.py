@@ -280,7 +280,7 @@ def test_damaged_file(
     path = tmp_path / model_fingerprint(inference_copy(model, None)) / file
     path.parent.mkdir()
     path.write_text("<net")
-    with pytest.raises(EngineError, match=f"{program} cannot take the tower: .*delete {path}"):
+    with pytest.raises(EngineError, match=f"{program} cannot take the encoder: .*delete {path}"):
         with_engine(model, engine, cache_dir=tmp_path)
     assert optimize(model, engines=[engine], cache_dir=tmp_path).choice.engine == "eager"
 

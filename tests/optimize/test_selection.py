@@ -110,7 +110,7 @@ def test_unusable_engines_are_left_out(
         == "onnxruntime is not installed; run: pip install 'siglip-port[onnx]'"
     )
     assert left_out["packed"].endswith(", bound 2e-05")
-    assert left_out["packed-gelu"].startswith("its results differ from the tower's own by inf")
+    assert left_out["packed-gelu"].startswith("its results differ from the encoder's own by inf")
     assert "compiled is left out:" in str(fast.choice)
 
 
@@ -266,5 +266,5 @@ def test_unusable_model(model: SigLipVisionModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name one dtype with dtype="):
         optimize(model.double(), cache_dir=tmp_path)
     model.pooling_head = None
-    with pytest.raises(ValueError, match="not those of a SigLIP tower"):
+    with pytest.raises(ValueError, match="not those of a SigLIP encoder"):
         optimize(model, cache_dir=tmp_path)

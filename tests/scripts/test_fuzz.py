@@ -189,7 +189,7 @@ def test_broken_loader_detected(
         if result.outcome == "FAILED" and re.search(error, result.error):
             break
     else:
-        pytest.fail("nothing was noticed")
+        pytest.fail("nothing was detected")
     monkeypatch.undo()
     assert fuzzer.run(result.number).outcome != "FAILED"
 

@@ -304,7 +304,7 @@ ATTENTION = [
     attend("relative_bias", "a bias on the diagonal of the scores", add_diagonal),
     attend(
         "rotary",
-        "rotary position embedding in a tower without",
+        "rotary position embedding in an encoder without",
         lambda attention, q, k, v: F.scaled_dot_product_attention(
             rotate(q), rotate(k), v, scale=scale_of(attention)
         ),
@@ -323,5 +323,5 @@ ATTENTION = [
         source="vllm-project/vllm#42803",
         patch=seams.projections(q=lambda attention, x: attention.v_proj(x)),
     ),
-    attend("qk_norm", "q and k normalized, as in newer towers", normalize_queries_and_keys),
+    attend("qk_norm", "q and k normalized, as in newer encoders", normalize_queries_and_keys),
 ]

@@ -235,7 +235,7 @@ EQUIVALENT = [
     ),
     equivalent(
         "one_by_one",
-        "pictures one by one",
+        "images one by one",
         seams.call(
             lambda model, pixel_values: torch.cat(
                 [model.transformer(image) for image in pixel_values.split(1)]

@@ -228,7 +228,7 @@ IMAGES = [
     ),
     images(
         "image_no_antialias",
-        "no antialias in the smaller picture",
+        "no antialias in the smaller image",
         wrap(ImageProcessor, "transform_with_torchvision", resize_without_antialias),
         "pytorch/vision#2950",
     ),

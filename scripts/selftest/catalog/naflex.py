@@ -125,7 +125,7 @@ NAFLEX = [
     ),
     naflex(
         "naflex_mask_of_first",
-        "every picture has the first one's mask",
+        "every image has the first one's mask",
         "context inputs",
         change_mask(lambda mask: mask[:1].expand_as(mask)),
     ),
@@ -198,7 +198,7 @@ NAFLEX = [
     ),
     naflex(
         "naflex_shape_of_first",
-        "every picture has the first one's shape",
+        "every image has the first one's shape",
         "embeddings inputs",
         wrap(VisionEmbeddings, "embed_packed", use_first_shape),
     ),

@@ -90,7 +90,7 @@ PATCHES = [
     ),
     Mutant(
         "conv_same_pad",
-        "pictures padded by one pixel at the top left",
+        "images padded by one pixel at the top left",
         "patch",
         patch=seams.patch_grid(
             lambda embeddings, pixel_values: convolve(
@@ -100,7 +100,7 @@ PATCHES = [
     ),
     Mutant(
         "conv_stretched",
-        "the whole picture squeezed into the patches",
+        "the whole image squeezed into the patches",
         "patch inputs",
         patch=seams.patch_grid(stretch),
     ),

@@ -78,5 +78,5 @@ PIXELS = [
     ),
     pixel("input_shifted", "shifted by one pixel", lambda x: x.roll((1, 1), (2, 3))),
     pixel("input_mirrored", "mirrored", lambda x: x.flip(3)),
-    pixel("input_batch_reversed", "pictures in another order", lambda x: x.flip(0)),
+    pixel("input_batch_reversed", "images in another order", lambda x: x.flip(0)),
 ]

@@ -173,7 +173,7 @@ POOLING = [
     ),
     Mutant(
         "embed_unit_over_batch",
-        "embed() normalizes over the pictures",
+        "embed() normalizes over the images",
         "pooled",
         "interface",
         patch=seams.embed(normalize_over_batch),
@@ -195,7 +195,7 @@ POOLING = [
     ),
     Mutant(
         "two_probes",
-        "probe of another picture for every second one",
+        "probe of another image for every second one",
         "head-q",
         patch=seams.pooling_head(first=negate_every_second_probe),
     ),

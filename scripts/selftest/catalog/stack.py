@@ -172,7 +172,7 @@ STACK = [
     ),
     Mutant(
         "batch_leak",
-        "a hundredth of the batch's mean in every picture",
+        "a hundredth of the batch's mean in every image",
         "post-in 0.in embeddings",
         "sensitivity",
         patch=seams.encode(mix_images),

@@ -24,9 +24,9 @@ class Meaning:
 
 MEANING = {
     "pixels": Meaning(
-        question="Do pictures become the same pixels, bit for bit?",
+        question="Do images become the same pixels, bit for bit?",
         text=(
-            "pictures of all sizes and modes become the same pixel_values on both sides, by the "
+            "images of all sizes and modes become the same pixel_values on both sides, by the "
             "reference's processors for Pillow and, where it is installed, torchvision; all other "
             "gates give both sides the same pixels"
         ),
@@ -51,10 +51,10 @@ MEANING = {
         bound="equality of every bit",
     ),
     "sensitivity": Meaning(
-        question="Does every picture, patch and parameter matter, and do pictures not mix?",
+        question="Does every image, patch and parameter matter, and do images not mix?",
         text=(
-            "every picture, every pixel that counts and every parameter moves an output; two runs "
-            "are alike to the bit; a batch is its pictures one by one; outputs are finite, and not "
+            "every image, every pixel that counts and every parameter moves an output; two runs "
+            "are alike to the bit; a batch is its images one by one; outputs are finite, and not "
             "the same for all"
         ),
         bound="equality; batches in float64: 1e-10",
@@ -75,8 +75,8 @@ MEANING = {
         question="Do the port's other entrances agree with the one that is proven?",
         text=(
             "the port's other entrances agree with the one that is proven: embed() is pool() of "
-            "the tokens, and of unit length where that is asked for; of NaFlex towers, packed "
-            "patches give the tokens of the pictures"
+            "the tokens, and of unit length where that is asked for; of NaFlex encoders, packed "
+            "patches give the tokens of the images"
         ),
         bound=(
             "equality of every bit; lengths to four roundings of the dtype, packed patches to "

@@ -27,7 +27,7 @@ from siglip_port.parity.sides import (
     map_tensors,
 )
 
-MIXING_ORIGIN = "as in numerics: one picture alone against the same one in a batch"
+MIXING_ORIGIN = "as in numerics: one image alone against the same one in a batch"
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ def check_batch(port: Side, inputs: Inputs) -> list[Finding]:
         error = relative_error(joined, output) if same_shape else math.inf
         if not bounds.within_float64_bound(error):
             message = (
-                f"{name} of a batch is not that of its pictures one by one "
+                f"{name} of a batch is not that of its images one by one "
                 f"(relative difference {error:.1e})"
             )
-            findings.append(Finding(message, name, name, error, "pictures of one batch mix"))
+            findings.append(Finding(message, name, name, error, "images of one batch mix"))
     return findings
 
 

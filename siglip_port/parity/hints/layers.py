@@ -138,9 +138,9 @@ def kernel_guesses(weight: Tensor) -> Iterator[Guess]:
 
 def pixel_guesses(x: Tensor) -> Iterator[Guess]:
     """Pixels that were moved, or not normalized from [0, 1] to [-1, 1]."""
-    yield "picture transposed (x for y)", x.transpose(2, 3)
-    yield "picture mirrored", x.flip(3)
-    yield "picture shifted by one pixel", x.roll((1, 1), (2, 3))
+    yield "image transposed (x for y)", x.transpose(2, 3)
+    yield "image mirrored", x.flip(3)
+    yield "image shifted by one pixel", x.roll((1, 1), (2, 3))
     yield "pixels in [0, 1]", (x + 1) / 2
     yield "pixels in [0, 255]", (x + 1) / 2 * 255
     yield "pixels divided by 256 for 255", (x + 1) * 255 / 256 - 1

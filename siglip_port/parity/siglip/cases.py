@@ -219,7 +219,7 @@ def random_case(
     dtypes: tuple[torch.dtype, ...] = (torch.float32,),
     attentions: tuple[str, ...] = ("sdpa", "eager"),
     device: str = "cpu",
-    name: str = "odd tower",
+    name: str = "odd encoder",
 ) -> Iterator[Case]:
     """A checkpoint with the weights of a recipe, written by the reference, read as any other is.
 

@@ -81,7 +81,7 @@ def check_packed_patches(port: SigLipVisionModel, pixel_values: Tensor) -> list[
             if not bounds.within_float64_bound(error):
                 message = (
                     f"packed patches of {list(image.shape[1:])} pixels give other tokens than "
-                    "the picture"
+                    "the image"
                 )
                 return [Finding(message, "tokens", "forward")]
     return []

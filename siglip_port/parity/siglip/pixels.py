@@ -47,7 +47,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 def check_pixels(
     processors: Mapping[Backend, ImageProcessor],
     reference_processors: ReferenceProcessors,
-    photograph: Image.Image,
+    image: Image.Image,
     embed: Embed | None = None,
     max_hints: int = 1,
 ) -> GateResult:
@@ -56,7 +56,7 @@ def check_pixels(
     Args:
         processors: the port's, by backend.
         reference_processors: the reference's, by the same backends.
-        photograph: any image.
+        image: any image.
         embed: the port, to say what a difference in pixels does to a vector; None for a model
             without.
         max_hints: how many differences, of each backend, get a hint, and the cosine.
@@ -65,9 +65,9 @@ def check_pixels(
     findings = []
     for backend, processor in processors.items():
         hints = 0
-        for name, image in sample_images(photograph):
+        for name, sample in sample_images(image):
             checked += 1
-            difference = compare_image(processor, reference_processors[backend], image)
+            difference = compare_image(processor, reference_processors[backend], sample)
             if difference is None:
                 continue
             hint = ""
@@ -75,7 +75,7 @@ def check_pixels(
             if difference.pixels is not None and hints < max_hints:
                 hints += 1
                 message += describe_cost(embed, *difference.pixels)
-                hint = find_hint(processor, image, difference.pixels[1])
+                hint = find_hint(processor, sample, difference.pixels[1])
             findings.append(pixel_finding(f"{name}, {backend}: {message}", hint))
     return GateResult("pixels", checked, MEANING["pixels"].bound, tuple(findings))
 

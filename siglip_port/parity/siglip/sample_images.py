@@ -19,27 +19,27 @@ EXIF_ORIENTATION = 0x0112
 QUARTER_TURN = 6  # as phones have it
 
 
-def sample_images(photograph: Image.Image) -> Iterator[tuple[str, Sample]]:
-    """All samples made of one photograph: their names, and what an image processor takes.
+def sample_images(image: Image.Image) -> Iterator[tuple[str, Sample]]:
+    """All samples made of one image: their names, and what an image processor takes.
 
     Args:
-        photograph: of any size and mode.
+        image: of any size and mode.
     """
-    photograph = photograph.convert("RGB")
-    small = photograph.resize((60, 50))
+    image = image.convert("RGB")
+    small = image.resize((60, 50))
     random = np.random.default_rng(0)
-    yield from samples_of_all_sizes(photograph)
+    yield from samples_of_all_sizes(image)
     yield "noise", Image.fromarray(random.integers(0, 256, (70, 90, 3), dtype=np.uint8))
     for mode in ("1", "L", "P", "CMYK", "YCbCr", "F"):
         yield mode, small.convert(mode)
     yield "I;16", Image.fromarray(np.arange(3000, dtype=np.uint16).reshape(50, 60) * 20)
     yield from samples_with_transparency(small, random)
-    yield "a JPEG file", read_again(photograph, "JPEG")
+    yield "a JPEG file", read_again(image, "JPEG")
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/turned.jpg"
         exif = Image.Exif()
         exif[EXIF_ORIENTATION] = QUARTER_TURN
-        photograph.save(path, exif=exif)
+        image.save(path, exif=exif)
         yield "a JPEG file that lies on its side", path
     array = np.array(small)
     yield "an array", array
@@ -47,14 +47,14 @@ def sample_images(photograph: Image.Image) -> Iterator[tuple[str, Sample]]:
     yield "a tensor, channels first", torch.from_numpy(array).movedim(-1, 0).contiguous()
 
 
-def samples_of_all_sizes(photograph: Image.Image) -> Iterator[tuple[str, Image.Image]]:
-    """The photograph, upright, thin, tiny and large."""
-    width, height = photograph.size
-    yield "the photograph", photograph
-    yield "upright", photograph.resize((height // 3 + 1, width))
-    yield "a thin line", photograph.resize((2, 199))
-    yield "one pixel", photograph.resize((1, 1))
-    yield "larger than any tower's", photograph.resize((1111, 901))
+def samples_of_all_sizes(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
+    """The image, upright, thin, tiny and large."""
+    width, height = image.size
+    yield "the image", image
+    yield "upright", image.resize((height // 3 + 1, width))
+    yield "a thin line", image.resize((2, 199))
+    yield "one pixel", image.resize((1, 1))
+    yield "larger than any encoder's", image.resize((1111, 901))
 
 
 def samples_with_transparency(
@@ -77,7 +77,7 @@ def read_again(image: Image.Image, file_format: str) -> Image.Image:
     return Image.open(io.BytesIO(file.getvalue()))
 
 
-def synthetic_photograph() -> Image.Image:
-    """An image where there is no photograph: smooth, with every level, and no two sides alike."""
+def synthetic_image() -> Image.Image:
+    """An image where there is no image: smooth, with every level, and no two sides alike."""
     levels = np.random.default_rng(1).integers(0, 256, (9, 13, 3), dtype=np.uint8)
     return Image.fromarray(levels).resize((451, 300), Image.Resampling.BICUBIC)

@@ -87,7 +87,7 @@ def parse(name: str) -> tuple[str, str]:
     match = re.fullmatch(rf"({'|'.join(DISTRIBUTIONS)})(?:==(\d[\w.]*))?", name)
     if match is None or name == "transformers":
         raise ValueError(
-            f"there is no witness {name!r}; known are timm and open_clip, both also with a version "
+            f"there is no second reference {name!r}; known are timm and open_clip, both also with a version "
             "(timm==1.0.31), and other releases of the reference (transformers==4.57.6)"
         )
     return match[1], match[2] or ""
@@ -107,7 +107,7 @@ def script_command(package: str, release: str) -> list[str]:
     if uv is None:
         raise RuntimeError(
             f"to ask {requirement}, uv is needed, which would install it in an environment of its "
-            "own, and there is no uv here: install it, or ask a witness that is installed"
+            "own, and there is no uv here: install it, or ask a second reference that is installed"
         )
     torch_requirement = f"torch=={torch.__version__.split('+')[0]}"
     options = ["--no-project", "--isolated", f"--python={sys.executable}"]

@@ -6,7 +6,7 @@ What a third implementation computes with a SigLIP model's weights, in float64.
 torch, safetensors and the package, and nothing of ours. FOLDER holds config.json and
 model.safetensors (transformers' SiglipVisionModel, names without a prefix), inputs.safetensors, and
 points.json: the points of the reference that are of interest. It leaves outputs.safetensors there,
-with `output.<name>` and `tap.<point>`, and witness.json.
+with `output.<name>` and `tap.<point>`, and second reference.json.
 
 A *place* is where the second reference has a point of the first: the path of a module for what it
 returns, `path:input` for what it is given, `path:2/3` for the second of three equal parts of what

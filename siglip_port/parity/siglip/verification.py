@@ -130,7 +130,7 @@ def read_architecture(checkpoint: str, offline: bool) -> SigLipVisionConfig:
 
 
 def checkpoint_case(options: VerifyOptions, port: LoadedPort, image: Image.Image) -> Case:
-    """The checkpoint itself, at full size: a photograph, and an image of noise."""
+    """The checkpoint itself, at full size: an image, and an image of noise."""
     warn_of_memory(port.model, options.torch_dtype)
     check_layout(options.checkpoint, port.model)
     config = port.model.config
@@ -170,7 +170,7 @@ def check_layout(checkpoint: str, model: SigLipVisionModel) -> None:
     if name not in ("HuggingFace", "HuggingFace NaFlex") or not is_flat:
         raise ValueError(
             f"{checkpoint} (layout: {layout}) is no checkpoint that transformers loads as a "
-            f"SigLIP tower; take the tower out, `siglip-port extract {checkpoint} FOLDER`, and "
+            f"SigLIP encoder; take the encoder out, `siglip-port extract {checkpoint} FOLDER`, and "
             "compare that folder"
         )
 
@@ -186,7 +186,9 @@ def warn_of_memory(model: SigLipVisionModel, dtype: torch.dtype) -> None:
     taps = 2 * config.num_patches * config.num_encoder_blocks * floats_per_token
     need = (2 * parameters + taps) * 8 + 2 * parameters * dtype.itemsize + 1.0e9
     if need > MEMORY_WORTH_A_NOTE:
-        note(f"this tower has {parameters / 1e6:.0f} M parameters: needs about {need / 1e9:.0f} GB")
+        note(
+            f"this encoder has {parameters / 1e6:.0f} M parameters: needs about {need / 1e9:.0f} GB"
+        )
 
 
 def with_noise(pixel_values: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CHECKPOINT = "google/siglip-base-patch16-224"
 SAMPLE_IMAGE = Path(__file__).with_name("images") / "chelsea.png"
-"""A photograph that is not square: `images/README.md` says where it is from."""
+"""A image that is not square: `images/README.md` says where it is from."""
 
 WEIGHTS = ("auto", "hub", "random")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -35,7 +35,7 @@ class VerifyOptions:
         checkpoint: a Hub id, a folder or a file.
         weights: `hub` for the checkpoint's own; `random` for random ones of its architecture;
             `auto` for its own, or random ones where the default checkpoint cannot be had.
-        image: a photograph.
+        image: an image.
         dtype: of weights and arithmetic.
         attention: the reference's implementation whose rounding counts.
         device: `cpu`, `cuda`, `cuda:1`, ...
@@ -138,7 +138,7 @@ def check_device(device: str) -> None:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read the photograph, in RGB."""
+    """Read the image, in RGB."""
     from PIL import Image
 
     try:
@@ -146,7 +146,7 @@ def read_image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:  # Pillow's own kinds, the system's, and those of its decoders
         raise ValueError(
-            f"--image {path} cannot be read as a picture ({error}); pass a JPEG or PNG file of "
+            f"--image {path} cannot be read as an image ({error}); pass a JPEG or PNG file of "
             "this machine"
         ) from error
 

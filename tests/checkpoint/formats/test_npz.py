@@ -98,7 +98,7 @@ def test_archives(members: Members, tmp_path: Path, model: SigLipVisionModel) ->
     path.write_bytes(path.read_bytes().replace(b"sole.npy", b"bias.npy"))
     assert_refused(path, f"it holds {BIAS.removesuffix('.npy')} more than once")
     write_zip(path, {**members, "../params/img/x.npy": members[BIAS]})
-    assert_loads(path, model)  # a name is nothing but a name: here, of another tower's
+    assert_loads(path, model)  # a name is nothing but a name: here, of another encoder's
     write_zip(path, {**members, "params/img/../x.npy": members[BIAS]})
     assert_refused(path, "unknown tensors")
 

@@ -19,7 +19,7 @@ from tests.helpers.checkpoints import SMALL, MakeCheckpoint
 def test_larger_than_memory(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """60 GB, all but the tower a hole in the file.
+    """60 GB, all but the encoder a hole in the file.
 
     Whether safetensors can map it depends on the machine.
     """

@@ -60,7 +60,7 @@ def test_equal_models_pass() -> None:
     ("fault", "message"),
     [
         (add_noise, "is another one each time"),
-        (leak_between_images, "of a batch is not that of its pictures one by one"),
+        (leak_between_images, "of a batch is not that of its images one by one"),
         (repeat_first_image, "it is the same for every input"),
         (read_ignored_pixel, "matter to one side and not to the other"),
         (drop_last_token, "matter to one side and not to the other"),

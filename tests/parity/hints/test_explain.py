@@ -97,6 +97,6 @@ def test_outputs() -> None:
     truth = double_noise(3, 16)
     unit = truth / truth.norm(dim=-1, keepdim=True)
     assert explain_output(unit, truth) == "every vector scaled to length 1"
-    assert explain_output(truth.flip(0), truth) == "pictures reversed"
+    assert explain_output(truth.flip(0), truth) == "images reversed"
     assert explain_output(truth[:, :3], truth) == "its shape is [3, 3]"
     assert explain_output(double_noise(3, 16, seed=1), truth) == ""

@@ -59,7 +59,7 @@ def test_convolutions() -> None:
     x = double_noise(2, 3, 6, 6)
     for pixels, hint in [
         (x.flip(1), "channels reversed (BGR for RGB)"),
-        (x.flip(3), "picture mirrored"),
+        (x.flip(3), "image mirrored"),
         ((x + 1) / 2, "pixels in [0, 1]"),
         ((x - 0.5) / 0.5, "pixels normalized twice"),
         (x.bfloat16().double(), "pixels rounded to bfloat16"),

@@ -11,7 +11,7 @@ def test_shares_that_have_grown() -> None:
     now = to_json(make_comparison(9e-11))
     assert against_baseline(now, before) == [
         "against the baseline: 1 figures in both, 0 new, 0 gone",
-        "  tower, N1, float64, free-running, a.norm: 0.01 of its bound before, 0.9 now",
+        "  encoder, N1, float64, free-running, a.norm: 0.01 of its bound before, 0.9 now",
     ]
     assert len(against_baseline(before, now)) == 1
 

@@ -95,6 +95,4 @@ def test_packed_patches() -> None:
         return tokens.flip(1) if args[0].ndim == 3 else tokens
 
     port.transformer.register_forward_hook(reverse_packed)
-    assert messages(port) == [
-        "packed patches of [16, 40] pixels give other tokens than the picture"
-    ]
+    assert messages(port) == ["packed patches of [16, 40] pixels give other tokens than the image"]

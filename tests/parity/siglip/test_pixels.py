@@ -22,7 +22,7 @@ from siglip_port.parity.results import Finding, GateResult, Section
 from siglip_port.parity.siglip.cases import random_case
 from siglip_port.parity.siglip.pixels import check_pixels, levels_per_unit
 from siglip_port.parity.siglip.reference import image_processors
-from siglip_port.parity.siglip.sample_images import synthetic_photograph
+from siglip_port.parity.siglip.sample_images import synthetic_image
 from siglip_port.parity.siglip.verify_options import SAMPLE_IMAGE
 from tests.helpers.checkpoints import SMALL
 
@@ -111,7 +111,7 @@ def test_hint(change: dict[str, Any], hint: str) -> None:
     changed = replace(port_processors(SMALL)["pil"], **change)
     gate = check_pixels({"pil": changed}, image_processors(SMALL), PHOTOGRAPH)
     first, *others = gate.findings
-    assert first.message.startswith("the photograph, pil: differs by up to ")
+    assert first.message.startswith("the image, pil: differs by up to ")
     assert first.hint == hint
     assert not any(other.hint for other in others)
 
@@ -147,7 +147,7 @@ def test_image_that_one_side_refuses() -> None:
         raise TypeError("no")
 
     gate = check_pixels(port_processors(SMALL), {"pil": refuse, "torchvision": refuse}, PHOTOGRAPH)
-    assert gate.findings[0].message == "the photograph, pil: TypeError: no"
+    assert gate.findings[0].message == "the image, pil: TypeError: no"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ class FewerPatches(ImageProcessor):
 def check_broken(kind: type[ImageProcessor], config: SigLipVisionConfig) -> GateResult:
     """The gate on a processor that is broken in a way hard to see; all are in the self-test."""
     fields = vars(port_processors(config)["pil"])
-    return check_pixels({"pil": kind(**fields)}, image_processors(config), synthetic_photograph())
+    return check_pixels({"pil": kind(**fields)}, image_processors(config), synthetic_image())
 
 
 def test_normalization_in_float64_is_detected() -> None:
@@ -232,6 +232,6 @@ def test_no_other_gate_sees_pixels_that_differ() -> None:
         gates = (check_pixels(processors, reference, PHOTOGRAPH, port.embed), *case.check(port))
     comparison = Comparison((Section("checkpoint", "checkpoint", gates),), "checkpoint weights")
     assert [gate.name for gate in gates if not gate.passed] == ["pixels"]
-    address = "pixels: pixel_values (port: siglip_port.image_processing): the photograph, "
+    address = "pixels: pixel_values (port: siglip_port.image_processing): the image, "
     assert f"DIFFERENT (checkpoint weights): {address}" in comparison.verdict
     assert "looks like: the reference has resample=3" in comparison.verdict

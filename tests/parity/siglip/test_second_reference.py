@@ -160,18 +160,18 @@ def test_verdict(distances: tuple[float, float, float], is_float64: bool, senten
     "name", ["", "keras", "transformers", "transformers==", "timm>=1", "timm==--help", "timm "]
 )
 def test_unknown_second_reference(name: str) -> None:
-    message = r"no witness .*; known are timm and open_clip, .*transformers==4\.57\.6"
+    message = r"no second reference .*; known are timm and open_clip, .*transformers==4\.57\.6"
     with pytest.raises(ValueError, match=message):
         second_reference.parse(name)
 
 
 def test_script_that_fails(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "script.py"
-    script.write_text("raise SystemExit('no such tower')")
+    script.write_text("raise SystemExit('no such encoder')")
     monkeypatch.setattr(second_reference, "SCRIPT", script)
     message = (
         r"timm could not be asked: `.*script\.py timm .*` ended with exit status 1\. .*:\n"
-        r"no such tower\nIf it"
+        r"no such encoder\nIf it"
     )
     with pytest.raises(RuntimeError, match=message):
         ask("timm", SMALL)

@@ -149,7 +149,7 @@ def test_a_gate_that_is_off_is_found_out(
     result = examine(own, judged)
     assert not result.passed
     failure = Report([result]).failures[0]
-    assert failure.startswith(f"{own.name}: must be noticed by {gate}, was noticed by ")
+    assert failure.startswith(f"{own.name}: must be detected by {gate}, was detected by ")
 
 
 def test_a_false_location_is_found_out(cases: list[Case]) -> None:
@@ -183,7 +183,7 @@ def test_a_harmless_change_of_the_harness_is_not() -> None:
     )
     assert examine_harness(harmless, SMALL) == ""
     assert Report(harness={"harmless": ""}).failures == [
-        "mistake in the harness not noticed: harmless"
+        "bug in the harness not detected: harmless"
     ]
 
 
@@ -225,8 +225,8 @@ def test_the_command(
     assert compare_origin.main(["--selftest", "--json", str(tmp_path / "self.json")]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
-        "POWER: notices 3 of 3 mistakes, names the place of 3 of 3, 0 false alarms in 1 "
-        "runs of legal variants; 1 of 1 mistakes in the harness itself are found out"
+        "POWER: detects 3 of 3 bugs, names the place of 3 of 3, 0 false alarms in 1 "
+        "runs of equivalent variants; 1 of 1 bugs in the harness itself are found out"
     )
     written = json.loads((tmp_path / "self.json").read_text())
     assert written["passed"] is True
@@ -235,7 +235,7 @@ def test_the_command(
     monkeypatch.setattr(bounds, "FLOAT64_BOUND", 1e-2)
     assert compare_origin.main(["--selftest"]) == 3
     out = capsys.readouterr().out
-    assert "ln_eps_once: must be noticed by numerics, was noticed by nothing" in out
+    assert "ln_eps_once: must be detected by numerics, was detected by nothing" in out
     assert out.splitlines()[-1].startswith("LOST POWER: ")
 
 
@@ -285,7 +285,7 @@ def test_on_all_cores_it_finds_the_same(
     assert [result.mutant for result in two.results] == catalog.MUTANTS
     assert [result.mutant.edit for result in two.results] == [m.edit for m in catalog.MUTANTS]
     assert [failure.split(":")[0] for failure in two.failures] == ["eps_ignored"]
-    expected = ["mistakes: 5", "legal variants, seed 1234: 1", "mistakes in the harness: 1"]
+    expected = ["mistakes: 5", "equivalent variants, seed 1234: 1", "bugs in the harness: 1"]
     assert shown == expected * 2
 
 
@@ -324,7 +324,7 @@ def test_the_census() -> None:
     report = Report([Result(BY_NAME["ln_eps_once"], {"numerics": Finding("differs")})])
     text = census(summarize(to_json(report)))
     assert [line.split(":")[0] for line in text.splitlines()[:-1:3]] == list(gates.MEANING)
-    assert "  notices 1 of 1 mistakes, alone: ln_eps_once" in text
+    assert "  detects 1 of 1 bugs, alone: ln_eps_once" in text
 
 
 def test_calibration(
