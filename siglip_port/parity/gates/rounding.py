@@ -58,7 +58,7 @@ def find_excess_rounding(measurements: list[Measurement]) -> list[Finding]:
                 f"rounding error in {measurement.run} is {factor:.1f}x the reference's, bound "
                 f"{bounds.ROUNDING_FACTOR:g}x"
             )
-            hint = "narrower dtype or different formula in this step, the first outside its bound"
+            hint = "narrower dtype or different formula in this step (first outside its bound)"
             error = measurement.error
             return [Finding(message, measurement.reference, measurement.port, error, hint)]
     return []
