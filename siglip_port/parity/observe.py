@@ -105,8 +105,8 @@ def check_weights_finite(reference: nn.Module, dtype: torch.dtype) -> None:
     if names:
         raise ValueError(
             f"the reference's weights contain NaN or infinity in {dtype_name(dtype)} "
-            f"({', '.join(fold_blocks(names))}), expected finite weights; pass others or a wider "
-            "dtype"
+            f"({', '.join(fold_blocks(names))}), expected finite values; use other weights or a "
+            "wider dtype"
         )
 
 

@@ -509,9 +509,9 @@ def test_weights_not_finite(
     assert call("--checkpoint", folder) == 2
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1] == (
-        "could not compare: the reference's weights hold NaN or infinity in float32, so there is "
-        "nothing to compare "
-        "with: encoder.layers.{0,2}.mlp.fc1.bias"
+        "could not compare: the reference's weights contain NaN or infinity in float32 "
+        "(encoder.layers.{0,2}.mlp.fc1.bias), expected finite values; use other weights or a wider "
+        "dtype"
     )
     assert printed.out == ""
 
@@ -522,10 +522,8 @@ def test_weights_beyond_float16(
     folder = checkpoint()
     edit_tensors(folder, lambda t: {**t, "post_layernorm.bias": t["post_layernorm.bias"] + 1e5})
     assert call("--checkpoint", folder, "--dtype", "float16") == 2
-    assert (
-        "hold NaN or infinity in float16, so there is nothing to compare with: post_lay"
-        in capsys.readouterr().err
-    )
+    message = "contain NaN or infinity in float16 (post_layernorm.bias), expected finite values"
+    assert message in capsys.readouterr().err
 
 
 def test_port_not_finite(
@@ -542,7 +540,7 @@ def test_port_not_finite(
     assert verdict.startswith(
         "DIFFERENT (checkpoint weights): numerics: encoder.layers.0.mlp.fc2:input "
     )
-    assert "not finite" in verdict
+    assert "looks like: NaN or infinity in the port" in verdict
     assert (tmp_path / "link.json").is_symlink()
     assert (
         json.loads(report.read_text(), parse_constant=pytest.fail)["findings"][0]["error"] == "nan"

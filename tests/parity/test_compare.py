@@ -201,7 +201,8 @@ def test_reference_weights_must_be_finite(pair: Pair, value: float) -> None:
         for side in (pair.reference, pair.port):
             next(iter(side.parameters())).fill_(value)
     message = (
-        r"the reference's weights contain NaN or infinity in float32 \([a-z_.]+\), expected finite"
+        r"the reference's weights contain NaN or infinity in float32 \([a-z_.]+\), expected finite "
+        "values; use other weights or a wider dtype"
     )
     with pytest.raises(ValueError, match=message):
         pair.compare()

@@ -256,7 +256,7 @@ def largest_error(gate: Json) -> LargestError | None:
 
 
 @dataclass(frozen=True)
-class Figure:
+class TitledPlot:
     """Plot with a title."""
 
     title: str
@@ -272,12 +272,12 @@ def measuring_sections(report: Json) -> list[Json]:
     return sorted(sections, key=lambda section: section["name"] != "checkpoint")
 
 
-def depth_plots(report: Json) -> list[Figure]:
+def depth_plots(report: Json) -> list[TitledPlot]:
     """Plot the errors at every tap in every run; one plot per checkpoint."""
-    figures = []
+    plots = []
     for section in measuring_sections(report):
-        figures.append(Figure(section_title(section), depth_plot(section)))
-    return figures
+        plots.append(TitledPlot(section_title(section), depth_plot(section)))
+    return plots
 
 
 def depth_plot(section: Json) -> Plot:
@@ -320,15 +320,15 @@ def run_series(run: str, measurements: list[Measurement]) -> list[Series]:
     return series
 
 
-def ratio_plots(report: Json) -> list[Figure]:
+def ratio_plots(report: Json) -> list[TitledPlot]:
     """Plot the rounding errors of port / reference at every tap; one plot per gate."""
-    figures = []
+    plots = []
     for section in measuring_sections(report):
         for gate in section["gates"]:
             if gate["name"].startswith("rounding") and gate["measurements"]:
                 title = f"{gate['name']}: {section_title(section)}"
-                figures.append(Figure(title, ratio_plot(measurements_of(gate))))
-    return figures
+                plots.append(TitledPlot(title, ratio_plot(measurements_of(gate))))
+    return plots
 
 
 def ratio_plot(measurements: list[Measurement]) -> Plot:
