@@ -13,6 +13,7 @@ from siglip_port.parity.hints.guess import NARROW_DTYPES, Guess
 from siglip_port.parity.hints.layers import linear_guesses
 from siglip_port.parity.sides import dtype_name
 
+SWAPPED_HEADS = "[head_dim, heads] instead of [heads, head_dim]"
 PADDED_HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
 
@@ -156,16 +157,12 @@ def head_guesses(attention: Attention) -> Iterator[Guess]:
     queries = context.shape[-2]
     untransposed = context.flatten(1).unflatten(1, (queries, -1))
     yield "heads merged without transpose", untransposed
-    yield (
-        "heads merged as [head_dim, heads] instead of [heads, head_dim]",
-        context.permute(0, 2, 3, 1).flatten(2),
-    )
+    yield f"heads merged as {SWAPPED_HEADS}", context.permute(0, 2, 3, 1).flatten(2)
     yield from split_guesses(attention)
 
 
 def split_guesses(attention: Attention) -> Iterator[Guess]:
     """Yield contexts with another way to split heads."""
-    swapped = "[head_dim, heads] instead of [heads, head_dim]"
     inputs = (attention.q, attention.k, attention.v)
     scale = attention.scale
     if attention.q.shape[1] == attention.k.shape[1]:
@@ -175,5 +172,5 @@ def split_guesses(attention: Attention) -> Iterator[Guess]:
         yield "heads split without transpose", merge_heads(context)
     q, k, v = (x.unflatten(-1, (-1, attention.heads)).permute(0, 3, 1, 2) for x in inputs)
     context = (q @ k.mT * scale).softmax(-1) @ v
-    yield f"heads split as {swapped}", merge_heads(context)
-    yield f"heads split and merged as {swapped}", context.permute(0, 2, 3, 1).flatten(2)
+    yield f"heads split as {SWAPPED_HEADS}", merge_heads(context)
+    yield f"heads split and merged as {SWAPPED_HEADS}", context.permute(0, 2, 3, 1).flatten(2)

@@ -120,18 +120,16 @@ def linear_guesses(weight: Tensor, bias: Tensor | None, x: Tensor) -> Iterator[G
         yield "bias subtracted instead of added", F.linear(x, weight, -bias)
     if weight.shape[0] == weight.shape[1]:
         yield "weight transposed", F.linear(x, weight.T, bias)
+    parameters = "weight" if bias is None else "weight and bias"
     for dtype in NARROW_DTYPES:
         name = dtype_name(dtype)
         narrow_weight = round_to(weight, dtype)
         narrow_bias = None if bias is None else round_to(bias, dtype)
-        yield f"weight and bias rounded to {name}", F.linear(x, narrow_weight, narrow_bias)
+        yield f"{parameters} rounded to {name}", F.linear(x, narrow_weight, narrow_bias)
         yield f"weight rounded to {name}", F.linear(x, narrow_weight, bias)
         yield f"input rounded to {name}", F.linear(round_to(x, dtype), weight, bias)
     normalized = F.layer_norm(x, x.shape[-1:])
-    yield (
-        "LayerNorm without weight and bias applied to the input",
-        F.linear(normalized, weight, bias),
-    )
+    yield "extra LayerNorm of the input", F.linear(normalized, weight, bias)
 
 
 def convolution_guesses(conv: nn.Conv2d, x: Tensor) -> Iterator[Guess]:
@@ -147,14 +145,13 @@ def convolution_guesses(conv: nn.Conv2d, x: Tensor) -> Iterator[Guess]:
         yield label, convolve(x, kernel, bias)
     for label, pixels in pixel_guesses(x):
         yield label, convolve(pixels, weight, bias)
+    parameters = "weight" if bias is None else "weight and bias"
     for dtype in NARROW_DTYPES:
         name = dtype_name(dtype)
         narrow_bias = None if bias is None else round_to(bias, dtype)
         yield f"pixels rounded to {name}", convolve(round_to(x, dtype), weight, bias)
-        yield (
-            f"weight and bias rounded to {name}",
-            convolve(x, round_to(weight, dtype), narrow_bias),
-        )
+        narrow = convolve(x, round_to(weight, dtype), narrow_bias)
+        yield f"{parameters} rounded to {name}", narrow
     yield "pixels quantized to 8 bits", convolve(quantize(x), weight, bias)
     yield "pixels normalized twice", convolve((x - 0.5) / 0.5, weight, bias)
 
