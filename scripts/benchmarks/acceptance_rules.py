@@ -161,7 +161,7 @@ def draw(total: int, counts: Mapping[str, Mapping[str, tuple[int, int]]]) -> Non
 def insert(path: Path, text: str) -> None:
     """Puts the table between the marks of a document."""
     before = path.read_text(encoding="utf-8")
-    marks = "<!-- league -->", "<!-- /league -->"
+    marks = "<!-- generated: league -->", "<!-- end -->"
     pattern = re.escape(marks[0]) + ".*?" + re.escape(marks[1])
     after, times = re.subn(
         pattern, lambda _: f"{marks[0]}\n{text}\n{marks[1]}", before, flags=re.DOTALL

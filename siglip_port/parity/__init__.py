@@ -1,7 +1,7 @@
-"""A parity harness: proves that a port computes what its reference does, or says where it does not.
+"""Parity harness: compare a port with its reference and locate every difference.
 
-For a port of your own: `compare` and `assert_parity`, on weights made loud by `randomize`. For the
-proof of this one: `compare_origin.py`. docs/parity.md says how it works, and what it is worth.
+`compare` and `assert_parity` take any two modules; `randomize` fills them with weights on which
+bugs show. `siglip-port verify` runs the same gates on this package's encoder. See docs/parity.md.
 """
 
 from siglip_port.parity.compare import assert_parity, compare

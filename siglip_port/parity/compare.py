@@ -1,4 +1,4 @@
-"""Compares any port with any reference: `compare` for programs, `assert_parity` for tests."""
+"""Compare any port with its reference: `compare` for programs, `assert_parity` for tests."""
 
 from __future__ import annotations
 
@@ -33,35 +33,36 @@ def compare(
     weights: Weights | None = None,
     dtype: torch.dtype | None = None,
 ) -> Comparison:
-    """Compare two implementations of any model, gate by gate (see `siglip_port.parity.gates`).
+    """Compare two implementations of a model, gate by gate (see `siglip_port.parity.gates`).
 
-    Both are given back as they were. Fill the reference with `randomize` first and copy its weights
-    to the port: a fresh initialization hides bugs.
+    Call `randomize` on the reference and copy its weights to the port first: a fresh initialization
+    hides bugs. Both modules are restored afterwards.
 
     Args:
-        reference: in `eval()` mode. It must compute in float64 throughout where it is cast to it;
-            that is checked.
-        port: likewise.
-        inputs: what both are called with: a tensor, a tuple of positional arguments, or a dict of
-            named ones; at least two along the first axis, and different ones.
-        taps: points inside, reference -> port: module paths, `path:input` for what a module is
-            given, `{}` for the number of a block (see `siglip_port.parity.taps`). None compares
-            outputs only, and no module is named.
-        call_reference: calls it and returns its outputs by name; needed where the two name them
-            differently.
-        call_port: likewise.
-        weights: the port's tensors under the names of the reference's `state_dict`; None leaves
-            that gate out.
-        dtype: in which rounding is judged; None for that of the reference's parameters.
+        reference: module in `eval()` mode; cast to float64, it must compute in float64 throughout.
+        port: module in `eval()` mode.
+        inputs: inputs of both modules: a tensor, a tuple of positional arguments, or a dict of
+            keyword arguments; at least two different examples along the first axis.
+        taps: points to compare, reference -> port: module paths, `path:input` for the input of a
+            module, `{}` for a block number (see `siglip_port.parity.taps`). None compares outputs
+            only.
+        call_reference: function (module, inputs) -> outputs by name; required if the two modules
+            name their outputs differently.
+        call_port: the same for the port.
+        weights: function that returns the port's tensors under the names of the reference's
+            `state_dict`; None skips the gate `weights`.
+        dtype: dtype of the gate `rounding`; None for that of the reference's parameters.
+
+    Returns:
+        Gates and findings; `print` it for the verdict.
 
     Raises:
-        ValueError: they cannot be compared: inputs or taps are no such things, or the reference is
-            no truth.
+        ValueError: the inputs, the taps or the reference cannot be used.
     """
     if batch_size(inputs) < 2:
         raise ValueError(
-            "inputs must hold at least two, along the first axis: one alone cannot show what mixes "
-            "them"
+            "inputs must hold at least two examples along the first axis; a single one cannot show "
+            "whether examples of a batch affect each other"
         )
     if dtype is None:
         dtype = parameter_dtype(reference)
@@ -82,7 +83,7 @@ def compare(
 
 
 def parameter_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's first floating point parameter; float32 if it has none."""
+    """Dtype of a module's first floating point parameter; float32 without one."""
     for parameter in module.parameters():
         if parameter.is_floating_point():
             return parameter.dtype
@@ -90,12 +91,15 @@ def parameter_dtype(module: nn.Module) -> torch.dtype:
 
 
 def check_output_names(run: ReferenceRun, port: Side, inputs: Inputs) -> None:
-    """Refuse two sides that name their outputs differently. The port may lack some."""
+    """Raise ValueError if the two sides name their outputs differently.
+
+    Outputs that only the reference returns are findings, not errors.
+    """
     names = run.reference.run(inputs).keys() ^ port.run(inputs).keys()
     if names - run.exact.outputs.keys():
         raise ValueError(
-            f"the two sides name their outputs differently ({', '.join(sorted(names))}); pass "
-            "call_reference and call_port, which return them by the same names"
+            f"reference and port name their outputs differently ({', '.join(sorted(names))}); "
+            "pass call_reference and call_port that return the same names"
         )
 
 
@@ -110,11 +114,11 @@ def assert_parity(
     weights: Weights | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """`compare` for a test: fails with the findings and the verdict.
+    """Fail a test if port and reference differ; takes the arguments of `compare`.
 
     Raises:
-        AssertionError: the two differ.
-        ValueError: as for `compare`.
+        AssertionError: they differ; the message is the findings and the verdict.
+        ValueError: the inputs, the taps or the reference cannot be used.
     """
     comparison = compare(
         reference,

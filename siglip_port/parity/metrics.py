@@ -1,4 +1,4 @@
-"""Metrics: how far two tensors are apart. All in float64, none of an absolute size."""
+"""Distances between two tensors, computed in float64; all of them relative."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ import torch
 from torch import Tensor
 
 
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    """||value - truth|| / ||truth|| over all elements; not finite where the truth is all zero."""
-    truth = truth.double()
-    return float((value.double() - truth).norm() / truth.norm())
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """||value - exact|| / ||exact|| over all elements; not finite if `exact` is all zeros."""
+    exact = exact.double()
+    return float((value.double() - exact).norm() / exact.norm())
 
 
-def cosine(value: Tensor, truth: Tensor) -> Tensor:
-    """Cosine similarity along the feature axis, the last one: [..., D], [..., D] -> [...]."""
-    return torch.cosine_similarity(value.double(), truth.double(), dim=-1)
+def cosine(value: Tensor, exact: Tensor) -> Tensor:
+    """Cosine similarity along the last axis: [..., D], [..., D] -> [...], float64."""
+    return torch.cosine_similarity(value.double(), exact.double(), dim=-1)
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor: 0 and -0 differ in them, and a NaN equals itself."""
+    """Bytes of a tensor as uint8: 0 and -0 differ, and a NaN equals itself."""
     return tensor.contiguous().view(torch.uint8)
 
 
 def tensors_equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of one shape and dtype agree in every bit."""
+    """Whether two tensors of the same shape and dtype are bitwise equal."""
     return torch.equal(bits(first), bits(second))
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity."""
+    """Whether a tensor contains neither NaN nor infinity."""
     return bool(tensor.isfinite().all())
 
 
 class RelativeError(NamedTuple):
-    """How far a tensor [..., D] is from its truth.
+    """Error of a tensor [..., D].
 
     Attributes:
-        overall: ||value - truth|| / ||truth||.
-        worst: ||value - truth|| of the worst vector, in units of the vectors' root mean square
-            length.
+        overall: ||value - exact|| / ||exact|| over all elements.
+        worst: largest ||value - exact|| of one vector [D], divided by the root mean square norm of
+            the exact vectors.
     """
 
     overall: float
@@ -49,13 +49,16 @@ class RelativeError(NamedTuple):
 
 
 class ErrorMeter:
-    """Measures the error of a tensor that arrives in parts.
+    """Measure the error of a tensor that arrives in parts.
 
-    The parts follow each other along the first axis, and the whole may pass several times.
+    Parts are consecutive along the first axis; the whole tensor may pass several times.
+
+    Args:
+        exact: expected tensor.
     """
 
-    def __init__(self, truth: Tensor) -> None:
-        self.truth = truth
+    def __init__(self, exact: Tensor) -> None:
+        self.exact = exact
         self.length = 0
         self.shapes_match = True
         self._squared_error = 0.0
@@ -63,42 +66,46 @@ class ErrorMeter:
 
     @property
     def is_first_pass(self) -> bool:
-        """Whether the truth has not yet been covered once."""
-        return self.length < len(self.truth)
+        """Whether the parts so far are shorter than the expected tensor."""
+        return self.length < len(self.exact)
 
     @property
     def is_complete(self) -> bool:
-        """Whether the parts so far cover the truth, once or several times."""
+        """Whether the parts so far cover the expected tensor, once or several times."""
         return self.shapes_match and self.length > 0 and self.length % self._period == 0
 
     @property
     def _period(self) -> int:
-        return max(1, len(self.truth))
+        return max(1, len(self.exact))
 
     def add(self, part: Tensor) -> Tensor | None:
-        """Compare the next part. Returns its truth; None where there is none of its shape."""
+        """Compare the next part.
+
+        Returns:
+            The expected part; None if the shapes differ.
+        """
         start = self.length % self._period
-        truth = self.truth[start : start + len(part)]
-        if truth.shape != part.shape:
+        exact = self.exact[start : start + len(part)]
+        if exact.shape != part.shape:
             self.shapes_match = False
             return None
         self.length += len(part)
-        distances = (part.double() - truth.double()).norm(dim=-1)
+        distances = (part.double() - exact.double()).norm(dim=-1)
         self._squared_error += float(distances.square().sum())
         if math.isfinite(self._squared_error):
             self._worst = max(self._worst, float(distances.max()))
         else:
             self._worst = math.nan
-        return truth
+        return exact
 
     def error(self) -> RelativeError:
-        """The error of all parts; infinite where they do not cover the truth."""
+        """Error of all parts; infinite if they do not cover the expected tensor."""
         if not self.is_complete:
             return RelativeError(math.inf, math.inf)
-        norm = float(self.truth.double().norm())
+        norm = float(self.exact.double().norm())
         if norm == 0:
             return RelativeError(math.nan, math.nan)
         passes = self.length // self._period
-        num_vectors = self.truth.numel() / self.truth.shape[-1]
+        num_vectors = self.exact.numel() / self.exact.shape[-1]
         overall = math.sqrt(self._squared_error / passes) / norm
         return RelativeError(overall, self._worst / norm * math.sqrt(num_vectors))

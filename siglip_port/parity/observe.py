@@ -1,4 +1,4 @@
-"""Runs the reference, exactly and with its own rounding, and compares runs of a side with it."""
+"""Run the reference, in float64 and in its own dtype, and compare runs of either side with it."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from siglip_port.parity.sides import (
     dtype_name,
     perturb,
 )
-from siglip_port.parity.taps import Recording, join, listening, record
+from siglip_port.parity.taps import Recording, join, record, tap_hooks
 from siglip_port.text import fold_blocks
 
 
 @dataclass
 class ReferenceRun:
-    """What the reference computes on some inputs: exactly, and with its own rounding.
+    """Exact results of the reference, and its rounding error.
 
     Attributes:
-        reference: that computed it.
-        dtype: in which weights and inputs are given; all runs see the same numbers.
-        inputs: rounded to it.
+        reference: reference that was run.
+        dtype: dtype to which weights and inputs are rounded in all runs.
+        inputs: inputs in `dtype`.
         exact: outputs and taps in float64.
-        noise: at every output and tap, the reference's own error in `dtype`; the larger one of its
-            attentions.
-        outputs: what it returns in `dtype`, by attention.
+        noise: rounding error of the reference in `dtype` at every tap and output; the largest over
+            its attention implementations.
+        outputs: outputs in `dtype`, by attention implementation.
     """
 
     reference: Side
@@ -47,12 +47,12 @@ class ReferenceRun:
 
     @property
     def exact_inputs(self) -> Inputs:
-        """The inputs in float64."""
+        """Inputs in float64."""
         return cast_inputs(self.inputs, torch.float64)
 
     @property
     def points(self) -> list[str]:
-        """All places that are compared: taps in the order of the computation, then outputs."""
+        """Names of all comparisons: taps in order of computation, then outputs."""
         return [*self.exact.taps, *self.exact.outputs]
 
 
@@ -63,18 +63,18 @@ def run_reference(
     dtype: torch.dtype,
     attentions: tuple[str, ...] | None = None,
 ) -> ReferenceRun:
-    """Run the reference once in float64, and once with each attention in `dtype`.
+    """Run the reference once in float64, and once in `dtype` with each attention implementation.
 
     Args:
-        reference: in `eval()` mode.
-        inputs: of any floating point dtype.
-        points: where to look inside.
-        dtype: in which weights and inputs are given.
-        attentions: whose rounding counts; None for all that the reference has.
+        reference: side in `eval()` mode.
+        inputs: inputs of any floating point dtype.
+        points: points to record.
+        dtype: dtype to which weights and inputs are rounded.
+        attentions: attention implementations whose rounding error counts; None for all of them.
 
     Raises:
-        ValueError: what it computes is no truth: not finite, or not float64 throughout; or its
-            weights are not finite.
+        ValueError: the weights or results contain NaN or infinity, an output is all zeros, or a
+            step of the float64 run is in float32.
     """
     inputs = cast_inputs(inputs, dtype)
     reference.set_attention(reference.attentions[0])
@@ -89,50 +89,50 @@ def run_reference(
 def run_exactly(
     reference: Side, inputs: Inputs, points: list[str], dtype: torch.dtype
 ) -> Recording:
-    """Run the reference in float64 on weights and inputs that are rounded to `dtype`."""
+    """Run the reference in float64 on weights and inputs rounded to `dtype`."""
     exact_inputs = cast_inputs(inputs, torch.float64)
     with cast(reference.module, dtype, torch.float64):
         check_weights_finite(reference.module, dtype)
         exact = record(reference.module, points, lambda: reference.run(exact_inputs))
-        check_is_truth(exact)
+        check_comparable(exact)
         check_float64_throughout(reference, exact_inputs, exact.outputs)
     return exact
 
 
 def check_weights_finite(reference: nn.Module, dtype: torch.dtype) -> None:
-    """Refuse weights that are not finite: in what is NaN on both sides, no difference shows."""
+    """Raise ValueError if a weight is not finite: NaN on both sides hides every difference."""
     names = [name for name, weight in reference.named_parameters() if not is_finite(weight)]
     if names:
         raise ValueError(
-            f"the reference's weights hold NaN or infinity in {dtype_name(dtype)}, so there is "
-            f"nothing to compare with: {', '.join(fold_blocks(names))}"
+            f"the reference's weights contain NaN or infinity in {dtype_name(dtype)} "
+            f"({', '.join(fold_blocks(names))}), expected finite values; use other weights or a "
+            "wider dtype"
         )
 
 
-def check_is_truth(exact: Recording) -> None:
-    """Refuse values that agree with anything: NaN, infinity, nothing but zeros."""
+def check_comparable(exact: Recording) -> None:
+    """Raise ValueError if a tensor is not finite or all zeros: such values match anything."""
     for name, tensor in {**exact.outputs, **exact.taps}.items():
         if not is_finite(tensor):
             raise ValueError(
-                f"the reference itself gives NaN or infinity ({name}), so there is nothing to "
-                "compare with: the inputs hold such numbers, or the weights are so large that "
-                "they make them"
+                f"the reference computes NaN or infinity in float64 ({name}), expected finite "
+                "values; check the inputs, and use smaller weights"
             )
         if not tensor.any():
             raise ValueError(
-                f"the reference gives nothing but zeros ({name}): two dead models would agree; "
-                "give it weights that matter, with `siglip_port.parity.randomize` for example"
+                f"the reference computes only zeros ({name}), which cannot show a difference; "
+                "fill its weights with siglip_port.parity.randomize"
             )
 
 
 def check_float64_throughout(
     reference: Side, inputs: Inputs, outputs: Mapping[str, Tensor]
 ) -> None:
-    """Refuse a float64 run with a step in float32, by second differences along a random direction.
+    """Raise ValueError if a step of the float64 run is in float32.
 
-    A smooth function of a step h = 1e-8 has second differences of about 1e-16. A float32 step
-    inside, as the softmax of transformers' eager attention is, makes them 1e-8, since it rounds
-    each of the three runs another way.
+    Second differences along a random direction show it: with a step h = 1e-8, those of a smooth
+    function are about 1e-16. A float32 step, such as the softmax of transformers' eager attention,
+    rounds the three runs differently and makes them about 1e-8.
     """
 
     def outputs_at(step: float) -> dict[str, Tensor]:
@@ -146,14 +146,14 @@ def check_float64_throughout(
         roughness = float(second_difference.norm() / output.norm())
         if roughness > bounds.FLOAT64_BOUND:
             raise ValueError(
-                f"the float64 run of the reference is not float64 throughout ({name} is rough to "
-                f"{roughness:.0e}), so it is no truth; transformers' eager attention has a float32 "
-                "softmax: use sdpa"
+                f"the reference does not compute in float64 throughout ({name} has rounding of "
+                f"{roughness:.0e}, expected at most {bounds.FLOAT64_BOUND:g}); use sdpa if it is a "
+                "transformers model, whose eager attention has a float32 softmax"
             )
 
 
 def measure_noise(run: ReferenceRun, attention: str) -> None:
-    """Run the reference in its own dtype, and add what its rounding does at every point."""
+    """Run the reference in its own dtype, and add its rounding error at every point."""
     reference = run.reference
     with cast(reference.module, run.dtype):
         own_points = dict(zip(run.exact.taps, run.exact.taps, strict=True))
@@ -162,31 +162,31 @@ def measure_noise(run: ReferenceRun, attention: str) -> None:
     for name, error in rounded.errors.items():
         if not math.isfinite(error.overall):
             raise ValueError(
-                f"the reference itself gives NaN or infinity in {dtype_name(run.dtype)} ({name}), "
-                "so there is nothing to compare with: the dtype is too narrow for these weights"
+                f"the reference computes NaN or infinity in {dtype_name(run.dtype)} ({name}), "
+                "expected finite values; use a wider dtype or smaller weights"
             )
-        known = run.noise.get(name, RelativeError(0.0, 0.0))
+        previous = run.noise.get(name, RelativeError(0.0, 0.0))
         run.noise[name] = RelativeError(
-            max(error.overall, known.overall), max(error.worst, known.worst)
+            max(error.overall, previous.overall), max(error.worst, previous.worst)
         )
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run of a side, compared with the truth on its way.
+    """Run of one side, compared with the exact results.
 
     Attributes:
-        outputs: what it returned.
-        errors: at each tap and output, in the reference's names. An output of another shape has an
-            infinite one.
-        unseen: taps that cannot be compared, and why. That is no bug in itself: a port may fuse
-            modules, or call them in pieces.
-        values: what passed the taps whose values were asked for.
+        outputs: outputs by name.
+        errors: error at each tap and output, by the reference's names; infinite for an output of
+            another shape.
+        uncompared: taps that could not be compared -> reason. A port may fuse modules, or call them
+            in parts.
+        values: values at the taps in `capture`.
     """
 
     outputs: dict[str, Tensor]
     errors: dict[str, RelativeError]
-    unseen: dict[str, str]
+    uncompared: dict[str, str]
     values: dict[str, Tensor]
 
 
@@ -197,98 +197,105 @@ def compare_run(
     points: Mapping[str, str],
     *,
     forced: bool = False,
-    keep: frozenset[str] = frozenset(),
+    capture: frozenset[str] = frozenset(),
 ) -> ComparedRun:
-    """Run a side beside the truth.
+    """Run a side and compare it with the exact results.
 
     Args:
-        side: in the dtype in which it is to be run.
-        inputs: in that dtype.
-        exact: the truth.
-        points: the side's points -> the truth's.
-        forced: whether, after each tap, the truth goes on instead of the side's own: then each
-            module is given right inputs, and its error is its own.
-        keep: points of the truth at which the side's values are kept.
+        side: side to run, already cast to its dtype.
+        inputs: inputs in that dtype.
+        exact: float64 run of the reference.
+        points: points of this side -> points of the reference.
+        forced: whether to replace the value at each tap with the exact one (teacher forcing), so
+            that the error of a module is its own.
+        capture: points of the reference at which to return this side's values.
     """
-    taps = TapComparison(exact.taps, points, forced=forced, keep=keep)
-    with torch.inference_mode(), listening(side.module, list(points), taps.visit):
+    taps = TapComparison(exact.taps, points, forced=forced, capture=capture)
+    with torch.inference_mode(), tap_hooks(side.module, list(points), taps.visit):
         outputs = side.run(clone_inputs(inputs))
     errors = taps.errors() | compare_outputs(outputs, exact.outputs)
-    return ComparedRun(outputs, errors, taps.unseen(), taps.values())
+    return ComparedRun(outputs, errors, taps.uncompared(), taps.values())
 
 
 def compare_outputs(
     outputs: Mapping[str, Tensor], exact: Mapping[str, Tensor]
 ) -> dict[str, RelativeError]:
-    """The error of every output that both sides have."""
+    """Return the error of every output that both sides have."""
     errors = {}
-    for name, truth in exact.items():
+    for name, expected in exact.items():
         if name in outputs:
-            meter = ErrorMeter(truth)
+            meter = ErrorMeter(expected)
             meter.add(outputs[name])
             errors[name] = meter.error()
     return errors
 
 
-def substitute(value: Tensor, truth: Tensor) -> Tensor:
-    """What goes on after a tap, instead of the side's own value, where right inputs are given."""
-    return truth.to(value.dtype, copy=True)  # a copy, since the side may write to it
+def substitute(value: Tensor, exact: Tensor) -> Tensor:
+    """Return the replacement for a value at a tap in a teacher-forced run."""
+    return exact.to(value.dtype, copy=True)  # a copy: the side may modify it in place
 
 
 class TapComparison:
-    """Compares what passes the taps of a side with the truth there."""
+    """Compare the values at the taps of a side with the exact ones.
+
+    Args:
+        exact: exact values by point of the reference.
+        points: points of this side -> points of the reference.
+        forced: whether to replace values with the exact ones.
+        capture: points of the reference at which to save values.
+    """
 
     def __init__(
         self,
-        truth: Mapping[str, Tensor],
+        exact: Mapping[str, Tensor],
         points: Mapping[str, str],
         *,
         forced: bool,
-        keep: frozenset[str],
+        capture: frozenset[str],
     ) -> None:
-        self.truth = truth
+        self.exact = exact
         self.points = points
         self.forced = forced
-        self.keep = keep
-        self.meters = {name: ErrorMeter(truth[name]) for name in points.values() if name in truth}
-        self.reached: set[str] = set()
+        self.capture = capture
+        self.meters = {name: ErrorMeter(exact[name]) for name in points.values() if name in exact}
+        self.visited: set[str] = set()
         self._parts: dict[str, list[Tensor]] = {}
-        self._misfits: dict[str, Tensor] = {}
+        self._mismatched: dict[str, Tensor] = {}
 
     def visit(self, point: str, value: Tensor) -> Tensor | None:
-        """Compare a value; return what takes its place, if anything."""
+        """Compare a value; return its replacement, if any."""
         name = self.points[point]
         meter = self.meters.get(name)
         if meter is None:
             return None
-        self.reached.add(name)
-        keep = name in self.keep and meter.is_first_pass
-        truth = meter.add(value)
-        if truth is None:
-            if keep:
-                self._misfits.setdefault(name, value.clone())
+        self.visited.add(name)
+        is_captured = name in self.capture and meter.is_first_pass
+        exact = meter.add(value)
+        if exact is None:
+            if is_captured:
+                self._mismatched.setdefault(name, value.clone())
             return None
-        if keep:
+        if is_captured:
             self._parts.setdefault(name, []).append(value.clone())
-        return substitute(value, truth) if self.forced else None
+        return substitute(value, exact) if self.forced else None
 
     def errors(self) -> dict[str, RelativeError]:
-        """The error at every tap whose values cover the truth."""
+        """Return the error at every tap that was compared completely."""
         return {name: meter.error() for name, meter in self.meters.items() if meter.is_complete}
 
-    def unseen(self) -> dict[str, str]:
-        """The taps that cannot be compared, in the order of the computation, and why."""
+    def uncompared(self) -> dict[str, str]:
+        """Return the taps that could not be compared, in order of computation, with the reason."""
         reasons = {}
-        for name in self.truth:
+        for name in self.exact:
             meter = self.meters.get(name)
             if meter is None or meter.is_complete:
                 continue
-            if name in self.reached:
+            if name in self.visited:
                 reasons[name] = "the port calls this module with other shapes"
             else:
                 reasons[name] = "the port never calls this module"
         return reasons
 
     def values(self) -> dict[str, Tensor]:
-        """The values that were asked for; of another shape than the truth's, only the first."""
-        return self._misfits | {name: join(parts) for name, parts in self._parts.items()}
+        """Return the captured values; only the first one where the shape differs."""
+        return self._mismatched | {name: join(parts) for name, parts in self._parts.items()}

@@ -1,4 +1,4 @@
-"""What the gates return, and the verdict over all of them."""
+"""Results of the gates, and the verdict."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 MAX_FINDINGS_SHOWN = 10
 
-# Whose address is best: numerics names a step, weights a tensor, the others a symptom.
-BEST_ADDRESS = (
+# Order of findings, most precise location first: numerics names a step of the computation, weights
+# a tensor, the others a symptom.
+GATE_PRECEDENCE = (
     "numerics",
     "weights",
     "rounding",
@@ -22,17 +23,17 @@ BEST_ADDRESS = (
 
 @dataclass(frozen=True)
 class Measurement:
-    """How far the port was from the truth at one place, in one run, and how far it may be.
+    """Error of the port at one tap or output, and its bound.
 
     Attributes:
         run: `float64, free-running`, `float64, teacher-forced`, or the dtype.
-        reference: the point, or output, in the reference's names.
-        port: the same in the port's.
-        error: ||port - truth|| / ||truth||; the truth is the reference in float64 on the same
-            numbers.
-        bound: what `error` may be at most.
-        noise: in a low dtype, the reference's own error; else 0.
-        worst: of the worst vector, in units of its bound; at most 1. 0 where it is not bounded.
+        reference: tap or output, by the reference's name.
+        port: the same by the port's name.
+        error: ||port - exact|| / ||exact||; exact is the reference in float64 on the same weights
+            and inputs.
+        bound: largest `error` that passes.
+        noise: the reference's own rounding error in this dtype; 0 in float64.
+        worst: error of the worst vector, relative to its bound (passes up to 1); 0 if unbounded.
     """
 
     run: str
@@ -45,22 +46,22 @@ class Measurement:
 
     @property
     def passed(self) -> bool:
-        """Whether it is inside its bounds. What is not finite is inside none."""
+        """Whether the error is finite and within its bounds."""
         return math.isfinite(self.error) and self.error <= self.bound and self.worst <= 1
 
     @property
     def ratio(self) -> float:
-        """The error in units of the reference's own."""
+        """Error divided by the reference's own."""
         return ratio(self.error, self.noise)
 
     @property
-    def share(self) -> float:
-        """The error in units of its bound."""
+    def bound_ratio(self) -> float:
+        """Error divided by its bound."""
         return ratio(self.error, self.bound)
 
 
 def ratio(value: float, unit: float) -> float:
-    """A number in some unit; where the unit is 0, nothing but 0 is finite."""
+    """Divide two numbers; x / 0 is infinite, and 0 / 0 is 0."""
     if unit:
         return value / unit
     return 0.0 if value == 0 else math.inf
@@ -68,15 +69,14 @@ def ratio(value: float, unit: float) -> float:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it must be, with its address.
+    """Failed check, with its location.
 
     Attributes:
-        message: what was found, and what was expected.
-        reference: the module, tensor or output, in the reference's names; empty where there is
-            none.
-        port: the same in the port's names.
-        error: its relative error there; for numerics, given right inputs.
-        hint: what the error looks like; empty where it looks like nothing known.
+        message: observed and expected result.
+        reference: module, tensor or output by the reference's name; empty if it has none.
+        port: the same by the port's name.
+        error: relative error; NaN if there is none. For numerics, that of the teacher-forced run.
+        hint: known bug that explains the error; empty if none does.
     """
 
     message: str
@@ -86,7 +86,7 @@ class Finding:
     hint: str = ""
 
     def __str__(self) -> str:
-        """All of it in one line."""
+        """Location, message, error and hint in one line."""
         place = self.reference
         if self.port and self.port != self.reference:
             place = f"{place} (port: {self.port})" if place else f"port: {self.port}"
@@ -100,18 +100,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class GateResult:
-    """The result of one gate.
+    """Result of one gate.
 
     Attributes:
-        name: of the gate.
-        checked: number of things that were checked. A gate that checked nothing has not passed.
-        bound: what was allowed, and where that comes from.
-        findings: what was not as it must be.
-        measurements: the metrics, where the gate measures.
-        unseen: points of the reference that the port computes without passing the module that is
-            tapped there.
-        float32_upcasts: points whose float64 values the port rounds to float32; the rounding gate
-            judges these.
+        name: name of the gate, with the dtype for `rounding`.
+        checked: number of checks; a gate with 0 checks fails.
+        bound: bound, and how it was chosen.
+        findings: failed checks.
+        measurements: errors at taps and outputs, for the gates that measure.
+        uncompared_taps: taps of the reference that could not be compared, because the port does not
+            call the module, or calls it with other shapes.
+        float32_upcasts: taps that the port computes in float32 even in float64; the gate `rounding`
+            judges them.
     """
 
     name: str
@@ -119,23 +119,23 @@ class GateResult:
     bound: str
     findings: tuple[Finding, ...] = ()
     measurements: tuple[Measurement, ...] = ()
-    unseen: tuple[str, ...] = ()
+    uncompared_taps: tuple[str, ...] = ()
     float32_upcasts: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether all was as it must be, and there was something to check."""
+        """Whether all checks passed, and there was at least one."""
         return not self.findings and self.checked > 0
 
 
 @dataclass(frozen=True)
 class Section:
-    """The gates that were run on one checkpoint.
+    """Gates of one checkpoint.
 
     Attributes:
-        name: of the checkpoint.
-        weights: what weights they are.
-        gates: in the order in which they were run.
+        name: name of the checkpoint.
+        weights: kind of weights.
+        gates: results in the order of the gates.
     """
 
     name: str
@@ -145,11 +145,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All results of one comparison. `print` it for the verdict and what led to it.
+    """All results of a comparison; `print` it for findings and verdict.
 
     Attributes:
-        sections: one for each checkpoint.
-        label: what kind of weights the verdict is about.
+        sections: one per checkpoint.
+        label: kind of weights, for the verdict.
     """
 
     sections: tuple[Section, ...]
@@ -157,34 +157,34 @@ class Comparison:
 
     @property
     def gates(self) -> list[tuple[Section, GateResult]]:
-        """Every gate, with the section that it belongs to."""
+        """All gates, each with its section."""
         return [(section, gate) for section in self.sections for gate in section.gates]
 
     @property
     def equal(self) -> bool:
-        """Whether the port is the reference's equal: every gate ran, and passed."""
+        """Whether at least one gate ran, and all gates passed."""
         gates = self.gates
         return bool(gates) and all(gate.passed for _, gate in gates)
 
     @property
     def findings(self) -> list[tuple[Section, GateResult, Finding]]:
-        """All that is not as it must be, the best address first."""
+        """All findings, the most precise location first."""
         findings = [
             (section, gate, finding) for section, gate in self.gates for finding in gate.findings
         ]
         for section, gate in self.gates:
             if not gate.checked:
                 findings.append((section, gate, Finding(f"gate {gate.name} checked nothing")))
-        return sorted(findings, key=lambda item: BEST_ADDRESS.index(item[1].name.split()[0]))
+        return sorted(findings, key=lambda item: GATE_PRECEDENCE.index(item[1].name.split()[0]))
 
     @property
     def verdict(self) -> str:
-        """How the comparison ended, in one line."""
+        """Result of the comparison in one line."""
         if self.equal:
             return self._equal_verdict()
         findings = self.findings
         if not findings:
-            return f"DIFFERENT ({self.label}): no gate was run"
+            return f"DIFFERENT ({self.label}): no gate ran"
         _, gate, finding = findings[0]
         text = f"DIFFERENT ({self.label}): {gate.name}: {finding}"
         others = len(findings) - 1
@@ -196,23 +196,24 @@ class Comparison:
 
     def _equal_verdict(self) -> str:
         counts: dict[str, int] = {}
-        unseen: set[str] = set()
+        uncompared: set[str] = set()
         upcasts: set[str] = set()
         for _, gate in self.gates:
             counts[gate.name] = counts.get(gate.name, 0) + gate.checked
-            unseen.update(gate.unseen)
+            uncompared.update(gate.uncompared_taps)
             upcasts.update(gate.float32_upcasts)
         gates = ", ".join(f"{name} ({count})" for name, count in counts.items())
         text = f"EQUAL ({self.label}): passed {gates}"
-        if unseen:
-            text += "; computed without the module tapped there, so seen only by what follows: "
-            text += first_names(unseen)
+        if uncompared:
+            text += "; modules not called by the port, compared at later taps only: "
+            text += first_names(uncompared)
         if upcasts:
-            text += "; float32 inside whatever the dtype, so judged by its rounding: "
+            text += "; float32 at every dtype, judged by the rounding gate: "
             text += first_names(upcasts)
         return text
 
     def __str__(self) -> str:
+        """Findings, one per line, and the verdict."""
         findings = self.findings
         lines = [f"  {gate.name}: {finding}" for _, gate, finding in findings[:MAX_FINDINGS_SHOWN]]
         if len(findings) > MAX_FINDINGS_SHOWN:
@@ -221,7 +222,7 @@ class Comparison:
 
 
 def first_names(names: set[str], limit: int = 3) -> str:
-    """The first names of a set in the order of the alphabet, and how many more there are."""
+    """Join the first names of a set in alphabetical order, and count the rest."""
     text = ", ".join(sorted(names)[:limit])
     if len(names) > limit:
         text += f" and {len(names) - limit} more"

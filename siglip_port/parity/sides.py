@@ -1,4 +1,4 @@
-"""The two sides of a comparison: modules, and the inputs that they are called with."""
+"""The two sides of a comparison: modules and their inputs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
-"""What a module is called with: a tensor, positional arguments, or named ones."""
+"""Inputs of a module: a tensor, positional arguments, or keyword arguments."""
 
 Call = Callable[[Any, Any], Mapping[str, Tensor]]
-"""Calls a module with inputs, and returns its outputs by name."""
+"""Function (module, inputs) -> outputs by name."""
 
 Weights = Callable[[Any], Mapping[str, Tensor]]
-"""Returns the tensors of a port under the names of the reference's `state_dict`."""
+"""Function (port) -> its tensors under the names of the reference's `state_dict`."""
 
 
 def call_module(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """Call a module and name its outputs.
 
-    Its own names, `output` for a single tensor, else `output.0`, ...
+    Returns:
+        Tensors by the module's own names; `output` for a single tensor, `output.0`, ... for a
+        sequence.
     """
     if isinstance(inputs, Mapping):
         returned = module(**inputs)
@@ -43,11 +45,10 @@ class Side:
     """One of the two implementations.
 
     Attributes:
-        module: in `eval()` mode.
-        call: how it is run; both sides must name their outputs alike.
-        attentions: the implementations of attention that it can be switched to; the first is exact
-            in float64.
-        set_attention: switches it.
+        module: module in `eval()` mode.
+        call: function that runs it; both sides must name their outputs alike.
+        attentions: names of its attention implementations; the first is float64 throughout.
+        set_attention: function that switches to one of them.
     """
 
     module: nn.Module
@@ -56,19 +57,19 @@ class Side:
     set_attention: Callable[[str], None] = lambda _: None
 
     def run(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Return its outputs by name."""
+        """Run the module; return its outputs by name."""
         with torch.inference_mode():
             return dict(self.call(self.module, inputs))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype without `torch.`."""
+    """Name of a dtype without `torch.`."""
     return str(dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager
 def cast(module: nn.Module, *dtypes: torch.dtype) -> Iterator[None]:
-    """Cast a module's floating point tensors to one dtype after the other; undo it afterwards."""
+    """Cast a module's floating point tensors to each dtype in turn; restore them on exit."""
     tensors = [*module.parameters(), *module.buffers()]
     originals = [tensor.data for tensor in tensors]
     try:
@@ -81,7 +82,7 @@ def cast(module: nn.Module, *dtypes: torch.dtype) -> Iterator[None]:
 
 
 def map_tensors(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
-    """Apply a function to every floating point tensor of some inputs; the rest stays."""
+    """Apply a function to every floating point tensor in `inputs`."""
     if isinstance(inputs, Mapping):
         return {name: map_tensors(value, function) for name, value in inputs.items()}
     if isinstance(inputs, tuple):
@@ -92,19 +93,19 @@ def map_tensors(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
 
 
 def cast_inputs(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """Round inputs to a dtype."""
+    """Cast floating point inputs to a dtype."""
     return map_tensors(inputs, lambda tensor: tensor.to(dtype))
 
 
 def clone_inputs(inputs: Inputs) -> Inputs:
-    """Copy inputs, so that a module may write to them."""
+    """Copy floating point inputs, so that a module may modify them."""
     return map_tensors(inputs, Tensor.clone)
 
 
 def perturb(
     inputs: Inputs, scale: float, generator: torch.Generator, dtype: torch.dtype = torch.float32
 ) -> Inputs:
-    """Multiply every number by 1 + `scale` N(0, 1), the noise drawn in `dtype`."""
+    """Multiply every element by 1 + `scale` * N(0, 1), with the noise drawn in `dtype`."""
 
     def perturb_tensor(tensor: Tensor) -> Tensor:
         noise = torch.randn(tensor.shape, generator=generator, dtype=dtype)
@@ -114,7 +115,7 @@ def perturb(
 
 
 def example(inputs: Inputs, i: int) -> Inputs:
-    """The `i`th of a batch of inputs, as a batch of one."""
+    """Return example `i` of a batch of inputs, as a batch of one."""
     if isinstance(inputs, Mapping):
         return {name: example(value, i) for name, value in inputs.items()}
     if isinstance(inputs, tuple):
@@ -125,7 +126,7 @@ def example(inputs: Inputs, i: int) -> Inputs:
 
 
 def batch_size(inputs: Inputs) -> int:
-    """The length of the first axis of the first tensor."""
+    """Length of the first axis of the first tensor in `inputs`."""
     if isinstance(inputs, Tensor):
         return len(inputs)
     values = inputs.values() if isinstance(inputs, Mapping) else inputs

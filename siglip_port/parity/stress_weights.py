@@ -1,7 +1,7 @@
-"""Random weights on which the bugs of a port are loud.
+"""Random weights on which porting bugs show.
 
-A freshly initialized model hides bugs: its biases are 0, its LayerNorms the identity and its
-attention almost uniform, so that whatever forgets, swaps or repeats one of them goes unseen.
+A fresh initialization hides bugs: biases are 0, LayerNorms are the identity and attention is nearly
+uniform, so that a missing, swapped or repeated parameter changes nothing.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def randomize(module: nn.Module, seed: int = 1234) -> None:
-    """Fill all parameters of a module, so that nothing is zero, nothing is one, and all matters.
+    """Fill all parameters of a module in place, such that none is 0 or 1 and every one matters.
 
-    Linear weights N(0, 1 / fan_in); biases 0.3 N; LayerNorm gains exp(0.5 N), a tenth of them
-    negative, and biases 0.5 N; position embeddings 0.7 N; patch convolution 1.5 N / sqrt(fan_in);
-    anything else N(0, 1).
+    Linear weights are N(0, 1 / fan_in), biases 0.3 N(0, 1); LayerNorm weights exp(0.5 N(0, 1)), a
+    tenth of them negative, LayerNorm biases 0.5 N(0, 1); embeddings 0.7 N(0, 1); convolutions
+    1.5 N(0, 1) / sqrt(fan_in); everything else N(0, 1).
 
     Args:
-        module: the port, the reference, or any part of either. Parameters are drawn in the order of
-            `named_modules`, and changed in place, in their own dtype.
-        seed: of a generator of its own; the global one is not touched.
+        module: port, reference, or a part of either. Parameters are drawn in the order of
+            `named_modules` and keep their dtype.
+        seed: seed of a separate generator; the global one is not touched.
     """
     generator = torch.Generator().manual_seed(seed)
     for part in module.modules():
@@ -30,7 +30,7 @@ def randomize(module: nn.Module, seed: int = 1234) -> None:
 
 
 def draw(part: nn.Module, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Draw one parameter of a module."""
+    """Draw one parameter of a module, float32."""
     values = torch.randn(shape, generator=generator)
     if isinstance(part, nn.LayerNorm):
         if name != "weight":

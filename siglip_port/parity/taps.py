@@ -1,8 +1,8 @@
-"""Taps: the points at which port and reference are compared inside, by forward hooks alone.
+"""Taps: points inside port and reference at which they are compared, by forward hooks.
 
-A *point* is a text: the path of a module for what it returns, `path:input` for what it is given,
-and, for an `nn.MultiheadAttention`, which has no modules inside, `path:q`, `path:k`, `path:v` and
-`path:context`. A tap pairs a point of the reference with one of the port.
+A *point* is a string: the path of a module for its output, `path:input` for its input, and, for the
+inside of an `nn.MultiheadAttention`, `path:q`, `path:k`, `path:v` and `path:context`. A *tap* pairs
+a point of the reference with one of the port.
 """
 
 from __future__ import annotations
@@ -17,37 +17,34 @@ import torch
 from torch import Tensor, nn
 
 Visit = Callable[[str, Tensor], Tensor | None]
-"""Called with a point and the tensor seen there.
-
-A tensor that it returns takes the place of the one seen.
-"""
+"""Function (point, tensor) -> replacement for the tensor, or None to leave it as it is."""
 
 INSIDE_ATTENTION = ("q", "k", "v", "context")
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One place of the computation, by its points in the reference and in the port."""
+    """Point of the reference and the corresponding point of the port."""
 
     reference: str
     port: str
 
 
 def port_to_reference(taps: list[Tap]) -> dict[str, str]:
-    """The points of the port -> those of the reference."""
+    """Map the points of the port to those of the reference."""
     return {tap.port: tap.reference for tap in taps}
 
 
 def reference_to_port(taps: list[Tap]) -> dict[str, str]:
-    """The points of the reference -> those of the port."""
+    """Map the points of the reference to those of the port."""
     return {tap.reference: tap.port for tap in taps}
 
 
 class Point(NamedTuple):
-    """A point, taken apart.
+    """Parsed point.
 
     Attributes:
-        path: of the module.
+        path: path of the module.
         part: `output`, `input`, or one of `INSIDE_ATTENTION`.
     """
 
@@ -56,17 +53,17 @@ class Point(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Point:
-        """Read `path` or `path:part`."""
+        """Parse `path` or `path:part`."""
         path, _, part = text.partition(":")
         return cls(path, part or "output")
 
 
 def expand(taps: Mapping[str, str], reference: nn.Module, port: nn.Module) -> list[Tap]:
-    """Spell taps out: `{}` stands for the number of a block, every one that the reference has.
+    """Expand `{}` in taps to the number of every block of the reference.
 
     Raises:
-        ValueError: a point is malformed, or names no module of its side at all. (A port that lacks
-            some of the blocks is another matter: that is a finding.)
+        ValueError: a point is malformed, or matches no module. (A port without some of the blocks
+            is a finding, not an error.)
     """
     reference_modules = dict(reference.named_modules())
     port_modules = dict(port.named_modules())
@@ -87,10 +84,13 @@ def expand(taps: Mapping[str, str], reference: nn.Module, port: nn.Module) -> li
 
 
 def block_numbers(point: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """What `{}` in a point can stand for; a single empty text for a point without it."""
+    """Return the block numbers that `{}` in a point matches; [""] for a point without `{}`."""
     path, part = Point.parse(point)
     if part not in ("output", "input", *INSIDE_ATTENTION):
-        raise ValueError(f"{point!r}: after the colon comes input, q, k, v or context")
+        raise ValueError(
+            f"{point!r}: the part after the colon must be one of input, q, k, v, context, "
+            f"got {part!r}"
+        )
     pattern = re.compile(re.escape(path).replace(r"\{\}", r"(\d+)"))
     numbers = []
     for name, module in modules.items():
@@ -99,28 +99,27 @@ def block_numbers(point: str, modules: Mapping[str, nn.Module]) -> list[str]:
             continue
         if part in INSIDE_ATTENTION and not isinstance(module, nn.MultiheadAttention):
             raise ValueError(
-                f"{point!r}: only an nn.MultiheadAttention has :{part}; tap the projection itself"
+                f"{point!r}: :{part} needs an nn.MultiheadAttention, got a "
+                f"{type(module).__name__}; tap the projection instead"
             )
         numbers.append(match[1] if match.lastindex else "")
     return numbers
 
 
 def unknown_module(side: str, point: str, modules: Mapping[str, nn.Module], tap: str) -> ValueError:
-    """The error for a point whose module a side does not have."""
+    """Return the error for a point that matches no module of a side."""
     path = Point.parse(point).path
     similar = [name for name in modules if name.endswith(path.rsplit(".")[-1])]
-    hint = f"; modules that end like it: {', '.join(similar[:5])}" if similar else ""
-    return ValueError(f"the {side} has no module {path!r}, which the tap {tap} names{hint}")
+    hint = f"; similar modules: {', '.join(similar[:5])}" if similar else ""
+    return ValueError(f"tap {tap}: the {side} has no module {path!r}{hint}")
 
 
 @contextlib.contextmanager
-def listening(module: nn.Module, points: list[str], visit: Visit) -> Iterator[None]:
-    """Call `visit` whenever the computation of `module` passes one of `points`.
+def tap_hooks(module: nn.Module, points: list[str], visit: Visit) -> Iterator[None]:
+    """Call `visit` whenever the computation of `module` reaches one of `points`.
 
-    Points that it does not have are passed by.
-
-    An input is replaced in place, where its memory allows, so that a residual connection, which
-    reads the same tensor behind the hook's back, goes on with the replacement too.
+    Points that match no module are ignored. An input is replaced in place if its memory allows, so
+    that a residual connection from the same tensor gets the replacement, too.
     """
     modules = dict(module.named_modules())
     handles = []
@@ -145,9 +144,9 @@ def listening(module: nn.Module, points: list[str], visit: Visit) -> Iterator[No
 
 
 def output_hook(point: str, visit: Visit) -> Callable[..., object]:
-    """A forward hook that visits what a module returns: the first tensor of a tuple or list.
+    """Return a forward hook that visits the output of a module, or its first element.
 
-    Of transformers' attention, the second is its weights.
+    The attention modules of transformers return (output, attention weights).
     """
 
     def hook(_: nn.Module, inputs: object, output: object) -> object:
@@ -164,7 +163,7 @@ def output_hook(point: str, visit: Visit) -> Callable[..., object]:
 
 
 def input_hook(point: str, visit: Visit) -> Callable[..., object]:
-    """A forward pre-hook that visits what a module is given: its first tensor."""
+    """Return a forward pre-hook that visits the first tensor among the inputs of a module."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         name, tensor = first_tensor(args, kwargs)
@@ -184,10 +183,10 @@ def input_hook(point: str, visit: Visit) -> Callable[..., object]:
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, Tensor | None]:
-    """What a module is given: its first argument or, without any, its first named tensor.
+    """Return the first positional argument or, without any, the first tensor among keywords.
 
     Returns:
-        Its name, which is empty for an argument without; and the tensor, if it is one.
+        Keyword (empty for a positional argument), and the tensor; None if it is not one.
     """
     if args:
         return "", args[0] if isinstance(args[0], Tensor) else None
@@ -198,7 +197,7 @@ def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str,
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """Whether every element has memory of its own, which is no parameter's."""
+    """Whether no two elements share memory, and the tensor is not a parameter."""
     if isinstance(tensor, nn.Parameter):
         return False
     layout = zip(tensor.shape, tensor.stride(), strict=True)
@@ -206,7 +205,7 @@ def is_writable(tensor: Tensor) -> bool:
 
 
 def attention_hook(point: str, part: str, visit: Visit) -> Callable[..., None]:
-    """A forward hook that visits what an `nn.MultiheadAttention` computes inside."""
+    """Return a forward hook that visits a tensor inside an `nn.MultiheadAttention`."""
 
     def hook(
         attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], _: object
@@ -220,12 +219,12 @@ def attention_hook(point: str, part: str, visit: Visit) -> Callable[..., None]:
 def inside_attention(
     attention: nn.MultiheadAttention, inputs: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Work out again what an `nn.MultiheadAttention` computes inside.
+    """Recompute the tensors inside an `nn.MultiheadAttention`.
 
-    Only for `batch_first`, one width for all, and without masks: what SigLIP has.
+    Supports `batch_first`, a single width and no masks, as in SigLIP.
 
     Args:
-        attention: the module.
+        attention: attention module.
         inputs: `query`, `key` and `value`, [B, N, D].
 
     Returns:
@@ -245,12 +244,12 @@ def inside_attention(
 
 @dataclass(frozen=True)
 class Recording:
-    """One run of one side.
+    """Outputs and taps of one run of one side.
 
     Attributes:
-        outputs: what it returned, by name.
-        taps: what passed the points, in the order in which it came by. A module that was called
-            several times, for one image after the other, counts as called once for all.
+        outputs: outputs by name.
+        taps: tensors by point, in order of computation. Tensors of several calls of a module, such
+            as one per image, are concatenated along the first axis.
     """
 
     outputs: dict[str, Tensor]
@@ -258,17 +257,17 @@ class Recording:
 
 
 def record(module: nn.Module, points: list[str], run: Callable[[], dict[str, Tensor]]) -> Recording:
-    """Run a side and keep what passes its points."""
+    """Run a side and record the tensors at its points."""
     parts: dict[str, list[Tensor]] = {}
 
-    def keep(point: str, tensor: Tensor) -> None:
+    def save(point: str, tensor: Tensor) -> None:
         parts.setdefault(point, []).append(tensor.clone())
 
-    with torch.inference_mode(), listening(module, points, keep):
+    with torch.inference_mode(), tap_hooks(module, points, save):
         outputs = run()
     return Recording(outputs, {point: join(tensors) for point, tensors in parts.items()})
 
 
 def join(parts: list[Tensor]) -> Tensor:
-    """The parts of a tensor, one after the other along the first axis."""
+    """Concatenate parts of a tensor along the first axis."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)

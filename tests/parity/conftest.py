@@ -1,4 +1,4 @@
-"""Checkpoints that several tests compare: written once a session."""
+"""Checkpoints shared by several tests, written once per session."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.helpers.checkpoints import ODD
 
 @pytest.fixture(scope="session")
 def odd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of `ODD`, written by the reference; nobody may change it."""
-    # Not imported above: a conftest is loaded before the Hub's client is pointed at our own Hub.
+    """Checkpoint of `ODD`, written by the reference; tests must not modify it."""
+    # Imported late: conftest.py is loaded before the Hub client is pointed at the test Hub.
     from siglip_port.parity.siglip.reference import write_random_checkpoint
 
     folder = tmp_path_factory.mktemp("odd")

@@ -1,4 +1,4 @@
-"""The generic harness knows no SigLIP: it could be a package of its own."""
+"""The generic harness does not depend on SigLIP, and could be a separate package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GENERIC_FILES = sorted(path for path in ROOT.rglob("*.py") if not path.is_relati
 
 
 def imported_modules(path: Path) -> Iterator[str]:
-    """The full names of all modules that a file imports anywhere."""
+    """Yield the full names of all modules that a file imports, at any level."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -41,11 +41,11 @@ def is_allowed(name: str) -> bool:
 
 
 @pytest.mark.parametrize("path", GENERIC_FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_generic_harness_imports_nothing_of_siglip(path: Path) -> None:
+def test_generic_harness_does_not_import_siglip(path: Path) -> None:
     assert [name for name in imported_modules(path) if not is_allowed(name)] == []
 
 
-def test_proof_of_the_port_is_not_loaded_with_the_harness() -> None:
+def test_importing_the_harness_does_not_import_parity_siglip() -> None:
     program = (
         "import sys, siglip_port.parity.report.html;"
         "print(*[name for name in sys.modules if name.startswith('siglip_port.parity.siglip')])"
@@ -57,7 +57,7 @@ def test_proof_of_the_port_is_not_loaded_with_the_harness() -> None:
 
 
 def top_level_modules(path: Path) -> Iterator[str]:
-    """The modules that a file imports when it is imported."""
+    """Yield the modules that a file imports at module level."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -67,6 +67,6 @@ def top_level_modules(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", sorted(SIGLIP.glob("*.py")), ids=lambda path: path.name)
 def test_parity_works_without_optimize_and_embed(path: Path) -> None:
-    """What judges an engine imports it when it is called."""
+    """Functions that judge an engine import `siglip_port.optimize` when called."""
     for name in top_level_modules(path):
         assert not name.startswith(("siglip_port.optimize", "siglip_port.embed")), name

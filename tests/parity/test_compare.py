@@ -1,4 +1,4 @@
-"""`compare` passes what is equal, fails what is not, and leaves both sides as they were."""
+"""`compare` passes equal models, fails different ones, and restores both sides."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Pair:
-    """The reference, and a port of the same checkpoint that a test may break."""
+    """Reference and port of one checkpoint; tests break the port."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
@@ -47,7 +47,7 @@ class Pair:
         )
 
     def compare_outputs(self) -> Comparison:
-        """Without taps and weights."""
+        """Compare outputs only, without taps and weights."""
         return compare(
             self.reference,
             self.port,
@@ -63,7 +63,7 @@ def pair(odd_checkpoint: Path) -> Pair:
 
 
 @pytest.fixture
-def single_thread_afterwards() -> Iterator[None]:
+def restored_threads() -> Iterator[None]:
     yield
     torch.set_num_threads(1)
 
@@ -79,19 +79,19 @@ def check_no_false_alarm(folder: Path, seed: int, dtype: torch.dtype, threads: i
     assert [gate.name for gate in comparison.sections[0].gates] == names
 
 
-@pytest.mark.usefixtures("single_thread_afterwards")
+@pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_false_alarm(tmp_path: Path, dtype: torch.dtype) -> None:
     check_no_false_alarm(tmp_path, seed=0, dtype=dtype, threads=1)
 
 
-@pytest.mark.usefixtures("single_thread_afterwards")
+@pytest.mark.usefixtures("restored_threads")
 def test_no_false_alarm_with_two_threads(tmp_path: Path) -> None:
     check_no_false_alarm(tmp_path, seed=1, dtype=torch.float32, threads=2)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("single_thread_afterwards")
+@pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,7 +101,7 @@ def test_no_false_alarm_on_many_weights(
     check_no_false_alarm(tmp_path, seed, dtype, threads)
 
 
-def test_both_sides_are_given_back_as_they_were(pair: Pair) -> None:
+def test_both_sides_are_restored(pair: Pair) -> None:
     pair.port.requires_grad_(False)
 
     def state_of_parameters() -> list[tuple[int, torch.dtype, bool]]:
@@ -125,7 +125,7 @@ def test_both_sides_are_given_back_as_they_were(pair: Pair) -> None:
         assert not part._forward_pre_hooks
 
 
-def test_difference_has_an_address_a_size_and_a_hint(pair: Pair) -> None:
+def test_verdict_has_location_error_and_hint(pair: Pair) -> None:
     pair.block().layer_norm2.eps = 3.7e-6
     comparison = pair.compare()
     assert not comparison.equal
@@ -139,7 +139,7 @@ def test_difference_has_an_address_a_size_and_a_hint(pair: Pair) -> None:
 
 
 def places(comparison: Comparison, gate_name: str) -> list[str]:
-    """What a gate names."""
+    """Locations of the findings of a gate."""
     return [finding.reference for _, gate, finding in comparison.findings if gate.name == gate_name]
 
 
@@ -155,18 +155,18 @@ def check_parity(pair: Pair) -> None:
     )
 
 
-def test_assert_parity_fails_with_the_verdict(pair: Pair) -> None:
+def test_assert_parity_fails_with_verdict(pair: Pair) -> None:
     pair.block().layer_norm2.eps = 3.7e-6
     verdict = pair.compare().verdict
     with pytest.raises(AssertionError, match=re.escape(verdict)):
         check_parity(pair)
 
 
-def test_assert_parity_passes_what_is_equal(pair: Pair) -> None:
+def test_assert_parity_passes_equal_models(pair: Pair) -> None:
     check_parity(pair)
 
 
-def test_two_faults_have_two_addresses(pair: Pair) -> None:
+def test_two_bugs_are_located(pair: Pair) -> None:
     with torch.no_grad():
         pair.block(2).self_attn.out_proj.bias.zero_()
         pair.block(9).mlp.fc1.bias.zero_()
@@ -176,7 +176,7 @@ def test_two_faults_have_two_addresses(pair: Pair) -> None:
     ]
 
 
-def test_bias_of_the_keys_although_no_output_shows_it(pair: Pair) -> None:
+def test_key_bias_is_compared_although_no_output_depends_on_it(pair: Pair) -> None:
     with torch.no_grad():
         pair.block().self_attn.k_proj.bias.add_(1)
     assert pair.compare_outputs().equal
@@ -188,7 +188,7 @@ def test_bias_of_the_keys_although_no_output_shows_it(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_is_equal_to_nothing(pair: Pair, value: float) -> None:
+def test_nan_and_infinity_are_different(pair: Pair, value: float) -> None:
     pair.block().self_attn.register_forward_hook(lambda _, args, output: output * value)
     comparison = pair.compare()
     assert not comparison.equal
@@ -196,77 +196,86 @@ def test_what_is_not_finite_is_equal_to_nothing(pair: Pair, value: float) -> Non
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_reference_that_is_not_finite_is_refused(pair: Pair, value: float) -> None:
+def test_reference_weights_must_be_finite(pair: Pair, value: float) -> None:
     with torch.no_grad():
         for side in (pair.reference, pair.port):
             next(iter(side.parameters())).fill_(value)
-    message = r"the reference's weights hold NaN or infinity in float32, .* with: [a-z_.]+$"
+    message = (
+        r"the reference's weights contain NaN or infinity in float32 \([a-z_.]+\), expected finite "
+        "values; use other weights or a wider dtype"
+    )
     with pytest.raises(ValueError, match=message):
         pair.compare()
 
 
-def test_overflow_in_a_narrow_dtype_is_refused(odd_checkpoint: Path) -> None:
-    """Both overflow: infinity is not inside an infinite bound."""
+def test_overflow_in_narrow_dtype_is_an_error(odd_checkpoint: Path) -> None:
+    """If both overflow, infinity is not within an infinite bound."""
     pair = Pair(odd_checkpoint, torch.float16)
     with torch.no_grad():
         for side in (pair.reference, pair.port.transformer):
             side.get_parameter("post_layernorm.weight").fill_(6e4)
-    with pytest.raises(ValueError, match=r"NaN or infinity in float16 \(post_layernorm\)"):
+    with pytest.raises(ValueError, match=r"computes NaN or infinity in float16 \(post_layernorm\)"):
         pair.compare()
 
 
-def test_two_dead_models_are_refused(pair: Pair) -> None:
+def test_reference_with_zero_outputs_is_an_error(pair: Pair) -> None:
     with torch.no_grad():
         for parameter in [*pair.port.parameters(), *pair.reference.parameters()]:
             parameter.zero_()
-    with pytest.raises(ValueError, match=r"nothing but zeros \(tokens\): two dead models would"):
+    with pytest.raises(
+        ValueError, match=r"the reference computes only zeros \(tokens\), which cannot show"
+    ):
         pair.compare()
 
 
-def test_two_models_with_the_same_output_for_everything_are_not_equal(pair: Pair) -> None:
+def test_constant_outputs_are_different(pair: Pair) -> None:
     with torch.no_grad():
         for side in (pair.reference, pair.port.transformer):
             side.get_parameter("embeddings.patch_embedding.weight").zero_()
-    message = (
-        "sensitivity: tokens: it is the same for every input, so that agreement proves nothing"
-    )
+    message = "sensitivity: tokens: same output for every example, so equality proves nothing"
     assert message in str(pair.compare())
 
 
-def test_truth_that_is_not_float64_throughout_is_refused(odd_checkpoint: Path) -> None:
+def test_reference_must_be_float64_throughout(odd_checkpoint: Path) -> None:
     pair = Pair(odd_checkpoint)
     loaded = reference.load(odd_checkpoint, pooling_head=True, dtype=torch.float32)
     loaded.model.set_attn_implementation("eager")
     pair.reference = loaded.model
-    message = r"is not float64 throughout \(tokens is rough to .*e-0[678]\)"
+    message = (
+        r"does not compute in float64 throughout \(tokens has rounding of .*e-0[678], expected"
+    )
     with pytest.raises(ValueError, match=message):
         pair.compare()
 
 
-def test_single_input_is_refused(pair: Pair) -> None:
-    with pytest.raises(ValueError, match="inputs must hold at least two"):
+def test_single_example_is_an_error(pair: Pair) -> None:
+    with pytest.raises(
+        ValueError, match="inputs must hold at least two examples along the first axis"
+    ):
         pair.compare(pixels(ODD)[:1])
 
 
-def test_outputs_of_other_names_are_refused(pair: Pair) -> None:
-    message = r"outputs differently \(last_hidden_state, output, pooler_output\)"
+def test_output_names_must_agree(pair: Pair) -> None:
+    message = (
+        r"outputs differently \(last_hidden_state, output, pooler_output\); pass call_reference"
+    )
     with pytest.raises(ValueError, match=message):
         compare(pair.reference, pair.port, pixels(ODD).float())
 
 
-def test_unknown_tap_is_refused(pair: Pair) -> None:
-    message = r"no module 'post_ln', which the tap 'post_layernorm': 'post_ln'"
+def test_unknown_tap_is_an_error(pair: Pair) -> None:
+    message = r"tap 'post_layernorm': 'post_ln': the port has no module 'post_ln'"
     with pytest.raises(ValueError, match=message):
         compare(pair.reference, pair.port, pixels(ODD).float(), {"post_layernorm": "post_ln"})
 
 
-def test_output_that_the_port_lacks(odd_checkpoint: Path) -> None:
+def test_missing_output(odd_checkpoint: Path) -> None:
     pair = Pair(odd_checkpoint)
     pair.port = SigLipVisionModel.from_hf(odd_checkpoint, pooling_head=False)
-    assert "pooled: the port does not return it" in str(pair.compare_outputs())
+    assert "pooled: the port does not return this output" in str(pair.compare_outputs())
 
 
-def test_output_of_another_shape(pair: Pair) -> None:
+def test_output_with_another_shape(pair: Pair) -> None:
     assert pair.port.pooling_head is not None
     pair.port.pooling_head.register_forward_hook(lambda _, inputs, output: output[:, :-1])
     comparison = pair.compare()
@@ -275,35 +284,33 @@ def test_output_of_another_shape(pair: Pair) -> None:
 
 
 def without_modules(mlp: MLP, x: Tensor) -> Tensor:
-    """What an MLP computes, without calling its Linears."""
+    """Compute an MLP without calling its Linears."""
     hidden = mlp.activation(x @ mlp.fc1.weight.T + mlp.fc1.bias)
     return hidden @ mlp.fc2.weight.T + mlp.fc2.bias
 
 
-def test_fused_modules_are_equal_and_named_in_the_verdict(
+def test_fused_modules_are_equal_and_listed_in_the_verdict(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MLP, "forward", without_modules)
     comparison = pair.compare()
     assert comparison.equal, comparison
-    message = "seen only by what follows: encoder.layers.0.mlp.fc1, encoder.layers.0.mlp.fc2"
+    message = "compared at later taps only: encoder.layers.0.mlp.fc1, encoder.layers.0.mlp.fc2"
     assert message in comparison.verdict
 
 
-def test_float32_step_inside_is_told_from_a_bug_of_its_size(pair: Pair) -> None:
+def test_float32_step_differs_from_a_bug_of_its_size(pair: Pair) -> None:
     norm = pair.block().layer_norm1
     norm.register_forward_hook(lambda _, args, output: output.float().to(output.dtype))
     comparison = pair.compare()
     assert comparison.equal, comparison
-    message = (
-        "float32 inside whatever the dtype, so judged by its rounding: encoder.layers.5.layer_norm1"
-    )
+    message = "float32 at every dtype, judged by the rounding gate: encoder.layers.5.layer_norm1"
     assert message in comparison.verdict
-    norm.register_forward_hook(lambda _, args, output: output * (1 + 1e-7))  # as small, and a bug
+    norm.register_forward_hook(lambda _, args, output: output * (1 + 1e-7))  # a bug of that size
     assert not pair.compare().equal
 
 
-def test_headless_model(checkpoint: MakeCheckpoint) -> None:
+def test_model_without_pooling_head(checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint(SMALL)
     comparison = compare(
         reference.load(folder, pooling_head=False, dtype=torch.float32).model,

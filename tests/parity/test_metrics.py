@@ -15,18 +15,18 @@ from siglip_port.parity.metrics import (
     tensors_equal,
 )
 
-TRUTH = torch.tensor([[3.0, 4.0], [0.0, 5.0]], dtype=torch.float64)
+EXACT = torch.tensor([[3.0, 4.0], [0.0, 5.0]], dtype=torch.float64)
 VALUE = torch.tensor([[3.0, 4.1], [0.0, 5.0]])
 ERROR = 0.1 / math.sqrt(50)
 
 
 def test_relative_error() -> None:
-    assert relative_error(VALUE, TRUTH) == pytest.approx(ERROR, rel=1e-5)
+    assert relative_error(VALUE, EXACT) == pytest.approx(ERROR, rel=1e-5)
     assert math.isnan(relative_error(torch.zeros(2, 2), torch.zeros(2, 2)))
-    assert math.isnan(relative_error(VALUE * math.nan, TRUTH))
+    assert math.isnan(relative_error(VALUE * math.nan, EXACT))
 
 
-def test_cosine_is_taken_along_the_features() -> None:
+def test_cosine_along_last_axis() -> None:
     a = torch.randn(2, 5, 7)
     b = torch.randn(2, 5, 7)
     expected = F.cosine_similarity(a[1, 2].double(), b[1, 2].double(), dim=0)
@@ -34,7 +34,7 @@ def test_cosine_is_taken_along_the_features() -> None:
     assert cosine(a, b)[1, 2] == pytest.approx(float(expected))
 
 
-def test_bits_tell_zeros_apart_and_not_nans() -> None:
+def test_bits_of_zeros_and_nans() -> None:
     nan = torch.tensor([math.nan])
     assert not tensors_equal(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert tensors_equal(nan, nan.clone())
@@ -42,21 +42,21 @@ def test_bits_tell_zeros_apart_and_not_nans() -> None:
 
 
 def test_is_finite() -> None:
-    assert is_finite(TRUTH)
-    assert not is_finite(TRUTH * math.nan)
-    assert not is_finite(TRUTH / 0)
+    assert is_finite(EXACT)
+    assert not is_finite(EXACT * math.nan)
+    assert not is_finite(EXACT / 0)
 
 
 def test_error_meter() -> None:
-    meter = ErrorMeter(TRUTH)
+    meter = ErrorMeter(EXACT)
     assert meter.add(VALUE) is not None
     error = meter.error()
     assert error.overall == pytest.approx(ERROR, rel=1e-5)
-    assert error.worst == pytest.approx(0.1 / 5, rel=1e-5)  # both vectors are of length 5
+    assert error.worst == pytest.approx(0.1 / 5, rel=1e-5)  # both vectors have norm 5
 
 
-def test_error_meter_of_parts_and_passes() -> None:
-    meter = ErrorMeter(TRUTH)
+def test_error_meter_with_parts_and_passes() -> None:
+    meter = ErrorMeter(EXACT)
     for part in (*VALUE.split(1), *VALUE.split(1)):
         meter.add(part)
     assert meter.error().overall == pytest.approx(ERROR, rel=1e-5)
@@ -65,20 +65,20 @@ def test_error_meter_of_parts_and_passes() -> None:
     assert meter.error() == (math.inf, math.inf)
 
 
-def test_error_meter_of_another_shape() -> None:
-    meter = ErrorMeter(TRUTH)
+def test_error_meter_with_another_shape() -> None:
+    meter = ErrorMeter(EXACT)
     assert meter.add(VALUE[:, :1]) is None
     assert meter.error() == (math.inf, math.inf)
 
 
-def test_error_meter_of_what_is_not_finite() -> None:
-    meter = ErrorMeter(TRUTH)
+def test_error_meter_with_nan() -> None:
+    meter = ErrorMeter(EXACT)
     meter.add(VALUE * math.nan)
     assert math.isnan(meter.error().overall)
     assert math.isnan(meter.error().worst)
 
 
-def test_error_meter_where_the_truth_is_zero() -> None:
+def test_error_meter_with_exact_zeros() -> None:
     meter = ErrorMeter(torch.zeros(2, 2))
     meter.add(VALUE)
     assert math.isnan(meter.error().overall)

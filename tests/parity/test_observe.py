@@ -21,7 +21,7 @@ def test_reference_run() -> None:
     assert all(1e-4 < error.overall < 1e-1 for error in run.noise.values())
 
 
-def test_noise_is_that_of_the_coarsest_attention() -> None:
+def test_noise_is_the_maximum_over_attentions() -> None:
     model = ToyEncoder()
     current = [""]
 
@@ -41,19 +41,21 @@ def test_noise_is_that_of_the_coarsest_attention() -> None:
     assert current == ["fine"]
 
 
-def test_inputs_that_are_not_finite() -> None:
-    with pytest.raises(ValueError, match=r"the reference itself gives NaN or infinity \(output\)"):
+def test_inputs_must_be_finite() -> None:
+    with pytest.raises(
+        ValueError, match=r"the reference computes NaN or infinity in float64 \(output\)"
+    ):
         run_reference(Side(ToyEncoder()), toy_images() * math.nan, POINTS, torch.float32)
 
 
 def test_float32_step_in_the_reference() -> None:
     model = ToyEncoder()
     model.norm.register_forward_hook(lambda _, args, output: output.float().to(output.dtype))
-    with pytest.raises(ValueError, match="is not float64 throughout"):
+    with pytest.raises(ValueError, match="does not compute in float64 throughout"):
         run_reference(Side(model), toy_images(), POINTS, torch.float32)
 
 
-def test_forced_run_gives_every_module_right_inputs() -> None:
+def test_forced_run_feeds_exact_inputs_to_every_module() -> None:
     reference = run_reference(Side(ToyEncoder()), toy_images(), POINTS, torch.float32)
     port = ToyEncoder()
     assert port.conv.bias is not None
@@ -67,24 +69,24 @@ def test_forced_run_gives_every_module_right_inputs() -> None:
     assert forced.errors["conv"] == free.errors["conv"]
 
 
-def test_values_are_kept_where_asked_for() -> None:
+def test_values_are_captured_on_request() -> None:
     model = ToyEncoder()
     reference = run_reference(Side(model), toy_images(), POINTS, torch.float32)
     points = {point: point for point in POINTS}
-    keep = frozenset(["norm"])
-    run = compare_run(Side(model), reference.inputs, reference.exact, points, keep=keep)
+    capture = frozenset(["norm"])
+    run = compare_run(Side(model), reference.inputs, reference.exact, points, capture=capture)
     assert run.values.keys() == {"norm"}
     assert torch.equal(run.values["norm"], run.outputs["output"])
 
 
-def test_unseen_taps() -> None:
+def test_uncompared_taps() -> None:
     reference = run_reference(Side(ToyEncoder()), toy_images(), POINTS, torch.float32)
     points = {"norm:input": "norm", "absent": "conv"}
     run = compare_run(Side(ToyEncoder()), reference.inputs, reference.exact, points)
-    assert run.unseen == {"conv": "the port never calls this module"}
+    assert run.uncompared == {"conv": "the port never calls this module"}
     points = {"conv": "norm"}
     run = compare_run(Side(ToyEncoder()), reference.inputs, reference.exact, points)
-    assert run.unseen == {"norm": "the port calls this module with other shapes"}
+    assert run.uncompared == {"norm": "the port calls this module with other shapes"}
 
 
 def test_compare_outputs() -> None:

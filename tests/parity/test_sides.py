@@ -39,7 +39,7 @@ def test_call_module_names_outputs() -> None:
     assert call_module(module.linear, A).keys() == {"output"}
 
 
-def test_inputs_of_all_kinds_can_be_compared() -> None:
+def test_all_kinds_of_inputs_can_be_compared() -> None:
     side = Side(MaskedLinear().eval())
     for inputs in ALL_INPUTS:
         assert check_sensitivity(side, side, inputs).passed
@@ -55,7 +55,7 @@ def test_example_is_a_batch_of_one() -> None:
     assert torch.equal(call_module(nn.Identity(), example(A, 1))["output"], A[1:])
 
 
-def test_map_tensors_leaves_what_is_not_floating_point() -> None:
+def test_map_tensors_skips_other_dtypes() -> None:
     by_position = map_tensors((A, MASK), Tensor.double)
     by_name = map_tensors({"a": A, "mask": MASK, "flag": True}, Tensor.double)
     assert isinstance(by_position, tuple)
@@ -66,7 +66,7 @@ def test_map_tensors_leaves_what_is_not_floating_point() -> None:
     assert by_name["flag"] is True
 
 
-def test_cast_gives_back_the_same_memory() -> None:
+def test_cast_restores_the_same_memory() -> None:
     linear = nn.Linear(4, 4)
     address = linear.weight.data_ptr()
     exact = linear.weight.detach().clone()

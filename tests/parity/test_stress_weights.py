@@ -8,7 +8,7 @@ from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import ODD
 
 
-def test_nothing_is_zero_and_nothing_is_one() -> None:
+def test_no_parameter_is_zero_or_one() -> None:
     model = SigLipVisionModel(ODD)
     randomize(model)
     for name, parameter in model.named_parameters():
@@ -43,7 +43,7 @@ def test_distributions() -> None:
     assert 0.07 < (norm.weight < 0).float().mean() < 0.13
 
 
-def test_seed_decides_and_the_global_generator_does_not() -> None:
+def test_weights_depend_on_the_seed_only() -> None:
     models = [SigLipVisionModel(ODD) for _ in range(3)]
     random_state = torch.get_rng_state()
     for model, seed in zip(models, (7, 7, 8), strict=True):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from siglip_port.parity.taps import Tap, expand, inside_attention, listening, record
+from siglip_port.parity.taps import Tap, expand, inside_attention, record, tap_hooks
 
 
 class Residual(nn.Module):
-    """x + second(x), x = first(...): the sum reads what the hook of `second` was given."""
+    """x + second(x), x = first(...): the sum reads the input of `second`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,13 +22,13 @@ class Residual(nn.Module):
 
 
 class Named(nn.Module):
-    """Takes its input by name, after a flag, and returns a tuple."""
+    """Takes its input by keyword, after a flag, and returns a tuple."""
 
     def forward(self, *, flag: bool = True, hidden_states: Tensor) -> tuple[Tensor, None]:
         return hidden_states * 2, None
 
 
-def test_points_are_recorded_in_the_order_of_the_computation() -> None:
+def test_points_are_recorded_in_order_of_computation() -> None:
     model = Residual()
     x = torch.randn(2, 3)
     recording = record(model, ["second", "second:input", "first"], lambda: {"output": model(x)})
@@ -39,10 +39,10 @@ def test_points_are_recorded_in_the_order_of_the_computation() -> None:
     assert torch.equal(recording.outputs["output"], first + recording.taps["second"])
 
 
-def test_input_is_replaced_also_behind_a_residual_connection() -> None:
+def test_input_is_replaced_in_residual_connection_too() -> None:
     model = Residual()
     ones = torch.ones(2, 3)
-    with torch.inference_mode(), listening(model, ["second:input"], lambda _, value: ones.clone()):
+    with torch.inference_mode(), tap_hooks(model, ["second:input"], lambda _, value: ones.clone()):
         assert torch.equal(model(torch.randn(2, 3)), ones + model.second(ones))
 
 
@@ -50,44 +50,44 @@ def test_output_is_replaced() -> None:
     model = Residual()
     x = torch.randn(2, 3)
     ones = torch.ones(2, 3)
-    with torch.inference_mode(), listening(model, ["second"], lambda point, value: ones):
+    with torch.inference_mode(), tap_hooks(model, ["second"], lambda point, value: ones):
         assert torch.equal(model(x), model.first(x) + ones)
 
 
 def test_hooks_are_removed() -> None:
     model = Residual()
-    with listening(model, ["second", "second:input"], lambda point, value: None):
+    with tap_hooks(model, ["second", "second:input"], lambda point, value: None):
         assert model.second._forward_hooks
         assert model.second._forward_pre_hooks
     assert not model.second._forward_hooks
     assert not model.second._forward_pre_hooks
 
 
-def test_input_with_overlapping_memory_is_not_written_to() -> None:
-    """The probe of a pooling head is one vector, seen as many."""
+def test_input_with_overlapping_memory_is_not_modified() -> None:
+    """The probe of a pooling head is one vector, expanded to the batch."""
     model = nn.Linear(3, 3)
     probe = torch.randn(1, 3)
     original = probe.clone()
     zeros = torch.zeros(4, 3)
-    with torch.inference_mode(), listening(model, [":input"], lambda point, value: zeros):
+    with torch.inference_mode(), tap_hooks(model, [":input"], lambda point, value: zeros):
         assert torch.equal(model(probe.expand(4, 3)), model.bias.expand(4, 3))
     assert torch.equal(probe, original)
 
 
-def test_inputs_by_name_and_outputs_in_tuples() -> None:
+def test_keyword_inputs_and_tuple_outputs() -> None:
     model = Named()
-    with torch.inference_mode(), listening(model, [":input", ""], lambda point, value: value + 1):
+    with torch.inference_mode(), tap_hooks(model, [":input", ""], lambda point, value: value + 1):
         assert torch.equal(model(hidden_states=torch.ones(2))[0], torch.tensor([5.0, 5.0]))
 
 
-def test_named_input_with_overlapping_memory() -> None:
+def test_keyword_input_with_overlapping_memory() -> None:
     model = Named()
     zeros = torch.zeros(4)
-    with torch.inference_mode(), listening(model, [":input"], lambda point, value: zeros):
+    with torch.inference_mode(), tap_hooks(model, [":input"], lambda point, value: zeros):
         assert torch.equal(model(hidden_states=torch.ones(1).expand(4))[0], zeros)
 
 
-def test_calls_one_after_the_other_count_as_one() -> None:
+def test_consecutive_calls_are_concatenated() -> None:
     model = nn.Linear(3, 3)
     parts = torch.randn(4, 3).chunk(4)
     recording = record(model, [""], lambda: {"output": torch.cat([model(x) for x in parts])})
@@ -110,7 +110,7 @@ def test_inside_attention() -> None:
         assert torch.equal(recording.taps[f":{name}"], tensor), name
 
 
-def test_expand_spells_out_blocks() -> None:
+def test_expand_block_numbers() -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])})
     port = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(3, 3)])})
     assert expand({"layers.{}:input": "blocks.{}:input"}, model, port) == [
@@ -124,12 +124,15 @@ def test_expand_spells_out_blocks() -> None:
     [
         (
             {"firsst": "first"},
-            "the reference has no module 'firsst', which the tap 'firsst': 'first' names",
+            "tap 'firsst': 'first': the reference has no module 'firsst'",
         ),
         ({"first": "third"}, "the port has no module 'third'"),
-        ({"first": "x.first"}, "no module 'x.first', .*; modules that end like it: first"),
-        ({"first:output": "first:inputs"}, "after the colon comes input, q, k, v or context"),
-        ({"first:q": "first"}, "only an nn.MultiheadAttention has :q; tap the projection itself"),
+        ({"first": "x.first"}, "no module 'x.first'; similar modules: first"),
+        ({"first:output": "first:inputs"}, "must be one of input, q, k, v, context, got 'inputs'"),
+        (
+            {"first:q": "first"},
+            ":q needs an nn.MultiheadAttention, got a Linear; tap the projection instead",
+        ),
         ({"layers.{}": "first"}, r"the reference has no module 'layers.\{\}'"),
     ],
 )

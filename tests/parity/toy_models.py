@@ -1,4 +1,4 @@
-"""Modules small enough to see what a gate is for."""
+"""Small modules for the tests of the gates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from siglip_port.parity import randomize
 
 
 class ToyEncoder(nn.Module):
-    """A convolution with stride 2 whose last column of pixels is ignored, then a norm.
+    """Convolution with stride 2, which ignores the last row and column, then LayerNorm.
 
     [B, 3, 5, 5] -> [B, 4, 8].
     """
@@ -27,16 +27,16 @@ class ToyEncoder(nn.Module):
 
 
 def toy_images() -> Tensor:
-    """Three images for it."""
+    """Three images for `ToyEncoder`: [3, 3, 5, 5]."""
     return torch.randn(3, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 
 
 def float_noise(*shape: int, seed: int = 0) -> Tensor:
-    """Noise in float32."""
+    """Standard normal noise, float32."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def double_noise(*shape: int, seed: int = 0) -> Tensor:
-    """Noise in float64."""
+    """Standard normal noise, float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""The gates: what must hold, in order, for a port to be the reference's equal.
+"""The gates: checks that a port must pass to be equal to its reference, in order.
 
-One file a gate; usable on any pair of modules. Call them through this package
-(`gates.check_weights(...)`), so that a gate can be exchanged for all its callers.
+One file per gate; all of them work on any pair of modules. Call them through this package
+(`gates.check_weights(...)`), so that replacing a gate reaches every caller.
 """
 
 from siglip_port.parity.gates.config import check_config

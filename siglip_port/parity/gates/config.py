@@ -1,4 +1,4 @@
-"""The gate `config`: the same architecture, field by field."""
+"""The gate `config`: both sides have the same architecture."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from siglip_port.parity.results import Finding, GateResult
 
 
 def check_config(port: Mapping[str, object], reference: Mapping[str, object]) -> GateResult:
-    """Compare every field that the reference has.
+    """Compare every field of the reference's config.
 
     Args:
-        port: its fields.
-        reference: its fields, under the port's names.
+        port: fields of the port's config.
+        reference: fields of the reference's config, under the port's names.
     """
     findings = []
     for name, expected in reference.items():
         value = port.get(name)
         if value != expected:
-            message = f"config: {name} is {value!r} in the port, {expected!r} in the reference"
+            message = f"{value!r} in the port, {expected!r} in the reference"
             findings.append(Finding(message, name, name))
     return GateResult("config", len(reference), MEANING["config"].bound, tuple(findings))

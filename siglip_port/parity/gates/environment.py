@@ -1,4 +1,4 @@
-"""The gate `environment`: nothing outside the two modules bends the result."""
+"""The gate `environment`: no mode, dtype or global switch of torch changes the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_environment(sides: Mapping[str, nn.Module]) -> GateResult:
     """Check modes, dtypes, and torch's switches that trade precision for speed.
 
     Args:
-        sides: the modules by the name of their side.
+        sides: modules by name, `port` and `reference`.
     """
     findings = []
     for side, module in sides.items():
@@ -35,13 +35,13 @@ def check_mode(side: str, module: nn.Module) -> list[Finding]:
     if not names:
         return []
     message = (
-        f"{len(names)} modules of the {side} are in training mode, first {names[0]}; call eval()"
+        f"the {side} is in training mode (modules: {len(names)}, first {names[0]}); call eval()"
     )
     return [Finding(message, port=names[0])]
 
 
 def training_modules(module: nn.Module) -> list[str]:
-    """The names of all modules in training mode; that of the whole is `model`."""
+    """List the modules in training mode; the outermost one is `model`."""
     return [name or "model" for name, part in module.named_modules() if part.training]
 
 
@@ -50,16 +50,20 @@ def check_dtypes(side: str, module: nn.Module) -> list[Finding]:
     dtypes = sorted({str(p.dtype) for p in module.parameters() if p.is_floating_point()})
     if len(dtypes) <= 1:
         return []
-    return [Finding(f"the {side}'s parameters are of {len(dtypes)} dtypes: {dtypes}")]
+    message = (
+        f"the {side}'s parameters have {len(dtypes)} dtypes ({', '.join(dtypes)}), expected one; "
+        "call to(dtype)"
+    )
+    return [Finding(message)]
 
 
 def read_switches() -> dict[str, tuple[object, object]]:
-    """Torch's global switches that change numbers: each one's value, and the expected one."""
+    """Read torch's global switches that change results: name -> (value, expected value)."""
     autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     tf32 = torch.backends.cudnn.allow_tf32 and torch.cuda.is_available()
     return {
         "autocast": (autocast, False),
-        "the float32 matmul precision": (torch.get_float32_matmul_precision(), "highest"),
-        "TF32 in cuDNN": (tf32, False),
-        "the default dtype": (torch.get_default_dtype(), torch.float32),
+        "torch.get_float32_matmul_precision()": (torch.get_float32_matmul_precision(), "highest"),
+        "torch.backends.cudnn.allow_tf32": (tf32, False),
+        "torch.get_default_dtype()": (torch.get_default_dtype(), torch.float32),
     }

@@ -1,8 +1,8 @@
-"""Steps that a port computes in float32 whatever the dtype, told from bugs that are as small.
+"""Separate float32 steps inside a port from bugs that are as small.
 
-A softmax that is always float32, say, is no bug, and leaves errors of 1e-8 in float64. A bug of
-that size is a smooth function of the inputs: moved by 1e-4, they leave its error as it is. Rounding
-errors come out anew.
+A softmax that is always float32, for example, is not a bug, and has an error of 1e-8 in float64.
+The error of a bug is a smooth function of the inputs, and hardly changes if they change by 1e-4; a
+rounding error changes completely.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ PERTURBATIONS = (0.0, 1e-4, 1e-4, 1e-4)
 def all_are_float32_upcasts(
     port: Side, run: ReferenceRun, taps: list[Tap], forced: ComparedRun, names: list[str]
 ) -> bool:
-    """Whether all that differs is float32 rounding inside the port.
+    """Whether all differences are float32 rounding inside the port.
 
     Args:
-        port: in its own dtype.
-        run: of the reference.
-        taps: where the two are compared.
-        forced: the port's run in float64, given right inputs.
-        names: what differs in it, in the reference's names.
+        port: port in its own dtype.
+        run: run of the reference.
+        taps: compared taps.
+        forced: the port's teacher-forced run in float64.
+        names: points that differ in it, by the reference's names.
     """
     if not names:
         return False
@@ -36,7 +36,7 @@ def all_are_float32_upcasts(
         if not forced.errors[name].overall <= bounds.UPCAST_BOUND:
             return False
         if name not in run.exact.taps:
-            return False  # an output that is wrong although all before it is right
+            return False  # an output that differs although every tap before it agrees
 
     generator = torch.Generator().manual_seed(0)
     errors = []
@@ -53,18 +53,19 @@ def all_are_float32_upcasts(
 def errors_at(
     port: Side, run: ReferenceRun, taps: list[Tap], inputs: Inputs, names: list[str]
 ) -> dict[str, Tensor]:
-    """The difference of port and reference at some taps in float64, on other inputs."""
+    """Return port - reference at some taps, on other inputs, in float64."""
     reference = run.reference
     with cast(reference.module, run.dtype, torch.float64):
         exact = record(reference.module, list(run.exact.taps), lambda: reference.run(inputs))
     with cast(port.module, run.dtype, torch.float64):
         points = port_to_reference(taps)
-        compared = compare_run(port, inputs, exact, points, forced=True, keep=frozenset(names))
+        capture = frozenset(names)
+        compared = compare_run(port, inputs, exact, points, forced=True, capture=capture)
     return {name: compared.values[name] - exact.taps[name] for name in names}
 
 
 def is_rounding(error: Tensor, perturbed: list[Tensor]) -> bool:
-    """Whether an error is unlike one of those on perturbed inputs, as those of a bug are not."""
+    """Whether an error changes with the inputs like rounding, unlike the error of a bug."""
     cosines = []
     for other in perturbed:
         cosine = (error * other).sum() / (error.norm() * other.norm())

@@ -1,4 +1,4 @@
-"""What each gate means, and its bound. Every gate runs, whatever the ones before it found."""
+"""Meaning and bound of each gate. Every gate runs, whatever the result of the gates before it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from siglip_port.parity.bounds import FLOAT64_BOUND, FLOAT64_ORIGIN, ROUNDING_OR
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a gate is for.
+    """Description of a gate.
 
     Attributes:
-        question: that it answers.
-        text: what holds where it passes.
-        bound: what is allowed.
+        question: question that the gate answers.
+        text: statement that holds if the gate passes.
+        bound: largest difference that passes.
     """
 
     question: str
@@ -24,70 +24,61 @@ class Meaning:
 
 MEANING = {
     "pixels": Meaning(
-        question="Do images become the same pixels, bit for bit?",
+        question="Does preprocessing give the same pixel values?",
         text=(
-            "images of all sizes and modes become the same pixel_values on both sides, by the "
-            "reference's processors for Pillow and, where it is installed, torchvision; all other "
-            "gates give both sides the same pixels"
+            "images of all sizes and modes give the same pixel_values as the reference's "
+            "processors, with Pillow and, if installed, torchvision; all other gates feed the same "
+            "pixels to both models"
         ),
-        bound="equality of every bit",
+        bound="bitwise equality",
     ),
     "environment": Meaning(
-        question="Does nothing outside the two models bend the result?",
-        text=(
-            "nothing outside the two modules bends the result: both in eval mode and of one dtype, "
-            "no autocast, no TF32"
-        ),
+        question="Are both models in eval mode, in one dtype, without autocast or TF32?",
+        text="both models are in eval mode and in one dtype, without autocast or TF32",
         bound="equality",
     ),
     "config": Meaning(
-        question="Is it the same architecture, field by field?",
-        text="the same architecture, field by field: activation, eps, heads, sizes, head",
+        question="Is the architecture the same, field by field?",
+        text="the architecture is the same: activation, eps, heads, sizes and pooling head",
         bound="equality",
     ),
     "weights": Meaning(
-        question="Is every tensor loaded, bit for bit?",
-        text="every tensor of the one is a tensor of the other, none shares memory",
-        bound="equality of every bit",
+        question="Is every tensor loaded correctly?",
+        text="both models have the same tensors, and no two of the port's share memory",
+        bound="bitwise equality",
     ),
     "sensitivity": Meaning(
-        question="Does every image, patch and parameter matter, and do images not mix?",
-        text=(
-            "every image, every pixel that counts and every parameter moves an output; two runs "
-            "are alike to the bit; a batch is its images one by one; outputs are finite, and not "
-            "the same for all"
+        question=(
+            "Does every image, pixel and parameter affect the outputs, and no image another one?"
         ),
-        bound="equality; batches in float64: 1e-10",
+        text=(
+            "every image, pixel and parameter that affects the reference's outputs affects the "
+            "port's; outputs are finite, deterministic, not constant, and the same in a batch as "
+            "for a single image"
+        ),
+        bound="equality; batches: relative error 1e-10 in float64",
     ),
     "numerics": Meaning(
-        question=(
-            "In float64, where rounding is next to nothing: do both compute the same at every tap?"
-        ),
+        question="Do both models compute the same function, at every tap, in float64?",
         text=(
-            "both compute the same function: in float64, at every tap, free-running and given "
-            "right inputs"
+            "both models compute the same function: their values agree in float64, where rounding "
+            "is negligible, at every tap, free-running and teacher-forced"
         ),
-        bound=(
-            f"relative error {FLOAT64_BOUND:g}, which is a cosine of 1 - 5e-21; {FLOAT64_ORIGIN}"
-        ),
+        bound=f"relative error {FLOAT64_BOUND:g} (cosine 1 - 5e-21); {FLOAT64_ORIGIN}",
     ),
     "interface": Meaning(
-        question="Do the port's other entrances agree with the one that is proven?",
+        question="Do the port's other methods agree with forward()?",
         text=(
-            "the port's other entrances agree with the one that is proven: embed() is pool() of "
-            "the tokens, and of unit length where that is asked for; of NaFlex encoders, packed "
-            "patches give the tokens of the images"
+            "the port's other methods agree with forward(): embed() is pool() of the tokens, with "
+            "unit norm if normalize=True; NaFlex: packed patches give the same tokens as images"
         ),
-        bound=(
-            "equality of every bit; lengths to four roundings of the dtype, packed patches to "
-            "1e-10 in float64"
-        ),
+        bound="bitwise equality; norms: 4 eps of the dtype; packed patches: 1e-10 in float64",
     ),
     "rounding": Meaning(
-        question="In this dtype: does the port round no worse than the reference does?",
+        question="Is the port's rounding error in this dtype no larger than the reference's?",
         text=(
-            "the port rounds no worse than the reference does: in float32, bfloat16 and float16, "
-            "at every tap"
+            "the port's rounding error at every tap is comparable to the reference's, in float32, "
+            "bfloat16 and float16"
         ),
         bound=ROUNDING_ORIGIN,
     ),

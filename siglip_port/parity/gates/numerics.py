@@ -1,7 +1,8 @@
-"""The gate `numerics`: in float64, where rounding is next to nothing, both compute the same.
+"""The gate `numerics`: both sides compute the same function.
 
-At every tap, free-running and given right inputs (teacher-forced). Free-running, what goes wrong
-early is carried on; given right inputs, only a step that is itself wrong shows an error.
+Both run in float64, where rounding is negligible, and are compared at every tap. Free-running, an
+error propagates to all later taps; teacher-forced (every step gets the reference's inputs), only
+the step that causes it differs.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from siglip_port.parity.sides import Side, cast
 from siglip_port.parity.taps import Tap, port_to_reference, reference_to_port
 
 MAX_HINTS = 6
-"""How many taps that differ are explained. The others only name what follows from the same bug."""
+"""Number of differing taps that get a hint; later ones usually follow from the same bug."""
 
 
 @dataclass(frozen=True)
 class Float64Runs:
-    """A port beside the reference in float64.
+    """Runs of port and reference in float64.
 
     Attributes:
-        port: that was run.
-        reference: its run.
-        taps: where the two are compared.
-        free: on the port's own values.
-        forced: with the reference's values after every tap.
-        float32_upcasts: points that are wrong by float32 rounding only; then, no other is wrong.
+        port: port that was run.
+        reference: run of the reference.
+        taps: compared taps.
+        free: free-running run of the port.
+        forced: teacher-forced run of the port.
+        float32_upcasts: points that differ by float32 rounding; empty if any other point differs.
     """
 
     port: Side
@@ -48,18 +49,18 @@ class Float64Runs:
 
     @functools.cached_property
     def wrong_steps(self) -> list[str]:
-        """The points that differ although right inputs are given."""
+        """Points that differ in the teacher-forced run."""
         if self.float32_upcasts:
             return []
         return points_outside_bound(self.reference, self.forced)
 
     @functools.cached_property
     def port_names(self) -> dict[str, str]:
-        """The points of the reference -> those of the port."""
+        """Points of the reference -> points of the port."""
         return reference_to_port(self.taps)
 
     def port_name(self, name: str) -> str:
-        """A point or output of the reference, in the port's names."""
+        """Return the port's name of a point or output of the reference."""
         return self.port_names.get(name, name)
 
 
@@ -69,10 +70,10 @@ def check_numerics(
     """Compare a port with the reference in float64, at every tap and output.
 
     Args:
-        port: in `eval()` mode.
-        run: of the reference.
-        taps: where to compare.
-        max_hints: how many of the taps that differ get a hint.
+        port: port in `eval()` mode.
+        run: run of the reference.
+        taps: taps to compare.
+        max_hints: number of differing taps that get a hint.
     """
     runs = run_both_ways(port, run, taps)
     findings = find_missing_outputs(run, runs.free)
@@ -86,13 +87,13 @@ def check_numerics(
         f"{bounds.FLOAT64_BOUND:g}: {bounds.FLOAT64_ORIGIN}",
         tuple(findings),
         tuple(measurements),
-        unseen=() if findings else tuple(runs.free.unseen),
+        uncompared_taps=() if findings else tuple(runs.free.uncompared),
         float32_upcasts=tuple(runs.float32_upcasts),
     )
 
 
 def run_both_ways(port: Side, run: ReferenceRun, taps: list[Tap]) -> Float64Runs:
-    """Run the port free and forced, and decide whether all that differs is float32 rounding."""
+    """Run the port free and forced, and decide whether all differences are float32 rounding."""
     free = run_in_float64(port, run, taps)
     forced = run_in_float64(port, run, taps, forced=True)
     upcasts = points_outside_bound(run, forced)
@@ -107,16 +108,18 @@ def run_in_float64(
     taps: list[Tap],
     *,
     forced: bool = False,
-    keep: frozenset[str] = frozenset(),
+    capture: frozenset[str] = frozenset(),
 ) -> ComparedRun:
-    """Run the port in float64, with weights and inputs rounded as the reference's were."""
+    """Run the port in float64, on weights and inputs rounded like the reference's."""
     with cast(port.module, run.dtype, torch.float64):
         points = port_to_reference(taps)
-        return compare_run(port, run.exact_inputs, run.exact, points, forced=forced, keep=keep)
+        return compare_run(
+            port, run.exact_inputs, run.exact, points, forced=forced, capture=capture
+        )
 
 
 def points_outside_bound(run: ReferenceRun, compared: ComparedRun) -> list[str]:
-    """The points that differ, in the order of the computation."""
+    """List the points that differ, in order of computation."""
     names = []
     for name in run.points:
         error = compared.errors.get(name)
@@ -126,9 +129,9 @@ def points_outside_bound(run: ReferenceRun, compared: ComparedRun) -> list[str]:
 
 
 def find_suspects(runs: Float64Runs) -> list[str]:
-    """The points to name: steps that are wrong themselves, and those that cannot be seen.
+    """List the points to report: steps that differ on their own, and uncompared taps.
 
-    Where neither explains the first difference of the free run, its place is named too.
+    If neither precedes the first difference of the free-running run, that point is added.
     """
     if runs.float32_upcasts:
         return []
@@ -137,7 +140,7 @@ def find_suspects(runs: Float64Runs) -> list[str]:
     differing = points_outside_bound(runs.reference, runs.free)
     if not differing:
         return [name for name in points if name in suspects]
-    suspects.update(unseen_modules(runs))
+    suspects.update(uncompared_modules(runs))
     ordered = [name for name in points if name in suspects]
     first = differing[0]
     if not ordered or points.index(ordered[0]) > points.index(first):
@@ -145,11 +148,11 @@ def find_suspects(runs: Float64Runs) -> list[str]:
     return ordered
 
 
-def unseen_modules(runs: Float64Runs) -> list[str]:
-    """Points that cannot be compared. A module is named once, not for its input too."""
+def uncompared_modules(runs: Float64Runs) -> list[str]:
+    """List the taps that could not be compared; each module once, not also for its input."""
     modules = {tap.port for tap in runs.taps if not tap.port.endswith(":input")}
     names = []
-    for name in runs.free.unseen:
+    for name in runs.free.uncompared:
         point = runs.port_name(name)
         if point in modules or point.removesuffix(":input") not in modules:
             names.append(name)
@@ -157,37 +160,50 @@ def unseen_modules(runs: Float64Runs) -> list[str]:
 
 
 def explain_suspects(runs: Float64Runs, suspects: list[str], max_hints: int) -> list[Finding]:
-    """Say what is wrong at every suspect, and of the first ones what it looks like."""
+    """Return a finding per suspect, with hints for the first ones."""
     taps = [name for name in suspects if name in runs.reference.exact.taps]
     values = port_values(runs, taps[:max_hints])
     findings = []
     for name in suspects:
-        if name in runs.free.unseen:
-            findings.append(unseen_finding(runs, name, values.get(name)))
+        if name in runs.free.uncompared:
+            findings.append(uncompared_finding(runs, name, values.get(name)))
         else:
             findings.append(difference_finding(runs, name, values.get(name)))
     return findings
 
 
 def port_values(runs: Float64Runs, names: list[str]) -> dict[str, Tensor]:
-    """What the port has at some taps, given right inputs."""
+    """Return the port's values at some taps, teacher-forced."""
     if not names:
         return {}
-    keep = frozenset(names)
-    return run_in_float64(runs.port, runs.reference, runs.taps, forced=True, keep=keep).values
+    capture = frozenset(names)
+    run = run_in_float64(runs.port, runs.reference, runs.taps, forced=True, capture=capture)
+    return run.values
 
 
-def unseen_finding(runs: Float64Runs, name: str, value: Tensor | None) -> Finding:
-    """What is said of a point that cannot be compared; `value` passed there, if anything."""
-    message = runs.free.unseen[name]
+def uncompared_finding(runs: Float64Runs, name: str, value: Tensor | None) -> Finding:
+    """Return the finding for a tap that could not be compared.
+
+    Args:
+        runs: runs of both sides.
+        name: tap, by the reference's name.
+        value: the port's value there, if the module was called.
+    """
+    message = runs.free.uncompared[name]
     if value is not None:
         expected = list(runs.reference.exact.taps[name].shape)
-        message += f", {list(value.shape)} for {expected}"
+        message += f": {list(value.shape)}, expected {expected}"
     return Finding(message, name, runs.port_name(name), math.inf)
 
 
 def difference_finding(runs: Float64Runs, name: str, value: Tensor | None) -> Finding:
-    """What is said of a point that differs, and of its `value` what it looks like."""
+    """Return the finding for a point that differs.
+
+    Args:
+        runs: runs of both sides.
+        name: tap or output, by the reference's name.
+        value: the port's value at a tap, for the hint.
+    """
     exact = runs.reference.exact
     hint = ""
     if value is not None:
@@ -201,7 +217,7 @@ def difference_finding(runs: Float64Runs, name: str, value: Tensor | None) -> Fi
 
 
 def measure(runs: Float64Runs, kind: str, compared: ComparedRun) -> Iterator[Measurement]:
-    """The error at every point, beside its bound."""
+    """Yield the error at every point, with its bound."""
     for name in runs.reference.points:
         if name not in compared.errors:
             continue

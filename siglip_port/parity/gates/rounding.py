@@ -1,4 +1,4 @@
-"""The gate `rounding`: in a dtype, the port is not much further from float64 than the reference."""
+"""The gate `rounding`: the port's rounding error in a dtype is comparable to the reference's."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from siglip_port.parity.taps import Tap, port_to_reference, reference_to_port
 
 
 def check_rounding(port: Side, run: ReferenceRun, taps: list[Tap]) -> GateResult:
-    """Compare the port's distance from float64 with the reference's own, in the run's dtype.
+    """Compare the port's error against float64 with the reference's, in the dtype of the run.
 
     Args:
-        port: in `eval()` mode.
-        run: of the reference.
-        taps: where to compare.
+        port: port in `eval()` mode.
+        run: run of the reference.
+        taps: taps to compare.
     """
     with cast(port.module, run.dtype):
         compared = compare_run(port, run.inputs, run.exact, port_to_reference(taps))
@@ -30,7 +30,7 @@ def check_rounding(port: Side, run: ReferenceRun, taps: list[Tap]) -> GateResult
             error = compared.errors[name]
             measurements.append(measure_rounding(dtype, tap, error, run.noise[name]))
     findings = find_missing_outputs(run, compared)
-    findings += first_coarse_step(measurements)
+    findings += find_excess_rounding(measurements)
     return GateResult(
         f"rounding {dtype}",
         len(measurements),
@@ -43,22 +43,22 @@ def check_rounding(port: Side, run: ReferenceRun, taps: list[Tap]) -> GateResult
 def measure_rounding(
     dtype: str, tap: Tap, error: RelativeError, noise: RelativeError
 ) -> Measurement:
-    """The port's error at one place, beside a bound made of the reference's own."""
+    """Measure the port's error at one tap against bounds derived from the reference's error."""
     bound = bounds.ROUNDING_FACTOR * noise.overall
     worst = ratio(error.worst, bounds.WORST_FACTOR * noise.worst)
     return Measurement(dtype, tap.reference, tap.port, error.overall, bound, noise.overall, worst)
 
 
-def first_coarse_step(measurements: list[Measurement]) -> list[Finding]:
-    """What is said of the first place that is outside its bound, if any."""
+def find_excess_rounding(measurements: list[Measurement]) -> list[Finding]:
+    """Find the first tap outside its bound; the taps after it inherit its error."""
     for measurement in measurements:
         if not measurement.passed:
-            coarseness = max(measurement.ratio, bounds.WORST_FACTOR * measurement.worst)
+            factor = max(measurement.ratio, bounds.WORST_FACTOR * measurement.worst)
             message = (
-                f"rounds {coarseness:.1f} x as coarsely as the reference in {measurement.run}, "
-                f"bound {bounds.ROUNDING_FACTOR:g}"
+                f"rounding error in {measurement.run} is {factor:.1f}x the reference's, bound "
+                f"{bounds.ROUNDING_FACTOR:g}x"
             )
-            hint = "the first step that does: computed in a narrower dtype, or by another formula"
+            hint = "narrower dtype or different formula in this step (first outside its bound)"
             error = measurement.error
             return [Finding(message, measurement.reference, measurement.port, error, hint)]
     return []

@@ -1,6 +1,6 @@
-"""The gate `sensitivity`: everything matters, nothing mixes, and two runs agree.
+"""The gate `sensitivity`: outputs depend on every input and parameter, as the reference's do.
 
-Two dead models agree perfectly.
+Without it, two models that ignore their inputs would pass every other gate.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ from siglip_port.parity.sides import (
     map_tensors,
 )
 
-MIXING_ORIGIN = "as in numerics: one image alone against the same one in a batch"
-
 
 @dataclass(frozen=True)
 class Influence:
-    """What moves an output of a side.
+    """Inputs and parameters that affect the outputs of a side.
 
     Attributes:
-        masks: of each input tensor, [B, C, ...] -> [B, ...], where it does.
-        unused_parameters: the names of those that do not.
+        masks: per input tensor [B, C, ...], the positions that affect an output: [B, ...], bool.
+        unused_parameters: names of the parameters that do not affect any output.
     """
 
     masks: list[Tensor]
@@ -44,14 +42,15 @@ class Influence:
 
 
 def check_sensitivity(port: Side, reference: Side, inputs: Inputs) -> GateResult:
-    """Check that every image, patch and parameter matters, and that images do not mix.
+    """Check what affects the outputs: the same positions of the inputs, and every parameter.
 
-    What matters in the port must matter in the reference, and the other way round.
+    Outputs must also be finite, deterministic, not constant, and independent of the other examples
+    in a batch.
 
     Args:
-        port: in `eval()` mode.
-        reference: likewise.
-        inputs: at least two of them, along the first axis.
+        port: port in `eval()` mode.
+        reference: reference in `eval()` mode.
+        inputs: at least two examples along the first axis.
     """
     outputs = port.run(inputs)
     repeated = port.run(inputs)
@@ -64,30 +63,31 @@ def check_sensitivity(port: Side, reference: Side, inputs: Inputs) -> GateResult
         influence = port_influence(port, cast_inputs(inputs, torch.float32), expected)
     findings += compare_influence(influence, expected)
 
-    checked = 4 * len(outputs)  # finite, repeatable, not constant, not mixed
+    checked = 4 * len(outputs)  # finite, deterministic, not constant, independent
     checked += sum(mask.numel() for mask in influence.masks)
     checked += len(list(port.module.parameters()))
     bound = (
-        f"equality, and no gradient is zero; batches: {bounds.FLOAT64_BOUND:g} ({MIXING_ORIGIN})"
+        "equality; batch against single examples: relative error "
+        f"{bounds.FLOAT64_BOUND:g} in float64"
     )
     return GateResult("sensitivity", checked, bound, tuple(findings))
 
 
 def check_outputs(outputs: Mapping[str, Tensor], repeated: Mapping[str, Tensor]) -> list[Finding]:
-    """Check that outputs are finite, and those of a second run the same."""
+    """Check that outputs are finite and deterministic."""
     findings = []
     for name, output in outputs.items():
         if not is_finite(output):
-            findings.append(Finding(f"{name} is not finite", name, name))
+            findings.append(Finding("contains NaN or infinity", name, name))
         elif not tensors_equal(output, repeated[name]):
             error = relative_error(repeated[name], output)
-            message = f"{name} is another one each time (relative difference {error:.1e})"
+            message = f"differs between two runs (relative difference {error:.1e})"
             findings.append(Finding(message, name, name))
     return findings
 
 
 def check_batch(port: Side, inputs: Inputs) -> list[Finding]:
-    """Check in float64 that outputs depend on their own input, and on no other of the batch."""
+    """Check in float64 that outputs depend on their own example, and on no other of the batch."""
     findings = []
     with cast(port.module, torch.float64):
         inputs = cast_inputs(inputs, torch.float64)
@@ -95,51 +95,49 @@ def check_batch(port: Side, inputs: Inputs) -> list[Finding]:
         examples = run_one_by_one(port, inputs)
     for name, output in outputs.items():
         if is_constant(output):
-            message = "it is the same for every input, so that agreement proves nothing"
+            message = "same output for every example, so equality proves nothing"
             findings.append(Finding(message, name, name))
         joined = torch.cat([outputs_of_one[name] for outputs_of_one in examples])
         same_shape = joined.shape == output.shape
         error = relative_error(joined, output) if same_shape else math.inf
         if not bounds.within_float64_bound(error):
-            message = (
-                f"{name} of a batch is not that of its images one by one "
-                f"(relative difference {error:.1e})"
-            )
-            findings.append(Finding(message, name, name, error, "images of one batch mix"))
+            message = "differs between a batch and its examples run one by one"
+            hint = "examples of a batch affect each other"
+            findings.append(Finding(message, name, name, error, hint))
     return findings
 
 
 def run_one_by_one(port: Side, inputs: Inputs) -> list[dict[str, Tensor]]:
-    """The outputs of every example alone."""
+    """Run every example as a batch of one."""
     return [port.run(example(inputs, i)) for i in range(batch_size(inputs))]
 
 
 def is_constant(output: Tensor) -> bool:
-    """Whether an output is the same for all examples of a batch."""
+    """Whether an output is the same for every example of a batch."""
     return relative_error(output[:1].expand_as(output), output) < bounds.FLOAT64_BOUND
 
 
 def compare_influence(port: Influence, reference: Influence) -> list[Finding]:
-    """Check that the same places of the inputs matter to both, and every parameter of the port."""
+    """Check that the same positions affect both sides, and every parameter the port."""
     findings = []
     for i, (mask, expected) in enumerate(zip(port.masks, reference.masks, strict=True)):
         if not expected.any():
-            message = f"nothing in input {i} matters to the reference"
+            message = f"input {i} does not affect the reference's outputs"
             findings.append(Finding(message, "inputs", "inputs"))
         count = int((mask != expected).sum())
         if count:
-            message = f"{count} places of input {i} matter to one side and not to the other"
+            message = f"positions of input {i} that affect only one side: {count}"
             findings.append(Finding(message, "inputs", "inputs"))
     for name in port.unused_parameters:
-        hint = "never used, or used up before it matters"
-        findings.append(Finding("this parameter changes no output", port=name, hint=hint))
+        hint = "parameter not used, or its effect cancels"
+        findings.append(Finding("does not affect any output", port=name, hint=hint))
     return findings
 
 
 def port_influence(port: Side, inputs: Inputs, expected: Influence) -> Influence:
-    """What matters to a port: by gradients, and what they say against it, confirmed without them.
+    """Find what affects the port's outputs, by gradients, and confirm differences by perturbation.
 
-    A port that works in place, or without gradients, is changed bit by bit instead.
+    A port without gradients, or with in-place operations, is perturbed only.
     """
     parameters = dict(port.module.named_parameters())
     try:
@@ -155,7 +153,7 @@ def port_influence(port: Side, inputs: Inputs, expected: Influence) -> Influence
 def influence_by_gradient(
     side: Side, inputs: Inputs, parameters: Mapping[str, nn.Parameter]
 ) -> Influence:
-    """Where inputs have a gradient, and which parameters have none, of a sum of all outputs."""
+    """Find what affects the outputs by the gradient of a random sum of them."""
     leaves: list[Tensor] = []
 
     def to_leaf(tensor: Tensor) -> Tensor:
@@ -189,7 +187,7 @@ def influence_by_gradient(
 
 
 def random_sum(outputs: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """A sum of all numbers of all outputs, each times noise, each output scaled to norm 1."""
+    """Sum all elements of all outputs, weighted by noise, with each output scaled to norm 1."""
     total = torch.zeros((), device=device)
     for seed, output in enumerate(outputs.values()):
         generator = torch.Generator().manual_seed(seed)
@@ -201,45 +199,50 @@ def random_sum(outputs: Mapping[str, Tensor], device: torch.device) -> Tensor:
 def influence_by_perturbation(
     port: Side, inputs: Inputs, *, suspected: Influence, expected: Influence
 ) -> Influence:
-    """Change what is suspected, and see whether an output moves by a bit.
+    """Check by perturbation what affects the outputs, where gradients differ from the reference.
 
     Args:
-        port: whose outputs are watched.
-        inputs: of it.
-        suspected: what its gradients say.
-        expected: what matters to the reference.
+        port: port to run.
+        inputs: its inputs.
+        suspected: result for its gradients.
+        expected: result for the reference.
     """
     probe = PerturbationProbe(port, inputs)
     masks = [mask.clone() for mask in suspected.masks]
     for leaf, leaf_masks, leaf_expected in zip(probe.leaves, masks, expected.masks, strict=True):
-        for tensor, mask, truth in zip(leaf, leaf_masks, leaf_expected, strict=True):
-            confirm_mask(probe, tensor, mask, truth)
+        for tensor, mask, expected_mask in zip(leaf, leaf_masks, leaf_expected, strict=True):
+            confirm_mask(probe, tensor, mask, expected_mask)
     unused = []
     with torch.no_grad():
         for name in suspected.unused_parameters:
-            if not probe.moves_outputs(port.module.get_parameter(name)):
+            if not probe.affects_outputs(port.module.get_parameter(name)):
                 unused.append(name)
     return Influence(masks, unused)
 
 
-def confirm_mask(probe: PerturbationProbe, tensor: Tensor, mask: Tensor, truth: Tensor) -> None:
+def confirm_mask(probe: PerturbationProbe, tensor: Tensor, mask: Tensor, expected: Tensor) -> None:
     """Correct the mask of one example, in place, where it differs from the reference's.
 
-    Places are changed together in tiles of every third one along each axis, those that should
-    matter first.
+    Every third position along each axis is perturbed together, first those that should affect the
+    outputs.
     """
     slices = [slice(start, None, 3) for start in range(3)]
-    for expected in (True, False):
-        suspects = (mask != truth) & (truth == expected)
+    for affects in (True, False):
+        suspects = (mask != expected) & (expected == affects)
         for tile in itertools.product(slices, repeat=mask.ndim):
-            places = torch.zeros_like(mask)
-            places[tile] = suspects[tile]
-            if places.any():
-                mask[places] = probe.moves_outputs(tensor, places[None])
+            positions = torch.zeros_like(mask)
+            positions[tile] = suspects[tile]
+            if positions.any():
+                mask[positions] = probe.affects_outputs(tensor, positions[None])
 
 
 class PerturbationProbe:
-    """Runs a side again and again, with one of its tensors changed."""
+    """Run a side repeatedly, each time with one tensor perturbed.
+
+    Args:
+        side: side to run.
+        inputs: its inputs.
+    """
 
     def __init__(self, side: Side, inputs: Inputs) -> None:
         self.side = side
@@ -255,16 +258,16 @@ class PerturbationProbe:
     def _run(self) -> dict[str, Tensor]:
         return self.side.run(clone_inputs(self._inputs))
 
-    def moves_outputs(self, tensor: Tensor, places: Tensor | float = 1.0) -> bool:
-        """Whether an output moves when `tensor` does: a leaf of the inputs, or a parameter.
+    def affects_outputs(self, tensor: Tensor, positions: Tensor | float = 1.0) -> bool:
+        """Whether perturbing a tensor changes any bit of the outputs.
 
         Args:
-            tensor: changed in place, and changed back.
-            places: where, 1 or True; broadcast to its shape.
+            tensor: a leaf of the inputs or a parameter; perturbed in place, then restored.
+            positions: mask of the elements to perturb, broadcast to the shape of `tensor`.
         """
         original = tensor.clone()
         noise = torch.randn(tensor.shape, generator=self._generator).to(tensor)
-        tensor += noise * original.abs().mean() * places
+        tensor += noise * original.abs().mean() * positions
         outputs = self._run()
         tensor.copy_(original)
         for name, output in self._outputs.items():

@@ -1,6 +1,6 @@
-"""The gate `weights`: every tensor of the one side is, bit for bit, a tensor of the other.
+"""The gate `weights`: both sides have the same tensors, bit for bit.
 
-The outputs cannot vouch for all of them: a bias of the keys, for one, changes no attention.
+Outputs do not depend on all of them: the bias of the keys, for example, changes no attention.
 """
 
 from __future__ import annotations
@@ -16,17 +16,22 @@ from siglip_port.parity.results import Finding, GateResult
 
 
 def check_weights(port: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> GateResult:
-    """Compare all tensors. Both sides are given under the reference's names."""
+    """Compare all tensors.
+
+    Args:
+        port: the port's tensors, under the reference's names.
+        reference: the reference's `state_dict`.
+    """
     missing = names_missing_on_one_side(port, reference)
     findings = []
     for name in sorted(port.keys() | reference.keys()):
         if name in missing:
             side = "port" if name in port else "reference"
-            findings.append(Finding(f"only the {side} has it", name, name))
+            findings.append(Finding(f"only in the {side}", name, name))
         elif name in port and name in reference:
             findings += compare_tensors(name, port[name], reference)
     for names in names_sharing_memory(port):
-        message = f"these share one memory: {', '.join(names[:4])}"
+        message = f"tensors share memory: {', '.join(names[:4])}"
         findings.append(Finding(message, names[0], names[0]))
     return GateResult("weights", len(reference), MEANING["weights"].bound, tuple(findings))
 
@@ -34,12 +39,12 @@ def check_weights(port: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -
 def names_missing_on_one_side(
     port: Mapping[str, Tensor], reference: Mapping[str, Tensor]
 ) -> set[str]:
-    """The names that only one of the two sides has."""
+    """Return the names that only one side has."""
     return port.keys() ^ reference.keys()
 
 
 def compare_tensors(name: str, tensor: Tensor, reference: Mapping[str, Tensor]) -> list[Finding]:
-    """Compare one tensor of the port with the reference's of the same name."""
+    """Compare a tensor of the port with the reference's tensor of that name."""
     expected = reference[name]
     if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
         message = (
@@ -57,7 +62,7 @@ def compare_tensors(name: str, tensor: Tensor, reference: Mapping[str, Tensor]) 
 
 
 def names_sharing_memory(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Groups of names whose tensors begin at one place in memory."""
+    """Group the names of tensors that start at the same address."""
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.numel():

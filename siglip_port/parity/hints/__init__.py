@@ -1,6 +1,6 @@
-"""What an error looks like: known bugs are tried on the reference's own numbers.
+"""Hints: name the bug behind an error by applying known bugs to the reference's values.
 
-A hint is given only where a bug explains the port's values to `MATCH`, which no chance does.
+A hint is given only if a bug reproduces the port's values to a relative error below `MATCH`.
 """
 
 from siglip_port.parity.hints.explain import explain, explain_output, explain_tap

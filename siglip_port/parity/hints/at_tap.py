@@ -1,4 +1,4 @@
-"""Guesses by what stands at a tap: which bugs its module can have."""
+"""Guesses for a tap: the bugs that its module can have."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from siglip_port.parity.hints.sums import embedding_guesses, residual_guesses
 
 @dataclass(frozen=True)
 class TapContext:
-    """What is known of a tap.
+    """The reference around a tap.
 
     Attributes:
-        modules: of the reference, by path.
-        point: of the reference.
-        module_input: what the module there was given, if anything.
-        taps: the truth at all taps, in the order of the computation.
+        modules: modules of the reference, by path.
+        point: point of the reference.
+        module_input: input of the module at the tap, if any.
+        taps: exact values at all taps, in order of computation.
     """
 
     modules: Mapping[str, nn.Module]
@@ -37,27 +37,27 @@ class TapContext:
 
     @property
     def path(self) -> str:
-        """The path of the module."""
+        """Path of the module."""
         return self.point.partition(":")[0]
 
     @property
     def part(self) -> str:
-        """What of the module: `input`, `q`, `k`, `v`, `context`; empty for what it returns."""
+        """`input`, `q`, `k`, `v` or `context`; empty for the output of the module."""
         return self.point.partition(":")[2]
 
     @property
     def module(self) -> nn.Module:
-        """The module."""
+        """Module at the tap."""
         return self.modules[self.path]
 
     @property
-    def truth(self) -> Tensor:
-        """What is right there."""
+    def exact(self) -> Tensor:
+        """Exact value at the tap."""
         return self.taps[self.point]
 
     @property
     def before(self) -> dict[str, Tensor]:
-        """The truth at all earlier taps."""
+        """Exact values at all earlier taps."""
         before = {}
         for name, tensor in self.taps.items():
             if name == self.point:
@@ -67,7 +67,7 @@ class TapContext:
 
 
 def guesses_at(tap: TapContext) -> Iterator[Guess]:
-    """The guesses for a tap, one after the other."""
+    """Yield the guesses for a tap."""
     if isinstance(tap.module, nn.MultiheadAttention) and tap.part in ("q", "k", "v"):
         return guesses_inside_attention(tap.module, tap)
     if tap.part == "context":
@@ -80,17 +80,17 @@ def guesses_at(tap: TapContext) -> Iterator[Guess]:
 
 
 def guesses_inside_attention(attention: nn.MultiheadAttention, tap: TapContext) -> Iterator[Guess]:
-    """For q, k or v of an `nn.MultiheadAttention`: a Linear made of a third of its rows."""
+    """Yield guesses for q, k or v of an `nn.MultiheadAttention`."""
     projected = tap.module_input
-    if tap.part != "q":  # keys and values are made of the tokens, the last thing before the head
-        outside = [t for name, t in tap.before.items() if not name.startswith(tap.path)]
+    if tap.part != "q":  # keys and values are projections of the tokens, the last tap before
+        outside = [tensor for name, tensor in tap.before.items() if not name.startswith(tap.path)]
         projected = outside[-1] if outside else None
     if projected is not None:
         yield from projection_guesses(attention, tap.part, projected)
 
 
 def context_guesses(tap: TapContext, attention: nn.Module) -> Iterator[Guess]:
-    """For what attention makes of q, k and v, the last three taps."""
+    """Yield guesses for the context: attention of q, k and v, the last three taps."""
     heads = number_of_heads(attention)
     before = list(tap.before.values())
     if heads and len(before) >= 3:
@@ -99,7 +99,7 @@ def context_guesses(tap: TapContext, attention: nn.Module) -> Iterator[Guess]:
 
 
 def number_of_heads(attention: nn.Module) -> int:
-    """The number of heads of an attention module; 0 if it does not say."""
+    """Return the number of heads of an attention module; 0 if it has no such attribute."""
     for name in ("num_heads", "num_attention_heads"):
         heads = getattr(attention, name, 0)
         if heads:
@@ -108,23 +108,23 @@ def number_of_heads(attention: nn.Module) -> int:
 
 
 def input_guesses(tap: TapContext) -> Iterator[Guess]:
-    """For what a module is given: an activation before a Linear, a sum before anything else."""
+    """Yield guesses for the input of a module: an activation for a Linear, a sum for others."""
     if not isinstance(tap.module, nn.Linear):
-        yield from residual_guesses(tap.before, tap.truth)
+        yield from residual_guesses(tap.before, tap.exact)
         return
-    same_shape = [tensor for tensor in tap.before.values() if tensor.shape == tap.truth.shape]
+    same_shape = [tensor for tensor in tap.before.values() if tensor.shape == tap.exact.shape]
     if same_shape:
-        yield from activation_guesses(same_shape[-1])
+        yield from activation_guesses(same_shape[-1], tap.exact)
 
 
 def output_guesses(tap: TapContext) -> Iterator[Guess]:
-    """For what a module returns."""
+    """Yield guesses for the output of a module."""
     module = tap.module
     x = tap.module_input
     if x is None:
         yield from sum_guesses(tap)
     elif isinstance(module, nn.LayerNorm):
-        yield from layer_norm_guesses(module, x, tap.truth)
+        yield from layer_norm_guesses(module, x, tap.exact)
         yield from other_weights_guesses(tap, lambda other: layer_norm(other, x))
     elif isinstance(module, nn.Linear):
         yield from linear_guesses(module.weight, module.bias, x)
@@ -134,34 +134,34 @@ def output_guesses(tap: TapContext) -> Iterator[Guess]:
     elif isinstance(module, nn.Conv2d):
         yield from convolution_guesses(module, x)
     elif not list(module.children()):
-        yield from activation_guesses(x)
+        yield from activation_guesses(x, tap.exact)
     else:
         yield from sum_guesses(tap)
 
 
 def sum_guesses(tap: TapContext) -> Iterator[Guess]:
-    """For a module made of others, whose last step is a sum."""
-    yield from embedding_guesses(tap.before, tap.truth)
-    yield from residual_guesses(tap.before, tap.truth)
+    """Yield guesses for a module with children, whose last step is a sum."""
+    yield from embedding_guesses(tap.before, tap.exact)
+    yield from residual_guesses(tap.before, tap.exact)
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """What a LayerNorm computes, without its hooks."""
+    """Compute a LayerNorm without its hooks."""
     return nn.functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def other_weights_guesses(tap: TapContext, run: Callable[[Any], Tensor]) -> Iterator[Guess]:
-    """The same module with the parameters of another one of its kind."""
+    """Yield the module with the parameters of every other module of its type and shapes."""
     shapes = [parameter.shape for parameter in tap.module.parameters()]
     for name, module in tap.modules.items():
         if name == tap.path or type(module) is not type(tap.module):
             continue
         if [parameter.shape for parameter in module.parameters()] == shapes:
-            yield f"it has the weights of {name}", run(module)
+            yield f"weights of {name}", run(module)
 
 
 def guesses_from_other_taps(tap: TapContext) -> Iterator[Guess]:
-    """The reference's numbers at another tap."""
+    """Yield the exact values at all other taps."""
     for name, tensor in tap.taps.items():
-        if name != tap.point and tensor.shape == tap.truth.shape:
-            yield f"it is what the reference has at {name}", tensor
+        if name != tap.point and tensor.shape == tap.exact.shape:
+            yield f"same as the reference at {name}", tensor

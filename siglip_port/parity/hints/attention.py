@@ -1,4 +1,4 @@
-"""Guesses for attention: its projections, and what it makes of them."""
+"""Guesses for attention: projections, scores, softmax and heads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from siglip_port.parity.hints.guess import NARROW_DTYPES, Guess
 from siglip_port.parity.hints.layers import linear_guesses
 from siglip_port.parity.sides import dtype_name
 
+SWAPPED_HEADS = "[head_dim, heads] instead of [heads, head_dim]"
 PADDED_HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
 
 def projection_guesses(attention: nn.MultiheadAttention, part: str, x: Tensor) -> Iterator[Guess]:
-    """For q, k or v of an `nn.MultiheadAttention`, made of `x`: a Linear of a third of its rows."""
+    """Yield guesses for `part`, one of q, k and v, of an `nn.MultiheadAttention` with input `x`."""
     if attention.in_proj_weight is None:
         return
     weights = attention.in_proj_weight.chunk(3)
@@ -26,16 +27,16 @@ def projection_guesses(attention: nn.MultiheadAttention, part: str, x: Tensor) -
     yield from linear_guesses(weights[own], biases[own], x)
     for i, other in enumerate("qkv"):
         if i != own:
-            yield f"it is made with the weights of {other}", F.linear(x, weights[i], biases[i])
-            yield f"it has the bias of {other}", F.linear(x, weights[own], biases[i])
+            yield f"weight and bias of {other}", F.linear(x, weights[i], biases[i])
+            yield f"bias of {other}", F.linear(x, weights[own], biases[i])
     interleaved_weight = attention.in_proj_weight[own::3]
     interleaved_bias = attention.in_proj_bias[own::3]
     interleaved = F.linear(x, interleaved_weight, interleaved_bias)
-    yield "the fused weights read as interleaved", interleaved
+    yield "fused qkv weight read as interleaved", interleaved
 
 
 def attention_guesses(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Iterator[Guess]:
-    """For the context, [B, Q, D], of q [B, Q, D] and k and v [B, N, D]."""
+    """Yield guesses for the context [B, Q, D] of q [B, Q, D], k [B, N, D] and v [B, N, D]."""
     if q.shape[-1] % heads or q.ndim != 3:
         return
     attention = Attention(q, k, v, heads)
@@ -46,7 +47,14 @@ def attention_guesses(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Iterator[G
 
 
 class Attention:
-    """Attention on given queries, keys and values, computed one way or another."""
+    """Variants of attention on the same queries, keys and values.
+
+    Args:
+        q: queries, [B, Q, D].
+        k: keys, [B, N, D].
+        v: values, [B, N, D].
+        heads: number of heads.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> None:
         self.q = q
@@ -61,54 +69,54 @@ class Attention:
         self.scores = self.products * self.scale
 
     def with_scale(self, scale: float) -> Tensor:
-        """The context with another scale."""
+        """Return the context with another scale of the scores."""
         return self.from_scores(self.products * scale)
 
     def from_scores(self, scores: Tensor) -> Tensor:
-        """The context of other scores."""
+        """Return the context for scores [B, H, Q, N]."""
         return self.from_weights(scores.softmax(-1))
 
     def from_weights(self, weights: Tensor) -> Tensor:
-        """The context of other attention weights."""
+        """Return the context for attention weights [B, H, Q, N]."""
         return merge_heads(weights @ self.values)
 
     def with_heads(self, heads: int) -> Tensor:
-        """The context with another number of heads."""
+        """Return the context with another number of heads."""
         q, k, v = (split_heads(x, heads) for x in (self.q, self.k, self.v))
         scores = q @ k.mT * (self.width // heads) ** -0.5
         return merge_heads(scores.softmax(-1) @ v)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, N, D] -> [B, H, N, D/H]."""
+    """Split heads: [B, N, D] -> [B, H, N, D/H]."""
     split: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
     return split
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """[B, H, N, D/H] -> [B, N, D]."""
+    """Merge heads: [B, H, N, D/H] -> [B, N, D]."""
     return x.transpose(1, 2).flatten(2)
 
 
 def scale_guesses(attention: Attention) -> Iterator[Guess]:
-    """Other scales of the scores."""
+    """Yield contexts with other scales of the scores."""
     scales = {
-        "attention not scaled": 1.0,
-        "attention scaled by 1 / sqrt(width of all heads)": attention.width**-0.5,
-        "attention scaled by 1 / sqrt(number of heads)": attention.heads**-0.5,
-        "attention scaled twice": 1 / attention.head_dim,
-        "attention scaled by sqrt(head_dim)": attention.head_dim**0.5,
+        "attention scores not scaled by 1/sqrt(head_dim)": 1.0,
+        "attention scaled by 1/sqrt(embed_dim) instead of 1/sqrt(head_dim)": attention.width**-0.5,
+        "attention scaled by 1/sqrt(num_heads) instead of 1/sqrt(head_dim)": attention.heads**-0.5,
+        "attention scaled twice by 1/sqrt(head_dim)": 1 / attention.head_dim,
+        "attention scaled by sqrt(head_dim) instead of its inverse": attention.head_dim**0.5,
     }
     for label, scale in scales.items():
         yield label, attention.with_scale(scale)
     for head_dim in PADDED_HEAD_DIMS:
         if head_dim > attention.head_dim:
-            label = f"attention scaled for a head_dim padded to {head_dim}"
+            label = f"attention scaled by 1/sqrt({head_dim}), the padded head_dim"
             yield label, attention.with_scale(head_dim**-0.5)
 
 
 def mask_guesses(attention: Attention) -> Iterator[Guess]:
-    """Keys that are hidden."""
+    """Yield contexts with masks."""
     queries, keys = attention.scores.shape[-2:]
     query = torch.arange(queries, device=attention.scores.device)[:, None]
     key = torch.arange(keys, device=attention.scores.device)[None]
@@ -122,20 +130,21 @@ def mask_guesses(attention: Attention) -> Iterator[Guess]:
 
 
 def softmax_guesses(attention: Attention) -> Iterator[Guess]:
-    """Another softmax, or one in a narrower dtype."""
+    """Yield contexts with another softmax, or one in a narrower dtype."""
     scores = attention.scores
-    yield "softmax over the queries", attention.from_weights(scores.softmax(-2))
+    yield "softmax over queries instead of keys", attention.from_weights(scores.softmax(-2))
     plus_one = F.pad(scores, (0, 1)).softmax(-1)[..., :-1]
-    yield "softmax with one added to the sum", attention.from_weights(plus_one)
+    yield "softmax with 1 added to the denominator", attention.from_weights(plus_one)
     for dtype in (*NARROW_DTYPES, torch.float32):
-        label = f"softmax in {dtype_name(dtype)}"
-        yield label, attention.from_weights(scores.to(dtype).softmax(-1).double())
+        name = dtype_name(dtype)
+        weights = scores.to(dtype).softmax(-1).double()
+        yield f"softmax in {name}", attention.from_weights(weights)
         rounded = scores.softmax(-1).to(dtype).double()
-        yield f"{label}, of scores in float64", attention.from_weights(rounded)
+        yield f"attention weights rounded to {name}", attention.from_weights(rounded)
 
 
 def head_guesses(attention: Attention) -> Iterator[Guess]:
-    """Another number of heads, or heads that are split or merged another way."""
+    """Yield contexts with another number of heads, or another way to split or merge them."""
     width = attention.width
     for heads in range(1, width + 1):
         if heads != attention.heads and width % heads == 0:
@@ -147,21 +156,21 @@ def head_guesses(attention: Attention) -> Iterator[Guess]:
     context = attention.scores.softmax(-1) @ attention.values
     queries = context.shape[-2]
     untransposed = context.flatten(1).unflatten(1, (queries, -1))
-    yield "heads merged without the transpose", untransposed
-    yield "heads merged as (width, head)", context.permute(0, 2, 3, 1).flatten(2)
+    yield "heads merged without transpose", untransposed
+    yield f"heads merged as {SWAPPED_HEADS}", context.permute(0, 2, 3, 1).flatten(2)
     yield from split_guesses(attention)
 
 
 def split_guesses(attention: Attention) -> Iterator[Guess]:
-    """Heads that are split another way."""
+    """Yield contexts with another way to split heads."""
     inputs = (attention.q, attention.k, attention.v)
     scale = attention.scale
     if attention.q.shape[1] == attention.k.shape[1]:
         shape = (len(attention.q), attention.heads, -1, attention.head_dim)
         q, k, v = (x.reshape(shape) for x in inputs)
         context = (q @ k.mT * scale).softmax(-1) @ v
-        yield "heads split without the transpose", merge_heads(context)
+        yield "heads split without transpose", merge_heads(context)
     q, k, v = (x.unflatten(-1, (-1, attention.heads)).permute(0, 3, 1, 2) for x in inputs)
     context = (q @ k.mT * scale).softmax(-1) @ v
-    yield "heads split as (width, head)", merge_heads(context)
-    yield "heads split and merged as (width, head)", context.permute(0, 2, 3, 1).flatten(2)
+    yield f"heads split as {SWAPPED_HEADS}", merge_heads(context)
+    yield f"heads split and merged as {SWAPPED_HEADS}", context.permute(0, 2, 3, 1).flatten(2)

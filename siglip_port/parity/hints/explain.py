@@ -1,4 +1,4 @@
-"""The hint for a tap or an output that differs."""
+"""Hints for taps and outputs that differ."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from siglip_port.parity.sides import cast
 
 
 def explain_tap(run: ReferenceRun, point: str, value: Tensor) -> str:
-    """The hint for a tap that differs.
+    """Return the hint for a tap that differs; empty if no known bug explains it.
 
     Args:
-        run: of the reference, which is run again to see what its module there is given.
-        point: the tap, in the reference's names.
-        value: what the port had there, given right inputs.
+        run: run of the reference, which is repeated to get the input of its module at the tap.
+        point: tap, by the reference's name.
+        value: the port's value at the tap, teacher-forced.
     """
     model = run.reference.module
     inputs: list[Tensor] = []
 
-    def keep_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def save_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for tensor in (*args, *kwargs.values()):
             if isinstance(tensor, Tensor):
                 inputs.append(tensor.clone())
 
     module = model.get_submodule(point.partition(":")[0])
-    handle = module.register_forward_pre_hook(keep_inputs, with_kwargs=True)
+    handle = module.register_forward_pre_hook(save_inputs, with_kwargs=True)
     try:
         with cast(model, run.dtype, torch.float64):
             run.reference.run(run.exact_inputs)
@@ -51,20 +51,18 @@ def explain(
     taps: Mapping[str, Tensor],
     value: Tensor,
 ) -> str:
-    """Say what the port's value at a tap looks like, given right inputs.
-
-    Empty where it looks like nothing known.
+    """Return the hint for the port's value at a tap; empty if no known bug explains it.
 
     Args:
-        reference: the module in float64, for its parameters.
-        point: the tap, in its names.
-        module_input: what the reference's module there was given, if anything.
-        taps: the truth at all taps.
-        value: what the port had.
+        reference: reference in float64.
+        point: tap, by the reference's name.
+        module_input: input of the reference's module at the tap, if any.
+        taps: exact values at all taps.
+        value: the port's value at the tap, teacher-forced.
     """
-    truth = taps[point]
-    if value.shape != truth.shape:
-        return f"its shape is {list(value.shape)}, expected {list(truth.shape)}"
+    exact = taps[point]
+    if value.shape != exact.shape:
+        return f"shape {list(value.shape)}, expected {list(exact.shape)}"
     tap = TapContext(dict(reference.named_modules()), point, module_input, taps)
     with torch.inference_mode():
         if isinstance(tap.module, nn.LayerNorm) and module_input is not None and not tap.part:
@@ -72,11 +70,11 @@ def explain(
             if hint:
                 return hint
         guesses = itertools.chain(guesses_at(tap), guesses_from_other_taps(tap))
-        return first_match(guesses, value) or explain_pattern(value, truth)
+        return first_match(guesses, value) or explain_pattern(value, exact)
 
 
-def explain_output(value: Tensor, truth: Tensor) -> str:
-    """The same for an output, of which nothing more is known."""
-    if value.shape != truth.shape:
-        return f"its shape is {list(value.shape)}"
-    return explain_pattern(value, truth)
+def explain_output(value: Tensor, exact: Tensor) -> str:
+    """Return the hint for an output that differs; empty if no known bug explains it."""
+    if value.shape != exact.shape:
+        return f"shape {list(value.shape)}, expected {list(exact.shape)}"
+    return explain_pattern(value, exact)

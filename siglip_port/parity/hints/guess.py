@@ -1,4 +1,4 @@
-"""A guess at a bug, and whether it is right."""
+"""Guesses at a bug, and the test whether one is right."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 from siglip_port.parity.metrics import relative_error
 
 MATCH = 1e-8
-"""How near a guess must come to the port's values, as a relative error."""
+"""Largest relative error between a guess and the port's values."""
 
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
 
 Guess = tuple[str, Tensor]
-"""What a bug is called, and what the reference's numbers would be with it."""
+"""Name of a bug, and the reference's values with that bug."""
 
 
 def matches(candidate: Tensor, value: Tensor) -> bool:
-    """Whether a guess gives the port's values."""
+    """Whether a guess reproduces the port's values."""
     return relative_error(candidate, value) < MATCH
 
 
 def first_match(guesses: Iterable[Guess], value: Tensor) -> str:
-    """The name of the first guess that gives the port's values; empty if none does."""
+    """Return the name of the first guess that reproduces the port's values; empty if none does."""
     for label, candidate in guesses:
         if candidate.shape == value.shape and matches(candidate, value):
             return label
@@ -32,5 +32,5 @@ def first_match(guesses: Iterable[Guess], value: Tensor) -> str:
 
 
 def round_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to a dtype and back."""
+    """Cast to a dtype and back."""
     return tensor.to(dtype).to(tensor.dtype)

@@ -1,4 +1,4 @@
-"""The hint for a tensor of parameters that is not the reference's."""
+"""Hints for tensors of weights that differ."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from siglip_port.parity.sides import dtype_name
 
 
 def explain_weight(value: Tensor, name: str, reference: Mapping[str, Tensor]) -> str:
-    """Say what a tensor looks like; empty where it looks like nothing known.
+    """Return the hint for a tensor; empty if no known bug explains it.
 
     Args:
-        value: the port's, of the shape of the reference's.
-        name: in the reference.
-        reference: all its tensors.
+        value: the port's tensor, of the same shape as the reference's.
+        name: name in the reference's `state_dict`.
+        reference: the reference's `state_dict`.
     """
-    truth = reference[name]
+    exact = reference[name]
     if not value.any():
-        return "all zero: not loaded?"
+        return "all zeros (not loaded?)"
     for other, tensor in reference.items():
         if other != name and tensor.shape == value.shape and tensors_equal(tensor, value):
-            return f"it is {other}"
-    if is_square(value) and torch.equal(value.T, truth):
+            return f"same as {other}"
+    if is_square(value) and torch.equal(value.T, exact):
         return "transposed"
     for dtype in (*NARROW_DTYPES, torch.float32):
-        if torch.equal(round_to(truth, dtype), value):
+        if torch.equal(round_to(exact, dtype), value):
             return f"rounded to {dtype_name(dtype)}"
-    differs = value != truth
+    differs = value != exact
     if not value[differs].any():
-        return f"{int(differs.sum())} elements are zero: a truncated file?"
-    return explain_order(value, truth) or explain_scale(value, truth)
+        return f"{int(differs.sum())} elements are zero (truncated file?)"
+    return explain_order(value, exact) or explain_scale(value, exact)
 
 
 def is_square(tensor: Tensor) -> bool:
-    """Whether it is a matrix with as many rows as columns."""
+    """Whether a tensor is a square matrix."""
     return tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
 
 
-def explain_order(value: Tensor, truth: Tensor) -> str:
-    """Say whether the numbers are the truth's in another order."""
-    if torch.equal(sorted_columns(value), sorted_columns(truth)):
-        return "the same rows in another order"
-    if torch.equal(value.flatten().sort().values, truth.flatten().sort().values):
-        return "the same numbers in another order"
+def explain_order(value: Tensor, exact: Tensor) -> str:
+    """Detect permuted rows or elements."""
+    if torch.equal(sorted_columns(value), sorted_columns(exact)):
+        return "rows permuted"
+    if torch.equal(value.flatten().sort().values, exact.flatten().sort().values):
+        return "elements permuted"
     return ""
 
 
 def sorted_columns(tensor: Tensor) -> Tensor:
-    """Every column sorted for itself; the rows are along the first axis."""
+    """Sort every column; rows are along the first axis."""
     rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
     return rows.sort(dim=0).values

@@ -1,7 +1,7 @@
-"""What a comparison found, for people and for programs.
+"""Reports of a comparison: JSON, Markdown, JUnit XML and HTML.
 
-The JSON is the source of truth; Markdown, JUnit's XML and the HTML page are made of it. The page is
-in `siglip_port.parity.report.html`, which needs jinja2 (torch brings it).
+All others are rendered from the JSON report. The HTML page is in `siglip_port.parity.report.html`,
+which needs jinja2, a dependency of torch.
 """
 
 from siglip_port.parity.report.baseline import against_baseline

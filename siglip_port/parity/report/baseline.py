@@ -1,4 +1,4 @@
-"""Compares a report with an earlier one."""
+"""Compare a report with an earlier one."""
 
 from __future__ import annotations
 
@@ -8,40 +8,44 @@ MAX_LINES = 3
 
 
 def against_baseline(report: Json, baseline: Json) -> list[str]:
-    """What became of an earlier report's measurements: lines to print.
+    """Compare the measurements of a report with those of an earlier one.
 
-    A pass that has grown is worth a look.
+    Args:
+        report: JSON report.
+        baseline: earlier JSON report.
+
+    Returns:
+        Lines to print: counts, another verdict, and the largest increases, even within the bounds.
 
     Raises:
         ValueError: the earlier report has another schema.
     """
     if baseline.get("schema") != SCHEMA:
         raise ValueError(
-            f"the baseline has schema {baseline.get('schema')!r}, expected {SCHEMA}; write it anew"
+            f"the baseline has schema {baseline.get('schema')!r}, expected {SCHEMA}; write it "
+            "again with --json"
         )
-    now = shares_by_place(report)
-    before = shares_by_place(baseline)
+    now = bound_ratios(report)
+    before = bound_ratios(baseline)
     common = now.keys() & before.keys()
     lines = [
-        f"against the baseline: {len(common)} figures in both, {len(now) - len(common)} new, "
-        f"{len(before) - len(common)} gone"
+        f"measurements against the baseline: {len(common)} in both, {len(now) - len(common)} new, "
+        f"{len(before) - len(common)} removed"
     ]
     if report["equal"] != baseline["equal"]:
-        lines.append(f"  the verdict was: {baseline['verdict']}")
-    grown = [place for place in common if now[place] > before[place]]
-    grown.sort(key=lambda place: (now[place] - before[place], place), reverse=True)
-    for place in grown[:MAX_LINES]:
-        lines.append(
-            f"  {', '.join(place)}: {before[place]:.2g} of its bound before, {now[place]:.2g} now"
-        )
+        lines.append(f"  verdict of the baseline: {baseline['verdict']}")
+    increased = [place for place in common if now[place] > before[place]]
+    increased.sort(key=lambda place: (now[place] - before[place], place), reverse=True)
+    for place in increased[:MAX_LINES]:
+        lines.append(f"  {', '.join(place)}: error/bound {now[place]:.2g}, was {before[place]:.2g}")
     return lines
 
 
-def shares_by_place(report: Json) -> dict[tuple[str, ...], float]:
-    """The share of its bound that every measurement takes up, by its address."""
-    shares: dict[tuple[str, ...], float] = {}
+def bound_ratios(report: Json) -> dict[tuple[str, ...], float]:
+    """Return error / bound of every measurement, by checkpoint, weights, run and point."""
+    ratios: dict[tuple[str, ...], float] = {}
     for section, gate in section_gates(report):
         for item in gate["measurements"]:
             place = (section["name"], section["weights"], item["run"], item["reference"])
-            shares[place] = float(item["share"])
-    return shares
+            ratios[place] = float(item["bound_ratio"])
+    return ratios

@@ -1,4 +1,4 @@
-"""Numbers as texts, for the page."""
+"""Format numbers for the HTML page."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 
 def format_value(value: object) -> str:
-    """A value of a report as text.
+    """Format a value of a report.
 
-    Near 1 are cosines, whose last digits are the point. Of other numbers, the first digits are.
+    Numbers near 1 are cosines and get 12 digits, all others 2.
     """
     if isinstance(value, float):
         return f"{value:.12g}" if 0.9 < value < 1.1 else f"{value:.2g}"
@@ -21,16 +21,16 @@ def format_value(value: object) -> str:
 
 
 def format_cosine(distance: float) -> str:
-    """A cosine, given 1 - cosine."""
+    """Format a cosine, given 1 - cosine."""
     return f"1 - {distance:.1e}" if 0 < distance < 1e-3 else f"{1 - distance:.6g}"
 
 
-def format_times(times: float) -> str:
-    """How many times as large something is."""
-    return f"{times:,.0f}" if times >= 100 else f"{times:.3g}"
+def format_factor(factor: float) -> str:
+    """Format a factor such as error / bound."""
+    return f"{factor:,.0f}" if factor >= 100 else f"{factor:.3g}"
 
 
 def to_float(value: float | str) -> float:
-    """A number of a report, in which NaN and infinity are texts; NaN counts as infinite."""
+    """Convert a number of a report, where NaN and infinity are strings; NaN becomes infinity."""
     number = float(value)
     return math.inf if math.isnan(number) else number

@@ -1,4 +1,4 @@
-"""Heat maps of 1 - cosine over the image, patch by patch: what to draw. The template draws it."""
+"""Layout of the heat maps of 1 - cosine per patch; the template draws them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from siglip_port.parity.report.format import format_cosine, to_float
 from siglip_port.parity.report.json_report import Json
 
 COLORS = ((13, 8, 135), (126, 3, 168), (204, 71, 120), (248, 149, 64), (240, 249, 33))
-"""Red, green and blue from the lowest value to the highest."""
+"""RGB colors from the lowest value to the highest."""
 
 NOT_FINITE = "#888"
 FIXED_SCALE = (-16.0, 0.0)
@@ -21,9 +21,9 @@ class Cell:
     """One patch.
 
     Attributes:
-        row: of the grid.
-        column: of it.
-        color: of CSS.
+        row: row in the grid.
+        column: column in the grid.
+        color: CSS color.
         value: 1 - cosine.
     """
 
@@ -35,14 +35,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """One map.
+    """One heat map.
 
     Attributes:
-        title: what its scale is.
-        cells: row by row.
-        legend: colors from the lowest value to the highest.
-        low: the lowest value.
-        high: the highest one.
+        title: title, with the kind of scale.
+        cells: patches, row by row.
+        legend: CSS colors from the lowest value to the highest.
+        low: lowest value of the scale.
+        high: highest value of the scale.
     """
 
     title: str
@@ -54,14 +54,14 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Patches:
-    """How alike the vectors of every patch are.
+    """Cosine similarity per patch.
 
     Attributes:
-        mean: of the cosines, as text.
-        smallest: of them, as text.
-        remark: what they tell, and what they do not.
-        side: of the image, in patches; not whole where pixels beyond the last one belong to none.
-        maps: on a scale that is always the same, and on this report's own.
+        mean: mean cosine, formatted.
+        smallest: smallest cosine, formatted.
+        remark: how to read the cosines.
+        side: side of the image in patches; fractional if the image is not a multiple of the patch.
+        maps: heat maps with a fixed scale, and with the scale of this report.
     """
 
     mean: str
@@ -72,13 +72,13 @@ class Patches:
 
 
 def distances_of(report: Json) -> list[float]:
-    """1 - cosine of every patch, row by row."""
+    """Return 1 - cosine of every patch, row by row."""
     patches = report.get("patches") or {}
     return [max(1 - float(cosine), 0.0) for cosine in patches.get("cosine", [])]
 
 
 def build_patches(report: Json) -> Patches | None:
-    """Lay out the maps of a report; None where no cosine is finite."""
+    """Lay out the heat maps of a report; None if no cosine is finite."""
     distances = distances_of(report)
     finite = [distance for distance in distances if math.isfinite(distance)]
     if not finite:
@@ -91,7 +91,7 @@ def build_patches(report: Json) -> Patches | None:
     maps = [build_map("1 - cosine, fixed scale", distances, grid, *FIXED_SCALE)]
     logs = [math.log10(distance) for distance in finite if distance > 0]
     if logs:
-        title = "1 - cosine, this report's own scale"
+        title = "1 - cosine, scaled to this report"
         maps.append(build_map(title, distances, grid, min(logs), max(logs)))
     return Patches(
         mean=format_cosine(sum(finite) / len(finite)),
@@ -103,7 +103,7 @@ def build_patches(report: Json) -> Patches | None:
 
 
 def build_map(title: str, distances: list[float], grid: int, low: float, high: float) -> HeatMap:
-    """Lay out one map, on a scale between two powers of ten."""
+    """Lay out one heat map, with a scale from 10**low to 10**high."""
     cells = []
     for i, distance in enumerate(distances):
         cells.append(Cell(i // grid, i % grid, color_of(distance, low, high), distance))
@@ -115,21 +115,21 @@ def build_map(title: str, distances: list[float], grid: int, low: float, high: f
 
 
 def color_of(value: float, low: float, high: float) -> str:
-    """The larger a value, the brighter and the less transparent."""
+    """Return a CSS color: larger values are brighter and more opaque."""
     if not math.isfinite(value):
         return NOT_FINITE
-    share = share_of_scale(value, low, high)
-    i = min(int(share * (len(COLORS) - 1)), len(COLORS) - 2)
-    part = share * (len(COLORS) - 1) - i
+    position = position_on_scale(value, low, high)
+    i = min(int(position * (len(COLORS) - 1)), len(COLORS) - 2)
+    part = position * (len(COLORS) - 1) - i
     channels = [
         round(start + (end - start) * part)
         for start, end in zip(COLORS[i], COLORS[i + 1], strict=True)
     ]
-    return f"rgba({','.join(map(str, channels))},{0.1 + 0.7 * share:.2f})"
+    return f"rgba({','.join(map(str, channels))},{0.1 + 0.7 * position:.2f})"
 
 
-def share_of_scale(value: float, low: float, high: float) -> float:
-    """Where a value lies between two powers of ten, from 0 to 1."""
+def position_on_scale(value: float, low: float, high: float) -> float:
+    """Return the position of a value between 10**low and 10**high, from 0 to 1."""
     if value == 0:
         return 0.0
     if high == low:
@@ -138,16 +138,16 @@ def share_of_scale(value: float, low: float, high: float) -> float:
 
 
 def remark(distances: list[float], equal: bool) -> str:
-    """What the cosines tell, and what they do not."""
+    """Explain how to read the cosines."""
     largest = max(map(to_float, distances))
     if largest == 0:
-        return "All are exactly 1."
+        return "All cosines are exactly 1."
     if not math.isfinite(largest):
-        return "Those that are gray are not finite."
+        return "Gray patches are not finite."
     if largest >= 1e-3:
         return ""
     digits = -math.ceil(math.log10(largest))
-    rest = "what remains is rounding"
+    rest = "the rest is rounding"
     if not equal:
-        rest = "yet the two differ: an error e takes only e²/2 from a cosine"
-    return f"All are 1 to {digits} digits; {rest}. No gate rests on cosines."
+        rest = "yet the models differ: a relative error e lowers a cosine by only e²/2"
+    return f"All cosines are 1 to {digits} digits; {rest}. No gate depends on cosines."

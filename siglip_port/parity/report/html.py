@@ -1,7 +1,6 @@
-"""The report as one page that explains itself: no script, no font, no file beside it.
+"""HTML report: one self-contained page, without scripts, fonts or other files.
 
-It is made of the JSON report alone. This module computes what the page says; the text itself is in
-`templates/`.
+It is rendered from the JSON report. This module computes the data; the text is in `templates/`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import jinja2
 from torch import Tensor
 
 from siglip_port.parity.gates import MEANING
-from siglip_port.parity.report.format import format_times, format_value, to_float
+from siglip_port.parity.report.format import format_factor, format_value, to_float
 from siglip_port.parity.report.heat_map import build_patches, distances_of
 from siglip_port.parity.report.json_report import Json, section_gates
 from siglip_port.parity.report.plot import Plot, Series, build_plot
@@ -31,15 +30,17 @@ FORCED_RUN = "float64, teacher-forced"
 COLORS = {FREE_RUN: "c0", FORCED_RUN: "c1", "bfloat16": "c3", "float16": "c4"}
 OTHER_COLOR = "c2"
 
+MEASUREMENT_KEYS = ("error", "bound", "reference_error", "worst_vector_ratio")
+"""JSON keys of the numbers of a `Measurement`, in its order."""
+
 
 def image_data_uri(pixel_values: Tensor) -> str:
-    """An image as a PNG inside a data URI.
+    """Encode an image as a PNG data URI.
 
     Args:
-        pixel_values: [C, S, S], floats in [-1, 1]; of other than 3 channels, the first is drawn in
-            gray.
+        pixel_values: pixels [C, H, W] in [-1, 1]; unless C is 3, the first channel in gray.
     """
-    from PIL import Image  # not needed to import this module
+    from PIL import Image  # optional for all other reports
 
     levels = (pixel_values.detach().cpu().float() + 1) * 127.5
     levels = levels.nan_to_num().round().clamp(0, 255).byte()
@@ -50,11 +51,11 @@ def image_data_uri(pixel_values: Tensor) -> str:
 
 
 def render_page(report: Json, image: str) -> str:
-    """The whole page.
+    """Render the page.
 
     Args:
-        report: the JSON report (see `siglip_port.parity.report.json_report.to_json`).
-        image: what `image_data_uri` returned for the first image; empty for none.
+        report: JSON report (see `siglip_port.parity.report.json_report.to_json`).
+        image: data URI of the first image (see `image_data_uri`); empty for none.
     """
     gates = [gate for _, gate in section_gates(report)]
     findings = list(map(finding_row, report["findings"]))
@@ -75,13 +76,13 @@ def render_page(report: Json, image: str) -> str:
         findings_open=findings[:MAX_FINDINGS_OPEN],
         findings_folded=findings[MAX_FINDINGS_OPEN:],
         outputs=output_table(report),
-        records=records(report),
+        details=details(report),
     )
 
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """Where the templates are, and how they are read: everything is escaped."""
+    """Return the jinja2 environment of the templates, with autoescaping."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("siglip_port.parity.report"),
         autoescape=True,
@@ -95,26 +96,26 @@ def environment() -> jinja2.Environment:
 
 
 def section_title(section: Json) -> str:
-    """A checkpoint, and what weights it has."""
+    """Return the title of a section: checkpoint and weights."""
     return f"{section['name']} ({section['weights']})"
 
 
 def measurements_of(gate: Json) -> list[Measurement]:
-    """The measurements of a gate. What is not finite is a text in JSON."""
+    """Return the measurements of a gate. NaN and infinity are strings in JSON."""
     measurements = []
     for item in gate["measurements"]:
-        numbers = [float(item[key]) for key in ("error", "bound", "noise", "worst")]
+        numbers = [float(item[key]) for key in MEASUREMENT_KEYS]
         measurement = Measurement(item["run"], item["reference"], item["port"], *numbers)
         measurements.append(measurement)
     return measurements
 
 
-# --- what differs ---------------------------------------------------------------------------------
+# --- findings -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A large number, and what it is."""
+    """Large number with a label."""
 
     number: str
     label: str
@@ -122,12 +123,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class FirstDifference:
-    """The first finding: the best address that there is of what makes the two differ.
+    """First finding, which has the most precise location.
 
     Attributes:
-        place: the module, tensor or output.
-        finding: of the report.
-        tiles: its error, and that beside its bound.
+        place: module, tensor or output.
+        finding: finding of the report.
+        tiles: error, bound, and error / bound.
     """
 
     place: str
@@ -136,25 +137,25 @@ class FirstDifference:
 
 
 def first_difference(report: Json) -> FirstDifference | None:
-    """What is shown large; None where nothing differs."""
+    """Return the first finding; None if nothing differs."""
     if report["equal"] or not report["findings"]:
         return None
     finding = report["findings"][0]
-    place = finding["reference"] or finding["port"] or finding["what"]
+    place = finding["reference"] or finding["port"] or finding["message"]
     error = float(finding["error"])
     tiles = []
     if math.isfinite(error):
         tiles.append(Tile(f"{error:.1e}", "relative error"))
     bound = bound_of(report, finding)
     if bound is not None:
-        times = error / bound if bound else math.inf
-        tiles.append(Tile(f"{bound:.1e}", "may be at most"))
-        tiles.append(Tile(format_times(times), "times what it may be"))
+        factor = error / bound if bound else math.inf
+        tiles.append(Tile(f"{bound:.1e}", "bound"))
+        tiles.append(Tile(format_factor(factor), "times the bound"))
     return FirstDifference(place, finding, tiles)
 
 
 def bound_of(report: Json, finding: Json) -> float | None:
-    """The bound of the measurement that a finding is about, if there is one."""
+    """Return the bound of the measurement of a finding; None without one."""
     for section, gate in section_gates(report):
         if (section["name"], gate["name"]) != (finding["section"], finding["gate"]):
             continue
@@ -167,11 +168,11 @@ def bound_of(report: Json, finding: Json) -> float | None:
 
 @dataclass(frozen=True)
 class FindingRow:
-    """One row of the table of findings.
+    """Row of the table of findings.
 
     Attributes:
-        finding: of the report.
-        error: its relative error; empty where there is none.
+        finding: finding of the report.
+        error: relative error, formatted; empty if there is none.
     """
 
     finding: Json
@@ -179,89 +180,91 @@ class FindingRow:
 
 
 def finding_row(finding: Json) -> FindingRow:
-    """One finding, its error as text."""
+    """Format the error of a finding."""
     error = float(finding["error"])
     return FindingRow(finding, "" if math.isnan(error) else f"{error:.1e}")
 
 
-# --- the table of gates ---------------------------------------------------------------------------
+# --- gates ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class LargestShare:
-    """How much of its bound a gate uses at most.
+class LargestError:
+    """Largest error of a gate, relative to its bound.
 
     Attributes:
-        share: 1 is all of it.
-        measurement: of the report, where it is.
+        bound_ratio: error / bound.
+        measurement: measurement of the report.
     """
 
-    share: float
+    bound_ratio: float
     measurement: Json
 
     @property
     def percent(self) -> float:
-        """The share in percent, at most 100."""
-        return 100 * min(self.share, 1)
+        """Error / bound in percent, at most 100."""
+        return 100 * min(self.bound_ratio, 1)
 
 
 @dataclass(frozen=True)
 class GateRow:
-    """One row of the table of gates.
+    """Row of the table of gates.
 
     Attributes:
-        gate: of the report.
-        question: that it answers.
+        gate: gate of the report.
+        question: question that the gate answers.
         result: `passed` or `failed`.
-        largest: None for a gate that does not measure.
+        largest: largest error; None for a gate that does not measure.
     """
 
     gate: Json
     question: str
     result: str
-    largest: LargestShare | None
+    largest: LargestError | None
 
 
 @dataclass(frozen=True)
 class GateSection:
-    """The gates of one checkpoint."""
+    """Gates of one checkpoint."""
 
     title: str
     rows: list[GateRow]
 
 
 def gate_section(section: Json) -> GateSection:
-    """The gates of one checkpoint."""
+    """Return the rows of the gates of one checkpoint."""
     rows = []
     for gate in section["gates"]:
         meaning = MEANING.get(gate["name"].split()[0])
         question = meaning.question if meaning else ""
         result = "passed" if gate["passed"] else "failed"
-        rows.append(GateRow(gate, question, result, largest_share(gate)))
+        rows.append(GateRow(gate, question, result, largest_error(gate)))
     return GateSection(section_title(section), rows)
 
 
-def largest_share(gate: Json) -> LargestShare | None:
-    """The measurement that takes up the largest share of its bound."""
+def largest_error(gate: Json) -> LargestError | None:
+    """Return the measurement with the largest error relative to its bound."""
     if not gate["measurements"]:
         return None
-    largest = max(gate["measurements"], key=lambda measurement: to_float(measurement["share"]))
-    return LargestShare(to_float(largest["share"]), largest)
+    largest = max(
+        gate["measurements"], key=lambda measurement: to_float(measurement["bound_ratio"])
+    )
+    return LargestError(to_float(largest["bound_ratio"]), largest)
 
 
 # --- plots ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A plot with a title."""
+class TitledPlot:
+    """Plot with a title."""
 
     title: str
     plot: Plot
 
 
 def measuring_sections(report: Json) -> list[Json]:
-    """The sections with measurements, the checkpoint itself first."""
+    """Return the sections with measurements, the checkpoint first."""
     sections = []
     for section in report["sections"]:
         if any(gate["measurements"] for gate in section["gates"]):
@@ -269,16 +272,16 @@ def measuring_sections(report: Json) -> list[Json]:
     return sorted(sections, key=lambda section: section["name"] != "checkpoint")
 
 
-def depth_plots(report: Json) -> list[Figure]:
-    """Errors at every tap, of every run; one plot a checkpoint."""
-    figures = []
+def depth_plots(report: Json) -> list[TitledPlot]:
+    """Plot the errors at every tap in every run; one plot per checkpoint."""
+    plots = []
     for section in measuring_sections(report):
-        figures.append(Figure(section_title(section), depth_plot(section)))
-    return figures
+        plots.append(TitledPlot(section_title(section), depth_plot(section)))
+    return plots
 
 
 def depth_plot(section: Json) -> Plot:
-    """Errors at every tap, of every run on one checkpoint."""
+    """Plot the errors at every tap in every run on one checkpoint."""
     measurements = []
     marked = []
     for gate in section["gates"]:
@@ -294,7 +297,7 @@ def depth_plot(section: Json) -> Plot:
 
 
 def run_series(run: str, measurements: list[Measurement]) -> list[Series]:
-    """The port's errors in one run, the reference's where it rounds too, and the bound."""
+    """Return the series of one run: errors of the port, rounding of the reference, and bound."""
     color = COLORS.get(run, OTHER_COLOR)
     errors = {}
     noise = {}
@@ -306,30 +309,30 @@ def run_series(run: str, measurements: list[Measurement]) -> list[Series]:
             bounds[item.reference] = item.bound
     if any(noise.values()):
         series = [
-            Series(f"{run}: the port", color, "line", errors),
-            Series(f"{run}: the reference", color, "broad", noise),
+            Series(f"{run}: port", color, "line", errors),
+            Series(f"{run}: reference", color, "broad", noise),
         ]
     else:
         series = [Series(run, color, "dots", errors)]
-    if run != FORCED_RUN:  # its bound is that of the free-running one
-        label = "bound of the float64 runs" if run == FREE_RUN else f"bound of {run}"
+    if run != FORCED_RUN:  # same bound as the free-running one
+        label = "float64 bound" if run == FREE_RUN else f"{run} bound"
         series.append(Series(label, color, "bound", bounds))
     return series
 
 
-def ratio_plots(report: Json) -> list[Figure]:
-    """The port's rounding in units of the reference's, at every tap; one plot a gate."""
-    figures = []
+def ratio_plots(report: Json) -> list[TitledPlot]:
+    """Plot the rounding errors of port / reference at every tap; one plot per gate."""
+    plots = []
     for section in measuring_sections(report):
         for gate in section["gates"]:
             if gate["name"].startswith("rounding") and gate["measurements"]:
                 title = f"{gate['name']}: {section_title(section)}"
-                figures.append(Figure(title, ratio_plot(measurements_of(gate))))
-    return figures
+                plots.append(TitledPlot(title, ratio_plot(measurements_of(gate))))
+    return plots
 
 
 def ratio_plot(measurements: list[Measurement]) -> Plot:
-    """The port's rounding in units of the reference's, at every tap."""
+    """Plot the rounding errors of port / reference at every tap."""
     bounds = {}
     inside = {}
     outside = {}
@@ -342,16 +345,16 @@ def ratio_plot(measurements: list[Measurement]) -> Plot:
             outside[item.reference] = item.ratio
     ones = dict.fromkeys((item.reference for item in measurements), 1.0)
     series = [
-        Series("1: as the reference", "c5", "line", ones),
+        Series("1: same as the reference", "c5", "line", ones),
         Series("bound", "bad", "bound", bounds),
-        Series("the port", "c0", "dots", inside),
-        Series("the port, outside its bound", "bad", "dots", outside),
+        Series("port", "c0", "dots", inside),
+        Series("port, outside its bound", "bad", "dots", outside),
     ]
     return build_plot(series, hover_texts(measurements))
 
 
 def hover_texts(measurements: Iterable[Measurement]) -> dict[str, str]:
-    """All measurements at a tap, as a text to hover."""
+    """Return the tooltip of every tap: all its measurements."""
     texts: dict[str, str] = {}
     for item in measurements:
         text = f"\n{item.run}: {format_value(item.error)}, bound {format_value(item.bound)}"
@@ -359,25 +362,25 @@ def hover_texts(measurements: Iterable[Measurement]) -> dict[str, str]:
             text += ", FAILED"
         if item.noise:
             worst = format_value(item.worst)
-            text += f"; the reference {format_value(item.noise)}, worst vector {worst} of its bound"
-        heading = f"{item.reference}\nin the port: {item.port}"
+            text += f"; reference {format_value(item.noise)}, worst vector error/bound {worst}"
+        heading = f"{item.reference}\nport: {item.port}"
         texts[item.reference] = texts.get(item.reference, heading) + text
     return texts
 
 
-# --- for the record -------------------------------------------------------------------------------
+# --- details --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Table:
-    """Texts in rows, under heads."""
+    """Table of strings."""
 
     heads: list[str]
     rows: list[list[str]]
 
 
 def output_table(report: Json) -> Table | None:
-    """Metrics that people ask for, on which no gate rests; None where there are none."""
+    """Return the table of the usual metrics; None if the report has none."""
     outputs = report.get("outputs")
     if not outputs:
         return None
@@ -386,12 +389,12 @@ def output_table(report: Json) -> Table | None:
     return Table([head.replace("_", " ") for head in heads], rows)
 
 
-def records(report: Json) -> list[tuple[str, list[tuple[str, str]]]]:
-    """All else that the report holds: titles, and names with values."""
-    records = []
+def details(report: Json) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return the remaining parts of the report: titles, and names with values."""
+    sections = []
     for key in ("provenance", "config", "environment", "reference_shapes"):
         fields = report.get(key) or {}
         if fields:
             items = [(name, format_value(value)) for name, value in fields.items()]
-            records.append((key.replace("_", " ").capitalize(), items))
-    return records
+            sections.append((key.replace("_", " ").capitalize(), items))
+    return sections

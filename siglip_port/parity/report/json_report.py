@@ -1,4 +1,4 @@
-"""The JSON report. It is the source of truth: all other reports are made of it."""
+"""The JSON report, from which all other reports are rendered."""
 
 from __future__ import annotations
 
@@ -13,21 +13,18 @@ from torch import Tensor
 from siglip_port.parity.metrics import cosine, relative_error
 from siglip_port.parity.results import Comparison, Finding, GateResult, Measurement, Section
 
-SCHEMA = 2
-"""Of the report. It changes when a key changes its meaning or goes.
-
-New keys leave it as it is.
-"""
+SCHEMA = 3
+"""Version of the JSON keys. It is raised if a key is renamed or removed, not for a new key."""
 
 Json = dict[str, Any]
 JsonValue = Any
 
 
 def to_json(comparison: Comparison, **more: object) -> Json:
-    """All results. What is not finite becomes a text, as JSON has no such numbers.
+    """Convert a comparison to JSON values; NaN and infinity become strings.
 
     Args:
-        comparison: the results.
+        comparison: results.
         more: further keys, such as environment and provenance.
     """
     findings = []
@@ -49,39 +46,47 @@ def to_json(comparison: Comparison, **more: object) -> Json:
 
 
 def section_to_json(section: Section) -> Json:
-    """The gates of one checkpoint."""
+    """Convert the gates of one checkpoint."""
     gates = [gate_to_json(gate) for gate in section.gates]
     return {"name": section.name, "weights": section.weights, "gates": gates}
 
 
 def gate_to_json(gate: GateResult) -> Json:
-    """The result of one gate."""
+    """Convert the result of one gate."""
     return {
         "name": gate.name,
         "checked": gate.checked,
         "bound": gate.bound,
         "findings": [finding_to_json(finding) for finding in gate.findings],
         "measurements": [measurement_to_json(item) for item in gate.measurements],
-        "unseen": gate.unseen,
-        "islands": gate.float32_upcasts,
+        "uncompared_taps": gate.uncompared_taps,
+        "float32_upcasts": gate.float32_upcasts,
         "passed": gate.passed,
     }
 
 
 def measurement_to_json(measurement: Measurement) -> Json:
-    """One measurement, and the share of its bound that it takes up."""
-    fields = dataclasses.asdict(measurement)
-    return {**fields, "passed": measurement.passed, "share": measurement.share}
+    """Convert one measurement."""
+    return {
+        "run": measurement.run,
+        "reference": measurement.reference,
+        "port": measurement.port,
+        "error": measurement.error,
+        "bound": measurement.bound,
+        "bound_ratio": measurement.bound_ratio,
+        "reference_error": measurement.noise,
+        "worst_vector_ratio": measurement.worst,
+        "passed": measurement.passed,
+    }
 
 
 def finding_to_json(finding: Finding) -> Json:
-    """One finding."""
-    fields = dataclasses.asdict(finding)
-    return {"what": fields.pop("message"), **fields}
+    """Convert one finding."""
+    return dataclasses.asdict(finding)
 
 
 def finite(value: object) -> JsonValue:
-    """Turn what JSON does not know into texts, NaN and infinity among them."""
+    """Convert values that JSON does not support, such as NaN and infinity, to strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
@@ -94,23 +99,23 @@ def finite(value: object) -> JsonValue:
 
 
 def dumps(report: Json) -> str:
-    """The JSON as text."""
+    """Serialize a report."""
     return json.dumps(report, indent=1, allow_nan=False) + "\n"
 
 
 def section_gates(report: Json) -> Iterator[tuple[Json, Json]]:
-    """Every gate of a report, with the section that it belongs to."""
+    """Yield every gate of a report, with its section."""
     for section in report["sections"]:
         for gate in section["gates"]:
             yield section, gate
 
 
 def output_metrics(port: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> list[Json]:
-    """Metrics that people ask for, of every output; no gate rests on them.
+    """Compute the usual metrics of every output. No gate depends on them.
 
     Args:
-        port: its outputs.
-        reference: its outputs, in the same dtype.
+        port: outputs of the port.
+        reference: outputs of the reference, in the same dtype.
     """
     metrics = []
     for name, expected in reference.items():
@@ -125,7 +130,7 @@ def output_metrics(port: Mapping[str, Tensor], reference: Mapping[str, Tensor]) 
                 "shape": list(value.shape),
                 "cosine_mean": float(cosines.mean()),
                 "cosine_min": float(cosines.min()),
-                "max_abs": float(difference.abs().max()),
+                "max_abs_diff": float(difference.abs().max()),
                 "relative_error": relative_error(value, expected),
                 "norm_ratio": float(value.double().norm() / expected.double().norm()),
             }

@@ -1,4 +1,4 @@
-"""The report for CI, in JUnit's format."""
+"""JUnit XML report, for CI."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from siglip_port.parity.report.json_report import Json, section_gates
 
 
 def to_junit(report: Json) -> str:
-    """Write a report as XML: one test case a gate and checkpoint.
+    """Render a report as JUnit XML: one test case per checkpoint and gate.
 
     Args:
-        report: the JSON report.
+        report: JSON report.
     """
     gates = list(section_gates(report))
     failures = sum(not gate["passed"] for _, gate in gates)
@@ -31,7 +31,7 @@ def to_junit(report: Json) -> str:
 
 
 def findings_of(report: Json, section: Json, gate: Json) -> list[str]:
-    """The texts of the findings of one gate in one section."""
+    """Return the findings of one gate in one section, as text."""
     address = (section["name"], gate["name"])
     findings = report["findings"]
     return [item["text"] for item in findings if (item["section"], item["gate"]) == address]
@@ -39,6 +39,6 @@ def findings_of(report: Json, section: Json, gate: Json) -> list[str]:
 
 def add_failure(case: ElementTree.Element, findings: list[str]) -> None:
     """Mark a test case as failed."""
-    message = findings[0] if findings else "checked nothing"
+    message = findings[0] if findings else "gate checked nothing"
     failure = ElementTree.SubElement(case, "failure", message=message)
     failure.text = "\n".join(findings)

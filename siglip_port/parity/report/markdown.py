@@ -1,4 +1,4 @@
-"""The report for a pull request or an issue."""
+"""Markdown report, for pull requests and issues."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from siglip_port.parity.results import MAX_FINDINGS_SHOWN
 
 
 def to_markdown(report: Json) -> str:
-    """Write a report as Markdown.
+    """Render a report as Markdown.
 
     Args:
-        report: the JSON report.
+        report: JSON report.
     """
     title = "equal" if report["equal"] else "DIFFERENT"
     lines = [f"# Parity: {title}", "", report["verdict"], ""]
@@ -24,15 +24,15 @@ def to_markdown(report: Json) -> str:
 
 
 def finding_lines(findings: list[Json]) -> list[str]:
-    """A table of the first findings."""
+    """Return the table of the first findings."""
     lines = [
-        "## What differs",
+        "## Findings",
         "",
-        "| gate | where (reference) | where (port) | relative error | what |",
+        "| gate | reference | port | relative error | finding |",
         "|---|---|---|---|---|",
     ]
     for finding in findings[:MAX_FINDINGS_SHOWN]:
-        message = finding["what"]
+        message = finding["message"]
         if finding["hint"]:
             message += f"; looks like: {finding['hint']}"
         message = message.replace("|", "\\|")
@@ -46,26 +46,26 @@ def finding_lines(findings: list[Json]) -> list[str]:
 
 
 def gate_lines(report: Json) -> list[str]:
-    """A table of all gates."""
+    """Return the table of all gates."""
     lines = [
         "## Gates",
         "",
-        "| checkpoint | gate | checked | largest share of its bound | bound | result |",
+        "| checkpoint | gate | checks | largest error/bound | bound | result |",
         "|---|---|---|---|---|---|",
     ]
     for section, gate in section_gates(report):
-        shares = [float(measurement["share"]) for measurement in gate["measurements"]]
-        share = format_value(max(shares)) if shares else ""
+        ratios = [float(measurement["bound_ratio"]) for measurement in gate["measurements"]]
+        largest = format_value(max(ratios)) if ratios else ""
         result = "passed" if gate["passed"] else "**failed**"
         lines.append(
             f"| {section['name']}, {section['weights']} | {gate['name']} | {gate['checked']} | "
-            f"{share} | {gate['bound']} | {result} |"
+            f"{largest} | {gate['bound']} | {result} |"
         )
     return lines
 
 
 def list_lines(title: str, items: Json | list[Json]) -> list[str]:
-    """A section with one line an item."""
+    """Return a section with one line per item."""
     lines = ["", f"## {title}", ""]
     for item in items if isinstance(items, list) else [items]:
         fields = ", ".join(f"{name} {format_value(value)}" for name, value in item.items())
@@ -74,5 +74,5 @@ def list_lines(title: str, items: Json | list[Json]) -> list[str]:
 
 
 def format_value(value: object) -> str:
-    """A value as text, numbers with four digits."""
+    """Format a value; floats with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
-"""Plots of one number a tap: what to draw where. The template draws it.
+"""Layout of plots with one value per tap; the template draws them.
 
-Taps from left to right, powers of ten from bottom to top, and lanes for 0, inf and nan, which have
-no logarithm.
+Taps run from left to right, powers of ten from bottom to top; 0, inf and nan, which have no
+logarithm, get lanes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-DRAWING_ORDER = ("bound", "broad", "line", "dots")  # one over the other
+DRAWING_ORDER = ("bound", "broad", "line", "dots")  # from back to front
 
 LEFT = 78.0
 TOP = 44.0
@@ -22,13 +22,13 @@ CHARACTER_WIDTH = 7
 
 @dataclass(frozen=True)
 class Series:
-    """One number for each tap.
+    """Values of one legend entry.
 
     Attributes:
-        name: for the legend.
-        color: a class of the style sheet.
-        kind: how it is drawn, one of `DRAWING_ORDER`.
-        values: by tap.
+        name: name in the legend.
+        color: CSS class of the color.
+        kind: kind of marks, one of `DRAWING_ORDER`.
+        values: values by tap.
     """
 
     name: str
@@ -38,32 +38,32 @@ class Series:
 
     @property
     def has_zeros(self) -> bool:
-        """Whether it has a lane for zeros."""
+        """Whether a value is 0, so that the series needs a lane."""
         return 0.0 in self.values.values()
 
     @property
     def is_finite(self) -> bool:
-        """Whether all its values are."""
+        """Whether all values are finite."""
         return all(map(math.isfinite, self.values.values()))
 
     @property
     def is_constant(self) -> bool:
-        """Whether all its values are the same."""
+        """Whether all values are the same."""
         first = next(iter(self.values.values()))
         return all(math.isclose(first, value) for value in self.values.values())
 
 
 @dataclass(frozen=True)
 class Label:
-    """A text in a plot.
+    """Text in a plot.
 
     Attributes:
-        x: of its anchor.
-        y: of its baseline.
-        text: what it says.
-        anchor: SVG's `text-anchor`.
-        css: its class in the style sheet.
-        angle: in degrees.
+        x: position of the anchor.
+        y: position of the baseline.
+        text: text.
+        anchor: SVG `text-anchor`.
+        css: CSS class.
+        angle: rotation in degrees.
     """
 
     x: float
@@ -76,14 +76,14 @@ class Label:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of full height.
+    """Rectangle of full height.
 
     Attributes:
-        x: its left edge.
-        width: of it.
-        label: in it; None for none.
+        x: left edge.
+        width: width.
+        label: label, if any.
         striped: whether it is filled.
-        text: to hover.
+        text: tooltip.
     """
 
     x: float
@@ -95,12 +95,12 @@ class Box:
 
 @dataclass(frozen=True)
 class Line:
-    """A path.
+    """Path.
 
     Attributes:
-        css: its classes in the style sheet.
-        path: SVG's `d`.
-        label: at it; None for none.
+        css: CSS classes.
+        path: SVG `d`.
+        label: label, if any.
     """
 
     css: str
@@ -110,21 +110,21 @@ class Line:
 
 @dataclass
 class Plot:
-    """All that is drawn.
+    """Elements of a plot.
 
     Attributes:
-        legend: class and text of every series.
-        view_box: of the drawing: left, top, width, height.
-        min_width: of the drawing in pixels.
-        top: of the plane in which the series are drawn.
-        bottom: of it.
-        blocks: what the taps belong to.
-        guides: lines of the powers of ten.
-        labels: of the lanes.
-        lines: of the series.
-        arrows: where they stand.
-        arrow_label: at the first of them.
-        columns: one a tap, with a text to hover.
+        legend: CSS classes and text of every series.
+        view_box: SVG `viewBox`: left, top, width, height.
+        min_width: minimum width in pixels.
+        top: top of the plotting area.
+        bottom: bottom of the plotting area.
+        blocks: blocks of taps.
+        guides: grid lines at powers of ten.
+        labels: labels of the lanes.
+        lines: paths of the series.
+        arrows: x of the arrows.
+        arrow_label: label of the first arrow.
+        columns: one column per tap, with a tooltip.
     """
 
     legend: list[tuple[str, str]]
@@ -147,9 +147,9 @@ def build_plot(
     """Lay out a plot.
 
     Args:
-        series: those without values are left out.
-        hover_texts: a text for each tap.
-        marked: taps that get an arrow, the first of which is named.
+        series: series to draw; those without values are skipped.
+        hover_texts: tooltip of each tap.
+        marked: taps with an arrow; the first one is labeled.
     """
     taps = TapAxis(tap_names(series))
     drawn = [one for one in series if one.values]
@@ -174,7 +174,7 @@ def build_plot(
 
 
 def tap_names(series: list[Series]) -> list[str]:
-    """All taps, in the order in which the series have them."""
+    """Return the taps of all series, in order of first appearance."""
     names: dict[str, None] = {}
     for one in series:
         names |= dict.fromkeys(one.values)
@@ -183,13 +183,13 @@ def tap_names(series: list[Series]) -> list[str]:
 
 @dataclass
 class TapAxis:
-    """Where the taps lie from left to right, block by block.
+    """Horizontal axis: taps, block by block.
 
     Attributes:
-        names: of the taps.
-        x: their centers.
-        blocks: label, left and right edge of what they belong to.
-        right: the end of the axis.
+        names: names of the taps.
+        x: center of each tap.
+        blocks: label, left and right edge of each block.
+        right: right end of the axis.
     """
 
     names: Sequence[str]
@@ -213,13 +213,13 @@ class TapAxis:
 
     @property
     def label_height(self) -> float:
-        """The room for the labels of the blocks, which are turned where they do not fit."""
+        """Height of the labels of the blocks, which are rotated if they do not fit."""
         fits = all(fitting_end(block, right - left) for block, left, right in self.blocks)
         return 28 if fits else 76
 
 
 def block_of(name: str) -> str:
-    """What a tap belongs to: its path up to the first number, else the first part of it."""
+    """Return the block of a tap: its path up to the first number, or the first part of it."""
     numbered = re.match(r"(?:[^.:]+\.)*?\d+(?=[.:]|$)", name)
     if numbered:
         return numbered[0]
@@ -227,7 +227,7 @@ def block_of(name: str) -> str:
 
 
 def fitting_end(path: str, width: float) -> str:
-    """As much of the end of a path as has room; empty if not even its last part has."""
+    """Return the longest end of a path that fits; empty if not even the last part does."""
     parts = path.split(".")
     for i in range(len(parts)):
         end = ".".join(parts[i:])
@@ -238,12 +238,12 @@ def fitting_end(path: str, width: float) -> str:
 
 @dataclass(frozen=True)
 class ErrorAxis:
-    """Powers of ten from bottom to top.
+    """Vertical axis: powers of ten.
 
     Attributes:
-        low: the lowest power.
-        high: the highest one.
-        decade: the height of one.
+        low: lowest power.
+        high: highest power.
+        decade: height of one power.
     """
 
     low: int
@@ -252,7 +252,7 @@ class ErrorAxis:
 
     @classmethod
     def fit(cls, series: list[Series]) -> ErrorAxis:
-        """The axis that has room for all values that have a logarithm."""
+        """Return the axis that contains all positive finite values."""
         logs = []
         for one in series:
             logs += [math.log10(value) for value in one.values.values() if 0 < value < math.inf]
@@ -262,16 +262,16 @@ class ErrorAxis:
 
     @property
     def bottom(self) -> float:
-        """Where the lowest power lies."""
+        """Position of the lowest power."""
         return TOP + self.decade * (self.high - self.low)
 
     def y(self, value: float) -> float:
-        """Where a positive number lies."""
+        """Return the position of a positive value."""
         return TOP + self.decade * (self.high - math.log10(value))
 
 
 class Plane:
-    """The plane of a plot: taps across, errors up, and a lane for the zeros of every series."""
+    """Plotting area, with a lane for the zeros of every series that has any."""
 
     def __init__(self, taps: TapAxis, errors: ErrorAxis, series: list[Series]) -> None:
         self.taps = taps
@@ -283,7 +283,7 @@ class Plane:
             self.bottom += LANE_HEIGHT * len(self.lanes) + 10
 
     def y(self, one: Series, value: float) -> float:
-        """Where a value of a series lies."""
+        """Return the position of a value of a series."""
         if not math.isfinite(value):
             return TOP - 8
         if value <= 0:
@@ -291,7 +291,7 @@ class Plane:
         return self.errors.y(value)
 
     def blocks(self) -> list[Box]:
-        """The blocks, every second one filled."""
+        """Return the blocks, every other one filled."""
         boxes = []
         for i, (block, left, right) in enumerate(self.taps.blocks):
             label = block_label(block, left, right, self.bottom + 16)
@@ -299,7 +299,7 @@ class Plane:
         return boxes
 
     def guides(self) -> list[Line]:
-        """A line at each power of ten for which there is room."""
+        """Return grid lines at powers of ten, at least 18 units apart."""
         lines = []
         for power in range(
             self.errors.low, self.errors.high + 1, math.ceil(18 / self.errors.decade)
@@ -311,7 +311,7 @@ class Plane:
         return lines
 
     def lane_labels(self) -> list[Label]:
-        """What the lanes mean, where there are any."""
+        """Return the labels of the lanes."""
         labels = []
         if self.lanes:
             y = (self.errors.bottom + self.bottom) / 2 + 8
@@ -321,7 +321,7 @@ class Plane:
         return labels
 
     def line(self, one: Series) -> Line:
-        """The path of a series. A bound or line of one value goes from edge to edge."""
+        """Return the path of a series; a constant bound or line spans the whole width."""
         css = f"{one.kind} {one.color}"
         if one.kind not in ("bound", "line") or not one.is_constant:
             return Line(css, self.path(one))
@@ -333,7 +333,7 @@ class Plane:
         return Line(css, self.horizontal(y), label)
 
     def path(self, one: Series) -> str:
-        """SVG's path through all values: joined where both ends have a logarithm, else dots."""
+        """Return the SVG path through all values, joined between positive finite values."""
         path = ""
         is_drawing = False
         for name, value in one.values.items():
@@ -347,12 +347,12 @@ class Plane:
         return path
 
     def horizontal(self, y: float) -> str:
-        """SVG's path from the left edge to the right one."""
+        """Return the SVG path from the left to the right edge."""
         return f"M{LEFT},{y:.1f}H{self.taps.right:.1f}"
 
 
 def block_label(block: str, left: float, right: float, y: float) -> Label:
-    """The label of a block below the plot; turned, and cut off, where it does not fit."""
+    """Return the label of a block, rotated and shortened if it does not fit."""
     center = (left + right) / 2
     text = fitting_end(block, right - left)
     if text:
@@ -362,7 +362,7 @@ def block_label(block: str, left: float, right: float, y: float) -> Label:
 
 
 def arrow_label(taps: TapAxis, arrows: list[str]) -> Label | None:
-    """The name of the first tap that has an arrow, inside the drawing."""
+    """Return the label of the first arrow, moved inside the plot."""
     if not arrows:
         return None
     name = arrows[0]
@@ -371,7 +371,7 @@ def arrow_label(taps: TapAxis, arrows: list[str]) -> Label | None:
 
 
 def columns(taps: TapAxis, hover_texts: Mapping[str, str]) -> list[Box]:
-    """A column for each tap, from the middle of one gap to that of the next."""
+    """Return a column per tap, between the midpoints to its neighbors."""
     middles = [(left + right) / 2 for left, right in itertools.pairwise(taps.x.values())]
     edges = itertools.pairwise([LEFT, *middles, taps.right])
     boxes = []
@@ -381,7 +381,7 @@ def columns(taps: TapAxis, hover_texts: Mapping[str, str]) -> list[Box]:
 
 
 def legend_entry(one: Series) -> tuple[str, str]:
-    """Class and text of a series. Bounds are named in the plot."""
+    """Return CSS classes and text of a series in the legend. Bounds are labeled in the plot."""
     text = one.name
     zeros = sum(value == 0 for value in one.values.values())
     if zeros:

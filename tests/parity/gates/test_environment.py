@@ -29,14 +29,17 @@ def test_training_mode() -> None:
     model.norm.train()
     gate = check_environment({"port": model})
     assert [finding.message for finding in gate.findings] == [
-        "1 modules of the port are in training mode, first norm; call eval()"
+        "the port is in training mode (modules: 1, first norm); call eval()"
     ]
 
 
 def test_several_dtypes() -> None:
     model = ToyEncoder()
     model.norm.double()
-    assert "2 dtypes" in check_environment({"port": model}).findings[0].message
+    assert check_environment({"port": model}).findings[0].message == (
+        "the port's parameters have 2 dtypes (torch.float32, torch.float64), expected one; call "
+        "to(dtype)"
+    )
 
 
 def test_autocast() -> None:
@@ -47,10 +50,10 @@ def test_autocast() -> None:
 @pytest.mark.usefixtures("restored_switches")
 def test_matmul_precision() -> None:
     torch.set_float32_matmul_precision("high")
-    assert messages() == ["the float32 matmul precision is high, expected highest"]
+    assert messages() == ["torch.get_float32_matmul_precision() is high, expected highest"]
 
 
 @pytest.mark.usefixtures("restored_switches")
 def test_default_dtype() -> None:
     torch.set_default_dtype(torch.float64)
-    assert messages() == ["the default dtype is torch.float64, expected torch.float32"]
+    assert messages() == ["torch.get_default_dtype() is torch.float64, expected torch.float32"]

@@ -35,27 +35,27 @@ def test_equal_models_pass() -> None:
     assert runs == ["float64, free-running"] * 4 + ["float64, teacher-forced"] * 4
 
 
-def test_only_the_wrong_step_is_named() -> None:
-    """What follows is right, given right inputs."""
+def test_only_the_wrong_step_is_reported() -> None:
+    """Later steps agree in the teacher-forced run."""
     port = ToyEncoder()
     with torch.no_grad():
         assert port.conv.bias is not None
         port.conv.bias.zero_()
     gate = check(port)
     assert places(gate) == ["conv"]
-    assert gate.findings[0].hint == "no bias"
+    assert gate.findings[0].hint == "convolution without bias"
     errors = {m.reference: m.error for m in gate.measurements if m.run == "float64, free-running"}
     assert all(error > 1e-3 for error in errors.values())
 
 
-def test_hints_only_where_asked_for() -> None:
+def test_max_hints() -> None:
     port = ToyEncoder()
     port.norm.eps = 1e-3
     assert check(port).findings[0].hint == "eps 0.001 instead of 1e-05"
     assert check(port, max_hints=0).findings[0].hint == ""
 
 
-def test_output_that_differs_after_all_taps() -> None:
+def test_difference_after_the_last_tap() -> None:
     port = ToyEncoder()
     port.register_forward_hook(lambda _, args, output: output * 2)
     gate = check(port)
@@ -63,7 +63,7 @@ def test_output_that_differs_after_all_taps() -> None:
     assert gate.findings[0].hint == "scaled by 2"
 
 
-def test_nan_is_named() -> None:
+def test_nan_is_located() -> None:
     port = ToyEncoder()
     port.norm.register_forward_hook(lambda _, args, output: output * math.nan)
     assert places(check(port)) == ["norm"]
@@ -75,33 +75,33 @@ def without_norm_module(self: ToyEncoder, x: Tensor) -> Tensor:
 
 
 class FusedEncoder(ToyEncoder):
-    """Does not call its norm."""
+    """Does not call its `norm` module."""
 
     forward = without_norm_module
 
 
-def test_fused_module_passes_and_is_unseen() -> None:
+def test_fused_module_passes_and_is_uncompared() -> None:
     gate = check(FusedEncoder())
     assert gate.passed
-    assert gate.unseen == ("norm:input", "norm")
+    assert gate.uncompared_taps == ("norm:input", "norm")
 
 
-def test_fused_module_that_is_wrong_is_named_once() -> None:
+def test_wrong_fused_module_is_reported_once() -> None:
     port = FusedEncoder()
     port.norm.eps = 1e-3
     gate = check(port)
     assert places(gate) == ["norm", "output"]
     assert gate.findings[0].message == "the port never calls this module"
-    assert gate.unseen == ()
+    assert gate.uncompared_taps == ()
 
 
 def test_missing_output() -> None:
     port = Side(ToyEncoder(), lambda module, x: {})
     gate = check_numerics(port, reference_run(), TAPS)
-    assert gate.findings[0].message == "the port does not return it"
+    assert gate.findings[0].message == "the port does not return this output"
 
 
-def test_float32_step_is_told_from_a_bug_of_its_size() -> None:
+def test_float32_step_differs_from_a_bug_of_its_size() -> None:
     port = ToyEncoder()
     port.norm.register_forward_hook(lambda _, args, output: output.float().to(output.dtype))
     gate = check(port)

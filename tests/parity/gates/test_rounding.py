@@ -24,8 +24,8 @@ def test_rounding_is_bounded_by_that_of_the_reference() -> None:
     assert gate.measurements[0].ratio > 100
 
 
-def test_where_the_reference_is_exact_so_must_be_the_port() -> None:
-    """A step without rounding has no noise to hide behind."""
+def test_port_must_be_exact_where_the_reference_is() -> None:
+    """The bound is 0 if the reference does not round."""
 
     def round_up(_: nn.Module, args: object, output: Tensor) -> Tensor:
         return output * (1 + 2**-23) if output.dtype == torch.float32 else output
@@ -42,8 +42,8 @@ def test_where_the_reference_is_exact_so_must_be_the_port() -> None:
     assert check_numerics(Side(port), run, taps).passed
 
 
-def test_one_coarse_vector_among_many() -> None:
-    """The relative error of the whole hides it; that of the worst vector does not."""
+def test_single_vector_outside_its_bound() -> None:
+    """The overall relative error does not show it; that of the worst vector does."""
 
     def spoil_one_vector(_: nn.Module, args: object, output: Tensor) -> Tensor:
         output = output.clone()

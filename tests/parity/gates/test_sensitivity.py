@@ -12,17 +12,17 @@ from siglip_port.parity.results import GateResult
 from siglip_port.parity.sides import Side
 from tests.parity.toy_models import ToyEncoder, toy_images
 
-Fault = Callable[[Tensor, Tensor], Tensor]
-"""Changes an output, given the input."""
+Bug = Callable[[Tensor, Tensor], Tensor]
+"""Function (input, output) -> wrong output."""
 
 
 def check(port: Side) -> GateResult:
     return check_sensitivity(port, Side(ToyEncoder()), toy_images())
 
 
-def faulty_model(fault: Fault) -> ToyEncoder:
+def broken_model(bug: Bug) -> ToyEncoder:
     model = ToyEncoder()
-    model.register_forward_hook(lambda _, args, output: fault(args[0], output))
+    model.register_forward_hook(lambda _, args, output: bug(args[0], output))
     return model
 
 
@@ -57,22 +57,22 @@ def test_equal_models_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("bug", "message"),
     [
-        (add_noise, "is another one each time"),
-        (leak_between_images, "of a batch is not that of its images one by one"),
-        (repeat_first_image, "it is the same for every input"),
-        (read_ignored_pixel, "matter to one side and not to the other"),
-        (drop_last_token, "matter to one side and not to the other"),
-        (return_nan, "output is not finite"),
+        (add_noise, "differs between two runs"),
+        (leak_between_images, "differs between a batch and its examples run one by one"),
+        (repeat_first_image, "same output for every example"),
+        (read_ignored_pixel, "positions of input 0 that affect only one side: "),
+        (drop_last_token, "positions of input 0 that affect only one side: "),
+        (return_nan, "contains NaN or infinity"),
     ],
 )
-def test_faults(fault: Fault, message: str) -> None:
-    findings = check(Side(faulty_model(fault))).findings
+def test_bugs(bug: Bug, message: str) -> None:
+    findings = check(Side(broken_model(bug))).findings
     assert any(message in finding.message for finding in findings), findings
 
 
-def test_parameters_that_change_nothing() -> None:
+def test_unused_parameters() -> None:
     model = ToyEncoder()
     model.surplus = nn.Linear(3, 3)
     findings = check(Side(model)).findings
@@ -88,8 +88,8 @@ def test_port_without_gradients_passes() -> None:
     assert check(Side(ToyEncoder(), call_without_gradients)).passed
 
 
-def test_faults_of_a_port_without_gradients() -> None:
-    model = faulty_model(drop_last_token)
+def test_bugs_of_a_port_without_gradients() -> None:
+    model = broken_model(drop_last_token)
     model.surplus = nn.Linear(3, 3)
     findings = check(Side(model, call_without_gradients)).findings
     places = {finding.port for finding in findings}

@@ -34,17 +34,17 @@ def test_single_bit(port: Tensors, reference: Tensors) -> None:
     assert messages(port, reference) == {"a": "1 of 2 elements differ"}
 
 
-def test_tensors_of_one_side(port: Tensors, reference: Tensors) -> None:
+def test_tensors_on_one_side_only(port: Tensors, reference: Tensors) -> None:
     del port["a"]
     port["c"] = torch.ones(1)
-    expected = {"a": "only the reference has it", "c": "only the port has it"}
+    expected = {"a": "only in the reference", "c": "only in the port"}
     assert messages(port, reference) == expected
 
 
 def test_shared_memory(port: Tensors, reference: Tensors) -> None:
     port["c"] = port["b"]
     reference["c"] = reference["b"]
-    assert messages(port, reference) == {"b": "these share one memory: b, c"}
+    assert messages(port, reference) == {"b": "tensors share memory: b, c"}
 
 
 def test_another_dtype(port: Tensors, reference: Tensors) -> None:

@@ -12,7 +12,7 @@ from tests.parity.toy_models import ToyEncoder, double_noise, toy_images
 
 
 def explain_layer(layer: nn.Module, x: Tensor, value: Tensor) -> str:
-    """The hint for a value of the layer alone, given its input."""
+    """Return the hint for the output of a layer."""
     return explain(nn.ModuleDict({"layer": layer}), "layer", x, {"layer": layer(x)}, value)
 
 
@@ -39,7 +39,7 @@ def test_eps_is_fitted(eps: float) -> None:
 
 
 @pytest.mark.parametrize("layer", [make_layer_norm(), make_linear(32)], ids=["norm", "linear"])
-def test_no_hint_for_what_is_merely_near(layer: nn.Module) -> None:
+def test_no_hint_for_a_value_that_is_merely_close(layer: nn.Module) -> None:
     x = double_noise(2, 5, 32)
     value = layer(x) * (1 + 1e-3 * double_noise(2, 5, 32, seed=1))
     assert explain_layer(layer, x, value) == ""
@@ -50,18 +50,18 @@ def test_linear() -> None:
     x = double_noise(2, 5, 6)
     right = linear(x)
     for value, hint in [
-        (x @ linear.weight.T, "no bias"),
+        (x @ linear.weight.T, "Linear without bias"),
         (x @ linear.weight + linear.bias, "weight transposed"),
         (x @ linear.weight.bfloat16().double().T + linear.bias, "weight rounded to bfloat16"),
-        (linear(x.half().double()), "its input rounded to float16"),
+        (linear(x.half().double()), "input rounded to float16"),
         (right.flip(1), "tokens reversed"),
         (right.roll(1, 2), "features shifted by 1"),
-        (right.transpose(1, 2).reshape(right.shape), "reshaped where it should be transposed"),
+        (right.transpose(1, 2).reshape(right.shape), "reshaped instead of transposed"),
         (right * 1.5, "scaled by 1.5"),
         (right.float().double(), "cast to float32"),
-        (right * 0, "all zero"),
-        (right / 0, "not finite"),
-        (right[:, :4], "its shape is [2, 4, 6], expected [2, 5, 6]"),
+        (right * 0, "all zeros"),
+        (right / 0, "NaN or infinity in the port"),
+        (right[:, :4], "shape [2, 4, 6], expected [2, 5, 6]"),
     ]:
         assert explain_layer(linear, x, value.detach()) == hint
 
@@ -72,31 +72,31 @@ def test_weights_of_another_layer() -> None:
     x = double_noise(2, 5, 6)
     value = layers["other"](x).detach()
     hint = explain(layers, "one", x, {"one": layers["one"](x)}, value)
-    assert hint == "it has the weights of other"
+    assert hint == "weights of other"
 
 
 def test_value_of_another_tap() -> None:
     layers = nn.ModuleDict({"a": make_layer_norm(), "b": make_layer_norm()})
     taps = {"a": double_noise(2, 5, 32, seed=1), "b": double_noise(2, 5, 32, seed=2)}
     hint = explain(layers, "b", double_noise(2, 5, 32), taps, taps["a"])
-    assert hint == "it is what the reference has at a"
+    assert hint == "same as the reference at a"
 
 
-def test_tap_is_explained_by_what_its_module_is_given() -> None:
+def test_tap_is_explained_with_the_input_of_its_module() -> None:
     model = ToyEncoder()
     run = run_reference(Side(model), toy_images(), ["conv", "norm"], torch.float32)
     norm = model.norm
     tokens = run.exact.taps["conv"].flatten(2).transpose(1, 2)
     value = nn.functional.layer_norm(tokens, (8,), norm.weight.detach().double(), None, norm.eps)
-    assert explain_tap(run, "norm", value) == "no bias"
+    assert explain_tap(run, "norm", value) == "LayerNorm bias not applied"
     assert not norm._forward_pre_hooks
     assert norm.weight.dtype == torch.float32
 
 
 def test_outputs() -> None:
-    truth = double_noise(3, 16)
-    unit = truth / truth.norm(dim=-1, keepdim=True)
-    assert explain_output(unit, truth) == "every vector scaled to length 1"
-    assert explain_output(truth.flip(0), truth) == "images reversed"
-    assert explain_output(truth[:, :3], truth) == "its shape is [3, 3]"
-    assert explain_output(double_noise(3, 16, seed=1), truth) == ""
+    exact = double_noise(3, 16)
+    unit = exact / exact.norm(dim=-1, keepdim=True)
+    assert explain_output(unit, exact) == "vectors normalized to norm 1"
+    assert explain_output(exact.flip(0), exact) == "images reversed"
+    assert explain_output(exact[:, :3], exact) == "shape [3, 3], expected [3, 16]"
+    assert explain_output(double_noise(3, 16, seed=1), exact) == ""

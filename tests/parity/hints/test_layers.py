@@ -15,20 +15,30 @@ from siglip_port.parity.hints.layers import (
 from tests.parity.toy_models import double_noise
 
 
+def tanh_gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 @pytest.mark.parametrize(
     ("function", "hint"),
     [
-        (F.gelu, "exact (erf) GELU"),
-        (F.silu, "SiLU"),
-        (lambda x: F.relu(x.half()).double(), "ReLU in float16"),
-        (lambda x: x, "no activation"),
+        (F.gelu, "exact (erf) GELU instead of tanh GELU"),
+        (F.silu, "SiLU instead of tanh GELU"),
+        (lambda x: F.relu(x.half()).double(), "ReLU in float16 instead of tanh GELU"),
+        (lambda x: tanh_gelu(x.bfloat16()).double(), "tanh GELU in bfloat16"),
+        (lambda x: x, "no activation instead of tanh GELU"),
         (torch.tanh, ""),
     ],
 )
 def test_activations(function: object, hint: str) -> None:
     x = double_noise(2, 5, 32)
     assert callable(function)
-    assert first_match(activation_guesses(x), function(x)) == hint
+    assert first_match(activation_guesses(x, tanh_gelu(x)), function(x)) == hint
+
+
+def test_activation_instead_of_an_unknown_one() -> None:
+    x = double_noise(2, 5, 32)
+    assert first_match(activation_guesses(x, torch.tanh(x)), F.gelu(x)) == "exact (erf) GELU"
 
 
 @torch.no_grad()
@@ -39,14 +49,14 @@ def test_layer_norms() -> None:
     right = norm(x)
     unit = F.layer_norm(x, (32,), eps=norm.eps)
     for value, hint in [
-        (x, "no LayerNorm"),
-        (unit, "neither gain nor bias"),
-        (unit + norm.bias, "no gain"),
-        (unit * (1 + norm.weight) + norm.bias, "gain 1 + w"),
-        (norm(right), "applied twice"),
+        (x, "LayerNorm not applied"),
+        (unit, "LayerNorm weight and bias not applied"),
+        (unit + norm.bias, "LayerNorm weight not applied"),
+        (unit * (1 + norm.weight) + norm.bias, "1 + weight instead of weight"),
+        (norm(right), "LayerNorm applied twice"),
         (
             F.rms_norm(x, (32,), norm.weight, norm.eps) + norm.bias,
-            "RMSNorm: the mean is not taken out",
+            "RMSNorm instead of LayerNorm (mean not subtracted)",
         ),
     ]:
         assert first_match(layer_norm_guesses(norm, x, right), value) == hint
@@ -58,13 +68,13 @@ def test_convolutions() -> None:
     randomize(conv)
     x = double_noise(2, 3, 6, 6)
     for pixels, hint in [
-        (x.flip(1), "channels reversed (BGR for RGB)"),
+        (x.flip(1), "channels reversed (BGR instead of RGB)"),
         (x.flip(3), "image mirrored"),
-        ((x + 1) / 2, "pixels in [0, 1]"),
+        ((x + 1) / 2, "pixels in [0, 1] instead of [-1, 1]"),
         ((x - 0.5) / 0.5, "pixels normalized twice"),
         (x.bfloat16().double(), "pixels rounded to bfloat16"),
         (((x + 1) / 2 - 0.1) / 0.2, ""),
     ]:
         assert first_match(convolution_guesses(conv, x), conv(pixels)) == hint
     no_bias: Tensor = F.conv2d(x, conv.weight, None, conv.stride)
-    assert first_match(convolution_guesses(conv, x), no_bias) == "no bias"
+    assert first_match(convolution_guesses(conv, x), no_bias) == "convolution without bias"

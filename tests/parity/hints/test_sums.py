@@ -12,12 +12,12 @@ def test_embeddings() -> None:
     columns = patches.transpose(2, 3).flatten(2).transpose(1, 2)
     transposed = table.unflatten(1, (3, 3)).transpose(1, 2).flatten(1, 2)
     for value, hint in [
-        (tokens, "no position embedding"),
+        (tokens, "position embedding not added"),
         (tokens + 2 * table, "position embedding added twice"),
-        (tokens + table[:, :1], "every token at position 0"),
+        (tokens + table[:, :1], "position 0 used for every token"),
         (tokens + table.roll(1, 1), "positions shifted by 1"),
-        (tokens + transposed, "position grid transposed (x for y)"),
-        (columns + table, "patches in columns"),
+        (tokens + transposed, "position grid transposed (x and y swapped)"),
+        (columns + table, "patches in column-major order"),
         (tokens + 3 * table, ""),
     ]:
         assert first_match(embedding_guesses({"conv": patches}, tokens + table), value) == hint
@@ -25,17 +25,17 @@ def test_embeddings() -> None:
 
 def test_residual_connections() -> None:
     taps = {name: double_noise(2, 5, 8, seed=seed) for seed, name in enumerate("abc")}
-    truth = taps["a"] + taps["c"]
+    exact = taps["a"] + taps["c"]
     for value, hint in [
-        (taps["a"], "without c"),
-        (taps["c"], "without the residual connection from a"),
-        (truth + taps["c"], "c added twice"),
-        (taps["b"] + taps["c"], "the residual connection comes from b"),
-        (truth * 2, ""),
+        (taps["a"], "c not added"),
+        (taps["c"], "no residual connection from a"),
+        (exact + taps["c"], "c added twice"),
+        (taps["b"] + taps["c"], "residual connection from b instead of a"),
+        (exact * 2, ""),
     ]:
-        assert first_match(residual_guesses(taps, truth), value) == hint
+        assert first_match(residual_guesses(taps, exact), value) == hint
 
 
-def test_no_guesses_where_nothing_adds_up() -> None:
+def test_no_guesses_without_summands() -> None:
     taps = {name: double_noise(2, 5, 8, seed=seed) for seed, name in enumerate("abc")}
     assert not list(residual_guesses(taps, double_noise(2, 5, 8, seed=9)))

@@ -10,13 +10,13 @@ def test_weights() -> None:
     truncated = a.clone()
     truncated[4:] = 0
     for value, hint in [
-        (a * 0, "all zero: not loaded?"),
-        (tensors["b"], "it is b"),
+        (a * 0, "all zeros (not loaded?)"),
+        (tensors["b"], "same as b"),
         (a.T, "transposed"),
         (a.bfloat16().float(), "rounded to bfloat16"),
-        (truncated, "12 elements are zero: a truncated file?"),
-        (a.flip(0), "the same rows in another order"),
-        (a.flip(1), "the same numbers in another order"),
+        (truncated, "12 elements are zero (truncated file?)"),
+        (a.flip(0), "rows permuted"),
+        (a.flip(1), "elements permuted"),
         (a * 2, "scaled by 2"),
         (a + tensors["b"], ""),
     ]:
@@ -26,5 +26,5 @@ def test_weights() -> None:
 def test_vectors() -> None:
     bias = float_noise(6)
     tensors = {"bias": bias}
-    assert explain_weight(bias.flip(0), "bias", tensors) == "the same rows in another order"
+    assert explain_weight(bias.flip(0), "bias", tensors) == "rows permuted"
     assert explain_weight(-bias, "bias", tensors) == "scaled by -1"

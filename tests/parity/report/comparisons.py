@@ -1,4 +1,4 @@
-"""Results for the tests of the reports."""
+"""Comparisons for the tests of the reports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from siglip_port.parity.results import Finding, GateResult, Measurement, Section
 
 
 def make_comparison(error: float = 1e-7) -> Comparison:
-    """Two gates on one checkpoint, and one measurement of `error`, whose bound is 1e-10."""
+    """Make a comparison of two gates on one checkpoint; `error` has the bound 1e-10."""
     measurement = Measurement("float64, free-running", "a.norm", "b.norm", error, 1e-10)
     finding = Finding("differs in float64", "a.norm", "b.norm", error, "eps 1e-05 | <odd>")
     findings = (finding,) if error > 1e-10 else ()
@@ -15,4 +15,4 @@ def make_comparison(error: float = 1e-7) -> Comparison:
         GateResult("weights", 3, "equality"),
         GateResult("numerics", 7, "1e-10: why", findings, (measurement,)),
     )
-    return Comparison((Section("tower", "N1", gates),), "random weights")
+    return Comparison((Section("encoder", "N1", gates),), "random weights")

@@ -28,7 +28,7 @@ RUNS = ("float64, free-running", "float64, teacher-forced")
 
 
 class Reader(HTMLParser):
-    """Reads a page; an unbalanced tag, or anything that a browser would fetch, is an error."""
+    """Parses a page; unbalanced tags and external resources are errors."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -62,14 +62,17 @@ class Reader(HTMLParser):
 
 
 def read_text(report: Json) -> str:
-    """What the page of a report says."""
+    """Return the text of the page of a report."""
     return " ".join(Reader(render_page(report, "")).text.split())
 
 
 def make_report(error: float = 0.0, *, findings: int = 0, rounded: float = 1e-7) -> Json:
-    """A report on two gates that measure.
+    """Make a report of two gates that measure.
 
-    `error` is that of the last tap in float64, `rounded` that in float32.
+    Args:
+        error: error of the last tap in float64.
+        findings: number of findings.
+        rounded: error of the last tap in float32.
     """
     *others, last = TAPS
     numerics = [Measurement(run, tap, f"port.{tap}", 0.0, 1e-10) for run in RUNS for tap in others]
@@ -78,7 +81,7 @@ def make_report(error: float = 0.0, *, findings: int = 0, rounded: float = 1e-7)
     rounding.append(Measurement("float32", last, f"port.{last}", rounded, 3e-7, 1e-7, 0.2))
     finding = Finding("differs", last, f"port.{last}", error, SCRIPT)
     gates = (
-        GateResult("weights", 3, "equality of every bit"),
+        GateResult("weights", 3, "bitwise equality"),
         GateResult("numerics", len(numerics), "1e-10", (finding,) * findings, tuple(numerics)),
         GateResult("rounding float32", len(rounding), "3 x", (), tuple(rounding)),
     )
@@ -90,20 +93,20 @@ def make_report(error: float = 0.0, *, findings: int = 0, rounded: float = 1e-7)
         outputs=[
             {"point": "tokens", "shape": [2, 4, 8], "cosine_min": 0.999999999, SCRIPT: SCRIPT}
         ],
-        provenance={"commit": None, "files": [], "dropped": {"name": SCRIPT}},
+        provenance={"commit": None, "files": [], "ignored": {"name": SCRIPT}},
         patches={"grid": 2, "cosine": [1.0, 0.5, 1 - 1e-9, 1.0000000000000002]},
     )
 
 
 @pytest.mark.parametrize("findings", [0, 1, 25])
-def test_page_is_whole_and_alone(findings: int) -> None:
+def test_page_is_well_formed_and_self_contained(findings: int) -> None:
     report = make_report(1e-3 * findings, findings=findings)
     page = render_page(report, image_data_uri(torch.zeros(3, 28, 28)))
     tags = Reader(page).tags
     assert not {"script", "link", "img", "iframe"} & set(tags)
     assert not any(text in page for text in ("http", "url(", "@import", "src="))
     assert page.startswith("<!DOCTYPE html>\n")
-    assert page.count("data:image/png") == 1  # the maps use the one image, whatever their number
+    assert page.count("data:image/png") == 1  # shared by all heat maps
     assert tags.count("image") == 1
     assert tags.count("use") == 2
 
@@ -111,7 +114,7 @@ def test_page_is_whole_and_alone(findings: int) -> None:
 @pytest.mark.parametrize(
     "broken", ["<p><b></p>", "<p>", "</p>", '<img src="//x.org/y.png">', '<i id="a" id="b"></i>']
 )
-def test_reader_refuses_broken_pages(broken: str) -> None:
+def test_reader_rejects_broken_pages(broken: str) -> None:
     with pytest.raises((AssertionError, IndexError)):
         Reader(broken)
 
@@ -120,7 +123,9 @@ def test_text_is_escaped() -> None:
     report = make_report(1e-3, findings=1)
     for key in ("verdict", "weights"):
         report[key] = SCRIPT
-    report["findings"][0] |= dict.fromkeys(("section", "gate", "what", "reference", "port"), SCRIPT)
+    report["findings"][0] |= dict.fromkeys(
+        ("section", "gate", "message", "reference", "port"), SCRIPT
+    )
     for section in report["sections"]:
         section |= {"name": SCRIPT, "weights": SCRIPT}
         for gate in section["gates"]:
@@ -136,21 +141,24 @@ def test_text_is_escaped() -> None:
     assert Reader(page).text.count(SCRIPT) > 20
 
 
-def test_page_of_equality() -> None:
+def test_page_of_equal_models() -> None:
     text = read_text(make_report())
     assert "✓ Equal" in text
-    assert "part ways" not in text
+    assert "First difference" not in text
     assert "4 of 5" not in text
 
 
-def test_page_of_a_difference() -> None:
+def test_page_of_different_models() -> None:
     text = read_text(make_report(1e-3, findings=2))
     assert "✗ Different" in text
-    place = text[text.index("part ways") :]
-    addresses = [place.index("encoder.layers.1"), place.index("port.encoder.layers.1")]
-    assert addresses == sorted(addresses)
-    assert addresses[1] < place.index("10,000,000")
-    assert "3 of 5" in text  # the finding is in the checkpoint, and in the small model
+    text_after = text[text.index("First difference") :]
+    positions = [
+        text_after.index("encoder.layers.1"),
+        text_after.index("port: port.encoder.layers.1"),
+        text_after.index("10,000,000"),
+    ]
+    assert positions == sorted(positions)
+    assert "3 of 5" in text  # the checkpoint and the small model each have the finding
 
 
 def test_zeros_are_drawn_and_counted() -> None:
@@ -162,7 +170,7 @@ def test_zeros_are_drawn_and_counted() -> None:
     assert page.count("(4 of 5 exactly 0)") == 4  # two runs of two checkpoints
 
 
-def test_what_is_outside_its_bound_is_red() -> None:
+def test_error_outside_its_bound_is_red() -> None:
     assert "outside its bound" not in render_page(make_report(rounded=3e-7), "")
     page = render_page(make_report(rounded=3.1e-7), "")
     assert "outside its bound" in page
@@ -178,7 +186,7 @@ def test_extreme_numbers(error: float, noise: float) -> None:
     report = make_report(error, findings=1, rounded=error)
     for section in report["sections"]:
         for measurement in section["gates"][-1]["measurements"]:
-            measurement["noise"] = noise if math.isfinite(noise) else str(noise)
+            measurement["reference_error"] = noise if math.isfinite(noise) else str(noise)
             measurement["bound"] = str(3 * noise)
     report["patches"]["cosine"] = ["nan", "inf", "-inf", 1.0]
     report["outputs"][0]["cosine_min"] = "nan"
@@ -186,36 +194,36 @@ def test_extreme_numbers(error: float, noise: float) -> None:
     assert math.isfinite(error) or "inf or nan" in text
 
 
-def test_no_lane_for_numbers_that_are_finite() -> None:
+def test_no_lane_for_finite_values() -> None:
     assert "inf or nan" not in read_text(make_report(1e-3, findings=1))
 
 
 @pytest.mark.parametrize(
     "key", ["config", "patches", "outputs", "provenance", "environment", "reference_shapes"]
 )
-def test_keys_may_be_missing(key: str) -> None:
+def test_optional_keys(key: str) -> None:
     report = make_report(1e-3, findings=1)
     read_text(report | {key: None})
     report.pop(key, None)
     read_text(report)
 
 
-def test_page_of_nothing() -> None:
-    assert "no gate was run" in read_text(to_json(Comparison(())))
+def test_page_without_gates() -> None:
+    assert "no gate ran" in read_text(to_json(Comparison(())))
 
 
-def test_findings_without_a_module() -> None:
+def test_findings_without_module() -> None:
     gates = (
         GateResult("sensitivity", 1, "equality", (Finding("two runs differ"),)),
         GateResult("numerics", 0, "1e-10"),
     )
-    text = read_text(to_json(Comparison((Section("Tower", "as given", gates),))))
+    text = read_text(to_json(Comparison((Section("Encoder", "as given", gates),))))
     assert "gate numerics checked nothing" in text
     assert "two runs differ" in text
-    assert "nan" not in text  # there is no error to speak of
+    assert "nan" not in text  # the finding has no error
 
 
-def test_page_is_always_the_same() -> None:
+def test_page_is_deterministic() -> None:
     report = make_report(1e-3, findings=3)
     original = copy.deepcopy(report)
     page = render_page(report, "data:")
@@ -225,19 +233,19 @@ def test_page_is_always_the_same() -> None:
 
 
 def test_many_findings_are_folded() -> None:
-    few = render_page(make_report(1e-3, findings=10), "")  # each is in both checkpoints
+    few = render_page(make_report(1e-3, findings=10), "")  # each in both checkpoints
     many = render_page(make_report(1e-3, findings=11), "")
     assert "2 more" not in few
     assert "2 more" in many
-    assert few.count("<code>encoder") == 21  # the first is also on top
+    assert few.count("<code>encoder") == 21  # the first also at the top
     assert many.count("<code>encoder") == 23
 
 
 @pytest.mark.parametrize(
     ("cosine", "text"),
     [
-        ([1.0] * 4, "All are exactly 1."),
-        ([1.0, 1.0, 1.0, 1 - 2e-9], "All are 1 to 8 digits"),
+        ([1.0] * 4, "All cosines are exactly 1."),
+        ([1.0, 1.0, 1.0, 1 - 2e-9], "All cosines are 1 to 8 digits"),
         ([1.0, 1.0, 1.0, 0.5], "smallest 0.5"),
         ([1.0, 1.0, "nan", 1.0], "not finite"),
         (["nan"] * 4, "No cosine is finite"),
@@ -248,10 +256,10 @@ def test_cosines_of_patches(cosine: list[float | str], text: str) -> None:
     report["patches"]["cosine"] = cosine
     page_text = read_text(report)
     assert text in page_text
-    assert ("what remains is rounding" in page_text) == ("digits" in text)
+    assert ("the rest is rounding" in page_text) == ("digits" in text)
 
 
-def test_image_that_is_no_multiple_of_its_patches() -> None:
+def test_image_is_not_a_multiple_of_its_patches() -> None:
     page = render_page(make_report(), "data:")
     assert 'viewBox="0 0 2.07143 2.07143"' in page  # 29 pixels, patches of 14
     assert page.count("row 1, column 1:") == 2
@@ -270,7 +278,7 @@ def test_image_data_uri(channels: int) -> None:
 
 def test_image_keeps_its_colors_and_rows() -> None:
     values = torch.full((3, 2, 2), -1.0)
-    values[2, 0, 1] = 1.0  # blue, above on the right
+    values[2, 0, 1] = 1.0  # blue, top right
     image = open_data_uri(image_data_uri(values))
     assert image.getpixel((1, 0)) == (0, 0, 255)
     assert image.getpixel((0, 1)) == (0, 0, 0)

@@ -11,7 +11,7 @@ from siglip_port.parity.results import Comparison, GateResult, Section
 from tests.parity.report.comparisons import make_comparison
 
 
-def test_json_holds_all_results_as_json_numbers() -> None:
+def test_json_contains_no_nan_or_infinity() -> None:
     report = to_json(make_comparison(math.inf), environment={"threads": 2})
     content = json.loads(dumps(report), parse_constant=pytest.fail)
     assert content["schema"] == SCHEMA
@@ -20,34 +20,36 @@ def test_json_holds_all_results_as_json_numbers() -> None:
     assert content["findings"][0]["error"] == "inf"
     numerics = content["sections"][0]["gates"][1]
     assert numerics["passed"] is False
-    assert numerics["measurements"][0]["share"] == "inf"
+    assert numerics["measurements"][0]["bound_ratio"] == "inf"
 
 
 def test_json_keys() -> None:
-    """Readers of reports rely on them; those of the classes may change."""
+    """Keys are part of the schema; attributes of the classes are not."""
     report = to_json(make_comparison())
     assert list(report) == ["schema", "equal", "verdict", "weights", "findings", "sections"]
     assert list(report["findings"][0]) == [
-        *("section", "gate", "what", "reference", "port", "error", "hint", "text"),
+        *("section", "gate", "message", "reference", "port", "error", "hint", "text"),
     ]
     (section,) = report["sections"]
     assert list(section) == ["name", "weights", "gates"]
     gate = section["gates"][1]
     assert list(gate) == [
-        *("name", "checked", "bound", "findings", "measurements", "unseen", "islands", "passed"),
+        *("name", "checked", "bound", "findings", "measurements"),
+        *("uncompared_taps", "float32_upcasts", "passed"),
     ]
-    assert list(gate["findings"][0]) == ["what", "reference", "port", "error", "hint"]
+    assert list(gate["findings"][0]) == ["message", "reference", "port", "error", "hint"]
     assert list(gate["measurements"][0]) == [
-        *("run", "reference", "port", "error", "bound", "noise", "worst", "passed", "share"),
+        *("run", "reference", "port", "error", "bound", "bound_ratio"),
+        *("reference_error", "worst_vector_ratio", "passed"),
     ]
 
 
-def test_json_of_points_that_are_not_compared() -> None:
-    gate = GateResult("numerics", 1, "", unseen=("a",), float32_upcasts=("b",))
-    report = to_json(Comparison((Section("tower", "N1", (gate,)),)))
+def test_json_of_uncompared_taps_and_float32_upcasts() -> None:
+    gate = GateResult("numerics", 1, "", uncompared_taps=("a",), float32_upcasts=("b",))
+    report = to_json(Comparison((Section("encoder", "N1", (gate,)),)))
     content = report["sections"][0]["gates"][0]
-    assert content["unseen"] == ["a"]
-    assert content["islands"] == ["b"]
+    assert content["uncompared_taps"] == ["a"]
+    assert content["float32_upcasts"] == ["b"]
 
 
 def test_output_metrics() -> None:
@@ -55,10 +57,10 @@ def test_output_metrics() -> None:
     reference = {"a": torch.tensor([[6.0, 8.0]])}
     (metrics,) = output_metrics(port, reference)
     assert metrics["cosine_min"] == pytest.approx(1)
-    assert metrics["max_abs"] == 4
+    assert metrics["max_abs_diff"] == 4
     assert metrics["relative_error"] == 0.5
     assert metrics["norm_ratio"] == 0.5
 
 
-def test_output_metrics_of_another_shape() -> None:
+def test_output_metrics_with_another_shape() -> None:
     assert output_metrics({"a": torch.ones(1, 2)}, {"a": torch.ones(1, 3)}) == []

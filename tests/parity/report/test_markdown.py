@@ -15,4 +15,4 @@ def test_markdown_of_a_difference() -> None:
 
 
 def test_markdown_of_equality() -> None:
-    assert "## What differs" not in to_markdown(to_json(make_comparison(0)))
+    assert "## Findings" not in to_markdown(to_json(make_comparison(0)))

@@ -8,20 +8,21 @@ from siglip_port.text import format_table
 from tests.parity.report.comparisons import make_comparison
 
 
-def test_gate_table_has_one_row_a_gate() -> None:
+def test_gate_table_has_one_row_per_gate() -> None:
     rows = gate_table(make_comparison())
+    assert rows[0] == ["gate", "checks", "error/bound", "at", "result"]
     assert [row[0] for row in rows] == ["gate", "weights", "numerics"]
-    assert rows[1][1:] == ["3", "", "tower, N1", "passed"]
-    assert rows[2][1:] == ["7", "1e+03", "a.norm (tower, N1)", "FAILED"]
+    assert rows[1][1:] == ["3", "", "encoder, N1", "passed"]
+    assert rows[2][1:] == ["7", "1e+03", "a.norm (encoder, N1)", "FAILED"]
 
 
 def test_gate_table_of_several_checkpoints() -> None:
     twice = Comparison(make_comparison(0).sections * 2)
     assert gate_table(twice)[1][3] == "2 checkpoints"
-    assert gate_table(twice)[2] == ["numerics", "14", "0", "a.norm (tower, N1)", "passed"]
+    assert gate_table(twice)[2] == ["numerics", "14", "0", "a.norm (encoder, N1)", "passed"]
 
 
-def test_gate_table_names_what_is_not_a_number() -> None:
+def test_gate_table_shows_nan() -> None:
     both = Comparison(make_comparison(1e-9).sections + make_comparison(math.nan).sections)
     assert gate_table(both)[2][2] == "nan"
 

@@ -47,7 +47,9 @@ def test_only_the_gates_of_the_case_run(case: Case, port: SigLipVisionModel) -> 
 def test_port_is_called_as_asked_for(case: Case, port: SigLipVisionModel) -> None:
     few = replace(case, gates=("numerics",))
     (result,) = few.check(port, lambda port, x: {"tokens": port(x)})
-    assert [finding.message for finding in result.findings] == ["the port does not return it"]
+    assert [finding.message for finding in result.findings] == [
+        "the port does not return this output"
+    ]
 
 
 def test_reference_runs_once(case: Case) -> None:

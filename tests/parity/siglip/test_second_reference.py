@@ -24,7 +24,7 @@ def exact_gelu(package: str, prefix: str = "") -> str:
     point = "mlp.fc2:input"
     return (
         rf"first at encoder\.layers\.0\.{point} \({package}: {prefix}blocks\.0\.{point}\): "
-        r"looks like: exact \(erf\) GELU"
+        r"looks like: exact \(erf\) GELU instead of tanh GELU"
     )
 
 

@@ -339,7 +339,7 @@ def test_calibration(
     monkeypatch.setattr(catalog, "ROUNDING", [BY_NAME["ln_bf16"]])
     assert compare_origin.main(["--calibrate"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("HOLDS: 3 x the reference's own distance from float64")
+    assert last.startswith("HOLDS: 3x the reference's own rounding error")
     monkeypatch.setattr(catalog, "ROUNDING", [replace(BY_NAME["as_it_is"], is_equivalent=False)])
     assert compare_origin.main(["--calibrate"]) == 3
     assert capsys.readouterr().out.splitlines()[-1].startswith("DOES NOT HOLD: ")
