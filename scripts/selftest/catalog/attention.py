@@ -28,14 +28,14 @@ def scores_of(attention: MultiheadAttention, q: Tensor, k: Tensor) -> Tensor:
 
 def attend(
     name: str,
-    what: str,
+    description: str,
     function: Callable[[MultiheadAttention, Tensor, Tensor, Tensor], Tensor],
     source: str = "variant",
     locations: str = CONTEXT,
     gate: str = "numerics",
 ) -> Mutant:
     """Make another context of q, k and v, [B, H, N, D/H]."""
-    return Mutant(name, what, locations, gate, source, patch=seams.attend(function))
+    return Mutant(name, description, locations, gate, source, patch=seams.attend(function))
 
 
 def scale_by(scale: Callable[[MultiheadAttention], float]) -> Patch:
@@ -46,10 +46,13 @@ def scale_by(scale: Callable[[MultiheadAttention], float]) -> Patch:
 
 
 def scale(
-    name: str, what: str, factor: Callable[[MultiheadAttention], float], source: str = "variant"
+    name: str,
+    description: str,
+    factor: Callable[[MultiheadAttention], float],
+    source: str = "variant",
 ) -> Mutant:
     """Multiply scores by another factor."""
-    return Mutant(name, what, CONTEXT, source=source, patch=scale_by(factor))
+    return Mutant(name, description, CONTEXT, source=source, patch=scale_by(factor))
 
 
 def leave_probe_unscaled(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

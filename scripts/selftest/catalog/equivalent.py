@@ -18,19 +18,19 @@ from siglip_port.model import EncoderBlock, LayerNorm, MultiheadAttention, Visio
 
 
 def equivalent(
-    name: str, what: str, patch: Patch | None = None, edit: Edit | None = None
+    name: str, description: str, patch: Patch | None = None, edit: Edit | None = None
 ) -> Mutant:
     """Make a variant that no gate may detect."""
-    return Mutant(name, what, gate="", patch=patch, edit=edit, is_equivalent=True)
+    return Mutant(name, description, gate="", patch=patch, edit=edit, is_equivalent=True)
 
 
 def attend(
     name: str,
-    what: str,
+    description: str,
     function: Callable[[MultiheadAttention, Tensor, Tensor, Tensor], Tensor],
 ) -> Mutant:
     """Compute the context otherwise."""
-    return equivalent(name, what, seams.attend(function))
+    return equivalent(name, description, seams.attend(function))
 
 
 def widen(tensor: Tensor) -> Tensor:

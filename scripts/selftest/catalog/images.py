@@ -26,9 +26,9 @@ RGB = NDArray[np.uint8]
 Reader = Callable[[Image.Image], RGB]
 
 
-def images(name: str, what: str, patch: Patch, source: str = "variant") -> Mutant:
+def images(name: str, description: str, patch: Patch, source: str = "variant") -> Mutant:
     """Change how images become pixel values."""
-    return Mutant(name, what, "pixels", "pixels", source, patch, subject="images")
+    return Mutant(name, description, "pixels", "pixels", source, patch, subject="images")
 
 
 # --- resizing -------------------------------------------------------------------------------------

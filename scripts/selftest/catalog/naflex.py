@@ -17,9 +17,11 @@ Rule = Callable[[Tensor, tuple[int, int]], Tensor]
 """[h, w, D], (H, W) -> [H, W, D]."""
 
 
-def naflex(name: str, what: str, locations: str, patch: Patch, source: str = "variant") -> Mutant:
+def naflex(
+    name: str, description: str, locations: str, patch: Patch, source: str = "variant"
+) -> Mutant:
     """Change how packed patches of several shapes go through the port."""
-    return Mutant(name, what, locations, source=source, patch=patch, subject="naflex")
+    return Mutant(name, description, locations, source=source, patch=patch, subject="naflex")
 
 
 def change_mask(function: Callable[[Tensor], Tensor]) -> Patch:

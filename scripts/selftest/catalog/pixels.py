@@ -12,10 +12,10 @@ from scripts.selftest.mutant import Mutant
 
 
 def pixel(
-    name: str, what: str, function: Callable[[Tensor], Tensor], source: str = "variant"
+    name: str, description: str, function: Callable[[Tensor], Tensor], source: str = "variant"
 ) -> Mutant:
     """Change the pixel values."""
-    return Mutant(name, what, "patch inputs", source=source, edit=change_input(function))
+    return Mutant(name, description, "patch inputs", source=source, edit=change_input(function))
 
 
 def renormalize(

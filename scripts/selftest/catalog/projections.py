@@ -14,9 +14,11 @@ K = f"{ATTENTION}.k_proj"
 V = f"{ATTENTION}.v_proj"
 
 
-def loaded(name: str, what: str, locations: str, edit: Edit, source: str = "variant") -> Mutant:
+def loaded(
+    name: str, description: str, locations: str, edit: Edit, source: str = "variant"
+) -> Mutant:
     """Make a mutant of the loaded weights."""
-    return Mutant(name, what, locations, "weights", source, edit=edit)
+    return Mutant(name, description, locations, "weights", source, edit=edit)
 
 
 def rotate_projections(model: SigLipVisionModel) -> None:

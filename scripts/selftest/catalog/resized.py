@@ -9,9 +9,9 @@ from scripts.selftest.mutant import Mutant, Patch, replace, replace_item
 from siglip_port import patches
 
 
-def resized(name: str, what: str, patch: Patch, source: str = "variant") -> Mutant:
+def resized(name: str, description: str, patch: Patch, source: str = "variant") -> Mutant:
     """Change how positions are interpolated for images of another size."""
-    return Mutant(name, what, "embeddings", source=source, patch=patch, subject="resized")
+    return Mutant(name, description, "embeddings", source=source, patch=patch, subject="resized")
 
 
 def interpolate(rule: Rule) -> Patch:

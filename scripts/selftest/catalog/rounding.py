@@ -17,7 +17,7 @@ from siglip_port.model import EncoderBlock, LayerNorm, MultiheadAttention, Pooli
 
 def rounding(
     name: str,
-    what: str,
+    description: str,
     locations: str,
     patch: Patch | None = None,
     source: str = "variant",
@@ -25,7 +25,7 @@ def rounding(
     edit: Edit | None = None,
 ) -> Mutant:
     """Make a mutant of the gate on rounding."""
-    return Mutant(name, what, locations, "rounding", source, patch, edit)
+    return Mutant(name, description, locations, "rounding", source, patch, edit)
 
 
 def norm_by_two_moments(norm: LayerNorm, x: Tensor) -> Tensor:
