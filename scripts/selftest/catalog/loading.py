@@ -45,7 +45,7 @@ def swap_norms(rules: Rules) -> Rules:
 
 
 def change_rules(function: Callable[[Rules], Rules]) -> Patch:
-    """Change the rules of the key map, for all that read them."""
+    """Change the key rules everywhere they are read."""
     return combine(
         wrap(Layout, "rules", lambda rules, *args: function(rules(*args))),
         replace(layouts, "HUGGINGFACE_ENCODER", function(layouts.HUGGINGFACE_ENCODER)),

@@ -309,7 +309,7 @@ def test_ctrl_c_ends_all_processes(
         assert compare_origin.main(["--selftest"]) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err == "interrupted: nothing was compared\n"
+    assert capsys.readouterr().err == "interrupted: no verdict\n"
     assert not multiprocessing.active_children()
 
 
