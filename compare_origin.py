@@ -1,6 +1,6 @@
 """The command `siglip-port verify`, for a clone: `uv run compare_origin.py`.
 
-It checks the port against the transformers reference, before and after the pooling head.
+Compares the port with transformers, before and after the pooling head.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
+    """Run the command; return its exit code."""
     try:
         from siglip_port.cli import verify
     except ImportError as error:

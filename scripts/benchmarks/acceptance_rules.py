@@ -1,184 +1,317 @@
-"""The league table: what the acceptance rules of other projects make of our catalog of mutants.
+"""Acceptance rules of other projects, and this port's gates, on the self-test's mutants.
 
-`uv run --group plot scripts/benchmarks/acceptance_rules.py` takes a minute on 2 cores, prints
-the table, writes it into docs/parity.md and draws docs/images/league.svg. Our own row is that of
-`uv run compare_origin.py --selftest --full`, recorded in docs/selftest.json.
+    uv run --group plot scripts/benchmarks/acceptance_rules.py
+
+All rules judge the same mutants on the same weights: a fresh initialization, and the stress weights
+N1 and L7. The script prints a Markdown table for docs/parity.md, and writes
+docs/acceptance_rules.json and the chart docs/images/league.svg.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping
+import platform
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from scripts.selftest import catalog
 from scripts.selftest.mutant import Mutant
+from scripts.selftest.parallel import count_processes, each
+from siglip_port import SigLipVisionModel
+from siglip_port.atomic import write_text
 from siglip_port.parity.metrics import cosine, relative_error
-from siglip_port.parity.siglip import cases as proof
+from siglip_port.parity.siglip import cases, reference
 from siglip_port.parity.siglip.cases import Case
+from siglip_port.threads import torch_threads
 
 ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "docs" / "images" / "league.svg"
+RESULTS = ROOT / "docs" / "acceptance_rules.json"
+SELFTEST = ROOT / "docs" / "selftest.json"
+COMMAND = "uv run --group plot scripts/benchmarks/acceptance_rules.py"
 
-FIGURE = ROOT / "docs" / "images" / "league.svg"
-RECORDED = ROOT / "docs" / "selftest.json"
-WEIGHTS = ("default", "N1", "L7")
-OURS = "**this harness**"
+WEIGHTS = {
+    "default": "fresh initialization",
+    "N1": "stress weights N1",
+    "L7": "stress weights L7",
+}
+"""Recipe of the weights -> column of the table."""
+
+GATES = "siglip_port gates"
+
+TEXT_STYLE: dict[str, Any] = {"va": "center", "fontsize": 9}
+
+Rejections = dict[str, dict[str, list[str]]]
+"""Weights -> mutant -> the rules that reject it."""
 
 Rule = Callable[[Tensor, Tensor, Tensor], bool]
-"""Whether the port's output is accepted, given the reference's, and its float64 truth."""
+"""Port's output, reference's output, reference's output in float64 -> whether it is accepted."""
 
 
-def same(port: Tensor, reference: Tensor, truth: Tensor) -> bool:
+def dynamo_same(port: Tensor, expected: Tensor, exact: Tensor) -> bool:
     """The rule of `torch._dynamo.utils.same`.
 
-    The port's RMSE may be twice the reference's own, and 1e-5.
+    Accepts twice the reference's own RMSE, plus 1e-5.
     """
 
     def rmse(value: Tensor) -> float:
-        return float((value.double() - truth).square().mean().sqrt())
+        return float((value.double() - exact).square().mean().sqrt())
 
-    return torch.allclose(port, reference, 1e-4, 1e-4) or rmse(port) <= 2 * rmse(reference) + 1e-5
+    if torch.allclose(port, expected, 1e-4, 1e-4):
+        return True
+    return rmse(port) <= 2 * rmse(expected) + 1e-5
 
 
 RULES: dict[str, Rule] = {
-    "cosine ≥ 0.997 (Polygraphy)": lambda p, r, t: float(cosine(p, r).min()) >= 0.997,
-    "cosine ≥ 0.999 (vLLM)": lambda p, r, t: float(cosine(p, r).min()) >= 0.999,
-    "mean cosine ≥ 0.9999": lambda p, r, t: float(cosine(p, r).mean()) >= 0.9999,
-    "cosine ≥ 0.9999 (the usual)": lambda p, r, t: float(cosine(p, r).min()) >= 0.9999,
-    "NMSE < 1e-2 (llama.cpp)": lambda p, r, t: relative_error(p, r) ** 2 < 1e-2,
-    "largest difference ≤ 1e-3 (keras-hub)": lambda p, r, t: float((p - r).abs().max()) <= 1e-3,
-    "largest difference ≤ 1e-4 (optimum)": lambda p, r, t: float((p - r).abs().max()) <= 1e-4,
-    "torch.testing.assert_close": lambda p, r, t: torch.allclose(p, r, 1.3e-6, 1e-5),
-    "torch._dynamo.utils.same": same,
+    "cosine ≥ 0.997 (Polygraphy)": lambda p, r, e: float(cosine(p, r).min()) >= 0.997,
+    "cosine ≥ 0.999 (vLLM)": lambda p, r, e: float(cosine(p, r).min()) >= 0.999,
+    "mean cosine ≥ 0.9999": lambda p, r, e: float(cosine(p, r).mean()) >= 0.9999,
+    "cosine ≥ 0.9999 (common)": lambda p, r, e: float(cosine(p, r).min()) >= 0.9999,
+    "NMSE < 1e-2 (llama.cpp)": lambda p, r, e: relative_error(p, r) ** 2 < 1e-2,
+    "max abs error ≤ 1e-3 (keras-hub)": lambda p, r, e: float((p - r).abs().max()) <= 1e-3,
+    "max abs error ≤ 1e-4 (optimum)": lambda p, r, e: float((p - r).abs().max()) <= 1e-4,
+    "torch.testing.assert_close": lambda p, r, e: torch.allclose(p, r, 1.3e-6, 1e-5),
+    "torch._dynamo.utils.same": dynamo_same,
 }
 
 
-def accepted(mutant: Mutant, case: Case) -> dict[str, bool]:
-    """What each rule makes of a mutant's outputs in float32.
+@dataclass
+class Counts:
+    """Counts of one rule, by weights.
 
-    What cannot even run is accepted by none.
+    Attributes:
+        detected: Mutants that the rule rejects.
+        false_alarms: Equivalent variants that the rule rejects.
     """
-    truth = case.reference_run(torch.float32)
-    theirs, exact = truth.outputs["sdpa"], truth.exact.outputs
-    try:
-        with mutant.applied():
-            torch.manual_seed(0)
+
+    detected: Counter[str] = field(default_factory=Counter)
+    false_alarms: Counter[str] = field(default_factory=Counter)
+
+
+# --- measurement ----------------------------------------------------------------------------------
+
+
+def find_rejections(mutant: Mutant, case: Case) -> list[str]:
+    """Return the rules that reject a mutant's outputs in float32, and `GATES` if a gate does.
+
+    An error while loading or running the port counts as a rejection.
+    """
+    with mutant.applied():
+        torch.manual_seed(0)  # for mutants that draw random numbers
+        try:
             port = mutant.load(case.source)
             with torch.inference_mode():
-                ours = proof.port_outputs(port, case.inputs)
+                outputs = cases.port_outputs(port, case.inputs)
+        except (RuntimeError, ValueError):
+            return [*RULES, GATES]
+        rejections = rules_that_reject(outputs, case)
+        if not passes_gates(port, case):
+            rejections.append(GATES)
+    return rejections
+
+
+def passes_gates(port: SigLipVisionModel, case: Case) -> bool:
+    """Whether all gates pass, rounding in float32 only."""
+    try:
+        return all(gate.passed for gate in case.check(port, max_hints=0))
     except (RuntimeError, ValueError):
-        return dict.fromkeys(RULES, False)
-    fits = all(
-        ours[name].shape == tensor.shape and ours[name].isfinite().all()
-        for name, tensor in theirs.items()
-    )
+        return False
+
+
+def rules_that_reject(outputs: dict[str, Tensor], case: Case) -> list[str]:
+    """Return the rules that reject at least one output; all of them for NaN or a wrong shape."""
+    run = case.reference_run(torch.float32)
+    expected, exact = run.outputs["sdpa"], run.exact.outputs
+    for name, tensor in expected.items():
+        if outputs[name].shape != tensor.shape or not outputs[name].isfinite().all():
+            return list(RULES)
+    rejections = []
+    for rule, accepts in RULES.items():
+        if not all(accepts(outputs[name], expected[name], exact[name]) for name in expected):
+            rejections.append(rule)
+    return rejections
+
+
+def measure(mutants: Sequence[Mutant]) -> Rejections:
+    """Run all mutants on all weights."""
+    rejections = {}
+    for weights in WEIGHTS:
+        with cases.random_case(cases.ODD, weights) as case:
+            case.reference_run(torch.float32)  # once, before the processes fork
+
+            def judge(mutant: Mutant, case: Case = case) -> list[str]:
+                return find_rejections(mutant, case)
+
+            results = each(judge, mutants, count_processes("cpu"))
+            rejections[weights] = {m.name: r for m, r in zip(mutants, results, strict=True)}
+    return rejections
+
+
+def count(mutants: Sequence[Mutant], rejections: Rejections) -> dict[str, Counts]:
+    """Count the rejections of each rule."""
+    counts = {rule: Counts() for rule in (*RULES, GATES)}
+    for mutant in mutants:
+        for rule, rule_counts in counts.items():
+            rejected_on = [w for w in rejections if rule in rejections[w][mutant.name]]
+            if mutant.is_equivalent:
+                rule_counts.false_alarms.update(rejected_on)
+            else:
+                rule_counts.detected.update(rejected_on)
+    return counts
+
+
+def missed_by_gates(mutants: Sequence[Mutant], rejections: Rejections) -> dict[str, list[str]]:
+    """Return the names of the mutants that no gate detects, by weights."""
+    bugs = [mutant.name for mutant in mutants if not mutant.is_equivalent]
+    names: dict[str, list[str]] = {}
+    for weights, rules in rejections.items():
+        names[weights] = [name for name in bugs if GATES not in rules[name]]
+    return names
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def to_json(mutants: Sequence[Mutant], rejections: Rejections) -> dict[str, object]:
+    """Return all counts for docs and programs."""
+    rules = []
+    for name, counts in count(mutants, rejections).items():
+        rules.append(
+            {
+                "rule": name,
+                "detected": {key: counts.detected[key] for key in WEIGHTS},
+                "false_alarms": {key: counts.false_alarms[key] for key in WEIGHTS},
+            }
+        )
     return {
-        name: bool(fits) and all(rule(ours[n], theirs[n], exact[n]) for n in theirs)
-        for name, rule in RULES.items()
+        "schema": 1,
+        "command": COMMAND,
+        "machine": f"{platform.system()} {platform.machine()}, torch {torch.__version__}, "
+        f"transformers {reference.VERSION}, Python {platform.python_version()}",
+        "mutants": sum(not mutant.is_equivalent for mutant in mutants),
+        "equivalent_variants": sum(mutant.is_equivalent for mutant in mutants),
+        "weights": WEIGHTS,
+        "rules": rules,
+        "missed_by_gates": missed_by_gates(mutants, rejections),
+        "selftest": read_selftest({mutant.name for mutant in mutants}),
     }
 
 
-def measure() -> tuple[int, dict[str, dict[str, tuple[int, int]]]]:
-    """Counts: rule -> weights -> (bugs detected, false alarms)."""
-    mistakes = [mutant for mutant in catalog.MUTANTS if mutant.subject == "port"]
-    counts: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in RULES}
-    for weights in WEIGHTS:
-        with proof.random_case(proof.ODD, weights, gates=()) as case:
-            wrong = [accepted(mutant, case) for mutant in mistakes]
-            right = [accepted(mutant, case) for mutant in catalog.EQUIVALENT]
-        for name in RULES:
-            counts[name][weights] = (
-                sum(not a[name] for a in wrong),
-                sum(not a[name] for a in right),
-            )
-    return len(mistakes), counts
+def read_selftest(names: set[str]) -> dict[str, int]:
+    """Count the same mutants in the recorded self-test, where each gate has its own weights."""
+    recorded = json.loads(SELFTEST.read_text(encoding="utf-8"))
+    detections = [m["detected_by"] for m in recorded["mutants"] if m["name"] in names]
+    false_alarms = [run["false_alarm"] for run in recorded["equivalent_variants"]]
+    return {
+        "detected": sum(map(bool, detections)),
+        "false_alarms": sum(false_alarms),
+        "runs_of_equivalent_variants": len(false_alarms),
+    }
 
 
-def ours() -> tuple[int, int]:
-    """Bugs in the port that the harness detects and names, and false alarms, as recorded."""
-    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
-    port = {mutant.name for mutant in catalog.MUTANTS if mutant.subject == "port"}
-    found = sum(
-        bool(m["noticed"]) and m["named"] for m in recorded["mistakes"] if m["name"] in port
-    )
-    return found, sum(not run["passed"] for run in recorded["false_alarms"])
-
-
-def table(total: int, counts: Mapping[str, Mapping[str, tuple[int, int]]]) -> str:
-    """The league in Markdown."""
+def to_markdown(results: dict[str, Any]) -> str:
+    """Return the table of docs/parity.md: detected mutants, and false alarms."""
     lines = [
-        f"| accept if ... ({total} bugs, {len(catalog.EQUIVALENT)} equivalent variants) | fresh "
-        "initialization | N1 | L7 |"
+        f"| mutants detected, of {results['mutants']} | {' | '.join(WEIGHTS.values())} |",
+        f"|---|{'---|' * len(WEIGHTS)}",
     ]
-    lines.append("|---|---|---|---|")
-    for name, by_weights in counts.items():
-        cells = [
-            f"{noticed}{f' ({alarms} false alarms)' if alarms else ''}"
-            for noticed, alarms in by_weights.values()
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    noticed, alarms = ours()
-    lines.append(
-        f"| {OURS} (makes its own weights) | | **{noticed}, each by name** ({alarms} false alarms) "
-        "| |"
-    )
+    for rule in results["rules"]:
+        cells = [rule["rule"]]
+        for key in WEIGHTS:
+            false_alarms = rule["false_alarms"][key]
+            note = f" ({describe_alarms(false_alarms)})" if false_alarms else ""
+            cells.append(f"{rule['detected'][key]}{note}")
+        if rule["rule"] == GATES:
+            cells = [f"**{cell}**" for cell in cells]
+        lines.append(f"| {' | '.join(cells)} |")
+    selftest = results["selftest"]
+    lines += [
+        "",
+        "Self-test (`siglip-port verify --selftest --full`), each gate on its own weights (N1, L7, "
+        f"L8, S1): {selftest['detected']} of {results['mutants']} detected, "
+        f"{describe_alarms(selftest['false_alarms'])} in {selftest['runs_of_equivalent_variants']} "
+        "runs of equivalent variants.",
+    ]
     return "\n".join(lines)
 
 
-def draw(total: int, counts: Mapping[str, Mapping[str, tuple[int, int]]]) -> None:
-    """Draws how many bugs each rule detects on a fresh initialization, as most tests use it."""
+def describe_alarms(number: int) -> str:
+    """Return `1 false alarm`, `2 false alarms`, ..."""
+    return f"{number} false alarm{'' if number == 1 else 's'}"
+
+
+def draw(results: dict[str, Any]) -> None:
+    """Draw the detected mutants: two bars per rule, fresh initialization and stress weights N1."""
     plt.rcParams.update(
         {"font.size": 10, "svg.hashsalt": "siglip_port", "font.family": "sans-serif"}
     )
-    rows = sorted((by_weights["default"][0], name) for name, by_weights in counts.items())
-    rows.append((ours()[0], "this harness"))
-    figure, axes = plt.subplots(figsize=(8, 3.9), layout="constrained")
-    for y, (noticed, name) in enumerate(rows):
-        last = name == "this harness"
-        axes.barh(y, total, color="#f3e3e1", height=0.68)
-        axes.barh(y, noticed, color="#2e7d32" if last else "#8a97a6", height=0.68)
-        missed = total - noticed
-        axes.text(
-            noticed - 3, y, f"{noticed}", ha="right", va="center", color="white", weight="bold"
-        )
-        if missed:
-            axes.text(total - 2, y, f"{missed} unnoticed", ha="right", va="center", color="#b3261e")
-    axes.set_yticks(range(len(rows)), [name for _, name in rows])
-    axes.set(xlim=(0, total), xticks=[])
-    title = f"Of {total} bugs, detected by each acceptance rule on freshly initialized weights"
-    axes.set_title(title, loc="left", fontsize=11)
+    total = results["mutants"]
+    rules = sorted(results["rules"], key=lambda rule: rule["detected"]["N1"])
+    figure, axes = plt.subplots(figsize=(8.6, 5.2), layout="constrained")
+    draw_bars(axes, rules, total, "default", 0.2, "#a3aebb", "#7cb581")
+    draw_bars(axes, rules, total, "N1", -0.2, "#56626f", "#2e7d32")
+    axes.set_yticks(range(len(rules)), [rule["rule"] for rule in rules])
+    axes.set(xlim=(0, total * 1.18), xticks=[])
+    axes.set_title(f"Mutants detected by each acceptance rule, of {total}", loc="left", fontsize=11)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 0), ncols=2, frameon=False, fontsize=9)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE, metadata={"Date": None})
+    CHART.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(CHART, metadata={"Date": None})
 
 
-def insert(path: Path, text: str) -> None:
-    """Puts the table between the marks of a document."""
-    before = path.read_text(encoding="utf-8")
-    marks = "<!-- generated: league -->", "<!-- end -->"
-    pattern = re.escape(marks[0]) + ".*?" + re.escape(marks[1])
-    after, times = re.subn(
-        pattern, lambda _: f"{marks[0]}\n{text}\n{marks[1]}", before, flags=re.DOTALL
-    )
-    if times != 1:
-        raise ValueError(f"{path.name} has the marks {marks} {times} times, expected once")
-    path.write_text(after, encoding="utf-8")
+def draw_bars(
+    axes: Axes,
+    rules: Sequence[dict[str, Any]],
+    total: int,
+    weights: str,
+    offset: float,
+    color: str,
+    gates_color: str,
+) -> None:
+    """Draw the bars of all rules for one kind of weights.
+
+    Args:
+        axes: One row per rule.
+        rules: Entries of the JSON.
+        total: Number of mutants.
+        weights: Key of `WEIGHTS`.
+        offset: Vertical offset from the row, in rows.
+        color: Color of other projects' rules.
+        gates_color: Color of the gates.
+    """
+    rows = [row + offset for row in range(len(rules))]
+    colors = [gates_color if rule["rule"] == GATES else color for rule in rules]
+    detected = [rule["detected"][weights] for rule in rules]
+    axes.barh(rows, total, color="#f3f1ee", height=0.36)
+    axes.barh(rows, detected, color=colors, height=0.36, label=WEIGHTS[weights])
+    for row, rule, number in zip(rows, rules, detected, strict=True):
+        axes.text(
+            number - 2, row, f"{number}", color="white", weight="bold", ha="right", **TEXT_STYLE
+        )
+        false_alarms = rule["false_alarms"][weights]
+        if false_alarms:
+            note = describe_alarms(false_alarms)
+            axes.text(total + 2, row, note, color="#b3261e", ha="left", **TEXT_STYLE)
 
 
 def main() -> None:
-    """Measures, prints, writes and draws."""
-    torch.set_num_threads(1)  # small encoders are fastest so
-    total, counts = measure()
-    text = table(total, counts)
-    print(text)
-    insert(ROOT / "docs" / "parity.md", text)
-    draw(total, counts)
+    """Measure, print the table, and write the JSON and the chart."""
+    mutants = [mutant for mutant in catalog.MUTANTS if mutant.subject == "port"]
+    mutants += catalog.EQUIVALENT
+    with torch_threads(1):  # the fastest for small models, and one process a core
+        results = to_json(mutants, measure(mutants))
+    write_text(RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    draw(results)
+    print(to_markdown(results))
 
 
 if __name__ == "__main__":

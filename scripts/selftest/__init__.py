@@ -1,4 +1,4 @@
-"""The self-test: proof that the gates detect what they must, and nothing else."""
+"""The self-test: the gates must detect every mutant and accept every equivalent variant."""
 
 from scripts.selftest.calibration import calibrate
 from scripts.selftest.runner import run

@@ -1,4 +1,4 @@
-"""Calibration: whether the bounds on rounding tell bugs from equivalent variants on a device."""
+"""Calibration: do the rounding bounds separate bugs from equivalent variants on a device?"""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from siglip_port.parity.siglip.cases import Case
 from siglip_port.text import format_table
 
 Share = tuple[float, str]
-"""How much of its bound an error takes up, and where."""
+"""(error in units of its bound, where it occurs)."""
 
 
 def calibrate(options: Options, progress: Progress) -> bool:
-    """Measure on this device what the bounds on rounding rest on, and print it.
+    """Measure equivalent variants and rounding bugs on this device against the rounding bounds.
 
     Returns:
-        Whether the coarsest equivalent variant stays below them, and the finest bug above.
+        Whether every equivalent variant is within the bounds and every bug outside.
     """
     coarsest: dict[str, Share] = {}
     finest: dict[str, Share] = {}
@@ -31,34 +31,34 @@ def calibrate(options: Options, progress: Progress) -> bool:
             for mutant in progress(iter(mutants), f"seed {seed}"):
                 shares = measure_shares(mutant, cases)
                 if not mutant.is_equivalent:
-                    before = finest.get(mutant.name, (math.inf, ""))
-                    finest[mutant.name] = min(before, max(shares.values()))
+                    smallest = finest.get(mutant.name, (math.inf, ""))
+                    finest[mutant.name] = min(smallest, max(shares.values()))
                     continue
                 for gate, share in shares.items():
                     coarsest[gate] = max(coarsest.get(gate, (0.0, "")), share)
     weakest = min(finest.values())
-    rows = [["", "share of the bound", "of"]]
+    rows = [["", "error / bound", "mutant"]]
     for gate, (size, where) in coarsest.items():
-        rows.append([f"coarsest equivalent variant, {gate}", f"{size:.2f}", where])
-    rows.append(["finest bug", f"{weakest[0]:.2f}", weakest[1]])
+        rows.append([f"largest of equivalent variants, {gate}", f"{size:.2f}", where])
+    rows.append(["smallest of bugs", f"{weakest[0]:.2f}", weakest[1]])
     print("\n".join(format_table(rows)))
     holds = max(coarsest.values())[0] < 1 < weakest[0]
-    print(f"{'HOLDS' if holds else 'DOES NOT HOLD'}: {bounds.ROUNDING_ORIGIN}")
+    print(f"{'BOUNDS HOLD' if holds else 'BOUNDS DO NOT HOLD'}: {bounds.ROUNDING_ORIGIN}")
     return holds
 
 
 def measure_shares(mutant: Mutant, cases: list[Case]) -> dict[str, Share]:
-    """Return the largest share of its bound that a mutant takes up, in each gate on rounding.
+    """Return the largest error of a mutant in units of its bound, for each rounding gate.
 
     Args:
-        mutant: of the port.
-        cases: with no other gates.
+        mutant: Mutant of the port.
+        cases: Checkpoints, with the gate `rounding` only.
     """
     shares: dict[str, Share] = {}
     with mutant.applied():
         for case in cases:
             port = mutant.load(case.source, device=case.inputs.device)
-            with contextlib.suppress(RuntimeError):  # an autocast that meets bfloat16 weights
+            with contextlib.suppress(RuntimeError):  # autocast on bfloat16 weights
                 for gate in case.check(port):
                     largest = max(gate.measurements, key=share_of_bound)
                     where = f"{mutant.name} at {largest.reference}, {case.weights}"

@@ -1,4 +1,4 @@
-"""What the gates make of one mutant."""
+"""Runs one mutant through the gates."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from siglip_port.parity.taps import expand
 
 @dataclass
 class Result:
-    """What the gates made of one mutant.
+    """Outcome of one mutant.
 
     Attributes:
-        mutant: the mutant.
-        detections: gate -> the first finding, for every gate that detected it, in their order.
-        false_locations: places that were named and are not the mutant's.
-        error: what the port raised, where it could not even run.
+        mutant: Mutant.
+        detections: Gate -> first finding, for every gate that detected the mutant, in gate order.
+        false_locations: Reported locations that are not the mutant's.
+        error: Error of a port that could not run; empty if it ran.
     """
 
     mutant: Mutant
@@ -51,26 +51,27 @@ class Result:
 
     @property
     def located(self) -> bool:
-        """Whether it was detected, and nothing was named that is not its place."""
+        """Whether it was detected, with no false location."""
         return self.detected and not self.false_locations
 
     @property
     def passed(self) -> bool:
-        """Whether the gates did what they must.
+        """Whether the outcome is as expected.
 
-        Equivalent variants pass them; all others are detected by their gate, and located.
+        An equivalent variant must pass all gates; a mutant must be located, and detected by its
+        gate.
         """
         if self.mutant.is_equivalent:
             return not self.detected and not self.error
         return self.mutant.gate in self.detections and self.located
 
     def add(self, gate: GateResult) -> None:
-        """Note that a gate did not pass."""
+        """Record a gate that failed."""
         name = gate.name.split()[0]
         self.detections.setdefault(name, gate.findings[0])
 
     def add_locations(self, gate: GateResult) -> None:
-        """Note the places that a gate names wrongly. Sensitivity names outputs, too: any may be."""
+        """Record false locations of a gate. `sensitivity` may report any output."""
         if gate.name == "sensitivity":
             return
         for finding in gate.findings:
@@ -79,24 +80,24 @@ class Result:
                 self.false_locations.append(f"{gate.name}: {location}")
 
     def add_error(self, error: Exception) -> None:
-        """Note that the port cannot even run."""
+        """Record a port that cannot run."""
         self.error = f"{type(error).__name__}: {error}"
         self.detections.setdefault("run", Finding(self.error))
 
 
 def examine(mutant: Mutant, checkpoints: Iterable[Case], max_hints: int = 1) -> Result:
-    """Run a mutant through the gates of some cases.
+    """Run a mutant through the gates of several checkpoints.
 
     Args:
-        mutant: of the port, called with images of its own size.
-        checkpoints: what to load it from, and what to compare it with.
-        max_hints: how many of the taps that differ get a hint.
+        mutant: Mutant with the subject `port`.
+        checkpoints: Checkpoints, each with its reference.
+        max_hints: How many of the taps that differ get a hint.
     """
     result = Result(mutant)
     rounding = []
     with mutant.applied():
         for case in checkpoints:
-            torch.manual_seed(0)  # for mutants that draw
+            torch.manual_seed(0)  # for mutants that draw random numbers
             try:
                 port = mutant.load(case.source, device=case.inputs.device)
                 for gate in case.check(port, max_hints=max_hints):
@@ -109,21 +110,20 @@ def examine(mutant: Mutant, checkpoints: Iterable[Case], max_hints: int = 1) -> 
                         result.add_locations(gate)
             except (RuntimeError, ValueError) as error:
                 result.add_error(error)
-    if rounding and "numerics" not in result.detections:  # which has the better address
-        # So has the dtype that detects it most clearly: in one that hardly does, errors of many
-        # steps have added up before they are beyond the bound, and where that happens depends on
-        # the machine.
+    if rounding and "numerics" not in result.detections:  # numerics locates more precisely
+        # Take the location from the dtype with the largest error. Where errors of many steps add up
+        # to little more than the bound, the location depends on the machine.
         result.add_locations(max(rounding, key=largest_share))
     return result
 
 
 def share_of_bound(measurement: Measurement) -> float:
-    """Return how much of its bound on rounding an error takes up, of all elements or the worst."""
+    """Return an error in units of its rounding bound, over all elements or the worst vector."""
     return max(measurement.ratio / bounds.ROUNDING_FACTOR, measurement.worst)
 
 
 def largest_share(gate: GateResult) -> float:
-    """Return how much of its bound the clearest error of a gate takes up."""
+    """Return the largest error of a gate in units of its bound."""
     return max(map(share_of_bound, gate.measurements), default=math.inf)
 
 
@@ -135,15 +135,15 @@ def make_cases(
     full: bool = False,
     config: SigLipVisionConfig = cases.ODD,
 ) -> Iterator[list[Case]]:
-    """Make what mutants are tried on: N1 for all gates but rounding.
+    """Yield the checkpoints for mutants: N1 for all gates except rounding.
 
-    For that one, L7 for float32, and S1 for the narrow dtypes.
+    Rounding is judged on L7 in float32 and on S1 in bfloat16 and float16.
 
     Args:
-        seed: of the weights.
-        device: where to.
-        full: L8 too.
-        config: the architecture.
+        seed: Seed of the weights.
+        device: Device of the models.
+        full: Add L8.
+        config: Architecture.
     """
     make = functools.partial(cases.random_case, config, seed=seed, device=device)
     contexts = [
@@ -161,7 +161,7 @@ def make_cases(
 
 
 def examine_shapes(mutant: Mutant) -> Result:
-    """Run a mutant on packed patches, or on images of another size than the model's own."""
+    """Run a mutant on packed patches, or on images of another size than the checkpoint's."""
     assert mutant.subject in ("naflex", "resized")
     result = Result(mutant)
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
@@ -184,9 +184,9 @@ def examine_shapes(mutant: Mutant) -> Result:
 def check_shapes(
     mutant: Mutant, port: SigLipVisionModel, other: Side, inputs: Mapping[str, Tensor]
 ) -> Iterator[GateResult]:
-    """Run the gates that make sense of other shapes."""
-    # What is inside the reference's nn.MultiheadAttention is worked out again without masks, and to
-    # packed patches the port applies the weights of its convolution, not the convolution.
+    """Run the gates that apply to other shapes."""
+    # The taps inside the reference's nn.MultiheadAttention are recomputed without masks, and for
+    # packed patches the port applies the convolution's weights without calling the module.
     skipped = ["head.attention:"]
     if mutant.subject == "naflex":
         skipped.append("embeddings.patch_embedding")
@@ -204,13 +204,13 @@ def check_shapes(
 
 
 def call_with_shapes(port: SigLipVisionModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `tokens` and `pooled` of packed patches, or of images."""
+    """Return `tokens` and `pooled` for packed patches or images."""
     tokens = port(**inputs)
     return {"tokens": tokens, "pooled": port.pool(tokens, inputs.get("pixel_attention_mask"))}
 
 
 def examine_images(mutant: Mutant) -> Result:
-    """Run a mutant on images of all kinds, as SigLIP and as NaFlex models take them."""
+    """Run a mutant on images of all modes, with SigLIP and NaFlex preprocessing."""
     result = Result(mutant)
     for config in (
         SigLipVisionConfig(image_size=64),

@@ -1,4 +1,4 @@
-"""Judge the harness: broken on purpose, it must misjudge mutants, or refuse to work."""
+"""Runs harness mutants: a broken harness must misjudge a mutant or raise an error."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from siglip_port import SigLipVisionConfig
 from siglip_port.parity.siglip import cases
 
 RECIPES = {"rounding": "L7"}
-"""gate -> the weights on which it is tried; N1 for all others."""
+"""Gate -> recipe of its weights; N1 for all others."""
 
-KNOWN = {mutant.name: mutant for mutant in (*catalog.MUTANTS, *catalog.EQUIVALENT)}
-"""What the broken harness is to judge, by name."""
+MUTANTS = {mutant.name: mutant for mutant in (*catalog.MUTANTS, *catalog.EQUIVALENT)}
+"""Mutants and equivalent variants by name."""
 
 
 def examine_harness(mutant: HarnessMutant, config: SigLipVisionConfig) -> str:
-    """Have the broken harness judge the mutants that show it.
+    """Judge a harness mutant's probes with the broken harness.
 
     Returns:
-        What shows that it is broken; empty if nothing does.
+        Misjudged probes, or the error; empty if the harness mutant is missed.
     """
-    judged = [KNOWN[name] for name in mutant.shown_by]
-    recipes = {RECIPES.get(one.gate, "N1") for one in judged}
+    probes = [MUTANTS[name] for name in mutant.probes]
+    recipes = {RECIPES.get(probe.gate, "N1") for probe in probes}
     try:
         with mutant.applied(), contextlib.ExitStack() as stack:
             checkpoints = []
@@ -32,7 +32,7 @@ def examine_harness(mutant: HarnessMutant, config: SigLipVisionConfig) -> str:
                 gates = cases.ALL_GATES[:-1] if recipe == "N1" else ("rounding",)
                 case = cases.random_case(config, recipe, gates=gates)
                 checkpoints.append(stack.enter_context(case))
-            wrong = [one.name for one in judged if not examine(one, checkpoints).passed]
+            misjudged = [probe.name for probe in probes if not examine(probe, checkpoints).passed]
     except (ValueError, RuntimeError) as error:
         return str(error)
-    return f"misjudged: {', '.join(wrong)}" if wrong else ""
+    return f"misjudged: {', '.join(misjudged)}" if misjudged else ""

@@ -1,7 +1,7 @@
-"""A mutant: one bug, how it gets into the port, and how it is taken out again.
+"""Mutants: bugs that are planted in the port, or in the harness, and removed afterwards.
 
-A mutant owns no text of the port. It replaces a method, a function or an entry of a table while a
-context lasts, or it edits a model that has been loaded.
+A mutant contains no source code of the port. It replaces a method, a function or a table entry
+within a context manager, or it edits a loaded model.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from siglip_port.checkpoint import LoadOptions
 
 Subject = Literal["port", "naflex", "resized", "images"]
 Patch = Callable[[contextlib.ExitStack], None]
-"""Breaks the port until the stack is closed; made by the functions below."""
+"""Breaks the port until the stack is closed; built by the functions below."""
 
 Edit = Callable[[SigLipVisionModel], object]
-"""Breaks a loaded model, in place; what it returns is ignored."""
+"""Breaks a loaded model in place; the return value is ignored."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One bug of a port, or another way to compute the same.
+    """A bug of the port, or an equivalent variant: another way to compute the same.
 
     Attributes:
-        name: short, unique.
-        what: the bug in words.
-        locations: words of `LOCATIONS`: the only points, tensors, outputs and fields of the config
-            that the gates may name for it.
-        gate: the gate that must detect it, whatever the others see; empty for what is equivalent.
-        source: where the bug happened in public; `variant` for a close relative of one that did.
-        patch: breaks the code, before a model is built and loaded.
-        edit: breaks the loaded model.
-        subject: what is broken: the `port`, called with images of its own size; with packed patches
-            (`naflex`), or with images of another size (`resized`); or how `images` become pixels.
-        is_equivalent: whether it computes the same, so that no gate may detect it.
+        name: Short, unique name.
+        description: The bug in one line.
+        locations: Keys of `LOCATIONS`, tensors, outputs and config fields that gates may report.
+        gate: The gate that must detect it; empty for an equivalent variant.
+        source: Public source of the bug (owner/repository#issue); `variant` if it is derived from
+            another one.
+        patch: Breaks the code before the model is built and loaded.
+        edit: Breaks the loaded model.
+        subject: `port` for images of the checkpoint's size, `naflex` for packed patches, `resized`
+            for images of another size, `images` for preprocessing.
+        is_equivalent: Whether no gate may detect it.
     """
 
     name: str
-    what: str
+    description: str
     locations: str = ""
     gate: str = "numerics"
     source: str = "variant"
@@ -56,12 +56,12 @@ class Mutant:
     is_equivalent: bool = False
 
     def __getstate__(self) -> dict[str, object]:
-        """What is sent to another process: all but the functions, most of which have no name."""
+        """Return the state without the functions, most of which cannot be pickled."""
         return {**vars(self), "patch": None, "edit": None}
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Break the code; mend it at the end."""
+        """Apply the patch within a context."""
         with contextlib.ExitStack() as stack:
             if self.patch is not None:
                 self.patch(stack)
@@ -70,7 +70,7 @@ class Mutant:
     def load(
         self, source: str | os.PathLike[str], **options: Unpack[LoadOptions]
     ) -> SigLipVisionModel:
-        """Load the port from a checkpoint, by the options of `from_hf`, and break the model."""
+        """Load the port with the options of `from_hf`, and apply the edit."""
         port = SigLipVisionModel.from_hf(source, **options)
         if self.edit is not None:
             with torch.no_grad():
@@ -80,23 +80,23 @@ class Mutant:
 
 @dataclass(frozen=True)
 class HarnessMutant:
-    """One bug of the harness itself.
+    """A bug of the harness itself.
 
     Attributes:
-        name: short, unique.
-        what: the bug in words.
-        shown_by: names of mutants; the broken harness must misjudge one of them.
-        patch: breaks the harness.
+        name: Short, unique name.
+        description: The bug in one line.
+        probes: Names of mutants and equivalent variants; the broken harness must misjudge one.
+        patch: Breaks the harness.
     """
 
     name: str
-    what: str
-    shown_by: tuple[str, ...]
+    description: str
+    probes: tuple[str, ...]
     patch: Patch = field(compare=False, repr=False)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Break the harness; mend it at the end."""
+        """Apply the patch within a context."""
         with contextlib.ExitStack() as stack:
             self.patch(stack)
             yield
@@ -106,7 +106,7 @@ class HarnessMutant:
 
 
 def replace(owner: object, name: str, value: object) -> Patch:
-    """Give a class, an object or a module another attribute: one that it has already."""
+    """Replace an existing attribute of a class, an object or a module."""
 
     def patch(stack: contextlib.ExitStack) -> None:
         stack.enter_context(mock.patch.object(owner, name, value))
@@ -115,7 +115,7 @@ def replace(owner: object, name: str, value: object) -> Patch:
 
 
 def wrap(owner: object, name: str, function: Callable[..., object]) -> Patch:
-    """Replace a function or method by `function`, whose first argument is the original."""
+    """Replace a function or method with `function`, whose first argument is the original."""
 
     def patch(stack: contextlib.ExitStack) -> None:
         original = getattr(owner, name)
@@ -129,11 +129,11 @@ def wrap(owner: object, name: str, function: Callable[..., object]) -> Patch:
 
 
 def replace_item(table: dict[str, Any], key: str, value: object) -> Patch:
-    """Give a table another entry: one that it has already."""
+    """Replace an existing entry of a table."""
 
     def patch(stack: contextlib.ExitStack) -> None:
         if key not in table:
-            raise KeyError(f"the catalog is behind the code: the table has no entry {key!r}")
+            raise KeyError(f"the table has no entry {key!r}; update the catalog")
         stack.enter_context(mock.patch.dict(table, {key: value}))
 
     return patch
@@ -149,7 +149,7 @@ def combine(*patches: Patch) -> Patch:
     return patch
 
 
-# --- where bugs are -------------------------------------------------------------------------------
+# --- locations of bugs ----------------------------------------------------------------------------
 
 BLOCK = r"encoder\.layers\.(\d+)"
 LOCATIONS = {
@@ -186,11 +186,11 @@ LOCATIONS = {
     "inputs": r"inputs",
     "pixels": r"pixel_values",
 }
-"""Words for locations, as patterns of the reference's points; `5.ln1` is that of block 5 alone."""
+"""Location -> pattern of the reference's points; `5.ln1` is block 5 only."""
 
 
 def is_expected_location(location: str, expected: str) -> bool:
-    """Whether a point, tensor or output is one of those that a mutant may be named for."""
+    """Whether a point, tensor or output is one of a mutant's locations."""
     module = re.sub(r"[._](weight|bias)$", "", location)
     for word in expected.split():
         number, _, place = word.rpartition(".")

@@ -1,4 +1,4 @@
-"""Work on many mutants, on all cores."""
+"""Parallel processing of mutants in forked processes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 job: tuple[Callable[[Any], Any], Sequence[Any]]
-"""In a process of `each`: what it does, and with which items."""
+"""In a worker process of `each`: the function and its items."""
 
 
 def each(
     work: Callable[[Item], Outcome], items: Sequence[Item], processes: int = 1
 ) -> Iterator[Outcome]:
-    """Yield what `work` makes of each item, in their order.
+    """Yield `work(item)` for each item, in order.
 
     Args:
-        work: returns plain data.
-        items: what it is called with.
-        processes: how many to do this in. They are forked from this one, so that they have all that
-            it has, functions without a name and changes made for a test included; only an item's
-            number goes in, and plain data out.
+        work: Function that returns picklable data.
+        items: Arguments of the function.
+        processes: Number of processes. They are forked, so lambdas and monkeypatches work; only the
+            index of an item is sent to them.
     """
     if processes == 1:
         yield from map(work, items)
@@ -41,7 +40,7 @@ def each(
 
 
 def begin(work: Callable[[Any], Any], items: Sequence[Any]) -> None:
-    """Prepare a process: it leaves Ctrl-C to its parent, and ends with it, however that ends."""
+    """Initialize a worker: ignore Ctrl-C, and exit with the parent process."""
     global job
     job = (work, items)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -49,15 +48,15 @@ def begin(work: Callable[[Any], Any], items: Sequence[Any]) -> None:
 
 
 def work_on(number: int) -> Any:  # noqa: ANN401
-    """Do the work on one item, in a process of `each`."""
+    """Process one item in a worker."""
     work, items = job
     return work(items[number])
 
 
 def count_processes(device: str) -> int:
-    """Return in how many processes to work: one a core, up to 8.
+    """Return the number of processes: one per core, at most 8.
 
-    One alone where forking is not safe: torch's devices, and much of macOS, do not survive it.
+    One where forking is unsafe: on other devices than the CPU, and on macOS.
     """
     if sys.platform != "linux" or device != "cpu":
         return 1

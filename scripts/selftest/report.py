@@ -1,4 +1,4 @@
-"""What the self-test found, for people and for programs."""
+"""Results of the self-test, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -11,46 +11,53 @@ from scripts.selftest.examination import Result
 from siglip_port.parity.siglip import reference
 from siglip_port.parity.siglip.cases import ALL_GATES
 
+SCHEMA = 2
+"""Version of the JSON report."""
+
 
 @dataclass
 class Report:
-    """What the self-test found.
+    """Results of the self-test.
 
     Attributes:
-        results: of all mutants.
-        alarms: of all equivalent variants, each with how it was run.
-        harness: the harness's own bugs, and what showed each; empty where nothing did.
-        full: whether every mutant went through all gates, and got hints.
+        results: One result for each mutant of the port.
+        variant_runs: (settings of the run, result) for each equivalent variant.
+        harness: Harness mutant -> what detected it; empty if it was missed.
+        full: Whether every mutant went through all gates and got hints.
     """
 
     results: list[Result] = field(default_factory=list)
-    alarms: list[tuple[str, Result]] = field(default_factory=list)
+    variant_runs: list[tuple[str, Result]] = field(default_factory=list)
     harness: dict[str, str] = field(default_factory=dict)
     full: bool = False
 
     @property
     def failures(self) -> list[str]:
-        """All that is not as it must be, one line each."""
+        """Missed or mislocated mutants, false alarms and missed harness mutants, one line each."""
         lines = [describe_failure(result) for result in self.results if not result.passed]
-        for how, result in self.alarms:
+        for run, result in self.variant_runs:
             if not result.passed:
-                gates = ", ".join(result.detections)
-                lines.append(f"false alarm: {result.mutant.name} ({how}): {gates} {result.error}")
-        for name, shown in self.harness.items():
-            if not shown:
-                lines.append(f"bug in the harness not detected: {name}")
+                gates = ", ".join([*result.detections, *filter(None, [result.error])])
+                lines.append(f"false alarm: {result.mutant.name} ({run}): {gates}")
+        for name, evidence in self.harness.items():
+            if not evidence:
+                lines.append(f"harness mutant missed: {name}")
         return lines
 
     def census(self) -> list[list[str]]:
-        """Count, a row a gate: what it must detect, and does; of all, what it did, and alone."""
-        rows = [["gate", "must notice", "does", "of all", "alone"]]
+        """Return a table with one row per gate.
+
+        Columns: mutants that the gate must detect; those of them that it detects; detected of all
+        mutants; detected by this gate only.
+        """
+        rows = [["gate", "mutants", "detected", "detected of all", "by this gate only"]]
         for gate in ("pixels", *ALL_GATES, "run"):
-            own = [result for result in self.results if result.mutant.gate == gate]
+            assigned = [result for result in self.results if result.mutant.gate == gate]
             detected = [result for result in self.results if gate in result.detections]
-            alone = [result for result in detected if len(result.detections) == 1]
-            if own or detected:
-                does = sum(gate in result.detections for result in own)
-                counts = [len(own), does, len(detected), len(alone)]
+            unique = [result for result in detected if len(result.detections) == 1]
+            if assigned or detected:
+                assigned_detected = sum(gate in result.detections for result in assigned)
+                counts = [len(assigned), assigned_detected, len(detected), len(unique)]
                 rows.append([gate, *map(str, counts)])
         return rows
 
@@ -59,57 +66,55 @@ class Report:
         total = len(self.results)
         detected = sum(result.detected for result in self.results)
         located = sum(result.located for result in self.results)
-        alarms = sum(not result.passed for _, result in self.alarms)
-        shown = sum(map(bool, self.harness.values()))
-        hints = ""
-        if self.full:
-            hints = f" (and says what {sum(map(has_hint, self.results))} look like)"
+        false_alarms = sum(not result.passed for _, result in self.variant_runs)
+        harness = sum(map(bool, self.harness.values()))
+        hints = f" ({sum(map(has_hint, self.results))} with a hint)" if self.full else ""
         return (
-            f"detects {detected} of {total} bugs, names the place of {located} of {total}"
-            f"{hints}, {alarms} false alarms in {len(self.alarms)} runs of equivalent variants; "
-            f"{shown} of {len(self.harness)} bugs in the harness itself are found out"
+            f"{detected} of {total} mutants detected, {located} of {total} located{hints}, "
+            f"{false_alarms} false alarms in {len(self.variant_runs)} runs of equivalent variants, "
+            f"{harness} of {len(self.harness)} harness mutants detected"
         )
 
 
 def describe_failure(result: Result) -> str:
-    """Say in one line what the gates made of a mutant, and what they must."""
-    line = f"{result.mutant.name}: must be detected by {result.mutant.gate}, was detected by "
-    line += ", ".join(result.detections) or "nothing"
+    """Describe a mutant that is missed by its gate, or mislocated, in one line."""
+    detected_by = ", ".join(result.detections) or "no gate"
+    line = f"{result.mutant.name}: expected detection by {result.mutant.gate}, got {detected_by}"
     if result.false_locations:
-        line += f"; named wrongly: {', '.join(result.false_locations[:3])}"
+        line += f"; false locations: {', '.join(result.false_locations[:3])}"
     return line
 
 
 def has_hint(result: Result) -> bool:
-    """Whether a gate says what a mutant looks like."""
+    """Whether a finding for a mutant has a hint."""
     return any(finding.hint for finding in result.detections.values())
 
 
 def to_json(report: Report) -> dict[str, object]:
-    """Return the report for programs: one entry a mutant, with all that detected it."""
+    """Return the report as JSON: one entry per mutant, with the finding of each gate."""
     mutants = []
     for result in report.results:
-        detections = {gate: str(finding) for gate, finding in result.detections.items()}
+        findings = {gate: str(finding) for gate, finding in result.detections.items()}
         mutants.append(
             {
                 "name": result.mutant.name,
-                "what": result.mutant.what,
+                "description": result.mutant.description,
                 "source": result.mutant.source,
-                "must": result.mutant.gate,
-                "noticed": detections,
-                "named": result.located,
+                "gate": result.mutant.gate,
+                "detected_by": findings,
+                "located": result.located,
             }
         )
-    alarms = []
-    for how, result in report.alarms:
-        alarms.append({"name": result.mutant.name, "run": how, "passed": result.passed})
+    variants = []
+    for run, result in report.variant_runs:
+        variants.append({"name": result.mutant.name, "run": run, "false_alarm": not result.passed})
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "machine": f"{platform.system()} {platform.machine()}, torch {torch.__version__}, "
         f"transformers {reference.VERSION}, Python {platform.python_version()}",
         "passed": not report.failures,
         "summary": report.summary(),
-        "mistakes": mutants,
-        "false_alarms": alarms,
-        "harness": report.harness,
+        "mutants": mutants,
+        "equivalent_variants": variants,
+        "harness_mutants": report.harness,
     }

@@ -1,7 +1,6 @@
-"""The self-test: every mutant goes through the real gates, and what they make of it is counted.
+"""The self-test: runs every mutant through the gates and counts detections and false alarms.
 
-A gate that is off, or has lost power, lets a mutant pass that it must detect: then the self-test
-fails.
+It fails if a gate misses a mutant that it must detect, or if an equivalent variant is detected.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from siglip_port.text import format_table
 from siglip_port.threads import torch_threads
 
 Progress = Callable[..., Iterator[Any]]
-"""Called with items, what they are, and how many: passes them on, and shows how far it is."""
+"""Progress display: (items, description, total) -> items."""
 
 SEEDS = (1234, 1, 2, 3)
 ATTENTIONS = ("sdpa", "eager")
@@ -44,32 +43,32 @@ SMALL = replace(
     image_size=45,
     patch_size=7,
 )
-"""What mutants of the harness are tried on."""
+"""Architecture for harness mutants."""
 
 
 class Options(Protocol):
-    """What the self-test reads of the command's options."""
+    """Options of the command that the self-test uses."""
 
     @property
     def device(self) -> str:
-        """Where to run the models."""
+        """Device of the models."""
 
     @property
     def full(self) -> bool:
-        """Whether every mutant goes through all gates, with all seeds."""
+        """Whether every mutant goes through all gates, and variants run with all seeds."""
 
     @property
     def json(self) -> Path | None:
-        """A file for the report; None for none."""
+        """File for the JSON report, or None."""
 
 
 def run(options: Options, progress: Progress) -> bool:
-    """Run the self-test, and print what it found.
+    """Run the self-test and print the results.
 
-    Unless in full, every mutant goes through the gates of the weights alone that it is made for.
+    Unless `options.full` is set, a mutant only runs on the weights that its own gate is judged on.
 
     Returns:
-        Whether the gates have the power they must have.
+        Whether all mutants were detected and located, without false alarms.
     """
     with torch_threads(1):
         report = SelfTest(options.device, options.full, progress).run()
@@ -78,7 +77,7 @@ def run(options: Options, progress: Progress) -> bool:
     failures = report.failures
     print("\n".join(format_table(report.census())))
     print("\n".join(["", *failures]))
-    print(f"{'LOST POWER' if failures else 'POWER'}: {report.summary()}")
+    print(f"{'FAILED' if failures else 'PASSED'}: {report.summary()}")
     return not failures
 
 
@@ -86,10 +85,10 @@ class SelfTest:
     """One run over the whole catalog.
 
     Args:
-        device: where to run the models.
-        full: whether every mutant goes through all gates, with all seeds.
-        progress: passes items on, and shows how far it is.
-        processes: how many to work in; None for one a core.
+        device: Device of the models.
+        full: Whether every mutant goes through all gates, and variants run with all seeds.
+        progress: Progress display.
+        processes: Number of processes; None for one per core.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class SelfTest:
         self.report = Report(full=full)
 
     def run(self) -> Report:
-        """Run all mutants, all equivalent variants, and all mutants of the harness."""
+        """Run all mutants, equivalent variants and harness mutants."""
         seeds = SEEDS if self.full else SEEDS[:1]
         for seed in seeds:
             with make_cases(seed, self.device, full=self.full) as cases:
@@ -113,7 +112,7 @@ class SelfTest:
         return self.report
 
     def run_mutants(self, cases: list[Case]) -> None:
-        """Run all mutants of the port."""
+        """Run the mutants of the port."""
 
         def judge(mutant: Mutant) -> Result:
             if mutant.subject == "images":
@@ -125,17 +124,18 @@ class SelfTest:
             own = cases[1:] if mutant.gate == "rounding" else cases[:1]
             return examine(mutant, own, max_hints=0)
 
-        self.report.results += self.follow(judge, catalog.MUTANTS, "mistakes")
+        self.report.results += self.follow(judge, catalog.MUTANTS, "mutants")
 
     def run_variants(self, cases: list[Case], seed: int) -> None:
-        """Run all equivalent variants; in full by threads, and beside each attention alone."""
+        """Run the equivalent variants; in full, with 1 and 2 threads and each attention."""
 
-        def allow(mutant: Mutant) -> Result:
+        def judge(mutant: Mutant) -> Result:
             return examine(mutant, cases)
 
-        def run(how: str, what: str) -> None:
-            for result in self.follow(allow, catalog.EQUIVALENT, f"equivalent variants, {what}"):
-                self.report.alarms.append((f"seed {seed}, {how}", result))
+        def run(settings: str, label: str) -> None:
+            description = f"equivalent variants, {label}"
+            for result in self.follow(judge, catalog.EQUIVALENT, description):
+                self.report.variant_runs.append((f"seed {seed}, {settings}", result))
 
         for threads in (1, 2) if self.full else (torch.get_num_threads(),):
             with torch_threads(threads):
@@ -146,28 +146,28 @@ class SelfTest:
             for case in cases:
                 case.attentions = (attention,)
                 case.reference_runs = {}
-            run(f"{attention} alone", attention)
+            run(f"{attention} only", attention)
 
     def run_harness_mutants(self) -> None:
-        """Run all mutants of the harness."""
+        """Run the harness mutants."""
 
         def judge(mutant: HarnessMutant) -> str:
             return harness.examine_harness(mutant, SMALL)
 
-        shown = self.work(judge, catalog.HARNESS, "bugs in the harness")
-        for mutant, text in zip(catalog.HARNESS, shown, strict=True):
+        evidence = self.work(judge, catalog.HARNESS, "harness mutants")
+        for mutant, text in zip(catalog.HARNESS, evidence, strict=True):
             self.report.harness[mutant.name] = text
 
     def follow(
-        self, judge: Callable[[Mutant], Result], mutants: Sequence[Mutant], what: str
+        self, judge: Callable[[Mutant], Result], mutants: Sequence[Mutant], description: str
     ) -> Iterator[Result]:
-        """Yield the results of mutants, in their order."""
-        for mutant, result in zip(mutants, self.work(judge, mutants, what), strict=True):
-            result.mutant = mutant  # that of another process has lost its functions
+        """Yield the results of mutants, in order."""
+        for mutant, result in zip(mutants, self.work(judge, mutants, description), strict=True):
+            result.mutant = mutant  # the one from a worker lacks its functions
             yield result
 
     def work(
-        self, judge: Callable[[Item], Outcome], items: Sequence[Item], what: str
+        self, judge: Callable[[Item], Outcome], items: Sequence[Item], description: str
     ) -> Iterator[Outcome]:
-        """Yield what `judge` makes of items, in all processes."""
-        return self.progress(each(judge, items, self.processes), what, len(items))
+        """Yield `judge(item)` for each item, in parallel."""
+        return self.progress(each(judge, items, self.processes), description, len(items))

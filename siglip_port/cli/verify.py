@@ -1,7 +1,8 @@
-"""The command `verify`: the port against the transformers reference.
+"""The command `verify`: compares the port with transformers.
 
-It is built on argparse, since it needs nothing of the extra `cli`. `compare_origin.py` is the same
-command under the name that its first users know.
+Parsed with argparse, so it does not need the extra `cli`. `compare_origin.py` is the same command
+for a clone. torch and transformers are imported after the command line is parsed: `--help` and
+usage errors are instant.
 """
 
 from __future__ import annotations
@@ -18,13 +19,39 @@ from typing import TYPE_CHECKING, Any, Literal
 from siglip_port.atomic import write_text
 from siglip_port.cli.progress import track
 from siglip_port.extras import MissingExtraError, require
-from siglip_port.parity.siglip import verify_options
-from siglip_port.parity.siglip.verify_options import VerifyOptions
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SECOND_REFERENCES = ("timm", "open_clip", "transformers==<version>")
+    from siglip_port.parity.siglip.verify_options import VerifyOptions
+
+DESCRIPTION = "Compare the port with transformers, before and after the pooling head."
+
+EPILOG = """\
+weights:
+  auto    the checkpoint's; random if the default checkpoint is unavailable
+  hub     the checkpoint's
+  random  random weights for the checkpoint's architecture
+
+exit codes:
+  0    equal; self-test or calibration passed
+  1    different
+  2    usage error, or could not compare
+  3    self-test or calibration failed
+  130  interrupted
+"""
+
+# Those of VerifyOptions, whose package imports torch.
+WEIGHTS = ("auto", "hub", "random")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+ATTENTIONS = ("both", "sdpa", "eager")
+DEFAULTS = {
+    "checkpoint": "google/siglip-base-patch16-224",
+    "weights": "auto",
+    "dtype": "float32",
+    "attention": "both",
+    "device": "cpu",
+}
 
 Action = Literal["compare", "list-gates", "selftest", "calibrate"]
 
@@ -33,18 +60,18 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "siglip-port verify")
     """Run the command.
 
     Args:
-        argv: its arguments; None for those of this process.
-        prog: its name, in usage messages.
+        argv: Arguments; None for those of the process.
+        prog: Program name in usage messages.
 
     Returns:
-        The exit status: 0 the two are equal, 1 they differ, 2 they could not be compared, 3 the
-        self-test or the calibration found that the gates lack power, 130 it was interrupted.
+        Exit code: 0 equal, 1 different, 2 could not compare, 3 self-test or calibration failed, 130
+        interrupted.
     """
-    action, options = parse(argv, prog)
+    action, arguments = parse(argv, prog)
     try:
-        return run(action, options)
+        return run(action, arguments)
     except Exception as error:
-        # Whatever it was, it is no verdict: it must not end in the exit status of one.
+        # No error may end in exit code 1, which is a verdict.
         kind = hint = ""
         if not isinstance(error, (ValueError, OSError, RuntimeError, MissingExtraError)):
             kind = f"{type(error).__name__}: "
@@ -53,17 +80,20 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "siglip-port verify")
         print(f"could not compare: {kind}{error}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was compared", file=sys.stderr)
+        print("interrupted: no verdict", file=sys.stderr)
         return 130
 
 
-def run(action: Action, options: VerifyOptions) -> int:
-    """Do what was asked for; return the exit status."""
+def run(action: Action, arguments: dict[str, Any]) -> int:
+    """Run an action with the arguments of `VerifyOptions`; return the exit code."""
+    from siglip_port.parity.siglip import verify_options
+
+    options = verify_options.VerifyOptions(**arguments)
     verify_options.check_outputs(options)
     baseline = None
     if options.baseline is not None:
         baseline = verify_options.read_baseline(options.baseline)
-    # The slowest imports come last: a wrong argument should not cost the seconds of transformers.
+    # Before the import of transformers, which takes seconds.
     verify_options.check_device(options.device)
     image = verify_options.read_image(options.image)
     if action == "list-gates":
@@ -75,12 +105,12 @@ def run(action: Action, options: VerifyOptions) -> int:
     if action == "compare":
         return compare(options, image, baseline)
     selftest = load_selftest()
-    prove = selftest.calibrate if action == "calibrate" else selftest.run
-    return 0 if prove(options, track) else 3
+    check = selftest.calibrate if action == "calibrate" else selftest.run
+    return 0 if check(options, track) else 3
 
 
 def compare(options: VerifyOptions, image: Image.Image, baseline: dict[str, Any] | None) -> int:
-    """Compare the port with the reference, and report; return the exit status."""
+    """Compare the port with the reference and report the result; return the exit code."""
     from siglip_port.parity import report as reports
     from siglip_port.parity.siglip import second_reference, verification, verify_report
 
@@ -93,14 +123,14 @@ def compare(options: VerifyOptions, image: Image.Image, baseline: dict[str, Any]
         report = verify_report.make_report(options, comparison, port, case)
         print("\n".join(verify_report.console_lines(comparison, report)))
         if options.second_reference is not None:
-            print(f"\n{second_reference.ask(options.second_reference, case, port.model)}")
+            print(f"\n{second_reference.triangulate(options.second_reference, case, port.model)}")
     if baseline is not None:
         print("\n".join(reports.against_baseline(report, baseline)))
     if options.json is not None:
         write_text(options.json, reports.dumps(report))
     if options.report is not None:
         files = verify_report.write_reports(options.report, report, case.inputs[0])
-        print(f"written to {options.report}: {', '.join(files)}")
+        print(f"wrote {', '.join(files)} to {options.report}")
     print(reports.colored(comparison.verdict, comparison.equal, sys.stdout.isatty()))
     return 0 if comparison.equal else 1
 
@@ -109,7 +139,7 @@ def load_selftest() -> ModuleType:
     """Import the self-test: `run(options, track)` and `calibrate(options, track)` -> bool.
 
     Raises:
-        RuntimeError: the package was installed without it.
+        RuntimeError: The package was installed without it.
     """
     try:
         return importlib.import_module("scripts.selftest")
@@ -121,15 +151,24 @@ def load_selftest() -> ModuleType:
     )
 
 
-def parse(argv: Sequence[str] | None, prog: str) -> tuple[Action, VerifyOptions]:
-    """Read the command line."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves 58 of 80 columns to the help of an option."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=20)
+
+
+def parse(argv: Sequence[str] | None, prog: str) -> tuple[Action, dict[str, Any]]:
+    """Parse the command line; return the action and the arguments of `VerifyOptions`."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description=(
-            "Checks the port against the transformers reference, before and after the pooling head."
-        ),
-        epilog="exit status: 0 equal, 1 different, 2 could not compare, 3 no power",
+        usage="%(prog)s [options]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=HelpFormatter,
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        add_help=False,
     )
     add_checkpoint_options(parser)
     add_comparison_options(parser)
@@ -137,94 +176,90 @@ def parse(argv: Sequence[str] | None, prog: str) -> tuple[Action, VerifyOptions]
     add_actions(parser)
     arguments = vars(parser.parse_args(argv))
     action: Action = arguments.pop("action")
-    return action, VerifyOptions(**arguments)
+    return action, arguments
+
+
+def with_default(text: str, option: str) -> str:
+    """Append the default of an option to its help."""
+    return f"{text} [default: {DEFAULTS[option]}]"
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Add what is compared."""
-    parser.add_argument(
+    """Add the options for the inputs of a comparison."""
+    group = parser.add_argument_group("inputs")
+    group.add_argument(
         "--checkpoint",
-        default=VerifyOptions.checkpoint,
         metavar="ID|PATH",
-        help="Hub id, folder or file (%(default)s)",
+        help=with_default("Hub id or path.", "checkpoint"),
     )
-    parser.add_argument(
+    group.add_argument(
         "--weights",
-        choices=verify_options.WEIGHTS,
-        default=VerifyOptions.weights,
-        help="auto: the checkpoint's own, or random ones where the default checkpoint cannot be "
-        "had; hub: the checkpoint's own, or fail; random: random ones of its architecture "
-        "(%(default)s)",
+        choices=WEIGHTS,
+        help=with_default("Weights to compare, see below.", "weights"),
     )
-    parser.add_argument(
+    group.add_argument(
         "--image",
         type=path,
-        default=VerifyOptions.image,
         metavar="PATH",
-        help="an image (siglip_port/parity/siglip/images/chelsea.png)",
+        help="Input image. [default: the bundled chelsea.png]",
     )
 
 
 def add_comparison_options(parser: argparse.ArgumentParser) -> None:
-    """Add how it is compared."""
-    parser.add_argument(
+    """Add the options for how the two are compared."""
+    group = parser.add_argument_group("comparison")
+    group.add_argument(
         "--dtype",
-        choices=verify_options.DTYPES,
-        default=VerifyOptions.dtype,
-        help="of weights and arithmetic (%(default)s)",
+        choices=DTYPES,
+        help=with_default("dtype of weights and computation.", "dtype"),
     )
-    parser.add_argument(
+    group.add_argument(
         "--attn",
         dest="attention",
-        choices=verify_options.ATTENTIONS,
-        default=VerifyOptions.attention,
-        help="the reference's attention, for its rounding (%(default)s)",
+        choices=ATTENTIONS,
+        help=with_default("Reference attention for rounding.", "attention"),
     )
-    parser.add_argument(
-        "--device", default=VerifyOptions.device, help="cpu, cuda, cuda:1, ... (%(default)s)"
+    group.add_argument("--device", help=with_default("Device: cpu, cuda, cuda:1, ...", "device"))
+    group.add_argument(
+        "--full", action="store_true", help="Use all weight recipes, two seeds and all dtypes."
     )
-    parser.add_argument(
-        "--full",
-        action="store_true",
-        help="all recipes of weights, two seeds, all dtypes; with --selftest likewise",
-    )
-    parser.add_argument(
+    group.add_argument(
         "--second-ref",
         dest="second_reference",
         metavar="NAME",
-        help=f"ask a third implementation who is right: {', '.join(SECOND_REFERENCES)}",
+        help="Also run timm, open_clip or transformers==VERSION.",
     )
-    parser.add_argument(
+    group.add_argument(
         "--optimized",
         action="store_true",
-        help="judge the rounding of every form that siglip_port.optimize can choose from here, too",
+        help="Also check the engines of siglip_port.optimize.",
     )
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Add where the results go, and what they are compared with."""
-    parser.add_argument("--json", type=path, metavar="PATH", help="write all figures to this file")
-    parser.add_argument(
-        "--report",
-        type=path,
-        metavar="FOLDER",
-        help="write report.json, .md, .html and junit.xml to this folder",
+    """Add the options for reports."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", type=path, metavar="PATH", help="Write a JSON report.")
+    group.add_argument(
+        "--report", type=path, metavar="DIR", help="Write JSON, Markdown, HTML and JUnit reports."
     )
-    parser.add_argument(
-        "--baseline", type=path, metavar="PATH", help="compare with an earlier JSON report"
+    group.add_argument(
+        "--baseline", type=path, metavar="PATH", help="Compare with an earlier JSON report."
     )
 
 
 def add_actions(parser: argparse.ArgumentParser) -> None:
-    """Add what can be done instead of a comparison."""
+    """Add the actions other than a comparison."""
     helps: dict[Action, str] = {
-        "list-gates": "say what each gate means",
-        "selftest": "prove the gates: every bug of the catalog must be detected",
-        "calibrate": "measure on this device what the bounds on rounding rest on",
+        "list-gates": "Describe the gates.",
+        "selftest": "Test the gates with planted bugs (mutants).",
+        "calibrate": "Check the rounding bounds on this device.",
     }
-    group = parser.add_argument_group("instead of a comparison").add_mutually_exclusive_group()
+    group = parser.add_argument_group("other actions")
+    group.add_argument("-h", "--help", action="help", help="Show this message and exit.")
+    actions = group.add_mutually_exclusive_group()
     for action, text in helps.items():
-        group.add_argument(
+        actions.add_argument(
             f"--{action}",
             dest="action",
             action="store_const",
@@ -235,7 +270,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
 
 
 def path(text: str) -> Path:
-    """Read a path; an empty one, which would mean this folder, is an error."""
+    """Parse a path; an empty one, which would mean the current directory, is an error."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)

@@ -120,9 +120,9 @@ def test_verify_is_a_command(
         main()
     assert exit_.value.code == 2
     usage = capsys.readouterr().err
-    assert usage.startswith("usage: siglip-port verify [-h]")
+    assert usage.startswith("usage: siglip-port verify [options]")
     assert run("verify", "--attn", "flash", code=2).stderr == usage
-    assert run("verify", "--help").stdout.startswith("usage: siglip-port verify [-h]")
+    assert run("verify", "--help").stdout.startswith("usage: siglip-port verify [options]")
     assert run("verify", "--image", "absent.png", code=2).stderr.startswith("could not compare: ")
 
 

@@ -1,4 +1,4 @@
-"""The command `verify`, end to end: what it prints, what it writes, and its exit codes."""
+"""End-to-end tests of the command `verify`: output, reports and exit codes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ import compare_origin
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port import model as port
 from siglip_port.cli import verify
-from siglip_port.parity.siglip import cases, census, reference, verification
+from siglip_port.parity.siglip import cases, census, reference, verification, verify_options
 from siglip_port.parity.siglip.verify_options import (
     DTYPES,
     SAMPLE_IMAGE,
@@ -52,18 +53,18 @@ GATES = ["pixels", "environment", "config", "weights", "sensitivity", "numerics"
 
 @pytest.fixture(autouse=True)
 def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small models that are smaller still, in this process: a fourth of the time."""
+    """Shrink the small models of a comparison, for a quarter of the time."""
     monkeypatch.setattr(cases, "ODD", replace(SMALL, image_size=28, num_encoder_blocks=2))
     monkeypatch.setattr(cases, "MINI", replace(SMALL, image_size=24, num_encoder_blocks=2))
 
 
 def call(*arguments: str | Path) -> int:
-    """Run the command in this process, which saves importing transformers each time."""
+    """Run the command in this process, without another import of transformers."""
     return compare_origin.main([str(argument) for argument in arguments])
 
 
 def execute(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process of its own, as a user does."""
+    """Run Python in a new process."""
     return subprocess.run(
         [sys.executable, *map(str, command)],
         env={**os.environ, **environment},
@@ -77,11 +78,11 @@ def execute(*command: str | Path, **environment: str) -> subprocess.CompletedPro
 
 
 def check_default_command(stdout: str, stderr: str, report: Path, shape: tuple[int, ...]) -> None:
-    """Assert that random weights were compared, on all checkpoints, and nothing differs."""
+    """Assert that random weights were compared on all checkpoints and are equal."""
     assert re.fullmatch(
         r"google/siglip-base-patch16-224 is not in the local cache, and the Hub cannot be reached "
-        r"\(no connection to 127.0.0.1 \(.*\)\): comparing random weights of the same "
-        r"architecture instead\.\n",
+        r"\(no connection to 127.0.0.1 \(.*\)\); comparing random weights of the same "
+        r"architecture instead\n",
         stderr,
     )
     lines = stdout.splitlines()
@@ -121,7 +122,7 @@ def check_default_command(stdout: str, stderr: str, report: Path, shape: tuple[i
 def test_default_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a network, and of a small architecture."""
+    """Without a network, on a small architecture."""
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE
     silent = template.replace(constants.ENDPOINT, f"http://127.0.0.1:{silent_port()}")
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", silent)
@@ -134,7 +135,7 @@ def test_default_command(
 
 @pytest.mark.slow
 def test_default_command_full_size(tmp_path: Path) -> None:
-    """The main command of the README."""
+    """The command of the README."""
     result = execute(
         SCRIPT,
         "--json",
@@ -153,7 +154,7 @@ def test_default_command_full_size(tmp_path: Path) -> None:
 
 @pytest.fixture
 def source_tree(tmp_path: Path) -> Path:
-    """The package and the script alone, of a release of their own, where nothing is installed."""
+    """A copy of the package and the script, with another version number."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "siglip_port", tree / "siglip_port")
     shutil.copy(SCRIPT, tree)
@@ -164,7 +165,7 @@ def source_tree(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def other_packages(tmp_path: Path) -> Path:
-    """All packages that are installed, but ours: a folder for PYTHONPATH."""
+    """A directory for PYTHONPATH: all installed packages except siglip_port."""
     folder = tmp_path / "packages"
     folder.mkdir()
     for path in Path(torch.__file__).parents[1].iterdir():
@@ -176,7 +177,7 @@ def other_packages(tmp_path: Path) -> Path:
 def test_source_tree_that_is_not_installed(
     source_tree: Path, other_packages: Path, checkpoint: MakeCheckpoint
 ) -> None:
-    """Without `site`, nothing but PYTHONPATH leads to packages."""
+    """With -S, packages are found on PYTHONPATH only."""
     result = execute(
         "-S",
         source_tree / "compare_origin.py",
@@ -191,13 +192,13 @@ def test_source_tree_that_is_not_installed(
 
 
 def test_source_tree_beside_an_installed_package(source_tree: Path) -> None:
-    """The script takes the package beside it."""
+    """The script imports the package next to it."""
     census_file = source_tree / "siglip_port" / "parity" / "siglip" / census.SUMMARY.name
     summary = json.loads(census_file.read_text())
-    census_file.write_text(json.dumps({**summary, "machine": "a machine of its own"}))
+    census_file.write_text(json.dumps({**summary, "machine": "another machine"}))
     result = execute(source_tree / "compare_origin.py", "--list-gates", PYTHONPATH=str(ROOT))
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.endswith("recorded on a machine of its own)\n")
+    assert result.stdout.endswith(" on another machine)\n")
 
 
 def run_script(*arguments: str | Path) -> int:
@@ -216,7 +217,7 @@ def test_script_exit_codes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Of a port that is right, and of one in which one word is wrong."""
+    """0 for an intact port, 1 for a wrong activation."""
     folder = checkpoint()
     assert run_script("--checkpoint", folder) == 0
     capsys.readouterr()
@@ -232,7 +233,7 @@ def test_script_exit_codes(
 
 
 def test_script_without_torch() -> None:
-    """Another Python than that of `uv run`."""
+    """A Python without the dependencies."""
     code = (
         "import sys; sys.modules['torch'] = None; import compare_origin;"
         "sys.exit(compare_origin.main([]))"
@@ -246,12 +247,13 @@ def test_script_without_torch() -> None:
     )
 
 
-def test_script_says_what_it_needs(tmp_path: Path) -> None:
-    """In one sentence, before anything is imported that takes seconds."""
+def test_script_reports_a_wrong_argument(tmp_path: Path) -> None:
+    """In one line, with nothing on stdout."""
     result = execute(SCRIPT, "--image", tmp_path / "absent.png", HF_HUB_OFFLINE="1")
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(
-        r"could not compare: --image .*No such file.*; pass a JPEG or PNG .*\n", result.stderr
+        r"could not compare: --image .*: .*No such file.*; pass a local JPEG or PNG .*\n",
+        result.stderr,
     )
 
 
@@ -268,43 +270,43 @@ def test_script_says_what_it_needs(tmp_path: Path) -> None:
         ),
         (
             ["--image", "README.md"],
-            r"could not compare: --image .*README.md cannot be read as an image",
+            r"could not compare: --image .*README.md: cannot be read as an image",
         ),
         (
             ["--device", "cuda"],
-            r"could not compare: --device cuda cannot be used on this machine \(.*\); use cpu",
+            r"could not compare: --device cuda: not available on this machine \(.*\); use cpu",
         ),
         (
             ["--device", "abacus"],
-            r"could not compare: --device abacus cannot be used on this machine \(.*\); use cpu",
+            r"could not compare: --device abacus: not available on this machine \(.*\); use cpu",
         ),
         (
             ["--json", "no/such/folder/out.json"],
-            "could not compare: --json .*: its folder does not exist, or may not",
+            "could not compare: --json .*: the directory is missing or not writable; choose",
         ),
         (
             ["--json", "tests"],
-            r"could not compare: --json .*tests is no file that could be replaced",
+            r"could not compare: --json .*tests: not a regular file; choose another path",
         ),
         (
             ["--report", "README.md"],
-            r"could not compare: --report .*: its folder does not exist, or",
+            r"could not compare: --report .*: the directory is missing or not writable; choose",
         ),
         (
             ["--baseline", "pyproject.toml"],
-            r"could not compare: --baseline pyproject.toml cannot be used: .*; name",
+            r"could not compare: --baseline pyproject.toml: cannot be read \(.*\); pass a file",
         ),
         (
             ["--baseline", "absent"],
-            r"could not compare: --baseline absent cannot be used: .*No such file",
+            r"could not compare: --baseline absent: cannot be read \(.*No such file",
         ),
         (
             ["--second-ref", "clip"],
-            r"could not compare: there is no second reference 'clip'; known are timm and open_clip",
+            r"could not compare: --second-ref must be timm or open_clip, .*, got 'clip'",
         ),
         (
             ["--json", "/dev/null"],
-            r"could not compare: --json /dev/null is no file that could be replaced",
+            r"could not compare: --json /dev/null: not a regular file; choose another path",
         ),
     ],
 )
@@ -312,7 +314,7 @@ def test_wrong_arguments(
     args: list[str], sentence: str, capsys: pytest.CaptureFixture[str], hub: Hub
 ) -> None:
     if "cuda" in args and torch.cuda.is_available():
-        pytest.skip("this machine has one")
+        pytest.skip("CUDA is available")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         assert call(*args) == 2
@@ -346,8 +348,74 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         call("--help")
     assert exit_.value.code == 0
     out = capsys.readouterr().out
-    assert "exit status: 0 equal, 1 different, 2 could not compare, 3 no power" in out
+    exit_codes = out[out.index("exit codes:") :].split("\n")[1:-1]
+    assert [line.split()[0] for line in exit_codes] == ["0", "1", "2", "3", "130"]
     assert len(out.splitlines()) <= 60
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--attn", "flash"]])
+@pytest.mark.parametrize(
+    "command", ["from siglip_port.cli import main", "from compare_origin import main"]
+)
+def test_help_and_usage_errors_import_no_heavy_package(command: str, arguments: list[str]) -> None:
+    packages = ("torch", "numpy", "transformers", "PIL")
+    code = f"""
+import sys
+{command}
+try:
+    main({arguments if "compare_origin" in command else ""})
+finally:
+    print("imported:", *{set(packages)} & sys.modules.keys())
+"""
+    program = [] if "compare_origin" in command else ["verify"]
+    result = execute("-c", code, *program, *arguments, PYTHONPATH=str(ROOT))
+    assert "usage: " in result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1] == "imported:"
+
+
+def test_help_shows_the_defaults_of_the_options() -> None:
+    """The parser cannot import VerifyOptions, which would import torch."""
+    options = vars(VerifyOptions())
+    assert {name: options[name] for name in verify.DEFAULTS} == verify.DEFAULTS
+    choices = (verify_options.WEIGHTS, verify_options.DTYPES, verify_options.ATTENTIONS)
+    assert choices == (verify.WEIGHTS, verify.DTYPES, verify.ATTENTIONS)
+
+
+def test_options_reach_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, VerifyOptions]] = []
+
+    def run(action: str, arguments: dict[str, Any]) -> int:
+        calls.append((action, VerifyOptions(**arguments)))
+        return 0
+
+    monkeypatch.setattr(verify, "run", run)
+    assert call() == 0
+    options = (
+        "--checkpoint c --weights hub --image i --dtype float16 --attn eager --device cuda:1 "
+        "--full --second-ref timm --optimized --json j --report r --baseline b --selftest"
+    )
+    assert call(*options.split()) == 0
+    assert calls == [
+        ("compare", VerifyOptions()),
+        (
+            "selftest",
+            VerifyOptions(
+                checkpoint="c",
+                weights="hub",
+                image=Path("i"),
+                dtype="float16",
+                attention="eager",
+                device="cuda:1",
+                full=True,
+                second_reference="timm",
+                optimized=True,
+                json=Path("j"),
+                report=Path("r"),
+                baseline=Path("b"),
+            ),
+        ),
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -367,10 +435,10 @@ def test_image_modes(checkpoint: MakeCheckpoint, tmp_path: Path, mode: str) -> N
     folder = checkpoint()
     (folder / "preprocessor_config.json").write_text('{"do_convert_rgb": null, "resample": 2}')
     with Image.open(SAMPLE_IMAGE) as image:
-        image.convert(mode).resize((9, 5)).save(tmp_path / "picture.tif")
-    if mode == "CMYK":  # one of them to the end
-        assert call("--checkpoint", folder, "--image", tmp_path / "picture.tif") == 0
-    options = VerifyOptions(str(folder), image=tmp_path / "picture.tif")
+        image.convert(mode).resize((9, 5)).save(tmp_path / "image.tif")
+    if mode == "CMYK":  # the whole command for one of them
+        assert call("--checkpoint", folder, "--image", tmp_path / "image.tif") == 0
+    options = VerifyOptions(str(folder), image=tmp_path / "image.tif")
     loaded = verification.load_port(options, tmp_path)
     case = verification.checkpoint_case(options, loaded, read_image(options.image))
     assert case.inputs.shape == (2, 3, 16, 16)
@@ -424,8 +492,8 @@ def test_naflex(checkpoint: MakeCheckpoint, resample: int, monkeypatch: pytest.M
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     assert call("--checkpoint", folder, "--attn", "sdpa") == 0
-    # The small encoders are NaFlex too, and given images that are not square: another rule would be
-    # detected.
+    # The small models are NaFlex too, on images that are not square: they detect another resize
+    # rule.
     monkeypatch.setattr(SigLipVisionConfig, "resize_rule", property(lambda _: "timm"))
     assert call("--checkpoint", folder, "--attn", "sdpa") == 1
 
@@ -433,17 +501,16 @@ def test_naflex(checkpoint: MakeCheckpoint, resample: int, monkeypatch: pytest.M
 def test_layout_that_transformers_cannot_load(
     checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The way is to take the encoder out, and to compare that."""
+    """The message names the way: extract the encoder and compare that."""
     folder = checkpoint(SMALL, prefix="vision_tower.vision_model.")
     assert call("--checkpoint", folder) == 2
     assert re.search(
-        r"\(layout: HuggingFace, prefix vision_tower.vision_model\) is no checkpoint that "
-        r"transformers loads .*; take "
-        r"the encoder out, `siglip-port extract .* FOLDER`, and compare that folder",
+        r"\(layout: HuggingFace, prefix vision_tower.vision_model\): transformers cannot load it "
+        r"as a SigLIP vision encoder; run `siglip-port extract .* DIR` and pass --checkpoint DIR",
         capsys.readouterr().err,
     )
-    SigLipVisionModel.from_hf(folder).save_hf(tmp_path / "taken out")
-    assert call("--checkpoint", tmp_path / "taken out") == 0
+    SigLipVisionModel.from_hf(folder).save_hf(tmp_path / "extracted")
+    assert call("--checkpoint", tmp_path / "extracted") == 0
 
 
 def test_without_pooling_head(
@@ -472,7 +539,7 @@ def test_file_and_random_weights(
 def test_wrong_weights(
     checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loader that gets one bias of the keys wrong: no output shows it, and the verdict does."""
+    """A loader with a wrong bias of the keys, which changes no output."""
     load_state_dict = port.SigLipVisionModel.load_state_dict
 
     def almost(
@@ -494,10 +561,7 @@ def test_wrong_weights(
 def test_weights_not_finite(
     value: float, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One element in each of two blocks.
-
-    They are named, and nothing is called equal or different.
-    """
+    """One element in each of two blocks: both are named, and there is no verdict."""
     folder = checkpoint()
 
     def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -553,7 +617,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
     monkeypatch.setattr(verify, "run", interrupt)
     assert call() == 130
-    assert capsys.readouterr().err == "interrupted: nothing was compared\n"
+    assert capsys.readouterr().err == "interrupted: no verdict\n"
 
 
 def test_wrong_activation(
@@ -568,7 +632,7 @@ def test_wrong_activation(
 
 
 def test_hub(hub: Hub, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the Hub, then from its cache, then from neither."""
+    """From the Hub, from its cache, and from neither."""
     folder = checkpoint(prefix="vision_model.")
     hub.repositories["google/siglip-served"] = Repository(folder)
     for weights in ("auto", "hub"):
@@ -602,7 +666,7 @@ def test_hub_breaks_off(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The default command goes on with random weights, of a small architecture, and says why."""
+    """The default command falls back to random weights and prints the reason."""
     monkeypatch.setattr(verification, "DEFAULT_CHECKPOINT", "google/siglip-broken")
     monkeypatch.setattr(verification, "DEFAULT_CONFIG", SMALL)
     hub.repositories["google/siglip-broken"] = Repository(checkpoint())
@@ -610,7 +674,7 @@ def test_hub_breaks_off(
     assert call("--checkpoint", "google/siglip-broken") == 0
     out, err = capsys.readouterr()
     assert re.search(
-        r"model.safetensors of 'google/siglip-broken' .*: comparing random weights of the same", err
+        r"model.safetensors of 'google/siglip-broken' .*; comparing random weights of the same", err
     )
     assert out.splitlines()[-1].startswith("EQUAL (random weights)")
     assert call("--checkpoint", "google/siglip-broken", "--weights", "hub") == 2
@@ -627,19 +691,19 @@ def test_inputs() -> None:
     assert (pixels[0] - pixels[1]).std() > 0.3
 
 
-# --- reports, baselines, witnesses, and what else there is ----------------------------------------
+# --- reports, baselines, gates, notes -------------------------------------------------------------
 
 
 def test_reports_and_baseline(
     checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = checkpoint()
-    assert call("--checkpoint", folder, "--report", tmp_path / "made" / "reports") == 0
-    written = sorted(path.name for path in (tmp_path / "made" / "reports").iterdir())
+    assert call("--checkpoint", folder, "--report", tmp_path / "new" / "reports") == 0
+    written = sorted(path.name for path in (tmp_path / "new" / "reports").iterdir())
     assert written == ["junit.xml", "report.html", "report.json", "report.md"]
-    report = tmp_path / "made" / "reports" / "report.json"
+    report = tmp_path / "new" / "reports" / "report.json"
     assert json.loads(report.read_text())["patches"]["grid"] == 2
-    assert "data:image/png;base64," in (tmp_path / "made" / "reports" / "report.html").read_text()
+    assert "data:image/png;base64," in (tmp_path / "new" / "reports" / "report.html").read_text()
     capsys.readouterr()
     assert call("--checkpoint", folder, "--baseline", report) == 0
     assert re.search(
@@ -672,7 +736,8 @@ def test_list_gates(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert all(f"\n{gate}: " in f"\n{out}" for gate in [*GATES, "rounding"])
     assert re.search(
-        r"numerics: .*\n  bound: .*1e-10.*\n  notices \d+ of \d+ mistakes, alone: \w+", out
+        r"numerics: .*\n  bound: .*1e-10.*\n  detected \d+ of 261 mutants; by this gate only: \w+",
+        out,
     )
 
 
@@ -693,7 +758,7 @@ def test_memory_note(capsys: pytest.CaptureFixture[str]) -> None:
         ]
     verification.warn_of_memory(models[0], torch.float32)
     assert re.match(
-        r"this encoder has 428 M parameters: needs about 1\d GB", capsys.readouterr().err
+        r"428 M parameters: the comparison needs about 1\d GB of memory\n", capsys.readouterr().err
     )
     verification.warn_of_memory(models[1], torch.float32)
     assert capsys.readouterr().err == ""
@@ -708,11 +773,11 @@ def test_engine_gates(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     ]
     assert all(gate.passed and gate.checked == 2 for gate in gates)
     notes = capsys.readouterr().err
-    assert "openvino is not judged on the odd encoder: openvino is not installed" in notes
-    assert "compiled is not judged on the odd encoder: it is for GPUs" in notes
+    assert "skipped openvino on the odd encoder: openvino is not installed" in notes
+    assert "skipped compiled on the odd encoder: it is for GPUs" in notes
 
 
-# --- what belongs to a clone, and to extras -------------------------------------------------------
+# --- missing extras, missing clone ----------------------------------------------------------------
 
 
 def test_without_transformers(

@@ -1,8 +1,7 @@
-"""The catalog: bugs that ports of this and of like models have had, and variants that are none.
+"""The catalog: bugs from ports of this and similar models, and equivalent variants.
 
-A mutant is one line of what happened, one of where (in public: owner/repository#issue), and a small
-function that breaks the port. `locations` says in the words of `scripts.selftest.mutant.LOCATIONS`
-what the gates may name for it.
+A mutant has a one-line description, a public source (owner/repository#issue) and a small function
+that breaks the port. Its `locations` are keys of `scripts.selftest.mutant.LOCATIONS`.
 """
 
 from __future__ import annotations
@@ -45,4 +44,4 @@ MUTANTS: list[Mutant] = [
     *RESIZED,
     *IMAGES,
 ]
-"""All bugs of the port; those of the harness are in `harness`."""
+"""All mutants of the port; those of the harness are in `harness`."""

@@ -16,7 +16,7 @@ ACT = "act head-act"
 ACTIVATION = [
     Mutant(
         "gelu_exact",
-        "exact GELU for tanh GELU",
+        "exact GELU instead of tanh GELU",
         ACT,
         source="timm 1.0.31; kyutai-labs/pocket-tts#278",
         patch=seams.activation(F.gelu),
@@ -49,7 +49,7 @@ ACTIVATION = [
     ),
     Mutant(
         "silu",
-        "SiLU, the builder's default",
+        "SiLU",
         ACT,
         source="NVIDIA/TensorRT-Model-Connect#720",
         patch=seams.activation(F.silu),
@@ -57,13 +57,13 @@ ACTIVATION = [
     Mutant("relu", "ReLU", ACT, patch=seams.activation(F.relu)),
     Mutant(
         "gelu_tanh_constant",
-        "tanh GELU with 0.8 for sqrt(2/pi)",
+        "tanh GELU with 0.8 instead of sqrt(2/pi)",
         ACT,
         patch=seams.activation(lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x**3)))),
     ),
     Mutant(
         "gelu_cubic_constant",
-        "tanh GELU with 0.0447 for 0.044715",
+        "tanh GELU with 0.0447 instead of 0.044715",
         ACT,
         patch=seams.activation(
             lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.0447 * x**3)))

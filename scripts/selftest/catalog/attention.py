@@ -17,7 +17,7 @@ CONTEXT = "context head-context"
 
 
 def scale_of(attention: MultiheadAttention) -> float:
-    """Return what scores are multiplied by."""
+    """Return the factor on the scores."""
     return attention.head_dim**-0.5
 
 
@@ -28,32 +28,35 @@ def scores_of(attention: MultiheadAttention, q: Tensor, k: Tensor) -> Tensor:
 
 def attend(
     name: str,
-    what: str,
+    description: str,
     function: Callable[[MultiheadAttention, Tensor, Tensor, Tensor], Tensor],
     source: str = "variant",
     locations: str = CONTEXT,
     gate: str = "numerics",
 ) -> Mutant:
-    """Make another context of q, k and v, [B, H, N, D/H]."""
-    return Mutant(name, what, locations, gate, source, patch=seams.attend(function))
+    """Build a mutant with another function q, k, v -> context, all [B, H, N, D/H]."""
+    return Mutant(name, description, locations, gate, source, patch=seams.attend(function))
 
 
 def scale_by(scale: Callable[[MultiheadAttention], float]) -> Patch:
-    """Scale scores otherwise."""
+    """Replace the factor on the scores."""
     return seams.attend(
         lambda attention, q, k, v: F.scaled_dot_product_attention(q, k, v, scale=scale(attention))
     )
 
 
 def scale(
-    name: str, what: str, factor: Callable[[MultiheadAttention], float], source: str = "variant"
+    name: str,
+    description: str,
+    factor: Callable[[MultiheadAttention], float],
+    source: str = "variant",
 ) -> Mutant:
-    """Multiply scores by another factor."""
-    return Mutant(name, what, CONTEXT, source=source, patch=scale_by(factor))
+    """Build a mutant with another factor on the scores."""
+    return Mutant(name, description, CONTEXT, source=source, patch=scale_by(factor))
 
 
 def leave_probe_unscaled(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Give the head's attention, which has one query, and no other a scale of 1."""
+    """Use a scale of 1 in the head's attention only, which has one query."""
     scale = scale_of(attention)
     if q.shape[2] == 1:
         scale = 1.0
@@ -61,13 +64,13 @@ def leave_probe_unscaled(attention: MultiheadAttention, q: Tensor, k: Tensor, v:
 
 
 def add_one_to_sum(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Let every query attend to one more key, of score 0, that has no value."""
+    """Add a key with score 0 and value 0 to every query."""
     scores = F.pad(scores_of(attention, q, k), (0, 1))
     return scores.softmax(-1)[..., :-1] @ v
 
 
 def attend_near(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend to less than 30 tokens on either side."""
+    """Attend to fewer than 30 tokens on either side."""
     distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, distance.abs() < 30, scale=scale_of(attention))
 
@@ -85,7 +88,7 @@ def split_width_first(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Te
 
 
 def swap_queries_and_keys(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Let keys ask queries, where there are as many of both."""
+    """Swap queries and keys where their numbers are equal."""
     if q.shape == k.shape:
         q, k = k, q
     return F.scaled_dot_product_attention(q, k, v, scale=scale_of(attention))
@@ -99,13 +102,13 @@ def drop_last_head(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tenso
 
 
 def add_diagonal(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Add 1 to the score of every token with itself."""
+    """Add 1 to the diagonal of the scores."""
     bias = torch.eye(q.shape[2], k.shape[2], dtype=q.dtype)
     return F.scaled_dot_product_attention(q, k, v, bias, scale=scale_of(attention))
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Apply a rotary position embedding, by a fiftieth of the token's number."""
+    """Apply a rotary position embedding with angle index / 50."""
     angle = torch.arange(x.shape[2], dtype=x.dtype)[:, None] / 50
     first, second = x.chunk(2, -1)
     return torch.cat(
@@ -118,7 +121,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 def set_heads(count: Callable[[int], int]) -> Callable[[SigLipVisionModel], None]:
-    """Make an edit that gives all attentions another number of heads."""
+    """Return an edit that sets the number of heads of all attentions."""
 
     def edit(model: SigLipVisionModel) -> None:
         for module in model.modules():
@@ -142,38 +145,38 @@ def normalize_queries_and_keys(
 ATTENTION = [
     scale(
         "scale_none",
-        "not scaled",
+        "scores not scaled",
         lambda attention: 1.0,
         "huggingface/transformers#39043; ggml-org/llama.cpp#17516",
     ),
     scale(
         "scale_sqrt_dim",
-        "scaled by the width of all heads",
+        "scores scaled by the width of all heads",
         lambda attention: (attention.num_heads * attention.head_dim) ** -0.5,
         "lucidrains/vit-pytorch#65; karpathy/ng-video-lecture#6",
     ),
     attend(
         "scale_twice",
-        "scaled twice",
+        "scores scaled twice",
         lambda attention, q, k, v: F.scaled_dot_product_attention(
             q * scale_of(attention), k, v, scale=scale_of(attention)
         ),
     ),
     scale(
         "scale_inverted",
-        "multiplied by sqrt(head_dim)",
+        "scores multiplied by sqrt(head_dim)",
         lambda attention: 1 / scale_of(attention),
         "huggingface/transformers#39043",
     ),
     scale(
         "scale_num_heads",
-        "scaled by the number of heads",
+        "scores scaled by the number of heads",
         lambda attention: attention.num_heads**-0.5,
         "tenstorrent/tt-metal#56789",
     ),
     scale(
         "scale_padded",
-        "scaled for a padded head_dim",
+        "scores scaled for a padded head_dim",
         lambda attention: 32**-0.5,
         "intel/ipex-llm#12619; bytedance-iaas/sglang#485",
     ),
@@ -184,7 +187,7 @@ ATTENTION = [
     ),
     attend(
         "scale_head_none",
-        "not scaled in the head only",
+        "scores not scaled in the head only",
         leave_probe_unscaled,
         "LAION-AI/temporal-embedding-aggregation#23",
         "head-context",
@@ -194,10 +197,10 @@ ATTENTION = [
         "softmax over the queries",
         lambda attention, q, k, v: scores_of(attention, q, k).softmax(-2) @ v,
     ),
-    attend("softmax_plus_one", "one added to the softmax's sum", add_one_to_sum),
+    attend("softmax_plus_one", "softmax plus one: 1 added to the denominator", add_one_to_sum),
     attend(
         "softmax_no_normalization",
-        "sigmoid for softmax",
+        "sigmoid instead of softmax",
         lambda attention, q, k, v: scores_of(attention, q, k).sigmoid() @ v,
     ),
     attend(
@@ -210,7 +213,7 @@ ATTENTION = [
     ),
     attend(
         "mask_last_token",
-        "the last key masked",
+        "last key masked",
         lambda attention, q, k, v: F.scaled_dot_product_attention(
             q, k[..., :-1, :], v[..., :-1, :], scale=scale_of(attention)
         ),
@@ -218,13 +221,13 @@ ATTENTION = [
     ),
     attend(
         "mask_first_token",
-        "the first key dropped, as if it were CLS",
+        "first key dropped as if it were CLS",
         lambda attention, q, k, v: F.scaled_dot_product_attention(
             q, k[..., 1:, :], v[..., 1:, :], scale=scale_of(attention)
         ),
         "TinyLLaVA/TinyLLaVA_Factory#203",
     ),
-    attend("window", "attention to near tokens only", attend_near),
+    attend("window", "sliding-window attention", attend_near),
     attend(
         "attn_dropout",
         "attention dropout active at inference",
@@ -283,28 +286,28 @@ ATTENTION = [
     Mutant("one_head", "one head", CONTEXT, edit=set_heads(lambda heads: 1)),
     attend(
         "qk_swapped_in_scores",
-        "scores of k against q",
+        "q and k swapped in the scores",
         swap_queries_and_keys,
         locations="context",
     ),
     attend(
         "value_is_key",
-        "keys in place of the values",
+        "keys instead of values",
         lambda attention, q, k, v: F.scaled_dot_product_attention(
             q, k, k, scale=scale_of(attention)
         ),
         "huggingface/transformers#40257",
     ),
-    attend("last_head_dropped", "the last head left out", drop_last_head),
+    attend("last_head_dropped", "last head dropped", drop_last_head),
     attend(
         "scores_clipped",
-        "scores clipped to 5",
+        "scores clipped at 5",
         lambda attention, q, k, v: scores_of(attention, q, k).clamp(-5, 5).softmax(-1) @ v,
     ),
-    attend("relative_bias", "a bias on the diagonal of the scores", add_diagonal),
+    attend("relative_bias", "bias on the diagonal of the scores", add_diagonal),
     attend(
         "rotary",
-        "rotary position embedding in an encoder without",
+        "rotary position embedding added",
         lambda attention, q, k, v: F.scaled_dot_product_attention(
             rotate(q), rotate(k), v, scale=scale_of(attention)
         ),
@@ -318,10 +321,10 @@ ATTENTION = [
     ),
     Mutant(
         "query_from_values",
-        "queries made by v_proj",
+        "queries computed by v_proj",
         "q head-q head-v context head-context v",
         source="vllm-project/vllm#42803",
         patch=seams.projections(q=lambda attention, x: attention.v_proj(x)),
     ),
-    attend("qk_norm", "q and k normalized, as in newer encoders", normalize_queries_and_keys),
+    attend("qk_norm", "QK normalization", normalize_queries_and_keys),
 ]

@@ -1,4 +1,4 @@
-"""Biases: not loaded, or not used."""
+"""Biases: not loaded or not used."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ BIASES = [
     ),
     Mutant(
         "out_bias_twice",
-        "out_proj's bias added twice",
+        "out_proj bias added twice",
         "attention head-attention",
         patch=seams.projections(
             out=lambda attention, x: attention.out_proj(x) + attention.out_proj.bias
@@ -98,7 +98,7 @@ BIASES = [
     ),
     Mutant(
         "k_bias_unused",
-        "k_proj called without its bias: no output can show it",
+        "k_proj called without its bias (changes no output)",
         "k head-k",
         "sensitivity",
         "facebookresearch/dinov3#58",
@@ -108,21 +108,21 @@ BIASES = [
     ),
     loaded(
         "k_bias_missing",
-        "biases of k missing: no output can show it",
+        "biases of k missing (changes no output)",
         "k",
         clear(f"{K}.bias"),
         "baaivision/EVA#53; facebookresearch/dinov3#58",
     ),
     loaded(
         "k_bias_missing_once",
-        "one bias of k missing: no output can show it",
+        "one bias of k missing (changes no output)",
         "5.k",
         clear(f"{BLOCK_5}.self_attn.k_proj.bias"),
         "MCG-NJU/VideoMAE#41",
     ),
     loaded(
         "head_k_bias_missing",
-        "the head's bias of k missing: no output can show it",
+        "bias of k missing in the head (changes no output)",
         "head-k",
         clear(f"{HEAD}.attention.k_proj.bias"),
     ),

@@ -1,4 +1,4 @@
-"""Ways to edit a loaded model, and to round its numbers."""
+"""Edits of a loaded model, and rounding of its numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEAD = "pooling_head"
 
 
 def is_named(name: str, pattern: str) -> bool:
-    """Whether a name is that of a pattern, in which `{}` stands for a number."""
+    """Whether a name matches a pattern in which `{}` stands for a number."""
     return re.fullmatch(re.escape(pattern).replace(r"\{\}", r"\d+"), name) is not None
 
 
@@ -37,7 +37,7 @@ def blocks_of(model: SigLipVisionModel) -> list[EncoderBlock]:
 
 
 def block_of(model: SigLipVisionModel, number: int = 5) -> EncoderBlock:
-    """Return a block of a model; the last one where there are not so many."""
+    """Return a block of a model; the last one if the index is too large."""
     blocks = blocks_of(model)
     return blocks[min(number, len(blocks) - 1)]
 
@@ -82,7 +82,7 @@ def swap(first: str, second: str, *kinds: str) -> Edit:
 
 
 def hook(pattern: str, function: Callable[[Tensor, Tensor], Tensor]) -> Edit:
-    """Change what modules return, by a function of their first input and their output."""
+    """Replace the outputs of modules with a function of first input and output."""
 
     def edit(model: SigLipVisionModel) -> None:
         for name, module in model.named_modules():
@@ -93,7 +93,7 @@ def hook(pattern: str, function: Callable[[Tensor, Tensor], Tensor]) -> Edit:
 
 
 def change_input(function: Callable[[Tensor], Tensor]) -> Edit:
-    """Change what the model is called with."""
+    """Replace the model's input with a function of it."""
 
     def edit(model: SigLipVisionModel) -> None:
         model.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
@@ -102,7 +102,7 @@ def change_input(function: Callable[[Tensor], Tensor]) -> Edit:
 
 
 def set_activation(where: str, function: Callable[[Tensor], Tensor]) -> Edit:
-    """Give the MLPs of which a part of the path matches another activation."""
+    """Set the activation of MLPs whose path contains a match."""
 
     def edit(model: SigLipVisionModel) -> None:
         for name, module in model.named_modules():
@@ -113,7 +113,7 @@ def set_activation(where: str, function: Callable[[Tensor], Tensor]) -> Edit:
 
 
 def set_eps(where: str, value: float) -> Edit:
-    """Give the LayerNorms of which a part of the path matches another epsilon."""
+    """Set the eps of LayerNorms whose path contains a match."""
 
     def edit(model: SigLipVisionModel) -> None:
         for name, module in model.named_modules():
@@ -124,7 +124,7 @@ def set_eps(where: str, value: float) -> Edit:
 
 
 def reorder(order: Callable[[int], list[int]]) -> Edit:
-    """Run the blocks in another order: the modules keep their names, and their tensors move."""
+    """Reorder the tensors of the blocks; module names stay."""
 
     def edit(model: SigLipVisionModel) -> None:
         blocks = blocks_of(model)
@@ -141,7 +141,7 @@ def reorder(order: Callable[[int], list[int]]) -> Edit:
 
 
 def round_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Make a function that rounds to a dtype and back."""
+    """Return a function that rounds to a dtype and back."""
     return lambda tensor: tensor.to(dtype).to(tensor.dtype)
 
 
@@ -153,6 +153,6 @@ def round_to_tf32(tensor: Tensor) -> Tensor:
 
 
 def quantize_to_int8(tensor: Tensor) -> Tensor:
-    """Quantize to 8 bits, one scale a row, and back."""
+    """Quantize to 8 bits with one scale per row, and dequantize."""
     scale = tensor.abs().amax(dim=-1, keepdim=True) / 127
     return (tensor / scale).round() * scale

@@ -18,23 +18,23 @@ from siglip_port.model import EncoderBlock, LayerNorm, MultiheadAttention, Visio
 
 
 def equivalent(
-    name: str, what: str, patch: Patch | None = None, edit: Edit | None = None
+    name: str, description: str, patch: Patch | None = None, edit: Edit | None = None
 ) -> Mutant:
-    """Make a variant that no gate may detect."""
-    return Mutant(name, what, gate="", patch=patch, edit=edit, is_equivalent=True)
+    """Build an equivalent variant."""
+    return Mutant(name, description, gate="", patch=patch, edit=edit, is_equivalent=True)
 
 
 def attend(
     name: str,
-    what: str,
+    description: str,
     function: Callable[[MultiheadAttention, Tensor, Tensor, Tensor], Tensor],
 ) -> Mutant:
-    """Compute the context otherwise."""
-    return equivalent(name, what, seams.attend(function))
+    """Build a variant with another computation of the context."""
+    return equivalent(name, description, seams.attend(function))
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """Make a tensor float32 at least."""
+    """Cast bfloat16 and float16 tensors to float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -44,7 +44,7 @@ def attend_with(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) 
 
 
 def softmax_in_float32(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute the softmax in float32, also of float64."""
+    """Compute the softmax in float32, even for float64."""
     weights = scores_of(attention, q, k).softmax(-1, dtype=torch.float32)
     return weights.to(q.dtype) @ v
 
@@ -61,19 +61,19 @@ def chunk_heads(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) 
 
 
 def attend_by_math(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend with the kernel that writes all scores to memory."""
+    """Attend with torch's math kernel."""
     with sdpa_kernel(SDPBackend.MATH):
         return attend_with(attention, q, k, v)
 
 
 def shift_scores(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Take the largest score of every query out."""
+    """Subtract the largest score of every query."""
     scores = scores_of(attention, q, k)
     return (scores - scores.amax(-1, keepdim=True)).softmax(-1) @ v
 
 
 def attend_by_einsum(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Spell the products out."""
+    """Compute the products with einsum."""
     scores = torch.einsum("bhqd,bhkd->bhqk", q, k).mul(scale_of(attention))
     return torch.einsum("bhqk,bhkd->bhqd", scores.softmax(-1), v)
 
@@ -84,7 +84,7 @@ def fuse_projections(
     query: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Project keys and values at once, and no query through its module."""
+    """Project q, k and v in one product, without calling their modules."""
     if query is None:
         query = hidden_states
     weight = torch.cat([attention.k_proj.weight, attention.v_proj.weight])
@@ -106,14 +106,14 @@ def norm_by_hand(norm: LayerNorm, x: Tensor) -> Tensor:
 
 
 def norm_in_float32(norm: LayerNorm, x: Tensor) -> Tensor:
-    """Compute LayerNorm in float32, also of float64."""
+    """Compute LayerNorm in float32, even for float64."""
     weight = norm.weight.float()
     bias = norm.bias.float()
     return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
 
 
 def norm_by_function(block: EncoderBlock, x: Tensor) -> Tensor:
-    """Call the first LayerNorm of a block not as a module."""
+    """Compute the first LayerNorm of a block without calling the module."""
     norm = block.layer_norm1
     normalized = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return x + block.self_attn(normalized)
@@ -127,7 +127,7 @@ def gelu_by_hand(x: Tensor) -> Tensor:
 
 
 def project_by_matrix(embeddings: VisionEmbeddings, pixel_values: Tensor) -> Tensor:
-    """Cut patches out, and multiply them by a matrix."""
+    """Cut patches and project them with a matrix."""
     config = embeddings.config
     side = config.grid_size * config.patch_size
     kernel = embeddings.patch_embedding.weight
@@ -138,14 +138,14 @@ def project_by_matrix(embeddings: VisionEmbeddings, pixel_values: Tensor) -> Ten
 
 
 def add_in_place(block: EncoderBlock, x: Tensor) -> Tensor:
-    """Add to a copy of the stream in place."""
+    """Add residuals in place to a copy of the stream."""
     x = x.clone()
     x += block.self_attn(block.layer_norm1(x))
     return x
 
 
 def add_to_stream_in_place(block: EncoderBlock, x: Tensor) -> Tensor:
-    """Add to the stream itself in place."""
+    """Add residuals in place to the stream itself."""
     x += block.self_attn(block.layer_norm1(x))
     return x
 
@@ -169,7 +169,7 @@ def run_mlp_in_chunks(block: EncoderBlock, x: Tensor) -> Tensor:
 
 
 EQUIVALENT = [
-    equivalent("as_it_is", "the port as it is"),
+    equivalent("as_it_is", "unchanged port"),
     attend(
         "eager_attention",
         "attention written out",
@@ -177,8 +177,7 @@ EQUIVALENT = [
     ),
     attend(
         "float32_softmax",
-        "attention written out, its softmax in float32 whatever the dtype, as transformers' eager "
-        "one",
+        "attention written out, softmax always in float32, as in transformers' eager attention",
         softmax_in_float32,
     ),
     attend(
@@ -195,16 +194,16 @@ EQUIVALENT = [
     ),
     attend("chunked_queries", "attention in chunks of seven queries", chunk_queries),
     attend("chunked_heads", "attention head by head", chunk_heads),
-    attend("math_attention", "torch's plain kernel for attention", attend_by_math),
+    attend("math_attention", "torch's math kernel for attention", attend_by_math),
     attend(
         "permuted_heads",
-        "features of every head in another order, in queries and keys alike",
+        "features of every head permuted in queries and keys",
         lambda attention, q, k, v: attend_with(attention, q.flip(-1), k.flip(-1), v),
     ),
     attend("shifted_scores", "a constant added to all scores of a query", shift_scores),
     equivalent(
         "fused_qkv",
-        "q, k and v in one product",
+        "q, k and v in one matrix product",
         replace(MultiheadAttention, "forward", fuse_projections),
     ),
     attend("einsum", "attention by einsum", attend_by_einsum),
@@ -215,7 +214,7 @@ EQUIVALENT = [
     ),
     equivalent(
         "float32_ln",
-        "LayerNorm in float32 whatever the dtype",
+        "LayerNorm always in float32",
         seams.layer_norm(norm_in_float32),
     ),
     equivalent(
@@ -230,7 +229,7 @@ EQUIVALENT = [
     ),
     equivalent(
         "linear_patches",
-        "patches cut out and projected by a matrix",
+        "patches projected by a Linear",
         seams.patch_grid(project_by_matrix),
     ),
     equivalent(
@@ -244,21 +243,19 @@ EQUIVALENT = [
     ),
     equivalent(
         "sum_reversed",
-        "residuals added the other way round",
+        "residuals added in the other order",
         seams.block(first=lambda block, x: block.self_attn(block.layer_norm1(x)) + x),
     ),
     equivalent("in_place", "residuals added in place", seams.block(first=add_in_place)),
     equivalent(
         "in_place_stream",
-        "the stream itself added to in place",
+        "residual stream updated in place",
         seams.block(first=add_to_stream_in_place),
     ),
-    equivalent(
-        "no_grad", "a port that cannot be differentiated", seams.call(run_without_gradients)
-    ),
+    equivalent("no_grad", "forward under no_grad", seams.call(run_without_gradients)),
     equivalent(
         "channels_last",
-        "memory with the channels last",
+        "channels_last memory format",
         edit=lambda model: model.to(memory_format=torch.channels_last),
     ),
     equivalent(
@@ -270,7 +267,7 @@ EQUIVALENT = [
     ),
     equivalent(
         "embedding_called",
-        "the position table read by ids",
+        "position table indexed by ids",
         seams.tokens_of_grid(read_table_by_ids),
     ),
     equivalent(
@@ -285,7 +282,5 @@ EQUIVALENT = [
             first=lambda block, x: (widen(x) + block.self_attn(block.layer_norm1(x))).to(x.dtype)
         ),
     ),
-    equivalent(
-        "mlp_in_chunks", "the MLP in chunks of tokens", seams.block(second=run_mlp_in_chunks)
-    ),
+    equivalent("mlp_in_chunks", "MLP in chunks of tokens", seams.block(second=run_mlp_in_chunks)),
 ]

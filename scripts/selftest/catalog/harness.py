@@ -1,4 +1,4 @@
-"""Bugs of the harness itself: the self-test must not succeed with one of them."""
+"""Mutants of the harness itself: with any of them, the self-test must fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from siglip_port.parity.taps import Tap
 def run_reference_instead(
     run_both_ways: Callable[..., object], port: Side, run: ReferenceRun, pairs: list[Tap]
 ) -> object:
-    """Run the reference in the port's place."""
+    """Run the reference instead of the port."""
     own = [Tap(tap.reference, tap.reference) for tap in pairs]
     return run_both_ways(run.reference, run, own)
 
@@ -36,12 +36,12 @@ def bound_by_own_error(
     error: RelativeError,
     noise: RelativeError,
 ) -> Measurement:
-    """Take the port's error for the reference's."""
+    """Bound the port's error by itself instead of the reference's."""
     return measure_rounding(dtype, tap, error, error)
 
 
 def is_not_outside(measurement: Measurement) -> bool:
-    """Whether an error is not larger than its bound, as NaN is not."""
+    """Whether an error is not larger than its bound; true for NaN."""
     return not measurement.error > measurement.bound
 
 
@@ -51,7 +51,7 @@ def stay_in_float32(cast: Callable[..., object], module: nn.Module, *dtypes: tor
 
 
 def fill_with_zeros(fill: Callable[..., object], model: nn.Module, *args: object) -> None:
-    """Draw weights, and set them to zero."""
+    """Draw weights, then set them to zero."""
     fill(model, *args)
     for parameter in model.parameters():
         parameter.data.zero_()
@@ -62,7 +62,7 @@ def compare_first_output(
     outputs: Mapping[str, Tensor],
     exact: Mapping[str, Tensor],
 ) -> object:
-    """Leave out all outputs but one."""
+    """Compare the first output only."""
     name = next(iter(exact))
     return compare_outputs(outputs, {name: exact[name]})
 
@@ -73,19 +73,19 @@ def check_with_shared_weights(
     port: SigLipVisionModel,
     **options: object,
 ) -> Iterator[GateResult]:
-    """Give the reference the port's tensors, whatever has become of them."""
+    """Load the port's tensors into the reference."""
     case.reference.model.load_state_dict(cases.tensors_by_reference_name(port))
     case.reference_runs.clear()
     return check(case, port, **options)
 
 
 def passes_if_sensitivity(result: GateResult) -> bool:
-    """Whether a gate has passed, or is that on sensitivity."""
+    """Whether a gate passed or is `sensitivity`."""
     return result.name == "sensitivity" or (not result.findings and result.checked > 0)
 
 
 def run_whole_batch(port: Side, inputs: Inputs) -> list[dict[str, Tensor]]:
-    """Run no example alone."""
+    """Run the whole batch instead of one image at a time."""
     return [port.run(inputs)]
 
 
@@ -104,7 +104,7 @@ HARNESS = [
     ),
     HarnessMutant(
         "factor_wide",
-        "the factor on rounding set to 3000",
+        "the rounding factor set to 3000",
         ("ln_fast_variance", "softmax_bf16"),
         combine(
             replace(bounds, "ROUNDING_FACTOR", 3000.0), replace(bounds, "WORST_FACTOR", 5000.0)
@@ -112,13 +112,13 @@ HARNESS = [
     ),
     HarnessMutant(
         "bound_of_port",
-        "the bound on rounding made of the port's own error",
+        "the rounding bound computed from the port's own error",
         ("ln_fast_variance",),
         wrap(rounding, "measure_rounding", bound_by_own_error),
     ),
     HarnessMutant(
         "nan_passes",
-        "what is not a number is inside every bound",
+        "NaN is within every bound",
         ("nan_output",),
         combine(
             replace(Measurement, "passed", property(is_not_outside)),
@@ -128,25 +128,25 @@ HARNESS = [
     ),
     HarnessMutant(
         "weights_close",
-        "weights compared by allclose",
+        "weights compared with allclose",
         ("single_bit",),
         replace(weights, "tensors_equal", torch.allclose),
     ),
     HarnessMutant(
         "weights_skipped",
-        "tensors that one side lacks left out",
+        "tensors missing on one side ignored",
         ("one_bias_removed",),
         replace(weights, "names_missing_on_one_side", lambda port, reference: set()),
     ),
     HarnessMutant(
         "no_forcing",
-        "teacher forcing that forces nothing",
+        "teacher forcing that substitutes nothing",
         ("ln_eps_once", "gelu_exact_once"),
-        replace(observe, "substitute", lambda value, truth: None),
+        replace(observe, "substitute", lambda value, exact: None),
     ),
     HarnessMutant(
-        "float32_truth",
-        "the truth computed in float32",
+        "exact_in_float32",
+        "the reference's float64 run computed in float32",
         ("as_it_is",),
         combine(
             wrap(observe, "cast", stay_in_float32),
@@ -158,14 +158,14 @@ HARNESS = [
         ),
     ),
     HarnessMutant(
-        "eager_truth",
-        "the truth computed with a float32 softmax",
+        "exact_eager",
+        "the reference's float64 run with a float32 softmax",
         ("as_it_is",),
         replace(Reference, "attentions", ("eager", "sdpa")),
     ),
     HarnessMutant(
         "dead_models",
-        "both sides given weights of zero",
+        "zero weights on both sides",
         ("as_it_is",),
         wrap(reference, "fill", fill_with_zeros),
     ),
@@ -177,25 +177,25 @@ HARNESS = [
     ),
     HarnessMutant(
         "no_taps",
-        "no taps at all",
+        "no taps",
         ("ln_eps_once",),
         replace(taps, "siglip_taps", lambda pooling_head: {}),
     ),
     HarnessMutant(
         "shared_memory",
-        "both sides share their tensors, so that a change of one is one of both",
+        "both sides share their tensors, so a change of one changes both",
         ("one_bias_missing",),
         wrap(Case, "check", check_with_shared_weights),
     ),
     HarnessMutant(
-        "liveness_off",
-        "a gate that passes whatever it finds",
+        "sensitivity_off",
+        "the gate sensitivity ignores its findings",
         ("k_bias_unused",),
         replace(GateResult, "passed", property(passes_if_sensitivity)),
     ),
     HarnessMutant(
         "environment_off",
-        "another gate that passes whatever it finds",
+        "the gate environment ignores its findings",
         ("left_in_training",),
         replace(environment, "training_modules", lambda module: []),
     ),

@@ -1,4 +1,4 @@
-"""How images become pixel values, by either backend."""
+"""Preprocessing of images to pixel values, for both backends."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ RGB = NDArray[np.uint8]
 Reader = Callable[[Image.Image], RGB]
 
 
-def images(name: str, what: str, patch: Patch, source: str = "variant") -> Mutant:
-    """Change how images become pixel values."""
-    return Mutant(name, what, "pixels", "pixels", source, patch, subject="images")
+def images(name: str, description: str, patch: Patch, source: str = "variant") -> Mutant:
+    """Build a mutant of the preprocessing."""
+    return Mutant(name, description, "pixels", "pixels", source, patch, subject="images")
 
 
 # --- resizing -------------------------------------------------------------------------------------
 
 
 def change_pillow(function: Callable[[ImageProcessor], ImageProcessor]) -> Patch:
-    """Give the backend `pil` another processor than the configuration says."""
+    """Replace settings of the backend `pil`."""
 
     def transform(
         original: Callable[..., Tensor], processor: ImageProcessor, rgb: RGB, size: Size
@@ -46,7 +46,7 @@ def change_pillow(function: Callable[[ImageProcessor], ImageProcessor]) -> Patch
 
 
 def resize_by(resize: Callable[[Image.Image, Size, Image.Resampling], Image.Image]) -> Patch:
-    """Resize otherwise by the backend `pil`: a function of an image, (width, height) and filter."""
+    """Replace resizing in the backend `pil`: (image, (width, height), filter) -> image."""
 
     def transform(
         original: Callable[..., Tensor], processor: ImageProcessor, rgb: RGB, size: Size
@@ -59,12 +59,12 @@ def resize_by(resize: Callable[[Image.Image, Size, Image.Resampling], Image.Imag
 
 
 def crop(image: Image.Image, size: Size, resample: Image.Resampling) -> Image.Image:
-    """Resize the shorter side, and cut the middle out."""
+    """Resize the shorter side and center-crop."""
     return ImageOps.fit(image, size, resample)
 
 
 def swap_sides(image: Image.Image, size: Size, resample: Image.Resampling) -> Image.Image:
-    """Resize to the height as width, and turn the result."""
+    """Resize with height and width swapped, then rotate."""
     resized = image.resize((size[1], size[0]), resample)
     return resized.transpose(Image.Transpose.TRANSPOSE)
 
@@ -77,7 +77,7 @@ def resize_twice(image: Image.Image, size: Size, resample: Image.Resampling) -> 
 def resize_without_antialias(
     original: Callable[..., Tensor], processor: ImageProcessor, rgb: Tensor, size: Size
 ) -> Tensor:
-    """Turn torchvision's antialias off, while the port resizes."""
+    """Disable torchvision's antialias in the port."""
     from torchvision.transforms.v2 import functional
 
     resize = functional.resize
@@ -92,7 +92,7 @@ def resize_without_antialias(
 def resize_numbers(
     original: Callable[..., Tensor], processor: ImageProcessor, rgb: Tensor, size: Size
 ) -> Tensor:
-    """Resize float32, which is not rounded to levels."""
+    """Resize in float32, without rounding to levels."""
     return original(processor, rgb.float(), size)
 
 
@@ -100,22 +100,22 @@ def resize_numbers(
 
 
 def change_reader(function: Callable[[Reader, Image.Image], RGB]) -> Patch:
-    """Read images of Pillow's otherwise, by a function that is given the original, too."""
+    """Replace the reading of PIL images: (original function, image) -> array."""
     return wrap(image_reading, "pillow_to_rgb", function)
 
 
 def is_transparent(image: Image.Image) -> bool:
-    """Whether an image has transparency, in a channel or as a color."""
+    """Whether an image has an alpha channel or a transparent color."""
     return "A" in image.getbands() or image.info.get("transparency") is not None
 
 
 def drop_alpha(image: Image.Image) -> RGB:
-    """Return the colors as they are below."""
+    """Drop the alpha channel."""
     return np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
 
 
 def read_on_black(pillow_to_rgb: Reader, image: Image.Image) -> RGB:
-    """Lay an image with transparency onto black."""
+    """Composite an image with transparency onto black."""
     if is_transparent(image):
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
@@ -123,12 +123,12 @@ def read_on_black(pillow_to_rgb: Reader, image: Image.Image) -> RGB:
 
 
 def read_palette_without_alpha(pillow_to_rgb: Reader, image: Image.Image) -> RGB:
-    """Heed transparency in a channel alone."""
+    """Ignore the transparent color of palettes."""
     return pillow_to_rgb(image) if "A" in image.getbands() else drop_alpha(image)
 
 
 def transpose_array(array_to_rgb: Callable[..., RGB], image: RGB | Tensor, backend: str) -> RGB:
-    """Take [H, W, C] for [W, H, C]."""
+    """Read [H, W, C] as [W, H, C]."""
     array = np.asarray(image)
     if array.ndim == 3 and array.shape[0] not in (1, 3, 4):
         array = array.transpose(1, 0, 2)
@@ -139,14 +139,14 @@ def transpose_array(array_to_rgb: Callable[..., RGB], image: RGB | Tensor, backe
 
 
 def change_pixels(function: Callable[[Tensor], Tensor]) -> Patch:
-    """Change what the backend `pil` returns, [3, H, W]."""
+    """Change the output of the backend `pil`, [3, H, W]."""
     return wrap(
         ImageProcessor, "transform_with_pillow", lambda original, *args: function(original(*args))
     )
 
 
 def normalize_by(function: Callable[[NDArray[np.float32], ImageProcessor], NDArray[Any]]) -> Patch:
-    """Normalize otherwise by the backend `pil`: a function of the rescaled values."""
+    """Replace normalization in the backend `pil`: rescaled values -> values."""
 
     def transform(
         original: Callable[..., Tensor], processor: ImageProcessor, rgb: RGB, size: Size
@@ -159,7 +159,7 @@ def normalize_by(function: Callable[[NDArray[np.float32], ImageProcessor], NDArr
 
 
 def of_channels(numbers: tuple[float, ...] | None, dtype: type[np.floating[Any]]) -> NDArray[Any]:
-    """Shape one number a channel as [3, 1, 1]."""
+    """Reshape one number per channel to [3, 1, 1]."""
     return np.array(numbers, dtype=dtype)[:, None, None]
 
 
@@ -170,7 +170,7 @@ def divide_first(values: NDArray[np.float32], processor: ImageProcessor) -> NDAr
 
 
 def normalize_in_float64(values: NDArray[np.float32], processor: ImageProcessor) -> NDArray[Any]:
-    """Compute, and return, float64."""
+    """Normalize in float64."""
     mean = of_channels(processor.mean, np.float64)
     return (values - mean) / of_channels(processor.std, np.float64)
 
@@ -187,10 +187,7 @@ def naflex_size(
     *,
     takes_upper_end: bool = False,
 ) -> Size:
-    """Fit a size to a number of patches as the port does, but for how sides become whole patches.
-
-    And for which end of the last interval of the bisection is the result.
-    """
+    """Return the port's NaFlex size, with another rounding or the upper end of the bisection."""
 
     def scaled(scale: float, side: int) -> int:
         return max(patch_size, to_whole(side * scale / patch_size) * patch_size)
@@ -209,12 +206,12 @@ def naflex_size(
 
 
 def change_naflex_size(function: Callable[[int, int, int, int], Size]) -> Patch:
-    """Choose the size of an image otherwise: a function of height, width, P and most patches."""
+    """Replace the size rule: (height, width, patch size, max patches) -> size."""
     return replace(image_processing, "naflex_size", function)
 
 
 def squash(height: int, width: int, patch_size: int, max_num_patches: int) -> Size:
-    """Make every image a square."""
+    """Resize every image to a square."""
     side = math.isqrt(max_num_patches) * patch_size
     return side, side
 
@@ -222,45 +219,45 @@ def squash(height: int, width: int, patch_size: int, max_num_patches: int) -> Si
 IMAGES = [
     images(
         "image_bilinear",
-        "resized by the default filter, whatever the checkpoint says",
+        "resized with the default filter, not the checkpoint's",
         change_pillow(lambda processor: replace_fields(processor, resample=2)),
         "keras-team/keras-hub#2113",
     ),
     images(
         "image_no_antialias",
-        "no antialias in the smaller image",
+        "no antialias when downsampling",
         wrap(ImageProcessor, "transform_with_torchvision", resize_without_antialias),
         "pytorch/vision#2950",
     ),
     images(
         "image_crop",
-        "the shorter side resized, and the middle cut out",
+        "shorter side resized, center crop",
         resize_by(crop),
         "qdrant/fastembed#649",
     ),
-    images("image_sides_swapped", "height for width", resize_by(swap_sides)),
+    images("image_sides_swapped", "height and width swapped", resize_by(swap_sides)),
     images("image_twice", "resized to a larger size first", resize_by(resize_twice)),
     images(
         "image_float",
-        "resized as numbers, not as levels of 255",
+        "resized in float instead of uint8",
         wrap(ImageProcessor, "transform_with_torchvision", resize_numbers),
         "huggingface/transformers#27601",
     ),
     images(
         "image_bgr",
-        "BGR for RGB",
+        "BGR instead of RGB",
         change_reader(lambda pillow_to_rgb, image: pillow_to_rgb(image)[::-1]),
         "PaddlePaddle/PaddleClas#1312",
     ),
-    images("image_alpha_black", "what is transparent becomes black", change_reader(read_on_black)),
+    images("image_alpha_black", "transparent pixels become black", change_reader(read_on_black)),
     images(
         "image_alpha_dropped",
-        "what is transparent shows what is below",
+        "alpha channel dropped",
         change_reader(lambda pillow_to_rgb, image: drop_alpha(image)),
     ),
     images(
         "image_palette_alpha",
-        "of palettes, transparency is forgotten",
+        "transparency of palettes ignored",
         change_reader(read_palette_without_alpha),
     ),
     images(
@@ -278,7 +275,7 @@ IMAGES = [
     ),
     images(
         "image_not_normalized",
-        "mean and std forgotten",
+        "mean and std not applied",
         change_pillow(lambda processor: replace_fields(processor, mean=None, std=None)),
         "vllm-project/semantic-router#1928",
     ),
@@ -289,29 +286,29 @@ IMAGES = [
     ),
     images(
         "image_not_rescaled",
-        "values of 0 to 255",
+        "values in [0, 255]",
         change_pillow(lambda processor: replace_fields(processor, rescale_factor=None)),
     ),
     images(
         "image_bf16",
-        "pixels of bfloat16",
+        "pixels in bfloat16",
         change_pixels(lambda pixels: pixels.bfloat16().float()),
         "TensorAuto/OpenTau#482",
     ),
     images("image_float64", "normalized in float64", normalize_by(normalize_in_float64)),
     images(
         "image_channels_last",
-        "height, width, channels",
+        "channels last",
         change_pixels(lambda pixels: pixels.movedim(0, -1).contiguous()),
     ),
     images(
         "image_arrays_transposed",
-        "channels taken for rows in arrays",
+        "arrays read as [C, H, W] instead of [H, W, C]",
         wrap(image_reading, "array_to_rgb", transpose_array),
     ),
     images(
         "image_arrays_alpha",
-        "transparency of arrays by Pillow's rounding for both backends",
+        "alpha of arrays composited with Pillow's rounding in both backends",
         wrap(
             image_reading,
             "composite_on_white",
@@ -320,7 +317,7 @@ IMAGES = [
     ),
     images(
         "image_not_upright",
-        "the EXIF orientation of a file passed over",
+        "EXIF orientation ignored",
         replace(image_reading, "open_upright", lambda content: Image.open(io.BytesIO(content))),
     ),
     images(
@@ -342,13 +339,13 @@ IMAGES = [
     ),
     images(
         "image_patches_largest",
-        "NaFlex: the upper end of the bisection",
+        "NaFlex: upper end of the bisection",
         change_naflex_size(functools.partial(naflex_size, takes_upper_end=True)),
     ),
     images("image_naflex_square", "NaFlex: squashed to a square", change_naflex_size(squash)),
     images(
         "image_patches_not_padded",
-        "NaFlex: padded to the longest of the batch",
+        "NaFlex: padded to the longest of the batch, not to the maximum",
         replace(
             image_processing, "pack", lambda pixels, patch_size, most: pack(pixels, patch_size)
         ),

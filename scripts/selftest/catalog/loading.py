@@ -1,4 +1,4 @@
-"""Loading: the key map, the tensors, the configuration, the mode."""
+"""Loading: key rules, tensors, configuration, training mode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Tensors = tuple[dict[str, Tensor], Provenance]
 
 
 def swap_head_projections(rules: Rules) -> Rules:
-    """Take the first third of the head's fused projection for k, the second for q."""
+    """Read the first third of the head's fused projection as k, the second as q."""
     swapped = []
     for rule in rules:
         if rule.stored == "head.attention.in_proj_*":
@@ -45,7 +45,7 @@ def swap_norms(rules: Rules) -> Rules:
 
 
 def change_rules(function: Callable[[Rules], Rules]) -> Patch:
-    """Change the rules of the key map, for all that read them."""
+    """Change the key rules everywhere they are read."""
     return combine(
         wrap(Layout, "rules", lambda rules, *args: function(rules(*args))),
         replace(layouts, "HUGGINGFACE_ENCODER", function(layouts.HUGGINGFACE_ENCODER)),
@@ -59,7 +59,7 @@ def sort_blocks_as_text(
     num_blocks: int,
     *args: object,
 ) -> dict[str, KeyMapping]:
-    """Take the stored block 10 for the one after block 1."""
+    """Read stored blocks in lexicographic order: 10 after 1."""
     numbers = sorted(range(num_blocks), key=str)
 
     def renumber(name: str) -> str:
@@ -75,12 +75,12 @@ def sort_blocks_as_text(
 
 
 def split_interleaved(split: object, tensor: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """Give every part the rows that lie `parts` apart."""
+    """Split fused tensors by every `parts`-th row."""
     return tuple(tensor[number::parts] for number in range(parts))
 
 
 def change_tensors(function: Callable[[Tensor], Tensor]) -> Patch:
-    """Change every tensor that is read."""
+    """Apply a function to every tensor that is read."""
 
     def read(original: Callable[..., Tensors], *args: object, **options: object) -> Tensors:
         tensors, provenance = original(*args, **options)
@@ -90,7 +90,7 @@ def change_tensors(function: Callable[[Tensor], Tensor]) -> Patch:
 
 
 def transpose_if_square(tensor: Tensor) -> Tensor:
-    """Swap rows and columns, where their shape does not show it."""
+    """Transpose square matrices."""
     if tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]:
         return tensor.T
     return tensor
@@ -102,7 +102,7 @@ def clear_last_row(tensor: Tensor) -> Tensor:
 
 
 def change_config(function: Callable[[SigLipVisionConfig], dict[str, Any]]) -> Patch:
-    """Change some fields of what is read of `config.json`."""
+    """Replace fields of `config.json` after reading."""
 
     def config_from_hf(
         original: Callable[[Mapping[str, Any]], SigLipVisionConfig], contents: Mapping[str, Any]
@@ -119,7 +119,7 @@ def lose_one(
     tensors: Mapping[str, Tensor],
     **options: object,
 ) -> object:
-    """Load without strict, and zeros for one of the tensors."""
+    """Load without strict, with zeros for one tensor."""
     remaining = {**tensors, LOST: torch.zeros_like(tensors[LOST])}
     return load_state_dict(model, remaining, **{**options, "strict": False})
 
@@ -133,19 +133,19 @@ def train_head(model: SigLipVisionModel) -> None:
 LOADING = [
     Mutant(
         "rows_qk_swapped",
-        "the key map swaps q and k of the head",
+        "key rules swap q and k of the head",
         "head-q head-k",
         patch=change_rules(swap_head_projections),
     ),
     Mutant(
         "rows_norms_swapped",
-        "the key map swaps the LayerNorms",
+        "key rules swap the LayerNorms",
         "ln1 ln2 in residual q k v fc1",
         patch=change_rules(swap_norms),
     ),
     Mutant(
         "split_interleaved",
-        "fused tensors taken apart as interleaved",
+        "fused tensors split as interleaved",
         "head-q head-k head-v",
         "weights",
         "awslabs/slapo#46",
@@ -176,7 +176,7 @@ LOADING = [
     ),
     Mutant(
         "read_truncated",
-        "the last part of every tensor reads as zeros",
+        "end of every tensor read as zeros",
         TENSORS,
         "weights",
         "evo-design/proto-tools#64",
@@ -184,7 +184,7 @@ LOADING = [
     ),
     Mutant(
         "eps_ignored",
-        "eps of the config not read, the framework's taken",
+        "eps of the config ignored, PyTorch's default used",
         "layer_norm_eps ln1 ln2 post head-ln",
         "config",
         "OpenNMT/CTranslate2#951",
@@ -192,7 +192,7 @@ LOADING = [
     ),
     Mutant(
         "heads_ignored",
-        "number of heads guessed from the width",
+        "number of heads derived from the width",
         "num_attention_heads context head-context",
         "config",
         "huggingface/transformers#22625",
@@ -200,7 +200,7 @@ LOADING = [
     ),
     Mutant(
         "act_ignored",
-        "activation of the config not read",
+        "activation of the config ignored",
         "hidden_act act head-act",
         "config",
         "m87-labs/kestrel#162",
@@ -208,7 +208,7 @@ LOADING = [
     ),
     Mutant(
         "left_in_training",
-        "eval() forgotten",
+        "eval() not called",
         "model",
         "environment",
         "facebookresearch/vjepa2#160",
@@ -216,14 +216,14 @@ LOADING = [
     ),
     Mutant(
         "head_left_in_training",
-        "the head put back into training mode",
+        "head in training mode",
         "pooling_head",
         "environment",
         edit=train_head,
     ),
     Mutant(
         "not_strict",
-        "loaded without strict, one tensor lost on the way",
+        "loaded without strict, one tensor missing",
         "5.v",
         "weights",
         "keras-style strict=False; nanoVLM loader",

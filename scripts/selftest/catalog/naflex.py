@@ -1,4 +1,4 @@
-"""Packed patches of images of several shapes, which NaFlex models take."""
+"""Packed patches of images of several shapes (NaFlex)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ Rule = Callable[[Tensor, tuple[int, int]], Tensor]
 """[h, w, D], (H, W) -> [H, W, D]."""
 
 
-def naflex(name: str, what: str, locations: str, patch: Patch, source: str = "variant") -> Mutant:
-    """Change how packed patches of several shapes go through the port."""
-    return Mutant(name, what, locations, source=source, patch=patch, subject="naflex")
+def naflex(
+    name: str, description: str, locations: str, patch: Patch, source: str = "variant"
+) -> Mutant:
+    """Build a mutant for packed patches."""
+    return Mutant(name, description, locations, source=source, patch=patch, subject="naflex")
 
 
 def change_mask(function: Callable[[Tensor], Tensor]) -> Patch:
-    """Change the mask [B, N] that the blocks get; the pooling head gets the right one."""
+    """Change the mask [B, N] of the blocks; the pooling head gets the correct one."""
 
     def attention_mask(
         original: Callable[..., Tensor], tokens: Tensor, mask: Tensor, shapes: Tensor
@@ -34,7 +36,7 @@ def change_mask(function: Callable[[Tensor], Tensor]) -> Patch:
 
 
 def interpolate(rule: Rule) -> Patch:
-    """Interpolate the positions of NaFlex models by another rule, in float32 as they do."""
+    """Replace the interpolation of NaFlex positions, in float32 as in the reference."""
 
     def interpolate_in_float32(grid: Tensor, size: tuple[int, int]) -> Tensor:
         return rule(grid.float(), size).to(grid.dtype)
@@ -43,13 +45,13 @@ def interpolate(rule: Rule) -> Patch:
 
 
 def resize_nearest(grid: Tensor, size: tuple[int, int], mode: str, **options: bool) -> Tensor:
-    """Take the nearest position, whatever the mode."""
+    """Use nearest-neighbor interpolation in every mode."""
     image = grid.permute(2, 0, 1)[None]
     return nn.functional.interpolate(image, size, mode="nearest")[0].permute(1, 2, 0)
 
 
 def crop_or_pad(mode: str) -> Rule:
-    """Make a rule that cuts positions off, and pads where there are too few, of a grid of 5 x 5."""
+    """Return a rule that crops or pads the positions of a 5 x 5 grid."""
 
     def rule(grid: Tensor, size: tuple[int, int]) -> Tensor:
         height, width = size
@@ -61,14 +63,14 @@ def crop_or_pad(mode: str) -> Rule:
 
 
 def transpose_rule(rule: Rule) -> Rule:
-    """Make a rule whose positions are read column by column."""
+    """Return a rule with positions in column-major order."""
     return lambda grid, size: rule(grid, size).transpose(0, 1)
 
 
 def swap_sides(
     positions: Callable[..., Tensor], embeddings: VisionEmbeddings, height: int, width: int
 ) -> Tensor:
-    """Take the height for the width."""
+    """Swap height and width."""
     return positions(embeddings, width, height)
 
 
@@ -77,7 +79,7 @@ def project_channel_first(
     pixel_values: Tensor,
     spatial_shapes: Shapes,
 ) -> Tensor:
-    """Read packed patches as if the channel were the slowest."""
+    """Read packed patches as (channel, y, x)."""
     kernel = embeddings.patch_embedding.weight.flatten(1)
     tokens = nn.functional.linear(
         pixel_values.to(kernel.dtype), kernel, embeddings.patch_embedding.bias
@@ -93,12 +95,12 @@ def use_first_shape(
     pixel_values: Tensor,
     spatial_shapes: Tensor,
 ) -> Tensor:
-    """Give every image the positions of the first one's shape."""
+    """Use the positions of the first image's shape for all."""
     return embed_packed(embeddings, pixel_values, spatial_shapes[:1].expand_as(spatial_shapes))
 
 
 def pad_with_zeros(embeddings: VisionEmbeddings, height: int, width: int, count: int) -> Tensor:
-    """Give no position to the padding."""
+    """Use zero positions for padding."""
     positions = embeddings.positions(height, width)
     return nn.functional.pad(positions, (0, 0, 0, count - height * width))
 
@@ -106,45 +108,45 @@ def pad_with_zeros(embeddings: VisionEmbeddings, height: int, width: int, count:
 NAFLEX = [
     naflex(
         "naflex_mask_ignored",
-        "padding attended to",
+        "padding not masked",
         "context",
         replace(patches, "attention_mask", lambda tokens, mask, shapes: None),
         "Blaizzy/mlx-vlm#2266",
     ),
     naflex(
         "naflex_mask_inverted",
-        "padding attended to, and nothing else",
+        "mask inverted: only padding attended to",
         "context",
         change_mask(lambda mask: 1 - mask),
     ),
     naflex(
         "naflex_mask_off_by_one",
-        "the last patch masked too",
+        "last patch masked too",
         "context",
         change_mask(lambda mask: mask * mask.roll(-1, 1)),
     ),
     naflex(
         "naflex_mask_of_first",
-        "every image has the first one's mask",
+        "mask of the first image used for all",
         "context inputs",
         change_mask(lambda mask: mask[:1].expand_as(mask)),
     ),
     naflex(
         "naflex_head_unmasked",
-        "the pooling head attends to padding",
+        "padding not masked in the pooling head",
         "head-attention",
         seams.pool(lambda head, tokens: head(tokens)),
     ),
     naflex(
         "naflex_positions_swapped",
-        "height for width in the position grid",
+        "height and width swapped in the position grid",
         "embeddings",
         wrap(VisionEmbeddings, "positions", swap_sides),
         "pytorch/torchtitan#4244",
     ),
     naflex(
         "naflex_positions_columns",
-        "positions read in columns",
+        "positions in column-major order",
         "embeddings",
         replace_item(
             patches.INTERPOLATION_RULES, "naflex", transpose_rule(patches.interpolate_as_naflex)
@@ -152,14 +154,14 @@ NAFLEX = [
     ),
     naflex(
         "naflex_patches_channel_first",
-        "patches projected as if the channel were the slowest",
+        "patches read as (channel, y, x) instead of (y, x, channel)",
         "embeddings 0.in",
         replace(VisionEmbeddings, "embed_packed", project_channel_first),
         "huggingface/transformers#36475",
     ),
     naflex(
         "naflex_bicubic",
-        "bicubic for bilinear",
+        "bicubic instead of bilinear",
         "embeddings",
         interpolate(lambda grid, size: patches.resize_grid(grid, size, "bicubic", antialias=True)),
         "huggingface/pytorch-image-models#2542",
@@ -186,19 +188,19 @@ NAFLEX = [
     ),
     naflex(
         "naflex_nearest",
-        "nearest for bilinear",
+        "nearest instead of bilinear",
         "embeddings",
         replace(patches, "resize_grid", resize_nearest),
     ),
     naflex(
         "naflex_padding_zero",
-        "zero at the padding for the first position",
+        "zero instead of the first position at padding",
         "embeddings",
         replace(VisionEmbeddings, "padded_positions", pad_with_zeros),
     ),
     naflex(
         "naflex_shape_of_first",
-        "every image has the first one's shape",
+        "shape of the first image used for all",
         "embeddings inputs",
         wrap(VisionEmbeddings, "embed_packed", use_first_shape),
     ),

@@ -1,4 +1,4 @@
-"""LayerNorms: how they are computed, and where they stand."""
+"""LayerNorms: computation and placement."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ AFTER_BLOCKS = "post post-in tokens head-k head-v"
 
 
 def centered(x: Tensor) -> Tensor:
-    """Take the mean of every vector out."""
+    """Subtract the mean of every vector."""
     return x - x.mean(-1, keepdim=True)
 
 
 def eps_outside(norm: LayerNorm, x: Tensor) -> Tensor:
-    """Add epsilon to the deviation instead of the variance."""
+    """Add eps to the standard deviation instead of the variance."""
     deviation = x.std(-1, correction=0, keepdim=True)
     return centered(x) / (deviation + norm.eps) * norm.weight + norm.bias
 
@@ -32,36 +32,36 @@ def unbiased(norm: LayerNorm, x: Tensor) -> Tensor:
 
 
 def rms_norm(norm: LayerNorm, x: Tensor) -> Tensor:
-    """Divide by the root of the mean square, without taking the mean out."""
+    """Divide by the root mean square, without subtracting the mean."""
     mean_square = x.square().mean(-1, keepdim=True)
     return x / (mean_square + norm.eps).sqrt() * norm.weight + norm.bias
 
 
 def over_tokens(norm: LayerNorm, x: Tensor) -> Tensor:
-    """Take mean and variance of a whole image."""
+    """Normalize over tokens and features."""
     normalized = F.layer_norm(x, x.shape[-2:], None, None, norm.eps)
     return normalized * norm.weight + norm.bias
 
 
 def norm_after_mlp(block: EncoderBlock, x: Tensor) -> Tensor:
-    """Normalize the sum, not what goes into the MLP."""
+    """Normalize after the MLP's residual sum instead of before the MLP."""
     return block.layer_norm2(x + block.mlp(x))
 
 
 def norm_after_attention(block: EncoderBlock, x: Tensor) -> Tensor:
-    """Normalize the sum, not what goes into the attention."""
+    """Normalize after the attention's residual sum instead of before."""
     return block.layer_norm1(x + block.self_attn(x))
 
 
 def add_mlp_to_norm(block: EncoderBlock, x: Tensor) -> Tensor:
-    """Go on with the normalized stream."""
+    """Take the residual from the normalized stream."""
     return block.layer_norm2(x) + block.mlp(block.layer_norm2(x))
 
 
 NORMALIZATION = [
     Mutant(
         "ln_eps_1e-5",
-        "eps 1e-5, the framework's default",
+        "eps 1e-5, PyTorch's default",
         ALL,
         source="salesforce/LAVIS#106; huggingface/candle#271",
         patch=seams.layer_norm(
@@ -131,13 +131,13 @@ NORMALIZATION = [
     Mutant("rmsnorm", "RMSNorm", ALL, patch=seams.layer_norm(rms_norm)),
     Mutant(
         "ln_mean_only",
-        "mean taken out, not divided by the deviation",
+        "mean subtracted, not divided by the standard deviation",
         ALL,
         patch=seams.layer_norm(lambda norm, x: centered(x) * norm.weight + norm.bias),
     ),
     Mutant(
         "ln_over_tokens",
-        "normalized over tokens and features together",
+        "normalized over tokens and features",
         ALL,
         source="keras-team/keras axis default",
         patch=seams.layer_norm(over_tokens),
@@ -185,14 +185,14 @@ NORMALIZATION = [
     ),
     Mutant(
         "post_norm",
-        "post-norm for pre-norm",
+        "post-norm instead of pre-norm",
         "block",
         source="SHI-Labs/Compact-Transformers#25",
         patch=seams.block(first=norm_after_attention, second=norm_after_mlp),
     ),
     Mutant(
         "ln_in_residual",
-        "the MLP's residual taken after the norm",
+        "MLP residual taken after the norm",
         "out",
         source="jeonsworld/ViT-pytorch#5",
         patch=seams.block(second=add_mlp_to_norm),

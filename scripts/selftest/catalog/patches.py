@@ -1,4 +1,4 @@
-"""Patches and positions of images of the model's own size."""
+"""Patches and positions of images of the checkpoint's size."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def channels_last(kernel: Tensor) -> Tensor:
 
 
 def stretch(embeddings: VisionEmbeddings, pixel_values: Tensor) -> Tensor:
-    """Resize images to the size of all whole patches, margin and all."""
+    """Resize images to a whole number of patches instead of cropping."""
     side = embeddings.config.grid_size * embeddings.config.patch_size
     return convolve(embeddings, nn.functional.interpolate(pixel_values, size=side, mode="bilinear"))
 
 
 def crop_center(embeddings: VisionEmbeddings, pixel_values: Tensor) -> Tensor:
-    """Leave out half of the margin at the left and upper edge."""
+    """Crop half of the margin at the left and top."""
     margin = embeddings.config.image_size % embeddings.config.patch_size // 2
     return convolve(embeddings, pixel_values[..., margin:, margin:])
 
 
 def transpose_positions(table: Tensor) -> Tensor:
-    """Number positions column by column."""
+    """Order positions column by column."""
     side = math.isqrt(len(table))
     return table.unflatten(0, (side, side)).transpose(0, 1).flatten(0, 1)
 
 
 def make_sine_table(table: Tensor) -> Tensor:
-    """Compute positions instead of learning them."""
+    """Return sinusoidal positions."""
     return torch.sin(torch.arange(table.numel()).reshape(table.shape) / 7)
 
 
@@ -57,14 +57,14 @@ def add_swapped_axes(embeddings: VisionEmbeddings, grid: Tensor, table: Tensor) 
 
 
 def drop_out(embeddings: VisionEmbeddings, grid: Tensor, table: Tensor) -> Tensor:
-    """Leave out a twentieth of all values."""
+    """Apply dropout of 5 %."""
     return nn.functional.dropout(tokens_of(grid) + table, 0.05, training=True)
 
 
 PATCHES = [
     loaded(
         "conv_transposed",
-        "kernel transposed (x for y)",
+        "kernel transposed (x and y swapped)",
         "patch",
         change(lambda kernel: kernel.transpose(2, 3), f"{CONVOLUTION}.weight"),
     ),
@@ -100,19 +100,19 @@ PATCHES = [
     ),
     Mutant(
         "conv_stretched",
-        "the whole image squeezed into the patches",
+        "whole image resized to whole patches",
         "patch inputs",
         patch=seams.patch_grid(stretch),
     ),
     Mutant(
         "crop_centred",
-        "the margin taken off both sides",
+        "centered crop to whole patches",
         "patch inputs",
         patch=seams.patch_grid(crop_center),
     ),
     Mutant(
         "patch_order_columns",
-        "patches in columns",
+        "patches in column-major order",
         "embeddings",
         source="pytorch/torchtitan#4244",
         patch=seams.tokens_of_grid(
@@ -121,7 +121,7 @@ PATCHES = [
     ),
     Mutant(
         "patch_order_reversed",
-        "patches in reverse",
+        "patches in reverse order",
         "embeddings",
         patch=seams.tokens_of_grid(lambda embeddings, grid, table: tokens_of(grid).flip(1) + table),
     ),
@@ -138,7 +138,7 @@ PATCHES = [
     ),
     loaded(
         "pos_transposed",
-        "position grid transposed (x for y)",
+        "position grid transposed (x and y swapped)",
         "embeddings",
         change(transpose_positions, POSITIONS),
         "pytorch/torchtitan#4244",
@@ -173,13 +173,13 @@ PATCHES = [
     ),
     loaded(
         "pos_sincos",
-        "a sine table for the learned one",
+        "sinusoidal positions instead of learned ones",
         "embeddings",
         change(make_sine_table, POSITIONS),
     ),
     Mutant(
         "pos_before_flatten",
-        "positions of the wrong axis: (x, y) for (y, x)",
+        "positions added before flattening, x and y swapped",
         "embeddings",
         patch=seams.tokens_of_grid(add_swapped_axes),
     ),

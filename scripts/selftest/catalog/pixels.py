@@ -1,4 +1,4 @@
-"""Pixels: the model is given others than the reference."""
+"""Pixels: the port gets other pixels than the reference."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from scripts.selftest.mutant import Mutant
 
 
 def pixel(
-    name: str, what: str, function: Callable[[Tensor], Tensor], source: str = "variant"
+    name: str, description: str, function: Callable[[Tensor], Tensor], source: str = "variant"
 ) -> Mutant:
     """Change the pixel values."""
-    return Mutant(name, what, "patch inputs", source=source, edit=change_input(function))
+    return Mutant(name, description, "patch inputs", source=source, edit=change_input(function))
 
 
 def renormalize(
     mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> Callable[[Tensor], Tensor]:
-    """Make a function that normalizes by other numbers than 0.5."""
+    """Return a function that normalizes with other mean and std than 0.5."""
 
     def function(pixel_values: Tensor) -> Tensor:
         center = torch.tensor(mean, dtype=pixel_values.dtype)[:, None, None]
@@ -34,11 +34,11 @@ def renormalize(
 PIXELS = [
     pixel(
         "input_bgr",
-        "BGR for RGB",
+        "BGR instead of RGB",
         lambda x: x.flip(1),
         "PaddlePaddle/PaddleClas#1312; Mikubill/sd-webui-controlnet#2735",
     ),
-    pixel("input_transposed", "x for y", lambda x: x.transpose(2, 3)),
+    pixel("input_transposed", "x and y swapped", lambda x: x.transpose(2, 3)),
     pixel(
         "input_0_1",
         "not normalized",
@@ -64,7 +64,7 @@ PIXELS = [
         lambda x: (x - 0.5) / 0.5,
         "real-stanford/diffusion_policy#112",
     ),
-    pixel("input_256", "divided by 256 for 255", lambda x: (x + 1) * 255 / 256 - 1),
+    pixel("input_256", "divided by 256 instead of 255", lambda x: (x + 1) * 255 / 256 - 1),
     pixel(
         "input_bf16",
         "pixels cast to bfloat16",
@@ -76,7 +76,7 @@ PIXELS = [
         "pixels quantized to 8 bits",
         lambda x: ((x + 1) * 127.5).round() / 127.5 - 1,
     ),
-    pixel("input_shifted", "shifted by one pixel", lambda x: x.roll((1, 1), (2, 3))),
-    pixel("input_mirrored", "mirrored", lambda x: x.flip(3)),
-    pixel("input_batch_reversed", "images in another order", lambda x: x.flip(0)),
+    pixel("input_shifted", "images shifted by one pixel", lambda x: x.roll((1, 1), (2, 3))),
+    pixel("input_mirrored", "images mirrored", lambda x: x.flip(3)),
+    pixel("input_batch_reversed", "images in reverse order", lambda x: x.flip(0)),
 ]

@@ -1,4 +1,4 @@
-"""Pooling: the head, and the methods that use it."""
+"""Pooling: the head, `pool` and `embed`."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ def normalize_probe(head: PoolingHead, tokens: Tensor) -> Tensor:
 
 
 def attend_over_batch(head: PoolingHead, tokens: Tensor) -> Tensor:
-    """Attend to the tokens of all images."""
+    """Attend over the batch."""
     pooled = head.attention(tokens.flatten(0, 1)[None], query=head.probe)
     return pooled.expand(tokens.shape[0], -1, -1)
 
 
 def add_probe(head: PoolingHead, tokens: Tensor) -> Tensor:
-    """Add the probe to what it has gathered."""
+    """Add the probe to the attention's output."""
     return head.probe.expand(tokens.shape[0], -1, -1) + attend_from_probe(head, tokens)
 
 
 def negate_every_second_probe(head: PoolingHead, tokens: Tensor) -> Tensor:
-    """Ask with the negative probe for every second image."""
+    """Negate the probe for every second image."""
     signs = 1 - 2 * (torch.arange(tokens.shape[0]) % 2)
     probes = head.probe * signs[:, None, None].to(tokens.dtype)
     return head.attention(tokens, query=probes)
 
 
 def add_mlp_to_norm(head: PoolingHead, pooled: Tensor) -> Tensor:
-    """Go on with the normalized vector."""
+    """Take the residual from the normalized vector."""
     pooled = head.layernorm(pooled)
     return pooled + head.mlp(pooled)
 
 
 def normalize_over_batch(model: SigLipVisionModel, tokens: Tensor, normalize: bool) -> Tensor:
-    """Scale features to unit length, each over all images."""
+    """L2-normalize features over the batch."""
     vectors = model.pool(tokens)
     return nn.functional.normalize(vectors, dim=0) if normalize else vectors
 
 
 def embed_mean(model: SigLipVisionModel, tokens: Tensor, normalize: bool) -> Tensor:
-    """Take the mean of the tokens instead of the pooling head."""
+    """Return the mean of the tokens instead of the pooling head's output."""
     vectors = tokens.mean(1)
     return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
@@ -60,7 +60,7 @@ def embed_mean(model: SigLipVisionModel, tokens: Tensor, normalize: bool) -> Ten
 POOLING = [
     Mutant(
         "mean_pool",
-        "mean of the tokens for the head",
+        "mean pooling instead of the head",
         f"pooled block {INSIDE_HEAD}",
         "sensitivity",
         "vllm-project/semantic-router#1927",
@@ -68,7 +68,7 @@ POOLING = [
     ),
     Mutant(
         "mean_pool_tanh",
-        "tanh of the mean",
+        "tanh of mean pooling instead of the head",
         f"pooled {INSIDE_HEAD}",
         "sensitivity",
         "vllm-project/semantic-router#1927",
@@ -76,7 +76,7 @@ POOLING = [
     ),
     Mutant(
         "first_token",
-        "the first token as CLS",
+        "first token as CLS instead of the head",
         f"inputs pooled {INSIDE_HEAD}",
         "sensitivity",
         "huggingface/transformers#34447",
@@ -84,7 +84,7 @@ POOLING = [
     ),
     Mutant(
         "probe_ln",
-        "the probe normalized",
+        "LayerNorm applied to the probe",
         "head-q",
         patch=seams.pooling_head(first=normalize_probe),
     ),
@@ -99,7 +99,7 @@ POOLING = [
     ),
     Mutant(
         "batch_first_false",
-        "the head attends over the batch",
+        "head attends over the batch (batch_first=False)",
         "head-ln head-q head-k head-v head-context head-attention head pooled",
         "sensitivity",
         "om-ai-lab/OmDet#19; IBM/TabFormer#14",
@@ -107,59 +107,59 @@ POOLING = [
     ),
     Mutant(
         "probe_residual",
-        "residual around the head's attention",
+        "residual added around the head's attention",
         "head-attention head-ln head",
         patch=seams.pooling_head(first=add_probe),
     ),
     Mutant(
         "head_ln_missing",
-        "the head's LayerNorm missing",
+        "LayerNorm missing in the head",
         "head-ln head-fc1",
         "sensitivity",
         patch=seams.pooling_head(second=lambda head, pooled: pooled + head.mlp(pooled)),
     ),
     Mutant(
         "head_residual_missing",
-        "the head's residual missing",
+        "residual missing in the head",
         "head",
         patch=seams.pooling_head(second=lambda head, pooled: head.mlp(head.layernorm(pooled))),
     ),
     Mutant(
         "head_residual_from_ln",
-        "the head's residual after the norm",
+        "residual of the head taken after the norm",
         "head",
         patch=seams.pooling_head(second=add_mlp_to_norm),
     ),
     Mutant(
         "head_mlp_skipped",
-        "the head's MLP missing",
+        "MLP missing in the head",
         "head head-ln head-fc1 head-act head-mlp",
         "sensitivity",
         patch=seams.pooling_head(second=lambda head, pooled: pooled),
     ),
     Mutant(
         "head_extra_ln",
-        "a LayerNorm after the head",
+        "extra LayerNorm after the head",
         "head head-ln",
         patch=seams.pooling_head(last=lambda head, pooled: head.layernorm(pooled).squeeze(1)),
     ),
     Mutant(
         "head_on_pre_ln",
-        "the head given tokens before post_layernorm",
+        "head applied before post_layernorm",
         "head-k head-v",
         source="vllm-project/vllm#8155",
         patch=seams.pool(lambda head, tokens: head(tokens / tokens.std(-1, keepdim=True))),
     ),
     Mutant(
         "pooled_l2",
-        "pooled vector scaled to unit length",
+        "pooled output L2-normalized",
         "pooled",
         source="vllm-project/semantic-router#1927",
         patch=seams.pool(lambda head, tokens: nn.functional.normalize(head(tokens), dim=-1)),
     ),
     Mutant(
         "pooled_half",
-        "pooled vector half as long",
+        "pooled output halved",
         "pooled",
         source="vllm-project/semantic-router#1927",
         patch=seams.pool(lambda head, tokens: head(tokens) / 2),
@@ -180,7 +180,7 @@ POOLING = [
     ),
     Mutant(
         "embed_of_mean",
-        "embed() takes the mean of the tokens",
+        "embed() returns the mean of the tokens",
         "pooled",
         "interface",
         "vllm-project/semantic-router#1927",
@@ -188,14 +188,14 @@ POOLING = [
     ),
     Mutant(
         "pooled_squeezed",
-        "squeeze without an axis: a batch of one loses it",
+        "squeeze without an axis drops the batch dimension of one image",
         "pooled",
         "sensitivity",
         patch=seams.pooling_head(last=lambda head, pooled: pooled.squeeze()),
     ),
     Mutant(
         "two_probes",
-        "probe of another image for every second one",
+        "another probe for every second image",
         "head-q",
         patch=seams.pooling_head(first=negate_every_second_probe),
     ),

@@ -1,4 +1,4 @@
-"""Weights of the projections: which is which, and how they lie."""
+"""Weights of the projections: swapped, permuted or transposed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ K = f"{ATTENTION}.k_proj"
 V = f"{ATTENTION}.v_proj"
 
 
-def loaded(name: str, what: str, locations: str, edit: Edit, source: str = "variant") -> Mutant:
-    """Make a mutant of the loaded weights."""
-    return Mutant(name, what, locations, "weights", source, edit=edit)
+def loaded(
+    name: str, description: str, locations: str, edit: Edit, source: str = "variant"
+) -> Mutant:
+    """Build a mutant that edits loaded weights."""
+    return Mutant(name, description, locations, "weights", source, edit=edit)
 
 
 def rotate_projections(model: SigLipVisionModel) -> None:
-    """Put k for q, v for k, and q for v."""
+    """Use k as q, v as k, and q as v."""
     swap(Q, K)(model)
     swap(Q, V)(model)
 
 
 def interleave_projections(model: SigLipVisionModel) -> None:
-    """Take every third row of all three for each."""
+    """Give each projection every third row of the fused tensor."""
     for block in blocks_of(model):
         attention = block.self_attn
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -37,7 +39,7 @@ def interleave_projections(model: SigLipVisionModel) -> None:
 
 
 def permute_for_rope(tensor: Tensor, heads: int = 8) -> Tensor:
-    """Put even rows of a head before odd ones, as rotary embeddings by halves want it."""
+    """Put even rows of each head before odd ones, as for RoPE."""
     return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -73,21 +75,21 @@ PROJECTIONS = [
     ),
     loaded(
         "q_rope_permuted",
-        "rope's permutation of q's rows",
+        "rows of q permuted as for RoPE",
         "q",
         change(permute_for_rope, f"{Q}.weight", f"{Q}.bias"),
         "tenstorrent/tt-metal#32024",
     ),
     loaded(
         "q_weight_transposed",
-        "q's weight left transposed",
+        "q weight transposed",
         "q",
         change(transpose, f"{Q}.weight"),
         "vllm-project/vllm#44113; mindspore-lab/mindone#399",
     ),
     loaded(
         "out_weight_transposed",
-        "out_proj's weight left transposed",
+        "out_proj weight transposed",
         "attention",
         change(transpose, f"{ATTENTION}.out_proj.weight"),
         "vllm-project/vllm#44113",

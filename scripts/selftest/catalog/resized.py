@@ -9,18 +9,18 @@ from scripts.selftest.mutant import Mutant, Patch, replace, replace_item
 from siglip_port import patches
 
 
-def resized(name: str, what: str, patch: Patch, source: str = "variant") -> Mutant:
-    """Change how positions are interpolated for images of another size."""
-    return Mutant(name, what, "embeddings", source=source, patch=patch, subject="resized")
+def resized(name: str, description: str, patch: Patch, source: str = "variant") -> Mutant:
+    """Build a mutant of the interpolation of positions."""
+    return Mutant(name, description, "embeddings", source=source, patch=patch, subject="resized")
 
 
 def interpolate(rule: Rule) -> Patch:
-    """Interpolate positions by another rule than transformers'."""
+    """Replace the interpolation rule."""
     return replace_item(patches.INTERPOLATION_RULES, "hf", rule)
 
 
 def resize_by_factor(grid: Tensor, size: tuple[int, int], mode: str, **options: bool) -> Tensor:
-    """Resize by a factor that is a tenth of a patch too large."""
+    """Resize by a scale factor 0.1 patches too large."""
     height, width, _ = grid.shape
     factors = ((size[0] + 0.1) / height, (size[1] + 0.1) / width)
     image = grid.permute(2, 0, 1)[None]
@@ -28,7 +28,7 @@ def resize_by_factor(grid: Tensor, size: tuple[int, int], mode: str, **options: 
 
 
 def resize_in_bfloat16(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """Round positions before they are resized, and after."""
+    """Round positions before and after resizing."""
     resized = patches.resize_grid(grid.bfloat16(), size, "bicubic", antialias=False)
     return resized.to(grid.dtype)
 
@@ -36,14 +36,16 @@ def resize_in_bfloat16(grid: Tensor, size: tuple[int, int]) -> Tensor:
 RESIZED = [
     resized(
         "interp_bilinear",
-        "bilinear for bicubic",
+        "bilinear instead of bicubic",
         interpolate(
             lambda grid, size: patches.resize_grid(grid, size, "bilinear", antialias=False)
         ),
         "huggingface/pytorch-image-models#2542; Blaizzy/mlx-vlm#2266",
     ),
     resized(
-        "interp_nearest", "nearest for bicubic", replace(patches, "resize_grid", resize_nearest)
+        "interp_nearest",
+        "nearest instead of bicubic",
+        replace(patches, "resize_grid", resize_nearest),
     ),
     resized(
         "interp_align_corners",
@@ -63,20 +65,20 @@ RESIZED = [
     ),
     resized(
         "interp_swapped",
-        "height for width",
+        "height and width swapped",
         interpolate(
             lambda grid, size: patches.resize_grid(grid, size[::-1], "bicubic", antialias=False)
         ),
     ),
     resized(
         "interp_scale_factor",
-        "a scale factor with 0.1 added for the size",
+        "scale factor (plus 0.1) instead of the size",
         replace(patches, "resize_grid", resize_by_factor),
         "facebookresearch/dinov2#582; huggingface/transformers#41380",
     ),
     resized(
         "interp_columns",
-        "resized positions read in columns",
+        "resized positions in column-major order",
         interpolate(transpose_rule(patches.interpolate_as_transformers)),
     ),
     resized(
@@ -85,5 +87,5 @@ RESIZED = [
         interpolate(resize_in_bfloat16),
         "TensorAuto/OpenTau#483",
     ),
-    resized("interp_not", "positions cut off, not resized", interpolate(crop_or_pad("constant"))),
+    resized("interp_not", "positions truncated, not resized", interpolate(crop_or_pad("constant"))),
 ]

@@ -1,4 +1,4 @@
-"""Rounding: the right function in too narrow a dtype, or by a formula that loses digits."""
+"""Rounding: a step in a narrower dtype, or with a formula that loses digits."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from siglip_port.model import EncoderBlock, LayerNorm, MultiheadAttention, Pooli
 
 def rounding(
     name: str,
-    what: str,
+    description: str,
     locations: str,
     patch: Patch | None = None,
     source: str = "variant",
     *,
     edit: Edit | None = None,
 ) -> Mutant:
-    """Make a mutant of the gate on rounding."""
-    return Mutant(name, what, locations, "rounding", source, patch, edit)
+    """Build a mutant for the gate `rounding`."""
+    return Mutant(name, description, locations, "rounding", source, patch, edit)
 
 
 def norm_by_two_moments(norm: LayerNorm, x: Tensor) -> Tensor:
-    """Take the difference of two large numbers for the variance."""
+    """Compute the variance as E[x^2] - E[x]^2."""
     variance = x.square().mean(-1, True) - x.mean(-1, True).square()
     return centered(x) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
 
@@ -67,19 +67,19 @@ def scores_in_bfloat16(attention: MultiheadAttention, q: Tensor, k: Tensor, v: T
 
 
 def queries_in_float16(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Round what makes the scores."""
+    """Round queries and keys."""
     q = q.half().to(q.dtype)
     k = k.half().to(k.dtype)
     return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale_of(attention))
 
 
 def stream_in_bfloat16(block: EncoderBlock, x: Tensor) -> Tensor:
-    """Round the stream after the attention."""
+    """Round the residual stream after the attention."""
     return round_to(torch.bfloat16)(add_attention(block, x))
 
 
 def leave_autocast_on(model: SigLipVisionModel, pixel_values: Tensor) -> Tensor:
-    """Run the encoder under autocast; only float32 comes out as what it was."""
+    """Run the encoder under autocast; return float32 for float32 images."""
     with torch.autocast("cpu", torch.bfloat16):
         tokens = model.transformer(pixel_values)
         if pixel_values.dtype == torch.float32:
@@ -88,14 +88,14 @@ def leave_autocast_on(model: SigLipVisionModel, pixel_values: Tensor) -> Tensor:
 
 
 def multiply_in_tf32(model: SigLipVisionModel) -> None:
-    """Round what goes into every linear layer."""
+    """Round the inputs of every Linear to TF32."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda _, args: (round_to_tf32(args[0]),))
 
 
 def head_in_bfloat16(head: PoolingHead, tokens: Tensor) -> Tensor:
-    """Round what the head is given."""
+    """Round the head's input."""
     return attend_from_probe(head, round_to(torch.bfloat16)(tokens))
 
 
@@ -158,7 +158,7 @@ ROUNDING = [
     ),
     rounding(
         "tf32",
-        "TF32 products",
+        "TF32 matrix products",
         "q k v context attention fc1 act mlp head-q head-k head-v head-context head-attention "
         "head-fc1 head-act head-mlp",
         source="microsoft/onnxruntime#19288; pytorch/pytorch#157274",
@@ -188,7 +188,7 @@ ROUNDING = [
     ),
     rounding(
         "pool_bf16",
-        "head run in bfloat16",
+        "pooling head in bfloat16",
         "head-k head-v head-q head",
         seams.pooling_head(first=head_in_bfloat16),
         "NVIDIA/TensorRT#3908",

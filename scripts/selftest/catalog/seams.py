@@ -1,7 +1,7 @@
-"""Where the port's computation can be replaced, a function each: they make patches of functions.
+"""Seams: steps of the port's computation that can be replaced. Each function returns a patch.
 
-The functions are called with the module, and with what that seam has at hand. Masks, which images
-of the model's own size have not, and the options of training are left out.
+A replacement is called with the module and the inputs of its step, without masks, which whole
+images do not have, and without training options.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def mlp(function: Callable[[MLP, Tensor], Tensor]) -> Patch:
 
 
 def attend(function: Callable[[MultiheadAttention, Tensor, Tensor, Tensor], Tensor]) -> Patch:
-    """Replace what makes the context of q, k and v: all are [B, H, N, D/H]."""
+    """Replace attention: q, k, v -> context, all [B, H, N, D/H]."""
 
     def attend(
         attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor, mask: object
@@ -63,7 +63,7 @@ def projections(
     v: Projection = lambda attention, x: attention.v_proj(x),
     out: Projection = lambda attention, x: attention.out_proj(x),
 ) -> Patch:
-    """Replace projections: of the query, of the tokens, and of the heads' merged contexts."""
+    """Replace the projections of queries, tokens and merged contexts."""
 
     def forward(
         attention: MultiheadAttention,
@@ -86,13 +86,13 @@ def projections(
 
 
 def convolve(embeddings: VisionEmbeddings, pixel_values: Tensor) -> Tensor:
-    """[B, C, S, S] -> [B, D, h, w]: the patch embedding of whole images."""
+    """Return the patch embedding of whole images: [B, C, S, S] -> [B, D, h, w]."""
     convolution = embeddings.patch_embedding
     return convolution(pixel_values.to(convolution.weight.dtype))
 
 
 def patch_grid(function: Callable[[VisionEmbeddings, Tensor], Tensor]) -> Patch:
-    """Replace what makes a grid of patches of images: [B, C, S, S] -> [B, D, h, w]."""
+    """Replace the patch embedding: [B, C, S, S] -> [B, D, h, w]."""
 
     def forward(
         embeddings: VisionEmbeddings, pixel_values: Tensor, spatial_shapes: object = None
@@ -105,7 +105,7 @@ def patch_grid(function: Callable[[VisionEmbeddings, Tensor], Tensor]) -> Patch:
 
 
 def tokens_of_grid(function: Callable[[VisionEmbeddings, Tensor, Tensor], Tensor]) -> Patch:
-    """Replace what makes tokens of the grid [B, D, h, w] and the table of positions [N, D]."""
+    """Replace the step from grid [B, D, h, w] and positions [N, D] to tokens."""
 
     def forward(
         embeddings: VisionEmbeddings, pixel_values: Tensor, spatial_shapes: object = None
@@ -151,7 +151,7 @@ def run_blocks(function: Callable[[SigLipEncoder, Tensor], Tensor]) -> Patch:
 
 
 def encode(function: Callable[[SigLipVisionTransformer, Tensor], Tensor]) -> Patch:
-    """Replace what makes the final tokens of the embeddings."""
+    """Replace the encoder: embeddings -> final tokens."""
 
     def forward(
         transformer: SigLipVisionTransformer,
@@ -165,7 +165,7 @@ def encode(function: Callable[[SigLipVisionTransformer, Tensor], Tensor]) -> Pat
 
 
 def call(function: Callable[[SigLipVisionModel, Tensor], Tensor]) -> Patch:
-    """Replace what the model makes of images."""
+    """Replace the model's `forward`."""
 
     def forward(
         model: SigLipVisionModel,
@@ -210,7 +210,7 @@ def pooling_head(
 
 
 def pool(function: Callable[[PoolingHead, Tensor], Tensor]) -> Patch:
-    """Replace what `pool` makes of the tokens, given the pooling head."""
+    """Replace `pool`: (pooling head, tokens) -> pooled."""
 
     def pool(
         model: SigLipVisionModel, tokens: Tensor, pixel_attention_mask: object = None
@@ -222,7 +222,7 @@ def pool(function: Callable[[PoolingHead, Tensor], Tensor]) -> Patch:
 
 
 def embed(function: Callable[[SigLipVisionModel, Tensor, bool], Tensor]) -> Patch:
-    """Replace `embed`, given the tokens, and whether vectors are to be normalized."""
+    """Replace `embed`: (model, tokens, normalize) -> embeddings."""
 
     def embed(
         model: SigLipVisionModel,

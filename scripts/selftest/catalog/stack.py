@@ -1,4 +1,4 @@
-"""Blocks: their residual streams, their order, and what becomes of the tokens."""
+"""Blocks: residuals, order and outputs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def run(blocks: list[nn.Module], hidden_states: Tensor) -> Tensor:
 
 
 def run_in_text_order(encoder: SigLipEncoder, hidden_states: Tensor) -> Tensor:
-    """Run block 10 after block 1."""
+    """Run the blocks in lexicographic order: 10 after 1."""
     numbers = sorted(range(len(encoder.encoder_blocks)), key=str)
     return run([encoder.encoder_blocks[number] for number in numbers], hidden_states)
 
 
 def run_last_for_nothing(encoder: SigLipEncoder, hidden_states: Tensor) -> Tensor:
-    """Run all blocks, and return what the last one was given."""
+    """Run all blocks and return the last one's input."""
     before = hidden_states
     for block in encoder.encoder_blocks:
         before = hidden_states
@@ -35,12 +35,12 @@ def run_last_for_nothing(encoder: SigLipEncoder, hidden_states: Tensor) -> Tenso
 
 
 def add_attention_to_norm(block: EncoderBlock, x: Tensor) -> Tensor:
-    """Go on with the normalized stream."""
+    """Take the residual from the normalized stream."""
     return block.layer_norm1(x) + block.self_attn(block.layer_norm1(x))
 
 
 def drop_last_attention(model: SigLipVisionModel) -> None:
-    """Multiply what the last block's attention returns by zero."""
+    """Zero the attention output of the last block."""
     attention = blocks_of(model)[-1].self_attn
     attention.register_forward_hook(lambda module, args, output: 0 * output)
 
@@ -53,7 +53,7 @@ def break_one_token(model: SigLipVisionModel, pixel_values: Tensor) -> Tensor:
 
 
 def mix_images(transformer: SigLipVisionTransformer, x: Tensor) -> Tensor:
-    """Add a hundredth of the batch's mean."""
+    """Add 1 % of the batch mean."""
     mean = x.mean(0, keepdim=True)
     return transformer.post_layernorm(transformer.encoder(x + mean / 100))
 
@@ -61,20 +61,20 @@ def mix_images(transformer: SigLipVisionTransformer, x: Tensor) -> Tensor:
 STACK = [
     Mutant(
         "attn_residual_missing",
-        "residual around the attention missing",
+        "attention residual missing",
         "residual",
         patch=seams.block(first=lambda block, x: block.self_attn(block.layer_norm1(x))),
     ),
     Mutant(
         "attn_residual_from_ln",
-        "the attention's residual taken after the norm",
+        "attention residual taken after the norm",
         "residual",
         source="jeonsworld/ViT-pytorch#5",
         patch=seams.block(first=add_attention_to_norm),
     ),
     Mutant(
         "mlp_residual_missing",
-        "residual around the MLP missing",
+        "MLP residual missing",
         "out",
         patch=seams.block(second=lambda block, x: block.mlp(block.layer_norm2(x))),
     ),
@@ -91,25 +91,25 @@ STACK = [
     ),
     Mutant(
         "layerscale",
-        "a LayerScale of 0.1",
+        "LayerScale of 0.1",
         "residual",
         patch=seams.block(first=lambda block, x: x + 0.1 * block.self_attn(block.layer_norm1(x))),
     ),
     Mutant(
         "droppath",
-        "the MLP's branch scaled for a drop path of 0.1",
+        "MLP branch scaled for a drop path of 0.1",
         "out",
         patch=seams.block(second=lambda block, x: x + block.mlp(block.layer_norm2(x)) / 0.9),
     ),
     Mutant(
         "droppath_last",
-        "the last block's attention dropped",
+        "attention of the last block dropped",
         "10.attention 10.residual",
         edit=drop_last_attention,
     ),
     Mutant(
         "last_block_skipped",
-        "last block left out",
+        "last block skipped",
         "10.block post-in",
         "sensitivity",
         "vllm-project/vllm#13514; zjysteven/lmms-finetune#4",
@@ -117,7 +117,7 @@ STACK = [
     ),
     Mutant(
         "first_block_skipped",
-        "first block left out",
+        "first block skipped",
         "0.block 1.in",
         "sensitivity",
         patch=seams.run_blocks(lambda encoder, x: run([*encoder.encoder_blocks][1:], x)),
@@ -141,14 +141,14 @@ STACK = [
     ),
     Mutant(
         "run_in_text_order",
-        "blocks run in text order",
+        "blocks run in lexicographic order",
         "block post-in",
         source="ollama/ollama#12015",
         patch=seams.run_blocks(run_in_text_order),
     ),
     Mutant(
         "penultimate",
-        "tokens of the last block but one",
+        "tokens of the penultimate block",
         "10.block post-in post tokens",
         "sensitivity",
         "vllm-project/vllm#13514",
@@ -156,14 +156,14 @@ STACK = [
     ),
     Mutant(
         "first_token_dropped",
-        "the first token dropped, as if it were CLS",
+        "first token dropped as if it were CLS",
         "tokens pooled head head-k head-v head-context",
         source="TinyLLaVA/TinyLLaVA_Factory#203",
         patch=seams.call(lambda model, pixel_values: model.transformer(pixel_values)[:, 1:]),
     ),
     Mutant(
         "nan_output",
-        "one token not a number",
+        "one token is NaN",
         "tokens head head-k head-v head-context head-attention head-ln head-fc1 head-act head-mlp "
         "pooled",
         "sensitivity",
@@ -172,14 +172,14 @@ STACK = [
     ),
     Mutant(
         "batch_leak",
-        "a hundredth of the batch's mean in every image",
+        "1 % of the batch mean added to every image",
         "post-in 0.in embeddings",
         "sensitivity",
         patch=seams.encode(mix_images),
     ),
     Mutant(
         "tokens_l2",
-        "tokens scaled to unit length",
+        "tokens L2-normalized",
         "tokens head-k head-v",
         patch=seams.call(
             lambda model, pixel_values: nn.functional.normalize(

@@ -1,4 +1,4 @@
-"""Weights: not loaded, mixed up, rounded, damaged."""
+"""Weights: not loaded, swapped, rounded or damaged."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def clear_last_rows(model: SigLipVisionModel) -> None:
 
 
 def share_block(model: SigLipVisionModel) -> None:
-    """Put one block in the place of the next."""
+    """Use one block in place of the next."""
     model.transformer.encoder.encoder_blocks[2] = blocks_of(model)[1]
 
 
@@ -63,7 +63,7 @@ def negate_one(tensor: Tensor) -> Tensor:
 
 
 def draw(tensor: Tensor) -> Tensor:
-    """Draw other numbers of that shape."""
+    """Return random numbers of the same shape."""
     return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(9))
 
 
@@ -84,13 +84,13 @@ WEIGHTS = [
     ),
     loaded(
         "last_fc2_missing",
-        "the last fc2 not loaded",
+        "last fc2 not loaded",
         "mlp",
         lambda model: block_of(model, LAST).mlp.fc2.weight.data.zero_(),
     ),
     loaded(
         "truncated_tail",
-        "the tail of a tensor reads as zeros",
+        "end of a tensor replaced with zeros",
         "mlp",
         clear_last_rows,
         "osaurus-ai/vmlx-swift#217; Comfy-Org/ComfyUI#6744",
@@ -104,7 +104,7 @@ WEIGHTS = [
     ),
     loaded(
         "single_bit",
-        "the lowest bit of one element flipped",
+        "lowest bit of one element flipped",
         "5.mlp",
         flip_lowest_bit,
         "MiaAI-Lab/Qwen3.8-Flash-Next-Dual-DGX-Sparks#34",
@@ -117,20 +117,20 @@ WEIGHTS = [
     ),
     loaded(
         "blocks_lexicographic",
-        "blocks in text order (0, 1, 10, 2 ...)",
+        "blocks loaded in lexicographic order (0, 1, 10, 2, ...)",
         "block",
         reorder(lambda count: sorted(range(count), key=str)),
         "ollama/ollama#12015; arcee-ai/mergekit#143",
     ),
     loaded(
         "blocks_reversed",
-        "blocks in reverse",
+        "blocks in reverse order",
         "block",
         reorder(lambda count: list(reversed(range(count)))),
     ),
     loaded(
         "blocks_share_weights",
-        "all blocks share the first one's weights",
+        "all blocks share the first block's weights",
         "block",
         reorder(lambda count: [0] * count),
         "linkedin/Liger-Kernel#269; zalandoresearch/pytorch-vq-vae#2",
@@ -178,55 +178,55 @@ WEIGHTS = [
     ),
     loaded(
         "probe_fresh",
-        "the probe not loaded",
+        "probe not loaded",
         "head-q",
         change(draw, f"{HEAD}.probe"),
         "LLaVA-VL/LLaVA-NeXT#265",
     ),
     loaded(
         "probe_zero",
-        "the probe left at zero",
+        "probe left at zero",
         "head-q",
         clear(f"{HEAD}.probe"),
         "LLaVA-VL/LLaVA-NeXT#265",
     ),
-    loaded("head_kv_swapped", "k and v of the head swapped", "head-k head-v", swap(HEAD_K, HEAD_V)),
-    loaded("head_qk_swapped", "q and k of the head swapped", "head-q head-k", swap(HEAD_Q, HEAD_K)),
+    loaded("head_kv_swapped", "k and v swapped in the head", "head-k head-v", swap(HEAD_K, HEAD_V)),
+    loaded("head_qk_swapped", "q and k swapped in the head", "head-q head-k", swap(HEAD_Q, HEAD_K)),
     loaded(
         "head_in_bias_missing",
-        "the head's in_proj bias missing",
+        "in_proj bias missing in the head",
         "head-q head-k head-v",
         clear(f"{HEAD_Q}.bias", f"{HEAD_K}.bias", f"{HEAD_V}.bias"),
     ),
     loaded(
         "head_out_bias_missing",
-        "the head's out_proj bias missing",
+        "out_proj bias missing in the head",
         "head-attention",
         clear(f"{HEAD}.attention.out_proj.bias"),
     ),
     loaded(
         "head_in_weight_transposed",
-        "the head's in_proj transposed",
+        "in_proj weight transposed in the head",
         "head-q head-k head-v",
         change(transpose, f"{HEAD_Q}.weight", f"{HEAD_K}.weight", f"{HEAD_V}.weight"),
     ),
     loaded(
         "tied_blocks",
-        "two blocks are one object",
+        "two blocks are the same object",
         "1.block 2.block 3.block",
         share_block,
         "MishaLaskin/vqvae#21",
     ),
     loaded(
         "one_bias_removed",
-        "one bias no parameter any more",
+        "one bias is no longer a parameter",
         "5.mlp",
         lambda model: block_of(model).mlp.fc2.register_parameter("bias", None),
         "sgl-project/sglang#38777",
     ),
     loaded(
         "negative_zero",
-        "the zeros of a bias change their sign",
+        "zeros of a bias negated",
         "5.fc1",
         change(negate_one, f"{BLOCK_5}.mlp.fc1.bias"),
     ),

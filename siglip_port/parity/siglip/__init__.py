@@ -1,1 +1,1 @@
-"""This port's proof."""
+"""The comparison of this port with transformers."""

@@ -1,4 +1,4 @@
-"""The checkpoints on which this port is proven, and the gates that it goes through on each."""
+"""Checkpoints for the comparison, and the gates that run on each."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from siglip_port.parity.siglip import interface, reference, taps
 from siglip_port.parity.siglip.reference import Reference
 from siglip_port.parity.taps import Tap, expand
 
-# Widths, heads and sizes that no bug survives by luck: head_dim 18 is not the number of heads and
-# its root is inexact, the image is no multiple of the patch, and 11 blocks sort differently as
-# numbers and as text.
+# Sizes that hide no bug: head_dim 18 differs from the number of heads and has an inexact square
+# root, the image size is no multiple of the patch size, and 11 blocks sort differently as numbers
+# and as text.
 ODD = SigLipVisionConfig(
     embed_dim=144,
     image_size=96,
@@ -52,7 +52,7 @@ ALL_GATES = ("environment", "config", "weights", "sensitivity", "numerics", "int
 
 
 def port_outputs(port: SigLipVisionModel, pixel_values: Tensor) -> dict[str, Tensor]:
-    """`tokens` [B, N, D] and, where the port has a head, `pooled` [B, D]."""
+    """Return `tokens` [B, N, D] and, with a pooling head, `pooled` [B, D]."""
     tokens = port(pixel_values)
     if port.pooling_head is None:
         return {"tokens": tokens}
@@ -60,7 +60,7 @@ def port_outputs(port: SigLipVisionModel, pixel_values: Tensor) -> dict[str, Ten
 
 
 def tensors_by_reference_name(port: SigLipVisionModel) -> dict[str, Tensor]:
-    """The port's tensors under the reference's names, those that it has."""
+    """Return the port's tensors under the reference's names."""
     layout = layouts.HUGGINGFACE_NAFLEX if port.config.naflex else layouts.HUGGINGFACE
     rules = layout.rules(port.config.pooling_head)
     state = port.state_dict()
@@ -74,18 +74,18 @@ def tensors_by_reference_name(port: SigLipVisionModel) -> dict[str, Tensor]:
 
 @dataclass
 class Case:
-    """One checkpoint, the reference loaded from it, and what the reference computes.
+    """A checkpoint with the reference loaded from it.
 
     Attributes:
-        name: for reports.
-        weights: what kind of weights they are: a recipe with its seed, or `checkpoint`.
-        source: where the port loads it from.
-        reference: loaded from the same place.
-        inputs: [B, C, S, S], B > 1.
-        gates: names of the gates to run.
-        dtypes: in which rounding is judged; the first is that of the weights.
-        attentions: of the reference, whose rounding counts.
-        reference_runs: what the reference computes, by dtype; filled when needed.
+        name: Name in reports.
+        weights: Kind of weights: a recipe with its seed, or `checkpoint weights`.
+        source: Hub id, directory or file of the checkpoint.
+        reference: Reference, loaded from `source`.
+        inputs: Images, [B, C, S, S], B > 1.
+        gates: Names of the gates to run.
+        dtypes: dtypes in which rounding is checked; the first is the dtype of the weights.
+        attentions: Attention implementations of the reference for the rounding bounds.
+        reference_runs: Cached runs of the reference, by dtype.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Case:
     reference_runs: dict[torch.dtype, ReferenceRun] = field(default_factory=dict)
 
     def reference_run(self, dtype: torch.dtype) -> ReferenceRun:
-        """What the reference computes, worked out once."""
+        """Run the reference in `dtype`; cached."""
         if dtype not in self.reference_runs:
             model = self.reference.model
             points = expand({point: point for point in self._points()}, model, model)
@@ -113,13 +113,13 @@ class Case:
         return self.reference_runs[dtype]
 
     def taps(self, port: SigLipVisionModel) -> list[Tap]:
-        """Where a port is compared with the reference."""
+        """Return the taps that pair a port with the reference."""
         return expand(self._points(), self.reference.model, port)
 
     def _points(self) -> dict[str, str]:
         points = taps.siglip_taps(hasattr(self.reference.model, "head"))
         if reference.is_naflex(self.reference.model):
-            # A Linear over patches there, a convolution of images here.
+            # A Linear over patches in the reference, a convolution in the port.
             points.pop("embeddings.patch_embedding", None)
         return points
 
@@ -130,12 +130,15 @@ class Case:
         *,
         max_hints: int = MAX_HINTS,
     ) -> Iterator[GateResult]:
-        """Run the gates on a port, one after the other.
+        """Run the gates on a port.
 
         Args:
-            port: loaded from `source`.
-            call: how it is called: port, pixel_values -> outputs by name.
-            max_hints: how many of the taps that differ get a hint.
+            port: Port, loaded from `source`.
+            call: Function (port, pixel_values) -> outputs by name.
+            max_hints: How many of the taps that differ get a hint.
+
+        Yields:
+            The result of each gate; one per dtype for `rounding`.
         """
         side = Side(port, call)
         inputs = self.inputs.to(self.dtypes[0])
@@ -163,43 +166,41 @@ class Case:
 def engine_gates(
     case: Case, port: SigLipVisionModel, engine: str, cache_dir: Path
 ) -> Iterator[GateResult]:
-    """Judge the rounding of an engine of `siglip_port.optimize`, by what comes out.
-
-    It may have no inside.
+    """Check the rounding of an engine of `siglip_port.optimize` at its outputs; it has no taps.
 
     Args:
-        case: what to judge it on.
-        port: loaded from its source.
-        engine: a name of `siglip_port.optimize.ENGINES`.
-        cache_dir: where to keep what is compiled.
+        case: Checkpoint with its reference.
+        port: Port, loaded from its source.
+        engine: Name in `siglip_port.optimize.ENGINES`.
+        cache_dir: Directory for compiled artifacts.
 
     Yields:
-        A gate for each dtype of the case that the engine can compute in.
+        A result for each dtype of the case that the engine supports.
 
     Raises:
-        siglip_port.optimize.EngineError: it can compute in none of them.
+        siglip_port.optimize.EngineError: The engine supports none of the dtypes.
     """
     from siglip_port.optimize import EngineError, with_engine  # parity works without it
 
     first_error = None
-    is_judged = False
+    is_checked = False
     for dtype in case.dtypes:
         try:
             model = with_engine(port, engine, dtype=dtype, cache_dir=cache_dir)
         except (EngineError, MissingExtraError) as error:
             first_error = first_error or error
             continue
-        is_judged = True
+        is_checked = True
         result = gates.check_rounding(Side(model, port_outputs), case.reference_run(dtype), [])
         yield replace(result, name=f"{result.name}, {engine}")
-    if first_error is not None and not is_judged:
+    if first_error is not None and not is_checked:
         raise first_error
 
 
 def noise_images(config: SigLipVisionConfig, batch: int = 2, seed: int = 0) -> Tensor:
-    """Images of uniform noise in [-1, 1]: [batch, C, S, S].
+    """Return images of uniform noise in [-1, 1]: [batch, C, S, S].
 
-    For NaFlex models of another shape than their own.
+    For NaFlex models, images that are not square.
     """
     height = width = config.image_size
     if config.naflex:
@@ -221,17 +222,17 @@ def random_case(
     device: str = "cpu",
     name: str = "odd encoder",
 ) -> Iterator[Case]:
-    """A checkpoint with the weights of a recipe, written by the reference, read as any other is.
+    """Write a checkpoint with the weights of a recipe, and load the reference from it.
 
     Args:
-        config: the architecture.
-        recipe: one of `siglip_port.parity.siglip.recipes.RECIPES`.
-        seed: of weights and inputs.
-        gates: names of the gates to run.
-        dtypes: in which rounding is judged.
-        attentions: of the reference, whose rounding counts.
-        device: where to.
-        name: for reports.
+        config: Architecture.
+        recipe: Name in `siglip_port.parity.siglip.recipes.RECIPES`.
+        seed: Seed of weights and inputs.
+        gates: Names of the gates to run.
+        dtypes: dtypes in which rounding is checked.
+        attentions: Attention implementations of the reference for the rounding bounds.
+        device: Device of the reference and the inputs.
+        name: Name in reports.
     """
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
         reference.write_random_checkpoint(Path(folder), config, seed, recipe)
@@ -250,14 +251,14 @@ def random_case(
 def small_cases(
     config: SigLipVisionConfig, device: str, attentions: tuple[str, ...], *, full: bool = False
 ) -> Iterator[AbstractContextManager[Case]]:
-    """Small models that compute as `config` says, with the weights on which bugs are loud.
+    """Yield small models with stress weights and the activation, eps and head of `config`.
 
     Args:
-        config: of the model that is to be proven; activation, eps and head are taken from it.
-        device: where to.
-        attentions: of the reference, whose rounding counts.
-        full: all gates on all recipes, with two seeds and all dtypes, instead of what each recipe
-            is best for.
+        config: Configuration of the checkpoint.
+        device: Device of the models.
+        attentions: Attention implementations of the reference for the rounding bounds.
+        full: Run all gates on all recipes, with two seeds and all dtypes, instead of each recipe
+            with its own gates only.
     """
     odd = compute_as(ODD, config)
     mini = compute_as(MINI, config)
@@ -277,7 +278,7 @@ def small_cases(
 
 
 def compute_as(architecture: SigLipVisionConfig, config: SigLipVisionConfig) -> SigLipVisionConfig:
-    """An architecture of its own sizes, with the activation, eps and head of another."""
+    """Return the sizes of `architecture` with the activation, eps and head of `config`."""
     return replace(
         architecture,
         hidden_act=config.hidden_act,

@@ -1,7 +1,7 @@
-"""What each gate means, and what it detected in the last recorded self-test.
+"""Meaning and bound of each gate, and the mutants that it detected in the recorded self-test.
 
-The summary beside this file is made of the self-test's JSON report:
-`python -m siglip_port.parity.siglip.census docs/selftest.json`.
+`python -m siglip_port.parity.siglip.census docs/selftest.json` writes `selftest_summary.json` from
+the JSON report of the self-test.
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ SUMMARY = Path(__file__).with_name("selftest_summary.json")
 
 
 def summarize(selftest: Mapping[str, Any]) -> dict[str, Any]:
-    """Count what each gate detected, and name what it alone detected.
+    """Count the mutants that each gate detected, and list those that no other gate detected.
 
     Args:
-        selftest: the JSON report of `siglip-port verify --selftest`.
+        selftest: JSON report of `siglip-port verify --selftest`.
     """
-    mutants = selftest["mistakes"]
-    detections: dict[str, Any] = {}
+    mutants = selftest["mutants"]
+    gates: dict[str, Any] = {}
     for gate in MEANING:
-        detected = [mutant for mutant in mutants if gate in mutant["noticed"]]
-        alone = [mutant["name"] for mutant in detected if len(mutant["noticed"]) == 1]
-        detections[gate] = {"detected": len(detected), "alone": alone}
-    return {"machine": selftest["machine"], "mutants": len(mutants), "gates": detections}
+        detected = [mutant for mutant in mutants if gate in mutant["detected_by"]]
+        unique = [mutant["name"] for mutant in detected if len(mutant["detected_by"]) == 1]
+        gates[gate] = {"detected": len(detected), "unique": unique}
+    return {"machine": selftest["machine"], "mutants": len(mutants), "gates": gates}
 
 
 def census(summary: Mapping[str, Any]) -> str:
-    """What each gate means, its bound, and what it detected: text for people.
+    """Describe each gate: its meaning, its bound and its detections.
 
     Args:
-        summary: what `summarize` returned.
+        summary: Return value of `summarize`.
     """
     lines = []
     for gate, meaning in MEANING.items():
-        lines += [f"{gate}: {meaning.text}", f"  bound: {meaning.bound}"]
-        detections = summary["gates"][gate]
-        alone = ", ".join(detections["alone"]) or "none"
-        lines.append(
-            f"  notices {detections['detected']} of {summary['mutants']} mistakes, alone: {alone}"
-        )
-    lines.append(
-        f"(counts: `compare_origin.py --selftest --json`, recorded on {summary['machine']})"
-    )
+        counts = summary["gates"][gate]
+        unique = ", ".join(counts["unique"]) or "none"
+        lines += [
+            f"{gate}: {meaning.text}",
+            f"  bound: {meaning.bound}",
+            f"  detected {counts['detected']} of {summary['mutants']} mutants; by this gate only: "
+            f"{unique}",
+        ]
+    lines.append(f"(counts: `siglip-port verify --selftest --full` on {summary['machine']})")
     return "\n".join(lines)
 
 
 def recorded_census() -> str:
-    """The census of the summary that comes with the package."""
+    """Return the census of the recorded self-test."""
     return census(json.loads(SUMMARY.read_text(encoding="utf-8")))
 
 
 def write_summary(report: Path) -> None:
-    """Summarize a JSON report of the self-test in the package."""
+    """Write `selftest_summary.json` from a JSON report of the self-test."""
     summary = summarize(json.loads(report.read_text(encoding="utf-8")))
     write_text(SUMMARY, json.dumps(summary, indent=1) + "\n")
 

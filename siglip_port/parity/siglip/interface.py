@@ -1,4 +1,4 @@
-"""The gate `interface`: the port's other entrances agree with the one that is proven."""
+"""The gate `interface`: `embed` and packed patches agree with `forward` and `pool`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def check_interface(port: SigLipVisionModel, pixel_values: Tensor) -> GateResult
     """Compare `embed` with `forward` and `pool`, and packed patches with whole images.
 
     Args:
-        port: in `eval()` mode.
-        pixel_values: [B, C, H, W], in the port's dtype.
+        port: Port in `eval()` mode.
+        pixel_values: Images, [B, C, H, W], in the port's dtype.
     """
     checked = 1
     with torch.inference_mode():
@@ -37,7 +37,7 @@ def check_interface(port: SigLipVisionModel, pixel_values: Tensor) -> GateResult
 def check_token_shape(
     port: SigLipVisionModel, pixel_values: Tensor, tokens: Tensor
 ) -> list[Finding]:
-    """Check that there is one token for every whole patch."""
+    """Check the shape of the tokens: one per whole patch."""
     patch = port.config.patch_size
     batch, _, height, width = pixel_values.shape
     expected = (batch, (height // patch) * (width // patch), port.config.embed_dim)
@@ -48,26 +48,26 @@ def check_token_shape(
 
 
 def check_embed(port: SigLipVisionModel, pixel_values: Tensor, tokens: Tensor) -> list[Finding]:
-    """Check that `embed` is `pool` of the tokens, and of unit length where asked for."""
+    """Check that `embed` equals `pool(tokens)`, and has unit length with `normalize=True`."""
     findings = []
     pooled = port.pool(tokens)
     embedded = port.embed(pixel_values)
     if embedded.shape != pooled.shape or not tensors_equal(embedded, pooled):
-        findings.append(Finding("embed() is not pool() of the tokens", "pooled", "embed"))
+        findings.append(Finding("embed() differs from pool(tokens)", "pooled", "embed"))
     normalized = port.embed(pixel_values, normalize=True)
     expected = pooled.double() / pooled.double().norm(dim=-1, keepdim=True)
     allowed = 4 * torch.finfo(normalized.dtype).eps
     same_shape = normalized.shape == pooled.shape
     if not same_shape or not relative_error(normalized, expected) <= allowed:
-        message = "embed(normalize=True) is not pooled / ||pooled||"
+        message = "embed(normalize=True) differs from pooled / ||pooled||"
         findings.append(Finding(message, "pooled", "embed"))
     return findings
 
 
 def check_packed_patches(port: SigLipVisionModel, pixel_values: Tensor) -> list[Finding]:
-    """Check in float64 that packed patches give the tokens of their image.
+    """Check in float64 that packed patches give the same tokens as their image.
 
-    Each is packed beside those of a smaller image, and padding.
+    The batch also contains a smaller image, so there is padding.
     """
     patch = port.config.patch_size
     height, width = pixel_values.shape[2:]
@@ -80,8 +80,8 @@ def check_packed_patches(port: SigLipVisionModel, pixel_values: Tensor) -> list[
             error = relative_error(tokens[: len(expected)], expected)
             if not bounds.within_float64_bound(error):
                 message = (
-                    f"packed patches of {list(image.shape[1:])} pixels give other tokens than "
-                    "the image"
+                    f"packed patches of an image of {list(image.shape[1:])} pixels give other "
+                    "tokens than the image itself"
                 )
                 return [Finding(message, "tokens", "forward")]
     return []

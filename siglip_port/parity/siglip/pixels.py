@@ -1,7 +1,7 @@
-"""The gate `pixels`: images become the same numbers by the port's processors and the reference's.
+"""The gate `pixels`: the image processors of port and reference give the same bits.
 
-Bit for bit. All other gates give both sides the same pixels, so this one alone says whether it is
-the pixels that differ.
+All other gates run both sides on the same pixels, so only this one sees differences in
+preprocessing.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from siglip_port.parity.results import Finding, GateResult
 from siglip_port.parity.siglip.sample_images import Sample, sample_images
 
 Embed = Callable[..., Tensor]
-"""`SigLipVisionModel.embed`: a batch by name -> vectors, [B, D]."""
+"""`SigLipVisionModel.embed`: batch by name -> embeddings, [B, D]."""
 
 Pixels = Mapping[str, Tensor]
-"""What a processor makes of an image: `pixel_values`, and for NaFlex models mask and shapes."""
+"""Output of an image processor: `pixel_values`, and for NaFlex models mask and shapes."""
 
 ReferenceProcessors = Mapping[Backend, Callable[[Sample], Pixels]]
-"""The reference's processors, by backend."""
+"""Image processors of the reference, by backend."""
 
 CHANGES: dict[str, dict[str, Any]] = {
     "resample=0": {"resample": 0},
@@ -36,12 +36,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "resample=3": {"resample": 3},
     "the other backend": {},
     "no normalization": {"mean": None, "std": None},
-    "mean and std of 0.5": {"mean": (0.5,) * 3, "std": (0.5,) * 3},
+    "mean=std=0.5": {"mean": (0.5,) * 3, "std": (0.5,) * 3},
     "mean and std of ImageNet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
-    "a factor of 1/255": {"rescale_factor": 1 / 255},
-    "no resizing": {"do_resize": False},
+    "rescale_factor=1/255": {"rescale_factor": 1 / 255},
+    "do_resize=False": {"do_resize": False},
 }
-"""What the reference's processor can have that the port's has not."""
+"""Settings that the reference's processor may have, for hints."""
 
 
 def check_pixels(
@@ -51,15 +51,14 @@ def check_pixels(
     embed: Embed | None = None,
     max_hints: int = 1,
 ) -> GateResult:
-    """Compare what both sides make of `sample_images`.
+    """Compare the outputs of both sides for `sample_images`.
 
     Args:
-        processors: the port's, by backend.
-        reference_processors: the reference's, by the same backends.
-        image: any image.
-        embed: the port, to say what a difference in pixels does to a vector; None for a model
-            without.
-        max_hints: how many differences, of each backend, get a hint, and the cosine.
+        processors: Image processors of the port, by backend.
+        reference_processors: Image processors of the reference, by the same backends.
+        image: Image of any size.
+        embed: Port's `embed`, for the effect of a difference on embeddings; None without a head.
+        max_hints: How many differences per backend get a hint and a cosine.
     """
     checked = 0
     findings = []
@@ -81,17 +80,17 @@ def check_pixels(
 
 
 def pixel_finding(message: str, hint: str) -> Finding:
-    """A finding of this gate, which has one address."""
+    """Return a finding; all of this gate have the same location."""
     return Finding(message, "pixel_values", "siglip_port.image_processing", hint=hint)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What is not the same of one image.
+    """A difference in the pixels of one image.
 
     Attributes:
-        message: in words.
-        pixels: those of the port and of the reference; None where one of them has none.
+        message: Description.
+        pixels: Pixels of port and reference; None if one of them raised an error.
     """
 
     message: str
@@ -101,11 +100,11 @@ class Difference:
 def compare_image(
     processor: ImageProcessor, reference_processor: Callable[[Sample], Pixels], image: Sample
 ) -> Difference | None:
-    """Compare what two processors make of one image; None where it is the same."""
+    """Compare the outputs of two processors for one image; None if they are equal."""
     try:
         pixels = process(processor, image)
         expected = dict(reference_processor(image))
-    except Exception as error:  # whatever it is, one of the two cannot take the image
+    except Exception as error:  # any error means that one side rejects the image
         return Difference(f"{type(error).__name__}: {error}")
     message = compare_pixels(pixels, expected, levels_per_unit(processor))
     if not message:
@@ -114,66 +113,66 @@ def compare_image(
 
 
 def process(processor: ImageProcessor, image: Sample) -> Pixels:
-    """What the port's processor makes of one image."""
+    """Run the port's processor on one image."""
     return cast(dict[str, Tensor], processor(image))
 
 
 def levels_per_unit(processor: ImageProcessor) -> float:
-    """How many of an image's 255 levels make a difference of 1 in the pixels, at most."""
+    """Return the largest number of 8-bit levels per unit of `pixel_values`."""
     std = max(processor.std or (1.0,))
     return std / (processor.rescale_factor or 1.0)
 
 
 def compare_pixels(pixels: Pixels, expected: Pixels, levels: float = 1.0) -> str:
-    """Say what is not the same in two batches; empty where everything is.
+    """Describe the first difference of two batches; empty if they are equal.
 
     Args:
-        pixels: the port's.
-        expected: the reference's.
-        levels: see `levels_per_unit`.
+        pixels: Batch of the port.
+        expected: Batch of the reference.
+        levels: Return value of `levels_per_unit`.
     """
     if pixels.keys() != expected.keys():
-        return f"gives {', '.join(pixels)}, expected {', '.join(expected)}"
+        return f"keys {', '.join(pixels)}, expected {', '.join(expected)}"
     for name, tensor in pixels.items():
         other = torch.as_tensor(expected[name])
         if tensor.shape != other.shape:
-            return f"{name} of shape {list(tensor.shape)}, expected {list(other.shape)}"
+            return f"{name} has shape {list(tensor.shape)}, expected {list(other.shape)}"
         if name == "pixel_values":
             message = compare_values(tensor, other, levels)
             if message:
                 return message
         elif not torch.equal(tensor.long(), other.long()):
-            return f"{name} is not the same"
+            return f"{name} differs"
     return ""
 
 
 def compare_values(values: Tensor, expected: Tensor, levels: float) -> str:
-    """Say by how much two `pixel_values` of one shape differ; empty where no bit does."""
+    """Describe the difference of two `pixel_values` of one shape; empty if bits are equal."""
     if values.dtype != expected.dtype:
-        return f"pixel_values are {values.dtype}, expected {expected.dtype}"
+        return f"pixel_values has dtype {values.dtype}, expected {expected.dtype}"
     if tensors_equal(values, expected):
         return ""
     differences = (values.double() - expected.double()).abs() * levels
     share = (differences > 0).double().mean()
-    return f"differs by up to {differences.max():.3g} of 255 levels, in {share:.0%} of all values"
+    return f"differs by up to {differences.max():.3g} of 255 levels, in {share:.0%} of the values"
 
 
 def describe_cost(embed: Embed | None, pixels: Pixels, expected: Pixels) -> str:
-    """Say what a difference in pixels does to the port's vectors."""
+    """Describe the effect of a difference in pixels on the port's embeddings."""
     if embed is None or shapes_of(pixels) != shapes_of(expected):
         return ""
     with torch.inference_mode():
         similarity = cosine(embed(**pixels), embed(**expected))
-    return f"; the port's vectors of the two have a cosine of {float(similarity.min()):.6f}"
+    return f"; cosine of the two embeddings {float(similarity.min()):.6f}"
 
 
 def shapes_of(pixels: Pixels) -> dict[str, torch.Size]:
-    """The shape of every tensor."""
+    """Return the shape of every tensor."""
     return {name: tensor.shape for name, tensor in pixels.items()}
 
 
 def find_hint(processor: ImageProcessor, image: Sample, expected: Pixels) -> str:
-    """What to change in the port's processor to have it as expected; empty if nothing known."""
+    """Find the setting of the reference that explains a difference; empty if unknown."""
     for name, changed in changed_processors(processor):
         try:
             pixels = process(changed, image)
@@ -185,7 +184,7 @@ def find_hint(processor: ImageProcessor, image: Sample, expected: Pixels) -> str
 
 
 def changed_processors(processor: ImageProcessor) -> Iterator[tuple[str, ImageProcessor]]:
-    """The processor with each of `CHANGES`."""
+    """Yield the processor with each of `CHANGES` applied."""
     for name, change in CHANGES.items():
         if name == "the other backend":
             backend: Backend = "pil" if processor.backend == "torchvision" else "torchvision"

@@ -1,9 +1,8 @@
-"""Random weights on which the bugs of a SigLIP port are loud: the recipes N1, S1, L7 and L8.
+"""Stress weights for SigLIP models: the recipes N1, S1, L7 and L8.
 
-A freshly initialized model hides bugs: its biases are 0, its LayerNorms the identity and its
-attention almost uniform, so that whatever forgets, swaps or repeats one of them goes unseen. The
-recipes were found by the survey that this project started with; docs/parity.md says what each of
-them shows and what it hides.
+A freshly initialized model hides bugs: biases are 0, LayerNorms are the identity and attention is
+almost uniform, so omitting, swapping or repeating one of them changes no output. docs/parity.md
+describes the recipes.
 """
 
 from __future__ import annotations
@@ -17,26 +16,24 @@ from torch import Tensor, nn
 from siglip_port.parity.stress_weights import randomize
 
 Weights = dict[str, Tensor]
-"""Parameters by name; changed in place."""
+"""Parameters by name, modified in place."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to a model after `randomize`.
+    """Changes to a model after `randomize`.
 
     Attributes:
-        purpose: what the weights are for.
-        attention: factor on the weights of q and k: attention that is far from uniform.
-        probe: factor on the pooling probe.
-        shrink: whether all that is written into the residual stream is scaled by sqrt(eps), so that
-            the LayerNorms' variances are of the size of their eps.
-        tail: share of the MLPs' hidden units parked where the variants of GELU differ most, at
-            `tail_at`.
-        tail_at: where that is.
-        amplify: size of the constants that cancel exactly and amplify rounding on the way; 0 for
+        purpose: Purpose of the weights.
+        attention: Factor on the weights of q and k, for attention far from uniform.
+        probe: Factor on the pooling probe.
+        shrink: Scale all outputs to the residual stream by sqrt(eps), so that the variances in the
+            LayerNorms are of the size of eps.
+        tail: Share of the MLPs' hidden units with inputs near `tail_at`.
+        tail_at: Input in the tail of GELU, where its variants differ most.
+        amplify: Size of constants that cancel exactly and amplify rounding errors; 0 for none.
+        constant: Size of a constant vector before the last LayerNorm, canceled by its bias; 0 for
             none.
-        constant: size of the constant vector before the last LayerNorm that its bias takes out
-            again; 0 for none.
     """
 
     purpose: str
@@ -50,7 +47,7 @@ class Recipe:
 
 
 L7 = Recipe(
-    "tripwires: constants that cancel exactly amplify whatever rounds too much",
+    "constants that cancel exactly amplify rounding errors",
     attention=2.2,
     probe=2.0,
     shrink=True,
@@ -61,9 +58,9 @@ L7 = Recipe(
 
 RECIPES: dict[str, Recipe | None] = {
     "default": None,
-    "N1": Recipe("nothing is zero, nothing is one: every part of the computation matters"),
+    "N1": Recipe("no parameter is 0 or 1: every part of the computation affects the outputs"),
     "S1": Recipe(
-        "loud structure, quiet rounding: variances near eps, GELU's tail, sharp attention",
+        "variances near eps, units in the tail of GELU, sharp attention",
         attention=1.7,
         probe=2.0,
         shrink=True,
@@ -73,11 +70,11 @@ RECIPES: dict[str, Recipe | None] = {
     "L7": L7,
     "L8": replace(
         L7,
-        purpose="L7, and a large constant before the last LayerNorm: makes its variance count",
+        purpose="L7 with a large constant before the last LayerNorm, which stresses its variance",
         constant=30.0,
     ),
 }
-"""The recipes by name. `default` is none: a fresh initialization, for comparison."""
+"""Recipes by name. `default` is None: a fresh initialization."""
 
 TAIL_SPREAD = 0.25
 """Standard deviation of the inputs of hidden units in GELU's tail."""
@@ -85,16 +82,15 @@ TAIL_SPREAD = 0.25
 
 @torch.no_grad()
 def fill(model: nn.Module, recipe: str, seed: int = 1234) -> None:
-    """Fill a SigLIP model whose tensors are named as in the flat HuggingFace layout, in place.
+    """Fill a SigLIP model with tensor names of the flat HuggingFace layout, in place.
 
     Args:
-        model: transformers' `SiglipVisionModel`, of any release that names its tensors so, or the
-            NaFlex one.
-        recipe: one of `RECIPES`; `default` leaves the model as its constructor left it.
-        seed: of generators of their own; the global one is not touched.
+        model: transformers' `SiglipVisionModel` or `Siglip2VisionModel`.
+        recipe: Name in `RECIPES`; `default` leaves the model unchanged.
+        seed: Seed of local generators; the global one is not used.
 
     Raises:
-        ValueError: there is no such recipe.
+        ValueError: The recipe does not exist.
     """
     if recipe not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
@@ -117,7 +113,7 @@ def fill(model: nn.Module, recipe: str, seed: int = 1234) -> None:
 
 
 def layer_norm_eps(model: nn.Module) -> float:
-    """The eps of the first LayerNorm of a model."""
+    """Return the eps of the first LayerNorm."""
     return next(part.eps for part in model.modules() if isinstance(part, nn.LayerNorm))
 
 
@@ -133,7 +129,7 @@ def sharpen_attention(weights: Weights, recipe: Recipe) -> None:
 
 
 def park_in_tail(weights: Weights, recipe: Recipe, generator: torch.Generator) -> None:
-    """Give a share of fc1's units inputs of N(tail_at, 0.25^2); scale fc2 to what comes of them."""
+    """Give a share of fc1's units inputs from N(tail_at, 0.25^2), and rescale fc2."""
     sample = recipe.tail_at + TAIL_SPREAD * torch.randn(4096, generator=generator)
     activations = nn.functional.gelu(sample, approximate="tanh")
     size = float(activations.square().mean().sqrt())
@@ -143,8 +139,8 @@ def park_in_tail(weights: Weights, recipe: Recipe, generator: torch.Generator) -
         mlp = name.removesuffix("fc1.weight")
         num_units = int(len(weight) * recipe.tail)
         units = torch.randperm(len(weight), generator=generator)[:num_units]
-        # The LayerNorm before it, N1's, puts out vectors of mean square 1.65 + 0.25, or less where
-        # eps counts.
+        # The LayerNorm before fc1 outputs vectors of mean square 1.65 + 0.25, or less if eps
+        # matters.
         rows = weight[units]
         weight[units] = rows / rows.norm(dim=1, keepdim=True) * TAIL_SPREAD / 1.26
         noise = torch.randn(len(units), generator=generator)
@@ -153,7 +149,7 @@ def park_in_tail(weights: Weights, recipe: Recipe, generator: torch.Generator) -
 
 
 def shrink_residual_stream(weights: Weights, scale: float) -> None:
-    """Scale all that is written into the residual stream."""
+    """Scale all outputs to the residual stream."""
     for name, weight in weights.items():
         is_output = "out_proj" in name or "fc2" in name
         is_inside = name.startswith(("encoder.layers", "head."))
@@ -164,13 +160,13 @@ def shrink_residual_stream(weights: Weights, scale: float) -> None:
 def amplify_rounding(
     weights: Weights, size: float, stream: float, generator: torch.Generator
 ) -> None:
-    """Add constants that change nothing in real numbers, and cost digits in floating point ones.
+    """Add constants that cancel in exact arithmetic and lose digits in floating point.
 
     Args:
-        weights: changed in place.
-        size: of the constants.
-        stream: the scale of the residual stream.
-        generator: draws them.
+        weights: Parameters, modified in place.
+        size: Size of the constants.
+        stream: Scale of the residual stream.
+        generator: Random generator.
     """
     for name in list(weights):
         if name.endswith("layer_norm1.bias"):
@@ -178,7 +174,7 @@ def amplify_rounding(
             add_constants_to_block(weights, block, size, generator)
     if "head.attention.in_proj_bias" in weights:
         add_constants_to_head(weights, size, generator)
-    # Common to all: every LayerNorm removes it.
+    # The same for all features: every LayerNorm removes it.
     weights["embeddings.position_embedding.weight"] += 10 * size * stream
     patches = weights["embeddings.patch_embedding.weight"]
     if patches.ndim == 4:
@@ -217,7 +213,7 @@ def add_constant(
     *,
     rows: slice = slice(None),
 ) -> None:
-    """Add `size` N to a bias, and take what its readers make of it out of theirs."""
+    """Add `size * N(0, 1)` to a bias, and subtract its effect from the biases of its readers."""
     constant = size * torch.randn(weights[bias][rows].shape, generator=generator)
     for reader in readers:
         effect = weights[f"{reader}weight"].double() @ constant.double()
@@ -226,7 +222,7 @@ def add_constant(
 
 
 def to_high_pass_filters(patches: Tensor, generator: torch.Generator) -> None:
-    """Fill the patch convolution: rounding, order and resizing of pixels matter to it."""
+    """Fill the patch convolution with filters sensitive to rounding and order of pixels."""
     ramp = torch.arange(patches.shape[-1])
     checkers = 1.0 - 2.0 * ((ramp[:, None] + ramp) % 2)
     noise = torch.randn(patches.shape, generator=generator) * patches.std()
@@ -234,10 +230,7 @@ def to_high_pass_filters(patches: Tensor, generator: torch.Generator) -> None:
 
 
 def lift_last_layer_norm(weights: Weights, size: float, generator: torch.Generator) -> None:
-    """Add a constant vector to all tokens after the last block.
-
-    The bias of post_layernorm takes it out again.
-    """
+    """Add a constant vector to all tokens after the last block, canceled by post_layernorm."""
     constant = size * torch.randn(weights["post_layernorm.bias"].shape, generator=generator)
     constant -= constant.mean()
     weights[last_block_bias(weights)] += constant
@@ -246,6 +239,6 @@ def lift_last_layer_norm(weights: Weights, size: float, generator: torch.Generat
 
 
 def last_block_bias(weights: Weights) -> str:
-    """The name of the last bias that is added to the tokens."""
+    """Return the name of the last bias that is added to the tokens."""
     names = [name for name in weights if name.endswith("mlp.fc2.bias") and "layers" in name]
     return max(names, key=lambda name: int(name.split(".")[2]))

@@ -1,6 +1,6 @@
-"""The implementation that the port is compared with.
+"""The reference: transformers' SigLIP models and image processors.
 
-The only module that imports `transformers`.
+The only module of the package that imports `transformers`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from siglip_port.parity.siglip.recipes import fill
 
 Attention = Literal["sdpa", "eager"]
 
-# transformers is untyped here: these say what is meant.
+# transformers is untyped here; the aliases document what is expected.
 HFModel = Any
 HFConfig = Any
 HFClass = Any
@@ -57,9 +57,9 @@ FIELDS = {
     "hidden_act": "hidden_act",
     "pooling_head": "vision_use_head",
 }
-"""The port's fields -> the reference's.
+"""Field of the port's config -> field of the reference's.
 
-Not the port's own table: what that one gets wrong must be seen here.
+Independent of the port's own table, so that a bug in it is detected.
 """
 
 PROCESSORS: dict[Backend, HFClass] = {
@@ -72,20 +72,20 @@ NAFLEX_PROCESSORS: dict[Backend, HFClass] = {
 }
 
 
-BILINEAR = 2  # of Pillow
+BILINEAR = 2  # Pillow's value
 
 
 class BrokenReferenceError(RuntimeError):
-    """The reference cannot be loaded as it must be: nothing can be compared with it."""
+    """transformers did not load all weights, so there is no reference to compare with."""
 
 
 class Reference:
     """transformers' `SiglipVisionModel`, or its `Siglip2VisionModel` for NaFlex, in `eval()` mode.
 
     Attributes:
-        model: the module.
-        attentions: its implementations of attention; the first computes in float64 where asked to.
-            The softmax of the eager one is float32 whatever the dtype.
+        model: Module.
+        attentions: Attention implementations. The first supports float64 throughout; the softmax of
+            `eager` is always float32.
     """
 
     attentions: tuple[Attention, ...] = ("sdpa", "eager")
@@ -94,11 +94,11 @@ class Reference:
         self.model = model
 
     def side(self) -> Side:
-        """The reference as the gates take it."""
+        """Return the reference as a side of a comparison."""
         return Side(self.model, outputs, self.attentions, self.model.set_attn_implementation)
 
     def config(self) -> dict[str, object]:
-        """Its architecture as it says itself, field by field, in the port's names."""
+        """Return the architecture from the reference's config, under the port's field names."""
         config = self.model.config
         fields: dict[str, object] = {}
         for name, reference_name in FIELDS.items():
@@ -111,19 +111,19 @@ class Reference:
 
 
 def is_naflex(model: nn.Module) -> bool:
-    """Whether it is the reference's model for images of any shape."""
+    """Whether a model is the reference for NaFlex."""
     return isinstance(model, Siglip2VisionModel)
 
 
 def outputs(model: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
-    """Run the reference on whole images, which NaFlex models take in patches.
+    """Run the reference on whole images, which are cut into patches for NaFlex models.
 
     Args:
-        model: the reference.
-        pixel_values: [B, C, H, W].
+        model: Reference.
+        pixel_values: Images, [B, C, H, W].
 
     Returns:
-        `tokens` [B, N, D] and, with a head, `pooled` [B, D].
+        `tokens` [B, N, D] and, with a pooling head, `pooled` [B, D].
     """
     if not isinstance(model, Siglip2VisionModel):
         return name_outputs(model(pixel_values))
@@ -137,13 +137,13 @@ def outputs(model: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
 
 
 def name_outputs(output: HFOutput) -> dict[str, Tensor]:
-    """`tokens` and, with a head, `pooled`, of what the reference returns."""
+    """Return `tokens` and, with a pooling head, `pooled`."""
     tensors = {"tokens": output.last_hidden_state, "pooled": output.pooler_output}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def hf_config(config: SigLipVisionConfig) -> SiglipVisionConfig | Siglip2VisionConfig:
-    """Return the reference's configuration of the same architecture."""
+    """Return transformers' config of the same architecture."""
     values = config.to_hf()
     values.pop("architectures", None)
     values.pop("model_type", None)
@@ -151,25 +151,25 @@ def hf_config(config: SigLipVisionConfig) -> SiglipVisionConfig | Siglip2VisionC
 
 
 def config_class(naflex: bool) -> HFClass:
-    """The reference's class of configurations."""
+    """Return transformers' config class."""
     return Siglip2VisionConfig if naflex else SiglipVisionConfig
 
 
 def model_class(naflex: bool) -> HFClass:
-    """The reference's class of models."""
+    """Return transformers' model class."""
     return Siglip2VisionModel if naflex else SiglipVisionModel
 
 
 def write_random_checkpoint(
     folder: Path, config: SigLipVisionConfig, seed: int = 1234, recipe: str = "N1"
 ) -> None:
-    """Have the reference write a checkpoint with random weights on which bugs are loud.
+    """Write a checkpoint with stress weights, through transformers.
 
     Args:
-        folder: where to.
-        config: the architecture.
-        seed: of the weights.
-        recipe: one of `siglip_port.parity.siglip.recipes.RECIPES`.
+        folder: Output directory.
+        config: Architecture.
+        seed: Seed of the weights.
+        recipe: Name in `siglip_port.parity.siglip.recipes.RECIPES`.
     """
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -188,20 +188,20 @@ def load(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Reference:
-    """Load the reference, in `eval()` mode, and make sure that it really is loaded.
+    """Load the reference in `eval()` mode, and check that all its weights are loaded.
 
     Args:
-        source: a Hub id, a folder, or a `.safetensors` file with its `config.json` beside it.
-        pooling_head: whether the checkpoint has one. The reference believes its `config.json`
-            instead, and would make up a random one.
-        dtype: of the parameters.
-        naflex: whether it is the encoder of SigLIP 2 for images of any shape.
-        device: where to.
-        revision: the commit of a Hub repository.
-        local_files_only: use the Hub's cache only.
+        source: Hub id, directory, or `.safetensors` file with `config.json` next to it.
+        pooling_head: Whether the checkpoint has a pooling head. transformers follows `config.json`
+            instead and would initialize a missing head randomly.
+        dtype: dtype of the parameters.
+        naflex: Whether it is a NaFlex model.
+        device: Device of the model.
+        revision: Commit of a Hub repository.
+        local_files_only: Use the Hub's cache only.
 
     Raises:
-        BrokenReferenceError: transformers left parameters at random values.
+        BrokenReferenceError: transformers initialized parameters randomly.
         OSError: transformers cannot find or read the checkpoint.
     """
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
@@ -221,15 +221,14 @@ def load(
     random_parameters = sorted(info["missing_keys"]) + sorted(info["mismatched_keys"])
     if random_parameters:
         raise BrokenReferenceError(
-            f"transformers {VERSION} left {len(random_parameters)} parameters of {source} at "
-            f"random values, beginning with {random_parameters[0]}: there is nothing to compare "
-            "with"
+            f"{source}: transformers {VERSION} initialized {len(random_parameters)} parameters "
+            f"randomly, the first is {random_parameters[0]}; check that the checkpoint is complete"
         )
     return Reference(model.to(device).eval())
 
 
 def make_square(config: HFConfig) -> None:
-    """Replace pairs of sides by one: a configuration may hold them, the model divides numbers."""
+    """Replace pairs of sizes with one number; a config may contain pairs, the model needs one."""
     for name in ("image_size", "patch_size"):
         size = getattr(config, name, None)
         if isinstance(size, (list, tuple)):
@@ -239,16 +238,16 @@ def make_square(config: HFConfig) -> None:
 def small_reference(
     kind: Literal["naflex", "resized"], folder: Path, seed: int = 1234
 ) -> tuple[Side, dict[str, Tensor]]:
-    """Write a small model that takes images of other shapes, and load the reference of it.
+    """Write a small model for images of other shapes, and load the reference from it.
 
     Args:
-        kind: `naflex`, a SigLIP 2 model that takes packed patches; `resized`, one of a fixed size
-            that is given another.
-        folder: where to.
-        seed: of weights and inputs.
+        kind: `naflex` for a SigLIP 2 model with packed patches; `resized` for a model of fixed size
+            with images of another size.
+        folder: Output directory.
+        seed: Seed of weights and inputs.
 
     Returns:
-        The reference, and what both sides are called with, by name.
+        Reference, and inputs for both sides by name.
     """
     naflex = kind == "naflex"
     patch_size = 4 if naflex else 7
@@ -277,12 +276,12 @@ def named_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tens
 
 
 def resized_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run the reference on images of another size than its own."""
+    """Run the reference on images of another size, with interpolated positions."""
     return name_outputs(model(**inputs, interpolate_pos_encoding=True))
 
 
 def packed_inputs(generator: torch.Generator) -> dict[str, Tensor]:
-    """Patches of 4 x 4 pixels of two images, one of them with padding."""
+    """Return patches of 4 x 4 pixels of two images, one of them with padding."""
     shapes = torch.tensor([[4, 6], [7, 3]])
     mask = torch.arange(28)[None] < shapes.prod(1)[:, None]
     return {
@@ -299,23 +298,22 @@ def image_processors(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> dict[Backend, Callable[[Any], dict[str, Tensor]]]:
-    """The reference's own image processors.
+    """Return the reference's image processors: for Pillow and, if installed, torchvision.
 
-    For Pillow, and for torchvision where that is installed. Each turns an image into what a model
-    takes: of a PIL image, `pixel_values` [1, 3, S, S], float32.
+    Each returns a batch of one image; for fixed sizes, `pixel_values` [1, 3, S, S], float32.
 
     Args:
-        config: of the model, for its size.
-        source: a checkpoint, for its `preprocessor_config.json`; None, or one without, for the
-            defaults.
-        revision: the commit of a Hub repository.
-        local_files_only: use the Hub's cache only.
+        config: Configuration of the model, for its image size.
+        source: Checkpoint with a `preprocessor_config.json`; None or a checkpoint without one for
+            the defaults.
+        revision: Commit of a Hub repository.
+        local_files_only: Use the Hub's cache only.
     """
     folder = source
     if source is not None and Path(source).is_file():
         folder = Path(source).parent
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
-    if not config.naflex:  # What the file says is for NaFlex models to follow.
+    if not config.naflex:  # NaFlex models take the size from the file.
         options["size"] = {"height": config.image_size, "width": config.image_size}
     classes = NAFLEX_PROCESSORS if config.naflex else PROCESSORS
     processors: dict[Backend, Callable[[Any], dict[str, Tensor]]] = {}
@@ -326,31 +324,31 @@ def image_processors(
             except ImportError:
                 continue
             if folder is not None:
-                with contextlib.suppress(OSError):  # A checkpoint may come without one.
+                with contextlib.suppress(OSError):  # No preprocessor_config.json.
                     processor = processor_class.from_pretrained(folder, **options)
-        # As the reference's own pipelines have it; without, it refuses other modes than RGB.
+        # As in transformers' pipelines; without it, modes other than RGB are rejected.
         processor.do_convert_rgb = True
         processors[backend] = functools.partial(process_image, processor)
     return processors
 
 
 def default_options(config: SigLipVisionConfig, folder: str | Path | None) -> dict[str, Any]:
-    """What a processor is made with where no file says more."""
+    """Return the options of a processor without a file."""
     options: dict[str, Any]
     if config.naflex:
         options = {"patch_size": config.patch_size, "max_num_patches": config.num_patches}
     else:
         options = {"size": {"height": config.image_size, "width": config.image_size}}
     if "siglip2" in Path(folder or "").name.lower():
-        # `convert_siglip2_to_hf.py` writes that of all of them.
+        # `convert_siglip2_to_hf.py` writes this for all of them.
         options["resample"] = BILINEAR
     return options
 
 
 def process_image(processor: HFProcessor, image: object) -> dict[str, Tensor]:
-    """Turn one image, or one file, into a batch.
+    """Process an image or an image file into a batch of one.
 
-    Files are opened as the reference opens them for Pillow. Torchvision's decoders are deprecated.
+    Files are decoded with Pillow; torchvision's decoders are deprecated.
     """
     if isinstance(image, str):
         image = transformers.image_utils.load_image(image)
@@ -360,7 +358,7 @@ def process_image(processor: HFProcessor, image: object) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def as_folder(source: str | Path) -> Iterator[str | Path]:
-    """Show a `.safetensors` file of any name to transformers as the folder that it wants."""
+    """Yield a directory that transformers can load, for a `.safetensors` file of any name."""
     path = Path(source).expanduser()
     if not path.is_file():
         yield path if path.is_dir() else source
@@ -373,10 +371,7 @@ def as_folder(source: str | Path) -> Iterator[str | Path]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' bars and tables of keys off the terminal.
-
-    What they warn of is checked in `load`.
-    """
+    """Suppress transformers' progress bars and warnings about keys, which `load` checks."""
     logging = transformers.utils.logging
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()

@@ -1,8 +1,8 @@
-"""Triangulation: a third implementation says which of port and reference is the odd one out.
+"""Triangulation: a second reference shows which of port and reference is the odd one out.
 
-The second reference gets the first one's weights and inputs, and computes in float64 in a process
-of its own: in this environment, or, where it is not installed or a release is asked for, in an
-isolated one (`second_reference_script.py`).
+It runs on the weights and inputs of the reference in float64, in its own process
+(`second_reference_script.py`): in this environment, or in an isolated one if the package is not
+installed or a version is given.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ from siglip_port.parity.siglip.reference import VERSION
 SCRIPT = Path(__file__).with_name("second_reference_script.py")
 DISTRIBUTIONS = {"timm": "timm", "open_clip": "open_clip_torch", "transformers": "transformers"}
 TIMEOUT = 600.0
-"""Seconds, for installation and computation together."""
+"""Seconds for installation and computation."""
 
 LOG_LINES = 6
-"""How many of the last lines of a script that failed are shown."""
+"""Lines of output that are shown of a script that failed."""
 
 Pair = tuple[str, str]
 
 Distances = Mapping[Pair, Mapping[str, float]]
-"""How far apart each two of the three are, by output."""
+"""Relative distance of each pair of implementations, by output."""
 
 
-def ask(name: str, case: Case, port: SigLipVisionModel) -> str:
-    """Ask a third implementation, and say which of the three is the odd one out.
+def triangulate(name: str, case: Case, port: SigLipVisionModel) -> str:
+    """Run a second reference, and report which of the three implementations is the odd one out.
 
     Args:
-        name: of the second reference, as `parse` knows it.
-        case: the checkpoint, with its reference.
-        port: loaded from it.
+        name: Second reference, in the form of `parse`.
+        case: Checkpoint with its reference.
+        port: Port, loaded from the checkpoint.
 
     Returns:
-        A table of how far apart each two are in float64, and a sentence.
+        A table of pairwise distances in float64, and a sentence.
 
     Raises:
-        ValueError: there is no such second reference.
-        RuntimeError: it could not be installed, or could not be run.
+        ValueError: The second reference is not supported.
+        RuntimeError: It could not be installed or run.
     """
     package, release = parse(name)
     command = script_command(package, release)
@@ -76,27 +76,27 @@ def ask(name: str, case: Case, port: SigLipVisionModel) -> str:
 
 
 def parse(name: str) -> tuple[str, str]:
-    """Take the name of a second reference apart: `timm`, `timm==1.0.31`, ...
+    """Parse `timm`, `timm==1.0.31`, ...
 
     Returns:
-        Package, and release or nothing.
+        Package and version; an empty version if none is given.
 
     Raises:
-        ValueError: there is no such second reference.
+        ValueError: The second reference is not supported.
     """
     match = re.fullmatch(rf"({'|'.join(DISTRIBUTIONS)})(?:==(\d[\w.]*))?", name)
     if match is None or name == "transformers":
         raise ValueError(
-            f"there is no second reference {name!r}; known are timm and open_clip, both also with a version "
-            "(timm==1.0.31), and other releases of the reference (transformers==4.57.6)"
+            "--second-ref must be timm or open_clip, with or without ==VERSION, or "
+            f"transformers==VERSION, got {name!r}"
         )
     return match[1], match[2] or ""
 
 
 def script_command(package: str, release: str) -> list[str]:
-    """How the script is run.
+    """Return the command line of the script.
 
-    -P and -I keep what lies beside it from standing in for other modules.
+    -P and -I keep modules next to the script from shadowing packages.
     """
     if not release and importlib.util.find_spec(package) is not None:
         return [sys.executable, "-P", str(SCRIPT)]
@@ -106,8 +106,8 @@ def script_command(package: str, release: str) -> list[str]:
     uv = shutil.which("uv")
     if uv is None:
         raise RuntimeError(
-            f"to ask {requirement}, uv is needed, which would install it in an environment of its "
-            "own, and there is no uv here: install it, or ask a second reference that is installed"
+            f"--second-ref {requirement} needs uv to create an isolated environment; install uv, "
+            "or name a package that is installed"
         )
     torch_requirement = f"torch=={torch.__version__.split('+')[0]}"
     options = ["--no-project", "--isolated", f"--python={sys.executable}"]
@@ -117,7 +117,7 @@ def script_command(package: str, release: str) -> list[str]:
 
 
 def write_inputs(folder: Path, case: Case) -> None:
-    """Write what the second reference is given."""
+    """Write weights, inputs, configuration and points for the script."""
     run = case.reference_run(case.dtypes[0])
     model = case.reference.model
     with cast(model, run.dtype):
@@ -135,7 +135,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def run_script(name: str, command: list[str], log: Path) -> None:
-    """Run the script to its end, which is no later than ours."""
+    """Run the script; kill it after `TIMEOUT`, or if this process is interrupted."""
     with log.open("wb") as errors:
         process = subprocess.Popen(
             command,
@@ -146,35 +146,34 @@ def run_script(name: str, command: list[str], log: Path) -> None:
             start_new_session=True,
         )
     try:
-        ending = f"ended with exit status {process.wait(TIMEOUT)}"
+        outcome = f"exited with code {process.wait(TIMEOUT)}"
     except subprocess.TimeoutExpired:
-        ending = f"was not done after {TIMEOUT:g} s"
+        outcome = f"timed out after {TIMEOUT:g} s"
     finally:
-        if process.poll() is None:  # uv would leave behind what it started
+        if process.poll() is None:  # the whole group: uv does not end its child
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if process.returncode != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         last_lines = "\n".join(lines[-LOG_LINES:])
         raise RuntimeError(
-            f"{name} could not be asked: `{' '.join(command)}` {ending}. Its last lines:\n"
+            f"--second-ref {name}: `{' '.join(command)}` {outcome}; end of its output:\n"
             f"{last_lines}\n"
-            "If it could not be installed, see whether there is such a release and whether the "
-            "package index can be reached; if it failed, ask another release of it, or another "
-            "witness"
+            "check that the version exists and that the package index is reachable, or name "
+            "another version or package"
         )
 
 
 @dataclass(frozen=True)
 class SecondReference:
-    """What the script left.
+    """Results of the script.
 
     Attributes:
-        package: its name.
-        label: package and version.
-        is_float64: whether it computed in float64 throughout.
-        places: where it has the reference's points.
-        read: reads a tensor: `output.NAME`, `tap.POINT`.
+        package: Package name.
+        label: Package and version.
+        is_float64: Whether all steps were computed in float64.
+        places: Point of the reference -> place in the second reference.
+        read: Function that reads a tensor: `output.NAME`, `tap.POINT`.
     """
 
     package: str
@@ -186,14 +185,14 @@ class SecondReference:
     @classmethod
     @contextlib.contextmanager
     def open(cls, package: str, folder: Path, device: str) -> Iterator[SecondReference]:
-        """Read what lies in a folder; tensors when they are asked for."""
-        about = json.loads((folder / "witness.json").read_text(encoding="utf-8"))
+        """Open the results in a directory; tensors are read on demand."""
+        about = json.loads((folder / "second_reference.json").read_text(encoding="utf-8"))
         with safe_open(folder / "outputs.safetensors", "pt", device=device) as file:
             yield cls(package, **about, read=file.get_tensor)
 
 
 def judge(second: SecondReference, case: Case, port: SigLipVisionModel) -> str:
-    """Compare what the second reference computed with what the other two compute."""
+    """Compare all three implementations."""
     run = case.reference_run(case.dtypes[0])
     with cast(port, run.dtype, torch.float64):
         outputs = Side(port, port_outputs).run(run.exact_inputs)
@@ -215,61 +214,55 @@ def judge(second: SecondReference, case: Case, port: SigLipVisionModel) -> str:
 
 
 def first_difference(second: SecondReference, run: ReferenceRun) -> str:
-    """Where the second reference parts ways with the first, and what that looks like."""
-    for point, truth in run.exact.taps.items():
+    """Describe the first point where the two references differ, with a hint."""
+    for point, expected in run.exact.taps.items():
         if point not in second.places:
             continue
         value = second.read(f"tap.{point}")
-        if distance(value, truth) > bounds.FLOAT64_BOUND:
+        if distance(value, expected) > bounds.FLOAT64_BOUND:
             text = f"first at {point} ({second.package}: {second.places[point]})"
             hint = hints.explain_tap(run, point, value)
             return f"{text}: looks like: {hint}" if hint else text
-    return f"at none of its {len(second.places)} modules that have a counterpart"
+    return f"equal at all {len(second.places)} modules that have a counterpart"
 
 
 def distances_by_output(
-    truth: Mapping[str, Tensor], outputs: Mapping[str, Tensor], names: Iterable[str]
+    expected: Mapping[str, Tensor], outputs: Mapping[str, Tensor], names: Iterable[str]
 ) -> dict[str, float]:
-    """How far two sides are apart at every output."""
-    return {name: distance(outputs.get(name), truth.get(name)) for name in names}
+    """Return the relative distance of two implementations, by output."""
+    return {name: distance(outputs.get(name), expected.get(name)) for name in names}
 
 
-def distance(value: Tensor | None, truth: Tensor | None) -> float:
-    """The relative error.
-
-    Infinite where it is no number, for want of a tensor or of its shape too.
-    """
-    if value is None or truth is None or value.shape != truth.shape:
+def distance(value: Tensor | None, expected: Tensor | None) -> float:
+    """Return the relative error; infinite for NaN, a missing tensor or another shape."""
+    if value is None or expected is None or value.shape != expected.shape:
         return math.inf
-    error = relative_error(value, truth)
+    error = relative_error(value, expected)
     return error if math.isfinite(error) else math.inf
 
 
 def verdict(distances: Distances, second: str, *, is_float64: bool = True) -> str:
-    """Say who is the odd one out: the one that is far from both others while these agree.
+    """Name the odd one out: the implementation that differs from two that agree.
 
     Args:
-        distances: of all three pairs.
-        second: which of the three is the second reference.
-        is_float64: whether it computed in float64 throughout; else float32 rounding is no
-            difference of its.
+        distances: Distances of all three pairs.
+        second: Label of the second reference.
+        is_float64: Whether it computed all steps in float64; if not, float32 rounding is tolerated.
     """
     apart = {pair: max(by_output.values()) for pair, by_output in distances.items()}
     coarse = [] if is_float64 else [pair for pair in apart if second in pair]
     agreeing = [pair for pair in apart if agrees(apart[pair], is_coarse=pair in coarse)]
     note = ""
     if coarse:
-        note = f" ({second} has a float32 softmax whatever the dtype, so it can tell nothing finer)"
+        note = f" ({second} computes the softmax in float32, which limits the comparison)"
     if len(agreeing) == 3:
         if coarse:
             largest = max(apart[pair] for pair in coarse)
-            return f"all three agree, {second} to {largest:.1e} only{note}"
+            return f"all three agree, {second} to {largest:.1e}{note}"
         return f"all three agree: at most {max(apart.values()):.1e} apart"
     if len(agreeing) == 2:
         ((a, b),) = apart.keys() - agreeing
-        return (
-            f"nobody is the odd one out: {a} and {b} differ, and the third agrees with both{note}"
-        )
+        return f"no odd one out: {a} and {b} differ, and the third agrees with both{note}"
     if not agreeing:
         return f"all three differ{note}"
     (odd,) = {side for pair in apart for side in pair} - set(agreeing[0])
@@ -279,23 +272,23 @@ def verdict(distances: Distances, second: str, *, is_float64: bool = True) -> st
 
 
 def agrees(error: float, *, is_coarse: bool) -> bool:
-    """Whether two of the three compute the same.
+    """Whether two implementations agree.
 
     Args:
-        error: their relative distance.
-        is_coarse: whether one of them rounds to float32 inside.
+        error: Their relative distance.
+        is_coarse: Whether one of them rounds to float32 inside.
     """
     return error <= (bounds.UPCAST_BOUND if is_coarse else bounds.FLOAT64_BOUND)
 
 
 def distances_from_others(distances: Distances, side: str) -> str:
-    """How far one side is from the nearer one of the others, by output."""
+    """Describe the distance of one side from the nearer one of the others, by output."""
     first, second = (by_output for pair, by_output in distances.items() if side in pair)
     return ", ".join(f"{name} {min(first[name], second[name]):.1e}" for name in first)
 
 
 def distance_table(distances: Distances) -> str:
-    """One line a pair, one column an output."""
+    """Return a table with one row per pair and one column per output."""
     names = list(next(iter(distances.values())))
     rows = [["in float64", *names]]
     for pair, by_output in distances.items():

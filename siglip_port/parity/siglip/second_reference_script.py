@@ -1,16 +1,14 @@
-"""A second reference in a process of its own.
+"""Runs a second reference on a SigLIP model's weights, in float64.
 
-What a third implementation computes with a SigLIP model's weights, in float64.
+    python second_reference_script.py PACKAGE DIR
 
-`python second_reference_script.py PACKAGE FOLDER`. It runs in isolated environments, so it imports
-torch, safetensors and the package, and nothing of ours. FOLDER holds config.json and
-model.safetensors (transformers' SiglipVisionModel, names without a prefix), inputs.safetensors, and
-points.json: the points of the reference that are of interest. It leaves outputs.safetensors there,
-with `output.<name>` and `tap.<point>`, and second reference.json.
+Runs in isolated environments: imports torch, safetensors and the package, not siglip_port. DIR
+contains config.json, model.safetensors (transformers' SiglipVisionModel, names without a prefix),
+inputs.safetensors and points.json, a list of the reference's points. The script writes
+outputs.safetensors, with `output.<name>` and `tap.<point>`, and second_reference.json.
 
-A *place* is where the second reference has a point of the first: the path of a module for what it
-returns, `path:input` for what it is given, `path:2/3` for the second of three equal parts of what
-it returns.
+A *place* is the counterpart of a point in the second reference: a module path for the module's
+output, `path:input` for its input, `path:2/3` for the second of three equal parts of its output.
 """
 
 from __future__ import annotations
@@ -32,10 +30,10 @@ Json = dict[str, Any]
 Tensors = dict[str, Tensor]
 
 # fmt: off
-# What transformers' names are in timm's VisionTransformer, one replacement after the other.
+# transformers' names -> names in timm's VisionTransformer, applied in this order.
 TIMM = (
     ("embeddings.patch_embedding", "patch_embed.proj"),
-    # the last thing, which does nothing, before the blocks
+    # an identity, the last module before the blocks
     ("embeddings",                 "norm_pre"),
     ("encoder.layers",             "blocks"),
     ("post_layernorm",             "norm"),
@@ -59,14 +57,14 @@ TIMM = (
 
 @dataclass(frozen=True)
 class Implementation:
-    """The third implementation, with the weights loaded.
+    """A second reference with the weights loaded.
 
     Attributes:
-        label: package and version, for reports.
-        model: built as its users build it.
-        run: calls it: pixels -> `tokens` and, with a head, `pooled`.
-        place: the reference's point -> where it has it, if at all.
-        is_float64: whether it computes in float64 throughout where asked to.
+        label: Package and version.
+        model: Model, built as its users build it.
+        run: Function pixels -> `tokens` and, with a pooling head, `pooled`.
+        place: Function point of the reference -> place.
+        is_float64: Whether all steps can be computed in float64.
     """
 
     label: str
@@ -77,10 +75,7 @@ class Implementation:
 
 
 def build_transformers(folder: Path, config: Json, weights: Tensors) -> Implementation:
-    """Build another release's SiglipVisionModel, with the attention that it chooses itself.
-
-    Sdpa, if it has it.
-    """
+    """Build the SiglipVisionModel of another transformers release, with its default attention."""
     transformers = importlib.import_module("transformers")
     hf_config = transformers.SiglipVisionConfig.from_pretrained(folder)
     model = transformers.SiglipVisionModel(hf_config).double().eval()
@@ -104,25 +99,24 @@ def build_transformers(folder: Path, config: Json, weights: Tensors) -> Implemen
 
 
 def build_timm(_: Path, config: Json, weights: Tensors) -> Implementation:
-    """Build timm's encoder, as its `vit_base_patch16_siglip_224` is built."""
+    """Build timm's model, with the settings of `vit_base_patch16_siglip_224`."""
     return with_trunk(f"timm {version('timm')}", make_trunk(config), "", config, weights)
 
 
 def build_open_clip(_: Path, config: Json, weights: Tensors) -> Implementation:
-    """Build open_clip's encoder, as its `ViT-B-16-SigLIP` is built: a TimmModel.
+    """Build open_clip's TimmModel, with the settings of `ViT-B-16-SigLIP`.
 
-    It takes the sizes from timm by the name of a model alone, so one of our size is registered
-    there.
+    open_clip finds sizes by the name of a timm model, so a model of this size is registered.
     """
     open_clip = importlib.import_module("open_clip")
     settings = open_clip.get_model_config("ViT-B-16-SigLIP")["vision_cfg"]
 
-    def siglip_of_our_size(*, num_classes: int, global_pool: str, **_: object) -> nn.Module:
+    def siglip_of_this_size(*, num_classes: int, global_pool: str, **_: object) -> nn.Module:
         return make_trunk(config, num_classes=num_classes, global_pool=global_pool)
 
-    importlib.import_module("timm.models").register_model(siglip_of_our_size)
+    importlib.import_module("timm.models").register_model(siglip_of_this_size)
     model = importlib.import_module("open_clip.timm_model").TimmModel(
-        siglip_of_our_size.__name__,
+        siglip_of_this_size.__name__,
         embed_dim=config["hidden_size"],
         image_size=config["image_size"],
         pool=settings["timm_pool"] if config["vision_use_head"] else "",
@@ -134,10 +128,7 @@ def build_open_clip(_: Path, config: Json, weights: Tensors) -> Implementation:
 
 
 def make_trunk(config: Json, *, num_classes: int = 0, global_pool: str | None = None) -> nn.Module:
-    """Make timm's VisionTransformer in our sizes.
-
-    The activation and eps are its own, and its testimony.
-    """
+    """Build timm's VisionTransformer with the sizes of `config`; activation and eps are timm's."""
     if global_pool is None:
         global_pool = "map" if config["vision_use_head"] else ""
     hidden_size = config["hidden_size"]
@@ -148,7 +139,7 @@ def make_trunk(config: Json, *, num_classes: int = 0, global_pool: str | None = 
         embed_dim=hidden_size,
         depth=config["num_hidden_layers"],
         num_heads=config["num_attention_heads"],
-        mlp_ratio=(config["intermediate_size"] + 0.5) / hidden_size,  # it rounds the product down
+        mlp_ratio=(config["intermediate_size"] + 0.5) / hidden_size,  # timm rounds the product down
         class_token=False,
         num_classes=num_classes,
         global_pool=global_pool,
@@ -159,14 +150,14 @@ def make_trunk(config: Json, *, num_classes: int = 0, global_pool: str | None = 
 def with_trunk(
     label: str, model: nn.Module, prefix: str, config: Json, weights: Tensors
 ) -> Implementation:
-    """Load the weights into a model that is, or has, a trunk of timm's."""
+    """Load the weights into a model that is or contains timm's VisionTransformer."""
     model.double().eval()
     model.load_state_dict(add_prefix(to_timm(weights), prefix), strict=True)
 
     def run(pixels: Tensor) -> Tensors:
         outputs: Tensors = {}
         norm = model.get_submodule(f"{prefix}norm")
-        # The model returns what is pooled alone.
+        # The model returns the pooled output only.
         handle = norm.register_forward_hook(lambda _, __, output: outputs.update(tokens=output))
         returned = model(pixels)
         handle.remove()
@@ -178,19 +169,19 @@ def with_trunk(
 
 
 def add_prefix(tensors: Tensors, prefix: str) -> Tensors:
-    """The same tensors, with a prefix before their names."""
+    """Return the tensors with a prefix on their names."""
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def rename(point: str) -> str:
-    """The reference's point -> timm's place."""
+    """Return the place in timm's model of a point."""
     for name, timm_name in TIMM:
         point = point.replace(name, timm_name)
     return point
 
 
 def to_timm(weights: Tensors) -> Tensors:
-    """Rename the reference's tensors, and fuse or split them into timm's."""
+    """Convert the reference's tensors to timm's: rename, fuse and split."""
     weights = dict(weights)
     tensors = {"pos_embed": weights.pop("embeddings.position_embedding.weight")[None]}
     if "head.probe" in weights:
@@ -210,7 +201,7 @@ def to_timm(weights: Tensors) -> Tensors:
 
 
 def listen(model: nn.Module, places: Iterable[str]) -> Tensors:
-    """Hook the places that the model has; return a dict that is filled when it runs."""
+    """Hook the places that exist in the model; return a dict that is filled when it runs."""
     values: Tensors = {}
 
     def input_hook(place: str) -> Callable[..., None]:
@@ -238,7 +229,7 @@ def listen(model: nn.Module, places: Iterable[str]) -> Tensors:
 
 
 def part_of(output: object, part: str) -> Tensor:
-    """The first tensor of what is returned, or its `2/3`, the second of three equal parts."""
+    """Return the first tensor of an output, or a part: `2/3` is the second of three."""
     tensor = output[0] if isinstance(output, (tuple, list)) else output
     assert isinstance(tensor, Tensor)
     number, _, parts = (part or "1/1").partition("/")
@@ -249,7 +240,7 @@ BUILDERS = {"timm": build_timm, "open_clip": build_open_clip, "transformers": bu
 
 
 def main(package: str, folder: Path) -> None:
-    """Run the implementation, and leave what it computed."""
+    """Run the implementation and write the results."""
     config = json.loads((folder / "config.json").read_text())
     points = json.loads((folder / "points.json").read_text())
     weights = load_double(folder / "model.safetensors")
@@ -270,7 +261,7 @@ def main(package: str, folder: Path) -> None:
         "is_float64": implementation.is_float64,
         "places": places,
     }
-    (folder / "witness.json").write_text(json.dumps(about))
+    (folder / "second_reference.json").write_text(json.dumps(about))
 
 
 def load_double(path: Path) -> Tensors:

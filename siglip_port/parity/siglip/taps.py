@@ -1,4 +1,4 @@
-"""The taps of a SigLIP vision encoder: where the port has the points of transformers' model."""
+"""Taps of a SigLIP vision encoder: points of transformers' model -> points of the port."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from siglip_port.checkpoint import layouts
 BLOCK = "transformer.encoder.encoder_blocks.{}"
 HF_BLOCK = "encoder.layers.{}"
 
-# What the rules of the key map do not name: inputs, and modules without parameters of their own.
+# Points without key rules: inputs, and modules without parameters of their own.
 UNNAMED_POINTS = {
     "embeddings": "transformer.embeddings",
     f"{HF_BLOCK}.layer_norm1:input": f"{BLOCK}.layer_norm1:input",
@@ -32,9 +32,12 @@ HEAD_POINTS = {
 
 
 def siglip_taps(pooling_head: bool) -> dict[str, str]:
-    """The taps of a SigLIP vision encoder, reference -> port, for `siglip_port.parity.taps.expand`.
+    """Return the taps, reference -> port, for `siglip_port.parity.taps.expand`.
 
-    Modules with parameters come from the rules of the key map, so the two never part ways.
+    Modules with parameters come from the key rules, so the two cannot diverge.
+
+    Args:
+        pooling_head: Include the points of the pooling head.
     """
     rules = layouts.HUGGINGFACE_ENCODER
     points = dict(UNNAMED_POINTS)
@@ -46,7 +49,7 @@ def siglip_taps(pooling_head: bool) -> dict[str, str]:
         if rule.port[0].endswith(".*"):
             taps[rule.stored.removesuffix(".*")] = rule.port[0].removesuffix(".*")
     taps |= points
-    # An nn.MultiheadAttention neither calls its out_proj nor has a module for in_proj.
+    # nn.MultiheadAttention does not call its out_proj and has no module for in_proj.
     return {
         reference: port
         for reference, port in taps.items()

@@ -1,4 +1,4 @@
-"""The comparison of one checkpoint, from its files to the results of all gates."""
+"""Comparison of a checkpoint: loads port and reference, and runs all gates."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from siglip_port.parity.siglip.verify_options import DEFAULT_CHECKPOINT, VerifyO
 from siglip_port.threads import torch_threads
 
 DEFAULT_CONFIG = SigLipVisionConfig(pooling_head=True)
-"""The architecture of the default checkpoint: no file is needed to know it."""
+"""Architecture of the default checkpoint, known without a file."""
 
 UNREACHABLE_REMEDY = (
-    "check the spelling (there is no such path here), unset HF_HUB_OFFLINE if it is set, pass a "
-    "folder that holds it, or compare random weights: --weights random, without --checkpoint"
+    "check the spelling (no local path has this name), unset HF_HUB_OFFLINE if it is set, pass a "
+    "local directory, or compare random weights with --weights random and no --checkpoint"
 )
 
-MEMORY_WORTH_A_NOTE = 4e9
-"""Bytes; a comparison that needs more says so before it begins."""
+MEMORY_NOTE_BYTES = 4e9
+"""A comparison that needs more memory prints a note."""
 
 Track = Callable[[Iterator[GateResult], str], Iterator[GateResult]]
-"""Passes the gates of a checkpoint on, and shows how far they are; the text says which they are."""
+"""Progress display: (gate results, description) -> gate results."""
 
 
 @dataclass(frozen=True)
 class LoadedPort:
-    """The port, and where the reference finds the same weights.
+    """The port, and the source of its weights for the reference.
 
     Attributes:
-        model: the port.
-        source: a Hub id, a folder or a file.
-        commit: of a Hub repository.
-        is_random: whether the weights are random ones, written for this comparison.
+        model: Port.
+        source: Hub id, directory or file.
+        commit: Commit of a Hub repository.
+        is_random: Whether the weights are random, written for this comparison.
     """
 
     model: SigLipVisionModel
@@ -58,21 +58,21 @@ class LoadedPort:
 
 
 def load_port(options: VerifyOptions, scratch: Path) -> LoadedPort:
-    """Load the port through `from_hf`, as a user does, with the weights that can be had.
+    """Load the port through `from_hf`, with the checkpoint's weights or random ones.
 
     Args:
-        options: of the comparison.
-        scratch: the folder for random weights, which the reference writes.
+        options: Options of the comparison.
+        scratch: Directory for random weights, which transformers writes.
 
     Raises:
-        siglip_port.CheckpointError: the checkpoint cannot be read, or not be fetched.
+        siglip_port.CheckpointError: The checkpoint cannot be read or downloaded.
     """
     source = find_source(options.checkpoint)
     is_on_hub = isinstance(source, HubRepository)
     if isinstance(source, HubRepository) and source.weights is not None:
         raise ValueError(
-            f"{options.checkpoint} names one file, which the reference cannot be told; pass the "
-            "repository, or a folder"
+            f"{options.checkpoint}: transformers cannot load one file of a repository; pass the "
+            "repository or a local directory"
         )
     is_default = is_on_hub and options.checkpoint == DEFAULT_CHECKPOINT
     needs_hub = is_on_hub and not (is_default and options.weights == "random")
@@ -91,14 +91,14 @@ def load_port(options: VerifyOptions, scratch: Path) -> LoadedPort:
             )
         if options.weights != "auto" or not is_default:
             raise HubUnreachableError(f"{reason}; {UNREACHABLE_REMEDY}") from error
-        note(f"{reason}: comparing random weights of the same architecture instead.")
+        note(f"{reason}; comparing random weights of the same architecture instead")
         config = DEFAULT_CONFIG
     reference.write_random_checkpoint(scratch, config)
     return LoadedPort(load_model(str(scratch), options), str(scratch), is_random=True)
 
 
 def load_checkpoint(options: VerifyOptions, source: str, offline: bool) -> LoadedPort:
-    """Load a checkpoint's own weights: whole files, since the reference reads the same ones."""
+    """Load a checkpoint's weights from whole files, which the reference reads too."""
     model = load_model(options.checkpoint, options, local_files_only=offline, vision_only=False)
     commit = model.provenance.commit if model.provenance else None
     return LoadedPort(model, source, commit)
@@ -125,12 +125,12 @@ def read_architecture(checkpoint: str, offline: bool) -> SigLipVisionConfig:
     """Read the architecture of a checkpoint from its `config.json`."""
     contents = read_config(find_source(checkpoint, HubOptions(local_files_only=offline)))
     if contents is None:
-        raise ValueError(f"{checkpoint} has no config.json, which tells the architecture")
+        raise ValueError(f"{checkpoint}: config.json is missing; --weights random needs it")
     return SigLipVisionConfig.from_hf(contents)
 
 
 def checkpoint_case(options: VerifyOptions, port: LoadedPort, image: Image.Image) -> Case:
-    """The checkpoint itself, at full size: an image, and an image of noise."""
+    """Return the checkpoint at full size; its inputs are the image and a noise image."""
     warn_of_memory(port.model, options.torch_dtype)
     check_layout(options.checkpoint, port.model)
     config = port.model.config
@@ -143,7 +143,7 @@ def checkpoint_case(options: VerifyOptions, port: LoadedPort, image: Image.Image
         revision=port.commit,
         local_files_only=True,
     )
-    # A NaFlex model gets whole images here; its own pixels are the matter of another gate.
+    # NaFlex models get whole images; the gate `pixels` covers their preprocessing.
     processors = reference.image_processors(
         replace(config, naflex=False), port.source, revision=port.commit, local_files_only=True
     )
@@ -161,44 +161,41 @@ def checkpoint_case(options: VerifyOptions, port: LoadedPort, image: Image.Image
 
 
 def check_layout(checkpoint: str, model: SigLipVisionModel) -> None:
-    """Raise ValueError unless transformers loads the checkpoint that a model was loaded from."""
+    """Raise ValueError unless transformers can load the model's checkpoint."""
     if model.provenance is None:
-        raise CheckpointError(f"{checkpoint} was not loaded from files")
+        raise CheckpointError(f"{checkpoint}: not loaded from files")
     layout = model.provenance.layout
     name = layout.partition(",")[0]
     is_flat = layout.endswith(("no prefix", "prefix vision_model"))
     if name not in ("HuggingFace", "HuggingFace NaFlex") or not is_flat:
         raise ValueError(
-            f"{checkpoint} (layout: {layout}) is no checkpoint that transformers loads as a "
-            f"SigLIP encoder; take the encoder out, `siglip-port extract {checkpoint} FOLDER`, and "
-            "compare that folder"
+            f"{checkpoint} (layout: {layout}): transformers cannot load it as a SigLIP vision "
+            f"encoder; run `siglip-port extract {checkpoint} DIR` and pass --checkpoint DIR"
         )
 
 
 def warn_of_memory(model: SigLipVisionModel, dtype: torch.dtype) -> None:
-    """State the need of a large model before the comparison begins.
-
-    Two models in float64, and all taps of two images.
-    """
+    """Print the memory that a large model needs: two models in float64, all taps of two images."""
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
     floats_per_token = 11 * config.embed_dim + 2 * config.mlp_hidden_dim
     taps = 2 * config.num_patches * config.num_encoder_blocks * floats_per_token
     need = (2 * parameters + taps) * 8 + 2 * parameters * dtype.itemsize + 1.0e9
-    if need > MEMORY_WORTH_A_NOTE:
+    if need > MEMORY_NOTE_BYTES:
         note(
-            f"this encoder has {parameters / 1e6:.0f} M parameters: needs about {need / 1e9:.0f} GB"
+            f"{parameters / 1e6:.0f} M parameters: the comparison needs about "
+            f"{need / 1e9:.0f} GB of memory"
         )
 
 
 def with_noise(pixel_values: Tensor) -> Tensor:
-    """Put an image of uniform noise in [-1, 1] beside another: [1, C, S, S] -> [2, C, S, S]."""
+    """Append an image of uniform noise in [-1, 1]: [1, C, S, S] -> [2, C, S, S]."""
     noise = torch.rand(pixel_values.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return torch.cat([pixel_values, noise])
 
 
 def compare_pixels(port: LoadedPort, image: Image.Image) -> GateResult:
-    """Compare what both sides' image processors make of images, as the checkpoint says."""
+    """Compare the image processors of port and reference, configured by the checkpoint."""
     model = port.model
     reference_processors = reference.image_processors(
         model.config, port.source, revision=port.commit, local_files_only=True
@@ -214,22 +211,20 @@ def compare_pixels(port: LoadedPort, image: Image.Image) -> GateResult:
 def run_gates(
     options: VerifyOptions, port: LoadedPort, case: Case, image: Image.Image, track: Track
 ) -> Comparison:
-    """Run all gates on a checkpoint, and on small models of its kind.
-
-    The weights of the small models are such that bugs are loud.
+    """Run all gates on a checkpoint, and on small models with stress weights.
 
     Args:
-        options: of the comparison.
-        port: loaded from the checkpoint.
-        case: the checkpoint, with its reference.
-        image: for the gate on pixels.
-        track: shows how far it is.
+        options: Options of the comparison.
+        port: Port, loaded from the checkpoint.
+        case: Checkpoint with its reference.
+        image: Image for the gate `pixels`.
+        track: Progress display.
     """
     results = [compare_pixels(port, image), *track(case.check(port.model), "checkpoint")]
     if options.optimized:
         results += track(engine_gates(case, port.model), "optimized")
     sections = [Section(case.name, case.weights, tuple(results))]
-    # What the others computed is not needed again, and takes memory.
+    # Free the runs in the other dtypes.
     case.reference_runs = {case.dtypes[0]: case.reference_run(case.dtypes[0])}
     small_cases = cases.small_cases(
         port.model.config, options.device, options.attentions, full=options.full
@@ -241,7 +236,7 @@ def run_gates(
 
 
 def run_small_case(options: VerifyOptions, case: Case, track: Track) -> Section:
-    """Run the gates of a small model, whose port is loaded from the case's source."""
+    """Load the port of a small model and run its gates."""
     model = SigLipVisionModel.from_hf(case.source, device=options.device)
     title = f"{case.name}, {case.weights}"
     results = list(track(case.check(model), title))
@@ -251,17 +246,17 @@ def run_small_case(options: VerifyOptions, case: Case, track: Track) -> Section:
 
 
 def engine_gates(case: Case, model: SigLipVisionModel) -> Iterator[GateResult]:
-    """Judge every engine that the model can run in; say which it cannot, and why."""
+    """Check the rounding of every available engine; print a note for each engine skipped."""
     from siglip_port.optimize import ENGINES, EngineError  # parity works without it
 
     for engine in ENGINES:
-        if engine in ("eager", "int8"):  # the port itself; not meant to be equal
+        if engine in ("eager", "int8"):  # eager is the port itself; int8 is not equal by design
             continue
         with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
             try:
                 yield from cases.engine_gates(case, model, engine, Path(scratch))
             except (EngineError, MissingExtraError) as error:
-                note(f"{engine} is not judged on the {case.name}: {error}")
+                note(f"skipped {engine} on the {case.name}: {error}")
 
 
 def note(text: str) -> None:

@@ -1,6 +1,6 @@
-"""The options of the comparison with transformers, and what is checked before the work begins.
+"""Options of the comparison with transformers, and checks of their values.
 
-Nothing here needs transformers, so that a wrong argument does not cost the seconds of its import.
+Does not import transformers: a wrong argument is reported without the seconds of its import.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CHECKPOINT = "google/siglip-base-patch16-224"
 SAMPLE_IMAGE = Path(__file__).with_name("images") / "chelsea.png"
-"""A image that is not square: `images/README.md` says where it is from."""
+"""An image that is not square; its source is in `images/README.md`."""
 
 WEIGHTS = ("auto", "hub", "random")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -29,25 +29,26 @@ Weights = Literal["auto", "hub", "random"]
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What is compared, how, and where the results go.
+    """Options of a comparison.
 
     Attributes:
-        checkpoint: a Hub id, a folder or a file.
-        weights: `hub` for the checkpoint's own; `random` for random ones of its architecture;
-            `auto` for its own, or random ones where the default checkpoint cannot be had.
-        image: an image.
-        dtype: of weights and arithmetic.
-        attention: the reference's implementation whose rounding counts.
+        checkpoint: Hub id, directory or file.
+        weights: `hub` for the checkpoint's weights; `random` for random weights for its
+            architecture; `auto` for the checkpoint's, or random ones if the default checkpoint is
+            unavailable.
+        image: Path of the input image.
+        dtype: dtype of weights and computation.
+        attention: Attention implementation of the reference for the rounding bounds.
         device: `cpu`, `cuda`, `cuda:1`, ...
-        full: all recipes of weights, two seeds and all dtypes.
-        second_reference: a third implementation to ask, as `second_reference.parse` reads it.
-        optimized: whether to judge every engine of `siglip_port.optimize`, too.
-        json: the file to write all measurements to.
-        report: the folder to write the reports to.
-        baseline: an earlier JSON report to compare with.
+        full: Use all weight recipes, two seeds and all dtypes.
+        second_reference: Third implementation, in the form of `second_reference.parse`.
+        optimized: Also check every engine of `siglip_port.optimize`.
+        json: File for the JSON report.
+        report: Directory for reports in all formats.
+        baseline: Earlier JSON report to compare with.
 
     Raises:
-        ValueError: an option is not supported.
+        ValueError: An option is not supported.
     """
 
     checkpoint: str = DEFAULT_CHECKPOINT
@@ -70,19 +71,19 @@ class VerifyOptions:
 
     @property
     def attentions(self) -> tuple[str, ...]:
-        """The reference's implementations of attention whose rounding counts."""
+        """Attention implementations of the reference for the rounding bounds."""
         if self.attention == "both":
             return ("sdpa", "eager")
         return (self.attention,)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype`, as torch has it."""
+        """`dtype` as a `torch.dtype`."""
         return named_dtype(self.dtype)
 
     @property
     def rounding_dtypes(self) -> tuple[torch.dtype, ...]:
-        """The dtypes in which the checkpoint's rounding is judged; `dtype` is the first."""
+        """Return the dtypes for rounding on the checkpoint; `dtype` is the first."""
         others: list[str] = []
         if self.full:
             others = [name for name in DTYPES if name not in (self.dtype, "float64")]
@@ -96,7 +97,7 @@ def validate_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def named_dtype(name: str) -> torch.dtype:
-    """The dtype of torch that has this name."""
+    """Return the `torch.dtype` of this name."""
     import torch
 
     dtype: torch.dtype = getattr(torch, name)
@@ -104,7 +105,7 @@ def named_dtype(name: str) -> torch.dtype:
 
 
 def check_outputs(options: VerifyOptions) -> None:
-    """Raise OSError unless the reports can be written afterwards."""
+    """Raise OSError unless the reports can be written."""
     if options.json is not None:
         check_writable("--json", options.json.resolve())
     if options.report is not None:
@@ -115,17 +116,17 @@ def check_outputs(options: VerifyOptions) -> None:
 
 
 def check_writable(option: str, path: Path) -> None:
-    """Raise OSError unless a file can be written to `path`, which `option` names."""
+    """Raise OSError unless a file can be written to `path`, the value of `option`."""
     if path.exists() and not path.is_file():
-        raise OSError(f"{option} {path} is no file that could be replaced; name another")
+        raise OSError(f"{option} {path}: not a regular file; choose another path")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OSError(
-            f"{option} {path}: its folder does not exist, or may not be written to; name another"
+            f"{option} {path}: the directory is missing or not writable; choose another path"
         )
 
 
 def check_device(device: str) -> None:
-    """Raise ValueError unless tensors can be made on `device`."""
+    """Raise ValueError unless `device` is available."""
     import torch
 
     try:
@@ -133,21 +134,20 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"--device {device} cannot be used on this machine ({reason}); use cpu"
+            f"--device {device}: not available on this machine ({reason}); use cpu"
         ) from error
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read the image, in RGB."""
+    """Read an image and convert it to RGB."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except Exception as error:  # Pillow's own kinds, the system's, and those of its decoders
+    except Exception as error:  # OSError, or any error of a Pillow decoder
         raise ValueError(
-            f"--image {path} cannot be read as an image ({error}); pass a JPEG or PNG file of "
-            "this machine"
+            f"--image {path}: cannot be read as an image ({error}); pass a local JPEG or PNG file"
         ) from error
 
 
@@ -156,9 +156,9 @@ def read_baseline(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or "sections" not in content:
-            raise ValueError("it is not a report of this program")
+            raise ValueError("not a report of this command")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--baseline {path} cannot be used: {error}; name a file written by --json"
+            f"--baseline {path}: cannot be read ({error}); pass a file written by --json"
         ) from error
     return content

@@ -1,4 +1,4 @@
-"""The report of a comparison: as a JSON document, as lines on a console, and as files."""
+"""Reports of a comparison: JSON, console lines and files."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from siglip_port.text import format_table
 def make_report(
     options: VerifyOptions, comparison: Comparison, port: LoadedPort, case: Case
 ) -> Json:
-    """Put together all that is known of a comparison.
+    """Build the JSON report.
 
     Args:
-        options: of the comparison.
-        comparison: what the gates found.
-        port: the port that they judged.
-        case: the checkpoint, with its reference.
+        options: Options of the comparison.
+        comparison: Results of the gates.
+        port: Port that was compared.
+        case: Checkpoint with its reference.
     """
     model = port.model
     reference_run = case.reference_run(case.dtypes[0])
@@ -59,9 +59,9 @@ def make_report(
 
 
 def cosine_by_patch(tokens: Tensor, reference_tokens: Tensor) -> list[float]:
-    """The cosines of the first image's tokens with the reference's: one a patch.
+    """Return the cosine of each token of the first image with the reference's: one per patch.
 
-    None where the two are not of the same shape.
+    Empty if the shapes differ.
     """
     if tokens.shape != reference_tokens.shape:
         return []
@@ -70,7 +70,7 @@ def cosine_by_patch(tokens: Tensor, reference_tokens: Tensor) -> list[float]:
 
 
 def describe_environment(options: VerifyOptions) -> Json:
-    """Where and how everything was measured."""
+    """Return versions, machine and settings."""
     return {
         "siglip_port": siglip_port.__version__,
         "torch": torch.__version__,
@@ -85,7 +85,7 @@ def describe_environment(options: VerifyOptions) -> Json:
 
 
 def console_lines(comparison: Comparison, report: Json) -> list[str]:
-    """The lines that users of the original program know, the gates, and what differs."""
+    """Return the printed lines: shapes, cosines, the table of gates, findings, environment."""
     lines = []
     port_shapes = {output["point"]: output["shape"] for output in report["outputs"]}
     for side, shapes in (("custom", port_shapes), ("original", report["reference_shapes"])):
@@ -105,12 +105,12 @@ def console_lines(comparison: Comparison, report: Json) -> list[str]:
 
 
 def write_reports(folder: Path, report: Json, pixel_values: Tensor) -> list[str]:
-    """Write a report in every format, and return the names of the files.
+    """Write a report in every format; return the file names.
 
     Args:
-        folder: where to; made if it does not exist.
-        report: what `make_report` returned.
-        pixel_values: the first image of the comparison: [C, S, S].
+        folder: Output directory, created if missing.
+        report: Return value of `make_report`.
+        pixel_values: First image of the comparison, [C, S, S].
     """
     image = html.image_data_uri(pixel_values)
     writers: dict[str, Callable[[], str]] = {

@@ -44,7 +44,7 @@ def test_only_the_gates_of_the_case_run(case: Case, port: SigLipVisionModel) -> 
     assert [result.name for result in few.check(port)] == ["config", "weights"]
 
 
-def test_port_is_called_as_asked_for(case: Case, port: SigLipVisionModel) -> None:
+def test_port_is_called_by_a_function(case: Case, port: SigLipVisionModel) -> None:
     few = replace(case, gates=("numerics",))
     (result,) = few.check(port, lambda port, x: {"tokens": port(x)})
     assert [finding.message for finding in result.findings] == [

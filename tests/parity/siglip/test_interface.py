@@ -49,7 +49,7 @@ def test_naflex_port_passes() -> None:
 Embed = Callable[..., Tensor]
 
 
-def double_the_vectors(embed: Embed, x: Tensor, normalize: bool = False) -> Tensor:
+def double_embeddings(embed: Embed, x: Tensor, normalize: bool = False) -> Tensor:
     return embed(x, normalize=normalize) * 2
 
 
@@ -61,14 +61,14 @@ def drop_a_feature(embed: Embed, x: Tensor, normalize: bool = False) -> Tensor:
     return embed(x, normalize=normalize)[:, 1:]
 
 
-NOT_POOLED = "embed() is not pool() of the tokens"
-NOT_NORMALIZED = "embed(normalize=True) is not pooled / ||pooled||"
+NOT_POOLED = "embed() differs from pool(tokens)"
+NOT_NORMALIZED = "embed(normalize=True) differs from pooled / ||pooled||"
 
 
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
-        (double_the_vectors, [NOT_POOLED, NOT_NORMALIZED]),
+        (double_embeddings, [NOT_POOLED, NOT_NORMALIZED]),
         (never_normalize, [NOT_NORMALIZED]),
         (drop_a_feature, [NOT_POOLED, NOT_NORMALIZED]),
     ],
@@ -95,4 +95,6 @@ def test_packed_patches() -> None:
         return tokens.flip(1) if args[0].ndim == 3 else tokens
 
     port.transformer.register_forward_hook(reverse_packed)
-    assert messages(port) == ["packed patches of [16, 40] pixels give other tokens than the image"]
+    assert messages(port) == [
+        "packed patches of an image of [16, 40] pixels give other tokens than the image itself"
+    ]

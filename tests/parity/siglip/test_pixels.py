@@ -1,4 +1,4 @@
-"""The gate on pixels passes what is equal, and says where, how much and why something is not."""
+"""Tests of the gate `pixels`: equal pixels pass, differences are described with a hint."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ from siglip_port.parity.siglip.sample_images import synthetic_image
 from siglip_port.parity.siglip.verify_options import SAMPLE_IMAGE
 from tests.helpers.checkpoints import SMALL
 
-PHOTOGRAPH = Image.open(SAMPLE_IMAGE)
+IMAGE = Image.open(SAMPLE_IMAGE)
 NAFLEX = replace(SMALL, naflex=True)
 
 Processors = dict[Backend, ImageProcessor]
 
 
 def port_processors(config: SigLipVisionConfig) -> Processors:
-    """The port's, as the published checkpoints have them."""
+    """Return the port's processors with the settings of the published checkpoints."""
     content = preprocessor_config.default(config)
     backends: tuple[Backend, ...] = ("pil", "torchvision")
     return {backend: ImageProcessor.from_config(content, backend) for backend in backends}
 
 
 def first_finding(processor: ImageProcessor, **options: Any) -> Finding:  # noqa: ANN401
-    gate = check_pixels({"pil": processor}, image_processors(SMALL), PHOTOGRAPH, **options)
+    gate = check_pixels({"pil": processor}, image_processors(SMALL), IMAGE, **options)
     return gate.findings[0]
 
 
 @pytest.mark.parametrize("config", [SMALL, NAFLEX], ids=["fixed", "naflex"])
 def test_equal_pixels_pass(config: SigLipVisionConfig) -> None:
-    gate = check_pixels(port_processors(config), image_processors(config), PHOTOGRAPH)
+    gate = check_pixels(port_processors(config), image_processors(config), IMAGE)
     assert gate.passed
     assert gate.name == "pixels"
     assert gate.checked == 42  # 21 images, by both backends
 
 
 def test_no_processors_do_not_pass() -> None:
-    assert not check_pixels({}, image_processors(SMALL), PHOTOGRAPH).passed
+    assert not check_pixels({}, image_processors(SMALL), IMAGE).passed
 
 
 @pytest.mark.parametrize("config", [SMALL, NAFLEX], ids=["fixed", "naflex"])
@@ -79,12 +79,12 @@ def test_both_sides_read_the_same_from_a_checkpoint(
     port_config = SigLipVisionModel.from_hf(folder).preprocessor_config
     reference = image_processors(config, folder)
     port = {backend: ImageProcessor.from_config(port_config, backend) for backend in reference}
-    gate = check_pixels(port, reference, PHOTOGRAPH)
+    gate = check_pixels(port, reference, IMAGE)
     assert gate.passed, gate.findings[0]
 
 
 def processor_fields(config: SigLipVisionConfig) -> dict[str, Any]:
-    """What every `preprocessor_config.json` of such a model holds."""
+    """Return the common fields of a `preprocessor_config.json`."""
     if not config.naflex:
         return {"image_processor_type": "SiglipImageProcessor"}
     return {
@@ -100,16 +100,16 @@ def processor_fields(config: SigLipVisionConfig) -> dict[str, Any]:
         ({"resample": 2}, "the reference has resample=3"),
         (
             {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
-            "the reference has mean and std of 0.5",
+            "the reference has mean=std=0.5",
         ),
-        ({"rescale_factor": 1 / 256}, "the reference has a factor of 1/255"),
+        ({"rescale_factor": 1 / 256}, "the reference has rescale_factor=1/255"),
         ({"backend": "torchvision"}, "the reference has the other backend"),
-        ({"mean": (0.1, 0.2, 0.3)}, "the reference has mean and std of 0.5"),
+        ({"mean": (0.1, 0.2, 0.3)}, "the reference has mean=std=0.5"),
     ],
 )
 def test_hint(change: dict[str, Any], hint: str) -> None:
     changed = replace(port_processors(SMALL)["pil"], **change)
-    gate = check_pixels({"pil": changed}, image_processors(SMALL), PHOTOGRAPH)
+    gate = check_pixels({"pil": changed}, image_processors(SMALL), IMAGE)
     first, *others = gate.findings
     assert first.message.startswith("the image, pil: differs by up to ")
     assert first.hint == hint
@@ -119,7 +119,7 @@ def test_hint(change: dict[str, Any], hint: str) -> None:
 @pytest.mark.parametrize(
     "change", [{}, {"image_std": [0.229] * 3}, {"do_rescale": False}, {"do_normalize": False}]
 )
-def test_differences_are_given_in_levels(change: dict[str, Any]) -> None:
+def test_differences_are_in_levels(change: dict[str, Any]) -> None:
     processor = ImageProcessor.from_config({**preprocessor_config.default(SMALL), **change})
     level = 1 / levels_per_unit(processor)
 
@@ -129,47 +129,47 @@ def test_differences_are_given_in_levels(change: dict[str, Any]) -> None:
     black = processor(np.zeros((9, 9, 3), np.uint8))["pixel_values"]
     gray = processor(np.full((9, 9, 3), 9, np.uint8))["pixel_values"]
     assert float((gray - black).mean()) == pytest.approx(9 * level, rel=1e-5)
-    gate = check_pixels({"pil": processor}, {"pil": two_levels_brighter}, PHOTOGRAPH)
+    gate = check_pixels({"pil": processor}, {"pil": two_levels_brighter}, IMAGE)
     assert "differs by up to 2 of 255 levels, in 100%" in gate.findings[0].message
 
 
-def test_effect_on_the_vectors() -> None:
+def test_effect_on_the_embeddings() -> None:
     model = SigLipVisionModel(SMALL).eval()
     randomize(model, seed=0)
     changed = replace(port_processors(SMALL)["pil"], resample=0)
     message = first_finding(changed, embed=model.embed).message
-    assert "; the port's vectors of the two have a cosine of " in message
+    assert "; cosine of the two embeddings " in message
     assert 0 < float(message.rpartition(" ")[2]) < 0.9999
 
 
-def test_image_that_one_side_refuses() -> None:
+def test_image_that_one_side_rejects() -> None:
     def refuse(image: object) -> dict[str, Tensor]:
         raise TypeError("no")
 
-    gate = check_pixels(port_processors(SMALL), {"pil": refuse, "torchvision": refuse}, PHOTOGRAPH)
+    gate = check_pixels(port_processors(SMALL), {"pil": refuse, "torchvision": refuse}, IMAGE)
     assert gate.findings[0].message == "the image, pil: TypeError: no"
 
 
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        ({"pixel_values": torch.zeros(1)}, "pixel_values of shape [1, 3, 16, 16], expected [1]"),
-        ({"x": torch.zeros(1)}, "gives pixel_values, expected x"),
+        ({"pixel_values": torch.zeros(1)}, "pixel_values has shape [1, 3, 16, 16], expected [1]"),
+        ({"x": torch.zeros(1)}, "keys pixel_values, expected x"),
         (
             {"pixel_values": torch.zeros(1, 3, 16, 16).double()},
-            "pixel_values are torch.float32, expected torch.float64",
+            "pixel_values has dtype torch.float32, expected torch.float64",
         ),
         ({"pixel_values": torch.zeros(1, 3, 16, 16)}, "differs by up to "),
     ],
 )
 def test_pixels_of_another_kind(pixels: dict[str, Tensor], message: str) -> None:
     processors: Processors = {"pil": port_processors(SMALL)["pil"]}
-    gate = check_pixels(processors, {"pil": lambda image: pixels}, PHOTOGRAPH)
+    gate = check_pixels(processors, {"pil": lambda image: pixels}, IMAGE)
     assert message in gate.findings[0].message
 
 
 class Float64Normalization(ImageProcessor):
-    """Subtracts mean and divides by std in float64, and rounds once, to float32."""
+    """Normalizes in float64 and rounds once, to float32."""
 
     def __call__(self, images: Any) -> Any:  # noqa: ANN401
         rescaled = replace(self, mean=None, std=None)(images)["pixel_values"].double()
@@ -179,7 +179,7 @@ class Float64Normalization(ImageProcessor):
 
 
 class OpaquePalette(ImageProcessor):
-    """Forgets the transparency of palettes."""
+    """Ignores the transparency of palettes."""
 
     def __call__(self, images: Any) -> Any:  # noqa: ANN401
         if isinstance(images, Image.Image) and images.mode == "P":
@@ -197,24 +197,24 @@ class FewerPatches(ImageProcessor):
 
 
 def check_broken(kind: type[ImageProcessor], config: SigLipVisionConfig) -> GateResult:
-    """The gate on a processor that is broken in a way hard to see; all are in the self-test."""
+    """Run the gate on a processor with a subtle bug; the self-test has all of them."""
     fields = vars(port_processors(config)["pil"])
     return check_pixels({"pil": kind(**fields)}, image_processors(config), synthetic_image())
 
 
 def test_normalization_in_float64_is_detected() -> None:
-    """The mean is that of ImageNet: halves are exact."""
+    """With ImageNet's mean; a mean of 0.5 is exact in both dtypes."""
     content = {**preprocessor_config.default(SMALL), "image_mean": [0.485, 0.456, 0.406]}
     right = ImageProcessor.from_config({**content, "image_std": [0.229, 0.224, 0.225]})
     broken = Float64Normalization(**vars(right))
     reference: dict[Backend, Callable[..., Any]] = {"pil": right}
-    assert check_pixels({"pil": right}, reference, PHOTOGRAPH).passed
-    assert not check_pixels({"pil": broken}, reference, PHOTOGRAPH).passed
+    assert check_pixels({"pil": right}, reference, IMAGE).passed
+    assert not check_pixels({"pil": broken}, reference, IMAGE).passed
 
 
 def test_opaque_palette_is_detected() -> None:
     gate = check_broken(OpaquePalette, SMALL)
-    assert [finding.message.split(",")[:2] for finding in gate.findings] == [["P", " transparent"]]
+    assert [finding.message.split(",")[0] for finding in gate.findings] == ["P with transparency"]
 
 
 def test_fewer_patches_are_detected() -> None:
@@ -223,13 +223,13 @@ def test_fewer_patches_are_detected() -> None:
 
 
 def test_no_other_gate_sees_pixels_that_differ() -> None:
-    """The port misreads the filter."""
+    """The port uses another resampling filter."""
     with random_case(SMALL, "N1") as case:
         port = SigLipVisionModel.from_hf(case.source)
         content = {**port.preprocessor_config, "resample": 2}
         processors: Processors = {"pil": ImageProcessor.from_config(content)}
         reference = image_processors(SMALL, case.source)
-        gates = (check_pixels(processors, reference, PHOTOGRAPH, port.embed), *case.check(port))
+        gates = (check_pixels(processors, reference, IMAGE, port.embed), *case.check(port))
     comparison = Comparison((Section("checkpoint", "checkpoint", gates),), "checkpoint weights")
     assert [gate.name for gate in gates if not gate.passed] == ["pixels"]
     address = "pixels: pixel_values (port: siglip_port.image_processing): the image, "

@@ -1,4 +1,4 @@
-"""What the recipes do, seen at the taps of the reference."""
+"""Tests of the recipes at the taps of the reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers import checkpoints
 
 @functools.cache
 def taps_of(recipe: str) -> dict[str, Tensor]:
-    """What goes through a model with these weights in float64."""
+    """Return the reference's taps in float64 on these weights."""
     with random_case(ODD, recipe) as case:
         return case.reference_run(torch.float32).exact.taps
 
@@ -40,7 +40,7 @@ def test_s1_brings_half_of_the_units_into_the_tail_of_gelu() -> None:
     is_in_tail = (hidden > -4.2) & (hidden < -2.2)
     assert 0.45 < is_in_tail.double().mean() < 0.6
     tail = torch.linspace(-4, -2.5, 50)
-    assert (F.gelu(tail) - F.gelu(tail, approximate="tanh")).abs().max() > 1e-4  # which is why
+    assert (F.gelu(tail) - F.gelu(tail, approximate="tanh")).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("point", ["layer_norm1", "layer_norm2", "self_attn.v_proj"])

@@ -16,16 +16,16 @@ from siglip_port.parity.siglip.recipes import RECIPES
 from tests.helpers.checkpoints import ODD, SMALL, MakeCheckpoint, edit_config, edit_tensors, pixels
 
 
-def test_reference_with_random_parameters_is_refused(checkpoint: MakeCheckpoint) -> None:
+def test_reference_with_random_parameters_is_an_error(checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint()
     edit_tensors(folder, lambda t: {k: v for k, v in t.items() if k != "head.probe"})
-    message = r"left 1 parameters of .* beginning with head.probe"
+    message = r"initialized 1 parameters randomly, the first is head.probe; check that"
     with pytest.raises(reference.BrokenReferenceError, match=message):
         reference.load(folder, pooling_head=True, dtype=torch.float32)
 
 
 def test_headless_checkpoint_gives_a_headless_reference(checkpoint: MakeCheckpoint) -> None:
-    """Whatever its `config.json` says."""
+    """`vision_use_head` in `config.json` is ignored."""
     folder = checkpoint(replace(SMALL, pooling_head=False))
     edit_config(folder, vision_use_head=True)
     side = reference.load(folder, pooling_head=False, dtype=torch.float32).side()
@@ -33,10 +33,7 @@ def test_headless_checkpoint_gives_a_headless_reference(checkpoint: MakeCheckpoi
 
 
 def test_only_sdpa_computes_in_float64(odd_checkpoint: Path) -> None:
-    """The eager attention's softmax is float32 whatever the dtype.
-
-    A truth made with it would be wrong by 1e-8.
-    """
+    """The softmax of eager attention is always float32, an error of 1e-8."""
     side = reference.load(odd_checkpoint, pooling_head=True, dtype=torch.float64).side()
     assert side.attentions[0] == "sdpa"
     tokens = {}
@@ -49,13 +46,13 @@ def test_only_sdpa_computes_in_float64(odd_checkpoint: Path) -> None:
 def test_config_is_read_without_the_table_of_the_port(odd_checkpoint: Path) -> None:
     fields = reference.load(odd_checkpoint, pooling_head=True, dtype=torch.float32).config()
     expected = dict(vars(ODD))
-    for name in ("mean_pooling", "naflex", "interpolation"):  # which no SiglipVisionModel has
+    for name in ("mean_pooling", "naflex", "interpolation"):  # not in SiglipVisionConfig
         del expected[name]
     assert fields == expected
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_random_checkpoint_depends_on_the_seed_alone(tmp_path: Path, recipe: str) -> None:
+def test_random_checkpoint_depends_only_on_the_seed(tmp_path: Path, recipe: str) -> None:
     random_state = torch.get_rng_state()
     contents = {}
     for name, seed in (("one", 3), ("same", 3), ("other", 4)):
@@ -78,7 +75,7 @@ def test_small_reference(
 
 def test_file_of_any_name(checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint()
-    file = folder / "tower.safetensors"
+    file = folder / "encoder.safetensors"
     (folder / "model.safetensors").rename(file)
     side = reference.load(file, pooling_head=True, dtype=torch.float32).side()
     assert side.run(pixels(SMALL).float())["pooled"].shape == (2, 24)
@@ -88,7 +85,7 @@ IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), d
 
 
 def process(source: Path | None = None) -> Tensor:
-    """What the reference's processor of a checkpoint makes of the image."""
+    """Process the image with the reference's processor for a checkpoint."""
     return reference.image_processors(SMALL, source)["pil"](IMAGE)["pixel_values"]
 
 

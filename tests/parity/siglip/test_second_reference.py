@@ -15,12 +15,12 @@ from siglip_port.parity.siglip.reference import VERSION, hf_config
 from siglip_port.parity.siglip.taps import siglip_taps
 from tests.helpers.checkpoints import ODD, SMALL
 
-ERF = replace(SMALL, hidden_act="gelu")  # the activation that timm has whatever the checkpoint says
+ERF = replace(SMALL, hidden_act="gelu")  # timm uses this activation for every checkpoint
 REFERENCE = f"reference (transformers {VERSION})"
 
 
 def exact_gelu(package: str, prefix: str = "") -> str:
-    """How the first difference of timm's activation is described, as a pattern."""
+    """Pattern for the first difference due to timm's activation."""
     point = "mlp.fc2:input"
     return (
         rf"first at encoder\.layers\.0\.{point} \({package}: {prefix}blocks\.0\.{point}\): "
@@ -28,11 +28,8 @@ def exact_gelu(package: str, prefix: str = "") -> str:
     )
 
 
-def ask(name: str, config: SigLipVisionConfig, broken: str = "") -> tuple[list[str], str]:
-    """The table, and the sentence.
-
-    With a wrong eps in the `port` or in the `reference`.
-    """
+def triangulate(name: str, config: SigLipVisionConfig, broken: str = "") -> tuple[list[str], str]:
+    """Return the table and the sentence; with a wrong eps in the `port` or the `reference`."""
     with random_case(config, "N1") as case:
         port = SigLipVisionModel.from_hf(case.source)
         norms = {
@@ -43,14 +40,14 @@ def ask(name: str, config: SigLipVisionConfig, broken: str = "") -> tuple[list[s
             norm = norms[broken]
             assert isinstance(norm, nn.LayerNorm)
             norm.eps = 1e-3
-        *table, sentence = second_reference.ask(name, case, port).splitlines()
+        *table, sentence = second_reference.triangulate(name, case, port).splitlines()
     print("", *table, sentence, sep="\n")
     return table, sentence
 
 
 @pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary files go meanwhile."""
+    """Directory for temporary files during a test."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -69,7 +66,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_timm_is_the_odd_one_out_and_its_gelu_is_named(scratch: Path) -> None:
-    table, sentence = ask("timm", ODD)
+    table, sentence = triangulate("timm", ODD)
     assert table[0].split() == ["in", "float64", "tokens", "pooled"]
     assert [line.split("  ")[0].split(" 1.0")[0] for line in table[1:]] == [
         f"{REFERENCE} - port",
@@ -87,14 +84,14 @@ def test_timm_is_the_odd_one_out_and_its_gelu_is_named(scratch: Path) -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_broken_port_is_named() -> None:
-    _, sentence = ask("timm", ERF, broken="port")
+    _, sentence = triangulate("timm", ERF, broken="port")
     assert sentence.startswith("the port is the odd one out: tokens ")
     assert sentence.endswith(" from both others")
 
 
 @pytest.mark.usefixtures("in_this_process")
 def test_broken_reference_is_named_with_its_place() -> None:
-    _, sentence = ask("timm", ERF, broken="reference")
+    _, sentence = triangulate("timm", ERF, broken="reference")
     assert sentence.startswith(f"the {REFERENCE} is the odd one out: tokens ")
     assert sentence.endswith(
         "first at encoder.layers.1.layer_norm2 (timm: blocks.1.norm2): "
@@ -105,7 +102,7 @@ def test_broken_reference_is_named_with_its_place() -> None:
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("pooling_head", [True, False])
 def test_all_three_agree(pooling_head: bool) -> None:
-    table, sentence = ask("timm", replace(ERF, pooling_head=pooling_head))
+    table, sentence = triangulate("timm", replace(ERF, pooling_head=pooling_head))
     assert re.fullmatch(r"all three agree: at most \d\.\de-1[3-6] apart", sentence)
     assert ("pooled" in table[0]) == pooling_head
 
@@ -118,7 +115,7 @@ def test_timm_has_a_place_for_every_tap() -> None:
         assert place.partition(":")[0] in modules, place
 
 
-FLOAT32_NOTE = " (W has a float32 softmax"
+FLOAT32_NOTE = " (W computes the softmax in float32"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +132,7 @@ FLOAT32_NOTE = " (W has a float32 softmax"
             "the P is the odd one out: tokens inf from both others",
         ),
         ((1e-15, 5e-8, 5e-8), True, "W is the odd one out: tokens 5.0e-08 from both others"),
-        ((1e-15, 5e-8, 5e-8), False, f"all three agree, W to 5.0e-08 only{FLOAT32_NOTE}"),
+        ((1e-15, 5e-8, 5e-8), False, f"all three agree, W to 5.0e-08{FLOAT32_NOTE}"),
         (
             (1e-4, 5e-8, 1e-4),
             False,
@@ -144,8 +141,7 @@ FLOAT32_NOTE = " (W has a float32 softmax"
         (
             (1e-8, 5e-8, 5e-8),
             False,
-            f"nobody is the odd one out: R and P differ, and the third agrees with both"
-            f"{FLOAT32_NOTE}",
+            f"no odd one out: R and P differ, and the third agrees with both{FLOAT32_NOTE}",
         ),
     ],
 )
@@ -160,7 +156,7 @@ def test_verdict(distances: tuple[float, float, float], is_float64: bool, senten
     "name", ["", "keras", "transformers", "transformers==", "timm>=1", "timm==--help", "timm "]
 )
 def test_unknown_second_reference(name: str) -> None:
-    message = r"no second reference .*; known are timm and open_clip, .*transformers==4\.57\.6"
+    message = r"^--second-ref must be timm or open_clip, .* or transformers==VERSION, got '"
     with pytest.raises(ValueError, match=message):
         second_reference.parse(name)
 
@@ -170,11 +166,11 @@ def test_script_that_fails(scratch: Path, tmp_path: Path, monkeypatch: pytest.Mo
     script.write_text("raise SystemExit('no such encoder')")
     monkeypatch.setattr(second_reference, "SCRIPT", script)
     message = (
-        r"timm could not be asked: `.*script\.py timm .*` ended with exit status 1\. .*:\n"
-        r"no such encoder\nIf it"
+        r"^--second-ref timm: `.*script\.py timm .*` exited with code 1; end of its output:\n"
+        r"no such encoder\ncheck that the version exists"
     )
     with pytest.raises(RuntimeError, match=message):
-        ask("timm", SMALL)
+        triangulate("timm", SMALL)
     assert not list(scratch.iterdir())
 
 
@@ -185,23 +181,23 @@ def test_script_that_takes_too_long(
     script.write_text("import time; time.sleep(99)")
     monkeypatch.setattr(second_reference, "SCRIPT", script)
     monkeypatch.setattr(second_reference, "TIMEOUT", 0.5)
-    with pytest.raises(RuntimeError, match=r"was not done after 0\.5 s"):
-        ask("timm", SMALL)
+    with pytest.raises(RuntimeError, match=r"` timed out after 0\.5 s; end of its output:"):
+        triangulate("timm", SMALL)
     assert not list(scratch.iterdir())
 
 
 def test_other_releases_need_uv(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)
-    with pytest.raises(RuntimeError, match=r"to ask transformers==4\.57\.6, uv is needed"):
-        ask("transformers==4.57.6", SMALL)
+    with pytest.raises(RuntimeError, match=r"^--second-ref transformers==4\.57\.6 needs uv to "):
+        triangulate("transformers==4.57.6", SMALL)
 
 
 @pytest.mark.versions
 def test_open_clip() -> None:
-    _, sentence = ask("open_clip", ODD)
+    _, sentence = triangulate("open_clip", ODD)
     assert re.match(r"open_clip [\d.]+ \(timm [\d.]+\) is the odd one out: tokens ", sentence)
     assert re.search(exact_gelu("open_clip", r"trunk\."), sentence)
-    _, sentence = ask("open_clip", replace(ERF, pooling_head=False))
+    _, sentence = triangulate("open_clip", replace(ERF, pooling_head=False))
     assert sentence.startswith("all three agree: at most ")
 
 
@@ -209,8 +205,8 @@ def test_open_clip() -> None:
 @pytest.mark.parametrize("release", ["4.57.6", "5.5.4"])
 def test_another_release_of_the_reference(release: str) -> None:
     name = f"transformers=={release}"
-    assert ask(name, ODD)[1].startswith("all three agree: at most ")
-    _, sentence = ask(name, ODD, broken="reference")
+    assert triangulate(name, ODD)[1].startswith("all three agree: at most ")
+    _, sentence = triangulate(name, ODD, broken="reference")
     assert sentence.startswith(f"the {REFERENCE} is the odd one out: ")
     place = "vision_model.encoder.layers.1.layer_norm2"
     assert sentence.endswith(
@@ -221,16 +217,16 @@ def test_another_release_of_the_reference(release: str) -> None:
 
 @pytest.mark.versions
 def test_release_whose_softmax_is_always_float32() -> None:
-    _, sentence = ask("transformers==4.40.2", ODD)
+    _, sentence = triangulate("transformers==4.40.2", ODD)
     assert re.match(
-        r"all three agree, transformers 4\.40\.2 to \d\.\de-0[78] only "
-        r"\(transformers 4\.40\.2 has a float32 softmax",
+        r"all three agree, transformers 4\.40\.2 to \d\.\de-0[78] "
+        r"\(transformers 4\.40\.2 computes the softmax in float32",
         sentence,
     )
 
 
 @pytest.mark.versions
 def test_release_that_does_not_exist() -> None:
-    message = r"timm==0\.0\.99 could not be asked: .* ended with exit status 1"
+    message = r"--second-ref timm==0\.0\.99: .* exited with code 1"
     with pytest.raises(RuntimeError, match=message):
-        ask("timm==0.0.99", SMALL)
+        triangulate("timm==0.0.99", SMALL)

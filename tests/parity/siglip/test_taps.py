@@ -10,7 +10,7 @@ from tests.helpers.checkpoints import ODD, pixels
 
 
 def taps_of_port(port: SigLipVisionModel) -> list[Tap]:
-    """The port's own points."""
+    """Return taps of the port's points."""
     return expand({point: point for point in siglip_taps(True).values()}, port, port)
 
 

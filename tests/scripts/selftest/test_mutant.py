@@ -29,7 +29,7 @@ def owner() -> Iterator[SimpleNamespace]:
 
 @contextlib.contextmanager
 def applied(patch: Patch) -> Iterator[None]:
-    with Mutant("name", "what", patch=patch).applied():
+    with Mutant("name", "description", patch=patch).applied():
         yield
 
 
@@ -68,7 +68,7 @@ def test_combine(owner: SimpleNamespace) -> None:
         assert (owner.bound, owner.double(1)) == (7, 16)
 
 
-def test_an_error_within_restores(owner: SimpleNamespace) -> None:
+def test_a_patch_is_undone_after_an_error(owner: SimpleNamespace) -> None:
     with pytest.raises(ZeroDivisionError), applied(replace(owner, "bound", 0)):
         print(1 // owner.bound)
     broken = combine(replace(owner, "bound", 0), replace(owner, "missing", 0))
@@ -76,8 +76,8 @@ def test_an_error_within_restores(owner: SimpleNamespace) -> None:
         pass
 
 
-def test_what_is_not_there_cannot_be_broken(owner: SimpleNamespace) -> None:
-    """A mutant that is behind the code is an error, not a mutant that changes nothing."""
+def test_a_patch_of_a_missing_name_is_an_error(owner: SimpleNamespace) -> None:
+    """An outdated mutant raises an error instead of changing nothing."""
     for patch in (
         replace(owner, "missing", 0),
         wrap(owner, "missing", lambda original: original),
@@ -85,7 +85,10 @@ def test_what_is_not_there_cannot_be_broken(owner: SimpleNamespace) -> None:
         with pytest.raises(AttributeError, match="missing"), applied(patch):
             pass
     patch = replace_item(owner.table, "missing", 0)
-    with pytest.raises(KeyError, match="the catalog is behind the code"), applied(patch):
+    with (
+        pytest.raises(KeyError, match="the table has no entry 'missing'; update the catalog"),
+        applied(patch),
+    ):
         pass
 
 

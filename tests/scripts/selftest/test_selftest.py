@@ -1,7 +1,4 @@
-"""The self-test's own test.
-
-It must succeed where the gates have their power, and fail where one has lost it.
-"""
+"""Tests of the self-test: it passes with the gates intact, and fails if one is disabled."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ from scripts.selftest.examination import (
 from scripts.selftest.harness import examine_harness
 from scripts.selftest.mutant import HarnessMutant
 from scripts.selftest.mutant import replace as replace_attribute
-from scripts.selftest.report import Report, to_json
+from scripts.selftest.report import SCHEMA, Report, to_json
 from scripts.selftest.runner import SMALL, SelfTest
 from siglip_port.parity import bounds, gates
 from siglip_port.parity.results import Finding, GateResult
@@ -56,7 +53,7 @@ def cases() -> Iterator[list[Case]]:
         yield checkpoints
 
 
-# One of each gate, and of each way to break the port.
+# One mutant per gate and per way to break the port.
 @pytest.mark.parametrize(
     "name",
     [
@@ -86,9 +83,9 @@ def test_a_mutant_does_not_leak_into_the_next(cases: list[Case]) -> None:
     assert not examine(BY_NAME["as_it_is"], first).detected
 
 
-def test_equivalent_variants_pass_beside_one_attention_alone(cases: list[Case]) -> None:
-    beside_eager = [replace(case, attentions=("eager",), reference_runs={}) for case in cases]
-    assert examine(BY_NAME["float32_ln"], beside_eager).passed
+def test_equivalent_variants_pass_with_eager_attention(cases: list[Case]) -> None:
+    eager_cases = [replace(case, attentions=("eager",), reference_runs={}) for case in cases]
+    assert examine(BY_NAME["float32_ln"], eager_cases).passed
 
 
 @pytest.mark.slow
@@ -96,7 +93,7 @@ def test_equivalent_variants_pass_beside_one_attention_alone(cases: list[Case]) 
     "name", ["float32_ln", "one_by_one", "linear_patches", "in_place_stream", "mlp_in_chunks"]
 )
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_equivalent_variants_pass_beside_each_attention(name: str, attention: str) -> None:
+def test_equivalent_variants_pass_with_each_attention(name: str, attention: str) -> None:
     with make_cases(seed=7) as checkpoints:
         for case in checkpoints:
             case.attentions = (attention,)
@@ -121,7 +118,7 @@ def test_images_of_other_shapes(name: str) -> None:
     ],
 )
 def test_images(name: str) -> None:
-    """The finest ones."""
+    """The mutants with the smallest effect."""
     assert examine_images(BY_NAME[name]).passed
     assert not examine_images(replace(BY_NAME[name], patch=None)).detected
 
@@ -138,10 +135,10 @@ GATES = {
 
 
 @pytest.mark.parametrize("gate", ALL_GATES)
-def test_a_gate_that_is_off_is_found_out(
+def test_a_disabled_gate_is_detected(
     cases: list[Case], gate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each gate has mutants of its own: that others detect them too does not hide it."""
+    """Each gate has mutants of its own; detection by other gates does not count."""
     own = next(m for m in catalog.MUTANTS if m.gate == gate and m.subject == "port")
     judged = cases[1:2] if gate == "rounding" else cases[:1]
     assert examine(own, judged).passed
@@ -149,32 +146,32 @@ def test_a_gate_that_is_off_is_found_out(
     result = examine(own, judged)
     assert not result.passed
     failure = Report([result]).failures[0]
-    assert failure.startswith(f"{own.name}: must be detected by {gate}, was detected by ")
+    assert failure.startswith(f"{own.name}: expected detection by {gate}, got ")
 
 
-def test_a_false_location_is_found_out(cases: list[Case]) -> None:
+def test_a_false_location_is_a_failure(cases: list[Case]) -> None:
     result = examine(replace(BY_NAME["ln_eps_once"], locations="4.ln2"), cases[:1])
     assert result.detected
     assert not result.located
-    assert "named wrongly: numerics: encoder.layers.5.layer_norm2" in Report([result]).failures[0]
+    assert "false locations: numerics: encoder.layers.5.layer_norm2" in Report([result]).failures[0]
 
 
-def test_a_false_alarm_is_found_out(cases: list[Case]) -> None:
+def test_a_false_alarm_is_a_failure(cases: list[Case]) -> None:
     result = examine(replace(BY_NAME["ln_eps_once"], is_equivalent=True), cases)
-    assert Report(alarms=[("seed 1", result)]).failures == [
-        "false alarm: ln_eps_once (seed 1): numerics, rounding "
+    assert Report(variant_runs=[("seed 1", result)]).failures == [
+        "false alarm: ln_eps_once (seed 1): numerics, rounding"
     ]
 
 
 @pytest.mark.parametrize(
     "name", ["bound_wide", "weights_close", "dead_models", "nan_passes", "no_forcing"]
 )
-def test_bugs_of_the_harness_are_found_out(name: str) -> None:
-    """All of them are in the self-test."""
+def test_harness_mutants_are_detected(name: str) -> None:
+    """A sample; the self-test runs all of them."""
     assert examine_harness(HARNESS[name], SMALL)
 
 
-def test_a_harmless_change_of_the_harness_is_not() -> None:
+def test_a_harmless_change_of_the_harness_is_missed() -> None:
     harmless = HarnessMutant(
         "harmless",
         "a bound twice as wide",
@@ -182,16 +179,14 @@ def test_a_harmless_change_of_the_harness_is_not() -> None:
         replace_attribute(bounds, "FLOAT64_BOUND", 2e-10),
     )
     assert examine_harness(harmless, SMALL) == ""
-    assert Report(harness={"harmless": ""}).failures == [
-        "bug in the harness not detected: harmless"
-    ]
+    assert Report(harness={"harmless": ""}).failures == ["harness mutant missed: harmless"]
 
 
 @pytest.mark.slow
-def test_every_bug_of_the_harness_is_judged_on_mutants_that_a_sound_one_judges_rightly() -> None:
-    shown_by = {name: None for mutant in catalog.HARNESS for name in mutant.shown_by}
-    sound = HarnessMutant("sound", "nothing", tuple(shown_by), lambda stack: None)
-    assert examine_harness(sound, SMALL) == ""
+def test_an_intact_harness_judges_all_probes_correctly() -> None:
+    probes = {name: None for mutant in catalog.HARNESS for name in mutant.probes}
+    intact = HarnessMutant("intact", "no change", tuple(probes), lambda stack: None)
+    assert examine_harness(intact, SMALL) == ""
 
 
 Shorten = Callable[..., None]
@@ -199,7 +194,7 @@ Shorten = Callable[..., None]
 
 @pytest.fixture
 def shorten(monkeypatch: pytest.MonkeyPatch, cases: list[Case]) -> Shorten:
-    """Shortens the catalog, and makes the models small."""
+    """Function that shortens the catalog; the models are small."""
 
     def shorten(mutants: list[str], equivalent: list[str], bugs: list[str]) -> None:
         monkeypatch.setattr(catalog, "MUTANTS", [BY_NAME[name] for name in mutants])
@@ -219,24 +214,27 @@ def test_the_command(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """On a short catalog: exit code 0, and 3 where a gate has lost its power."""
+    """A short catalog: exit code 0, and 3 with a bound that is too wide."""
     shorten(["ln_eps_once", "interp_nearest", "ln_bf16"], ["as_it_is"], ["one_output"])
     threads = torch.get_num_threads()
     assert compare_origin.main(["--selftest", "--json", str(tmp_path / "self.json")]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
-        "POWER: detects 3 of 3 bugs, names the place of 3 of 3, 0 false alarms in 1 "
-        "runs of equivalent variants; 1 of 1 bugs in the harness itself are found out"
+        "PASSED: 3 of 3 mutants detected, 3 of 3 located, 0 false alarms in 1 runs of "
+        "equivalent variants, 1 of 1 harness mutants detected"
     )
-    written = json.loads((tmp_path / "self.json").read_text())
-    assert written["passed"] is True
-    assert written["mistakes"][0]["noticed"].keys() == {"numerics"}
+    report = json.loads((tmp_path / "self.json").read_text())
+    assert report["schema"] == SCHEMA
+    assert report["passed"] is True
+    assert report["mutants"][0]["detected_by"].keys() == {"numerics"}
+    assert [variant["false_alarm"] for variant in report["equivalent_variants"]] == [False]
+    assert report["harness_mutants"].keys() == {"one_output"}
     assert torch.get_num_threads() == threads
     monkeypatch.setattr(bounds, "FLOAT64_BOUND", 1e-2)
     assert compare_origin.main(["--selftest"]) == 3
     out = capsys.readouterr().out
-    assert "ln_eps_once: must be detected by numerics, was detected by nothing" in out
-    assert out.splitlines()[-1].startswith("LOST POWER: ")
+    assert "ln_eps_once: expected detection by numerics, got no gate" in out
+    assert out.splitlines()[-1].startswith("FAILED: 2 of 3 mutants detected, ")
 
 
 @pytest.mark.slow
@@ -248,13 +246,14 @@ def test_in_full(
     shorten(["gelu_exact", "ln_bf16"], ["as_it_is"], ["one_output"])
     before = [case.attentions for case in cases]
     assert compare_origin.main(["--selftest", "--full", "--json", str(tmp_path / "all.json")]) == 0
-    assert "(and says what 2 look like), 0 false alarms in 16 runs" in capsys.readouterr().out
-    runs = [run["run"] for run in json.loads((tmp_path / "all.json").read_text())["false_alarms"]]
+    assert "2 of 2 located (2 with a hint), 0 false alarms in 16 runs" in capsys.readouterr().out
+    report = json.loads((tmp_path / "all.json").read_text())
+    runs = [variant["run"] for variant in report["equivalent_variants"]]
     assert runs[:4] == [
         "seed 1234, 1 threads",
         "seed 1234, 2 threads",
-        "seed 1234, sdpa alone",
-        "seed 1234, eager alone",
+        "seed 1234, sdpa only",
+        "seed 1234, eager only",
     ]
     for case, attentions in zip(cases, before, strict=True):
         case.attentions = attentions
@@ -265,17 +264,17 @@ def test_in_full(
 @multi_threaded
 @pytest.mark.fresh_process
 @pytest.mark.slow
-def test_on_all_cores_it_finds_the_same(
+def test_results_do_not_depend_on_the_number_of_processes(
     shorten: Shorten, cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the order of the catalog; and a gate that is off is off in every process."""
+    """Results are in catalog order, and a monkeypatched gate is patched in every process."""
     names = ["gelu_exact_once", "input_bgr", "left_in_training", "interp_nearest", "eps_ignored"]
     shorten(names, ["as_it_is"], ["weights_close"])
     monkeypatch.setattr(gates, "check_config", lambda *_: GateResult("config", 1, "off"))
-    shown: list[str] = []
+    descriptions: list[str] = []
 
-    def progress(items: Iterator[Any], what: str, total: int) -> Iterator[Any]:
-        shown.append(f"{what}: {total}")
+    def progress(items: Iterator[Any], description: str, total: int) -> Iterator[Any]:
+        descriptions.append(f"{description}: {total}")
         return items
 
     one = SelfTest("cpu", False, progress, 1).run()
@@ -285,8 +284,8 @@ def test_on_all_cores_it_finds_the_same(
     assert [result.mutant for result in two.results] == catalog.MUTANTS
     assert [result.mutant.edit for result in two.results] == [m.edit for m in catalog.MUTANTS]
     assert [failure.split(":")[0] for failure in two.failures] == ["eps_ignored"]
-    expected = ["mistakes: 5", "equivalent variants, seed 1234: 1", "bugs in the harness: 1"]
-    assert shown == expected * 2
+    expected = ["mutants: 5", "equivalent variants, seed 1234: 1", "harness mutants: 1"]
+    assert descriptions == expected * 2
 
 
 @forks
@@ -297,7 +296,7 @@ def test_ctrl_c_ends_all_processes(
 ) -> None:
     def press(*_: object) -> str:
         os.kill(os.getppid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)  # a terminal sends it to every process
+        os.kill(os.getpid(), signal.SIGINT)  # a terminal sends SIGINT to every process
         return ""
 
     shorten([], [], ["itself"])
@@ -305,12 +304,12 @@ def test_ctrl_c_ends_all_processes(
     monkeypatch.setattr(harness, "examine_harness", press)
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
-    )  # ignored by what a script runs in the background
+    )  # shells ignore SIGINT in background jobs
     try:
         assert compare_origin.main(["--selftest"]) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err == "interrupted: nothing was compared\n"
+    assert capsys.readouterr().err == "interrupted: no verdict\n"
     assert not multiprocessing.active_children()
 
 
@@ -324,7 +323,7 @@ def test_the_census() -> None:
     report = Report([Result(BY_NAME["ln_eps_once"], {"numerics": Finding("differs")})])
     text = census(summarize(to_json(report)))
     assert [line.split(":")[0] for line in text.splitlines()[:-1:3]] == list(gates.MEANING)
-    assert "  detects 1 of 1 bugs, alone: ln_eps_once" in text
+    assert "  detected 1 of 1 mutants; by this gate only: ln_eps_once" in text
 
 
 def test_calibration(
@@ -339,7 +338,7 @@ def test_calibration(
     monkeypatch.setattr(catalog, "ROUNDING", [BY_NAME["ln_bf16"]])
     assert compare_origin.main(["--calibrate"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("HOLDS: 3x the reference's own rounding error")
+    assert last.startswith("BOUNDS HOLD: 3x the reference's own rounding error")
     monkeypatch.setattr(catalog, "ROUNDING", [replace(BY_NAME["as_it_is"], is_equivalent=False)])
     assert compare_origin.main(["--calibrate"]) == 3
-    assert capsys.readouterr().out.splitlines()[-1].startswith("DOES NOT HOLD: ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("BOUNDS DO NOT HOLD: ")

@@ -1,4 +1,4 @@
-"""Every mutant changes something, and leaves nothing changed behind."""
+"""Tests of the catalog: every mutant changes something and is undone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_catalog_is_well_formed() -> None:
     assert (len(MUTANTS), len(EQUIVALENT), len(HARNESS)) == (261, 28, 18)
     names = [mutant.name for mutant in ALL]
     assert len(set(names)) == len(names)
-    assert all(mutant.what for mutant in ALL)
+    assert all(mutant.description for mutant in ALL)
     for mutant in MUTANTS:
         assert not mutant.is_equivalent, mutant.name
         assert mutant.gate in ("pixels", *ALL_GATES), mutant.name
@@ -41,12 +41,12 @@ def test_the_catalog_is_well_formed() -> None:
     assert len(public) == 137
     assert all(mutant.is_equivalent and not mutant.gate for mutant in EQUIVALENT)
     for bug in HARNESS:
-        assert set(bug.shown_by) <= {mutant.name for mutant in (*MUTANTS, *EQUIVALENT)}, bug.name
+        assert set(bug.probes) <= {mutant.name for mutant in (*MUTANTS, *EQUIVALENT)}, bug.name
 
 
 @pytest.fixture(scope="module")
 def namespaces() -> dict[int, dict[str, object]]:
-    """All that a patch can change: modules of ours, their classes, and their tables."""
+    """Namespaces that a patch can change: modules, classes and tables of the port."""
     contents: dict[int, Any] = {}
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] != "siglip_port":
@@ -61,7 +61,7 @@ def namespaces() -> dict[int, dict[str, object]]:
 
 
 def snapshot(namespaces: dict[int, dict[str, object]]) -> dict[int, dict[str, int]]:
-    """Return what is where; objects are compared by identity."""
+    """Return the identity of every object by namespace and name."""
     state = {}
     for owner, contents in namespaces.items():
         state[owner] = {key: id(value) for key, value in contents.items()}
@@ -80,7 +80,7 @@ def test_patches_change_something_and_are_undone(
 
 
 def describe(model: nn.Module) -> dict[str, object]:
-    """Return all that an edit can change."""
+    """Return everything about a model that an edit can change."""
     state: dict[str, object] = {}
     for name, tensor in model.state_dict().items():
         state[name] = (tensor.numpy().tobytes(), tensor.stride())
@@ -113,7 +113,7 @@ def test_edits_change_something(mutant: Mutant, model: SigLipVisionModel) -> Non
     assert describe(edited) != before
 
 
-def test_numbers_are_rounded_as_the_formats_do() -> None:
+def test_rounding_matches_the_format() -> None:
     x = torch.tensor([1 + 2**-10, 1 + 2**-12, -3.0, 1e-30])
     rounded = round_to_tf32(x)
     assert torch.equal(rounded[:3], torch.tensor([1 + 2**-10, 1.0, -3.0]))
