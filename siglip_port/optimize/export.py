@@ -61,8 +61,8 @@ class ExportFormat:
 def export_onnx(model: SigLipVisionModel, path: str | os.PathLike[str]) -> float:
     """Export to ONNX and verify the file with ONNX Runtime.
 
-    Input: `pixel_values` [B, C, S, S]. Outputs: `tokens` [B, N, D] and, if the model pools, `pooled`
-    [B, D]. The batch size is dynamic. Needs the extra `[onnx]`.
+    The input is `pixel_values` [B, C, S, S] with a dynamic batch size; outputs are `tokens`
+    [B, N, D] and, if the model pools, `pooled` [B, D]. Needs the extra `[onnx]`.
 
     Args:
         model: Model in float32 on a CPU.

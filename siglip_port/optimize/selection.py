@@ -76,7 +76,7 @@ def optimize(
         model: Model, unchanged. Its parameters are shared: do not modify them afterwards.
         dtype: float32, bfloat16, float16, or int8 for dynamic quantization with float32 outputs.
             [default: the model's]
-        engines: Names in `ENGINES` to try besides `eager`. [default: all that support `dtype`]
+        engines: Names in `ENGINES` to try besides `eager`. [default: every engine for `dtype`]
         batch_size: Batch size to optimize for.
         cache_dir: Cache directory; compiled files in it are executed, so it must not be writable by
             others. [default: `siglip_port/engines` in the user's cache directory]

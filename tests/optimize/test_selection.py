@@ -265,10 +265,8 @@ def test_unusable_model(model: SigLipVisionModel, tmp_path: Path) -> None:
     fast = optimize(model, engines=[], cache_dir=tmp_path)
     with pytest.raises(ValueError, match="model is already optimized; pass the original model"):
         optimize(fast, cache_dir=tmp_path)
-    with pytest.raises(
-        ValueError,
-        match=r"parameters must have one dtype of torch.float32, .*, got torch.float64; pass dtype=",
-    ):
+    message = r"parameters must have one dtype of torch.float32, .*, got torch.float64; pass dtype="
+    with pytest.raises(ValueError, match=message):
         optimize(model.double(), cache_dir=tmp_path)
     model.pooling_head = None
     with pytest.raises(ValueError, match="the parameters do not match the model's configuration"):
