@@ -98,7 +98,7 @@ class VisionEmbeddings(nn.Module):
         table = self.position_embedding.weight
         if height == width == self.config.grid_size:
             return table
-        assert self.config.resize_rule is not None  # validated in `forward`
+        assert self.config.resize_rule is not None  # validated before
         return patches.interpolate_positions(table, (height, width), self.config.resize_rule)
 
     def padded_positions(self, height: int, width: int, count: int) -> Tensor:
