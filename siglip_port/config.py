@@ -1,7 +1,7 @@
-"""The architecture of a SigLIP vision encoder: names, defaults and rules.
+"""Configuration of the SigLIP vision encoder.
 
-The defaults are those of google/siglip-base-patch16-224, as in transformers' `SiglipVisionConfig`.
-How `config.json` spells them: `siglip_port.checkpoint.hf_config`.
+Defaults are those of google/siglip-base-patch16-224, as in transformers' `SiglipVisionConfig`.
+`siglip_port.checkpoint.hf_config` converts from and to `config.json`.
 """
 
 from __future__ import annotations
@@ -11,39 +11,37 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
 
 HIDDEN_ACTS = ("gelu_pytorch_tanh", "gelu")
-"""The activations a SigLIP MLP may name: GELU's tanh form (all Google checkpoints), or the exact
-(erf) form."""
+"""Supported MLP activations: GELU's tanh approximation (all Google checkpoints) or exact (erf)."""
 
 INTERPOLATIONS = ("hf", "timm", "naflex", "big_vision", "navit")
-"""The rules by which positions are fitted to other grids of patches: `siglip_port.patches`."""
+"""How position embeddings are resized for other grids: see `siglip_port.patches`."""
 
 
 @dataclass(frozen=True)
 class SigLipVisionConfig:
-    """Everything that determines the architecture. Immutable, and checked when it is made.
+    """Architecture of a SigLIP vision encoder; immutable and validated on creation.
 
     Attributes:
-        num_channels: channels C of a image.
-        embed_dim: width D of a token.
-        image_size: height and width of a image, in pixels. Images are square.
-        patch_size: height and width of a patch, in pixels. What is left at the right and lower edge
-            of a image that is not a multiple of it is ignored, as in siglip-so400m-patch14-384
-            (27 x 27 patches).
-        num_attention_heads: heads H of every attention; divides `embed_dim`.
-        attention_dropout: probability with which an attention weight is dropped, in training only.
-        num_encoder_blocks: number of blocks L.
-        mlp_hidden_dim: width of the MLPs' hidden layer.
-        layer_norm_eps: the epsilon of all LayerNorms.
-        hidden_act: the MLPs' activation, one of `HIDDEN_ACTS`.
-        pooling_head: whether the model has the attention pooling head.
-        mean_pooling: whether `pool` is the mean of the tokens instead, as in timm's `gap` models.
-        naflex: whether the model was trained on images of any shape, as SigLIP 2's NaFlex ones
-            were. `image_size` then tells the grid of its positions.
-        interpolation: the rule by which positions are fitted to other grids, one of
-            `INTERPOLATIONS`; None for no other grids, except in a NaFlex model, which has its own.
+        num_channels: Image channels C.
+        embed_dim: Token width D.
+        image_size: Height and width S of an image, in pixels.
+        patch_size: Height and width P of a patch, in pixels. Pixels right of and below the last
+            whole patch are ignored, as in siglip-so400m-patch14-384 (27 x 27 patches).
+        num_attention_heads: Attention heads H; must divide `embed_dim`.
+        attention_dropout: Dropout probability of attention weights, in training only.
+        num_encoder_blocks: Number of transformer blocks L.
+        mlp_hidden_dim: Width of the MLP's hidden layer.
+        layer_norm_eps: Epsilon of every LayerNorm.
+        hidden_act: MLP activation, one of `HIDDEN_ACTS`.
+        pooling_head: Whether the model has an attention pooling head.
+        mean_pooling: Whether `pool` averages tokens instead, as in timm's `gap` models.
+        naflex: Whether the model was trained on images of any aspect ratio (SigLIP 2 NaFlex).
+            `image_size` then gives the grid of the position embeddings.
+        interpolation: How position embeddings are resized for other image sizes, one of
+            `INTERPOLATIONS`. None accepts `image_size` only, or uses "naflex" in a NaFlex model.
 
     Raises:
-        ValueError: a value has the wrong type or makes no sense.
+        ValueError: A value has the wrong type or is out of range.
     """
 
     num_channels: int = 3
@@ -89,7 +87,7 @@ class SigLipVisionConfig:
                 f"hidden_act must be one of {', '.join(HIDDEN_ACTS)}, got {self.hidden_act!r}"
             )
         if self.mean_pooling and self.pooling_head:
-            raise ValueError("mean_pooling and pooling_head exclude each other, got both")
+            raise ValueError("mean_pooling and pooling_head are mutually exclusive, got both")
         if self.interpolation is not None and self.interpolation not in INTERPOLATIONS:
             raise ValueError(
                 f"interpolation must be None or one of {', '.join(INTERPOLATIONS)}, got "
@@ -103,47 +101,45 @@ class SigLipVisionConfig:
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side of an image."""
+        """Patches per side of an image, S // P."""
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """Number of patches N of an image, which is also the number of tokens."""
+        """Patches (and tokens) N of an image, (S // P)^2."""
         return self.grid_size**2
 
     @property
     def has_pooled_output(self) -> bool:
-        """Whether the model makes one vector of an image: by its pooling head, or as a mean."""
+        """Whether the model has an image embedding: from the pooling head or mean pooling."""
         return self.pooling_head or self.mean_pooling
 
     @property
     def resize_rule(self) -> str | None:
-        """The rule by which positions are fitted to other grids; None where those are refused."""
+        """Interpolation of position embeddings; None if the model accepts `image_size` only."""
         if self.interpolation is None and self.naflex:
             return "naflex"
         return self.interpolation
 
     @classmethod
     def from_hf(cls, hf_config: Mapping[str, Any]) -> SigLipVisionConfig:
-        """Read the contents of a transformers `config.json`.
+        """Build a configuration from a transformers `config.json`.
 
         Args:
-            hf_config: the parsed file: of a model that holds a SigLIP vision encoder (which is
-                described under `vision_config`), or of the encoder alone (flat). A missing key
-                takes its default; keys that do not describe the encoder are ignored.
+            hf_config: The parsed file, with the encoder under `vision_config` or at the top level.
+                Missing keys take their defaults; keys of other components are ignored.
 
         Raises:
-            ValueError: it describes another kind of model, or a value makes no sense.
+            ValueError: The file describes another kind of model, or a value is out of range.
         """
         from siglip_port.checkpoint.hf_config import config_from_hf
 
         return config_from_hf(hf_config)
 
     def to_hf(self) -> dict[str, Any]:
-        """Return the complete flat `config.json` of transformers' `Siglip(2)VisionModel`.
+        """Return the complete `config.json` of transformers' `Siglip(2)VisionModel`.
 
-        The one thing that it cannot say is `interpolation`, which transformers leaves to the
-        caller.
+        `interpolation` is lost: transformers has no such key.
         """
         from siglip_port.checkpoint.hf_config import config_to_hf
 
@@ -151,10 +147,10 @@ class SigLipVisionConfig:
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Whether a value is a whole number, and no bool."""
+    """Whether a value is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a number, and no bool."""
+    """Whether a value is an int or float and not a bool."""
     return isinstance(value, float) or is_int(value)

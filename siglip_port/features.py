@@ -1,7 +1,7 @@
-"""What the model gives beside tokens: hidden states, attention, vectors of images as they are.
+"""Features beside tokens: hidden states, attention weights, and embeddings of image files.
 
-Free functions behind the methods of `SigLipVisionModel`. Blocks after the last one that is asked
-for do not run.
+Free functions behind methods of `SigLipVisionModel`. Blocks after the last requested one do not
+run.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from siglip_port import validation
 from siglip_port.patches import ImageBatch, Mask, attention_mask, key_mask
-from siglip_port.validation import validate_layers, validate_positive_int, validate_tokens
 
 if TYPE_CHECKING:
     from siglip_port.image_processing import Backend, ImageInput
@@ -28,30 +28,26 @@ def hidden_states(
     post_layernorm: bool = False,
     as_maps: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Return what stands between the blocks.
+    """Return the hidden states before, between and after the blocks.
 
     Args:
-        model: the model.
-        batch: as for `SigLipVisionModel.forward`.
-        layers: which, as transformers counts them: 0 is what enters the first block, i what leaves
-            the i-th, so that L or -1 leaves the last, -2 the last but one.
-        post_layernorm: whether to put each through the last LayerNorm. The model's own tokens are
-            those of -1 with it; `hidden_states` of transformers are without.
-        as_maps: whether to return them as [B, D, h, w] instead of [B, N, D]; for images of one size
-            only, since packed ones have no shape in common.
+        model: The model.
+        batch: Input as for `SigLipVisionModel.forward`.
+        layers: Indices as in transformers: 0 is the input of the first block, i the output of the
+            i-th; L or -1 is the output of the last block.
+        post_layernorm: Whether to apply the final LayerNorm to each. The model's tokens are layer
+            -1 with it; transformers' `hidden_states` are without.
+        as_maps: Whether to return [B, D, h, w] instead of [B, N, D]; not for packed patches.
 
     Returns:
-        One tensor for each of `layers`, in their order.
+        One tensor per entry of `layers`, in the same order.
 
     Raises:
-        ValueError: there is no such layer; maps of packed patches are asked for; or as for
-            `SigLipVisionModel.forward`.
+        ValueError: A layer does not exist, `as_maps` is set for packed patches, or the input is
+            unsupported.
     """
     if as_maps and batch.spatial_shapes is not None:
-        raise ValueError(
-            "as_maps needs images of one shape, got packed patches; take the tokens, without "
-            "padding"
-        )
+        raise ValueError("as_maps is not supported for packed patches; pass as_maps=False")
     indices = layer_indices(layers, model.config.num_encoder_blocks + 1)
     states = {}
     for index, (state, _) in enumerate(encoder_states(model, batch)):
@@ -70,20 +66,20 @@ def hidden_states(
 def attention_maps(
     model: SigLipVisionModel, batch: ImageBatch, layers: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """Return how much each token attends to each other one, in chosen blocks.
+    """Return the attention weights of blocks.
 
-    The other blocks run as fast as ever.
+    Only the requested blocks compute them; the others use fused attention.
 
     Args:
-        model: the model.
-        batch: as for `SigLipVisionModel.forward`.
-        layers: which blocks, from 0 to L - 1; -1 is the last.
+        model: The model.
+        batch: Input as for `SigLipVisionModel.forward`.
+        layers: Block indices from 0 to L - 1; -1 is the last block.
 
     Returns:
-        [B, H, N, N] for each of `layers`, in their order: every row sums to 1.
+        Weights [B, H, N, N] per entry of `layers`, in the same order; each row sums to 1.
 
     Raises:
-        ValueError: there is no such block; or as for `SigLipVisionModel.forward`.
+        ValueError: A block does not exist, or the input is unsupported.
     """
     indices = layer_indices(layers, model.config.num_encoder_blocks)
     maps = {}
@@ -100,26 +96,24 @@ def attention_maps(
 def pooling_attention(
     model: SigLipVisionModel, tokens: Tensor, pixel_attention_mask: Mask = None
 ) -> Tensor:
-    """Return how much the pooling head's probe attends to each token.
+    """Return the attention weights of the pooling head's probe.
 
     Args:
-        model: the model.
-        tokens: [B, N, D], of `SigLipVisionModel.forward`.
-        pixel_attention_mask: [B, N], as for `SigLipVisionModel.pool`.
+        model: The model.
+        tokens: Tokens [B, N, D] from `SigLipVisionModel.forward`.
+        pixel_attention_mask: Padding mask [B, N] of packed patches.
 
     Returns:
-        [B, H, N]: every row sums to 1.
+        Weights [B, H, N]; each row sums to 1.
 
     Raises:
-        ValueError: as for `SigLipVisionModel.pool`.
+        ValueError: The model has no pooling head, or the input is unsupported.
     """
-    validate_tokens(tokens, model.config)
+    validation.validate_tokens(tokens, model.config)
     mask = key_mask(tokens, pixel_attention_mask)
     head = model.pooling_head
     if head is None:
-        raise ValueError(
-            "this model has no pooling head, so nothing attends to the tokens; load one that has"
-        )
+        raise ValueError("this model has no pooling head; load a checkpoint that has one")
     tokens = tokens.to(head.probe.dtype)
     query = head.probe.expand(tokens.shape[0], -1, -1)
     return attention_weights(head.attention, query, tokens, mask)[:, :, 0]
@@ -133,44 +127,40 @@ def embed_images(
     normalize: bool = False,
     backend: Backend = "pil",
 ) -> Tensor:
-    """Turn images as they are into one vector each: `ImageProcessor`, then `embed`.
+    """Embed images: `ImageProcessor`, then `SigLipVisionModel.embed`.
 
     Args:
-        model: the model.
-        images: paths, contents of files, images of Pillow's, or uint8 arrays or tensors; one or
-            several.
-        batch_size: how many at a time.
-        normalize: whether to scale every vector to unit length.
-        backend: what resizes: `pil`, or `torchvision`, which is an extra.
+        model: The model.
+        images: One or several paths, encoded files (bytes), PIL images, or uint8 arrays or tensors.
+        batch_size: Images per batch.
+        normalize: Whether to L2-normalize the embeddings.
+        backend: Image backend, `pil` or `torchvision` (needs the extra).
 
     Returns:
-        [B, D], on the model's device.
+        Embeddings [B, D] on the model's device.
 
     Raises:
-        siglip_port.image_processing.ImageError: an image cannot be read; the message says which.
-        ValueError: as for `SigLipVisionModel.embed`, or `preprocessor_config` cannot be followed.
+        siglip_port.image_processing.ImageError: An image cannot be read; the message names it.
+        ValueError: The model has no pooling head, or its `preprocessor_config` is not supported.
     """
     from siglip_port.image_processing import ImageProcessor, as_list, move_pixels
 
     processor = ImageProcessor.from_config(model.preprocessor_config, backend)
-    several = as_list(images)
-    validate_positive_int("batch_size", batch_size)
-    vectors = []
-    for start in range(0, len(several), batch_size):
-        batch = move_pixels(processor(several[start : start + batch_size]), model.device)
-        vectors.append(model.embed(**batch, normalize=normalize))
-    if not vectors:
+    image_list = as_list(images)
+    validation.validate_positive_int("batch_size", batch_size)
+    embeddings = []
+    for start in range(0, len(image_list), batch_size):
+        batch = move_pixels(processor(image_list[start : start + batch_size]), model.device)
+        embeddings.append(model.embed(**batch, normalize=normalize))
+    if not embeddings:
         return torch.zeros(0, model.config.embed_dim, dtype=model.dtype, device=model.device)
-    return torch.cat(vectors)
+    return torch.cat(embeddings)
 
 
 def attention_weights(
     attention: MultiheadAttention, query: Tensor, hidden_states: Tensor, mask: Mask
 ) -> Tensor:
-    """Return how much each query attends to each token, without dropout.
-
-    [B, Q, D], [B, N, D] -> [B, H, Q, N], in rows of sum 1.
-    """
+    """Compute attention weights without dropout: [B, Q, D], [B, N, D] -> [B, H, Q, N]."""
     q = attention.split_heads(attention.q_proj(query))
     k = attention.split_heads(attention.k_proj(hidden_states))
     scores = q @ k.transpose(-2, -1) * attention.head_dim**-0.5
@@ -181,9 +171,9 @@ def attention_weights(
 
 
 def encoder_states(model: SigLipVisionModel, batch: ImageBatch) -> Iterator[tuple[Tensor, Mask]]:
-    """Yield the L + 1 hidden states [B, N, D], the input first, each with the mask of attention.
+    """Yield the L + 1 hidden states [B, N, D], each with the attention mask [B, 1, 1, N].
 
-    A block runs only when its output is asked for.
+    A block runs only when its output is requested.
     """
     encoder = model.transformer.encoder
     state = model.transformer.embeddings(batch.pixel_values, batch.spatial_shapes)
@@ -195,6 +185,6 @@ def encoder_states(model: SigLipVisionModel, batch: ImageBatch) -> Iterator[tupl
 
 
 def layer_indices(layers: Sequence[int], count: int) -> list[int]:
-    """Count layers from the first: -1 is `count - 1`."""
-    validate_layers(layers, count)
+    """Convert negative indices into `count` layers to nonnegative ones."""
+    validation.validate_layers(layers, count)
     return [layer % count for layer in layers]

@@ -1,8 +1,9 @@
-"""An image becomes `pixel_values`, bit for bit as the image processors of transformers make them.
+"""Preprocessing: images to `pixel_values`, bit for bit as in transformers' image processors.
 
-What is done follows the checkpoint's `preprocessor_config.json`; where that has no say, the rules
-are those of docs/pixels.md. Sources: transformers 5.23 `image_processing_backends.py`,
-`image_transforms.py`, `models/siglip*`.
+`backend="pil"` equals transformers' Pillow processors, `backend="torchvision"` its torchvision
+processors. Options come from the checkpoint's `preprocessor_config.json`; docs/pixels.md describes
+the rest. Sources: transformers 5.23 `image_processing_backends.py`, `image_transforms.py` and
+`models/siglip*`.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ __all__ = [
 ]
 
 MAX_SIDE = 65536
-"""The most pixels a side, and patches an image, that a configuration may ask for."""
+"""Upper limit on image sides in pixels and on patches per image."""
 
 RULES_VERSION = 1
-"""To change one of the rules that no configuration has a say in is to change this number."""
+"""Part of the fingerprint; increase it when a rule outside the configuration changes."""
 
 
 class Pixels(TypedDict):
-    """What a model takes: `model(**pixels)`.
+    """Keyword arguments of a model: `model(**pixels)`.
 
-    The last two, of NaFlex models, are those of `siglip_port.pack`.
+    NaFlex models also need the last two: see `siglip_port.pack`.
     """
 
     pixel_values: Tensor
@@ -57,21 +58,19 @@ class Pixels(TypedDict):
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Turns images into what a model takes. Made by `from_config`; small, and can be pickled.
+    """Image processor, created by `from_config`; small and picklable.
 
     Attributes:
-        size: (height, width) that every image is resized to; None for NaFlex.
-        patch_size: of NaFlex models, in pixels; None for others.
-        max_num_patches: of NaFlex models: an image is resized to at most so many, and padded to
-            them.
-        do_resize: whether images are resized at all.
-        resample: Pillow's number of the filter.
-        rescale_factor: what the values 0 to 255 are multiplied by; None for nothing.
-        mean: subtracted afterwards, one number a channel; None for nothing.
-        std: divided by; None for nothing.
-        backend: whose arithmetic it is. `pil` gives the same bits on every machine. The results of
-            `torchvision` depend on the processor's instructions, and differ by up to one of 255
-            levels.
+        size: Target (height, width) in pixels; None for NaFlex.
+        patch_size: Patch size of NaFlex models in pixels; None for other models.
+        max_num_patches: Maximum and padded number of patches of NaFlex models.
+        do_resize: Whether to resize images.
+        resample: Pillow's resampling filter.
+        rescale_factor: Factor for values 0 to 255; None for no rescaling.
+        mean: Mean per channel, subtracted after rescaling; None for no normalization.
+        std: Standard deviation per channel; None for no normalization.
+        backend: `pil` gives the same bits on every machine. `torchvision` depends on the CPU's
+            instruction set; results differ by up to 1 of 255 levels.
     """
 
     size: tuple[int, int] | None
@@ -86,23 +85,27 @@ class ImageProcessor:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], backend: Backend = "pil") -> ImageProcessor:
-        """Read the contents of a `preprocessor_config.json`; `model.preprocessor_config` is one.
+        """Build a processor from `preprocessor_config.json` or `model.preprocessor_config`.
 
         Args:
-            config: of `SiglipImageProcessor` or `Siglip2ImageProcessor`.
-            backend: `pil` or `torchvision`, which is an extra.
+            config: Configuration of `SiglipImageProcessor` or `Siglip2ImageProcessor`.
+            backend: `pil`, or `torchvision` (needs the extra).
 
         Raises:
-            ValueError: a field is not supported by these processors, or is of the wrong kind.
+            ValueError: A field has an unsupported value.
+            siglip_port.extras.MissingExtraError: torchvision is not installed.
         """
         kind = str(config.get("image_processor_type", "SiglipImageProcessor"))
         if not kind.startswith(("Siglip2", "SiglipImage")):
-            raise ValueError(f"image_processor_type must be that of SigLIP or SigLIP 2, got {kind}")
+            raise ValueError(
+                "image_processor_type must be that of a SigLIP or SigLIP 2 image processor, got "
+                f"{kind}"
+            )
         naflex = kind.startswith("Siglip2")
         size = None if naflex else parse_size(config.get("size", (224, 224)))
         if config.get("do_center_crop") or config.get("do_pad"):
             raise ValueError(
-                "the preprocessor crops or pads, as no SigLIP checkpoint does; set that to false"
+                "do_center_crop and do_pad are not supported for SigLIP; set them to false"
             )
         resample = parse_resample(config, "bilinear" if naflex else "bicubic")
         check_backend(backend, resample)
@@ -135,48 +138,47 @@ class ImageProcessor:
 
     @property
     def factor(self) -> float:
-        """What the values 0 to 255 are multiplied by, 1.0 for nothing."""
+        """Factor for values 0 to 255; 1.0 for no rescaling."""
         return 1.0 if self.rescale_factor is None else self.rescale_factor
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with every choice that changes a pixel.
+        """Hash of every option that affects pixels, 16 hexadecimal digits.
 
-        Not with versions of decoders.
+        Versions of image decoders are not included.
         """
-        choices = json.dumps([RULES_VERSION, asdict(self)], sort_keys=True)
-        return hashlib.sha256(choices.encode()).hexdigest()[:16]
+        options = json.dumps([RULES_VERSION, asdict(self)], sort_keys=True)
+        return hashlib.sha256(options.encode()).hexdigest()[:16]
 
     def __call__(self, images: ImageInput | Sequence[ImageInput]) -> Pixels:
-        """Turn images into a batch: `model.embed(**processor(images))`.
+        """Preprocess images into a batch: `model.embed(**processor(images))`.
 
         Args:
-            images: one, or several.
+            images: One image or several.
 
         Returns:
-            `pixel_values`, [B, 3, S, S], float32; for NaFlex packed patches, see
-            `siglip_port.pack`.
+            `pixel_values` [B, 3, H, W], float32, where (H, W) is `size`; for NaFlex, packed patches
+            as from `siglip_port.pack`.
 
         Raises:
-            ImageError: an image cannot be read, or they have no common shape (without resizing).
+            ImageError: An image cannot be read, or sizes differ and `do_resize` is false.
         """
-        several = as_list(images)
         pixels = []
-        for number, image in enumerate(several):
+        for number, image in enumerate(as_list(images)):
             try:
                 pixels.append(self.one(image))
             except ImageError as error:
-                name = f"picture {number} of {len(several)}"
+                name = f"images[{number}]"
                 if isinstance(image, (str, os.PathLike)):
                     name = str(image)
                 raise ImageError(f"{name}: {error}") from error
         return self.batch(pixels)
 
     def one(self, image: ImageInput) -> Tensor:
-        """Turn one image into [3, H, W], float32.
+        """Preprocess one image: [3, H, W], float32.
 
         Raises:
-            ImageError: it cannot be read.
+            ImageError: The image cannot be read.
         """
         rgb = to_rgb(image, self.backend)
         size = None
@@ -187,13 +189,14 @@ class ImageProcessor:
         return self.transform_with_pillow(rgb, size)
 
     def batch(self, pixels: Sequence[Tensor]) -> Pixels:
-        """Put what `one` returned into a batch.
+        """Collate results of `one` into a batch.
 
         Raises:
-            ImageError: there is none, they have no common shape, or more patches than fit.
+            ImageError: There are no images, their sizes differ, or one has more than
+                `max_num_patches` patches.
         """
         if not pixels:
-            raise ImageError("there are no images; pass at least one")
+            raise ImageError("images is empty; pass at least one image")
         if self.patch_size is not None:
             try:
                 return cast("Pixels", pack(pixels, self.patch_size, self.max_num_patches))
@@ -201,11 +204,13 @@ class ImageProcessor:
                 raise ImageError(str(error)) from error
         shapes = {tuple(image.shape[1:]) for image in pixels}
         if len(shapes) > 1:
-            raise ImageError(f"without resizing, images must be of one size, got {sorted(shapes)}")
+            raise ImageError(
+                f"images must have the same size if do_resize is false, got {sorted(shapes)}"
+            )
         return {"pixel_values": torch.stack(list(pixels))}
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) that an image of this height and width is resized to."""
+        """Return the (height, width) to which an image of this size is resized, in pixels."""
         if self.size is not None:
             return self.size
         assert self.patch_size is not None
@@ -213,11 +218,11 @@ class ImageProcessor:
         return naflex_size(height, width, self.patch_size, self.max_num_patches)
 
     def transform_with_pillow(self, rgb: NDArray[np.uint8], size: tuple[int, int] | None) -> Tensor:
-        """Resize with Pillow, rescale and normalize with numpy: [3, H, W] -> the same, float32.
+        """Resize with Pillow, then rescale and normalize with NumPy: -> [3, H, W], float32.
 
         Args:
-            rgb: 0 to 255.
-            size: (height, width) to resize to; None for no resizing.
+            rgb: Image [3, h, w], uint8.
+            size: Target (height, width); None to keep the size.
         """
         if size is not None:
             height, width = size
@@ -232,18 +237,18 @@ class ImageProcessor:
         return torch.from_numpy(np.ascontiguousarray(values))
 
     def transform_with_torchvision(self, rgb: Tensor, size: tuple[int, int] | None) -> Tensor:
-        """Resize, rescale and normalize with torchvision: [3, H, W] -> the same, float32.
+        """Resize, rescale and normalize with torchvision: -> [3, H, W], float32.
 
         Args:
-            rgb: 0 to 255.
-            size: (height, width) to resize to; None for no resizing.
+            rgb: Image [3, h, w], uint8.
+            size: Target (height, width); None to keep the size.
         """
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional
 
         if size is not None:
             names = {number: name for name, number in RESAMPLE.items()}
-            names[RESAMPLE["nearest"]] = "nearest-exact"  # which is Pillow's nearest
+            names[RESAMPLE["nearest"]] = "nearest-exact"  # as Pillow's nearest
             mode = InterpolationMode(names[self.resample])
             rgb = functional.resize(rgb, list(size), interpolation=mode, antialias=True)
         if self.mean is None or self.std is None:
@@ -256,7 +261,7 @@ class ImageProcessor:
 
 
 def as_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
-    """Return one image or several, as several."""
+    """Return one image or several as a list."""
     if isinstance(images, (list, tuple)):
         return list(images)
     return [cast("ImageInput", images)]
@@ -266,9 +271,9 @@ def move_pixels(pixels: Pixels, device: torch.device, *, pinned: bool = False) -
     """Copy a batch to a device.
 
     Args:
-        pixels: on the CPU.
-        device: where to.
-        pinned: whether to copy by way of pinned memory, while this process goes on.
+        pixels: Batch on the CPU.
+        device: Target device.
+        pinned: Whether to copy asynchronously from pinned memory.
     """
     moved = {}
     for name, tensor in pixels.items():
@@ -280,12 +285,12 @@ def move_pixels(pixels: Pixels, device: torch.device, *, pinned: bool = False) -
 
 
 def naflex_size(height: int, width: int, patch_size: int, max_num_patches: int) -> tuple[int, int]:
-    """Return the largest size of about the same shape that has at most so many patches.
+    """Return the largest size with about the same aspect ratio and at most `max_num_patches`.
 
-    By the same bisection as the reference, to the last bit.
+    Uses the same bisection as transformers, with identical results.
 
     Returns:
-        (height, width), in pixels.
+        (height, width) in pixels, multiples of `patch_size`.
     """
 
     def scaled(scale: float, side: int) -> int:
@@ -308,7 +313,7 @@ def naflex_size(height: int, width: int, patch_size: int, max_num_patches: int) 
 
 
 def check_backend(backend: str, resample: int) -> None:
-    """Raise ValueError or MissingExtraError unless a backend is installed and has a filter."""
+    """Raise ValueError or MissingExtraError unless the backend supports the resampling filter."""
     if backend not in ("pil", "torchvision"):
         raise ValueError(f"backend must be 'pil' or 'torchvision', got {backend!r}")
     if backend == "pil":
@@ -317,11 +322,14 @@ def check_backend(backend: str, resample: int) -> None:
     installed = version("torchvision")
     release = tuple(int(number) for number in installed.split(".")[:2])
     if resample == RESAMPLE["lanczos"] and release < (0, 27):
-        raise ValueError(f"torchvision has no Lanczos filter before 0.27, this is {installed}")
+        raise ValueError(
+            f"resample={resample} (Lanczos) needs torchvision 0.27 or newer, got {installed}; "
+            "upgrade it or use backend='pil'"
+        )
 
 
 def parse_size(size: object) -> tuple[int, int]:
-    """Read a size: (height, width). One number would be the shorter side's, and is refused."""
+    """Parse `size` as (height, width); a single number would mean the shorter side."""
     sides: list[object] = []
     if isinstance(size, Mapping):
         sides = [size.get("height"), size.get("width")]
@@ -332,13 +340,13 @@ def parse_size(size: object) -> tuple[int, int]:
         if is_count(height) and is_count(width):
             return height, width
     raise ValueError(
-        f"size must be {{'height': H, 'width': W}}, of 1 to {MAX_SIDE}, got {size!r}; SigLIP "
-        "keeps no aspect ratio"
+        f"size must be {{'height': H, 'width': W}} with integers from 1 to {MAX_SIDE}, got "
+        f"{size!r}; resizing with a fixed aspect ratio is not supported"
     )
 
 
 def parse_resample(config: Mapping[str, Any], default: str) -> int:
-    """Read Pillow's number of a filter."""
+    """Parse `resample`, the number of a Pillow filter."""
     value = config.get("resample", RESAMPLE[default])
     filters = sorted(RESAMPLE.values())
     if value not in filters or isinstance(value, bool):
@@ -347,7 +355,7 @@ def parse_resample(config: Mapping[str, Any], default: str) -> int:
 
 
 def parse_flag(config: Mapping[str, Any], name: str) -> bool:
-    """Read a flag; null means no, for the reference too."""
+    """Parse a flag; null means false, as in transformers."""
     value = config.get(name, True)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false, got {value!r}")
@@ -355,39 +363,39 @@ def parse_flag(config: Mapping[str, Any], name: str) -> bool:
 
 
 def parse_count(config: Mapping[str, Any], name: str, default: int) -> int:
-    """Read a number of pixels or patches."""
+    """Parse a number of pixels or patches."""
     value = config.get(name, default)
     if not is_count(value):
-        raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIDE}, got {value!r}")
+        raise ValueError(f"{name} must be an integer from 1 to {MAX_SIDE}, got {value!r}")
     return value
 
 
 def parse_channel_values(config: Mapping[str, Any], name: str) -> tuple[float, ...]:
-    """Read one number a channel; a single one is that of all three."""
+    """Parse one number per channel; a single number applies to all three."""
     value = config.get(name, [0.5] * 3)
     numbers = value if isinstance(value, (list, tuple)) else [value] * 3
     if len(numbers) != 3 or not all(is_finite_number(number) for number in numbers):
         raise ValueError(f"{name} must be three numbers, got {value!r}")
     if name == "image_std" and 0 in np.array(numbers, dtype=np.float32):
-        raise ValueError(f"image_std must be three numbers other than 0, got {value!r}")
+        raise ValueError(f"image_std must be three nonzero numbers, got {value!r}")
     return tuple(float(number) for number in numbers)
 
 
 def parse_rescale_factor(config: Mapping[str, Any]) -> float:
-    """Read what values are multiplied by."""
+    """Parse `rescale_factor`."""
     value = config.get("rescale_factor", 1 / 255)
     if not is_finite_number(value) or not value:
-        raise ValueError(f"rescale_factor must be a number other than 0, got {value!r}")
+        raise ValueError(f"rescale_factor must be a nonzero number, got {value!r}")
     return float(value)
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Whether a value is a whole number from 1 to `MAX_SIDE`."""
+    """Whether a value is an integer from 1 to `MAX_SIDE`."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIDE
 
 
 def is_finite_number(value: object) -> bool:
-    """Whether a value is a number that fits into any float."""
+    """Whether a value is a number that float32 can represent."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return abs(value) < 1e30

@@ -1,4 +1,4 @@
-"""An image of any kind becomes an RGB array, as the image processors of transformers read it."""
+"""Reading images of any kind as RGB arrays, with the same results as transformers."""
 
 from __future__ import annotations
 
@@ -15,34 +15,33 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 ImageInput = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any] | Tensor
-"""A file, its contents, or an image of Pillow's.
+"""A path, an encoded file (bytes), a PIL image, or a uint8 array or tensor.
 
-Or uint8, [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels.
+Arrays and tensors are [H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4.
 """
 
 Backend = Literal["pil", "torchvision"]
 
 MAX_FILE_BYTES = 4 << 30
-"""More than the largest file that Pillow opens would take, uncompressed."""
+"""Limit on file size; larger than any uncompressed image that Pillow opens."""
 
 
 class ImageError(ValueError):
-    """An image cannot be used; the message says why."""
+    """An image cannot be used; the message gives the reason."""
 
 
 def to_rgb(image: ImageInput, backend: Backend = "pil") -> NDArray[np.uint8]:
-    """Read an image: [3, H, W], 0 to 255.
+    """Read an image as RGB: uint8, [3, H, W], 0 to 255.
 
-    Files are turned as their EXIF orientation says; what is transparent becomes white; of several
-    frames, the first is taken; all other kinds of pixels become RGB as Pillow's `convert` does it.
+    Files are rotated by their EXIF orientation, transparency is composited on white, the first
+    frame of an animation is used, and other modes are converted by Pillow's `convert`.
 
     Args:
-        image: any.
-        backend: whose arithmetic lays arrays and tensors with transparency onto white.
+        image: Image of any supported kind.
+        backend: Backend whose rounding applies to transparent arrays and tensors.
 
     Raises:
-        ImageError: it cannot be read: damaged, no image, or so large that Pillow takes it for an
-            attack.
+        ImageError: The image is damaged, unsupported, or exceeds Pillow's limit on pixels.
     """
     if isinstance(image, (Tensor, np.ndarray)):
         return array_to_rgb(image, backend)
@@ -54,10 +53,11 @@ def to_rgb(image: ImageInput, backend: Backend = "pil") -> NDArray[np.uint8]:
         return pillow_to_rgb(image)
     except ImageError:
         raise
-    except UnidentifiedImageError as error:  # whose own message names an object in memory
-        raise ImageError("the image cannot be read: it is of no kind that Pillow knows") from error
-    except Exception as error:
-        # Pillow's own kinds, the system's, and those of its decoders, of all kinds.
+    except UnidentifiedImageError as error:  # its own message contains a memory address
+        raise ImageError(
+            "the image cannot be read: not an image format that Pillow supports"
+        ) from error
+    except Exception as error:  # Pillow's decoders raise many types
         raise ImageError(
             f"the image cannot be read: {str(error).strip() or type(error).__name__}"
         ) from error
@@ -67,48 +67,49 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """Read a file.
 
     Raises:
-        ImageError: it is not there, may not be read, or is no regular file: pipes and devices may
-            never end.
+        ImageError: The file does not exist, is not readable, or is not a regular file (a pipe or
+            device may never end).
     """
     try:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError("the image cannot be read: it is no regular file")
+            raise ImageError("the image cannot be read: not a regular file")
         check_file_size(status.st_size)
         return Path(path).read_bytes()
     except ImageError:
         raise
-    except (OSError, ValueError) as error:  # the latter of names with a null in them
+    except (OSError, ValueError) as error:  # ValueError: the path contains a null byte
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"the image cannot be read: {reason}") from error
 
 
 def check_file_size(size: int) -> None:
-    """Refuse a file of so many bytes before it is read.
+    """Check the size of a file, in bytes, before it is read.
 
     Raises:
-        ImageError: it is larger than any image that Pillow opens.
+        ImageError: The file is larger than `MAX_FILE_BYTES`.
     """
     if size > MAX_FILE_BYTES:
         raise ImageError(
-            f"the image cannot be read: {size:,} bytes, more than the {MAX_FILE_BYTES:,} of the "
-            "largest"
+            f"the image cannot be read: file size {size:,} bytes exceeds the limit of "
+            f"{MAX_FILE_BYTES:,}"
         )
 
 
 def open_upright(content: bytes) -> Image.Image:
-    """Open the contents of a file, turned as its EXIF orientation says."""
+    """Open an encoded file and rotate it by its EXIF orientation."""
     image = Image.open(io.BytesIO(content))
     if image.format == "EPS":
-        raise ImageError("the image cannot be read: PostScript is a program, and is not run")
+        raise ImageError("the image cannot be read: EPS is not supported (it is a program)")
     return ImageOps.exif_transpose(image)
 
 
 def pillow_to_rgb(image: object) -> NDArray[np.uint8]:
-    """Return the pixels of an image of Pillow's, laid onto white: [3, H, W]."""
+    """Convert a PIL image, composited on white: uint8, [3, H, W]."""
     if not isinstance(image, Image.Image):
         raise ImageError(
-            f"an image must be a path, bytes, a PIL image, an array or a tensor, got {type(image)}"
+            "an image must be a path, bytes, a PIL image, an array or a tensor, got "
+            f"{type(image).__name__}"
         )
     if 0 in image.size:
         raise ImageError("the image has no pixels")
@@ -119,12 +120,12 @@ def pillow_to_rgb(image: object) -> NDArray[np.uint8]:
 
 
 def array_to_rgb(image: NDArray[Any] | Tensor, backend: Backend) -> NDArray[np.uint8]:
-    """Return an array or tensor as [3, H, W], laid onto white."""
+    """Convert a uint8 array or tensor, composited on white: uint8, [3, H, W]."""
     uint8 = torch.uint8 if isinstance(image, Tensor) else np.uint8
     if image.dtype != uint8:
         raise ImageError(
-            f"an array or tensor must be of uint8, 0 to 255, got {image.dtype}; what is already "
-            "normalized needs no preprocessing: pass it to the model as it is"
+            f"an array or tensor must be uint8, 0 to 255, got {image.dtype}; pass normalized "
+            "images directly to the model"
         )
     if isinstance(image, Tensor):
         image = image.detach().cpu().numpy()
@@ -137,7 +138,7 @@ def array_to_rgb(image: NDArray[Any] | Tensor, backend: Backend) -> NDArray[np.u
             "an array or tensor must be [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, "
             f"got {list(array.shape)}"
         )
-    if array.shape[0] not in channels:  # where both can be, the first are, as for the reference
+    if array.shape[0] not in channels:  # channels first if ambiguous, as in transformers
         array = np.moveaxis(array, -1, 0)
     if len(array) == 1:
         return np.repeat(array, 3, axis=0)
@@ -147,7 +148,7 @@ def array_to_rgb(image: NDArray[Any] | Tensor, backend: Backend) -> NDArray[np.u
 
 
 def composite_on_white(rgba: NDArray[np.uint8], backend: Backend) -> NDArray[np.uint8]:
-    """[4, H, W] -> [3, H, W]. The backends round differently."""
+    """Composite on white, [4, H, W] -> [3, H, W]; the backends round differently."""
     if backend == "torchvision":
         from torchvision.transforms.v2 import functional
 

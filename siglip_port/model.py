@@ -1,13 +1,16 @@
-"""The SigLIP vision encoder, leaf to root, in the order in which a pixel flows.
+"""SigLIP vision encoder, from the patch embedding to the pooling head.
 
-Sources: SigLIP (arXiv 2303.15343), SigLIP 2 (arXiv 2502.14786), big_vision `models/vit.py`, and the
-references that this port equals, transformers 5.23 `models/siglip/modeling_siglip.py` and, for
-NaFlex, `models/siglip2/modeling_siglip2.py`.
+Papers: SigLIP (arXiv 2303.15343), SigLIP 2 (arXiv 2502.14786).
+Code: big_vision `models/vit.py`; the reference, transformers 5.23
+`models/siglip/modeling_siglip.py` and, for NaFlex, `models/siglip2/modeling_siglip2.py`.
 
-Shapes: B images, C channels, S x S pixels, P x P pixels a patch, N = (S // P)^2 patches = tokens,
-D = embed_dim, H heads, L blocks. Images of several shapes come as packed patches (NaFlex), as
-`siglip_port.pack` makes them: `pixel_values` [B, N, P * P * C], `pixel_attention_mask` [B, N] and
-`spatial_shapes` [B, 2]; N is then that of the largest.
+Shapes:
+    B images, C channels, S x S pixels, P x P pixels per patch, N = (S // P)^2 patches (= tokens),
+    D = embed_dim, H heads, L blocks
+
+Images of different shapes are packed into one batch by `siglip_port.pack` (NaFlex):
+`pixel_values` [B, N, P * P * C], `pixel_attention_mask` [B, N] and `spatial_shapes` [B, 2], where N
+is the number of patches of the largest image.
 """
 
 from __future__ import annotations
@@ -27,11 +30,11 @@ from siglip_port import patches, validation
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.patches import ImageBatch, Mask, Shapes
 
-if TYPE_CHECKING:  # the encoder knows no files and no images: only some of its methods do
+if TYPE_CHECKING:  # files and images are imported by the methods that need them
     from siglip_port.checkpoint import LoadOptions, Provenance
     from siglip_port.image_processing import Backend, ImageInput
 
-# hidden_act -> the function. SigLIP was trained with the tanh form; `gelu` names the exact one.
+# hidden_act -> function. SigLIP was trained with the tanh approximation; `gelu` is the exact one.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
@@ -39,77 +42,74 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm, printed the same by every release: newer ones add `bias=True`."""
+    """`nn.LayerNorm` with the same `repr` in every torch release (newer ones print `bias=True`)."""
 
     def extra_repr(self) -> str:
-        """Return shape, eps and whether there are learned parameters."""
+        """Format shape, eps and elementwise_affine."""
         affine = self.elementwise_affine
         return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={affine}"
 
 
 class VisionEmbeddings(nn.Module):
-    """Cut images into patches, project each to a token, and add its position embedding.
+    """Patch embedding plus learned position embeddings: [B, C, S, S] -> [B, N, D].
 
-    [B, C, S, S] -> [B, N, D]. Pixels beyond the last whole patch, right and below, are ignored.
-    With `config.resize_rule`, which fits positions to other grids, also other sizes.
+    Pixels right of and below the last whole patch are ignored. Other image sizes are supported with
+    `config.resize_rule`, which interpolates the position embeddings.
     """
 
     def __init__(self, config: SigLipVisionConfig) -> None:
         super().__init__()
         self.config = config
+        patch = config.patch_size
         self.patch_embedding = nn.Conv2d(
-            config.num_channels,
-            config.embed_dim,
-            kernel_size=config.patch_size,
-            stride=config.patch_size,
-            padding="valid",
+            config.num_channels, config.embed_dim, patch, stride=patch, padding="valid"
         )
-        # As `nn.Embedding(N, D)`, without torch's own initialization: see `init_normal`.
+        # `nn.Embedding(N, D)` would initialize itself, which is slow on `meta`: see `init_normal`.
         self.position_embedding = nn.Embedding.from_pretrained(
             torch.empty(config.num_patches, config.embed_dim), freeze=False
         )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh parameters as the reference does."""
+        """Initialize parameters as the reference does."""
         init_lecun_normal(self.patch_embedding)
         init_normal(self.position_embedding.weight, std=self.config.embed_dim**-0.5)
 
     def forward(self, pixel_values: Tensor, spatial_shapes: Shapes = None) -> Tensor:
-        """[B, C, S, S] -> [B, N, D], in the dtype of the parameters."""
+        """Embed images [B, C, S, S] or packed patches [B, N, P * P * C]: -> [B, N, D]."""
         if spatial_shapes is not None:
             return self.embed_packed(pixel_values, spatial_shapes)
         validation.validate_images(pixel_values, self.config)
         grid = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        height, width = grid.shape[2:]  # [B, D, h, w]
+        height, width = grid.shape[2:]  # grid: [B, D, h, w]
         return grid.flatten(2).transpose(1, 2) + self.positions(height, width)
 
     def embed_packed(self, pixel_values: Tensor, spatial_shapes: Shapes) -> Tensor:
-        """[B, N, P * P * C] -> [B, N, D]."""
+        """Embed packed patches: [B, N, P * P * C] -> [B, N, D]."""
         shapes = patches.shape_pairs(spatial_shapes)
         validation.validate_packed_patches(pixel_values, shapes, spatial_shapes, self.config)
-        kernel = self.patch_embedding.weight.permute(0, 2, 3, 1).flatten(1)  # the channel fastest
+        kernel = self.patch_embedding.weight.permute(0, 2, 3, 1).flatten(1)  # [D, P * P * C]
         tokens = F.linear(pixel_values.to(kernel.dtype), kernel, self.patch_embedding.bias)
         positions = [self.padded_positions(h, w, tokens.shape[1]) for h, w in shapes]
         return tokens + torch.stack(positions)
 
     def positions(self, height: int, width: int) -> Tensor:
-        """Return the position embeddings of a grid of patches, [height * width, D]."""
+        """Return the position embeddings of a grid of patches: [height * width, D]."""
         table = self.position_embedding.weight
         if height == width == self.config.grid_size:
             return table
-        assert self.config.resize_rule is not None  # other grids are refused without one
+        assert self.config.resize_rule is not None  # validated before
         return patches.interpolate_positions(table, (height, width), self.config.resize_rule)
 
     def padded_positions(self, height: int, width: int, count: int) -> Tensor:
-        """[count, D]. The padding gets the image's first position, as in the reference."""
+        """Pad positions with the image's first one, as the reference does: [count, D]."""
         positions = self.positions(height, width)
         padding = positions[:1].expand(count - height * width, -1)
         return torch.cat([positions, padding])
 
 
 class MLP(nn.Module):
-    """Two layers with an activation between them. [..., D] -> [..., D]."""
+    """Two linear layers with an activation in between: [..., D] -> [..., D]."""
 
     def __init__(self, config: SigLipVisionConfig) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class MLP(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh parameters as the reference does."""
+        """Initialize parameters as the reference does."""
         for linear in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(linear.weight)
             init_normal(linear.bias, std=1e-6)
@@ -130,11 +130,11 @@ class MLP(nn.Module):
 
 
 class MultiheadAttention(nn.Module):
-    """Scaled dot-product attention with H heads: of tokens to themselves, or of a query to tokens.
+    """Multi-head scaled dot-product attention: self-attention, or cross-attention from a query.
 
     Args:
-        config: the model's configuration.
-        dropout: in training only, and instead of the configuration's.
+        config: Model configuration.
+        dropout: Dropout of attention weights. [default: `config.attention_dropout`]
     """
 
     def __init__(self, config: SigLipVisionConfig, *, dropout: float | None = None) -> None:
@@ -149,7 +149,7 @@ class MultiheadAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh parameters as the reference does."""
+        """Initialize parameters as the reference does."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -157,9 +157,9 @@ class MultiheadAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, query: Tensor | None = None, mask: Mask = None
     ) -> Tensor:
-        """Let a query [B, Q, D], or the tokens themselves, attend to tokens [B, N, D]: [B, Q, D].
+        """Attend from `query` [B, Q, D], or the tokens themselves, to tokens [B, N, D]: [B, Q, D].
 
-        The mask [B, 1, 1, N] is True where there is something to attend to; None for everywhere.
+        `mask` [B, 1, 1, N] is True for tokens to attend to; None attends to all.
         """
         if query is None:
             query = hidden_states
@@ -169,7 +169,7 @@ class MultiheadAttention(nn.Module):
         return self.out_proj(self.merge_heads(self.attend(q, k, v, mask)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        """Mix the values: [B, H, Q, D/H], twice [B, H, N, D/H] -> [B, H, Q, D/H]."""
+        """Attend per head: q [B, H, Q, D/H], k and v [B, H, N, D/H] -> [B, H, Q, D/H]."""
         dropout = self.dropout if self.training else 0.0
         scale = self.head_dim**-0.5
         return F.scaled_dot_product_attention(
@@ -186,7 +186,7 @@ class MultiheadAttention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """One pre-norm transformer block. [B, N, D] -> [B, N, D]."""
+    """Pre-norm transformer block: [B, N, D] -> [B, N, D]."""
 
     def __init__(self, config: SigLipVisionConfig) -> None:
         super().__init__()
@@ -196,17 +196,17 @@ class EncoderBlock(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, hidden_states: Tensor, mask: Mask = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]. The mask is that of `MultiheadAttention`."""
+        """[B, N, D] -> [B, N, D]; mask [B, 1, 1, N] as in `MultiheadAttention`."""
         attended = self.self_attn(self.layer_norm1(hidden_states), mask=mask)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
 class SigLipEncoder(nn.Module):
-    """All L blocks, one after the other. [B, N, D] -> [B, N, D], not normalized at the end.
+    """Stack of L blocks, without a final LayerNorm: [B, N, D] -> [B, N, D].
 
-    With `gradient_checkpointing`, every block is computed a second time on the way back, in
-    training, instead of keeping what it computed.
+    With `gradient_checkpointing`, blocks are recomputed in the backward pass instead of storing
+    their activations.
     """
 
     def __init__(self, config: SigLipVisionConfig) -> None:
@@ -217,20 +217,20 @@ class SigLipEncoder(nn.Module):
         self.checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
 
     def forward(self, hidden_states: Tensor, mask: Mask = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
+        """[B, N, D] -> [B, N, D]; mask [B, 1, 1, N] as in `MultiheadAttention`."""
         for block in self.encoder_blocks:
             hidden_states = self.run_block(block, hidden_states, mask)
         return hidden_states
 
     def run_block(self, block: nn.Module, hidden_states: Tensor, mask: Mask) -> Tensor:
-        """[B, N, D] -> [B, N, D], with gradient checkpointing where it is enabled."""
+        """Run one block, checkpointed if enabled: [B, N, D] -> [B, N, D]."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return recompute(block, hidden_states, mask, **self.checkpointing_kwargs)
         return block(hidden_states, mask)
 
 
 class SigLipVisionTransformer(nn.Module):
-    """From images to tokens. [B, C, S, S] -> [B, N, D]."""
+    """Embeddings, encoder and final LayerNorm: images [B, C, S, S] -> tokens [B, N, D]."""
 
     def __init__(self, config: SigLipVisionConfig) -> None:
         super().__init__()
@@ -241,18 +241,18 @@ class SigLipVisionTransformer(nn.Module):
     def forward(
         self, pixel_values: Tensor, pixel_attention_mask: Mask = None, spatial_shapes: Shapes = None
     ) -> Tensor:
-        """[B, C, S, S] -> [B, N, D]; or packed patches."""
+        """Images [B, C, S, S] or packed patches [B, N, P * P * C] -> tokens [B, N, D]."""
         hidden_states = self.embeddings(pixel_values, spatial_shapes)
         mask = patches.attention_mask(hidden_states, pixel_attention_mask, spatial_shapes)
         return self.post_layernorm(self.encoder(hidden_states, mask))
 
 
 class PoolingHead(nn.Module):
-    """From tokens to one vector an image: a learned probe attends to all. [B, N, D] -> [B, D].
+    """Attention pooling with a learned probe: tokens [B, N, D] -> image embedding [B, D].
 
-    MAPHead in big_vision, SiglipMultiheadAttentionPoolingHead in the reference. It has no residual
-    around its attention, and no attention dropout. Built of plain `Linear`s, for the reference's
-    `nn.MultiheadAttention`, so that it quantizes, shards and takes adapters like the blocks.
+    `MAPHead` in big_vision, `SiglipMultiheadAttentionPoolingHead` in transformers. There is no
+    residual around the attention and no dropout. Plain `nn.Linear`s replace the reference's
+    `nn.MultiheadAttention`, so that quantization, sharding and LoRA work as in the blocks.
     """
 
     def __init__(self, config: SigLipVisionConfig) -> None:
@@ -264,15 +264,15 @@ class PoolingHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh parameters as the reference does."""
+        """Initialize parameters as the reference does."""
         nn.init.xavier_uniform_(self.probe)
         for linear in (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj):
-            # The reference draws the three as one [3D, D] matrix: sqrt(6 / 4D) for sqrt(6 / 2D).
+            # The reference draws q, k, v as one [3D, D] matrix: sqrt(6 / 4D), not sqrt(6 / 2D).
             nn.init.xavier_uniform_(linear.weight, gain=math.sqrt(1 / 2))
         init_lecun_normal(self.attention.out_proj)
 
     def forward(self, tokens: Tensor, mask: Mask = None) -> Tensor:
-        """[B, N, D] -> [B, D]. The mask is that of `MultiheadAttention`."""
+        """[B, N, D] -> [B, D]; mask [B, 1, 1, N] as in `MultiheadAttention`."""
         query = self.probe.expand(tokens.shape[0], -1, -1)
         pooled = self.attention(tokens, query=query, mask=mask)  # [B, 1, D]
         pooled = pooled + self.mlp(self.layernorm(pooled))
@@ -280,25 +280,21 @@ class PoolingHead(nn.Module):
 
 
 class SigLipVisionModel(nn.Module):
-    """The SigLIP vision encoder, with its pooling head if `config.pooling_head`.
+    """SigLIP vision encoder with an optional pooling head.
 
-    All methods that take `pixel_values` take images, [B, C, S, S], of any floating point dtype,
-    normalized with mean 0.5 and std 0.5; of other sizes, where `config.resize_rule` says how
-    positions are fitted to them; or packed patches, `model(**pack(images, patch_size))`, for whose
-    padding the results mean nothing. They raise ValueError for any other input.
+    Methods accept `pixel_values` as images [B, C, S, S] of any floating point dtype, normalized to
+    [-1, 1] (mean 0.5, std 0.5); other sizes need `config.resize_rule`. They also accept packed
+    patches, `model(**pack(images, patch_size))`; outputs at padded positions are then undefined.
+    Outputs have the parameters' dtype. Unsupported input raises ValueError.
 
     Attributes:
-        config: the architecture.
-        provenance: where the weights come from; None for a freshly initialized model.
+        config: Architecture.
+        provenance: Source of the weights; None for a freshly initialized model.
     """
 
     def __init__(self, config: SigLipVisionConfig) -> None:
         super().__init__()
-        if not isinstance(config, SigLipVisionConfig):
-            raise ValueError(
-                f"config must be a SigLipVisionConfig, got a {type(config).__name__}; to load a "
-                "checkpoint, use SigLipVisionModel.from_hf"
-            )
+        validation.validate_config(config)
         self.config = config
         self.provenance: Provenance | None = None
         self._preprocessor_config: dict[str, Any] | None = None
@@ -308,14 +304,16 @@ class SigLipVisionModel(nn.Module):
     def forward(
         self, pixel_values: Tensor, pixel_attention_mask: Mask = None, spatial_shapes: Shapes = None
     ) -> Tensor:
-        """Turn images into tokens [B, N, D], after the last LayerNorm, in the parameters' dtype."""
+        """Encode images [B, C, S, S] or packed patches [B, N, P * P * C] into tokens [B, N, D].
+
+        The tokens have passed the final LayerNorm: `last_hidden_state` in transformers.
+        """
         return self.transformer(pixel_values, pixel_attention_mask, spatial_shapes)
 
     def pool(self, tokens: Tensor, pixel_attention_mask: Mask = None) -> Tensor:
-        """Turn tokens [B, N, D] into one vector an image, [B, D]: SigLIP's image embedding.
+        """Pool tokens [B, N, D] into image embeddings [B, D]: `pooler_output` in transformers.
 
-        It is not of unit length; SigLIP has no further projection. Raises ValueError where the
-        model has no pooling head.
+        Embeddings are not L2-normalized, and SigLIP has no projection after them.
         """
         validation.validate_tokens(tokens, self.config)
         mask = patches.key_mask(tokens, pixel_attention_mask)
@@ -323,11 +321,7 @@ class SigLipVisionModel(nn.Module):
             return self.pooling_head(tokens.to(self.pooling_head.probe.dtype), mask)
         if self.config.mean_pooling:
             return patches.mean_of_tokens(tokens, mask)
-        raise ValueError(
-            "this model has no pooling head, so it cannot make one vector of the tokens; load a "
-            "checkpoint that has one, without pooling_head=False, or pool the tokens yourself, for "
-            "example tokens.mean(dim=1)"
-        )
+        raise ValueError(validation.NO_POOLING_HEAD)
 
     def embed(
         self,
@@ -336,26 +330,26 @@ class SigLipVisionModel(nn.Module):
         pixel_attention_mask: Mask = None,
         spatial_shapes: Shapes = None,
     ) -> Tensor:
-        """Turn images into one vector each, [B, D]: `forward`, `pool`, and unit length if asked."""
+        """Return image embeddings [B, D]: `forward`, then `pool`, L2-normalized if `normalize`."""
         tokens = self(pixel_values, pixel_attention_mask, spatial_shapes)
         mask = patches.attention_mask(tokens, pixel_attention_mask, spatial_shapes)
         if mask is not None:
             mask = mask[:, 0, 0]
-        vectors = self.pool(tokens, mask)
-        return F.normalize(vectors, dim=-1) if normalize else vectors
+        embeddings = self.pool(tokens, mask)
+        return F.normalize(embeddings, dim=-1) if normalize else embeddings
 
     def embed_images(
         self,
-        pictures: Sequence[ImageInput],
+        images: Sequence[ImageInput],
         *,
         batch_size: int = 32,
         normalize: bool = False,
         backend: Backend = "pil",
     ) -> Tensor:
-        """Turn images as they are into one vector each: `siglip_port.features.embed_images`."""
+        """Preprocess and embed image files or arrays: see `siglip_port.features.embed_images`."""
         from siglip_port import features
 
-        return features.embed_images(self, pictures, batch_size, normalize, backend)
+        return features.embed_images(self, images, batch_size, normalize, backend)
 
     def hidden_states(
         self,
@@ -367,7 +361,7 @@ class SigLipVisionModel(nn.Module):
         post_layernorm: bool = False,
         as_maps: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Return what stands between the blocks: `siglip_port.features.hidden_states`."""
+        """Return intermediate hidden states: see `siglip_port.features.hidden_states`."""
         from siglip_port import features
 
         batch = ImageBatch(pixel_values, pixel_attention_mask, spatial_shapes)
@@ -382,14 +376,14 @@ class SigLipVisionModel(nn.Module):
         pixel_attention_mask: Mask = None,
         spatial_shapes: Shapes = None,
     ) -> tuple[Tensor, ...]:
-        """Return the attention of chosen blocks: `siglip_port.features.attention_maps`."""
+        """Return attention weights of blocks: see `siglip_port.features.attention_maps`."""
         from siglip_port import features
 
         batch = ImageBatch(pixel_values, pixel_attention_mask, spatial_shapes)
         return features.attention_maps(self, batch, layers)
 
     def pooling_attention(self, tokens: Tensor, pixel_attention_mask: Mask = None) -> Tensor:
-        """Return the attention of the pooling head: `siglip_port.features.pooling_attention`."""
+        """Return attention weights of the pooling head: see `features.pooling_attention`."""
         from siglip_port import features
 
         return features.pooling_attention(self, tokens, pixel_attention_mask)
@@ -397,28 +391,28 @@ class SigLipVisionModel(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        """Compute every block twice in training, as transformers' method does: less memory."""
+        """Recompute blocks in the backward pass to save memory, as in transformers."""
         kwargs = gradient_checkpointing_kwargs or {}
         self.transformer.encoder.checkpointing_kwargs = {"use_reentrant": False, **kwargs}
         self.transformer.encoder.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
-        """Undo `gradient_checkpointing_enable`."""
+        """Store activations of blocks again."""
         self.transformer.encoder.gradient_checkpointing = False
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return self.transformer.post_layernorm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters."""
+        """Dtype of the parameters."""
         return self.transformer.post_layernorm.weight.dtype
 
     @property
     def preprocessor_config(self) -> dict[str, Any]:
-        """How images become `pixel_values`: what `save_hf` writes as `preprocessor_config.json`."""
+        """Preprocessing configuration, which `save_hf` writes as `preprocessor_config.json`."""
         if self._preprocessor_config is None:
             from siglip_port.checkpoint import default_preprocessor_config
 
@@ -431,35 +425,35 @@ class SigLipVisionModel(nn.Module):
 
     @classmethod
     def from_hf(cls, source: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Self:
-        """Load a checkpoint, strictly: `siglip_port.checkpoint.load_model` lists the options."""
+        """Load a checkpoint strictly: see `siglip_port.checkpoint.load_model` for the options."""
         from siglip_port.checkpoint import load_model
 
         return load_model(cls, source, **options)
 
     def save_hf(self, folder: str | os.PathLike[str]) -> None:
-        """Write a HuggingFace checkpoint: `siglip_port.checkpoint.save_hf`."""
+        """Save in transformers format: see `siglip_port.checkpoint.save_hf`."""
         from siglip_port.checkpoint import save_hf
 
         save_hf(self, folder)
 
     def save_timm(self, folder: str | os.PathLike[str]) -> None:
-        """Write a timm checkpoint: `siglip_port.checkpoint.save_timm`."""
+        """Save in timm format: see `siglip_port.checkpoint.save_timm`."""
         from siglip_port.checkpoint import save_timm
 
         save_timm(self, folder)
 
 
 def init_normal(tensor: Tensor, std: float) -> None:
-    """Draw from N(0, std^2). On `meta`, where there is nothing to draw, torch would import much."""
+    """Fill with N(0, std^2). Skips `meta` tensors, for which torch would import its compiler."""
     if not tensor.is_meta:
         nn.init.normal_(tensor, std=std)
 
 
 def init_lecun_normal(module: nn.Conv2d | nn.Linear) -> None:
-    """Draw as Flax does by default: normal of variance 1 / fan_in.
+    """Initialize as Flax does by default: truncated normal of variance 1 / fan_in, zero bias.
 
-    0.8796 is the std of a unit normal cut off at 2. The reference cuts off at the number 2, far
-    outside at these stds, yet divides by that factor; so do we.
+    0.8796 is the standard deviation of a unit normal truncated at 2 standard deviations. The
+    reference truncates at the value 2 instead, yet divides by that factor; so does the port.
     """
     fan_in = module.weight[0].numel()
     nn.init.trunc_normal_(module.weight, std=math.sqrt(1 / fan_in) / 0.87962566103423978)

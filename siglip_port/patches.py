@@ -1,4 +1,4 @@
-"""Grids of patches: cutting images, packing them into one batch, and positions for any grid.
+"""Patches: cutting and packing images, attention masks, and position embeddings for any grid.
 
 Sources: transformers 5.23 `models/siglip`, `models/siglip2` and `models/idefics2`; timm 1.0.31
 `layers/pos_embed.py`; big_vision `models/vit.py` (`resample_posemb`) and
@@ -17,20 +17,20 @@ from torch import Tensor
 from siglip_port.validation import validate_attention_mask, validate_images_to_pack
 
 Mask = Tensor | None
-"""Which patches of a batch of packed ones are no padding, [B, N]; None where `Shapes` tell."""
+"""Padding mask of packed patches, [B, N]: nonzero for patches, 0 for padding; None if unpadded."""
 
 Shapes = Tensor | Sequence[tuple[int, int]] | None
-"""Patches downwards and across of B images, (h, w): a tensor [B, 2] or pairs of ints, with which
-nothing waits for the device and `torch.compile` sees constants; None for images of one size."""
+"""Height and width of B images in patches: a tensor [B, 2], or pairs of ints, which avoid a device
+sync and are constants for `torch.compile`. None for images of one size."""
 
 
 class PackedImages(TypedDict):
-    """Images of several shapes in one batch, by the names that transformers' NaFlex models take.
+    """Images of different shapes in one batch; the keys are those of transformers' NaFlex models.
 
     Attributes:
-        pixel_values: [B, N, P * P * C], patches; zero at the padding.
-        pixel_attention_mask: [B, N], int64; 1 for a patch and 0 for padding.
-        spatial_shapes: [B, 2], int64; patches downwards and across.
+        pixel_values: Patches, [B, N, P * P * C]; zero where padded.
+        pixel_attention_mask: 1 for patches and 0 for padding, [B, N], int64.
+        spatial_shapes: Height and width in patches, [B, 2], int64.
     """
 
     pixel_values: Tensor
@@ -39,12 +39,12 @@ class PackedImages(TypedDict):
 
 
 class ImageBatch(NamedTuple):
-    """What the model is called with: images of one size, or packed patches.
+    """Arguments of `SigLipVisionModel.forward`: images of one size, or packed patches.
 
     Attributes:
-        pixel_values: [B, C, height, width]; or, with `spatial_shapes`, [B, N, P * P * C].
-        pixel_attention_mask: [B, N], zero at the padding; None for what `spatial_shapes` say.
-        spatial_shapes: patches downwards and across; None for images of one size.
+        pixel_values: Images [B, C, H, W], or packed patches [B, N, P * P * C].
+        pixel_attention_mask: Padding mask [B, N]; None to derive it from `spatial_shapes`.
+        spatial_shapes: Height and width in patches, B pairs; None for images of one size.
     """
 
     pixel_values: Tensor
@@ -53,14 +53,14 @@ class ImageBatch(NamedTuple):
 
 
 def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
-    """Cut images into patches, as NaFlex models take them: row by row, in each the channel fastest.
+    """Cut images into flattened patches in row-major order, channels last.
 
     Args:
-        pixel_values: [..., C, H, W]. What is left beyond the last whole patch is ignored.
-        patch_size: P, in pixels.
+        pixel_values: Images [..., C, H, W]. Pixels beyond the last whole patch are ignored.
+        patch_size: Patch size P, in pixels.
 
     Returns:
-        [..., (H // P) * (W // P), P * P * C].
+        Patches [..., (H // P) * (W // P), P * P * C].
     """
     height, width = pixel_values.shape[-2:]
     rows = height // patch_size
@@ -73,20 +73,21 @@ def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
 
 
 def pack(images: Sequence[Tensor], patch_size: int, num_patches: int | None = None) -> PackedImages:
-    """Pack images of several shapes into one batch: `model(**pack(images, patch_size))`.
+    """Pack images of different shapes into one batch: `model(**pack(images, patch_size))`.
 
-    The result has the names and shapes of what transformers' `Siglip2ImageProcessor` returns.
+    Keys and shapes are those of transformers' `Siglip2ImageProcessor`.
 
     Args:
-        images: B tensors [C, H, W], of one dtype.
-        patch_size: P, in pixels.
-        num_patches: to which every image is padded, N; None for as many as the largest has.
+        images: B tensors [C, H, W] of one dtype.
+        patch_size: Patch size P, in pixels.
+        num_patches: Padded number of patches N. [default: that of the largest image]
 
     Returns:
-        What `SigLipVisionModel` takes: a dictionary to be passed on by `**`.
+        Keyword arguments of `SigLipVisionModel.forward`.
 
     Raises:
-        ValueError: there are no images, one has no whole patch, or has more than `num_patches`.
+        ValueError: `images` is empty, or an image is smaller than a patch or has more than
+            `num_patches` patches.
     """
     validate_images_to_pack(images, patch_size, num_patches)
     shapes = [(image.shape[-2] // patch_size, image.shape[-1] // patch_size) for image in images]
@@ -103,7 +104,7 @@ def pack(images: Sequence[Tensor], patch_size: int, num_patches: int | None = No
 
 
 def shape_pairs(spatial_shapes: Shapes) -> list[tuple[int, int]]:
-    """Return the shapes as pairs of ints; none at all where they are no pairs of whole numbers."""
+    """Convert shapes to pairs of ints; return an empty list if they are anything else."""
     rows: object = spatial_shapes
     if spatial_shapes is not None and hasattr(spatial_shapes, "tolist"):
         rows = spatial_shapes.tolist()
@@ -120,33 +121,30 @@ def shape_pairs(spatial_shapes: Shapes) -> list[tuple[int, int]]:
 
 
 def attention_mask(tokens: Tensor, pixel_attention_mask: Mask, spatial_shapes: Shapes) -> Mask:
-    """Return which tokens [B, N, D] are not padding, as attention takes it: [B, 1, 1, N], bool.
+    """Return the attention mask of tokens [B, N, D]: [B, 1, 1, N], bool, True for patches.
 
-    Without a `pixel_attention_mask` [B, N], the shapes tell: what comes after an image's last patch
-    is padding. Images of one size have none: None.
+    Without a `pixel_attention_mask` [B, N], the mask follows from `spatial_shapes`. Images of one
+    size need no mask: None.
 
     Raises:
-        ValueError: there is a mask, but no shapes; or it has another shape.
+        ValueError: The mask has another shape, or was passed without `spatial_shapes`.
     """
     if spatial_shapes is None:
         if pixel_attention_mask is not None:
-            raise ValueError(
-                "pixel_attention_mask goes with spatial_shapes, got the mask alone; pass both or "
-                "neither"
-            )
+            raise ValueError("pixel_attention_mask requires spatial_shapes; pass both or neither")
         return None
     if pixel_attention_mask is not None:
         return key_mask(tokens, pixel_attention_mask)
     shapes = torch.as_tensor(shape_pairs(spatial_shapes), device=tokens.device)
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    return (places < shapes.prod(1, keepdim=True))[:, None, None]
+    indices = torch.arange(tokens.shape[1], device=tokens.device)
+    return (indices < shapes.prod(1, keepdim=True))[:, None, None]
 
 
 def key_mask(tokens: Tensor, pixel_attention_mask: Mask) -> Mask:
-    """Return a mask [B, N] of tokens [B, N, D] as attention takes it: [B, 1, 1, N], bool.
+    """Convert a padding mask [B, N] of tokens [B, N, D] to an attention mask [B, 1, 1, N], bool.
 
     Raises:
-        ValueError: it is no tensor of that shape.
+        ValueError: The mask is not a tensor of that shape.
     """
     if pixel_attention_mask is None:
         return None
@@ -155,27 +153,27 @@ def key_mask(tokens: Tensor, pixel_attention_mask: Mask) -> Mask:
 
 
 def mean_of_tokens(tokens: Tensor, mask: Mask) -> Tensor:
-    """Average tokens, [B, N, D] -> [B, D], but for those that a mask [B, 1, 1, N] leaves out."""
+    """Average the unmasked tokens: [B, N, D], mask [B, 1, 1, N] -> [B, D]."""
     if mask is None:
         return tokens.mean(dim=1)
-    counted = mask[:, 0, 0, :, None].to(torch.promote_types(tokens.dtype, torch.float32))
-    shares = counted / counted.sum(dim=1, keepdim=True)
-    return (tokens * shares.to(tokens.dtype)).sum(dim=1)
+    weights = mask[:, 0, 0, :, None].to(torch.promote_types(tokens.dtype, torch.float32))
+    weights = weights / weights.sum(dim=1, keepdim=True)  # before the sum, which overflows float16
+    return (tokens * weights.to(tokens.dtype)).sum(dim=1)
 
 
-# --- positions for other grids --------------------------------------------------------------------
+# --- position embeddings for other grids ----------------------------------------------------------
 
 
 def interpolate_positions(table: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """Fit learned positions to a grid of patches. Their own grid keeps them as they are.
+    """Resize learned position embeddings to another grid of patches.
 
     Args:
-        table: [N, D], of a square grid, row by row.
-        size: patches downwards and across, (H, W).
-        interpolation: one of `siglip_port.config.INTERPOLATIONS`.
+        table: Position embeddings of a square grid, row-major, [N, D].
+        size: Height and width of the new grid in patches, (H, W).
+        interpolation: One of `siglip_port.config.INTERPOLATIONS`.
 
     Returns:
-        [H * W, D], in the dtype of the table.
+        [H * W, D] in the dtype of `table`; `table` itself if the grid is unchanged.
     """
     side = round(len(table) ** 0.5)
     if size == (side, side):
@@ -187,7 +185,7 @@ def interpolate_positions(table: Tensor, size: tuple[int, int], interpolation: s
 def resize_grid(
     grid: Tensor, size: tuple[int, int], mode: str, *, align_corners: bool = False, antialias: bool
 ) -> Tensor:
-    """Resize a grid, [h, w, D] -> [H, W, D], computed in its dtype."""
+    """Resize a grid in its dtype: [h, w, D] -> [H, W, D]."""
     image = grid.permute(2, 0, 1)[None]
     resized = F.interpolate(
         image, size, mode=mode, align_corners=align_corners, antialias=antialias
@@ -196,45 +194,46 @@ def resize_grid(
 
 
 def interpolate_as_transformers(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize as the reference's `interpolate_pos_encoding=True`, in the dtype of the weights."""
+    """Resize as transformers' `interpolate_pos_encoding=True`: bicubic, in the weights' dtype."""
     return resize_grid(grid, size, "bicubic", antialias=False)
 
 
 def interpolate_as_timm(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize as timm's `resample_abs_pos_embed`, in float32 whatever the dtype of the weights."""
+    """Resize as timm's `resample_abs_pos_embed`: bicubic, antialiased, always in float32."""
     return resize_grid(grid.float(), size, "bicubic", antialias=True).to(grid.dtype)
 
 
 def interpolate_as_naflex(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize as SigLIP 2 NaFlex in transformers: on a CPU in float32, for float64 weights too."""
+    """Resize as SigLIP 2 NaFlex in transformers: bilinear, antialiased; in float32 on CPUs."""
     if grid.device.type == "cpu":
         return resize_grid(grid.float(), size, "bilinear", antialias=True).to(grid.dtype)
     return resize_grid(grid, size, "bilinear", antialias=True)
 
 
 def interpolate_as_big_vision(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize as big_vision's `scipy.ndimage.zoom(order=1)`: linear, corners on corners."""
+    """Resize as big_vision's `scipy.ndimage.zoom(order=1)`: bilinear, corners aligned."""
     return resize_grid(grid, size, "bilinear", align_corners=True, antialias=False)
 
 
 def interpolate_as_navit(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """Take the position of the same place in the image, as NaViT models do.
+    """Take the nearest position, as NaViT models do.
 
-    Idefics2, Idefics3, SmolVLM, MiniCPM-V and Phi-4. In float32, operation by operation as
-    transformers 5 does it, since the rounding decides on which side of a boundary a place lies.
-    Releases before 5.0 round differently.
+    These are Idefics2, Idefics3, SmolVLM, MiniCPM-V and Phi-4. Coordinates are float32, computed in
+    the same order as in transformers 5, because rounding decides ties. Releases before 5.0 round
+    differently.
     """
     rows = nearest_indices(size[0], grid.shape[0], grid.device)
     columns = nearest_indices(size[1], grid.shape[1], grid.device)
     return grid[rows[:, None], columns]
 
 
-def nearest_indices(count: int, own_count: int, device: torch.device) -> Tensor:
-    """Return, for `count` places along an axis, which of `own_count` positions each reads."""
+def nearest_indices(count: int, table_size: int, device: torch.device) -> Tensor:
+    """Map `count` coordinates along an axis to indices into `table_size` positions: [count]."""
     step = 1.0 / torch.tensor(count, device=device)
-    places = torch.arange(count, device=device, dtype=torch.float32) * step
-    boundaries = torch.arange(1 / own_count, 1.0, 1 / own_count, device=device, dtype=torch.float32)
-    return torch.bucketize(places.clamp(max=1.0 - 1e-6), boundaries, right=True)
+    coordinates = torch.arange(count, device=device, dtype=torch.float32) * step
+    width = 1 / table_size
+    boundaries = torch.arange(width, 1.0, width, device=device, dtype=torch.float32)
+    return torch.bucketize(coordinates.clamp(max=1.0 - 1e-6), boundaries, right=True)
 
 
 INTERPOLATION_RULES: dict[str, Callable[[Tensor, tuple[int, int]], Tensor]] = {
@@ -244,4 +243,4 @@ INTERPOLATION_RULES: dict[str, Callable[[Tensor, tuple[int, int]], Tensor]] = {
     "big_vision": interpolate_as_big_vision,
     "navit": interpolate_as_navit,
 }
-"""By the names of `siglip_port.config.INTERPOLATIONS`: [h, w, D], (H, W) -> [H, W, D]."""
+"""Name in `siglip_port.config.INTERPOLATIONS` -> function [h, w, D], (H, W) -> [H, W, D]."""

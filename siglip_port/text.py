@@ -1,4 +1,4 @@
-"""Text for people: folded names, amounts of bytes, tables in columns."""
+"""Formatting: folded parameter names, byte counts and plain-text tables."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable
 
 BYTE_UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
-"""Decimal units of bytes, the largest first."""
+"""Decimal byte units, largest first."""
 
 
 def fold_blocks(names: Iterable[str]) -> list[str]:
-    """Fold names that differ only in the number of the block: `layers.{0...11}.mlp.fc1.bias`.
+    """Fold names that differ only in the block index: `layers.{0...11}.mlp.fc1.bias`.
 
-    Only a number between two dots is a block's number: `fc1` and `layer_norm1` stay what they are.
+    Only an integer between two dots is a block index: `fc1` and `layer_norm1` are unchanged.
     """
     folded: dict[tuple[str, ...], list[int]] = {}
     for name in names:
@@ -23,7 +23,7 @@ def fold_blocks(names: Iterable[str]) -> list[str]:
 
 
 def format_ranges(numbers: Iterable[int]) -> str:
-    """Write `[0, 1, 2, 5]` as `{0...2,5}`, and one number as itself."""
+    """Format `[0, 1, 2, 5]` as `{0...2,5}`, and a single number as itself."""
     unique = sorted(set(numbers))
     runs: list[list[int]] = []
     for number in unique:
@@ -36,7 +36,7 @@ def format_ranges(numbers: Iterable[int]) -> str:
 
 
 def format_bytes(size: int) -> str:
-    """Write a number of bytes in the decimal unit that suits it: `371.5 MB`, `402 B`."""
+    """Format a byte count with a decimal unit: `371.5 MB`, `402 B`."""
     for unit, name in BYTE_UNITS:
         if size >= unit:
             return f"{size / unit:.1f} {name}"
@@ -44,7 +44,7 @@ def format_bytes(size: int) -> str:
 
 
 def format_table(rows: Iterable[list[str]]) -> list[str]:
-    """Lay rows of one length out in columns, one line a row."""
+    """Align rows of equal length in columns; return one line per row."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -1,4 +1,4 @@
-"""The number of CPU threads that torch computes with."""
+"""CPU threads of torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:
-    """Run with another number of threads.
+    """Set torch's number of CPU threads within a `with` block.
 
-    Small models are fastest with one, by far where the machine is busy.
+    Small models run fastest with one thread, especially on a busy machine.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(number)

@@ -1,4 +1,4 @@
-"""What compilers and exporters make of the model computes the same."""
+"""`torch.compile` and `torch.export` give the same results."""
 
 from __future__ import annotations
 
@@ -29,16 +29,13 @@ from tests.helpers.training import (
 
 @pytest.fixture
 def compiler() -> Iterator[None]:
-    """Forget what other tests compiled.
-
-    Torch counts how often a function is compiled again, and gives up.
-    """
+    """Reset the compiler, whose recompile limit would otherwise be shared between tests."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()
 
 
-# One block: what is compiled is the same for all.
+# One block suffices: all blocks have the same graph.
 IMAGES = replace(SHALLOW, num_encoder_blocks=1)
 IMAGES_RESIZED = replace(RESIZED, num_encoder_blocks=1)
 PACKED = replace(NAFLEX, num_encoder_blocks=1)
@@ -47,7 +44,7 @@ SHAPES = [(2, 3), (4, 2), (1, 5)]
 
 
 def shapes_as_ints() -> dict[str, Any]:
-    """Packed patches, the shapes as pairs of ints: constants to a compiler."""
+    """Packed patches with shapes as pairs of ints, which are constants for the compiler."""
     shapes = torch.tensor(SHAPES)
     mask = (torch.arange(8) < shapes.prod(1, keepdim=True)).long()
     generator = torch.Generator().manual_seed(0)
@@ -57,7 +54,7 @@ def shapes_as_ints() -> dict[str, Any]:
 
 BATCHES: dict[str, tuple[SigLipVisionConfig, Callable[[], dict[str, Any]]]] = {
     "images": (IMAGES, lambda: {"pixel_values": images(IMAGES)}),
-    "images of another size": (IMAGES_RESIZED, lambda: {"pixel_values": images(IMAGES, 31)}),
+    "interpolated": (IMAGES_RESIZED, lambda: {"pixel_values": images(IMAGES, 31)}),
     "packed": (PACKED, shapes_as_ints),
     "packed, no mask": (PACKED, lambda: {**shapes_as_ints(), "pixel_attention_mask": None}),
 }
@@ -68,7 +65,7 @@ BATCHES: dict[str, tuple[SigLipVisionConfig, Callable[[], dict[str, Any]]]] = {
     "name",
     [
         pytest.param("images", marks=pytest.mark.slow),
-        "images of another size",
+        "interpolated",
         "packed",
         pytest.param("packed, no mask", marks=pytest.mark.slow),
     ],
@@ -91,7 +88,7 @@ def test_compile(name: str) -> None:
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("name", [pytest.param("images", marks=pytest.mark.slow), "packed"])
 def test_compiled_gradients(name: str) -> None:
-    """With gradient checkpointing, too."""
+    """Also with gradient checkpointing."""
     config, make_batch = BATCHES[name]
     model = random_model(config).train()
     batch = make_batch()
@@ -125,7 +122,7 @@ def test_compiled_once_for_all_steps() -> None:
 @pytest.mark.usefixtures("compiler")
 @torch.no_grad()
 def test_compile_other_shapes() -> None:
-    """Shapes of packed images are compiled once more each."""
+    """Each list of shapes compiles a new graph."""
     model = random_model(PACKED)
     embed = torch.compile(model.embed, fullgraph=True, backend="eager")
     for shapes in (SHAPES, [(3, 2), (2, 4), (5, 1)], [(5, 5)] * 3):
@@ -137,7 +134,7 @@ def test_compile_other_shapes() -> None:
 @pytest.mark.usefixtures("compiler")
 @torch.no_grad()
 def test_compile_other_sizes() -> None:
-    """Of all sizes of images, torch makes one graph."""
+    """Other image sizes recompile without a graph break."""
     model = random_model(IMAGES_RESIZED)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for side, batch in ((31, 2), (38, 2), (45, 3), (66, 4)):
@@ -160,7 +157,7 @@ def test_inductor() -> None:
 
 
 class Embed(nn.Module):
-    """`torch.export` takes a module's `forward`, so that `embed` becomes one."""
+    """`embed` as a module, because `torch.export` exports `forward`."""
 
     def __init__(self, model: SigLipVisionModel) -> None:
         super().__init__()
@@ -181,7 +178,7 @@ class Embed(nn.Module):
 )
 @torch.no_grad()
 def test_export(side: int, strict: bool, tmp_path: Path) -> None:
-    """For any number of images, of the model's own size and of another."""
+    """Dynamic batch size, with and without interpolated positions."""
     model = random_model(IMAGES if side == IMAGES.image_size else IMAGES_RESIZED)
     for module in (model, Embed(model)):
         program = torch.export.export(

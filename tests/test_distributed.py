@@ -1,4 +1,4 @@
-"""Several processes: DDP and FSDP2."""
+"""DDP and FSDP2 with two processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.helpers.two_processes import (
 
 
 class Run(NamedTuple):
-    """What the two processes found, rank by rank, and their folder."""
+    """Results of the two processes by rank, and their output directory."""
 
     folder: Path
     results: list[Results]
@@ -60,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def train_one_process(
     config: SigLipVisionConfig, batch: Batch
 ) -> tuple[SigLipVisionModel, Tensors]:
-    """Return the model, and its gradients for the whole batch, which it keeps."""
+    """Return a model and its gradients for the whole batch."""
     model = random_model(config)
     backward(two_processes.loss(model.embed(**batch)))
     return model, two_processes.full_gradients(model)
@@ -82,7 +82,7 @@ def test_ddp_and_fsdp_gradients(run: Run, wrapper: str, naflex: bool) -> None:
 
 
 def test_bypassing_ddp(run: Run) -> None:
-    """Past DDP, nothing is averaged."""
+    """Calls that bypass DDP do not average gradients."""
     _, expected = train_one_process(CONFIG, images())
     first, second = (results["past ddp"] for results in run.results)
     assert worst_error(first, expected)[0] > 1e-2
@@ -122,12 +122,11 @@ def test_fsdp_unregistered_methods(run: Run) -> None:
     model = random_model(CONFIG)
     maps = model.attention_maps(**images(), layers=[0, 2])[1]
     for rank, results in enumerate(run.results):
-        # `embed` calls the model itself, which gathers what `pool` needs; nothing does so for
-        # `pool` alone.
+        # `embed` calls the model, which gathers the parameters; `pool` alone does not.
         vectors = model.embed(**images(slice(2 * rank, 2 * rank + 2)))
         assert relative_error(results["vectors, embed not registered"], vectors) <= TOLERANCE
         assert results["pool, not registered"].startswith("RuntimeError: ")
-        # Maps are made of parts of the blocks, not by calling them: they must be gathered by hand.
+        # `attention_maps` reads modules of blocks without calling them, so nothing gathers them.
         assert "mixed torch.Tensor and DTensor" in results["maps, blocks sharded"]
         assert relative_error(results["maps"], maps) <= TOLERANCE
 

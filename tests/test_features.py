@@ -1,7 +1,4 @@
-"""What the encoder gives beside its tokens.
-
-Hidden states, attention maps, and itself, as a checkpoint of others.
-"""
+"""Hidden states, attention maps and mean pooling."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ load = SigLipVisionModel.from_hf
 
 @pytest.fixture
 def pair(checkpoint: MakeCheckpoint) -> tuple[SigLipVisionModel, Any]:
-    """The port and the reference, of the same weights, in float64."""
+    """Port and reference with the same weights, in float64."""
     folder = checkpoint(SHALLOW)
     reference = SiglipVisionModel.from_pretrained(
         folder, dtype=torch.float64, attn_implementation="eager"
@@ -57,7 +54,7 @@ def test_hidden_states_as_maps() -> None:
     for y in range(4):
         for column in range(7):
             assert torch.equal(maps[:, :, y, column], tokens[:, 7 * y + column])
-    with pytest.raises(ValueError, match="as_maps needs images of one shape"):
+    with pytest.raises(ValueError, match="as_maps is not supported for packed patches"):
         port.hidden_states(**pack(list(x), 7), layers=[2], as_maps=True)
 
 
@@ -65,11 +62,11 @@ def test_later_blocks_not_run() -> None:
     port = SigLipVisionModel(SHALLOW).eval()
     ran: list[int] = []
 
-    def note(i: int, *_: object) -> None:
+    def record(i: int, *_: object) -> None:
         ran.append(i)
 
     for i, block in enumerate(port.transformer.encoder.encoder_blocks):
-        block.register_forward_hook(functools.partial(note, i))
+        block.register_forward_hook(functools.partial(record, i))
     x = pixels(SHALLOW).float()
     calls: list[tuple[Callable[[], object], list[int]]] = [
         (lambda: port.hidden_states(x, [0]), []),
@@ -87,11 +84,11 @@ def test_later_blocks_not_run() -> None:
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([4], "layers must lie between -4 and 3, got 4"),
+        ([4], "layers must be between -4 and 3, got 4"),
         ([0, -5], "got -5"),
-        ([], "layers must be one or more whole numbers"),
-        (2, "layers must be one or more whole numbers in a list or tuple, got 2"),
-        (["2"], "layers must be one or more whole numbers"),
+        ([], "layers must be a non-empty list"),
+        (2, "layers must be a non-empty list or tuple of integers, got 2"),
+        (["2"], "layers must be a non-empty list"),
     ],
 )
 def test_invalid_layers(layers: Any, message: str) -> None:  # noqa: ANN401
@@ -104,10 +101,7 @@ def test_invalid_layers(layers: Any, message: str) -> None:  # noqa: ANN401
 
 @torch.no_grad()
 def test_attention_maps(pair: tuple[SigLipVisionModel, Any]) -> None:
-    """To 1e-6 in float64 too.
-
-    The softmax of the reference's eager attention is float32 whatever the dtype.
-    """
+    """The tolerance is 1e-6 because the reference's eager attention has a float32 softmax."""
     port, reference = pair
     x = pixels(SHALLOW)
     expected = reference(x, output_attentions=True).attentions
@@ -115,12 +109,12 @@ def test_attention_maps(pair: tuple[SigLipVisionModel, Any]) -> None:
         assert output.shape == (2, 4, 36, 36)
         assert relative_error(output, expected[layer]) <= 1e-6
         assert relative_error(output.sum(-1), torch.ones(2, 4, 36)) <= 1e-12
-    with pytest.raises(ValueError, match="layers must lie between -3 and 2, got 3"):
+    with pytest.raises(ValueError, match="layers must be between -3 and 2, got 3"):
         port.attention_maps(x, [3])
 
 
 @torch.no_grad()
-def test_attention_map_gives_block_output(pair: tuple[SigLipVisionModel, Any]) -> None:
+def test_attention_map_reproduces_block_output(pair: tuple[SigLipVisionModel, Any]) -> None:
     port, _ = pair
     x = pixels(SHALLOW)
     block: Any = port.transformer.encoder.encoder_blocks[1]
@@ -151,7 +145,9 @@ def test_no_attention_to_padding() -> None:
     probe = port.pooling_attention(port(**inputs), inputs["pixel_attention_mask"])
     assert not probe[0, :, 6:].any()
     assert relative_error(probe.sum(-1), torch.ones(2, 4)) <= 1e-6
-    with pytest.raises(ValueError, match="no pooling head, so nothing attends to the tokens"):
+    with pytest.raises(
+        ValueError, match="this model has no pooling head; load a checkpoint that has one"
+    ):
         SigLipVisionModel(replace(SHALLOW, pooling_head=False)).pooling_attention(
             torch.ones(1, 36, 72)
         )
@@ -174,8 +170,5 @@ def test_mean_pooling() -> None:
     assert (
         relative_error(half, torch.full((2, 72), 80.0)) <= 1e-2
     )  # a sum of float16 would overflow
-    with pytest.raises(ValueError, match="mean_pooling and pooling_head exclude each other"):
+    with pytest.raises(ValueError, match="mean_pooling and pooling_head are mutually exclusive"):
         replace(SHALLOW, mean_pooling=True)
-
-
-# --- as a checkpoint of others --------------------------------------------------------------------

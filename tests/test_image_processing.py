@@ -1,4 +1,4 @@
-"""Pixels, bit for bit as the reference's own processors make them."""
+"""Preprocessing equals transformers' image processors bit for bit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ NAFLEX = {
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """The image with noise: edges, flat parts, and every value from 0 to 255."""
+    """Add noise to the sample image: edges, flat regions, and all values from 0 to 255."""
     with Image.open(SAMPLE_IMAGE) as image:
         resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(resized).astype(int)
@@ -84,11 +84,11 @@ def sixteen_bits() -> Image.Image:
 MODES: dict[str, Callable[[], Image.Image]] = {
     "RGB": lambda: photo(97, 61),
     "tall": lambda: photo(31, 200),
-    "a pixel": lambda: photo(1, 1),
-    "a pixel wide": lambda: photo(1, 90),
-    "three pixels high": lambda: photo(70, 3),
-    "its own size": lambda: photo(32, 48),
-    "larger by far": lambda: photo(1500, 900),
+    "1 pixel": lambda: photo(1, 1),
+    "1 pixel wide": lambda: photo(1, 90),
+    "3 pixels high": lambda: photo(70, 3),
+    "target size": lambda: photo(32, 48),
+    "much larger": lambda: photo(1500, 900),
     "smaller": lambda: photo(9, 7),
     "L": lambda: photo(60, 50).convert("L"),
     "1": lambda: photo(60, 50).convert("1"),
@@ -107,7 +107,7 @@ MODES: dict[str, Callable[[], Image.Image]] = {
 
 
 def assert_same_bits(port: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
-    """The same bits under the same names; integers may be of another dtype."""
+    """Assert equal keys and bits; integer dtypes may differ."""
     assert port.keys() == dict(reference).keys()
     for name, output in port.items():
         expected = reference[name]
@@ -196,14 +196,14 @@ def test_arrays_and_tensors(shape: tuple[int, ...]) -> None:
         assert_same_bits(processor([array, array]), twice)
 
 
-def test_transparent_array_is_rounded_as_by_each_backend() -> None:
+def test_transparent_array_rounding_of_each_backend() -> None:
     array = np.full((5, 5, 4), (8, 8, 8, 250), np.uint8)
     assert (to_rgb(array) == 13).all()
     assert (to_rgb(array, "torchvision") == 12).all()
 
 
 def test_array_without_channels_is_gray() -> None:
-    """Which the reference's processors refuse."""
+    """transformers rejects such arrays."""
     array = np.arange(3000, dtype=np.uint16).reshape(50, 60).astype(np.uint8)
     processor = ImageProcessor.from_config(FIXED)
     assert_same_bits(processor(array), processor(Image.fromarray(array)))
@@ -224,14 +224,11 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_file_is_turned_upright(orientation: int, tmp_path: Path) -> None:
-    """As the reference does it with paths.
-
-    Of an image of Pillow's, it sees the pixels alone, and so do we.
-    """
+def test_exif_orientation(orientation: int, tmp_path: Path) -> None:
+    """Files are rotated, as in transformers; PIL images are not."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / "turned.jpg"
+    path = tmp_path / "rotated.jpg"
     path.write_bytes(encode(photo(60, 40), "JPEG", exif=exif))
     processor = ImageProcessor.from_config(FIXED)
     reference = SiglipImageProcessorPil(**FIXED)
@@ -241,8 +238,8 @@ def test_file_is_turned_upright(orientation: int, tmp_path: Path) -> None:
     assert_same_bits(processor(path), expected)
     assert_same_bits(processor(str(path)), expected)
     assert_same_bits(processor(path.read_bytes()), expected)
-    as_it_lies = reference(images=Image.open(path), return_tensors="pt")
-    assert_same_bits(processor(Image.open(path)), as_it_lies)
+    unrotated = reference(images=Image.open(path), return_tensors="pt")
+    assert_same_bits(processor(Image.open(path)), unrotated)
     assert to_rgb(path).shape == ((3, 60, 40) if orientation > 4 else (3, 40, 60))
 
 
@@ -266,7 +263,7 @@ def test_first_frame_of_animation(kind: str, tmp_path: Path) -> None:
 
 
 def encode_16_bit_png(values: NDArray[np.uint16]) -> bytes:
-    """[H, W, C], C 1 or 3. Pillow writes none with colors."""
+    """Encode [H, W, C], C of 1 or 3; Pillow cannot write 16-bit color files."""
     height, width, channels = values.shape
 
     def chunk(kind: bytes, content: bytes) -> bytes:
@@ -280,10 +277,7 @@ def encode_16_bit_png(values: NDArray[np.uint16]) -> bytes:
 
 
 def test_16_bit_file() -> None:
-    """With colors, Pillow takes the upper 8 bits when it opens them.
-
-    Of gray ones, all that is above 255 is white.
-    """
+    """Pillow reads the upper 8 bits of color files, and clips gray values at 255."""
     values = np.random.default_rng(0).integers(0, 65536, (9, 7, 3)).astype(np.uint16)
     assert np.array_equal(to_rgb(encode_16_bit_png(values)), np.moveaxis(values >> 8, -1, 0))
     gray = to_rgb(encode_16_bit_png(values[..., :1]))
@@ -295,8 +289,8 @@ def test_16_bit_file() -> None:
         assert_same_bits(processor(content), reference(images=image, return_tensors="pt"))
 
 
-def test_file_without_end(tmp_path: Path) -> None:
-    """Or too large, or a program."""
+def test_unsupported_files(tmp_path: Path) -> None:
+    """Too large, a pipe, a link to itself, or EPS."""
     with (tmp_path / "a.jpg").open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)  # sparse: nothing is written
     os.mkfifo(tmp_path / "b.jpg")
@@ -305,10 +299,10 @@ def test_file_without_end(tmp_path: Path) -> None:
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n"
     )
     messages = (
-        ("a.jpg", "4,294,967,297 bytes, more than the"),
-        ("b.jpg", "no regular file"),
+        ("a.jpg", "file size 4,294,967,297 bytes exceeds the limit"),
+        ("b.jpg", "not a regular file"),
         ("c.jpg", "Too many levels"),
-        ("d.jpg", "PostScript is a program, and is not run"),
+        ("d.jpg", "EPS is not supported"),
     )
     for name, message in messages:
         with pytest.raises(ImageError, match=message):
@@ -316,7 +310,7 @@ def test_file_without_end(tmp_path: Path) -> None:
 
 
 def bomb() -> bytes:
-    """An image of 30,000 x 30,000 pixels, by its header."""
+    """A PNG file whose header says 30,000 x 30,000 pixels."""
     small = encode(Image.new("L", (8, 8)))
     header = small[12:16] + struct.pack(">II", 30_000, 30_000) + small[24:29]
     return small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
@@ -325,28 +319,28 @@ def bomb() -> bytes:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (b"", "cannot be read: it is of no kind that Pillow knows"),
+        (b"", "cannot be read: not an image format that Pillow supports"),
         (b"GIF89a nothing", "cannot be read"),
         (encode(photo(60, 40), "JPEG")[:700], "cannot be read: .*truncated"),
         (encode(photo(60, 40))[:900], "cannot be read: "),
         (bomb(), "cannot be read: Image size .* exceeds limit"),
         ("/nowhere/a.jpg", r"^/nowhere/a.jpg: the image cannot be read: .*No such file"),
-        (Path(__file__).parent, "cannot be read: it is no regular file"),
-        ("/dev/zero", "cannot be read: it is no regular file"),
+        (Path(__file__).parent, "cannot be read: not a regular file"),
+        ("/dev/zero", "cannot be read: not a regular file"),
         ("a\0b", "cannot be read: embedded null"),
-        (np.zeros((4, 4, 3)), "must be of uint8, 0 to 255, got float64"),
-        (torch.zeros(3, 4, 4), "must be of uint8, 0 to 255, got torch.float32"),
+        (np.zeros((4, 4, 3)), "must be uint8, 0 to 255, got float64"),
+        (torch.zeros(3, 4, 4), "must be uint8, 0 to 255, got torch.float32"),
         (
             torch.zeros(3, 4, 4, dtype=torch.bfloat16),
-            "must be of uint8, 0 to 255, got torch.bfloat16",
+            "must be uint8, 0 to 255, got torch.bfloat16",
         ),
         (np.zeros((5, 5, 2), np.uint8), r"must be \[H, W\], .* got \[5, 5, 2\]"),
         (np.zeros((0, 4, 3), np.uint8), r"got \[0, 4, 3\]"),
         (np.zeros((2, 3, 4, 4), np.uint8), r"got \[2, 3, 4, 4\]"),
         (Image.new("RGB", (0, 5)), "has no pixels"),
-        (7, "must be a path, bytes, a PIL image, an array or a tensor, got <class 'int'>"),
+        (7, "must be a path, bytes, a PIL image, an array or a tensor, got int"),
         (None, "must be a path"),
-        ([], "there are no images"),
+        ([], "images is empty; pass at least one image"),
         ([[]], "must be a path"),
     ],
 )
@@ -365,30 +359,30 @@ def test_unusable_image(image: ImageInput, message: str) -> None:
         ({"do_normalize": "false"}, "do_normalize must be true or false, got 'false'"),
         (
             {"image_processor_type": "CLIPImageProcessor"},
-            "must be that of SigLIP or SigLIP 2, got CLIP",
+            "must be that of a SigLIP or SigLIP 2 image processor, got CLIP",
         ),
         ({"image_mean": 10**400}, "image_mean must be three numbers"),
-        ({"image_std": 1e-50}, "image_std must be three numbers other than 0"),
-        ({"rescale_factor": 10**400}, "rescale_factor must be a number"),
+        ({"image_std": 1e-50}, "image_std must be three nonzero numbers"),
+        ({"rescale_factor": 10**400}, "rescale_factor must be a nonzero number"),
         (
             {"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 10**10},
-            "max_num_patches must be a",
+            "max_num_patches must be an integer",
         ),
         ({"size": {"height": 0, "width": 224}}, "size must be"),
         ({"resample": 5}, r"resample must be one of \[0, 1, 2, 3\]"),
         ({"resample": True}, "resample must be"),
         ({"image_mean": [0.5, 0.5]}, "image_mean must be three numbers"),
-        ({"image_std": [0.5, 0.5, 0]}, "image_std must be three numbers"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std must be three nonzero numbers"),
         ({"image_std": float("nan")}, "image_std must be three numbers"),
-        ({"rescale_factor": 0}, "rescale_factor must be a number"),
-        ({"do_center_crop": True}, "crops or pads"),
+        ({"rescale_factor": 0}, "rescale_factor must be a nonzero number"),
+        ({"do_center_crop": True}, "do_center_crop and do_pad are not supported for SigLIP"),
         (
             {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 0},
-            "patch_size must be a whole number",
+            "patch_size must be an integer",
         ),
         (
             {"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": "9"},
-            "max_num_patches must be a whole",
+            "max_num_patches must be an integer",
         ),
     ],
 )
@@ -401,22 +395,22 @@ def test_unusable_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend must be 'pil' or 'torchvision', got 'tf'"):
         ImageProcessor.from_config(FIXED, "tf")  # type: ignore[arg-type]
     monkeypatch.setattr(image_processing, "version", lambda name: "0.26.1+cpu")
-    with pytest.raises(ValueError, match=r"no Lanczos filter before 0.27, this is 0.26.1"):
+    with pytest.raises(ValueError, match=r"needs torchvision 0.27 or newer, got 0.26.1"):
         ImageProcessor.from_config({**FIXED, "resample": 1}, "torchvision")
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'siglip-port\[torchvision\]'"):
         ImageProcessor.from_config(FIXED, "torchvision")
 
 
-def test_images_without_common_size() -> None:
+def test_images_of_different_sizes() -> None:
     processor = ImageProcessor.from_config({**FIXED, "do_resize": False})
-    with pytest.raises(ImageError, match=r"must be of one size, got \[\(4, 5\), \(5, 5\)\]"):
+    with pytest.raises(ImageError, match=r"must have the same size .*, got \[\(4, 5\), \(5, 5\)\]"):
         processor([photo(5, 5), photo(5, 4)])
     with pytest.raises(ImageError, match="more than num_patches=20"):
         ImageProcessor.from_config({**NAFLEX, "do_resize": False})(photo(160, 160))
 
 
-def test_fingerprint_follows_every_choice() -> None:
+def test_fingerprint_depends_on_every_option() -> None:
     processor = ImageProcessor.from_config(FIXED)
     others = [
         replace(processor, size=(32, 48)),
@@ -438,8 +432,7 @@ def test_fingerprint_is_stable() -> None:
     assert pickle.loads(pickle.dumps(processor)).fingerprint == processor.fingerprint
     in_other_order = ImageProcessor.from_config(dict(reversed(FIXED.items())))
     assert in_other_order.fingerprint == processor.fingerprint
-    # That of siglip-base-patch16-224. It stands in files that were written long ago: it may not
-    # change by itself.
+    # siglip-base-patch16-224. Stored in existing output files, so it must not change.
     default = ImageProcessor.from_config(default_preprocessor_config(SigLipVisionConfig()))
     assert default.fingerprint == "dd941af9c5cf03d0"
 
@@ -471,7 +464,7 @@ def test_embed_images() -> None:
 
 def test_embed_unusable_images() -> None:
     model = random_model(replace(SMALL, pooling_head=True))
-    with pytest.raises(ImageError, match="image 1 of 2: "):
+    with pytest.raises(ImageError, match=r"^images\[1\]: the image cannot be read: "):
         model.embed_images([SAMPLE_IMAGE, b"no"])
     with pytest.raises(ValueError, match="batch_size must be"):
         model.embed_images([SAMPLE_IMAGE], batch_size=0)

@@ -1,4 +1,4 @@
-"""Adapters of peft."""
+"""LoRA adapters of peft."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENCODER = r".*(encoder_blocks|encoder\.layers)\.\d+\..*(_proj|fc1|fc2)"
 
 
 def with_lora(model: nn.Module, *, fresh: bool = True, targets: str = "all-linear") -> PeftModel:
-    """With LoRA of rank 4; `fresh` as one begins, else with random values everywhere."""
+    """Add LoRA of rank 4, with its default initialization if `fresh`, else random."""
     config = LoraConfig(r=4, lora_alpha=10, target_modules=targets, init_lora_weights=fresh)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -45,7 +45,7 @@ def adapters(model: nn.Module) -> dict[str, Any]:
 def test_lora_initial_output() -> None:
     model = random_model(SHALLOW)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    assert len(linears) == 6 * (3 + 1)  # of three blocks and of the head
+    assert len(linears) == 6 * (3 + 1)  # three blocks and the pooling head
     x = images(SHALLOW)
     tokens = model(x)
     vectors = model.embed(x)
@@ -140,7 +140,7 @@ def test_lora_gradients(
     mappings = layouts.HUGGINGFACE.mappings(
         SHALLOW.num_encoder_blocks, layouts.HUGGINGFACE.rules(pooling_head=True)
     )
-    whole = {
+    port_grads = {
         name: grad
         for stored, mapping in mappings.items()
         for name, grad in zip(
@@ -151,7 +151,7 @@ def test_lora_gradients(
     }
     assert len(factors) == 6 * (3 + 1)
     for name, (scale, a, b) in factors.items():
-        grad = whole[f"{name}.weight"]
+        grad = port_grads[f"{name}.weight"]
         assert a.grad is not None
         assert b.grad is not None
         assert scale == 10 / 4

@@ -1,7 +1,4 @@
-"""The encoder, against the reference, in float64 and with random weights.
-
-Rung by rung, then as users call it.
-"""
+"""The model against the reference, in float64 with random weights: each module, then the API."""
 
 from __future__ import annotations
 
@@ -34,8 +31,7 @@ from siglip_port.parity.siglip.reference import Reference
 from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import ODD, SMALL, MakeCheckpoint, pixels
 
-# The deepest rung that rounding reaches is 1e-15; the weakest bug of parity/faults.py makes
-# 6e-8.
+# Rounding reaches 1e-15; the weakest mutant of scripts/selftest/catalog makes 6e-8.
 EXACT = 1e-12
 
 CONFIGS = {
@@ -63,14 +59,14 @@ Pair = tuple[SigLipVisionModel, Reference]
 
 @pytest.fixture
 def pair(config: SigLipVisionConfig, checkpoint: MakeCheckpoint) -> Pair:
-    """Port and reference, in float64, each loaded by its own loader from one checkpoint."""
+    """Port and reference in float64, loaded from the same checkpoint."""
     folder = checkpoint(config, dtype=torch.float64)
     reference = references.load(folder, pooling_head=True, dtype=torch.float64)
     return SigLipVisionModel.from_hf(folder), reference
 
 
 def inputs_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
-    """Return what `module` is given first while `run` runs."""
+    """Return the first input of `module` while `run` runs."""
     inputs: list[Tensor] = []
     hook = module.register_forward_pre_hook(
         lambda _, args, kwargs: inputs.append((*args, *kwargs.values())[0]), with_kwargs=True
@@ -83,14 +79,14 @@ def inputs_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
 @architectures
 @torch.no_grad()
 def test_parity_of_every_module(pair: Pair, config: SigLipVisionConfig) -> None:
-    """Each part gets the reference's own input to the same part: an error stays where it is."""
+    """Each module gets the reference's input of that module, so that errors do not propagate."""
     port, reference = pair
     x = pixels(config)
     reference_model = reference.model
 
-    def check(rung: str, output: Tensor, expected: Tensor) -> None:
+    def check(module: str, output: Tensor, expected: Tensor) -> None:
         assert output.shape == expected.shape
-        assert relative_error(output, expected) <= EXACT, rung
+        assert relative_error(output, expected) <= EXACT, module
 
     check("embeddings", port.transformer.embeddings(x), reference_model.embeddings(x))
     for i, layer in enumerate(reference_model.encoder.layers):
@@ -107,7 +103,7 @@ def test_parity_of_every_module(pair: Pair, config: SigLipVisionConfig) -> None:
         reference_model.encoder(inputs_embeds=h).last_hidden_state,
     )
     expected = reference.side().run(x)
-    check("tower", port(x), expected["tokens"])
+    check("tokens", port(x), expected["tokens"])
     assert port.pooling_head is not None
     check(
         "pooling head",
@@ -130,8 +126,7 @@ def test_gradients(pair: Pair, config: SigLipVisionConfig) -> None:
     for name, grad in layouts.HUGGINGFACE.to_stored(
         port_grads, config.num_encoder_blocks, config.num_attention_heads, rules
     ).items():
-        # A bias of the keys moves all scores of a query alike, so its gradient is zero but for
-        # rounding.
+        # A key bias shifts all scores of a query equally, so its gradient is zero up to rounding.
         assert (grad - reference_parameters[name].grad).norm() <= 1e-10 * max(
             grad.norm(), reference_parameters["head.probe"].grad.norm()
         ), name
@@ -185,7 +180,7 @@ def test_batch_invariance() -> None:
     model = SigLipVisionModel(ODD).double().eval()
     randomize(model)
     x = pixels(ODD, batch=3)
-    one_by_one = torch.cat([model.embed(picture[None]) for picture in x])
+    one_by_one = torch.cat([model.embed(image[None]) for image in x])
     assert relative_error(model.embed(x), one_by_one) <= EXACT
 
 
@@ -205,13 +200,13 @@ def test_pixel_dtype() -> None:
         (
             torch.zeros(1, 3, 32, 8),
             r"got torch.float32 of shape \[1, 3, 32, 8\]",
-        ),  # the right number of patches, and yet wrong
+        ),  # the right number of patches, but not square
         (torch.zeros(1, 1, 3, 16, 16), r"got torch.float32 of shape \[1, 1, 3, 16, 16\]"),
         (
             torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
             r"got torch.uint8 of shape \[1, 3, 16, 16\]",
         ),
-        ([[0.0]], "got a list"),
+        ([[0.0]], "got list"),
     ],
 )
 def test_invalid_pixels(x: object, message: str) -> None:
@@ -226,7 +221,7 @@ def test_invalid_tokens() -> None:
         (torch.zeros(4, 24), r"torch.float32 of shape \[4, 24\]"),
         (torch.zeros(1, 4, 25), r"torch.float32 of shape \[1, 4, 25\]"),
         (torch.zeros(1, 4, 24, dtype=torch.int64), r"torch.int64 of shape \[1, 4, 24\]"),
-        ([0.0], "a list"),
+        ([0.0], "list"),
     ]
     for tokens, message in wrong:
         with pytest.raises(
@@ -235,7 +230,7 @@ def test_invalid_tokens() -> None:
         ):
             SigLipVisionModel(SMALL).pool(tokens)  # type: ignore[arg-type]
     headless = SigLipVisionModel(replace(SMALL, pooling_head=False))
-    no_head = r"^this model has no pooling head, .*tokens.mean\(dim=1\)$"
+    no_head = r"^this model has no pooling head; .*tokens.mean\(dim=1\)$"
     with pytest.raises(ValueError, match=no_head):
         headless.pool(torch.zeros(1, 4, 24))
     with pytest.raises(ValueError, match=no_head):
@@ -252,12 +247,12 @@ def test_invalid_config() -> None:
     for config in ({"image_size": 224}, "google/siglip-base-patch16-224"):
         with pytest.raises(
             ValueError,
-            match=r"^config must be a SigLipVisionConfig, got a \w+; to load .* use .*from_hf$",
+            match=r"^config must be a SigLipVisionConfig, got \w+; to load .* use .*from_hf$",
         ):
             SigLipVisionModel(config)  # type: ignore[arg-type]
 
 
-def test_components_alone() -> None:
+def test_standalone_modules() -> None:
     tokens = torch.randn(2, 4, 24)
     x = torch.randn(2, 3, 16, 16)
     for module in (MLP, MultiheadAttention, EncoderBlock, SigLipEncoder):
@@ -279,9 +274,9 @@ def test_output_shape() -> None:
 
 
 def test_initialization() -> None:
-    """Same spread, same range and same constants, for every tensor.
+    """Every tensor has the reference's mean, standard deviation, range and constants.
 
-    At width 384 chance moves a spread by a percent.
+    At width 384, the standard deviation varies by about 1 % by chance.
     """
     torch.manual_seed(0)
     config = SigLipVisionConfig(

@@ -1,4 +1,4 @@
-"""The public surface: names, what an import costs, and that the README's examples run."""
+"""Public names, import cost, and documented examples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_public_names() -> None:
 
 
 def test_import_cost() -> None:
-    """An import brings nothing that a local checkpoint does not need."""
+    """Importing the package imports no optional or heavy dependency."""
     code = (
         "import sys, siglip_port, siglip_port.checkpoint, siglip_port.parity.compare;"
         "print(*sorted({name.split('.')[0] for name in sys.modules}))"
@@ -68,10 +68,7 @@ def test_model_imports_no_files() -> None:
 
 
 def test_load_import_cost(checkpoint: MakeCheckpoint) -> None:
-    """An operation that torch implements in Python on `meta` would import 900 modules.
-
-    Three seconds, 160 MB.
-    """
+    """Loading must not use `meta` kernels implemented in Python: 900 modules, 3 s, 160 MB."""
     code = (
         "import sys, torch, siglip_port.checkpoint, siglip_port.hub.repository;"
         "before = set(sys.modules);"
@@ -83,7 +80,7 @@ def test_load_import_cost(checkpoint: MakeCheckpoint) -> None:
 
 
 def test_other_ports_example_can_fail(capsys: pytest.CaptureFixture[str]) -> None:
-    """With timm's own eps, as the text beside it says, and prints."""
+    """With timm's own eps, the example prints the failure that the page shows."""
     (block,) = python_blocks("docs/other_ports.md")
     exec(compile(block.replace("module.eps = 1e-12", "pass"), "docs/other_ports.md", "exec"), {})
     assert capsys.readouterr().out.splitlines()[-1] in (ROOT / "docs/other_ports.md").read_text()
@@ -109,7 +106,7 @@ def test_readme_examples_exist() -> None:
 def test_documented_examples(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As written, from a Hub that serves a checkpoint of that name, shallower than the real one."""
+    """Examples run as written, with a local Hub that serves a smaller checkpoint."""
     config = SigLipVisionConfig(num_encoder_blocks=3, mlp_hidden_dim=768, pooling_head=True)
     SigLipVisionModel(config).save_hf(tmp_path / "served")
     hub.repositories["google/siglip-base-patch16-224"] = Repository(tmp_path / "served")

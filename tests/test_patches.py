@@ -1,7 +1,4 @@
-"""Images of other shapes than the encoder's own.
-
-Packed patches (NaFlex), other sizes, and NaViT's positions.
-"""
+"""Packed patches (NaFlex), interpolated position embeddings, and NaViT's positions."""
 
 from __future__ import annotations
 
@@ -34,17 +31,17 @@ SHAPES = [
     (1, 36),
     (11, 2),
     (3, 3),
-]  # patches: fewer, more, as many as the encoder's 6 x 6
+]  # in patches; the model's own grid is 6 x 6
 
 
-def pictures(*shapes: tuple[int, int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def images(*shapes: tuple[int, int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(3, 7 * h, 7 * w, generator=generator, dtype=dtype) for h, w in shapes]
 
 
 @pytest.fixture
 def pair(checkpoint: MakeCheckpoint) -> tuple[SigLipVisionModel, Any]:
-    """A NaFlex encoder, and the reference's of the same weights, in float64."""
+    """NaFlex port and reference with the same weights, in float64."""
     folder = checkpoint(NAFLEX)
     reference = Siglip2VisionModel.from_pretrained(folder, dtype=torch.float64).eval()
     return SigLipVisionModel.from_hf(folder, dtype=torch.float64), reference
@@ -61,7 +58,7 @@ def test_packed_patches(
     pair: tuple[SigLipVisionModel, Any], dtype: torch.dtype, tolerance: float
 ) -> None:
     port, reference = (model.to(dtype) for model in pair)
-    inputs = pack(pictures(*SHAPES, dtype=dtype), 7, num_patches=40)
+    inputs = pack(images(*SHAPES, dtype=dtype), 7, num_patches=40)
     expected = reference(**inputs)
     tokens = port(**inputs)
     assert tokens.shape == (5, 40, 72)
@@ -80,29 +77,27 @@ def test_packed_patches(
 @torch.no_grad()
 def test_padding_invariance(pair: tuple[SigLipVisionModel, Any]) -> None:
     port, _ = pair
-    batch = pictures(*SHAPES)
+    batch = images(*SHAPES)
     together = pack(batch, 7, num_patches=53)
     tokens = port(**together)
     vectors = port.embed(**together)
-    for i, ((h, w), picture) in enumerate(zip(SHAPES, batch, strict=True)):
-        alone = pack([picture], 7)
-        assert relative_error(tokens[i, : h * w], port(**alone)[0]) <= 1e-12
-        assert relative_error(vectors[i], port.embed(**alone)[0]) <= 1e-12
-        assert (
-            relative_error(vectors[i], port.embed(picture[None])[0]) <= 1e-12
-        )  # as an image, not as patches
-    # What the mask keeps out matters: without it, the padding would be attended to.
+    for i, ((h, w), image) in enumerate(zip(SHAPES, batch, strict=True)):
+        single = pack([image], 7)
+        assert relative_error(tokens[i, : h * w], port(**single)[0]) <= 1e-12
+        assert relative_error(vectors[i], port.embed(**single)[0]) <= 1e-12
+        assert relative_error(vectors[i], port.embed(image[None])[0]) <= 1e-12  # unpacked
+    # Without the mask, tokens attend to padding.
     everything = torch.ones_like(together["pixel_attention_mask"])
     wrong = port(together["pixel_values"], everything, together["spatial_shapes"])
     assert relative_error(wrong[0, :36], tokens[0, :36]) > 1e-3
 
 
 @torch.no_grad()
-def test_mask_left_out(
+def test_missing_mask(
     pair: tuple[SigLipVisionModel, Any],
 ) -> None:
     port, _ = pair
-    inputs = pack(pictures(*SHAPES), 7, num_patches=40)
+    inputs = pack(images(*SHAPES), 7, num_patches=40)
     expected = port(**inputs)
     patches = inputs["pixel_values"]
     assert torch.equal(port(patches, spatial_shapes=inputs["spatial_shapes"]), expected)
@@ -124,9 +119,9 @@ def test_naflex_equals_fixed() -> None:
 
 
 def test_patchify() -> None:
-    for picture in pictures(*SHAPES):
-        assert torch.equal(patchify(picture, 7), convert_image_to_patches(picture, 7))
-    x = torch.stack(pictures((2, 3), (2, 3)))
+    for image in images(*SHAPES):
+        assert torch.equal(patchify(image, 7), convert_image_to_patches(image, 7))
+    x = torch.stack(images((2, 3), (2, 3)))
     assert torch.equal(patchify(x, 7), torch.stack([patchify(p, 7) for p in x]))
     assert torch.equal(
         patchify(torch.nn.functional.pad(x, (0, 3, 0, 6)), 7), patchify(x, 7)
@@ -134,7 +129,7 @@ def test_patchify() -> None:
 
 
 def test_pack() -> None:
-    packed = pack(pictures((2, 3), (1, 2)), 7, num_patches=9)
+    packed = pack(images((2, 3), (1, 2)), 7, num_patches=9)
     assert {name: tuple(t.shape) for name, t in cast(dict[str, Tensor], packed).items()} == {
         "pixel_values": (2, 9, 147),
         "pixel_attention_mask": (2, 9),
@@ -150,16 +145,23 @@ def test_invalid_images_to_pack() -> None:
         ValueError, match=r"images must be one or more tensors of shape \[C, H, W\], got \[\]"
     ):
         pack([], 7)
-    with pytest.raises(ValueError, match=r"must hold a patch of 7 x 7 pixels"):
+    with pytest.raises(
+        ValueError,
+        match=r"images must be at least 7 x 7 pixels \(one patch\), got shape \[3, 6, 20\]",
+    ):
         pack([torch.ones(3, 6, 20)], 7)
     with pytest.raises(ValueError, match=r"got \['list'\]"):
         pack([[1]], 7)  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"patch_size must be a positive integer, got 0"):
-        pack(pictures((2, 3)), 0)
-    with pytest.raises(ValueError, match=r"one number of channels and one dtype, got .*float32"):
+        pack(images((2, 3)), 0)
+    with pytest.raises(
+        ValueError, match=r"the same dtype, got 3 channels and torch.float32, torch.float64"
+    ):
         pack([torch.ones(3, 9, 9), torch.ones(3, 9, 9).double()], 7)
-    with pytest.raises(ValueError, match=r"an image has 6 patches, more than num_patches=5"):
-        pack(pictures((2, 3)), 7, num_patches=5)
+    with pytest.raises(
+        ValueError, match=r"an image has 6 patches, more than num_patches=5; resize it"
+    ):
+        pack(images((2, 3)), 7, num_patches=5)
 
 
 @pytest.mark.parametrize(
@@ -167,22 +169,21 @@ def test_invalid_images_to_pack() -> None:
     [
         (
             {"spatial_shapes": None},
-            r"got torch.float32 of shape \[2, 6, 147\]; packed patches come with their spatial_s",
+            r"got torch.float32 of shape \[2, 6, 147\]; packed patches require spatial_s",
         ),
         (
             {"spatial_shapes": None, "pixel_values": torch.ones(2, 3, 14, 21)},
-            r"pixel_attention_mask goes with spatial_shapes, got the mask alone; pass both or "
-            r"neither",
+            r"pixel_attention_mask requires spatial_shapes; pass both or neither",
         ),
         (
             {"pixel_values": torch.ones(2, 6, 146)},
             r"pixel_values must be .* \[B, N, 147\], got .*\[2, 6, 146\]",
         ),
         ({"pixel_values": torch.ones(2, 6, 147).int()}, r"got torch.int32"),
-        ({"pixel_values": [1]}, r"\[B, N, 147\], got a list"),
+        ({"pixel_values": [1]}, r"\[B, N, 147\], got list"),
         (
             {"spatial_shapes": [(2, 3)]},
-            r"spatial_shapes must be 2 pairs of patches .* at most 6, got \[\(2, 3\)\]",
+            r"spatial_shapes must be 2 pairs .* 1 <= height \* width <= 6, got \[\(2, 3\)\]",
         ),
         ({"spatial_shapes": [(2, 3), (2, 4)]}, r"got \[\(2, 3\), \(2, 4\)\]"),
         ({"spatial_shapes": [(2, 3), (0, 4)]}, r"spatial_shapes must be 2 pairs"),
@@ -196,21 +197,21 @@ def test_invalid_images_to_pack() -> None:
         ({"spatial_shapes": 3}, r"spatial_shapes must be 2 pairs"),
         (
             {"pixel_attention_mask": [[1] * 6] * 2},
-            r"pixel_attention_mask must be a tensor, got a list",
+            r"pixel_attention_mask must be a tensor, got list",
         ),
         (
             {"pixel_attention_mask": torch.ones(2, 5)},
-            r"pixel_attention_mask must have the shape \[2, 6\] .* \[2, 5\]",
+            r"pixel_attention_mask must have shape \[2, 6\] .* \[2, 5\]",
         ),
     ],
 )
 def test_invalid_packed_patches(change: dict[str, Any], message: str) -> None:
-    inputs: dict[str, Any] = {**pack(pictures((2, 3), (1, 2), dtype=torch.float32), 7), **change}
+    inputs: dict[str, Any] = {**pack(images((2, 3), (1, 2), dtype=torch.float32), 7), **change}
     with pytest.raises(ValueError, match=message):
         SigLipVisionModel(NAFLEX).eval()(**inputs)
 
 
-# --- other sizes ----------------------------------------------------------------------------------
+# --- interpolated position embeddings -------------------------------------------------------------
 
 
 def with_rule(rule: str | None, config: SigLipVisionConfig = FIXED) -> SigLipVisionModel:
@@ -275,9 +276,7 @@ def test_interpolation_to_own_grid(side: int, rule: str) -> None:
 
 @given(height=st.integers(1, 12), width=st.integers(1, 12), rule=st.sampled_from(INTERPOLATIONS))
 def test_interpolation_shapes(height: int, width: int, rule: str) -> None:
-    ramp = (
-        torch.arange(6.0).repeat_interleave(6)[:, None].expand(-1, 2)
-    )  # grows downwards, is the same across
+    ramp = torch.arange(6.0).repeat_interleave(6)[:, None].expand(-1, 2)  # increases by row
     fitted = interpolate_positions(ramp, (height, width), rule).view(height, width, 2)
     assert fitted.isfinite().all()
     assert torch.allclose(fitted, fitted[:, :1].expand(-1, width, -1), atol=1e-4)
@@ -292,20 +291,21 @@ def test_interpolation_rules_differ() -> None:
 
 @pytest.mark.parametrize("size", [(28, 63), (63, 28), (49, 42), (42, 49), (35, 35)])
 def test_other_sizes_refused(size: tuple[int, int]) -> None:
-    """Also 28 x 63 pixels, which happen to have as many patches, 36, as the encoder's own 42 x 42."""
+    """Even 28 x 63 pixels, which have as many patches (36) as 42 x 42."""
     with pytest.raises(
-        ValueError, match=r"\[B, 3, 42, 42\], got .*; .*SigLipVisionConfig\(interpolation='hf'\)"
+        ValueError,
+        match=r"\[B, 3, 42, 42\], got .*; .*interpolation='hf' in from_hf or SigLipVisionConfig",
     ):
         with_rule(None)(torch.ones(1, 3, *size, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"takes images of 6 x 6 patches only, got \[\(4, 9\)\]"):
-        with_rule(None)(**pack(pictures((4, 9)), 7))
+    with pytest.raises(ValueError, match=r"must all be \(6, 6\) for this model, got \[\(4, 9\)\]"):
+        with_rule(None)(**pack(images((4, 9)), 7))
     with pytest.raises(
-        ValueError, match=r"\[B, 3, height, width\], both at least 7, got .*\[1, 3, 42, 6\]"
+        ValueError, match=r"\[B, 3, H, W\] with H and W at least 7, got .*\[1, 3, 42, 6\]"
     ):
         with_rule("hf")(torch.ones(1, 3, 42, 6, dtype=torch.float64))
     with pytest.raises(
         ValueError,
-        match=r"\[3, 42, 42\]; a single image needs a batch of one: pixel_values\[None\]",
+        match=r"\[3, 42, 42\]; add a batch dimension: pixel_values\[None\]",
     ):
         with_rule("hf")(torch.ones(3, 42, 42, dtype=torch.float64))
     with pytest.raises(
@@ -320,10 +320,7 @@ def test_other_sizes_refused(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("kind", ["idefics2", "idefics3", "smolvlm"])
 @torch.no_grad()
 def test_navit(kind: str) -> None:
-    """Packed patches, beside the padded images with a mask that these models take.
-
-    In transformers 5.23.
-    """
+    """Packed patches equal the padded images with a mask of transformers 5.23."""
     vision = {
         "hidden_size": 72,
         "intermediate_size": 101,
@@ -356,9 +353,9 @@ def test_navit(kind: str) -> None:
     shapes = [(3, 5), (6, 4), (2, 2)]
     padded = torch.zeros(3, 3, 42, 35, dtype=torch.float64)
     mask = torch.zeros(3, 6, 5, dtype=torch.bool)
-    batch = pictures(*shapes)
-    for i, (picture, (h, w)) in enumerate(zip(batch, shapes, strict=True)):
-        padded[i, :, : 7 * h, : 7 * w] = picture
+    batch = images(*shapes)
+    for i, (image, (h, w)) in enumerate(zip(batch, shapes, strict=True)):
+        padded[i, :, : 7 * h, : 7 * w] = image
         mask[i, :h, :w] = True
     expected = reference(padded, patch_attention_mask=mask).last_hidden_state.view(3, 6, 5, 72)
     tokens = port(**pack(batch, 7))
@@ -370,7 +367,7 @@ def test_navit(kind: str) -> None:
 @pytest.mark.parametrize("size", [(13, 40), (27, 7), (70, 19), (20, 21)])
 @torch.no_grad()
 def test_navit_large_images(size: tuple[int, int]) -> None:
-    """The reference's embeddings of images of zeros, without a bias: the positions alone."""
+    """The reference's embeddings of zero images without a bias are the positions."""
     module = transformers.models.idefics2
     config = module.configuration_idefics2.Idefics2VisionConfig(
         hidden_size=8, image_size=40, patch_size=2

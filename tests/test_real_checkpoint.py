@@ -1,12 +1,11 @@
-"""The real weights: `uv run pytest -m hub`.
+"""Published weights against published logits: `uv run pytest -m hub`.
 
-Needs the HuggingFace Hub (0.8 GB a checkpoint, cached).
+Needs the Hugging Face Hub (0.8 GB per checkpoint, cached). The expected logits are those of
+big_vision's JAX weights and of transformers' tests; the port's image embeddings are combined with
+the reference's text encoder.
 
-The golden numbers are published ones, of big_vision's own JAX weights and of transformers' tests:
-they are logits, which the port's image vectors give together with the reference's text encoder.
-
-SIGLIP_PORT_GOLDENS names a JSON file with the numbers of another Hub, which has other weights under
-the same names: so `tests/test_versions.py` runs these tests at a Hub of our own.
+SIGLIP_PORT_GOLDENS is a JSON file with expected logits of another Hub, with other weights under the
+same names.
 """
 
 from __future__ import annotations
@@ -50,14 +49,14 @@ GOLDENS = json.loads(Path(OTHERS).read_text()) if OTHERS else PUBLISHED
 
 
 def logits_per_image(name: str, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
-    """The port's images against the reference's texts: [B, T]."""
-    both = SiglipModel.from_pretrained(name).eval()
+    """Return logits [B, T] of the port's image and the reference's text embeddings."""
+    reference = SiglipModel.from_pretrained(name).eval()
     with torch.inference_mode():
         images = SigLipVisionModel.from_hf(name, pooling_head=True).embed(
             pixel_values, normalize=True
         )
-        texts = F.normalize(both.text_model(input_ids=input_ids).pooler_output, dim=-1)
-        logits: Tensor = images @ texts.T * both.logit_scale.exp() + both.logit_bias
+        texts = F.normalize(reference.text_model(input_ids=input_ids).pooler_output, dim=-1)
+        logits: Tensor = images @ texts.T * reference.logit_scale.exp() + reference.logit_bias
     return logits
 
 

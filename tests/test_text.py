@@ -1,4 +1,4 @@
-"""Text for people: names of tensors, folded by block."""
+"""Folding of parameter names by block."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Training and its tools.
-
-Gradients against the reference's, copies, compilers, adapters, and several processes.
-
-In float64, with random weights on which nothing is zero and nothing is one.
-"""
+"""Training: gradients against the reference, dtypes, gradient checkpointing, copies."""
 
 from __future__ import annotations
 
@@ -47,7 +42,7 @@ Run = Callable[[Tensor], Tensor]
 # --- gradients ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", [None, 31], ids=["its own size", "another size"])
+@pytest.mark.parametrize("side", [None, 31], ids=["own size", "other size"])
 def test_gradients(checkpoint: MakeCheckpoint, side: int | None) -> None:
     port, reference = load_pair(SHALLOW if side is None else RESIZED, checkpoint)
     x, y = (images(SHALLOW, side).requires_grad_() for _ in range(2))
@@ -85,20 +80,19 @@ def test_gradients_of_packed_patches(checkpoint: MakeCheckpoint) -> None:
     assert relative_error(x.grad, y.grad) <= GRADIENT_TOLERANCE
     grads = to_reference_names(port, gradients(port))
     expected = gradients(reference)
-    assert grads["embeddings.patch_embedding.weight"].shape == (72, 3 * 7 * 7)  # a Linear's
-    # On a CPU, both fit positions in float32, and sum the gradients of the images in different
-    # dtypes.
+    assert grads["embeddings.patch_embedding.weight"].shape == (72, 3 * 7 * 7)  # linear weight
+    # On a CPU, both interpolate positions in float32 and accumulate gradients in different dtypes.
     name = "embeddings.position_embedding.weight"
     assert relative_error(grads.pop(name), expected.pop(name)) <= 1e-6
     assert worst_error(grads, expected)[0] <= GRADIENT_TOLERANCE, worst_error(grads, expected)
 
-    tokens = port(**{**batch, "pixel_attention_mask": torch.ones_like(mask)})  # the mask left out
+    tokens = port(**{**batch, "pixel_attention_mask": torch.ones_like(mask)})  # ignore the mask
     backward(loss_of(tokens, port.pool(tokens, mask), mask))
     wrong = to_reference_names(port, gradients(port))
     assert worst_error({n: wrong[n] for n in expected}, expected)[0] > 1e-2
 
 
-@pytest.mark.parametrize("config", [SHALLOW, NAFLEX], ids=["pictures", "packed patches"])
+@pytest.mark.parametrize("config", [SHALLOW, NAFLEX], ids=["images", "packed patches"])
 def test_gradients_of_mean_pooling(checkpoint: MakeCheckpoint, config: SigLipVisionConfig) -> None:
     loaded, reference = load_pair(replace(config, pooling_head=False), checkpoint)
     port = SigLipVisionModel(replace(loaded.config, mean_pooling=True)).double().eval()
@@ -110,7 +104,7 @@ def test_gradients_of_mean_pooling(checkpoint: MakeCheckpoint, config: SigLipVis
     backward(((tokens * mask).sum(1) / mask.sum(1)).sin().mean())
     port_grads = to_reference_names(port, gradients(port))
     expected = gradients(reference)
-    if config.naflex:  # as above
+    if config.naflex:  # as in test_gradients_of_packed_patches
         name = "embeddings.position_embedding.weight"
         assert relative_error(port_grads.pop(name), expected.pop(name)) <= 1e-6
     assert worst_error(port_grads, expected)[0] <= GRADIENT_TOLERANCE, worst_error(
@@ -125,7 +119,7 @@ def test_dropout(
     x = images(SHALLOW)
 
     def both() -> tuple[Tensor, Tensor]:
-        """The tokens; and the gradients stay in the parameters."""
+        """Return tokens of both; gradients stay in the parameters."""
         torch.manual_seed(0)
         tokens = port(x)
         backward(loss_of(tokens, port.pool(tokens)))
@@ -134,19 +128,19 @@ def test_dropout(
         backward(loss_of(output.last_hidden_state, output.pooler_output))
         return tokens.detach(), output.last_hidden_state.detach()
 
-    still, expected = both()
-    assert relative_error(still, expected) <= TOLERANCE
-    assert torch.equal(still, port(x))
-    without = gradients(port)
+    without_dropout, expected = both()
+    assert relative_error(without_dropout, expected) <= TOLERANCE
+    assert torch.equal(without_dropout, port(x))
+    plain = gradients(port)
     gradients(reference)
     port.train()
     reference.train()
     dropped, expected = both()
-    assert relative_error(dropped, still) > 1e-2
+    assert relative_error(dropped, without_dropout) > 1e-2
     assert relative_error(dropped, expected) <= TOLERANCE
     assert not torch.equal(dropped, port(x))  # the next draw
     grads = gradients(port)
-    assert worst_error(grads, without)[0] > 1e-2
+    assert worst_error(grads, plain)[0] > 1e-2
     assert (
         worst_error(to_reference_names(port, grads), gradients(reference))[0] <= GRADIENT_TOLERANCE
     )
@@ -157,7 +151,7 @@ def test_dtypes_and_autocast(checkpoint: MakeCheckpoint, dtype: torch.dtype) -> 
     port, reference = load_pair(SHALLOW, checkpoint)
     x = images(SHALLOW)
 
-    def vectors_and_gradients() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    def embeddings_and_gradients() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         vectors = [
             port.embed(x.to(port.pooling_head.probe.dtype)),  # type: ignore[union-attr]
             reference(x.to(reference.dtype)).pooler_output,
@@ -169,19 +163,19 @@ def test_dtypes_and_autocast(checkpoint: MakeCheckpoint, dtype: torch.dtype) -> 
             gradients(reference),
         ]
 
-    (truth, _), (true_gradients, _) = vectors_and_gradients()
+    (exact, _), (exact_gradients, _) = embeddings_and_gradients()
 
     def check() -> None:
-        (port_vector, reference_vector), grads = vectors_and_gradients()
+        (port_vector, reference_vector), grads = embeddings_and_gradients()
         assert (
-            0 < relative_error(port_vector, truth) <= 1.5 * relative_error(reference_vector, truth)
+            0 < relative_error(port_vector, exact) <= 1.5 * relative_error(reference_vector, exact)
         )
         for name in (
             "embeddings.patch_embedding.weight",
             "encoder.layers.1.mlp.fc1.weight",
             "head.probe",
         ):
-            port_error, other = (relative_error(g[name], true_gradients[name]) for g in grads)
+            port_error, other = (relative_error(g[name], exact_gradients[name]) for g in grads)
             assert 0 < port_error <= 1.5 * other, name
 
     port.half() if dtype == torch.float16 else port.to(dtype)
@@ -195,7 +189,7 @@ def test_dtypes_and_autocast(checkpoint: MakeCheckpoint, dtype: torch.dtype) -> 
             check()
 
 
-def test_step_leaves_file_alone(
+def test_training_step_does_not_change_file(
     checkpoint: MakeCheckpoint,
 ) -> None:
     folder = checkpoint(SHALLOW)
@@ -209,11 +203,11 @@ def test_step_leaves_file_alone(
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-# --- blocks computed twice ------------------------------------------------------------------------
+# --- gradient checkpointing -----------------------------------------------------------------------
 
 
 def runs_of_blocks(model: SigLipVisionModel, run: Callable[[], object]) -> int:
-    """How often a block is computed while `run` runs."""
+    """Count forward passes of blocks while `run` runs."""
     count = [0]
 
     def add(*_: object) -> None:
@@ -238,18 +232,18 @@ def test_gradient_checkpointing(
     batch: dict[str, Any] = packed_images() if config.naflex else {"pixel_values": images(config)}
 
     def step() -> None:
-        torch.manual_seed(0)  # of the dropout
+        torch.manual_seed(0)  # for dropout
         backward(model.embed(**batch).square().mean())
 
     assert runs_of_blocks(model, step) == 3
     plain = gradients(model)
     model.gradient_checkpointing_enable()
     assert runs_of_blocks(model, step) == 6
-    twice = gradients(model)
-    assert all(torch.equal(twice[name], grad) for name, grad in plain.items())
+    recomputed = gradients(model)
+    assert all(torch.equal(recomputed[name], grad) for name, grad in plain.items())
     assert (
         runs_of_blocks(model, lambda: model.hidden_states(**batch, layers=[-1])) == 3
-    )  # no way back
+    )  # no backward pass
     assert runs_of_blocks(model.eval(), step) == 3
     model.train().gradient_checkpointing_disable()
     assert runs_of_blocks(model, step) == 3
@@ -304,9 +298,7 @@ def test_state_dict(tmp_path: Path) -> None:
     fresh = SigLipVisionModel(SHALLOW)
     assigned = SigLipVisionModel(SHALLOW)
     x = images(SHALLOW)
-    assert (
-        model.state_dict().keys() == dict(model.named_parameters()).keys()
-    )  # nothing is hidden in buffers
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys()  # no buffers
     torch.save(model.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     fresh.load_state_dict(state, strict=True)  # into float32: rounded
@@ -319,18 +311,18 @@ def test_state_dict(tmp_path: Path) -> None:
             fresh.load_state_dict(broken, strict=True)
     assigned.load_state_dict(
         state, strict=True, assign=True
-    )  # last: torch marks `state` by it for ever
+    )  # last, because torch marks `state` permanently
     assert all(p.data_ptr() == state[name].data_ptr() for name, p in assigned.named_parameters())
     assert all(p.requires_grad for p in assigned.parameters())
     assert torch.equal(assigned.eval().embed(x), model.embed(x))
 
 
-# --- positions of another grid --------------------------------------------------------------------
+# --- interpolated position embeddings -------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_fitted_positions_follow_weights() -> None:
-    """However they are written to: nothing of a former forward is kept."""
+def test_interpolated_positions_follow_weights() -> None:
+    """No interpolated positions are cached between forward passes."""
     model = random_model(RESIZED)
     embeddings = model.transformer.embeddings
     for _ in range(2):
@@ -339,12 +331,3 @@ def test_fitted_positions_follow_weights() -> None:
         assert torch.equal(embeddings.positions(3, 5), expected)
         weight.data.mul_(2)
     assert embeddings.positions(6, 6) is weight  # its own grid
-
-
-# --- compilers ------------------------------------------------------------------------------------
-
-
-# --- adapters -------------------------------------------------------------------------------------
-
-
-# --- several processes ----------------------------------------------------------------------------

@@ -1,7 +1,6 @@
-"""Checkpoints of other releases of transformers, and what those make of them and of ours.
+"""Checkpoints of other transformers and open_clip releases: `uv run pytest -m versions`.
 
-`uv run pytest -m versions`: needs uv and a package index; installs every release in an environment
-of its own.
+Needs uv and a package index; each release is installed in its own environment.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from tests.helpers.checkpoints import ODD
 
 ROOT = Path(__file__).parent.parent
 
-# 4.40 has no sdpa for SigLIP, and the softmax of its eager attention is float32 whatever the dtype.
+# 4.40 has no sdpa for SigLIP, and its eager attention has a float32 softmax.
 FLOAT64_TOLERANCE = {
     "4.40.2": 1e-6,
     "4.57.6": 1e-12,
@@ -40,7 +39,7 @@ def written(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
-    for name, naflex in (("ours", False), ("ours-naflex", True)):
+    for name, naflex in (("port", False), ("port-naflex", True)):
         model = SigLipVisionModel(replace(ODD, naflex=naflex, image_size=42 if naflex else 45))
         randomize(model)
         model.save_hf(folder / name)
@@ -71,7 +70,7 @@ def written(
 
 
 @pytest.mark.parametrize(
-    "kind", ["full", "vision", "headless", "classifier", "llava", "paligemma", "ours"]
+    "kind", ["full", "vision", "headless", "classifier", "llava", "paligemma", "port"]
 )
 @torch.no_grad()
 def test_checkpoint_of_release(written: tuple[str, Path], kind: str) -> None:
@@ -91,11 +90,11 @@ def test_checkpoint_of_release(written: tuple[str, Path], kind: str) -> None:
 @torch.no_grad()
 def test_saved_naflex_in_release(written: tuple[str, Path]) -> None:
     release, folder = written
-    if not (folder / "ours-naflex" / "expected.safetensors").exists():
+    if not (folder / "port-naflex" / "expected.safetensors").exists():
         pytest.skip(f"transformers {release} has no Siglip2VisionModel")
-    expected = load_file(folder / "ours-naflex" / "expected.safetensors")
+    expected = load_file(folder / "port-naflex" / "expected.safetensors")
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
-        model = SigLipVisionModel.from_hf(folder / "ours-naflex", dtype=dtype)
+        model = SigLipVisionModel.from_hf(folder / "port-naflex", dtype=dtype)
         names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
         pooled = model.embed(**{name: expected[name] for name in names})  # type: ignore[arg-type]
         assert relative_error(pooled, expected[f"pooled.{dtype}"]) <= tolerance
@@ -103,10 +102,7 @@ def test_saved_naflex_in_release(written: tuple[str, Path]) -> None:
 
 @torch.no_grad()
 def test_open_clip(tmp_path: Path) -> None:
-    """Of the two, one has the exact GELU and one the tanh form.
-
-    What open_clip inherits from timm.
-    """
+    """One of the two models has the exact GELU and one the tanh approximation, as in timm."""
     torch_version = version("torch").split("+")[0]
     packages = [
         "open_clip_torch==3.3.0",

@@ -1,4 +1,4 @@
-"""The plots: what is computed, where it lands, and the command that writes them."""
+"""Plots: computations, locations, and the `plot` command."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLOTS = [
     "tokens_pca.png",
     "pooling_attention.png",
 ]
-OF_THE_MODEL = ["patch_embedding.png", "position_embedding.png"]
+MODEL_PLOTS = ["patch_embedding.png", "position_embedding.png"]
 NAFLEX = replace(SMALL, naflex=True, image_size=32)  # at most 16 patches
 
 
@@ -53,14 +53,14 @@ def digests(files: list[Path]) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-# --- what is computed -----------------------------------------------------------------------------
+# --- computations ---------------------------------------------------------------------------------
 
 
 def test_principal_components_of_planted_ones() -> None:
     sizes = torch.tensor([10.0, 3.0, 1.0])
     scores = noise(50, 3) * sizes
     scores -= scores.mean(0)
-    scores = torch.linalg.qr(scores)[0] * sizes  # uncorrelated, so that they are the answer
+    scores = torch.linalg.qr(scores)[0] * sizes  # uncorrelated: the principal components
     directions = torch.linalg.qr(noise(20, 3))[0].T
     result = visualize.first_three_scores(scores @ directions + 7 * noise(20))
     signs = (result * scores).sum(0).sign()
@@ -87,7 +87,7 @@ def test_first_three_scores() -> None:
 
 
 def test_signs_of_components() -> None:
-    """Are no accident."""
+    """Signs do not depend on the order of rows or their sign."""
     tokens = noise(30, 8)
     _, directions = visualize.principal_components(tokens)
     assert (directions.gather(1, directions.abs().argmax(1, keepdim=True)) > 0).all()
@@ -97,7 +97,7 @@ def test_signs_of_components() -> None:
     assert torch.allclose(visualize.principal_components(-tokens)[1], directions, atol=1e-12)
 
 
-def test_components_of_rounding_are_none() -> None:
+def test_no_components_within_rounding() -> None:
     line = torch.arange(5.0)[:, None] * noise(1, 6) + 1000
     scores = visualize.first_three_scores(line)
     assert (scores[:, 0].abs() > 0.1).sum() == 4
@@ -108,7 +108,7 @@ def test_components_of_rounding_are_none() -> None:
 
 def test_to_colors() -> None:
     values = noise(200, 3) * torch.tensor([1.0, 50.0, 0.0])
-    values[0, 0] = 1e6  # does not take the range from the others
+    values[0, 0] = 1e6  # an outlier
     colors = visualize.to_colors(values)
     assert colors[:, :2].amin(0).tolist() == [0, 0]
     assert colors[:, :2].amax(0).tolist() == [1, 1]
@@ -141,14 +141,14 @@ def test_mosaic() -> None:
     assert visualize.mosaic(colored, 3, empty=0).shape == (2, 5, 3)
 
 
-# --- the image as the model sees it ---------------------------------------------------------------
+# --- preprocessed images --------------------------------------------------------------------------
 
 
-def test_view_is_what_was_resized() -> None:
+def test_view_shows_resized_image() -> None:
     pixels = random_image(60, 90)
     view = visualize.model_view(random_model(ODD), pixels)
     resized = np.asarray(Image.fromarray(pixels).resize((45, 45), Image.Resampling.BICUBIC))
-    assert view.grid == (6, 6)  # of 45 pixels, 6 patches of 7 are seen
+    assert view.grid == (6, 6)  # 45 pixels are 6 whole patches of 7
     assert np.allclose(view.rgb.numpy() * 255, resized[:42, :42], atol=1e-4)
 
 
@@ -170,7 +170,7 @@ def test_view_undoes_normalization(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 90), (90, 40), (10, 300)])
-def test_view_of_naflex_is_what_was_packed(height: int, width: int) -> None:
+def test_view_of_naflex_shows_packed_patches(height: int, width: int) -> None:
     view = visualize.model_view(random_model(NAFLEX), random_image(height, width))
     assert [list(view.grid)] == view.pixels["spatial_shapes"].tolist()
     count = view.grid[0] * view.grid[1]
@@ -200,11 +200,11 @@ def test_draw(config: SigLipVisionConfig, tmp_path: Path) -> None:
     before = digests(files)
     after = digests(visualize.draw(model, random_image(30, 50, seed=1), folder))
     unchanged = [name for name in PLOTS if after[name] == before[name]]
-    assert unchanged == OF_THE_MODEL
+    assert unchanged == MODEL_PLOTS
 
 
 def plant_attention(model: SigLipVisionModel, tokens: Tensor, patch: int) -> None:
-    """Give the pooling head a probe of scores 5 for one of the tokens [N, D], 0 for the others."""
+    """Set the probe so that its score is 5 for one of the tokens [N, D] and 0 for the others."""
     assert model.pooling_head is not None
     attention = model.pooling_head.attention
     scores = torch.zeros(len(tokens))
@@ -219,23 +219,23 @@ def plant_attention(model: SigLipVisionModel, tokens: Tensor, patch: int) -> Non
 
 
 @pytest.mark.parametrize(("config", "patch"), [(SMALL, (0, 1)), (NAFLEX, (0, 4)), (NAFLEX, (1, 2))])
-def test_attention_lands_on_its_token(config: SigLipVisionConfig, patch: tuple[int, int]) -> None:
+def test_attention_of_planted_token(config: SigLipVisionConfig, patch: tuple[int, int]) -> None:
     model = random_model(config)
     view = visualize.model_view(model, random_image(24, 60))
     rows, columns = view.grid
-    # A NaFlex image of another shape than the model's own, and padded.
+    # The NaFlex image has another shape than the model's grid, and padding.
     assert config is SMALL or (rows < columns and rows * columns < 16)
     number = patch[0] * columns + patch[1]
     with torch.no_grad():
         plant_attention(model, model(**view.pixels)[0, : rows * columns], number)
-        figure = visualize.draw_figures(model, view)["pooling_attention.png"]
+        figure = visualize.draw_plots(model, view)["pooling_attention.png"]
     panels = [axes.get_images() for axes in figure.axes if len(axes.get_images()) == 2]
     assert len(panels) == 1 + config.num_attention_heads
     for below, above in panels:
         values = np.asarray(above.get_array())
         assert values.shape == (rows, columns)
         assert int(values.argmax()) == number
-        share = np.exp(5) / (np.exp(5) + values.size - 1)  # padding has none
+        share = np.exp(5) / (np.exp(5) + values.size - 1)  # none on padding
         assert values.max() == pytest.approx(share * values.size, rel=1e-3)
         assert above.get_extent() == below.get_extent()  # on the whole image, not upside down
 
@@ -244,21 +244,21 @@ def shown_values(figure: Figure) -> NDArray[Any]:
     return np.asarray(figure.axes[0].get_images()[0].get_array())
 
 
-def test_positions_are_in_their_places() -> None:
+def test_location_of_positions() -> None:
     model = random_model(replace(SMALL, image_size=72))  # 9 x 9
     table = model.transformer.embeddings.position_embedding.weight
     tiles = shown_values(visualize.draw_positions(table))
     assert tiles.shape == (69, 69)
-    chosen = visualize.evenly_spaced(9, 7)
-    position = table[chosen[2] * 9 + chosen[5]]
+    indices = visualize.evenly_spaced(9, 7)
+    position = table[indices[2] * 9 + indices[5]]
     expected = torch.nn.functional.cosine_similarity(position, table, dim=-1).view(9, 9)
     assert np.allclose(tiles[20:29, 50:59], expected.detach().numpy(), atol=1e-6)
-    assert tiles[20 + chosen[2], 50 + chosen[5]] == pytest.approx(1)
+    assert tiles[20 + indices[2], 50 + indices[5]] == pytest.approx(1)
 
 
-def test_filters_are_in_their_places() -> None:
+def test_location_of_filters() -> None:
     weight = torch.zeros(24, 3, 8, 8)
-    weight[::2, 0, 1, 2] = 1  # half of them see red in one place, which is the only component
+    weight[::2, 0, 1, 2] = 1  # red at one pixel is the only component
     tiles = shown_values(visualize.draw_filters(weight))
     assert tiles[1, 2].tolist() == [1, 0.5, 0.5]
     assert (tiles[:8, :8] != 0.5).sum() == 1
@@ -267,8 +267,8 @@ def test_filters_are_in_their_places() -> None:
 def test_model_without_attention_pooling(photo: Path) -> None:
     averaged = random_model(replace(SMALL, pooling_head=False, mean_pooling=True))
     with torch.inference_mode():
-        figures = visualize.draw_figures(averaged, visualize.model_view(averaged, photo))
-    assert list(figures) == PLOTS[:-1]
+        plots = visualize.draw_plots(averaged, visualize.model_view(averaged, photo))
+    assert list(plots) == PLOTS[:-1]
 
 
 def test_all_files_or_none(photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,12 +285,14 @@ def test_all_files_or_none(photo: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(PLOTS[0], "old")]
 
 
-def test_unusable_image_or_model(tmp_path: Path) -> None:
+def test_unreadable_image_and_nan_weights(tmp_path: Path) -> None:
     model = random_model()
-    with pytest.raises(ImageError, match="of no kind that Pillow knows"):
+    with pytest.raises(ImageError, match="not an image format that Pillow supports"):
         visualize.draw(model, b"no", tmp_path)
     model.transformer.post_layernorm.bias.data[3] = torch.nan
-    message = "tokens of this image that are NaN or infinite: see `siglip-port inspect`"
+    message = (
+        "tokens of this image contain NaN or infinity; check the weights with `siglip-port inspect`"
+    )
     with pytest.raises(ValueError, match=message):
         visualize.draw(model, random_image(9, 9), tmp_path)
     assert not list(tmp_path.iterdir())
@@ -300,7 +302,7 @@ def test_unusable_image_or_model(tmp_path: Path) -> None:
 
 
 def test_command(encoder_folder: Path, photo: Path, tmp_path: Path) -> None:
-    """Draws what `draw` draws in another process, without pyplot."""
+    """The command writes the same bytes as `draw`, without importing pyplot."""
     result = run("plot", photo, "-o", tmp_path / "out", "--model", encoder_folder, "--offline")
     files = [tmp_path / "out" / name for name in PLOTS]
     assert result.stdout.splitlines() == [str(file) for file in files]
@@ -328,7 +330,7 @@ def test_command_without_pooling_head(photo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run("plot", photo, "-o", out, "--model", tmp_path / "model")
     assert result.stdout.splitlines() == [str(out / name) for name in PLOTS[:-1]]
-    note = "pooling_attention.png is left out: the encoder has no attention pooling head\n"
+    note = "pooling_attention.png skipped: the model has no attention pooling head\n"
     assert result.stderr == note
     assert sorted(file.name for file in out.iterdir()) == sorted(PLOTS[:-1])
 
@@ -338,7 +340,7 @@ def test_command_reads_image_before_model(tmp_path: Path) -> None:
     broken.write_bytes(b"no")
     out = tmp_path / "out"
     result = run("plot", broken, "-o", out, "--model", tmp_path / "none", code=1)
-    message = "the image cannot be read: it is of no kind that Pillow knows"
+    message = "the image cannot be read: not an image format that Pillow supports"
     assert (result.stdout, result.stderr) == ("", f"{broken}: {message}\n")
     result = run("plot", tmp_path / "none.png", "-o", out, code=1)
     assert "none.png: the image cannot be read: No such file" in result.stderr
@@ -352,7 +354,7 @@ def test_command_with_nan_weights(encoder_folder: Path, photo: Path, tmp_path: P
     SigLipVisionModel.from_hf(encoder_folder).save_hf(tmp_path / "bad")
     edit_tensors(tmp_path / "bad", make_nan)
     result = run("plot", photo, "-o", tmp_path / "out", "--model", tmp_path / "bad", code=1)
-    message = "the encoder makes tokens of this image that are NaN or infinite"
+    message = "tokens of this image contain NaN or infinity"
     assert result.stderr.startswith(message)
     assert not (tmp_path / "out").exists()
 

@@ -1,6 +1,6 @@
-"""The hot paths, timed by pytest-benchmark, so that a later change can be compared.
+"""Benchmarks of hot paths with pytest-benchmark, to compare before and after a change.
 
-Nothing in it fails on time. Before and after the change:
+Nothing fails on time:
 
     uv run --group bench pytest -n0 scripts/benchmarks/hot_paths.py --benchmark-save=before
     uv run --group bench pytest -n0 scripts/benchmarks/hot_paths.py --benchmark-compare

@@ -1,15 +1,12 @@
-"""Times this port beside its peers.
-
-The same weights, the same images, equal before they are timed, in turns. All of it on the CPU, or
-the peers on a GPU:
+"""Benchmark inference against transformers, timm, open_clip, ONNX Runtime and OpenVINO.
 
     uv run --group bench scripts/benchmarks/inference.py [--quick]
     uv run --group bench scripts/benchmarks/inference.py --device cuda --dtype bfloat16
 
-Weights are random ones of google/siglip-base-patch16-224's architecture, or `--model so400m`'s.
-Peers that are not installed are left out, in words. Every round runs every peer once, A B C A B C,
-so that what slows the machine down slows all of them; ratios are medians of the ratios within
-rounds. Writes what it measured as JSON and as a chart.
+All peers have the same random weights (google/siglip-base-patch16-224's architecture, or `--model`)
+and are compared with the port before timing; peers that are not installed are skipped. Each round
+runs every peer once, so that load on the machine affects all; speedups are medians of ratios within
+rounds. Writes JSON and a plot. On a GPU, only peers are timed.
 """
 
 from __future__ import annotations
@@ -34,17 +31,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from scripts.benchmarks.inference_peers import BASELINE, MODELS, Bench, make_peers, prepare
+from scripts.benchmarks.inference_peers import BASELINE, MODELS, Bench, build_peers, prepare
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 
 Rows = dict[str, dict[str, float]]
-"""Numbers by name, of each peer."""
+"""Peer -> measurement -> value."""
 
 # --- timing ---------------------------------------------------------------------------------------
 
 
 def seconds(run: Callable[[], object], device: str = "cpu") -> float:
-    """Time one call, that of the device included."""
+    """Time one call in seconds, including the device."""
     started = time.perf_counter()
     run()
     if device != "cpu":
@@ -55,9 +52,9 @@ def seconds(run: Callable[[], object], device: str = "cpu") -> float:
 def time_interleaved(
     runs: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Time everything once a round, every second round backwards.
+    """Time every call once per round, in reverse order in every second round.
 
-    One round before does not count.
+    A first round is for warmup.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
@@ -66,23 +63,23 @@ def time_interleaved(
             if number % 2 == 0:
                 names.reverse()
             for name in names:
-                time_of_call = seconds(runs[name], device)
+                duration = seconds(runs[name], device)
                 if number > 0:
-                    times[name].append(time_of_call)
+                    times[name].append(duration)
     return times
 
 
 def median_seconds(run: Callable[[], object], rounds: int) -> float:
-    """Time one thing alone."""
+    """Return the median time of a call, in seconds."""
     return statistics.median(time_interleaved({"": run}, rounds)[""])
 
 
 def summarize(times: Mapping[str, list[float]], batch_size: int) -> Rows:
-    """Medians, quartiles and ratios: how many times as fast as the baseline."""
+    """Compute medians and quartiles in ms per image, and speedups over the baseline."""
     rows: Rows = {}
-    for name, own_times in times.items():
-        low, middle, high = statistics.quantiles(own_times, n=4)
-        pairs = zip(own_times, times[BASELINE], strict=True)
+    for name, peer_times in times.items():
+        low, middle, high = statistics.quantiles(peer_times, n=4)
+        pairs = zip(peer_times, times[BASELINE], strict=True)
         rows[name] = {
             "ms": 1000 * middle / batch_size,
             "ms_low": 1000 * low / batch_size,
@@ -93,7 +90,7 @@ def summarize(times: Mapping[str, list[float]], batch_size: int) -> Rows:
 
 
 def flops(config: SigLipVisionConfig, tokens: int | None = None) -> float:
-    """Multiplications and additions of one image, of matrix products alone."""
+    """Return the floating point operations of matrix products for one image."""
     n = tokens or config.num_patches
     d = config.embed_dim
     m = config.mlp_hidden_dim
@@ -104,7 +101,7 @@ def flops(config: SigLipVisionConfig, tokens: int | None = None) -> float:
 
 
 def gemm_peak(bench: Bench) -> float:
-    """The best rate of a large product in GFLOP/s, by MKL or cuBLAS and by oneDNN."""
+    """Return the fastest rate of a large matrix product in GFLOP/s: MKL or cuBLAS, and oneDNN."""
     n = 1536 if bench.device == "cpu" else 8192
     a = torch.randn(n, n, dtype=bench.dtype, device=bench.device)
     b = torch.randn(n, n, dtype=bench.dtype, device=bench.device)
@@ -115,15 +112,15 @@ def gemm_peak(bench: Bench) -> float:
         x = x.contiguous(memory_format=torch.channels_last)
         runs["conv"] = lambda: convolution(x)
     times = time_interleaved(runs, 10, bench.device)
-    shortest = min(min(own_times) for own_times in times.values())
+    shortest = min(min(peer_times) for peer_times in times.values())
     return 2 * n**3 / shortest / 1e9
 
 
-# --- how time grows -------------------------------------------------------------------------------
+# --- scaling --------------------------------------------------------------------------------------
 
 
 def measure_scaling(bench: Bench, *, rounds: int = 3) -> dict[str, Any]:
-    """How time grows with batch, threads and image, beside what arithmetic says."""
+    """Measure scaling with batch size, threads and image size."""
     return {
         "batch": scaling_with_batch(bench, rounds),
         "threads": scaling_with_threads(bench, rounds),
@@ -132,7 +129,7 @@ def measure_scaling(bench: Bench, *, rounds: int = 3) -> dict[str, Any]:
 
 
 def scaling_with_batch(bench: Bench, rounds: int) -> dict[str, float]:
-    """Milliseconds an image, by batch size."""
+    """Return ms per image by batch size."""
     runs = {}
     for batch_size in (1, 2, 4, 8, 16):
         images = bench.images(batch_size)
@@ -142,7 +139,7 @@ def scaling_with_batch(bench: Bench, rounds: int) -> dict[str, float]:
 
 
 def scaling_with_threads(bench: Bench, rounds: int) -> dict[str, float]:
-    """Milliseconds an image, by threads, in batches of 8."""
+    """Return ms per image by number of threads, in batches of 8."""
     threads = torch.get_num_threads()
     run = functools.partial(bench.model.embed, bench.images(8))
     milliseconds = {}
@@ -154,7 +151,7 @@ def scaling_with_threads(bench: Bench, rounds: int) -> dict[str, float]:
 
 
 def scaling_with_image(bench: Bench, rounds: int) -> Rows:
-    """Tokens, work and time, by the side of the image in pixels."""
+    """Return tokens, GFLOP and ms by image size."""
     config = bench.model.config
     model = SigLipVisionModel(replace(config, interpolation="hf")).eval()
     model.load_state_dict(bench.model.state_dict(), assign=True)
@@ -189,7 +186,7 @@ PROGRAMS = {
     "import siglip_port": "import siglip_port",
     "siglip_port, first vector": PORT + f"M.from_hf('hf').embed({IMAGE})",
     "siglip_port optimized, first vector": (
-        PORT + f"optimize(M.from_hf('hf'), cache_dir='kept').embed({IMAGE})"
+        PORT + f"optimize(M.from_hf('hf'), cache_dir='cache').embed({IMAGE})"
     ),
     "transformers, first vector": REFERENCE + f"M.from_pretrained('hf')({IMAGE})",
     "timm, first vector": (
@@ -202,9 +199,9 @@ PROGRAMS = {
     "siglip_port, batch 32": PORT + "M.from_hf('hf').embed(torch.rand(32, 3, SIZE, SIZE))",
     "transformers, loaded": REFERENCE + "[p.sum() for p in M.from_pretrained('hf').parameters()]",
 }
-"""Whole programs. `optimized` finds what the benchmark of batch 1 has kept."""
+"""Programs to time as processes. `optimized` uses the cache of the peers' benchmark."""
 
-# Not `getrusage`, which begins with what this process, its parent, had.
+# `getrusage` would include the memory of the parent process.
 PRINT_PEAK_KILOBYTES = """
 lines = open('/proc/self/status')
 print(next(line.split()[1] for line in lines if line.startswith('VmHWM')))
@@ -212,7 +209,7 @@ print(next(line.split()[1] for line in lines if line.startswith('VmHWM')))
 
 
 def measure_processes(bench: Bench, rounds: int) -> Rows:
-    """Whole processes: seconds from start to end, and the most memory in MB, in turns."""
+    """Measure processes in turns: seconds from start to end, and peak memory in MB."""
     times: dict[str, list[float]] = {name: [] for name in PROGRAMS}
     peaks: dict[str, list[float]] = {name: [] for name in PROGRAMS}
     for number in range(rounds + 1):
@@ -221,19 +218,19 @@ def measure_processes(bench: Bench, rounds: int) -> Rows:
             process = run_program(
                 program.replace("SIZE", str(bench.model.config.image_size)), bench
             )
-            time_of_process = time.perf_counter() - started
+            duration = time.perf_counter() - started
             if process.returncode:
-                bench.left_out[name] = process.stderr.strip().splitlines()[-1]
+                bench.skipped[name] = process.stderr.strip().splitlines()[-1]
             elif number > 0:  # the first round only warms the disk's cache
-                times[name].append(time_of_process)
+                times[name].append(duration)
                 peaks[name].append(int(process.stdout.split()[-1]) / 1024)
     rows: Rows = {}
-    for name, own_times in times.items():
-        if len(own_times) < rounds:
+    for name, peer_times in times.items():
+        if len(peer_times) < rounds:
             continue
-        ratios = [own / base for own, base in zip(own_times, times["import torch"], strict=True)]
+        ratios = [own / base for own, base in zip(peer_times, times["import torch"], strict=True)]
         rows[name] = {
-            "seconds": statistics.median(own_times),
+            "seconds": statistics.median(peer_times),
             "times_import_torch": statistics.median(ratios),
             "peak_mb": statistics.median(peaks[name]),
         }
@@ -241,10 +238,9 @@ def measure_processes(bench: Bench, rounds: int) -> Rows:
 
 
 def run_program(program: str, bench: Bench) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own, in the folder of the weights."""
+    """Run a program in its own process, in the directory of the checkpoints."""
     variables = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    # Where Python may not keep what it compiles, every process compiles torch and transformers
-    # anew.
+    # Otherwise every process would compile torch and transformers to bytecode again.
     variables.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [sys.executable, "-W", "ignore", "-c", program + PRINT_PEAK_KILOBYTES]
     return subprocess.run(
@@ -256,7 +252,7 @@ def run_program(program: str, bench: Bench) -> subprocess.CompletedProcess[str]:
 
 
 def environment(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-    """What it was measured on."""
+    """Describe the machine, command and versions."""
     device = cpu_name() if args.device == "cpu" else torch.cuda.get_device_name()
     return {
         "date": date.today().isoformat(),
@@ -267,13 +263,13 @@ def environment(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "model": f"siglip {bench.name}, random weights",
         "dtype": args.dtype,
-        "gflop_per_picture": flops(bench.model.config) / 1e9,
+        "gflop_per_image": flops(bench.model.config) / 1e9,
         **package_versions(),
     }
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of all that is timed."""
+    """Return versions of the benchmarked packages."""
     names = ["torch", "transformers", "timm", "open-clip-torch"]
     names += ["onnxruntime", "openvino", "siglip-port"]
     versions = {}
@@ -286,7 +282,7 @@ def package_versions() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's name, where Linux reports it."""
+    """Return the CPU's name on Linux, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -298,7 +294,7 @@ def cpu_name() -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Draw how many times as fast as the baseline everybody is."""
+    """Plot speedups over the baseline."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -317,7 +313,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.bar_label(bars, labels=[f"{ratio:.2f}" for ratio in ratios], padding=3)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xlim(0, max(ratios) * 1.15)
-        axis.set_title(f"batch {batch}: times as fast as {BASELINE}", fontsize=10)
+        axis.set_title(f"batch {batch}: speedup over {BASELINE}", fontsize=10)
     about = report["environment"]
     title = ", ".join(about[key] for key in ("model", "dtype", "device", "instructions"))
     figure.suptitle(title, fontsize=9)
@@ -326,11 +322,11 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 def format_rows(rows: Rows, bench: Bench, peak: float) -> str:
-    """Write one batch size for people."""
+    """Format the results of one batch size as a table."""
     gflop = flops(bench.model.config) / 1e9
     width = max(map(len, rows))
     lines = [
-        f"{'':{width}} | ms an image (quartiles) | times as fast | of the GEMM peak | difference"
+        f"{'':{width}} | ms per image (quartiles) | speedup       | of the GEMM peak | difference"
     ]
     for name, row in rows.items():
         spread = f"{row['ms']:8.1f} ({row['ms_low']:.1f}-{row['ms_high']:.1f})"
@@ -351,45 +347,45 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--quick", action="store_true", help="Batch 1, 5 rounds, no torch.compile.")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="Device.")
     parser.add_argument(
-        "--quick", action="store_true", help="batch 1, few rounds, nothing that compiles"
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="Dtype."
     )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--model", default="base", choices=sorted(MODELS))
-    parser.add_argument("--rounds", type=int, help="how often everybody runs (8; 5 with --quick)")
-    parser.add_argument("--only", choices=["peers", "cold", "scaling"], help="one part alone")
+    parser.add_argument("--model", default="base", choices=sorted(MODELS), help="Architecture.")
+    parser.add_argument("--rounds", type=int, help="Timed rounds. [default: 8; 5 with --quick]")
+    parser.add_argument("--only", choices=["peers", "cold", "scaling"], help="Run one part only.")
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("benchmark"),
-        help="names the files: OUTPUT.json, OUTPUT.png",
+        help="Prefix of the output files, OUTPUT.json and OUTPUT.png. [default: benchmark]",
     )
     args = parser.parse_args()
     if args.rounds is not None and args.rounds < 2:
-        parser.error("--rounds must be at least 2, for a spread")
+        parser.error(f"--rounds must be at least 2, got {args.rounds}")
     if not args.output.absolute().parent.is_dir():
-        parser.error(f"--output {args.output}: its folder does not exist")
+        parser.error(f"--output {args.output}: directory does not exist")
     if args.rounds is None:
         args.rounds = 5 if args.quick else 8
     return args
 
 
 def batch_sizes(args: argparse.Namespace) -> tuple[int, ...]:
-    """The batch sizes that peers are timed with."""
+    """Return the batch sizes to time."""
     if args.quick:
         return (1,)
     return (1, 8) if args.device == "cpu" else (1, 32, 256)
 
 
 def report_peers(bench: Bench, args: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Time all peers, print, and add it to the report."""
+    """Time all peers, print the results and add them to the report."""
     peak = gemm_peak(bench)
     report["gemm_peak_gflop_per_s"] = peak
-    print(f"the best product of matrices: {peak:.0f} GFLOP/s")
+    print(f"GEMM peak: {peak:.0f} GFLOP/s")
     for batch_size in batch_sizes(args):
         images = bench.images(batch_size)
-        peers = make_peers(bench, batch_size, quick=args.quick)
+        peers = build_peers(bench, batch_size, quick=args.quick)
         calls = {name: functools.partial(run, images) for name, run in peers.items()}
         rows = summarize(time_interleaved(calls, args.rounds, args.device), batch_size)
         report["peers"][f"{batch_size}"] = rows
@@ -397,10 +393,10 @@ def report_peers(bench: Bench, args: argparse.Namespace, report: dict[str, Any])
 
 
 def report_processes(bench: Bench, args: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Time whole processes, print, and add it to the report."""
+    """Time processes, print the results and add them to the report."""
     rows = measure_processes(bench, 2 if args.quick else 3)
     report["cold"] = rows
-    print("\nwhole processes")
+    print("\nprocesses")
     for name, row in rows.items():
         print(
             f"{name:45} {row['seconds']:6.2f} s, {row['times_import_torch']:5.2f} times import "
@@ -409,7 +405,7 @@ def report_processes(bench: Bench, args: argparse.Namespace, report: dict[str, A
 
 
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure and print what the arguments ask for."""
+    """Run the requested benchmarks and print the results."""
     report: dict[str, Any] = {"environment": environment(bench, args), "peers": {}}
     print(json.dumps(report["environment"], indent=1))
     on_cpu = args.device == "cpu"
@@ -421,17 +417,17 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         report["scaling"] = measure_scaling(bench)
         print("\nscaling\n" + json.dumps(report["scaling"], indent=1))
     report["agreement"] = bench.agreement
-    report["left_out"] = bench.left_out
-    for name, reason in bench.left_out.items():
-        print(f"left out: {name}: {reason}")
+    report["skipped"] = bench.skipped
+    for name, reason in bench.skipped.items():
+        print(f"skipped {name}: {reason}")
     return report
 
 
 def main() -> int:
-    """Measure, print and write."""
+    """Run the benchmarks and write the report."""
     args = parse_arguments()
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("not measured: there is no CUDA device here", file=sys.stderr)
+        print("--device cuda: no CUDA device is available; use --device cpu", file=sys.stderr)
         return 2
     warnings.simplefilter("ignore")
     with prepare(args.model, args.device, getattr(torch, args.dtype)) as bench:
@@ -443,7 +439,7 @@ def main() -> int:
             plot(report, args.output.with_suffix(".png"))
         except ImportError:
             print(
-                "no image: matplotlib is not installed; uv run --group bench "
+                "plot skipped: matplotlib is not installed; run: uv run --group bench "
                 "scripts/benchmarks/inference.py"
             )
     return 0

@@ -1,4 +1,4 @@
-"""The peers of scripts/benchmarks/inference.py: this port and what else runs the same model."""
+"""Peers of scripts/benchmarks/inference.py: the port and other implementations of the model."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ BASELINE = "transformers sdpa"
 INT8 = "siglip_port optimize, int8"
 
 MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""Largest difference from our float32 vectors, over the largest number, of a peer that is timed."""
+"""Largest accepted difference of a peer from the port in float32, relative to the largest value."""
 
 Run = Callable[[Tensor], Tensor]
-"""[B, C, S, S] -> pooled [B, D], by way of all tokens."""
+"""[B, C, S, S] -> pooled [B, D]."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass
 class Bench:
-    """What all peers share: the weights, as our model and as folders, and where to run.
+    """Weights, device and dtype that all peers share.
 
     Attributes:
-        model: ours, on the CPU, float32.
-        folder: with `hf` and `timm` in it.
-        name: of the model, a key of `MODELS`.
-        device: where to run.
-        dtype: of all.
-        agreement: of each peer's vectors with ours in float32.
-        left_out: peers that are not timed, with the reason.
+        model: The port in float32 on the CPU.
+        folder: Directory of the checkpoints `hf` and `timm`.
+        name: Name of the model in `MODELS`.
+        device: Device of the peers.
+        dtype: Dtype of the peers.
+        agreement: Peer -> difference and cosine similarity to `model`.
+        skipped: Peer -> reason why it was not timed.
     """
 
     model: SigLipVisionModel
@@ -70,19 +70,19 @@ class Bench:
     device: str
     dtype: torch.dtype
     agreement: dict[str, dict[str, float]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_float32_on_cpu(self) -> bool:
-        """Whether everything that only runs so can run."""
+        """Whether peers can run that need float32 on a CPU."""
         return self.dtype == torch.float32 and self.device == "cpu"
 
     def place(self, module: Module) -> Module:
-        """Bring a module to the device and dtype."""
+        """Move a module to the device and dtype."""
         return module.to(self.device, self.dtype).eval()
 
     def images(self, batch_size: int) -> Tensor:
-        """Noise in [-1, 1]: [B, 3, S, S]."""
+        """Return noise [B, 3, S, S] in [-1, 1]."""
         size = self.model.config.image_size
         generator = torch.Generator().manual_seed(1)
         noise = torch.rand((batch_size, 3, size, size), generator=generator) * 2 - 1
@@ -91,7 +91,7 @@ class Bench:
 
 @contextmanager
 def prepare(name: str, device: str, dtype: torch.dtype) -> Iterator[Bench]:
-    """Make the weights of one of `MODELS`, in a temporary folder."""
+    """Write random weights of one of `MODELS` to a temporary directory."""
     model = SigLipVisionModel(MODELS[name]).eval()
     randomize(model, seed=0)
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
@@ -105,9 +105,9 @@ def prepare(name: str, device: str, dtype: torch.dtype) -> Iterator[Bench]:
 
 
 def transformers_peer(attention: str, *, compiled: bool = False) -> Callable[[Bench], Run]:
-    """The reference, with an attention of its own choice."""
+    """Use transformers with the given attention implementation."""
 
-    def make(bench: Bench) -> Run:
+    def build(bench: Bench) -> Run:
         from transformers import SiglipVisionModel
 
         model = SiglipVisionModel.from_pretrained(
@@ -117,11 +117,11 @@ def transformers_peer(attention: str, *, compiled: bool = False) -> Callable[[Be
         run = torch.compile(model, dynamic=False) if compiled else model
         return lambda x: run(pixel_values=x).pooler_output
 
-    return make
+    return build
 
 
 def timm_peer(bench: Bench) -> Run:
-    """Timm's model of the same architecture."""
+    """The model of timm."""
     return bench.place(load_timm_model(bench))
 
 
@@ -135,27 +135,27 @@ def load_timm_model(bench: Bench) -> nn.Module:
 
 
 def open_clip_peer(bench: Bench) -> Run:
-    """open_clip's vision model, which is timm's with a wrapper around it."""
+    """The vision model of open_clip, a wrapper of timm's."""
     import open_clip
 
     visual = open_clip.create_model(TIMM_NAMES[bench.name], pretrained=None).visual
     visual.trunk.load_state_dict(load_timm_model(bench).state_dict())
     for block in [*visual.trunk.blocks, visual.trunk.attn_pool]:
-        # Its configuration of the first SigLIP says exact.
+        # open_clip configures the exact GELU for SigLIP.
         block.mlp.act = nn.GELU(approximate="tanh")
     vision_model: nn.Module = bench.place(visual)
     return vision_model
 
 
 def onnxruntime_peer(bench: Bench) -> Run:
-    """ONNX Runtime, on what `export_onnx` writes."""
+    """ONNX Runtime with a file of `export_onnx`."""
     import onnxruntime
 
     from siglip_port.optimize.export import export_onnx
 
     if not bench.is_float32_on_cpu:
-        raise ValueError("measured in float32 on a CPU only")
-    file = bench.folder / "tower.onnx"
+        raise ValueError("requires float32 on a CPU")
+    file = bench.folder / "encoder.onnx"
     export_onnx(bench.model, file)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -164,14 +164,14 @@ def onnxruntime_peer(bench: Bench) -> Run:
 
 
 def openvino_peer(bench: Bench) -> Run:
-    """OpenVINO on its own, head included; not by way of our `optimize`."""
+    """OpenVINO with the whole model, independent of `optimize`."""
     import openvino
 
     from siglip_port.optimize.comparison import ModelOutputs
     from siglip_port.optimize.export import export_any_batch
 
     if bench.dtype == torch.float16 or bench.device != "cpu":
-        raise ValueError("measured in float32 and bfloat16 on a CPU only")
+        raise ValueError("requires float32 or bfloat16 on a CPU")
     size = bench.model.config.image_size
     program = export_any_batch(ModelOutputs(bench.model), torch.zeros(2, 3, size, size))
     settings = {
@@ -184,7 +184,7 @@ def openvino_peer(bench: Bench) -> Run:
 
 
 def eager_peer(bench: Bench) -> Run:
-    """Our model as `from_hf` returns it."""
+    """The port without `optimize`."""
     source = bench.folder / "hf"
     return SigLipVisionModel.from_hf(source, dtype=bench.dtype, device=bench.device).embed
 
@@ -192,62 +192,66 @@ def eager_peer(bench: Bench) -> Run:
 def optimized_peer(
     engines: Sequence[str] | None, batch_size: int, dtype: torch.dtype | None = None
 ) -> Callable[[Bench], Run]:
-    """Our model after `optimize`."""
+    """The port with `optimize`."""
 
-    def make(bench: Bench) -> Run:
+    def build(bench: Bench) -> Run:
         model = SigLipVisionModel.from_hf(bench.folder / "hf", device=bench.device)
         fast = optimize(
             model,
             dtype=dtype or bench.dtype,
             engines=engines,
             batch_size=batch_size,
-            cache_dir=bench.folder / "kept",
+            cache_dir=bench.folder / "cache",
         )
         print(f"optimize: {fast.choice}", file=sys.stderr)
         return fast.embed
 
-    return make
+    return build
 
 
-def peer_makers(bench: Bench, batch_size: int, *, quick: bool) -> dict[str, Callable[[Bench], Run]]:
-    """Everything that is to be timed, by name."""
-    makers: dict[str, Callable[[Bench], Run]] = {}
-    makers[BASELINE] = transformers_peer("sdpa")
-    makers["transformers eager"] = transformers_peer("eager")
+def peer_builders(
+    bench: Bench, batch_size: int, *, quick: bool
+) -> dict[str, Callable[[Bench], Run]]:
+    """Return functions that build the peers, by name."""
+    builders: dict[str, Callable[[Bench], Run]] = {}
+    builders[BASELINE] = transformers_peer("sdpa")
+    builders["transformers eager"] = transformers_peer("eager")
     if not quick:
-        makers["transformers compiled"] = transformers_peer("sdpa", compiled=True)
-    makers["timm"] = timm_peer
-    makers["open_clip"] = open_clip_peer
-    makers["ONNX Runtime"] = onnxruntime_peer
-    makers["OpenVINO"] = openvino_peer
-    makers["siglip_port"] = eager_peer
+        builders["transformers compiled"] = transformers_peer("sdpa", compiled=True)
+    builders["timm"] = timm_peer
+    builders["open_clip"] = open_clip_peer
+    builders["ONNX Runtime"] = onnxruntime_peer
+    builders["OpenVINO"] = openvino_peer
+    builders["siglip_port"] = eager_peer
     own_engines = ["packed", "packed-gelu", "compiled"]
-    makers["siglip_port optimize, without extras"] = optimized_peer(own_engines, batch_size)
-    makers["siglip_port optimize"] = optimized_peer(None, batch_size)
+    builders["siglip_port optimize, without extras"] = optimized_peer(own_engines, batch_size)
+    builders["siglip_port optimize"] = optimized_peer(None, batch_size)
     if bench.is_float32_on_cpu:
-        makers[INT8] = optimized_peer(None, batch_size, torch.int8)
-    return makers
+        builders[INT8] = optimized_peer(None, batch_size, torch.int8)
+    return builders
 
 
-def make_peers(bench: Bench, batch_size: int, *, quick: bool) -> dict[str, Run]:
-    """Make all peers that run, and equal our float32 model; note the others in `left_out`."""
+def build_peers(bench: Bench, batch_size: int, *, quick: bool) -> dict[str, Run]:
+    """Build all peers and compare them with the port; record failures in `skipped`."""
     peers: dict[str, Run] = {}
     images = bench.images(batch_size)
     with torch.inference_mode():
         expected = bench.model.embed(images.cpu().float()).double()
-        for name, make in peer_makers(bench, batch_size, quick=quick).items():
+        for name, build in peer_builders(bench, batch_size, quick=quick).items():
             try:
-                run = make(bench)
-                vectors = run(images).cpu().double()
+                run = build(bench)
+                embeddings = run(images).cpu().double()
             except (ImportError, KeyError, OSError, ValueError, RuntimeError) as error:
                 reason = (str(error).splitlines() or [""])[0]
-                bench.left_out[name] = f"{type(error).__name__}: {reason}"
+                bench.skipped[name] = f"{type(error).__name__}: {reason}"
                 continue
-            difference = ((vectors - expected).abs().max() / expected.abs().max()).item()
-            cosine = torch.cosine_similarity(vectors, expected, dim=-1).min().item()
+            difference = ((embeddings - expected).abs().max() / expected.abs().max()).item()
+            cosine = torch.cosine_similarity(embeddings, expected, dim=-1).min().item()
             bench.agreement[name] = {"difference": difference, "cosine": cosine}
             if not difference <= MAX_DIFFERENCE[bench.dtype] and name != INT8:
-                bench.left_out[name] = f"not equal: differs by {difference:.1e}"
+                bench.skipped[name] = (
+                    f"relative difference {difference:.1e}, bound {MAX_DIFFERENCE[bench.dtype]:.0e}"
+                )
                 continue
             peers[name] = run
     return peers

@@ -1,4 +1,4 @@
-"""The command `export`."""
+"""The `export` command."""
 
 from __future__ import annotations
 
@@ -20,44 +20,36 @@ from siglip_port.text import format_bytes
 
 def export(
     source: SourceArgument,
-    out: Annotated[
-        Path,
-        typer.Argument(help="The file to be written: *.onnx, or *.pt2. Replaced if it is there."),
+    output: Annotated[
+        Path, typer.Argument(help="Output file, *.onnx or *.pt2; replaced if it exists.")
     ],
     file_format: Annotated[
         Literal["onnx", "program", "package"],
-        typer.Option(
-            "--format",
-            help="ONNX; a torch.export program; or an AOTInductor package for processors such as "
-            "this one.",
-        ),
+        typer.Option("--format", help="ONNX, torch.export program or AOTInductor package."),
     ] = "onnx",
     layout: LayoutOption = None,
     prefix: PrefixOption = None,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Write the encoder for other programs, run what was written, and compare it with the encoder.
+    """Export to ONNX, torch.export or AOTInductor.
 
-    Input pixel_values [batch, 3, size, size], outputs tokens and pooled, for every batch size.
-
-    Exit code 0: written and compared. 1: it cannot be loaded, written or is not equal. 2: wrong
-    arguments.
+    The file takes pixel_values [batch, 3, S, S] with a dynamic batch size and returns tokens and
+    pooled. It is run and compared with the model before it is written. An AOTInductor package runs
+    on CPUs like this one only.
     """
     import torch
 
     from siglip_port.model import SigLipVisionModel
-    from siglip_port.optimize.export import EXPORTS, ExportError
+    from siglip_port.optimize.export import BATCH_SIZES, EXPORTS, ExportError
 
     write, suffix = EXPORTS[file_format]
-    if out.suffix != suffix:
+    if output.suffix != suffix:
         raise typer.BadParameter(
-            f"OUT must be named *{suffix} for --format {file_format}, got {str(out)!r}"
+            f"OUTPUT must end in {suffix} with --format {file_format}, got {str(output)!r}"
         )
-    if not out.parent.is_dir():
-        raise typer.BadParameter(
-            f"the folder {out.parent}, in which it is to be written, does not exist"
-        )
+    if not output.parent.is_dir():
+        raise typer.BadParameter(f"directory {output.parent} does not exist")
     model = SigLipVisionModel.from_hf(
         source,
         revision=revision,
@@ -67,9 +59,12 @@ def export(
         dtype=torch.float32,
     )
     try:
-        error = write(model, out)
-    except ExportError as problem:
-        fail(str(problem), 1)
+        difference = write(model, output)
+    except ExportError as error:
+        fail(str(error), 1)
     typer.echo(model.provenance)
-    print_labeled("written", [f"{out} ({format_bytes(out.stat().st_size)})"])
-    typer.echo(f"compared with the encoder, in batches of 1, 2 and 5: differs by {error:.1e}")
+    print_labeled("written", [f"{output} ({format_bytes(output.stat().st_size)})"])
+    sizes = ", ".join(str(size) for size in sorted(BATCH_SIZES))
+    print_labeled(
+        "verified", [f"relative difference {difference:.1e} from the model, batch sizes {sizes}"]
+    )

@@ -1,4 +1,4 @@
-"""The command `plot`."""
+"""The `plot` command."""
 
 from __future__ import annotations
 
@@ -13,21 +13,18 @@ from siglip_port.extras import require
 
 
 def plot(
-    image: Annotated[Path, typer.Argument(help="An image.")],
-    out: Annotated[
-        Path, typer.Option("-o", "--out", file_okay=False, help="The folder to be written.")
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", file_okay=False, help="Output directory.")
     ],
     source: ModelOption = DEFAULT_MODEL,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Draw what the encoder has learned, and what it makes of an image, as PNG files.
+    """Plot weights, and features of an image, as PNG files.
 
-    Its patches, filters, positions, tokens, and what its pooling head attends to. Files of the same
-    names are replaced.
-
-    Exit code 0: drawn. 1: the image or the model cannot be read, or the folder not be written. 2:
-    wrong arguments.
+    Plots patches, patch embedding filters, position embeddings, tokens and the attention of the
+    pooling head. Existing plots are replaced.
     """
     require("matplotlib")
     import torch
@@ -37,16 +34,15 @@ def plot(
     from siglip_port.model import SigLipVisionModel
 
     try:
-        picture = to_rgb(image)  # before a model is fetched for it
+        rgb = to_rgb(image)  # before the model is downloaded
     except ImageError as error:
         fail(f"{image}: {error}", 1)
     model = SigLipVisionModel.from_hf(
         source, revision=revision, local_files_only=offline, dtype=torch.float32
     )
-    for file in visualize.draw(model, picture, out):
+    for file in visualize.draw(model, rgb, output):
         typer.echo(file)
     if model.pooling_head is None:
         typer.echo(
-            f"{visualize.POOLING_PLOT} is left out: the encoder has no attention pooling head",
-            err=True,
+            f"{visualize.POOLING_PLOT} skipped: the model has no attention pooling head", err=True
         )

@@ -1,4 +1,4 @@
-"""The fast path: the engines that a model can run in, and the choice of the fastest."""
+"""Fast inference: engines to run a model in, and selection of the fastest."""
 
 import inspect
 import sys
@@ -13,11 +13,10 @@ __all__ = ["ENGINES", "Choice", "EngineError", "OptimizedModel", "optimize", "wi
 
 
 class _CallablePackage(ModuleType):
-    """A package that can be called.
+    """Callable package.
 
-    `siglip_port.optimize(model)` is public, and this folder has the same name: whoever imports a
-    part of it binds the package to `siglip_port.optimize`, where the function is expected. So the
-    package is both.
+    `siglip_port.optimize(model)` is public, but importing any submodule binds the package to
+    `siglip_port.optimize` instead of the function. So the package itself is callable.
     """
 
     __call__ = staticmethod(optimize)

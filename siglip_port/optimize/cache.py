@@ -1,7 +1,7 @@
-"""What `optimize` keeps between processes: choices, and the files that engines compile.
+"""Cache of `optimize`: choices and compiled files, one directory per model.
 
-Each model has a folder of its own, named after its weights, its configuration, the processor and
-the versions of everything that compiles.
+The directory name is a hash of the weights, the configuration, the CPU and the versions of all
+compilers.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 def model_cache_folder(
     model: SigLipVisionModel, cache_dir: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Return the folder for what belongs to one model.
+    """Return the cache directory of one model.
 
     Args:
-        model: its weights are read.
-        cache_dir: None for `siglip_port` in the user's cache folder.
+        model: Model, whose weights are hashed.
+        cache_dir: Cache directory. [default: `siglip_port/engines` in the user's cache directory]
     """
     if cache_dir is None:
         user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -40,12 +40,12 @@ def model_cache_folder(
 
 
 def model_fingerprint(model: SigLipVisionModel) -> str:
-    """Return a name for these very weights, on this processor, with these versions."""
+    """Hash the configuration, weights, CPU and versions: 32 hexadecimal digits."""
     return short_hash(repr(model.config), *compiler_versions(), weights_hash(model))
 
 
 def weights_hash(model: SigLipVisionModel) -> str:
-    """Return a hash of every bit of every parameter, 64 hexadecimal digits."""
+    """Hash every bit of every parameter: 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -54,12 +54,12 @@ def weights_hash(model: SigLipVisionModel) -> str:
 
 
 def short_hash(*parts: str) -> str:
-    """Return a hash of some texts, 32 hexadecimal digits."""
+    """Hash strings: 32 hexadecimal digits."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def machine_name(device: torch.device) -> str:
-    """Describe what times on a device depend on."""
+    """Describe the hardware that timings depend on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     processor = processor_info().get("model name", platform.machine())
@@ -67,7 +67,7 @@ def machine_name(device: torch.device) -> str:
 
 
 def processor_info() -> dict[str, str]:
-    """Return what Linux reports about the first processor; nothing on other systems."""
+    """Return the first CPU's entries of /proc/cpuinfo; empty on other systems than Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
@@ -80,14 +80,14 @@ def processor_info() -> dict[str, str]:
 
 
 def compiler_versions() -> list[str]:
-    """Return what makes compiled code useless when it changes: versions and instructions."""
+    """Return everything that invalidates compiled files: versions and CPU instructions."""
     flags = processor_info().get("flags", platform.processor())
     engines = [installed_version(package) for package in ("onnxruntime", "openvino")]
     return [torch.__version__, *engines, __version__, flags]
 
 
 def installed_version(package: str) -> str:
-    """Return the version of a package; empty where it is not installed."""
+    """Return the version of a package; empty if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -95,7 +95,7 @@ def installed_version(package: str) -> str:
 
 
 def load_choice(path: Path) -> Choice | None:
-    """Read an earlier choice; None where there is none that can be read."""
+    """Load a cached choice; None if there is none or it is unreadable."""
     try:
         return Choice(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -103,11 +103,11 @@ def load_choice(path: Path) -> Choice | None:
 
 
 def save_choice(path: Path, choice: Choice) -> None:
-    """Keep a choice. Where it cannot be kept, the next process measures again."""
+    """Cache a choice. On failure, log a warning: the next process measures again."""
     try:
         with atomic.staging_dir(path.parent) as staging:
             file = staging / path.name
             file.write_text(json.dumps(asdict(choice), indent=1), encoding="utf-8")
             atomic.commit_files([file], path.parent)
     except OSError as error:
-        log.warning("what was found is not kept: %s", error)
+        log.warning("engine choice not cached, the next process measures again: %s", error)

@@ -1,4 +1,4 @@
-"""What `optimize` chose for a model, and the numbers that it was chosen by."""
+"""The engine that `optimize` chose, with the measurements behind the choice."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine that `optimize` chose, and why.
+    """Result of `optimize`.
 
-    The attributes are also the keys of the JSON file that keeps the choice for later processes.
+    The attributes are also the keys of the JSON file that caches the choice.
 
     Attributes:
-        engine: a name of `siglip_port.optimize.ENGINES`.
-        conditions: dtype, batch size, threads and machine that the times were measured with.
-        milliseconds: time per image of each engine that was timed.
-        difference: of the results from those of the model itself in the same dtype, in the terms of
-            `siglip_port.optimize.comparison.TOLERANCES`; 0.0 for the model itself.
-        bound: the largest `difference` that would have been accepted.
-        left_out: engines that could not be used or were refused, each with the reason.
+        engine: Name in `siglip_port.optimize.ENGINES`.
+        conditions: Dtype, batch size, threads and machine of the measurements.
+        milliseconds: Time per image of each engine that was timed.
+        difference: Relative difference of the outputs from those of `eager` in the same dtype, as
+            in `siglip_port.optimize.comparison.relative_difference`; 0.0 for `eager`.
+        bound: Largest accepted `difference`.
+        skipped: Engines that were skipped, with the reason.
     """
 
     engine: str
@@ -27,19 +27,18 @@ class Choice:
     milliseconds: Mapping[str, float] = field(default_factory=dict)
     difference: float = 0.0
     bound: float = 0.0
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Describe the choice in a few sentences."""
-        text = self.conditions
+        """Format the choice, one line for each fact."""
+        lines = [
+            f"{self.engine} ({self.conditions}): relative difference from eager "
+            f"{self.difference:.1e}, bound {self.bound:.0e}"
+        ]
         if self.milliseconds:
             fastest_first = sorted(self.milliseconds.items(), key=lambda item: item[1])
             times = ", ".join(f"{engine} {time:.1f}" for engine, time in fastest_first)
-            text += f"; milliseconds an image: {times}"
-        lines = [
-            f"{self.engine} ({text}); results differ from the encoder's own by "
-            f"{self.difference:.1e}, bound {self.bound:.0e}"
-        ]
-        for engine, reason in self.left_out.items():
-            lines.append(f"{engine} is left out: {reason}")
+            lines.append(f"ms per image: {times}")
+        for engine, reason in self.skipped.items():
+            lines.append(f"{engine} skipped: {reason}")
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How the results of an optimized or exported model are compared with those of the model itself."""
+"""Comparison of an optimized or exported model with the original model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from siglip_port.model import SigLipVisionModel
 
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3, torch.int8: 0.2}
-"""The largest `relative_difference` from the model in the same dtype (in float32, for int8)."""
+"""Largest accepted `relative_difference` from the model in the same dtype (int8: in float32)."""
 
 
 class ModelOutputs(nn.Module):
-    """A model as one function of images.
+    """All outputs of a model from one forward pass.
 
-    [B, C, S, S] -> tokens [B, N, D] and, if the model has a pooled output, pooled [B, D].
+    [B, C, S, S] -> tokens [B, N, D] and, if the model pools, pooled [B, D].
     """
 
     def __init__(self, model: SigLipVisionModel) -> None:
@@ -27,7 +27,7 @@ class ModelOutputs(nn.Module):
             self.names.append("pooled")
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Run `forward` and `pool` of the model."""
+        """[B, C, S, S] -> (tokens [B, N, D], pooled [B, D]), or (tokens,)."""
         tokens = self.model(pixel_values)
         if not self.model.config.has_pooled_output:
             return (tokens,)
@@ -35,10 +35,7 @@ class ModelOutputs(nn.Module):
 
 
 def noise_images(model: SigLipVisionModel, batch_size: int) -> Tensor:
-    """Return noise that is always the same: [B, C, S, S] in [-1, 1].
-
-    On the model's device, and of its dtype.
-    """
+    """Return reproducible noise [B, C, S, S] in [-1, 1], in the model's dtype and on its device."""
     size = model.config.image_size
     shape = (batch_size, model.config.num_channels, size, size)
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -46,9 +43,9 @@ def noise_images(model: SigLipVisionModel, batch_size: int) -> Tensor:
 
 
 def relative_difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest difference over the largest expected number.
+    """Return the largest absolute difference over the largest absolute expected value.
 
-    A result that is not a number is infinitely far away.
+    NaN counts as infinitely different.
     """
     largest = 0.0
     for output, reference in zip(outputs, expected, strict=True):

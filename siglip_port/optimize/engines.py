@@ -1,6 +1,6 @@
-"""The engines: ways to run a model, each of which changes an `OptimizedModel` in place.
+"""Engines: ways to run a model. Each function changes an `OptimizedModel` in place.
 
-See docs/performance.md for what each brought where.
+docs/performance.md has measurements.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Loaded = TypeVar("Loaded")
 
 
 class EngineError(Exception):
-    """An engine cannot be used here; the message says why."""
+    """An engine is not available; the message gives the reason."""
 
 
 def use_eager(model: OptimizedModel, cache: Path) -> None:
-    """Leave the model as it is."""
+    """Run the model's own modules."""
 
 
 def use_prepacked(model: OptimizedModel, cache: Path) -> None:
-    """Prepack the weights of all Linears for oneDNN."""
+    """Prepack the weights of all `nn.Linear`s for oneDNN."""
     require_cpu(model)
     problem = prepacking_problem(model.dtype)
     if problem:
@@ -47,32 +47,30 @@ def use_prepacked(model: OptimizedModel, cache: Path) -> None:
 
 
 def use_prepacked_gelu(model: OptimizedModel, cache: Path) -> None:
-    """Prepack, and compute GELU in the kernel of the Linear before it."""
+    """Prepack, and fuse GELU into the preceding linear layer."""
     use_prepacked(model, cache)
     fuse_gelu(model)
 
 
 def use_compiled(model: OptimizedModel, cache: Path) -> None:
-    """Compile the transformer with Inductor into CUDA graphs."""
+    """Compile the transformer with Inductor and CUDA graphs."""
     if model.device.type != "cuda":
-        raise EngineError(
-            "it is for GPUs; on a CPU it takes minutes for nothing: docs/performance.md"
-        )
+        raise EngineError(f"requires a CUDA device, got {model.device}")
     compiled = torch.compile(model.transformer, mode="max-autotune", dynamic=False)
 
     def run(pixel_values: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         tokens: Tensor = compiled(pixel_values)
-        return tokens.clone()  # the next run overwrites the graph's own output
+        return tokens.clone()  # the next run overwrites the output of the CUDA graph
 
     model.transformer = EngineTransformer(model.transformer, run)
 
 
 def use_int8(model: OptimizedModel, cache: Path) -> None:
-    """Replace every Linear by one of int8 weights, whose inputs are quantized as they come.
+    """Quantize every `nn.Linear` dynamically: int8 weights, inputs quantized at run time.
 
-    By `torch.ao.quantization`, which torch means to drop in favor of torchao; torchao's int8 needs
-    a compiler on CPUs.
+    Uses `torch.ao.quantization`, which torch plans to replace by torchao; torchao's int8 needs a
+    compiler on CPUs.
     """
     require_cpu(model)
     with warnings.catch_warnings():
@@ -83,19 +81,19 @@ def use_int8(model: OptimizedModel, cache: Path) -> None:
             quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
         except (ImportError, AttributeError, RuntimeError, NotImplementedError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise EngineError(f"this torch cannot do it: {reason}") from error
+            raise EngineError(f"torch.ao.quantization failed: {reason}") from error
 
 
 def use_onnxruntime(model: OptimizedModel, cache: Path) -> None:
     """Run the transformer in ONNX Runtime."""
     if model.device.type != "cpu" or model.dtype != torch.float32:
-        raise EngineError("it is for float32 on CPUs")
+        raise EngineError(f"requires float32 on a CPU, got {dtype_and_device(model)}")
     require("onnxruntime", "onnx", "onnxscript")
     import onnxruntime
 
     def write(path: Path) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter, about itself
+            warnings.simplefilter("ignore")  # the exporter warns about its own deprecations
             write_onnx(model.transformer, noise_images(model, 2), ["tokens"], path, one_file=False)
 
     def load(path: Path) -> onnxruntime.InferenceSession:
@@ -103,7 +101,7 @@ def use_onnxruntime(model: OptimizedModel, cache: Path) -> None:
         options.intra_op_num_threads = torch.get_num_threads()
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    files = ["tower.onnx.data", "tower.onnx"]
+    files = ["encoder.onnx.data", "encoder.onnx"]
     session = load_or_write("ONNX Runtime", cache, files, write, load)
 
     def run(pixel_values: Tensor) -> Tensor:
@@ -117,7 +115,7 @@ def use_openvino(model: OptimizedModel, cache: Path) -> None:
     dtype = model.dtype
     precisions = {torch.float32: "f32", torch.bfloat16: "bf16"}
     if model.device.type != "cpu" or dtype not in precisions:
-        raise EngineError("it is for float32 and bfloat16 on CPUs")
+        raise EngineError(f"requires float32 or bfloat16 on a CPU, got {dtype_and_device(model)}")
     require("openvino")
     import openvino
 
@@ -135,10 +133,10 @@ def use_openvino(model: OptimizedModel, cache: Path) -> None:
         }
         return openvino.Core().compile_model(path, "CPU", settings)
 
-    name = f"tower-{precisions[dtype]}"
+    name = f"encoder-{precisions[dtype]}"
     files = [f"{name}.bin", f"{name}.xml"]
     compiled = load_or_write("OpenVINO", cache, files, write, load)
-    lock = threading.Lock()  # OpenVINO refuses a second thread
+    lock = threading.Lock()  # OpenVINO rejects concurrent calls
 
     def run(pixel_values: Tensor) -> Tensor:
         with lock:
@@ -151,7 +149,12 @@ def use_openvino(model: OptimizedModel, cache: Path) -> None:
 def require_cpu(model: OptimizedModel) -> None:
     """Raise EngineError unless the model is on the CPU."""
     if model.device.type != "cpu":
-        raise EngineError("it is for CPUs")
+        raise EngineError(f"requires a CPU, got {model.device}")
+
+
+def dtype_and_device(model: OptimizedModel) -> str:
+    """Format the dtype and device of a model."""
+    return f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
 
 
 def load_or_write(
@@ -161,17 +164,17 @@ def load_or_write(
     write: Callable[[Path], None],
     load: Callable[[Path], Loaded],
 ) -> Loaded:
-    """Load a file that another program runs; write it first if it is not in the cache.
+    """Load a compiled file from the cache, and write it first if it is missing.
 
     Args:
-        program: for messages.
-        cache: the folder of the files.
-        names: of all files that `write` makes; the last is the one to load.
-        write: writes them to where the last is.
-        load: loads the last.
+        program: Name of the runtime, for messages.
+        cache: Cache directory of the model.
+        names: Names of all files that `write` creates; the last one is loaded.
+        write: Writes the files next to the path of the last one.
+        load: Loads the last file.
 
     Raises:
-        EngineError: it cannot be written or loaded.
+        EngineError: The file cannot be written or loaded.
     """
     path = cache / names[-1]
     try:
@@ -180,20 +183,18 @@ def load_or_write(
                 write(staging / path.name)
                 atomic.commit_files([staging / name for name in names], cache)
         return load(path)
-    except Exception as error:  # of many kinds, none of them documented
-        advice = f"; if it could before, delete {path}" if path.exists() else ""
-        raise EngineError(
-            f"{program} cannot take the encoder: {last_line(error)}{advice}"
-        ) from error
+    except Exception as error:  # the runtimes document no exception types
+        advice = f"; delete {path} to export again" if path.exists() else ""
+        raise EngineError(f"{program} failed: {last_line(error)}{advice}") from error
 
 
 def last_line(error: BaseException) -> str:
-    """Return the last line of an error's message, or its type's name."""
+    """Return the last line of an exception's message, or its type's name."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 Engine = Callable[[OptimizedModel, Path], None]
-"""Takes a model to change, and the folder of the cache that belongs to it."""
+"""Function of the model to change and its cache directory."""
 
 ENGINES: dict[str, Engine] = {
     "eager": use_eager,
@@ -204,8 +205,8 @@ ENGINES: dict[str, Engine] = {
     "compiled": use_compiled,
     "int8": use_int8,
 }
-"""All engines by name, the simplest first: the model as it is.
+"""Engines by name.
 
-Its Linears prepacked for oneDNN, without and with GELU in the same kernel; run by ONNX Runtime, or
-by OpenVINO; compiled by Inductor into CUDA graphs; and, for int8, Linears of 8 bits.
+The model's own modules (`eager`); weights prepacked for oneDNN, without and with fused GELU; ONNX
+Runtime; OpenVINO; Inductor with CUDA graphs (`compiled`); and dynamic int8 quantization.
 """

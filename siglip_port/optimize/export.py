@@ -1,6 +1,6 @@
-"""A model for other programs: ONNX, torch.export and AOTInductor files.
+"""Export to ONNX, torch.export and AOTInductor.
 
-Each is run and compared with the model before it is put in its place.
+Every file is run and compared with the model before it is moved to its destination.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from siglip_port.optimize.comparison import (
 from siglip_port.optimize.optimized_model import FLOAT_DTYPES, OptimizedModel, inference_copy
 
 ExportedRun = Callable[[Tensor], Sequence[Tensor]]
-"""[B, C, S, S] -> tokens [B, N, D] and, if the model has a pooled output, pooled [B, D]."""
+"""[B, C, S, S] -> tokens [B, N, D] and, if the model pools, pooled [B, D]."""
 
 EXAMPLE_BATCH_SIZE = 2
-"""Of the input that a model is exported with; more than one, so that the batch stays symbolic."""
+"""Batch size of the example input; above 1, so that the batch dimension stays symbolic."""
 
 BATCH_SIZES = (EXAMPLE_BATCH_SIZE, 1, 5)
-"""The batch sizes that an exported file is compared with: that of the example, one, and another."""
+"""Batch sizes of the comparison with the model."""
 
 
 class ExportError(Exception):
-    """Nothing was written; the message says why."""
+    """The export failed and wrote nothing; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """A kind of file.
+    """Export format.
 
     Attributes:
-        suffix: that the file's name must have.
-        dtypes: that the model may have.
-        write: writes a module to a path.
-        load: loads what was written.
-        packages: optional dependencies that it needs.
+        suffix: Required suffix of the file name.
+        dtypes: Supported dtypes of the model.
+        write: Writes a module to a path.
+        load: Loads a written file.
+        packages: Required optional dependencies.
     """
 
     suffix: str
@@ -59,62 +59,59 @@ class ExportFormat:
 
 
 def export_onnx(model: SigLipVisionModel, path: str | os.PathLike[str]) -> float:
-    """Write an ONNX file, run it with ONNX Runtime, and compare it with the model.
+    """Export to ONNX and verify the file with ONNX Runtime.
 
-    Its input is `pixel_values` [batch, C, S, S], its outputs are `tokens` and `pooled`, for every
-    batch size. Needs the extra `[onnx]`.
+    The input is `pixel_values` [B, C, S, S] with a dynamic batch size; outputs are `tokens`
+    [B, N, D] and, if the model pools, `pooled` [B, D]. Needs the extra `[onnx]`.
 
     Args:
-        model: in float32, on the CPU.
-        path: of the file, `.onnx`; replaced if it is there. Weights are in the same file, so below
-            2 GB.
+        model: Model in float32 on a CPU.
+        path: Output file, `*.onnx`, replaced if it exists. Weights are stored inside, which limits
+            them to 2 GB.
 
     Returns:
-        The difference from the model, in the terms of
-        `siglip_port.optimize.comparison.TOLERANCES`.
+        Relative difference from the model, at most `comparison.TOLERANCES`.
 
     Raises:
-        ExportError: it cannot be written, or what was written computes something else.
+        ExportError: The export failed, or the file's results differ from the model's.
+        siglip_port.extras.MissingExtraError: A required package is not installed.
     """
     return export_model(model, path, ONNX)
 
 
 def export_program(model: SigLipVisionModel, path: str | os.PathLike[str]) -> float:
-    """Write a `torch.export` program, for every batch size.
+    """Export to a `torch.export` program with a dynamic batch size.
 
-    `torch.export.load(path).module()(pixel_values)` runs it.
+    Run it with `torch.export.load(path).module()(pixel_values)`.
 
     Args:
-        model: on the CPU.
-        path: of the file, `.pt2`; replaced if it is there.
+        model: Model on a CPU.
+        path: Output file, `*.pt2`, replaced if it exists.
 
     Returns:
-        As for `export_onnx`.
+        Relative difference from the model, at most `comparison.TOLERANCES`.
 
     Raises:
-        ExportError: as for `export_onnx`.
-        MissingExtraError: what writes it is not installed.
+        ExportError: The export failed, or the file's results differ from the model's.
     """
     return export_model(model, path, PROGRAM)
 
 
 def export_package(model: SigLipVisionModel, path: str | os.PathLike[str]) -> float:
-    """Compile the model into an AOTInductor package for processors such as this one.
+    """Compile to an AOTInductor package, which `load_package` loads.
 
-    `load_package` loads it. Weights are frozen and laid out for the processor. Takes a minute or
-    more, and a C++ compiler. The package runs only where the processor has what this one has, with
-    the same release of torch.
+    Needs a C++ compiler and takes a minute or more. The package contains the weights in a
+    CPU-specific layout; it needs the same torch release and the same CPU instructions.
 
     Args:
-        model: on the CPU.
-        path: of the file, `.pt2`; replaced if it is there.
+        model: Model on a CPU.
+        path: Output file, `*.pt2`, replaced if it exists.
 
     Returns:
-        As for `export_onnx`.
+        Relative difference from the model, at most `comparison.TOLERANCES`.
 
     Raises:
-        ExportError: as for `export_onnx`.
-        MissingExtraError: what writes it is not installed.
+        ExportError: The export failed, or the file's results differ from the model's.
     """
     return export_model(model, path, PACKAGE)
 
@@ -122,14 +119,14 @@ def export_package(model: SigLipVisionModel, path: str | os.PathLike[str]) -> fl
 def export_model(
     model: SigLipVisionModel, path: str | os.PathLike[str], file_format: ExportFormat
 ) -> float:
-    """Write a file beside its place, load it, compare it, and only then put it there.
+    """Write a temporary file, load it, compare it with the model, and move it to `path`.
 
     Returns:
-        The difference from the model.
+        Relative difference from the model.
 
     Raises:
-        ExportError: as for `export_onnx`.
-        MissingExtraError: what writes it is not installed.
+        ExportError: The export failed, or the file's results differ from the model's.
+        siglip_port.extras.MissingExtraError: A required package is not installed.
     """
     require(*file_format.packages)
     validate_export(model, path, file_format)
@@ -137,52 +134,50 @@ def export_model(
     outputs = ModelOutputs(inference_copy(model, None)).eval()
     try:
         with atomic.staging_dir(path.parent) as staging, torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporters, about themselves
+            warnings.simplefilter("ignore")  # the exporters warn about their own deprecations
             file = staging / path.name
             file_format.write(outputs, file)
             difference = exported_difference(file_format.load(file), outputs)
             bound = TOLERANCES[model.dtype]
             if not difference <= bound:
                 raise ExportError(
-                    f"{path.name} is not written: what it computes differs from the model by "
+                    f"{path.name} not written: relative difference from the model is "
                     f"{difference:.1e}, bound {bound:.0e}"
                 )
             atomic.commit_files([file], path.parent)
     except ExportError:
         raise
-    except Exception as error:  # of many kinds: exporters raise whatever they like
+    except Exception as error:  # exporters raise many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise ExportError(f"{path.name} is not written: {reason}") from error
+        raise ExportError(f"{path.name} not written: {reason}") from error
     return difference
 
 
 def validate_export(
     model: SigLipVisionModel, path: str | os.PathLike[str], file_format: ExportFormat
 ) -> None:
-    """Check what can be checked before any work.
+    """Validate the arguments of an export.
 
     Raises:
-        ExportError: an argument cannot be used.
+        ExportError: An argument is not supported.
     """
     if not isinstance(model, SigLipVisionModel):
-        raise ExportError(f"model must be a SigLipVisionModel, got a {type(model).__name__}")
+        raise ExportError(f"model must be a SigLipVisionModel, got {type(model).__name__}")
     if not isinstance(path, (str, os.PathLike)):
-        raise ExportError(f"path must be that of a file, got {path!r}")
+        raise ExportError(f"path must be a string or path-like object, got {path!r}")
     if isinstance(model, OptimizedModel):
-        raise ExportError(
-            "the model is optimized for this machine; export the one that it was made of"
-        )
+        raise ExportError("model is already optimized; export the original model")
     if model.device.type != "cpu" or model.dtype not in file_format.dtypes:
         raise ExportError(
-            f"the model must be on the CPU, of {' or '.join(map(str, file_format.dtypes))}, got "
+            f"model must be {' or '.join(map(str, file_format.dtypes))} on a CPU, got "
             f"{model.dtype} on {model.device}"
         )
     if Path(path).suffix != file_format.suffix:
-        raise ExportError(f"the file must be named *{file_format.suffix}, got {Path(path).name!r}")
+        raise ExportError(f"path must end in {file_format.suffix}, got {Path(path).name!r}")
 
 
 def exported_difference(run: ExportedRun, outputs: ModelOutputs) -> float:
-    """Compare what was exported with the model, in batches of several sizes."""
+    """Return the largest relative difference from the model over `BATCH_SIZES`."""
     differences = []
     for batch_size in BATCH_SIZES:
         images = noise_images(outputs.model, batch_size)
@@ -194,11 +189,11 @@ def exported_difference(run: ExportedRun, outputs: ModelOutputs) -> float:
 
 
 def export_any_batch(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    """Export a module of one input for every batch size.
+    """Export a module with one input and a dynamic batch size.
 
     Args:
-        module: any.
-        example: its input, of a batch of more than one.
+        module: Module to export.
+        example: Example input with a batch size above 1.
     """
     batch = torch.export.Dim("batch", min=1, max=65536)
     with torch.no_grad():
@@ -208,14 +203,14 @@ def export_any_batch(module: nn.Module, example: Tensor) -> torch.export.Exporte
 def write_onnx(
     module: nn.Module, example: Tensor, outputs: Sequence[str], path: Path, *, one_file: bool
 ) -> None:
-    """Write a module of one input as ONNX, for every batch size.
+    """Write a module with one input as ONNX with a dynamic batch size.
 
     Args:
-        module: any.
-        example: its input, of a batch of more than one.
-        outputs: their names.
-        path: of the file.
-        one_file: whether weights are in the same file, which is then below 2 GB.
+        module: Module to export.
+        example: Example input with a batch size above 1.
+        outputs: Names of the outputs.
+        path: Output file.
+        one_file: Whether to store weights in the same file, which limits them to 2 GB.
     """
     program = torch.onnx.export(
         export_any_batch(module, example),
@@ -229,7 +224,7 @@ def write_onnx(
 
 
 def write_onnx_outputs(outputs: ModelOutputs, path: Path) -> None:
-    """Write tokens and pooled vectors as one ONNX file."""
+    """Write an ONNX file with the outputs `tokens` and `pooled`."""
     example = noise_images(outputs.model, EXAMPLE_BATCH_SIZE)
     write_onnx(outputs, example, outputs.names, path, one_file=True)
 
@@ -259,25 +254,25 @@ def load_program(path: Path) -> ExportedRun:
 
 
 def write_package(outputs: ModelOutputs, path: Path) -> None:
-    """Compile an AOTInductor package."""
+    """Write an AOTInductor package."""
     from torch._inductor import aoti_compile_and_package
 
     program = export_any_batch(outputs, noise_images(outputs.model, EXAMPLE_BATCH_SIZE))
-    # The batch is symbolic, which makes Inductor take oneDNN's kernels instead of MKL's.
+    # With a symbolic batch, Inductor uses oneDNN instead of MKL.
     aoti_compile_and_package(program, package_path=str(path), inductor_configs={"freezing": True})
 
 
 def load_package(path: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
-    """Load what `export_package` wrote: [B, C, S, S] -> tokens [B, N, D] and pooled [B, D].
+    """Load a package of `export_package`: [B, C, S, S] -> tokens [B, N, D] and pooled [B, D].
 
-    By the class behind `torch._inductor.aoti_load_package`, since that imports the whole compiler
-    first, which takes seconds. The class is private to torch.
+    Uses the private class behind `torch._inductor.aoti_load_package`, which would first import the
+    whole compiler (seconds).
 
     Args:
-        path: a `.pt2` file of this machine's own making: loading one runs what is in it.
+        path: Package, `*.pt2`. Loading runs its code: load trusted files only.
 
     Raises:
-        RuntimeError: it is no package, or not one for this torch and this processor.
+        RuntimeError: The file is not a package, or was built for another torch or CPU.
     """
     try:
         loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
@@ -307,4 +302,4 @@ EXPORTS: dict[str, tuple[Callable[[SigLipVisionModel, Path], float], str]] = {
     "program": (export_program, ".pt2"),
     "package": (export_package, ".pt2"),
 }
-"""The exports by the name of their format: the function, and the suffix of the file's name."""
+"""Format name -> export function and file suffix."""

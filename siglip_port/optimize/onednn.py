@@ -1,6 +1,6 @@
-"""Linear layers whose weights are prepacked for oneDNN.
+"""Linear layers with weights prepacked for oneDNN.
 
-The operators are private to torch, so each use has a way around them. Source: torch 2.15
+The operators are private to torch, so every use has a fallback. Source: torch 2.15
 `aten/src/ATen/native/mkldnn/Linear.cpp`.
 """
 
@@ -15,19 +15,18 @@ from torch import Tensor, nn
 from siglip_port.model import MLP
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes that oneDNN takes."""
+"""Dtypes that oneDNN supports."""
 
 
 class PrepackedLinear(nn.Linear):
-    """A Linear that keeps its weight a second time, in the order in which oneDNN's kernels read it.
+    """`nn.Linear` with a second copy of its weight in oneDNN's blocked layout.
 
-    On AMD, torch multiplies float32 matrices with MKL, which stays on AVX2 there; oneDNN uses
-    everything that the processor has. With gradients, and where oneDNN cannot be used, it is an
-    ordinary Linear.
+    On AMD CPUs, torch multiplies float32 matrices with MKL, which is limited to AVX2 there; oneDNN
+    also uses AVX-512. With gradients, or without oneDNN, it behaves as `nn.Linear`.
 
     Attributes:
-        activation: what follows in the same kernel: `none` or `gelu`.
-        algorithm: of GELU: `none` (exact) or `tanh`.
+        activation: Fused activation, `none` or `gelu`.
+        algorithm: GELU variant, `none` (exact) or `tanh`.
     """
 
     activation = "none"
@@ -37,9 +36,9 @@ class PrepackedLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
-        """Build one around the parameters of a Linear, [out, in] and [out]."""
+        """Share the parameters of an `nn.Linear`: weight [out, in] and bias [out]."""
         prepacked = cls.__new__(cls)
-        nn.Module.__init__(prepacked)  # Linear's own draws weights first
+        nn.Module.__init__(prepacked)  # nn.Linear.__init__ would initialize new weights
         prepacked.in_features = linear.in_features
         prepacked.out_features = linear.out_features
         prepacked.weight = linear.weight
@@ -48,7 +47,7 @@ class PrepackedLinear(nn.Linear):
         return prepacked
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in] -> [..., out], with the activation."""
+        """[..., in] -> [..., out], including the fused activation."""
         if not self.can_use_onednn(input):
             return self.forward_plain(input)
         output: Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -57,20 +56,20 @@ class PrepackedLinear(nn.Linear):
         return output
 
     def forward_plain(self, input: Tensor) -> Tensor:
-        """[..., in] -> [..., out], by torch's ordinary operators."""
+        """[..., in] -> [..., out] with torch's public operators."""
         output = super().forward(input)
         if self.activation == "none":
             return output
         return F.gelu(output, approximate=self.algorithm)
 
     def can_use_onednn(self, input: Tensor) -> bool:
-        """Whether the operator can be used: on the CPU, without gradients."""
+        """Whether oneDNN supports the call: on a CPU, without gradients."""
         if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
             return False
         return self.weight.device.type == "cpu" and self.weight.dtype in ONEDNN_DTYPES
 
     def prepacked_weight(self) -> Tensor:
-        """Return the weight in oneDNN's order, prepacked again if the weight has changed."""
+        """Return the weight in oneDNN's layout, prepacked again if the weight has changed."""
         version = weight_version(self.weight)
         if self._prepacked is None or self._prepacked_version != version:
             self._prepacked = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
@@ -78,18 +77,18 @@ class PrepackedLinear(nn.Linear):
         return self._prepacked
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and pickled: everything but the prepacked weight."""
+        """Return the state to copy and pickle, without the prepacked weight."""
         return {**self.__dict__, "_prepacked": None, "_prepacked_version": ()}
 
 
 def weight_version(weight: Tensor) -> tuple[object, ...]:
-    """Return a value that changes when a weight is written to or replaced."""
+    """Return a key that changes when a weight is modified or replaced."""
     counter = None if weight.is_inference() else weight._version
     return weight.data_ptr(), weight.dtype, counter
 
 
 def prepack_linears(model: nn.Module) -> None:
-    """Replace every Linear of a model, in place, by one with a prepacked weight."""
+    """Replace every `nn.Linear` of a model by a `PrepackedLinear`, in place."""
     for module in model.modules():
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
@@ -97,7 +96,7 @@ def prepack_linears(model: nn.Module) -> None:
 
 
 def fuse_gelu(model: nn.Module) -> None:
-    """Compute GELU in the kernel of the prepacked Linear before it, in place."""
+    """Fuse GELU into the preceding `PrepackedLinear`, in place."""
     for module in model.modules():
         if isinstance(module, MLP):
             linear = module.fc1
@@ -108,18 +107,18 @@ def fuse_gelu(model: nn.Module) -> None:
 
 
 def prepacking_problem(dtype: torch.dtype) -> str:
-    """Return why Linears of a dtype cannot be prepacked on this machine; empty if they can."""
+    """Return why weights of a dtype cannot be prepacked on this machine; empty if they can."""
     if not torch.backends.mkldnn.is_available():
-        return "this torch was built without oneDNN"
-    with torch.inference_mode(), torch.random.fork_rng(devices=[]):  # a Linear draws its weights
+        return "torch is built without oneDNN"
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]):  # nn.Linear draws its weights
         linear = nn.Linear(64, 32).to(dtype)
         inputs = torch.linspace(-1, 1, 16 * 64, dtype=dtype).reshape(16, 64)
         try:
             output = PrepackedLinear.from_linear(linear)(inputs).double()
             expected = linear(inputs).double()
         except (RuntimeError, AttributeError, NotImplementedError) as error:
-            return f"oneDNN cannot do it here: {str(error).splitlines()[0]}"
+            return f"oneDNN failed: {str(error).splitlines()[0]}"
     bound = 100 * torch.finfo(dtype).eps * expected.abs().max()
     if not (output - expected).abs().max() <= bound:
-        return "oneDNN's result is not that of torch's own Linear"
+        return "oneDNN and nn.Linear give different results"
     return ""

@@ -1,4 +1,4 @@
-"""A model whose transformer may run in an engine, and how one is made of a loaded model."""
+"""A model whose transformer may run in an engine."""
 
 from __future__ import annotations
 
@@ -15,30 +15,29 @@ from siglip_port.patches import Mask, Shapes
 from siglip_port.validation import validate_images
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes that the parameters of an optimized model can have."""
+"""Supported parameter dtypes of optimized models."""
 
 
 class OptimizedModel(SigLipVisionModel):
-    """A model in its fastest form for inference, as `optimize` returns it.
+    """Model for inference, returned by `optimize`.
 
-    It has the same methods and shapes as the model that it was made of, and no gradients for its
-    parameters.
+    It has the methods and shapes of the original model. Parameters do not require gradients.
 
     Attributes:
-        choice: the engine, and why it was chosen: `print(model.choice)`.
+        choice: The engine with its measurements: `print(model.choice)`.
     """
 
     choice: Choice
 
 
 class EngineTransformer(SigLipVisionTransformer):
-    """Runs images of the model's own size in an engine, and all other input in its own modules.
+    """Transformer that runs images of `config.image_size` in an engine, other input in its modules.
 
-    Copies, pickles, and transformers that were moved or cast afterwards run in their own modules
-    alone, since an engine holds weights of its own, in one dtype, on one machine.
+    Copies, unpickled models, and models that were moved or cast lose the engine, because it holds
+    its own weights for one dtype and machine.
 
     Attributes:
-        run: the engine, [B, C, S, S] -> [B, N, D] in the model's dtype; None for no engine.
+        run: The engine, [B, C, S, S] -> [B, N, D] in the model's dtype; None to run the modules.
     """
 
     run: Callable[[Tensor], Tensor] | None
@@ -55,7 +54,7 @@ class EngineTransformer(SigLipVisionTransformer):
     def forward(
         self, pixel_values: Tensor, pixel_attention_mask: Mask = None, spatial_shapes: Shapes = None
     ) -> Tensor:
-        """[B, C, S, S] -> [B, N, D]; or packed patches."""
+        """Images [B, C, S, S] or packed patches [B, N, P * P * C] -> tokens [B, N, D]."""
         has_patches = pixel_attention_mask is not None or spatial_shapes is not None
         if self.run is None or has_patches or not self.fits_engine(pixel_values):
             return super().forward(pixel_values, pixel_attention_mask, spatial_shapes)
@@ -65,7 +64,7 @@ class EngineTransformer(SigLipVisionTransformer):
         return self.run(inputs.contiguous())
 
     def fits_engine(self, pixel_values: object) -> bool:
-        """Whether an engine can take this input: a batch of the model's own size, no gradients."""
+        """Whether an engine supports the input: a nonempty batch of `image_size`, no gradients."""
         size = self.embeddings.config.image_size
         if not isinstance(pixel_values, Tensor) or pixel_values.shape[2:] != (size, size):
             return False
@@ -81,19 +80,20 @@ class EngineTransformer(SigLipVisionTransformer):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and pickled: everything but the engine."""
+        """Return the state to copy and pickle, without the engine."""
         return {**self.__dict__, "run": None}
 
 
 def inference_copy(model: SigLipVisionModel, dtype: torch.dtype | None) -> OptimizedModel:
-    """Build a model for inference around the same parameters, or around casts of them.
+    """Copy a model for inference; parameters are shared unless cast.
 
     Args:
-        model: not changed.
-        dtype: of the copy's parameters; None to share the model's own.
+        model: Model, unchanged.
+        dtype: Parameter dtype of the copy. [default: the model's]
 
     Raises:
-        ValueError: the parameters are not those of a SigLIP model of one floating point dtype.
+        ValueError: The parameters do not match the configuration, or have several or unsupported
+            dtypes.
     """
     copy, _ = build_on_meta(model.config, "the configuration", OptimizedModel)
     state = {}
@@ -103,13 +103,14 @@ def inference_copy(model: SigLipVisionModel, dtype: torch.dtype | None) -> Optim
         copy.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise ValueError(
-            "the parameters are not those of a SigLIP encoder (it was wrapped, quantized, or given "
-            "adapters); merge or remove what was added first"
+            "the parameters do not match the model's configuration; unwrap the model, merge "
+            "adapters and undo quantization first"
         ) from error
     dtypes = {parameter.dtype for parameter in copy.parameters()}
     if len(dtypes) > 1 or not dtypes <= set(FLOAT_DTYPES):
         raise ValueError(
-            f"the parameters are of {', '.join(map(str, dtypes))}: name one dtype with dtype="
+            f"parameters must have one dtype of {', '.join(map(str, FLOAT_DTYPES))}, got "
+            f"{', '.join(sorted(map(str, dtypes)))}; pass dtype="
         )
     copy.provenance = model.provenance
     copy.preprocessor_config = model.preprocessor_config

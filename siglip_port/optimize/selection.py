@@ -1,8 +1,7 @@
-"""The fast path: one call that turns a model into its fastest form on the machine at hand.
+"""`optimize`: select the fastest engine for a model on this machine.
 
-Every engine is built, compared with the model itself and timed beside it; the fastest whose results
-stay within a tolerance is chosen. The choice is kept, and so is what was compiled: the next process
-starts with it at once.
+Every engine is built, compared with the original model and timed; the fastest within tolerance is
+chosen. The choice and compiled files are cached for later processes.
 """
 
 from __future__ import annotations
@@ -38,24 +37,25 @@ from siglip_port.optimize.optimized_model import OptimizedModel, inference_copy
 from siglip_port.validation import validate_positive_int
 
 MAX_RELATIVE_TIME = 0.97
-"""An engine that needs more than this share of the model's own time is not worth it."""
+"""Largest accepted time of an engine, relative to eager; else eager is chosen."""
 
 ROUNDS = 5
+"""Timed runs of each engine."""
 
 
 @dataclass
 class Candidates:
-    """The engines that could be built, and the reasons against the others.
+    """Engines that passed the comparison, and reasons why others were skipped.
 
     Attributes:
-        models: by engine.
-        differences: from the model itself, by engine.
-        left_out: the reason against each other engine.
+        models: Engine -> model.
+        differences: Engine -> relative difference from eager.
+        skipped: Engine -> reason.
     """
 
     models: dict[str, OptimizedModel]
     differences: dict[str, float] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def optimize(
@@ -66,31 +66,26 @@ def optimize(
     batch_size: int = 1,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> OptimizedModel:
-    """Turn a loaded model into its fastest form for inference on the machine at hand.
+    """Optimize a model for inference on this machine.
 
-    Every engine is built, compared with the model itself and timed beside it. The fastest that
-    stays within `TOLERANCES` is chosen; the model itself, if none is faster. The choice for these
-    weights is kept, and what was compiled, so that the next process starts with it.
+    Builds every engine, compares it with the model and times it. Chooses the fastest within
+    `TOLERANCES`, or `eager` if none is at least 3 % faster. The choice and compiled files are
+    cached by weights, configuration, CPU and versions.
 
     Args:
-        model: not changed. Its parameters are shared, so let them be.
-        dtype: float32, bfloat16 or float16; None for the model's own. Results change by rounding
-            where it is another. int8 for Linears of 8 bits around results of float32: what that
-            costs stands in docs/performance.md.
-        engines: which of `ENGINES` may be chosen, besides the model itself; None for all of the
-            dtype. `[]` for none.
-        batch_size: images at a time that the choice is for.
-        cache_dir: where to keep what was compiled and chosen; None for `siglip_port` in the user's
-            cache folder. What is in there is trusted: let it be a folder that nobody else writes
-            to.
+        model: Model, unchanged. Its parameters are shared: do not modify them afterwards.
+        dtype: float32, bfloat16, float16, or int8 for dynamic quantization with float32 outputs.
+            [default: the model's]
+        engines: Names in `ENGINES` to try besides `eager`. [default: every engine for `dtype`]
+        batch_size: Batch size to optimize for.
+        cache_dir: Cache directory; compiled files in it are executed, so it must not be writable by
+            others. [default: `siglip_port/engines` in the user's cache directory]
 
     Returns:
-        The same model in another form, in `eval()` mode: `print(fast.choice)` says in which, and
-        why.
+        Optimized model in `eval()` mode; `print(model.choice)` shows the engine and measurements.
 
     Raises:
-        ValueError: an argument is not supported, or the parameters are no longer those of the
-            model's configuration.
+        ValueError: An argument is not supported, or the parameters do not match the configuration.
     """
     names = validate_arguments(model, dtype, engines, batch_size, cache_dir)
     copy = inference_copy(model, parameter_dtype(dtype))
@@ -104,7 +99,7 @@ def optimize(
     if choice is not None and choice.engine in ENGINES:
         try:
             ENGINES[choice.engine](copy, folder)
-        except (EngineError, MissingExtraError):  # it could be used before: measure again
+        except (EngineError, MissingExtraError):  # no longer available: measure again
             copy = inference_copy(copy, None)
         else:
             copy.choice = choice
@@ -121,18 +116,18 @@ def with_engine(
     dtype: torch.dtype | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> OptimizedModel:
-    """Put a model into one engine, whether that is fast here or not, and without comparing results.
+    """Run a model in a given engine, without timing it or comparing results.
 
     Args:
-        model: as for `optimize`.
-        engine: a name of `ENGINES`.
-        dtype: as for `optimize`.
-        cache_dir: as for `optimize`.
+        model: Model, unchanged.
+        engine: Name in `ENGINES`.
+        dtype: Dtype as for `optimize`.
+        cache_dir: Cache directory as for `optimize`.
 
     Raises:
-        ValueError: as for `optimize`.
-        EngineError: the engine cannot be used here.
-        MissingExtraError: what it needs is not installed.
+        ValueError: An argument is not supported, or the parameters do not match the configuration.
+        EngineError: The engine is not available for this dtype or device.
+        siglip_port.extras.MissingExtraError: A required package is not installed.
     """
     validate_arguments(model, dtype, [engine], 1, cache_dir)
     copy = inference_copy(model, parameter_dtype(dtype))
@@ -141,7 +136,7 @@ def with_engine(
 
 
 def parameter_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
-    """Return the dtype of the parameters: float32 for int8, which engines quantize themselves."""
+    """Return the parameter dtype: float32 for int8, which the engine quantizes itself."""
     return torch.float32 if dtype == torch.int8 else dtype
 
 
@@ -152,15 +147,15 @@ def validate_arguments(
     batch_size: int,
     cache_dir: str | os.PathLike[str] | None,
 ) -> list[str]:
-    """Check the arguments of `optimize`; return the names of the engines to try.
+    """Validate the arguments of `optimize`; return the engines to try.
 
     Raises:
-        ValueError: an argument is not supported.
+        ValueError: An argument is not supported.
     """
     if not isinstance(model, SigLipVisionModel):
-        raise ValueError(f"model must be a SigLipVisionModel, got a {type(model).__name__}")
+        raise ValueError(f"model must be a SigLipVisionModel, got {type(model).__name__}")
     if isinstance(model, OptimizedModel):
-        raise ValueError("the model is optimized already; pass the one that it was made of")
+        raise ValueError("model is already optimized; pass the original model")
     if dtype is not None and dtype not in TOLERANCES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, TOLERANCES))}, got {dtype!r}")
     if cache_dir is not None and not isinstance(cache_dir, (str, os.PathLike)):
@@ -170,18 +165,18 @@ def validate_arguments(
     if engines is None:
         return supported
     if not isinstance(engines, (list, tuple)) or not all(name in list(ENGINES) for name in engines):
-        raise ValueError(f"engines must be a list of some of {', '.join(ENGINES)}, got {engines!r}")
+        raise ValueError(f"engines must be a list of {', '.join(ENGINES)}, got {engines!r}")
     for name in engines:
         if name not in supported:
             raise ValueError(
-                f"engine {name} does not go with dtype {dtype}: int8 goes with torch.int8, and "
-                "nothing else"
+                f"engine {name} does not support dtype={dtype}; the engine int8 and "
+                "dtype=torch.int8 require each other"
             )
     return [name for name in supported if name == "eager" or name in engines]
 
 
 def engines_for(dtype: torch.dtype | None) -> list[str]:
-    """Return the names of the engines that go with a dtype: int8 for int8, and no other."""
+    """Return the engines that support a dtype: int8 has its own, which no other dtype uses."""
     if dtype == torch.int8:
         return ["eager", "int8"]
     return [name for name in ENGINES if name != "int8"]
@@ -196,15 +191,15 @@ def choose(
     conditions: str,
     tolerance: float,
 ) -> OptimizedModel:
-    """Build the engines that can be built, and choose the fastest.
+    """Build, compare and time engines; return the fastest.
 
     Args:
-        model: an inference copy, in no engine.
-        names: of the engines.
-        batch_size: images at a time.
-        cache: the folder that belongs to the model.
-        conditions: for the choice.
-        tolerance: the largest difference from the model.
+        model: Inference copy without an engine.
+        names: Engines to try.
+        batch_size: Batch size.
+        cache: Cache directory of the model.
+        conditions: Conditions for the choice.
+        tolerance: Largest accepted relative difference from eager.
     """
     images = noise_images(model, batch_size)
     candidates = build_candidates(model, names, images, cache, tolerance)
@@ -219,7 +214,7 @@ def choose(
         milliseconds={name: 1000 * seconds / batch_size for name, seconds in medians.items()},
         difference=candidates.differences[fastest],
         bound=tolerance,
-        left_out=candidates.left_out,
+        skipped=candidates.skipped,
     )
     return fast
 
@@ -227,7 +222,7 @@ def choose(
 def build_candidates(
     model: OptimizedModel, names: Sequence[str], images: Tensor, cache: Path, tolerance: float
 ) -> Candidates:
-    """Put copies of a model into engines, and compare the results of each with the model's own."""
+    """Build each engine and compare its outputs with those of eager."""
     candidates = Candidates({"eager": model}, {"eager": 0.0})
     expected = ModelOutputs(model)(images)
     for name in names:
@@ -238,12 +233,11 @@ def build_candidates(
             ENGINES[name](candidate, cache)
             difference = relative_difference(ModelOutputs(candidate)(images), expected)
         except (EngineError, MissingExtraError, OSError, RuntimeError) as error:
-            candidates.left_out[name] = last_line(error)
+            candidates.skipped[name] = last_line(error)
             continue
         if not difference <= tolerance:
-            candidates.left_out[name] = (
-                f"its results differ from the encoder's own by {difference:.1e}, "
-                f"bound {tolerance:.0e}"
+            candidates.skipped[name] = (
+                f"relative difference from eager is {difference:.1e}, bound {tolerance:.0e}"
             )
             continue
         candidates.models[name] = candidate
@@ -252,7 +246,7 @@ def build_candidates(
 
 
 def median_seconds(models: Mapping[str, OptimizedModel], images: Tensor) -> dict[str, float]:
-    """Time models in turns, so that drift cancels; nothing where there is no choice."""
+    """Time models in turns, so that drift cancels; return nothing for a single model."""
     if len(models) < 2:
         return {}
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -263,7 +257,7 @@ def median_seconds(models: Mapping[str, OptimizedModel], images: Tensor) -> dict
 
 
 def seconds_per_batch(model: SigLipVisionModel, images: Tensor) -> float:
-    """Time one pass, that of the device included."""
+    """Time one forward pass in seconds, including the device."""
     started = time.perf_counter()
     ModelOutputs(model)(images)
     if images.is_cuda:

@@ -1,4 +1,4 @@
-"""`siglip-port export`: what it writes, and what it refuses."""
+"""`siglip-port export`."""
 
 from __future__ import annotations
 
@@ -17,25 +17,28 @@ from tests.helpers.commands import run
 def test_export_onnx_and_program(whole_model: Path, tmp_path: Path) -> None:
     import onnxruntime
 
-    out = tmp_path / "tower.onnx"
+    out = tmp_path / "encoder.onnx"
     printed = run("export", whole_model, out).stdout
     assert f"written  {out} (" in printed
-    assert "compared with the encoder, in batches of 1, 2 and 5: differs by " in printed
+    assert "verified relative difference " in printed
+    assert " from the model, batch sizes 1, 2, 5" in printed
     x = pixels(SMALL, 3).float()
     model = SigLipVisionModel.from_hf(whole_model)
     (tokens, *_) = onnxruntime.InferenceSession(out).run(None, {"pixel_values": x.numpy()})
     with torch.inference_mode():
         assert relative_error(torch.from_numpy(tokens), model(x).double()) < 1e-5
-    run("export", whole_model, tmp_path / "tower.pt2", "--format", "program")
-    assert torch.export.load(tmp_path / "tower.pt2").module()(x)[0].shape == tokens.shape
+    run("export", whole_model, tmp_path / "encoder.pt2", "--format", "program")
+    assert torch.export.load(tmp_path / "encoder.pt2").module()(x)[0].shape == tokens.shape
 
 
 def test_export_errors(whole_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
-        "must be named *.pt2"
+        "OUTPUT must end in .pt2 with --format package"
         in run("export", whole_model, "a.onnx", "--format", "package", code=2).output
     )
-    assert "does not exist" in run("export", whole_model, tmp_path / "no" / "a.onnx", code=2).output
+    missing = run("export", whole_model, tmp_path / "no" / "a.onnx", code=2).output
+    assert "directory " in missing
+    assert "does not exist" in missing
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert (
         "onnxruntime is not installed; run: pip install"

@@ -774,7 +774,7 @@ def test_engine_gates(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert all(gate.passed and gate.checked == 2 for gate in gates)
     notes = capsys.readouterr().err
     assert "skipped openvino on the odd encoder: openvino is not installed" in notes
-    assert "skipped compiled on the odd encoder: it is for GPUs" in notes
+    assert "skipped compiled on the odd encoder: requires a CUDA device, got cpu" in notes
 
 
 # --- missing extras, missing clone ----------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_columns(encoder_folder: Path, files: list[str]) -> None:
     assert rows["embedding"].dtype == np.float32
     has_error = [bool(error) for error in rows["error"]]
     assert has_error == np.isnan(rows["embedding"]).all(1).tolist()
-    assert rows["error"][2] == "the image cannot be read: it is of no kind that Pillow knows"
+    assert rows["error"][2] == "the image cannot be read: not an image format that Pillow supports"
     readable = [*files[:2], *files[3:]]
     expected = embedder.base_model.embed_images(readable).numpy()
     assert np.allclose(rows["embedding"][[0, 1, 3, 4]], expected, rtol=1e-4, atol=1e-4)
@@ -162,8 +162,8 @@ def test_nan_vector_is_an_error(embedder: Embedder) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be a whole number from 1 on, got 0"),
-        ({"threads": True}, "threads must be a whole number from 1 on, got True"),
+        ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
+        ({"threads": True}, "threads must be a positive integer, got True"),
         ({"form": "quick"}, "form must be one of eager, packed"),
         ({"form": "fastest"}, "form must be one of eager, packed"),
         ({"form": None}, "form must be one of eager, packed"),

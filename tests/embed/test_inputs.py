@@ -203,11 +203,11 @@ def test_folder_with_links_pipes_and_huge_files(model: SigLipVisionModel, tmp_pa
     ids = read_column(tmp_path / "out", "id")
     errors = read_column(tmp_path / "out", "error")
     assert dict(zip(ids, errors, strict=True)) == {
-        "c.png": cannot + "it is no regular file",
+        "c.png": cannot + "not a regular file",
         "d.jpg": cannot + "No such file or directory",
-        "e.heic": cannot + "it is of no kind that Pillow knows",
+        "e.heic": cannot + "not an image format that Pillow supports",
         "g.jpg": cannot
-        + f"1,000,000,000,000 bytes, more than the {MAX_FILE_BYTES:,} of the largest",
+        + f"file size 1,000,000,000,000 bytes exceeds the limit of {MAX_FILE_BYTES:,}",
         "a/2.PNG": None,
         "b/1.png": None,
     }

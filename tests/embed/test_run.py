@@ -208,7 +208,10 @@ def test_int8(photos: Path, embedded: Path, model: SigLipVisionModel, tmp_path: 
 def test_engine_that_cannot_be_used(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
     """Leaves nothing."""
     options = {**OPTIONS, "form": "onnxruntime", "dtype": torch.bfloat16}
-    message = "form onnxruntime cannot be used here: it is for float32 on CPUs; take another"
+    message = (
+        "form onnxruntime cannot be used here: "
+        "requires float32 on a CPU, got bfloat16 on cpu; take another"
+    )
     with pytest.raises(EmbedError, match=message):
         embed([photos], tmp_path / "out", model, **options)
     assert not (tmp_path / "out").exists()
@@ -312,9 +315,9 @@ def test_full_disk(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be a whole number from 1 on, got 0"),
+        ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
         ({"workers": -1}, "workers must be a whole number from 0 on, got -1"),
-        ({"threads": 0}, "threads must be a whole number from 1 on, got 0"),
+        ({"threads": 0}, "threads must be a positive integer, got 0"),
         ({"shard_size": True}, "shard_size must be"),
         ({"output": "both"}, "output must be pooled or tokens"),
         ({"output": "tokens", "normalize": True}, "are not normalized"),

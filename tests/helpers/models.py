@@ -10,14 +10,14 @@ from tests.helpers.checkpoints import SMALL
 
 
 def random_model(config: SigLipVisionConfig = SMALL, seed: int = 0) -> SigLipVisionModel:
-    """A model on which nothing is zero and nothing is one, the same for the same seed."""
+    """Build a model with reproducible random parameters, none of them 0 or 1."""
     model = SigLipVisionModel(config).eval()
     randomize(model, seed=seed)
     return model
 
 
 def counting_model(config: SigLipVisionConfig = SMALL) -> SigLipVisionModel:
-    """A model whose parameters count from -8/64 to 8/64: the same bits with every torch."""
+    """Build a model with parameters from -8/64 to 8/64, the same bits in every torch release."""
     model = SigLipVisionModel(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

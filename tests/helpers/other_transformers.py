@@ -2,7 +2,7 @@
 
 Writes, into the folder given, one checkpoint of each class that release can save, with random
 weights, and beside each the pixels and what that release makes of them: `expected.safetensors` with
-float32 and float64 outputs. Then reads what `save_hf` has written there, `ours` and `ours-naflex`,
+float32 and float64 outputs. Then reads what `save_hf` has written there, `port` and `port-naflex`,
 as far as that release knows such models, and does the same.
 """
 
@@ -62,7 +62,7 @@ def main(folder: Path) -> None:
         randomize(model.eval(), seed)
         model.save_pretrained(folder / name)
         write_expected(folder / name, encoder_of(model), seed)
-    for name, kind in (("ours", "SiglipVisionModel"), ("ours-naflex", "Siglip2VisionModel")):
+    for name, kind in (("port", "SiglipVisionModel"), ("port-naflex", "Siglip2VisionModel")):
         if hasattr(transformers, kind):
             read = getattr(transformers, kind)
             model, info = read.from_pretrained(folder / name, output_loading_info=True)

@@ -1,9 +1,8 @@
-"""Writes a folder of generated images of many sizes and kinds, one in a hundred of them broken.
+"""Generate images of many sizes and kinds, some of them broken.
 
     uv run tests/helpers/sample_images.py FOLDER [--count 10000] [--broken 0.01] [--seed 0]
 
-The same arguments give the same images. Those that are broken are listed in FOLDER/broken.json,
-with how.
+The same arguments give the same images. FOLDER/broken.json maps broken files to the damage.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ KINDS = (
     "P.png",
     "RGB.webp",
     "CMYK.jpg",
-    "turned.jpg",
+    "rotated.jpg",
 )
-"""Mode and suffix; `turned` by its EXIF orientation."""
+"""Mode and suffix; `rotated` has an EXIF orientation."""
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 EXIF_ORIENTATION = 0x0112
@@ -39,7 +38,7 @@ DAMAGES = ("empty", "cut", "text", "header")
 
 
 def random_image(random: Generator) -> Image.Image:
-    """Waves, blocks and noise: something to compress, and no two alike."""
+    """Generate a distinct, compressible image of waves, blocks and noise."""
     width, height = (int(side) for side in random.integers(40, 480, 2))
     y, x = np.mgrid[0:height, 0:width] / 60
     a, b, c = random.normal(0, 1, (3, 3, 1, 1))
@@ -51,11 +50,11 @@ def random_image(random: Generator) -> Image.Image:
 
 
 def encode(random: Generator, kind: str) -> bytes:
-    """The contents of a file of one of `KINDS`."""
+    """Generate an image file of one of `KINDS`."""
     image = random_image(random)
     mode, _, suffix = kind.partition(".")
     options: dict[str, object] = {}
-    if mode == "turned":
+    if mode == "rotated":
         exif = Image.Exif()
         exif[EXIF_ORIENTATION] = int(random.integers(2, 9))
         options["exif"] = exif
@@ -70,7 +69,7 @@ def encode(random: Generator, kind: str) -> bytes:
 
 
 def damage(random: Generator, content: bytes) -> tuple[bytes, str]:
-    """The contents of a file that nobody can read, and how it is broken."""
+    """Damage a file beyond reading; return it with the kind of damage."""
     kind = DAMAGES[int(random.integers(len(DAMAGES)))]
     broken = {
         "empty": b"",
@@ -82,7 +81,7 @@ def damage(random: Generator, content: bytes) -> tuple[bytes, str]:
 
 
 def write_images(folder: Path, count: int, broken_share: float, seed: int) -> dict[str, str]:
-    """Write the images; return those that are broken, by name, with how."""
+    """Write the images; return a map of broken files to the damage."""
     broken: dict[str, str] = {}
     for number in range(count):
         random = np.random.default_rng([seed, number])
@@ -99,22 +98,24 @@ def write_images(folder: Path, count: int, broken_share: float, seed: int) -> di
 
 
 def main() -> int:
-    """Read the arguments and write the folder."""
+    """Write the images."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--broken", type=float, default=0.01, help="share of them (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", type=Path, help="Output directory, missing or empty.")
+    parser.add_argument("--count", type=int, default=10_000, help="Images. [default: 10000]")
+    parser.add_argument(
+        "--broken", type=float, default=0.01, help="Share of broken images. [default: 0.01]"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed. [default: 0]")
     args = parser.parse_args()
     if args.folder.exists() and any(args.folder.iterdir()):
-        print(f"{args.folder} exists and is not empty; name another", file=sys.stderr)
+        print(f"{args.folder}: directory is not empty; choose another one", file=sys.stderr)
         return 2
     broken = write_images(args.folder, args.count, args.broken, args.seed)
     print(
-        f"{args.count} images in {args.folder}, {len(broken)} of them broken: "
-        f"{args.folder / 'broken.json'}"
+        f"{args.folder}: {args.count} images, {len(broken)} broken (listed in "
+        f"{args.folder / 'broken.json'})"
     )
     return 0
 

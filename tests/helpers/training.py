@@ -1,7 +1,4 @@
-"""Models that are trained, and gradients that are compared, in float64.
-
-With random weights on which nothing is zero and nothing is one.
-"""
+"""Pairs of port and reference in float64, and comparison of their gradients."""
 
 from __future__ import annotations
 
@@ -21,15 +18,14 @@ NAFLEX = replace(SHALLOW, image_size=35, naflex=True)
 RESIZED = replace(SHALLOW, interpolation="hf")
 
 TOLERANCE = 1e-12
-# The deepest gradients; rounding reaches 2e-14 of their size, a mask that is left out moves them by
-# more than 1e-2.
+# Relative to the gradient. Rounding reaches 2e-14; ignoring the mask changes more than 1e-2.
 GRADIENT_TOLERANCE = 1e-11
 
 
 def load_pair(
     config: SigLipVisionConfig, checkpoint: MakeCheckpoint
 ) -> tuple[SigLipVisionModel, Any]:
-    """Load port and reference from one checkpoint, each by its own loader."""
+    """Load port and reference from one checkpoint, in float64."""
     folder = checkpoint(replace(config, interpolation=None), dtype=torch.float64)
     port = SigLipVisionModel.from_hf(folder, interpolation=config.interpolation)
     reference = references.load(
@@ -39,14 +35,14 @@ def load_pair(
 
 
 def images(config: SigLipVisionConfig, side: int | None = None, batch: int = 2) -> Tensor:
-    """Draw noise in the shape of images, of another size if asked."""
+    """Return random images [batch, C, side, side]. [default side: `config.image_size`]"""
     if side is not None:
         config = replace(config, image_size=side)
     return pixels(config, batch=batch)
 
 
 def packed_images() -> dict[str, Any]:
-    """Pack images of 2 x 6 and 5 x 3 patches, and one of the model's own grid, without padding."""
+    """Pack images of 2 x 6, 5 x 3 and 5 x 5 patches, the last of which needs no padding."""
     sizes = [(14, 42), (35, 21), (35, 35)]
     noise = [pixels(replace(NAFLEX, image_size=42), seed=i)[0] for i in range(3)]
     parts = [image[:, :h, :w] for image, (h, w) in zip(noise, sizes, strict=True)]
@@ -54,19 +50,19 @@ def packed_images() -> dict[str, Any]:
 
 
 def backward(value: Tensor) -> None:
-    """Compute gradients."""
+    """Run the backward pass."""
     value.backward()
 
 
 def loss_of(tokens: Tensor, pooled: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return a loss of all outputs, but for padding, whose tokens mean nothing."""
+    """Return a loss of all outputs except tokens of padding."""
     if mask is not None:
         tokens = tokens * mask[:, :, None]
     return tokens.square().mean() + tokens.sin().mean() + (pooled.square() + pooled.sin()).mean()
 
 
 def gradients(model: nn.Module) -> Tensors:
-    """Take the gradients of all parameters."""
+    """Return the gradients of all parameters and reset them."""
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert grads.keys() == dict(model.named_parameters()).keys()
     model.zero_grad()
@@ -74,9 +70,9 @@ def gradients(model: nn.Module) -> Tensors:
 
 
 def to_reference_names(model: SigLipVisionModel, tensors: Tensors) -> Tensors:
-    """Name and shape tensors as the reference does.
+    """Convert parameters to the names and shapes of the reference.
 
-    Q, k and v of the head in one, NaFlex's patch weights as a Linear's.
+    The pooling head's q, k and v become one tensor, and NaFlex's patch embedding a linear weight.
     """
     config = model.config
     layout = HUGGINGFACE_NAFLEX if config.naflex else HUGGINGFACE
@@ -85,10 +81,10 @@ def to_reference_names(model: SigLipVisionModel, tensors: Tensors) -> Tensors:
 
 
 def worst_error(port: Tensors, reference: Tensors) -> tuple[float, str]:
-    """Return the largest error of a gradient, relative to it, and whose.
+    """Return the largest relative error of a gradient, with the parameter's name.
 
-    A bias of the keys moves all scores of a query alike, so that its gradient is zero but for
-    rounding: its error is taken relative to the gradient of the weights.
+    A key bias shifts all scores of a query equally, so its gradient is zero up to rounding: its
+    error is relative to the gradient of the key weight.
     """
     assert port.keys() == reference.keys()
     errors = []

@@ -1,4 +1,4 @@
-"""What the tests of engines and of the choice among them share."""
+"""Fixtures for tests of engines and their selection."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ CONFIG = replace(SMALL, pooling_head=True, interpolation="hf")
 
 @pytest.fixture
 def model() -> SigLipVisionModel:
-    """A small model with a pooling head, which takes images of every size."""
+    """A small model with a pooling head and interpolation."""
     return random_model(CONFIG)
 
 
 @pytest.fixture(scope="session")
 def engine_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all: what an engine compiles once serves every test."""
+    """Shared cache directory, so that engines compile once per session."""
     return tmp_path_factory.mktemp("engines")
 
 
 @pytest.fixture
 def own_cache(engine_cache: Path, tmp_path: Path) -> Path:
-    """A copy of the files that engines have compiled so far, without any choice."""
+    """A copy of the shared cache without choices."""
     folder = tmp_path / "cache"
     shutil.copytree(engine_cache, folder, ignore=shutil.ignore_patterns("*.json"))
     return folder

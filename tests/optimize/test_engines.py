@@ -1,4 +1,4 @@
-"""The engines: every one gives what the model gives, in every way that a model is used."""
+"""Every engine gives the results of the model, for every method."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CPU_ENGINES = [name for name in ENGINES if name not in ("compiled", "int8")]
 TOLERANCE = TOLERANCES[torch.float32]
 SHALLOW = replace(cases.ODD, num_encoder_blocks=2)
 
-# The engines of other programs compile for many seconds: in the default run, a model of two blocks.
+# OpenVINO and ONNX Runtime compile for many seconds: the default run uses two blocks.
 CONFIGS = [
     pytest.param(SHALLOW, id="2 blocks"),
     pytest.param(cases.ODD, id="11 blocks", marks=pytest.mark.slow),
@@ -119,7 +119,7 @@ def test_low_precision(dtype: torch.dtype, model: SigLipVisionModel, engine_cach
 def test_threads(engine: str, model: SigLipVisionModel, engine_cache: Path) -> None:
     fast = with_engine(model, engine, cache_dir=engine_cache)
     size = model.config.image_size
-    batches = [torch.rand(256, 3, size, size) for _ in range(40)]  # large, so that threads meet
+    batches = [torch.rand(256, 3, size, size) for _ in range(40)]  # large, so that threads overlap
     with ThreadPoolExecutor(8) as threads:
         outputs = list(threads.map(torch.inference_mode()(fast), batches))
     for output, batch in zip(outputs, batches, strict=True):
@@ -134,7 +134,7 @@ def test_copies_and_casts(engine: str, model: SigLipVisionModel, engine_cache: P
     assert difference(copy.deepcopy(fast)(x), model(x)) <= TOLERANCE
     assert difference(pickle.loads(pickle.dumps(fast))(x), model(x)) <= TOLERANCE
     expected = copy.deepcopy(model).double()(x)
-    assert difference(fast.double()(x), expected) <= 1e-12  # an engine of float32 would show
+    assert difference(fast.double()(x), expected) <= 1e-12  # a float32 engine would fail
     assert difference(fast.float()(x), expected) <= TOLERANCE
 
 
@@ -150,7 +150,7 @@ def test_gradients_for_pixels(engine: str, model: SigLipVisionModel, engine_cach
     assert difference(*gradients) <= 1e-4
 
 
-def test_prepacked_linears_follow_their_weights(model: SigLipVisionModel) -> None:
+def test_prepacked_weights_are_updated(model: SigLipVisionModel) -> None:
     fast = inference_copy(model, None)
     prepack_linears(fast)
     fuse_gelu(fast)
@@ -163,14 +163,14 @@ def test_prepacked_linears_follow_their_weights(model: SigLipVisionModel) -> Non
         block.mlp.fc1.weight.mul_(1.5)
     with torch.inference_mode():
         assert difference(fast(x), before) > 1e-3
-        assert difference(fast(x), model(x)) <= TOLERANCE  # they share their parameters
+        assert difference(fast(x), model(x)) <= TOLERANCE  # parameters are shared
 
 
 # --- the harness ----------------------------------------------------------------------------------
 
 
 def test_harness_passes_prepacked_model(engine_cache: Path) -> None:
-    """At every step inside: prepacked Linears stand where Linears stood. A broken one fails."""
+    """All taps exist in the prepacked model, and a broken layer fails."""
     gates = ("environment", "config", "weights", "sensitivity", "numerics", "interface", "rounding")
     with cases.random_case(cases.ODD, "L7", gates=gates) as case:
         port = with_engine(SigLipVisionModel.from_hf(case.source), "packed", cache_dir=engine_cache)
@@ -186,10 +186,10 @@ def test_harness_passes_prepacked_model(engine_cache: Path) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("engine", CPU_ENGINES)
-def test_rounding_is_that_of_reference(
+def test_rounding_equals_reference(
     engine: str, config: SigLipVisionConfig, engine_cache: Path
 ) -> None:
-    """The gate of the comparison, on what comes out, with weights that make rounding loud."""
+    """The rounding gate on tokens and embeddings, with weights that amplify rounding."""
     with cases.random_case(config, "L7", gates=("rounding",)) as case:
         port = SigLipVisionModel.from_hf(case.source)
         (gate,) = cases.engine_gates(case, port, engine, engine_cache)
@@ -209,7 +209,7 @@ ROUGH_ENGINES = [
 
 @pytest.mark.parametrize("engine", ROUGH_ENGINES)
 def test_rounding_of_rough_weights(engine: str, engine_cache: Path) -> None:
-    """Weights of bfloat16: other files to compile, for engines of other programs."""
+    """The gate fails for weights rounded to bfloat16."""
     with cases.random_case(cases.ODD, "L7", gates=("rounding",)) as case:
         port = SigLipVisionModel.from_hf(case.source).bfloat16().float()
         (gate,) = cases.engine_gates(case, port, engine, engine_cache)
@@ -221,7 +221,7 @@ def test_rounding_of_rough_weights(engine: str, engine_cache: Path) -> None:
 def test_rounding_of_wrong_engine(
     engine: str, config: SigLipVisionConfig, engine_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model's own modules are not what is judged: with a bug in the engine, the gate fails."""
+    """The gate fails for a bug in the engine, so it does not run the model's own modules."""
     use_engine = ENGINES[engine]
 
     def use_wrong_engine(model: OptimizedModel, cache: Path) -> None:
@@ -238,17 +238,17 @@ def test_rounding_of_wrong_engine(
         assert not gate.passed
 
 
-# --- files of other programs ----------------------------------------------------------------------
+# --- compiled files -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("engine", "writer", "file"),
     [
-        ("openvino", "openvino.convert_model", "tower-f32.xml"),
-        ("onnxruntime", "siglip_port.optimize.engines.write_onnx", "tower.onnx"),
+        ("openvino", "openvino.convert_model", "encoder-f32.xml"),
+        ("onnxruntime", "siglip_port.optimize.engines.write_onnx", "encoder.onnx"),
     ],
 )
-def test_file_is_written_once_for_its_weights(
+def test_file_is_cached_by_weights(
     engine: str,
     writer: str,
     file: str,
@@ -272,7 +272,7 @@ def test_file_is_written_once_for_its_weights(
 
 @pytest.mark.parametrize(
     ("engine", "program", "file"),
-    [("openvino", "OpenVINO", "tower-f32.xml"), ("onnxruntime", "ONNX Runtime", "tower.onnx")],
+    [("openvino", "OpenVINO", "encoder-f32.xml"), ("onnxruntime", "ONNX Runtime", "encoder.onnx")],
 )
 def test_damaged_file(
     engine: str, program: str, file: str, model: SigLipVisionModel, tmp_path: Path
@@ -280,18 +280,20 @@ def test_damaged_file(
     path = tmp_path / model_fingerprint(inference_copy(model, None)) / file
     path.parent.mkdir()
     path.write_text("<net")
-    with pytest.raises(EngineError, match=f"{program} cannot take the encoder: .*delete {path}"):
+    with pytest.raises(EngineError, match=f"{program} failed: .*delete {path} to export again"):
         with_engine(model, engine, cache_dir=tmp_path)
     assert optimize(model, engines=[engine], cache_dir=tmp_path).choice.engine == "eager"
 
 
-# --- what cannot be used --------------------------------------------------------------------------
+# --- unavailable engines --------------------------------------------------------------------------
 
 
 def test_unsupported_dtype(model: SigLipVisionModel, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="it is for float32 and bfloat16 on CPUs"):
+    with pytest.raises(
+        EngineError, match="requires float32 or bfloat16 on a CPU, got float16 on cpu"
+    ):
         with_engine(model, "openvino", dtype=torch.float16, cache_dir=tmp_path)
-    with pytest.raises(EngineError, match="it is for float32 on CPUs"):
+    with pytest.raises(EngineError, match="requires float32 on a CPU, got bfloat16 on cpu"):
         with_engine(model, "onnxruntime", dtype=torch.bfloat16, cache_dir=tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Files for other programs: they run elsewhere, and what computes something else is not written."""
+"""Export: files run in other programs, and wrong files are not written."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def is_close(output: Tensor, expected: Tensor) -> bool:
     return relative_difference([output], [expected]) <= TOLERANCE
 
 
-# --- the files run --------------------------------------------------------------------------------
+# --- exported files -------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -58,7 +58,7 @@ def test_onnx(model: SigLipVisionModel, images: Tensor, tmp_path: Path) -> None:
     model.train()
     assert export_onnx(model, tmp_path / "model.onnx") <= TOLERANCE
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
-    assert all(module.training for module in model.modules())  # the model is left as it was
+    assert all(module.training for module in model.modules())  # unchanged
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     assert [output.name for output in session.get_outputs()] == ["tokens", "pooled"]
     assert session.get_inputs()[0].shape[1:] == [3, CONFIG.image_size, CONFIG.image_size]
@@ -68,7 +68,7 @@ def test_onnx(model: SigLipVisionModel, images: Tensor, tmp_path: Path) -> None:
 
 
 @torch.inference_mode()
-def test_program_runs_without_this_package(images: Tensor, tmp_path: Path) -> None:
+def test_program_runs_without_siglip_port(images: Tensor, tmp_path: Path) -> None:
     model = random_model(HEADLESS)
     assert export_program(model, tmp_path / "model.pt2") <= TOLERANCE
     torch.save(images, tmp_path / "images")
@@ -91,7 +91,7 @@ def test_package(model: SigLipVisionModel, images: Tensor, tmp_path: Path) -> No
     assert is_close(pooled, model.embed(images))
 
 
-# --- nothing is lost ------------------------------------------------------------------------------
+# --- failed exports -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -108,18 +108,18 @@ def test_wrong_file_is_not_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A model that differs by 1e-4 on the images of the check stands for a wrong file."""
+    """An existing file is kept if the new one differs by 1e-4."""
 
     def difference_from_other(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         return relative_difference([output * 1.0001 for output in outputs], expected)
 
     path = tmp_path / name
-    path.write_text("what was there")
+    path.write_text("old")
     monkeypatch.setattr(export, "relative_difference", difference_from_other)
-    message = rf"{name} is not written: what it computes differs from .* 1\.0e-04, bound"
+    message = rf"{name} not written: relative difference from the model is 1\.0e-04, bound"
     with pytest.raises(ExportError, match=message):
         write(model, path)
-    assert path.read_text() == "what was there"
+    assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -130,7 +130,7 @@ def test_compiler_missing(
         raise RuntimeError("many lines\nInvalidCxxCompiler: No working C++ compiler found")
 
     monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
-    message = r"model\.pt2 is not written: InvalidCxxCompiler: No working C\+\+ compiler found"
+    message = r"model\.pt2 not written: InvalidCxxCompiler: No working C\+\+ compiler found"
     with pytest.raises(ExportError, match=message):
         export_package(model, tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
@@ -145,32 +145,32 @@ def test_extra_missing(
     assert not list(tmp_path.iterdir())
 
 
-# --- what is refused before any work --------------------------------------------------------------
+# --- validation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("write", [export_onnx, export_program, export_package])
 def test_wrong_suffix(write: Export, model: SigLipVisionModel, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"the file must be named \*\.\w+, got 'model\.bin'"):
+    with pytest.raises(ExportError, match=r"path must end in \.\w+, got 'model\.bin'"):
         write(model, tmp_path / "model.bin")
 
 
 def test_unusable_model(model: SigLipVisionModel, tmp_path: Path) -> None:
-    message = r"must be on the CPU, of torch.float32, got torch.bfloat16 on cpu"
+    message = r"model must be torch.float32 on a CPU, got torch.bfloat16 on cpu"
     with pytest.raises(ExportError, match=message):
         export_onnx(random_model(CONFIG).bfloat16(), tmp_path / "model.onnx")
     wrong: Any = "model"
-    with pytest.raises(ExportError, match="model must be a SigLipVisionModel, got a str"):
+    with pytest.raises(ExportError, match="model must be a SigLipVisionModel, got str"):
         export_onnx(wrong, tmp_path / "model.onnx")
     fast = optimize(model, engines=[], cache_dir=tmp_path / "cache")
-    with pytest.raises(ExportError, match="export the one that it was made of"):
+    with pytest.raises(ExportError, match="model is already optimized; export the original model"):
         export_program(fast, tmp_path / "model.pt2")
     assert not list(tmp_path.glob("model*"))
 
 
 def test_unusable_path(model: SigLipVisionModel, tmp_path: Path) -> None:
     wrong: Any = 5
-    with pytest.raises(ExportError, match="path must be that of a file, got 5"):
+    with pytest.raises(ExportError, match="path must be a string or path-like object, got 5"):
         export_onnx(model, wrong)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ExportError, match=r"model\.pt2 is not written: "):
+    with pytest.raises(ExportError, match=r"model\.pt2 not written: "):
         export_program(model, tmp_path / "file" / "model.pt2")

@@ -1,4 +1,4 @@
-"""`siglip_port.optimize` can be called, whatever is imported first, and can be left out."""
+"""`siglip_port.optimize` is callable for every import order, and optional."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ import siglip_port.optimize.export
 """
 
 RUN_EACH_IN_FRESH_PROCESS = """
-import os, sys, torch  # torch is imported once; nothing of ours is
+import os, sys, torch  # only torch is imported before the fork
 torch.set_num_threads(1)
 for program in sys.argv[1:]:
     child = os.fork()
@@ -65,17 +65,17 @@ def run_in_fresh_processes(*programs: str) -> None:
     subprocess.run([sys.executable, "-c", RUN_EACH_IN_FRESH_PROCESS, *programs], check=True)
 
 
-def test_call_whatever_is_imported_first() -> None:
+def test_callable_for_every_import_order() -> None:
     run_in_fresh_processes(*(imports + CALL for imports in IMPORTS))
 
 
-def test_rest_works_without_optimize_and_embed() -> None:
+def test_import_without_optimize_and_embed() -> None:
     run_in_fresh_processes(WITHOUT_BOTH, WITHOUT_EMBED)
 
 
 @pytest.mark.parametrize("folder", ["optimize", "embed"])
-def test_nothing_imports_folder_at_module_level(folder: str) -> None:
-    """But `embed`, which may import `optimize`."""
+def test_no_module_level_imports(folder: str) -> None:
+    """Only `embed` may import `optimize`."""
     importers = []
     for path in PACKAGE.rglob("*.py"):
         if PACKAGE / folder in path.parents or PACKAGE / "embed" in path.parents:
@@ -85,7 +85,7 @@ def test_nothing_imports_folder_at_module_level(folder: str) -> None:
     assert importers == []
 
 
-def test_signature_is_that_of_function() -> None:
+def test_signature() -> None:
     assert inspect.signature(siglip_port.optimize) == inspect.signature(optimize)
-    with pytest.raises(ValueError, match="model must be a SigLipVisionModel, got a int"):
+    with pytest.raises(ValueError, match="model must be a SigLipVisionModel, got int"):
         siglip_port.optimize(1)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""`optimize`: which engine is chosen, what is kept, and what is refused."""
+"""`optimize`: selection of the engine, cache, and validation."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def images(model: SigLipVisionModel, batch_size: int = 2) -> Tensor:
 
 @pytest.fixture
 def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """What each engine takes, instead of being timed."""
+    """Fake timings: engine -> seconds."""
     times = {"eager": 5.0, "packed": 2.0, "packed-gelu": 4.0}
     engine_of: dict[int, str] = {}
 
-    def remember(name: str, use_engine: Engine) -> Engine:
+    def track(name: str, use_engine: Engine) -> Engine:
         def use(model: OptimizedModel, cache: Path) -> None:
             use_engine(model, cache)
             engine_of[id(model)] = name
@@ -55,7 +55,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         return use
 
     for name in times:
-        monkeypatch.setitem(ENGINES, name, remember(name, ENGINES[name]))
+        monkeypatch.setitem(ENGINES, name, track(name, ENGINES[name]))
     monkeypatch.setattr(SECONDS, lambda model, _: times[engine_of.get(id(model), "eager")])
     return times
 
@@ -74,7 +74,7 @@ def test_fastest_is_chosen(
     assert is_prepacked(fast)
 
 
-def test_two_percent_are_not_worth_it(
+def test_two_percent_faster_is_not_chosen(
     seconds: dict[str, float], model: SigLipVisionModel, tmp_path: Path
 ) -> None:
     seconds.update({"packed": 4.9, "packed-gelu": 5.0})
@@ -83,7 +83,7 @@ def test_two_percent_are_not_worth_it(
     assert not is_prepacked(fast)
 
 
-def test_unusable_engines_are_left_out(
+def test_unusable_engines_are_skipped(
     model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def scale_by(factor: float) -> Engine:
@@ -99,19 +99,18 @@ def test_unusable_engines_are_left_out(
         monkeypatch.setitem(sys.modules, package, None)
     fast = optimize(model, cache_dir=tmp_path)
     assert fast.choice.engine == "eager"
-    left_out = fast.choice.left_out
-    assert left_out["compiled"].startswith("it is for GPUs")
+    skipped = fast.choice.skipped
+    assert skipped["compiled"] == "requires a CUDA device, got cpu"
     assert (
-        left_out["openvino"]
-        == "openvino is not installed; run: pip install 'siglip-port[openvino]'"
+        skipped["openvino"] == "openvino is not installed; run: pip install 'siglip-port[openvino]'"
     )
     assert (
-        left_out["onnxruntime"]
+        skipped["onnxruntime"]
         == "onnxruntime is not installed; run: pip install 'siglip-port[onnx]'"
     )
-    assert left_out["packed"].endswith(", bound 2e-05")
-    assert left_out["packed-gelu"].startswith("its results differ from the encoder's own by inf")
-    assert "compiled is left out:" in str(fast.choice)
+    assert skipped["packed"].endswith(", bound 2e-05")
+    assert skipped["packed-gelu"] == "relative difference from eager is inf, bound 2e-05"
+    assert "compiled skipped: requires a CUDA device" in str(fast.choice)
 
 
 def test_int8(
@@ -130,25 +129,25 @@ def test_int8(
         fast.save_hf(tmp_path / "int8")
 
 
-def test_int8_is_refused_beyond_its_tolerance(
+def test_int8_beyond_its_tolerance_is_skipped(
     model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TOLERANCES, torch.int8, 1e-6)
     choice = optimize(model, dtype=torch.int8, cache_dir=tmp_path).choice
     assert choice.engine == "eager"
-    assert "bound 1e-06" in choice.left_out["int8"]
+    assert "bound 1e-06" in choice.skipped["int8"]
 
 
-def test_int8_is_not_tried_unasked(model: SigLipVisionModel, own_cache: Path) -> None:
+def test_int8_is_not_a_default(model: SigLipVisionModel, own_cache: Path) -> None:
     choice = optimize(model, cache_dir=own_cache).choice
     assert "int8" not in choice.milliseconds
-    assert "int8" not in choice.left_out
+    assert "int8" not in choice.skipped
 
 
-def test_nothing_else_changes(
+def test_no_side_effects(
     model: SigLipVisionModel, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not the model, its mode or its gradients, and no global state."""
+    """The model, its mode and gradients, and the global random state are unchanged."""
     monkeypatch.setattr(SECONDS, prepacked_is_fast)
     model.train()
     random_state = torch.get_rng_state()
@@ -172,10 +171,10 @@ def test_gradients_of_chosen_engine(
     assert x.grad.any()
 
 
-# --- what is kept ---------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
-def test_choice_is_kept(
+def test_choice_is_cached(
     model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"engines": ["packed"], "cache_dir": tmp_path}
@@ -211,16 +210,16 @@ def test_damaged_choice(content: str, model: SigLipVisionModel, tmp_path: Path) 
 def test_unwritable_cache(
     model: SigLipVisionModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Costs only time."""
+    """Only a warning: the next process measures again."""
     (tmp_path / "file").write_text("")
     cache = tmp_path / "file" / "cache"
     with caplog.at_level(logging.WARNING):
         fast = optimize(model, engines=["packed", "openvino"], cache_dir=cache)
-    assert "what was found is not kept" in caplog.text
-    assert "openvino" in fast.choice.left_out
+    assert "engine choice not cached, the next process measures again: " in caplog.text
+    assert "openvino" in fast.choice.skipped
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- validation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -233,18 +232,21 @@ def test_unwritable_cache(
         ),
         (
             {"engines": ["fast"]},
-            r"engines must be a list of some of eager, packed, .*, got \['fast'\]",
+            r"engines must be a list of eager, packed, .*, got \['fast'\]",
         ),
-        ({"engines": "packed"}, "engines must be a list of some of"),
-        ({"engines": 5}, "engines must be a list of some of"),
-        ({"engines": [["packed"]]}, "engines must be a list of some of"),
-        ({"engines": ["int8"]}, "engine int8 does not go with dtype None"),
+        ({"engines": "packed"}, "engines must be a list of"),
+        ({"engines": 5}, "engines must be a list of"),
+        ({"engines": [["packed"]]}, "engines must be a list of"),
+        (
+            {"engines": ["int8"]},
+            "engine int8 does not support dtype=None; the engine int8 and dtype=torch.int8 require",
+        ),
         (
             {"engines": ["packed"], "dtype": torch.int8},
-            "engine packed does not go with dtype torch.int8",
+            "engine packed does not support dtype=torch.int8",
         ),
-        ({"batch_size": 0}, "batch_size must be a whole number from 1 on, got 0"),
-        ({"batch_size": True}, "batch_size must be a whole number from 1 on, got True"),
+        ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
+        ({"batch_size": True}, "batch_size must be a positive integer, got True"),
         ({"cache_dir": 7}, "cache_dir must be a path, got 7"),
     ],
 )
@@ -258,13 +260,14 @@ def test_wrong_option(
 
 def test_unusable_model(model: SigLipVisionModel, tmp_path: Path) -> None:
     wrong: Any = torch.nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="model must be a SigLipVisionModel, got a Linear"):
+    with pytest.raises(ValueError, match="model must be a SigLipVisionModel, got Linear"):
         optimize(wrong, cache_dir=tmp_path)
     fast = optimize(model, engines=[], cache_dir=tmp_path)
-    with pytest.raises(ValueError, match="is optimized already"):
+    with pytest.raises(ValueError, match="model is already optimized; pass the original model"):
         optimize(fast, cache_dir=tmp_path)
-    with pytest.raises(ValueError, match="name one dtype with dtype="):
+    message = r"parameters must have one dtype of torch.float32, .*, got torch.float64; pass dtype="
+    with pytest.raises(ValueError, match=message):
         optimize(model.double(), cache_dir=tmp_path)
     model.pooling_head = None
-    with pytest.raises(ValueError, match="not those of a SigLIP encoder"):
+    with pytest.raises(ValueError, match="the parameters do not match the model's configuration"):
         optimize(model, cache_dir=tmp_path)
