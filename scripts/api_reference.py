@@ -172,8 +172,11 @@ def signature(function: object) -> str:
 
 def format_parameter(parameter: inspect.Parameter) -> str:
     """Return a parameter as in source code."""
-    stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
-    text = stars.get(parameter.kind, "") + parameter.name
+    text = parameter.name
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        text = f"*{text}"
+    elif parameter.kind is parameter.VAR_KEYWORD:
+        text = f"**{text}"
     has_annotation = parameter.annotation is not parameter.empty
     if has_annotation:
         text += f": {format_annotation(parameter.annotation)}"
@@ -184,7 +187,9 @@ def format_parameter(parameter: inspect.Parameter) -> str:
 
 def format_annotation(annotation: object) -> str:
     """Return an annotation without quotes."""
-    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    if isinstance(annotation, str):
+        return annotation
+    return str(inspect.formatannotation(annotation))
 
 
 def format_default(value: object) -> str:

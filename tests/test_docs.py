@@ -157,7 +157,7 @@ def test_examples(
 ) -> None:
     """They run, and print what the comment behind each `print` says."""
     if document == "docs/vlm.md":
-        # transformers opens a local folder: it would ask the Hub for more than ours serves.
+        # transformers opens a local folder: it asks the Hub for more than the test Hub serves.
         save_paligemma(example_folder / "google" / "paligemma-3b-pt-224")
     torch.manual_seed(0)
     for text in run_examples(document):
@@ -342,7 +342,9 @@ def test_extras() -> None:
 def test_extras_exist() -> None:
     extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
     for document in DOCUMENTS:
-        for names in re.findall(r"(?:siglip-port|`|\.)\[([a-z, ]+)\]", code(document)):
+        for names in re.findall(
+            r"(?:^|siglip-port|siglip_port|whl|\.)\[([a-z, ]+)\]", code(document), re.MULTILINE
+        ):
             assert set(re.split(r", *", names)) <= set(extras), document
 
 
