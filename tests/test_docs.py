@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -198,7 +199,14 @@ def test_ci_example_fails(tmp_path: Path) -> None:
     assert buggy != block.text
     for text, status in ((block.text, 0), (buggy, 1)):
         (tmp_path / "test_port.py").write_text(text, encoding="utf-8")
-        process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        process = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert process.returncode == status, process.stdout
     assert "looks like: eps 1e-05 instead of 1e-06" in process.stdout
 
