@@ -67,9 +67,102 @@ def commands() -> str:
     return to_markdown(["command", "purpose"], rows)
 
 
+def gates() -> str:
+    """The gates, what holds if they pass, and their bounds."""
+    from siglip_port.parity.gates.meaning import MEANING
+
+    rows = [(name, meaning.text, meaning.bound) for name, meaning in MEANING.items()]
+    return to_markdown(["gate", "what holds if it passes", "bound"], rows)
+
+
+def bounds() -> str:
+    """The bounds, and what they rest on."""
+    from siglip_port.parity import bounds as values
+
+    calibration = read_json("calibration.json")
+    largest = max(calibration["equivalent_variants"].values())
+    rounding = (
+        f"equivalent variants reach at most {largest:.2f} of the bound, the smallest rounding bug "
+        f"{calibration['smallest_bug']:.2f}"
+    )
+    upcast = (
+        "accepted only if it changes completely on inputs that differ by 1e-4, as rounding does and "
+        "a bug does not; the verdict lists it, and the gate `rounding` judges it"
+    )
+    factors = f"{values.ROUNDING_FACTOR:g}x the reference's ({values.WORST_FACTOR:g}x for the worst vector)"
+    rows = [
+        ("difference in float64", f"{values.FLOAT64_BOUND:g}", values.FLOAT64_ORIGIN),
+        ("float32 step inside the port", f"{values.UPCAST_BOUND:g}", upcast),
+        ("rounding error", factors, rounding),
+    ]
+    return to_markdown(["bound", "value", "basis"], rows)
+
+
+def selftest() -> str:
+    """What the recorded self-test detected, gate by gate."""
+    from siglip_port.parity.siglip.census import summarize
+
+    recorded = read_json("selftest.json")
+    mutants = recorded["mutants"]
+    unique = {gate: len(row["unique"]) for gate, row in summarize(recorded)["gates"].items()}
+    rows = []
+    for gate in unique:
+        assigned = [mutant for mutant in mutants if mutant["gate"] == gate]
+        detected = sum(gate in mutant["detected_by"] for mutant in assigned)
+        total = sum(gate in mutant["detected_by"] for mutant in mutants)
+        rows.append((gate, len(assigned), detected, total, unique[gate]))
+    header = [
+        "gate",
+        "its mutants",
+        "detected",
+        f"detected of all {len(mutants)}",
+        "by no other gate",
+    ]
+    command = "`uv run siglip-port verify --selftest --full` ([full results](selftest.json))"
+    text = f"{command}, on {recorded['machine']}: {recorded['summary']}.\n\n"
+    return text + to_markdown(header, rows)
+
+
+def proof() -> str:
+    """The self-test in a sentence."""
+    recorded = read_json("selftest.json")
+    mutants = recorded["mutants"]
+    public = sum(mutant["source"] != "variant" for mutant in mutants)
+    detected = sum(mutant["gate"] in mutant["detected_by"] for mutant in mutants)
+    runs = recorded["equivalent_variants"]
+    variants = len({run["name"] for run in runs})
+    false_alarms = sum(run["false_alarm"] for run in runs)
+    return (
+        f"`uv run compare_origin.py --selftest` plants {len(mutants)} bugs in the port, "
+        f"{public} of them with a public source. The gates detect {detected}, each at its place, with "
+        f"{false_alarms} false alarms in {len(runs)} runs of {variants} equivalent variants "
+        "([details](docs/parity.md)).\n"
+    )
+
+
+def acceptance_rules() -> str:
+    """Mutants that each acceptance rule detects, by weights."""
+    recorded = read_json("acceptance_rules.json")
+    weights = recorded["weights"]
+    rows = []
+    for rule in recorded["rules"]:
+        cells = []
+        for name in weights:
+            false_alarms = rule["false_alarms"][name]
+            suffix = f" ({false_alarms} false alarms)" if false_alarms else ""
+            cells.append(f"{rule['detected'][name]}{suffix}")
+        rows.append((rule["rule"], *cells))
+    return to_markdown([f"detected, of {recorded['mutants']}", *weights.values()], rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
+    "acceptance_rules": acceptance_rules,
+    "bounds": bounds,
     "checkpoints": checkpoints,
     "commands": commands,
+    "gates": gates,
+    "proof": proof,
+    "selftest": selftest,
 }
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 
 from scripts.selftest import catalog
 from scripts.selftest.examination import make_cases, share_of_bound
 from scripts.selftest.mutant import Mutant
+from scripts.selftest.report import machine
 from scripts.selftest.runner import SEEDS, Options, Progress
+from siglip_port.atomic import write_text
 from siglip_port.parity import bounds
 from siglip_port.parity.siglip.cases import Case
 from siglip_port.text import format_table
@@ -42,6 +45,14 @@ def calibrate(options: Options, progress: Progress) -> bool:
         rows.append([f"largest of equivalent variants, {gate}", f"{size:.2f}", where])
     rows.append(["smallest of bugs", f"{weakest[0]:.2f}", weakest[1]])
     print("\n".join(format_table(rows)))
+    if options.json is not None:
+        content = {
+            "machine": machine(),
+            "equivalent_variants": {gate: size for gate, (size, _) in coarsest.items()},
+            "smallest_bug": weakest[0],
+            "smallest_bug_name": weakest[1].split(" at ")[0],
+        }
+        write_text(options.json, json.dumps(content, indent=1) + "\n")
     holds = max(coarsest.values())[0] < 1 < weakest[0]
     print(f"{'BOUNDS HOLD' if holds else 'BOUNDS DO NOT HOLD'}: {bounds.ROUNDING_ORIGIN}")
     return holds

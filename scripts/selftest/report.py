@@ -90,6 +90,14 @@ def has_hint(result: Result) -> bool:
     return any(finding.hint for finding in result.detections.values())
 
 
+def machine() -> str:
+    """Return platform and versions in one line."""
+    return (
+        f"{platform.system()} {platform.machine()}, torch {torch.__version__}, "
+        f"transformers {reference.VERSION}, Python {platform.python_version()}"
+    )
+
+
 def to_json(report: Report) -> dict[str, object]:
     """Return the report as JSON: one entry per mutant, with the finding of each gate."""
     mutants = []
@@ -110,8 +118,7 @@ def to_json(report: Report) -> dict[str, object]:
         variants.append({"name": result.mutant.name, "run": run, "false_alarm": not result.passed})
     return {
         "schema": SCHEMA,
-        "machine": f"{platform.system()} {platform.machine()}, torch {torch.__version__}, "
-        f"transformers {reference.VERSION}, Python {platform.python_version()}",
+        "machine": machine(),
         "passed": not report.failures,
         "summary": report.summary(),
         "mutants": mutants,

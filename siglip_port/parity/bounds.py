@@ -10,8 +10,8 @@ FLOAT64_BOUND = 1e-10
 """Largest relative error between float64 computations that agree."""
 
 FLOAT64_ORIGIN = (
-    "measured float64 rounding is at most 3e-13, and the smallest bug in the catalog is 1e-8 at "
-    "its tap"
+    "measured: rounding at a tap at most 2e-13 (weights L8), smallest bug of the catalog 1.6e-07 "
+    "(eps of post_layernorm)"
 )
 
 ROUNDING_FACTOR = 3.0

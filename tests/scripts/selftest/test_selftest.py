@@ -327,7 +327,10 @@ def test_the_census() -> None:
 
 
 def test_calibration(
-    cases: list[Case], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cases: list[Case],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     from scripts.selftest import calibration
 
@@ -336,7 +339,10 @@ def test_calibration(
     variants = [BY_NAME["as_it_is"], BY_NAME["hand_written_ln"]]
     monkeypatch.setattr(catalog, "EQUIVALENT", variants)
     monkeypatch.setattr(catalog, "ROUNDING", [BY_NAME["ln_bf16"]])
-    assert compare_origin.main(["--calibrate"]) == 0
+    assert compare_origin.main(["--calibrate", "--json", str(tmp_path / "a.json")]) == 0
+    recorded = json.loads((tmp_path / "a.json").read_text())
+    assert recorded["smallest_bug_name"] == "ln_bf16"
+    assert max(recorded["equivalent_variants"].values()) < 1 < recorded["smallest_bug"]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("BOUNDS HOLD: 3x the reference's own rounding error")
     monkeypatch.setattr(catalog, "ROUNDING", [replace(BY_NAME["as_it_is"], is_equivalent=False)])
