@@ -1,4 +1,4 @@
-"""Runs over many images in a process of their own, which a test stops where it wants."""
+"""Embedding runs in a separate process, which a test stops at a chosen point."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 
 EMBED_PROGRAM = """
 import signal, sys
-# Where the shell started the tests in the background, they inherit that Ctrl-C is ignored.
+# Tests started in the background by a shell inherit an ignored SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from siglip_port import SigLipVisionModel
 from siglip_port.embed import embed
 
-def report(progress):
+def wait(progress):
     print(progress.done, flush=True)
     sys.stdin.readline()
 
-photos, out, model = sys.argv[1:]
-options = {"form": "eager", "batch_size": 4, "shard_size": 12, "workers": 2}
-embed([photos], out, SigLipVisionModel.from_hf(model), report=report, **options)
+photos, output, model = sys.argv[1:]
+options = {"engine": "eager", "batch_size": 4, "shard_size": 12, "num_workers": 2}
+embed([photos], output, SigLipVisionModel.from_hf(model), on_progress=wait, **options)
 """
-"""Arguments: images, output, checkpoint. Prints the rows after each batch, and waits for a line."""
+"""Arguments: images, output, checkpoint. Prints the row count and reads a line after each batch."""
 
 
 def embed_until(
@@ -34,16 +34,17 @@ def embed_until(
     arguments: Sequence[str | Path],
     delay: float | None = None,
 ) -> int:
-    """Run `EMBED_PROGRAM` until so many rows are done, and send it a signal.
+    """Run `EMBED_PROGRAM` until `rows` rows are done, then send it a signal.
 
     Args:
-        rows: that are done.
-        kind: of the signal.
-        arguments: of the program.
-        delay: seconds that it goes on before the signal; None to send that while it waits.
+        rows: rows after which to send the signal.
+        kind: the signal.
+        arguments: arguments of the program.
+        delay: seconds that the program continues before the signal; None to send it while the
+            program waits.
 
     Returns:
-        Its exit code.
+        Exit code of the program.
     """
     command = [sys.executable, "-c", EMBED_PROGRAM, *arguments]
     with subprocess.Popen(
@@ -69,10 +70,10 @@ def embed_until(
 
 
 def process_ids_naming(folder: Path) -> list[str]:
-    """The processes whose command line names a folder."""
+    """List the ids of the processes whose command line contains a folder."""
     ids = []
-    for place in Path("/proc").glob("[0-9]*"):
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if str(folder).encode() in (place / "cmdline").read_bytes():
-                ids.append(place.name)
+            if str(folder).encode() in (process / "cmdline").read_bytes():
+                ids.append(process.name)
     return ids
