@@ -67,7 +67,9 @@ def test_query_by_other_model(
     photos: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path
 ) -> None:
     random_model(seed=1).save_hf(tmp_path / "weights")
-    message = r"embedded.*: embeddings were computed with other {} than th(at|ose) of .*{}; pass .* --model"
+    message = (
+        r"embedded.*: embeddings were computed with other {} than th(at|ose) of .*{}; pass the"
+    )
     with pytest.raises(EmbedError, match=message.format("weights", "weights")):
         embed_query(embedded, photos / "a.png", source=str(tmp_path / "weights"))
     model.preprocessor_config = {**model.preprocessor_config, "image_mean": [0.1, 0.1, 0.1]}
