@@ -256,13 +256,13 @@ PEERS = (
         ("dinotool==0.4.0",),
         dinotool,
         read_dinotool,
-        "loads an open_clip model from a local Hub server, since it accepts only Hub ids; unit length",
+        "loads an open_clip model from a local Hub server, since it needs a Hub id; unit length",
     ),
     Peer(
         "clip-retrieval",
         ("clip-retrieval==2.45.0",),
         clip_retrieval,
         read_clip_retrieval,
-        "stub for pkg_resources; open_clip uses CLIP's mean, std and crop with a local file; float16",
+        "stub for pkg_resources; CLIP's mean, std and crop, as open_clip uses for a file; float16",
     ),
 )
