@@ -119,8 +119,8 @@ def model_count(encoder: BatchEncoder, num_workers: int | None) -> int:
     requested = num_workers or 1
     if capacity < requested:
         raise EmbedError(
-            f"Ray cluster is too small for {requested} models: it has {resources.get(kind, 0):g} "
-            f"{kind}s, needs {need}; {remedy}"
+            f"Ray cluster is too small for {requested} model processes: it has "
+            f"{resources.get(kind, 0):g} {kind}s, needs {need}; {remedy}"
         )
     return num_workers or capacity
 

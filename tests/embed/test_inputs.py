@@ -174,6 +174,14 @@ def test_deleted_file(tmp_path: Path) -> None:
         read(Item("a", str(tmp_path / "a.png")))
 
 
+def test_truncated_tar(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", ["a.jpg"], [b"x" * 1000])
+    (item,) = find_items([tmp_path / "a.tar"])
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
+    with pytest.raises(ImageError, match="the tar file is truncated inside the image"):
+        read(item)
+
+
 def test_tar_member_of_negative_size(tmp_path: Path) -> None:
     """A size of -512 makes the next header the same one."""
     header = bytearray(tarfile.TarInfo("a.jpg").tobuf())

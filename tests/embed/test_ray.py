@@ -69,11 +69,19 @@ def test_model_count(
 def test_cluster_too_small(encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 5.0})
     message = (
-        "Ray cluster is too small for 2 models: it has 5 CPUs, needs 3 per model (2 threads, 1 for "
-        "decoding); reduce --num-workers or --threads"
+        "Ray cluster is too small for 2 model processes: it has 5 CPUs, needs 3 per model (2 "
+        "threads, 1 for decoding); reduce --num-workers or --threads"
     )
     with pytest.raises(EmbedError, match=re.escape(message)):
         model_count(Embedder(encoder_folder, threads=2), 2)
+
+
+def test_cluster_without_gpus(encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 5.0})
+    monkeypatch.setattr("siglip_port.embed.ray.runs_on_gpu", lambda encoder: True)
+    message = "it has 0 GPUs, needs 1 per model; reduce --num-workers or use --device cpu"
+    with pytest.raises(EmbedError, match=message):
+        model_count(Embedder(encoder_folder), None)
 
 
 def test_ray_missing(photos: Path, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,8 @@ def test_image_of_wrong_size_without_resizing(naflex: bool, tmp_path: Path) -> N
     embed([folder], tmp_path / "out", model, **OPTIONS)
     errors = read_column(tmp_path / "out", "error")
     assert list(map(bool, errors)) == [False, True, False, True]
+    if not naflex:
+        assert errors[1] == "the image must be [3, 16, 16] without resizing, got [3, 61, 40]"
 
 
 # --- engines --------------------------------------------------------------------------------------

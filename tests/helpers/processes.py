@@ -1,4 +1,4 @@
-"""Embedding runs in a separate process, which a test stops at a chosen point."""
+"""Runs of `embed` in a separate process, which a test can stop."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 
 EMBED_PROGRAM = """
 import signal, sys
-# Tests started in the background by a shell inherit an ignored SIGINT.
+# Tests that a shell started in the background inherit that SIGINT is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from siglip_port import SigLipVisionModel
 from siglip_port.embed import embed
 
-def wait(progress):
+def on_progress(progress):
     print(progress.done, flush=True)
     sys.stdin.readline()
 
-photos, output, model = sys.argv[1:]
+photos, output_dir, model = sys.argv[1:]
 options = {"engine": "eager", "batch_size": 4, "shard_size": 12, "num_workers": 2}
-embed([photos], output, SigLipVisionModel.from_hf(model), on_progress=wait, **options)
+embed([photos], output_dir, SigLipVisionModel.from_hf(model), on_progress=on_progress, **options)
 """
-"""Arguments: images, output, checkpoint. Prints the row count and reads a line after each batch."""
+"""Arguments: images, output, checkpoint. Prints the row count per batch, and waits for a line."""
 
 
 def embed_until(
@@ -34,14 +34,14 @@ def embed_until(
     arguments: Sequence[str | Path],
     delay: float | None = None,
 ) -> int:
-    """Run `EMBED_PROGRAM` until `rows` rows are done, then send it a signal.
+    """Run `EMBED_PROGRAM` for a number of rows, then send it a signal.
 
     Args:
-        rows: rows after which to send the signal.
-        kind: the signal.
-        arguments: arguments of the program.
-        delay: seconds that the program continues before the signal; None to send it while the
-            program waits.
+        rows: Number of rows before the signal.
+        kind: Signal.
+        arguments: Arguments of the program.
+        delay: Delay of the signal in seconds while the program continues; None to send the signal
+            while it waits.
 
     Returns:
         Exit code of the program.
@@ -70,7 +70,7 @@ def embed_until(
 
 
 def process_ids_naming(folder: Path) -> list[str]:
-    """List the ids of the processes whose command line contains a folder."""
+    """Return the ids of processes whose command line contains a folder."""
     ids = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
