@@ -1,12 +1,11 @@
-"""Embeds one folder of images in one go, killed again and again, and on a Ray cluster.
+"""Embeds a folder of images uninterrupted, killed repeatedly, and on a Ray cluster.
 
     uv run tests/helpers/sample_images.py FOLDER
     uv run scripts/benchmarks/embed_interrupted.py FOLDER [--kills 10] [--seed 0] [--model SOURCE]
     [--json PATH]
 
-All must end with the same rows and, bit for bit, the same vectors. The cluster has two workers.
-Without --model, a small model with random weights is taken: the rows are what is looked at here,
-not the speed.
+All runs must end with the same rows and bitwise equal embeddings. The cluster has two workers.
+Without --model, a small model with random weights is used: the script compares rows, not speed.
 """
 
 from __future__ import annotations
@@ -42,15 +41,15 @@ SMALL = SigLipVisionConfig(
 PROGRAM = [sys.executable, "-c", "from siglip_port.cli.main import main; main()"]
 
 
-def embed_command(images: Path, out: Path, model: str, *options: str) -> list[str]:
-    """The command line of a run."""
-    arguments = [str(images), "-o", str(out), "--model", model, "--form", "eager"]
+def embed_command(images: Path, output: Path, model: str, *options: str) -> list[str]:
+    """Return the command line of a run."""
+    arguments = [str(images), "-o", str(output), "--model", model, "--engine", "eager"]
     arguments += ["--threads", "1", "--shard-size", "256", "--json", *options]
     return [*PROGRAM, "embed", *arguments]
 
 
 def run_to_the_end(command: list[str]) -> dict[str, Any]:
-    """Run a command, and return what it reports."""
+    """Run a command and return its JSON output and exit code."""
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode not in (0, 3):
         message = process.stderr.strip() or process.stdout.strip()
@@ -59,36 +58,38 @@ def run_to_the_end(command: list[str]) -> dict[str, Any]:
     return {**report, "exit_code": process.returncode}
 
 
-def kill_repeatedly(command: list[str], out: Path, kills: int, chance: random.Random) -> list[int]:
-    """Kill a run at some moments; return how many files were complete after each."""
+def kill_repeatedly(
+    command: list[str], output: Path, kills: int, chance: random.Random
+) -> list[int]:
+    """Kill a run at random points; return the number of complete files after each kill."""
     complete = [0]
     for _ in range(kills):
         files = complete[-1] + chance.randrange(5)
         with subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as process:
-            wait_for_files(out, files, process)
+            wait_for_files(output, files, process)
             time.sleep(chance.uniform(0, 5))
             process.send_signal(signal.SIGKILL)
-        complete.append(count_files(out))
+        complete.append(count_files(output))
     return complete[1:]
 
 
-def wait_for_files(out: Path, files: int, process: subprocess.Popen[bytes]) -> None:
-    """Wait until so many files are complete, or the run has ended."""
-    while process.poll() is None and count_files(out) < files:
+def wait_for_files(output: Path, files: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until `files` files are complete, or the run has ended."""
+    while process.poll() is None and count_files(output) < files:
         time.sleep(0.1)
 
 
-def count_files(out: Path) -> int:
-    """How many files of a run are complete."""
-    return len(list(out.glob("part-*.parquet")))
+def count_files(output: Path) -> int:
+    """Return the number of complete files of a run."""
+    return len(list(output.glob("part-*.parquet")))
 
 
-def row_hashes(out: Path) -> list[tuple[str, str]]:
-    """The id of each row, and a hash of everything in it, every bit of the vector included."""
+def row_hashes(output: Path) -> list[tuple[str, str]]:
+    """Return the id of each row and a hash of the row, including every bit of its embedding."""
     hashes = []
-    for path in sorted(out.glob("part-*.parquet")):
+    for path in sorted(output.glob("part-*.parquet")):
         table = parquet.read_table(path)
         numbers = table.column("embedding").combine_chunks().flatten()
         rows = table.drop_columns(["embedding"]).to_pylist()
@@ -101,7 +102,7 @@ def row_hashes(out: Path) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def ray_cluster() -> Iterator[str]:
-    """A Ray cluster of two workers on this machine: its address."""
+    """Start a Ray cluster of two workers on this machine; yield its address."""
     os.environ |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     from ray.cluster_utils import Cluster
 
@@ -121,14 +122,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--model", help="a checkpoint, instead of a small one with random weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times")
+    parser.add_argument("--model", help="checkpoint [default: small, random weights]")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Do all three runs, in a folder, and compare them."""
+    """Run all three in a folder and compare them."""
     source = args.model
     if source is None:
         model = SigLipVisionModel(SMALL).eval()
@@ -136,7 +137,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         model.save_hf(folder / "model")
         source = str(folder / "model")
     report: dict[str, Any] = {}
-    report["in one go"] = run_to_the_end(embed_command(args.folder, folder / "one", source))
+    report["uninterrupted"] = run_to_the_end(embed_command(args.folder, folder / "one", source))
     command = embed_command(args.folder, folder / "killed", source)
     chance = random.Random(args.seed)
     report["files after each kill"] = kill_repeatedly(
@@ -144,12 +145,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     report["killed"] = run_to_the_end(command)
     with ray_cluster() as address:
-        options = ["--engine", "ray", "--address", address]
+        options = ["--executor", "ray", "--address", address]
         report["on Ray"] = run_to_the_end(
             embed_command(args.folder, folder / "ray", source, *options)
         )
     rows = row_hashes(folder / "one")
-    report["pictures"] = len(rows)
+    report["num_images"] = len(rows)
     report["broken"] = len(json.loads((args.folder / "broken.json").read_text(encoding="utf-8")))
     report["same after kills"] = rows == row_hashes(folder / "killed")
     report["same on Ray"] = rows == row_hashes(folder / "ray")
@@ -158,11 +159,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Do all three runs and compare; exit code 1 where they differ."""
+    """Run all three and print a report; return 1 if they differ."""
     args = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
         report = measure(args, Path(folder))
-    is_complete = report.pop("distinct") and report["in one go"]["failed"] == report["broken"]
+    is_complete = report.pop("distinct") and report["uninterrupted"]["failed"] == report["broken"]
     text = json.dumps(report, indent=1)
     print(text)
     if args.json:

@@ -1,4 +1,4 @@
-"""The peers of scripts/benchmarks/embed_peers.py: their weights, commands, and what they write."""
+"""Programs that scripts/benchmarks/embed_peers.py compares: weights, commands, outputs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ BASELINE = "siglip-port, eager"
 OPEN_CLIP_MODEL = "ViT-B-16-SigLIP"
 
 Vectors = dict[str, NDArray[np.float64]]
-"""By the name of an image."""
+"""Image name -> embedding."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """What embeds a folder.
+    """A program that embeds a folder of images.
 
     Attributes:
-        name: for people.
-        packages: with versions; empty for ours, which runs in this environment.
-        command: of the folder of weights, the images, the output.
-        read: what it has written, of the output.
-        remark: what is particular about how it runs here.
+        name: display name.
+        packages: pinned packages; empty for siglip-port, which runs in this environment.
+        command: (weights, images, output) -> command line.
+        read: output -> embeddings.
+        remark: deviations of its setup.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Peer:
 
 
 def write_weights(folder: Path) -> None:
-    """Write the same model for us, timm, transformers and open_clip."""
+    """Write the same model for siglip-port, timm, transformers and open_clip."""
     import torch
 
     model = SigLipVisionModel(SigLipVisionConfig(pooling_head=True)).eval()
@@ -59,9 +59,9 @@ def write_weights(folder: Path) -> None:
 
 
 def write_transformers(folder: Path) -> None:
-    """Write a SiglipModel, as sentence-transformers wants it.
+    """Write a SiglipModel for sentence-transformers.
 
-    Of a vision model alone it takes the mean of the tokens.
+    Given a vision model, sentence-transformers would average the tokens.
     """
     from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipVisionModel
 
@@ -77,9 +77,9 @@ def write_transformers(folder: Path) -> None:
 
 
 def write_open_clip(folder: Path) -> None:
-    """Write a repository of open_clip's.
+    """Write an open_clip repository.
 
-    Its configuration names timm's folder, so that GELU is the tanh form.
+    Its configuration references the timm folder, so that GELU uses the tanh approximation.
     """
     import open_clip
     import timm
@@ -107,7 +107,7 @@ def write_open_clip(folder: Path) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer of three words: no text matters here, but peers do not start without."""
+    """Write a tokenizer of three words, without which the peers do not start."""
     vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -130,22 +130,22 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def siglip_port(engine: str) -> Callable[[Path, Path, Path], Sequence[str]]:
-    """`siglip-port embed`, in an engine."""
+    """Return the command line of `siglip-port embed` with an engine."""
     program = str(Path(sys.executable).with_name("siglip-port"))
 
-    def command(weights: Path, images: Path, out: Path) -> list[str]:
-        options = ["--out", str(out), "--model", str(weights / "hf"), "--form", engine]
+    def command(weights: Path, images: Path, output: Path) -> list[str]:
+        options = ["--output", str(output), "--model", str(weights / "hf"), "--engine", engine]
         return [program, "embed", str(images), *options]
 
     return command
 
 
-def read_siglip_port(out: Path) -> Vectors:
-    """Read our parquet files. Rows with an error are NaN."""
+def read_siglip_port(output: Path) -> Vectors:
+    """Read the Parquet files of siglip-port; rows with an error are NaN."""
     from pyarrow import parquet
 
     vectors: Vectors = {}
-    for path in sorted(out.glob("part-*.parquet")):
+    for path in sorted(output.glob("part-*.parquet")):
         for row in parquet.read_table(path).to_pylist():
             vectors[row["id"]] = np.array(row["embedding"], float)
     return vectors
@@ -155,23 +155,23 @@ def read_siglip_port(out: Path) -> Vectors:
 
 SENTENCE_TRANSFORMERS = """
 import sys, numpy, pathlib, sentence_transformers
-name, folder, out = sys.argv[1:]
+name, folder, output = sys.argv[1:]
 paths = sorted(str(path) for path in pathlib.Path(folder).iterdir())
 model = sentence_transformers.SentenceTransformer(name, device="cpu")
-numpy.savez(out, paths=paths, vectors=model.encode(paths, batch_size=16))
+numpy.savez(output, paths=paths, vectors=model.encode(paths, batch_size=16))
 """
-"""It has no command, so this is the program that its manual suggests. It opens the paths itself."""
+"""sentence-transformers has no CLI; this is the program of its documentation."""
 
 
-def sentence_transformers(weights: Path, images: Path, out: Path) -> Sequence[str]:
-    """The program above."""
-    arguments = [str(weights / "whole"), str(images), f"{out}.npz"]
+def sentence_transformers(weights: Path, images: Path, output: Path) -> Sequence[str]:
+    """Return the command line of `SENTENCE_TRANSFORMERS`."""
+    arguments = [str(weights / "whole"), str(images), f"{output}.npz"]
     return ["python", "-c", SENTENCE_TRANSFORMERS, *arguments]
 
 
-def read_sentence_transformers(out: Path) -> Vectors:
-    """Read its one file, written at the end."""
-    with np.load(f"{out}.npz") as arrays:
+def read_sentence_transformers(output: Path) -> Vectors:
+    """Read the .npz file, which is written at the end."""
+    with np.load(f"{output}.npz") as arrays:
         names = [Path(path).name for path in arrays["paths"]]
         return dict(zip(names, arrays["vectors"], strict=True))
 
@@ -179,12 +179,12 @@ def read_sentence_transformers(out: Path) -> Vectors:
 # --- dinotool -------------------------------------------------------------------------------------
 
 
-def dinotool(weights: Path, images: Path, out: Path) -> Sequence[str]:
-    """Vectors of whole images alone, no visualization."""
+def dinotool(weights: Path, images: Path, output: Path) -> Sequence[str]:
+    """Return the command line for embeddings of whole images, without visualization."""
     return [
         "dinotool",
         str(images),
-        *("--output", str(out)),
+        *("--output", str(output)),
         *("--model-name", f"hf-hub:timm/{OPEN_CLIP_MODEL}"),
         *("--save-features", "frame", "--no-vis"),
         *("--input-size", "224", "224"),
@@ -192,11 +192,11 @@ def dinotool(weights: Path, images: Path, out: Path) -> Sequence[str]:
     ]
 
 
-def read_dinotool(out: Path) -> Vectors:
-    """Read its folder of parquet files, written at the end."""
+def read_dinotool(output: Path) -> Vectors:
+    """Read the folder of Parquet files, which is written at the end."""
     from pyarrow import parquet
 
-    rows = parquet.read_table(out.with_suffix(".parquet")).to_pandas()
+    rows = parquet.read_table(output.with_suffix(".parquet")).to_pandas()
     names = [str(name) for name in rows.index]
     return dict(zip(names, rows.to_numpy(float), strict=True))
 
@@ -204,22 +204,22 @@ def read_dinotool(out: Path) -> Vectors:
 # --- clip-retrieval -------------------------------------------------------------------------------
 
 
-def clip_retrieval(weights: Path, images: Path, out: Path) -> Sequence[str]:
-    """Images alone, and as many processes to decode as there are processors, as ours has.
+def clip_retrieval(weights: Path, images: Path, output: Path) -> Sequence[str]:
+    """Return the command line for images only, with one decoding process per CPU core.
 
-    What it imports of setuptools, to compare versions, is in no release of it that our torch
-    accepts: a stand-in.
+    clip-retrieval imports pkg_resources to compare versions, which no setuptools release that
+    works with this torch still contains; a stub replaces it.
     """
-    stand_in = weights / "shim"
-    stand_in.mkdir(exist_ok=True)
+    stub = weights / "shim"
+    stub.mkdir(exist_ok=True)
     module = "import packaging.version\n"
-    (stand_in / "pkg_resources.py").write_text(module, encoding="utf-8")
+    (stub / "pkg_resources.py").write_text(module, encoding="utf-8")
     model = weights / "open_clip" / "open_clip_model.safetensors"
     return [
-        *("env", f"PYTHONPATH={stand_in}"),
+        *("env", f"PYTHONPATH={stub}"),
         *("clip-retrieval", "inference"),
         *("--input_dataset", str(images)),
-        *("--output_folder", str(out)),
+        *("--output_folder", str(output)),
         *("--clip_model", f"open_clip:{OPEN_CLIP_MODEL}/{model}"),
         *("--batch_size", str(BATCH_SIZE)),
         *("--num_prepro_workers", str(len(os.sched_getaffinity(0)))),
@@ -227,14 +227,14 @@ def clip_retrieval(weights: Path, images: Path, out: Path) -> Sequence[str]:
     ]
 
 
-def read_clip_retrieval(out: Path) -> Vectors:
-    """Read its arrays, with the names in the parquet files beside them."""
+def read_clip_retrieval(output: Path) -> Vectors:
+    """Read the arrays, with image names from the Parquet files beside them."""
     from pyarrow import parquet
 
     vectors: Vectors = {}
-    for path in sorted((out / "img_emb").glob("*.npy")):
+    for path in sorted((output / "img_emb").glob("*.npy")):
         number = path.stem.rpartition("_")[2]
-        metadata = parquet.read_table(out / "metadata" / f"metadata_{number}.parquet")
+        metadata = parquet.read_table(output / "metadata" / f"metadata_{number}.parquet")
         paths = metadata.column("image_path").to_pylist()
         for image, vector in zip(paths, np.load(path), strict=True):
             vectors[Path(image).name] = vector.astype(float)
@@ -249,22 +249,20 @@ PEERS = (
         ("sentence-transformers[image]==6.2.0",),
         sentence_transformers,
         read_sentence_transformers,
-        "a SiglipModel from a folder; of an encoder alone it takes the mean of the tokens",
+        "loads a SiglipModel; given only a vision model, it averages the tokens",
     ),
     Peer(
         "dinotool",
         ("dinotool==0.4.0",),
         dinotool,
         read_dinotool,
-        "open_clip's model from our own Hub, since it takes Hub ids of timm's alone; vectors of "
-        "unit length",
+        "loads an open_clip model from a local Hub server, since it needs a Hub id; unit length",
     ),
     Peer(
         "clip-retrieval",
         ("clip-retrieval==2.45.0",),
         clip_retrieval,
         read_clip_retrieval,
-        "a stand-in for pkg_resources; with a local file open_clip takes CLIP's mean, deviation "
-        "and crop; float16",
+        "stub for pkg_resources; CLIP's mean, std and crop, as open_clip uses for a file; float16",
     ),
 )

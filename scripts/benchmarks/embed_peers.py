@@ -1,14 +1,13 @@
-"""Embeds one folder of images with `siglip-port embed` and with its peers, one after another.
+"""Compares `siglip-port embed` with other programs on one folder of images.
 
     uv run --group bench scripts/benchmarks/embed_peers.py FOLDER [--count 2000] [--broken 0.01]
     [--json PATH] [--only NAME ...]
 
-FOLDER is made by tests/helpers/sample_images.py if it is not there. All are whole processes, and
-have random weights of siglip-base-patch16-224, the same ones, and batches of 16. Peers run in
-environments of their own, by `uv run --isolated`, with our release of torch; the Hub that two of
-them ask is one of this script's, with these weights. Each runs twice on two images, where the
-second time says what starting costs, then on all; and again without the broken ones, if those
-stopped it.
+tests/helpers/sample_images.py creates FOLDER if it does not exist. Each program is a process with
+the same random weights of siglip-base-patch16-224 and batches of 16. Peers run in isolated
+environments (`uv run --isolated`) with this release of torch; two of them load the weights from a
+local Hub server. Each program runs twice on two images (the second run measures the startup time),
+then on all images, and again without the broken ones if those stopped it.
 """
 
 from __future__ import annotations
@@ -47,20 +46,20 @@ from tests.helpers.hub_server import Hub, Repository
 from tests.helpers.sample_images import write_images
 
 FEW = 2
-"""Images of the runs that say what starting costs."""
+"""Number of images of the runs that measure the startup time."""
 
 MIN_COSINE = 0.99
 
 
 @dataclass
 class Run:
-    """A process that has ended.
+    """Result of a process.
 
     Attributes:
-        seconds: from start to end.
-        code: its exit code; None where it was stopped because it took too long.
-        error: the last line that it wrote to stderr.
-        vectors: what it left.
+        seconds: wall time.
+        code: exit code; None after a timeout.
+        error: last error line of stderr.
+        vectors: embeddings in its output.
     """
 
     seconds: float
@@ -71,27 +70,27 @@ class Run:
 
 @dataclass
 class Row:
-    """What is known of a peer. The attributes are also the keys of the JSON file.
+    """Measurements of a program. The attributes are also the keys of the JSON file.
 
     Attributes:
-        name: of the peer.
-        packages: which it ran with.
-        start: seconds of a run on `FEW` images.
-        seconds: of the run that counts.
-        images: of that run.
-        rate: images a second, without the start.
-        rows: vectors that the run on all images left, those that are NaN included.
-        broken: what became of the broken ones.
-        cosine: median and least, with ours, of the images that both have; and how many are below
-            `MIN_COSINE`.
-        remark: of the peer; or why there is nothing.
+        name: name of the program.
+        packages: its packages.
+        start: startup time in seconds: a run on `FEW` images.
+        seconds: wall time of the measured run.
+        num_images: images of that run.
+        rate: images per second, without the startup.
+        rows: embeddings written by the run on all images, including NaN.
+        broken: outcome for the broken images.
+        cosine: cosine similarity with siglip-port over common images: median, minimum, number
+            below `MIN_COSINE`.
+        remark: deviations of its setup, or the reason for missing results.
     """
 
     name: str
     packages: tuple[str, ...]
     start: float = float("nan")
     seconds: float = float("nan")
-    pictures: int = 0
+    num_images: int = 0
     rate: float = float("nan")
     rows: int = 0
     broken: str = ""
@@ -104,12 +103,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where things are.
+    """Environment of the measurements.
 
     Attributes:
-        folder: for all that is written.
-        environment: variables of all processes.
-        timeout: seconds that a process may take.
+        folder: temporary folder for weights and outputs.
+        environment: environment variables of all processes.
+        timeout: timeout of a process in seconds.
     """
 
     folder: Path
@@ -117,22 +116,22 @@ class Bench:
     timeout: float
 
     def run(self, peer: Peer, images: Path) -> Run:
-        """Embed a folder in a process, whose whole family ends with it."""
-        out = Path(tempfile.mkdtemp(dir=self.folder)) / "out"
+        """Embed a folder in a process; kill its process group at the end."""
+        output = Path(tempfile.mkdtemp(dir=self.folder)) / "output"
         log = self.folder / "log"
-        command = [*isolated_command(peer.packages), *peer.command(self.folder, images, out)]
-        started = time.perf_counter()
+        command = [*isolated_command(peer.packages), *peer.command(self.folder, images, output)]
+        start = time.perf_counter()
         code = self.wait(command, log)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - start
         try:
-            vectors = peer.read(out)
+            vectors = peer.read(output)
         except (OSError, KeyError, ValueError):
             vectors = {}
-        shutil.rmtree(out.parent)
+        shutil.rmtree(output.parent)
         return Run(seconds, code, last_error(log), vectors)
 
     def wait(self, command: Sequence[str], log: Path) -> int | None:
-        """Run a command; return its exit code, or None if it took too long."""
+        """Run a command; return its exit code, or None after a timeout."""
         with log.open("w+", encoding="utf-8", errors="replace") as stderr:
             process = subprocess.Popen(
                 command,
@@ -152,7 +151,7 @@ class Bench:
 
 
 def last_error(log: Path) -> str:
-    """The last line that names an error; or the last line."""
+    """Return the last line that names an error, or else the last line."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     for line in reversed(lines):
         name = line.partition(":")[0]
@@ -162,7 +161,7 @@ def last_error(log: Path) -> str:
 
 
 def isolated_command(packages: Sequence[str]) -> list[str]:
-    """The beginning of a command in an environment of these packages, with our release of torch."""
+    """Return the prefix of a command that runs with these packages and this release of torch."""
     if not packages:
         return []
     release = importlib.metadata.version("torch").partition("+")[0]
@@ -173,10 +172,7 @@ def isolated_command(packages: Sequence[str]) -> list[str]:
 
 
 def link_images(folder: Path, sources: Iterable[tuple[str, Path]]) -> Path:
-    """Make a folder of links.
-
-    It is flat, and has names that are no numbers, since dinotool takes other folders for videos.
-    """
+    """Create a flat folder of links; dinotool treats folders of numbered images as videos."""
     folder.mkdir()
     for name, source in sources:
         (folder / name).symlink_to(source.resolve())
@@ -186,50 +182,50 @@ def link_images(folder: Path, sources: Iterable[tuple[str, Path]]) -> Path:
 def measure(
     bench: Bench, peer: Peer, folders: Mapping[str, Path], baseline: Vectors
 ) -> tuple[Row, Vectors]:
-    """Run a peer; return its row, and its vectors of the images that are not broken.
+    """Run a program; return its row, and its embeddings of the images that are not broken.
 
     Args:
-        bench: where to.
-        peer: what to run.
-        folders: `few`, `all` and `good` images.
-        baseline: vectors to compare with; empty for the peer's own.
+        bench: environment of the measurements.
+        peer: program to run.
+        folders: folders of the `few`, `all` and `good` images.
+        baseline: embeddings to compare with; empty to compare with its own.
     """
     row = Row(peer.name, peer.packages, remark=peer.remark)
     for _ in range(2):  # the first time fills caches
         few = bench.run(peer, folders["few"])
         if few.code != 0 or len(few.vectors) != FEW:
-            row.remark = f"does not run here: {describe_failure(few)}"
+            row.remark = f"does not run: {describe_failure(few)}"
             return row, {}
     row.start = few.seconds
     good = {path.name for path in folders["good"].iterdir()}
-    row.pictures = len(list(folders["all"].iterdir()))
+    row.num_images = len(list(folders["all"].iterdir()))
     run = bench.run(peer, folders["all"])
     row.rows = len(run.vectors)
-    row.broken = describe_outcome(run, good, row.pictures)
+    row.broken = describe_outcome(run, good, row.num_images)
     if not good <= run.vectors.keys():
-        row.pictures = len(good)
+        row.num_images = len(good)
         run = bench.run(peer, folders["good"])
-        row.broken += f"; without them: {describe_outcome(run, good, row.pictures)}"
+        row.broken += f"; without them: {describe_outcome(run, good, row.num_images)}"
     if not good <= run.vectors.keys():
-        row.pictures = 0
+        row.num_images = 0
         return row, {}
     row.seconds = run.seconds
-    row.rate = (row.pictures - FEW) / (run.seconds - row.start)
+    row.rate = (row.num_images - FEW) / (run.seconds - row.start)
     vectors = {name: run.vectors[name] for name in good}
     row.cosine = compare_vectors(vectors, baseline or vectors)
     return row, vectors
 
 
 def describe_failure(run: Run) -> str:
-    """How a run ended that did not do its work."""
+    """Describe the end of a failed run."""
     rows = f"{len(run.vectors)} rows"
     if run.code is None:
-        return f"not ready after {run.seconds:.0f} s, and ended then, {rows}: {run.error}"
+        return f"timeout after {run.seconds:.0f} s, {rows}: {run.error}"
     return f"stopped, exit code {run.code}, {rows}: {run.error}"
 
 
 def describe_outcome(run: Run, good: set[str], count: int) -> str:
-    """What became of the broken images of a run on all, in words."""
+    """Describe the outcome of a run on all images, in particular the broken ones."""
     if run.code is None or not good <= run.vectors.keys():
         return describe_failure(run)
     if count == len(good):
@@ -240,7 +236,7 @@ def describe_outcome(run: Run, good: set[str], count: int) -> str:
 
 
 def compare_vectors(vectors: Vectors, baseline: Vectors) -> tuple[float, float, int]:
-    """Cosines of vectors of the same images: median, least, and how many are low."""
+    """Return median and minimum of the cosine similarity, and the number below `MIN_COSINE`."""
     cosines = []
     for name, expected in sorted(baseline.items()):
         vector = vectors[name]
@@ -253,13 +249,13 @@ def compare_vectors(vectors: Vectors, baseline: Vectors) -> tuple[float, float, 
 # --- the report -----------------------------------------------------------------------------------
 
 HEADER = """\
-| | seconds (of them start) | images a second after the start | rows | the broken ones \
-| cosine with ours: median, least, below 0.99 | |
+| | seconds (of which startup) | images per second after startup | rows | broken images \
+| cosine with siglip-port: median, minimum, below 0.99 | |
 |---|---|---|---|---|---|---|"""
 
 
 def format_row(row: Row) -> str:
-    """Write one peer for people."""
+    """Format the row of a program as Markdown."""
     cosine, seconds, rate = "", "", ""
     if row.cosine:
         cosine = "{:.6f}, {:.3f}, {}".format(*row.cosine)
@@ -273,7 +269,7 @@ def format_row(row: Row) -> str:
 
 
 def environment(images: int, broken: Mapping[str, str]) -> dict[str, Any]:
-    """What it was measured on."""
+    """Describe machine, versions and data of the measurements."""
     return {
         "date": date.today().isoformat(),
         "command": " ".join(["scripts/benchmarks/embed_peers.py", *sys.argv[1:]]),
@@ -283,7 +279,7 @@ def environment(images: int, broken: Mapping[str, str]) -> dict[str, Any]:
         "torch": importlib.metadata.version("torch"),
         "model": "siglip-base-patch16-224, random weights",
         "batch_size": BATCH_SIZE,
-        "pictures": images,
+        "num_images": images,
         "broken": dict(broken),
         "load": os.getloadavg(),
     }
@@ -297,25 +293,25 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="of images, made if it is not there")
-    parser.add_argument("--count", type=int, default=2000, help="images to make (%(default)s)")
+    parser.add_argument("folder", type=Path, help="folder of images, created if missing")
+    parser.add_argument("--count", type=int, default=2000, help="images to create (%(default)s)")
     parser.add_argument(
-        "--broken", type=float, default=0.01, help="share of them that is broken (%(default)s)"
+        "--broken", type=float, default=0.01, help="share of broken images (%(default)s)"
     )
     parser.add_argument(
-        "--patience", type=float, default=3600, help="seconds that a process may take (%(default)s)"
+        "--timeout", type=float, default=3600, help="timeout of a process, s (%(default)s)"
     )
-    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--json", type=Path, help="JSON file for all metrics")
     names = [peer.name for peer in PEERS if peer.name != BASELINE]
     parser.add_argument(
-        "--only", nargs="+", choices=names, help="these, beside ours in eager form, which all need"
+        "--only", nargs="+", choices=names, help="programs to run besides siglip-port, eager"
     )
     return parser.parse_args()
 
 
 @contextlib.contextmanager
 def prepare(timeout: float) -> Iterator[Bench]:
-    """Write the weights, and serve them as a Hub."""
+    """Write the weights and serve them as a Hub."""
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as name:
         folder = Path(name)
         write_weights(folder)
@@ -332,18 +328,18 @@ def prepare(timeout: float) -> Iterator[Bench]:
 def measure_peers(
     bench: Bench, peers: Sequence[Peer], images: Mapping[str, Path], broken: Mapping[str, str]
 ) -> list[Row]:
-    """Measure one after another.
+    """Measure programs one after another.
 
     Args:
-        bench: where to.
-        peers: the first is what the others are compared with.
-        images: all, by name.
-        broken: those that nobody can read.
+        bench: environment of the measurements.
+        peers: programs; the others are compared with the first.
+        images: image name -> path.
+        broken: broken images: name -> kind of damage.
     """
-    every = [(name.replace("/", "-"), path) for name, path in images.items()]
+    all_images = [(name.replace("/", "-"), path) for name, path in images.items()]
     good = [(name.replace("/", "-"), path) for name, path in images.items() if name not in broken]
     folders = {}
-    for name, sources in (("all", every), ("good", good), ("few", good[:FEW])):
+    for name, sources in (("all", all_images), ("good", good), ("few", good[:FEW])):
         folders[name] = link_images(bench.folder / name, sources)
     rows = []
     baseline: Vectors = {}
@@ -356,7 +352,7 @@ def measure_peers(
 
 
 def main() -> int:
-    """Measure one after another, and print a table."""
+    """Measure programs one after another and print a table."""
     args = parse_arguments()
     if not args.folder.exists():
         write_images(args.folder, args.count, args.broken, seed=0)
@@ -368,7 +364,7 @@ def main() -> int:
     peers: Sequence[Peer] = PEERS
     if args.only:
         peers = [peer for peer in PEERS if peer.name in (BASELINE, *args.only)]
-    with prepare(args.patience) as bench:
+    with prepare(args.timeout) as bench:
         rows = measure_peers(bench, peers, images, broken)
     print("\n".join([HEADER, *map(format_row, rows)]))
     if args.json:

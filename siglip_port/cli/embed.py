@@ -1,4 +1,4 @@
-"""The commands on many images: `embed`, `search`."""
+"""The commands `embed` and `search`."""
 
 from __future__ import annotations
 
@@ -24,93 +24,149 @@ if TYPE_CHECKING:
     from siglip_port.embed import Progress
     from siglip_port.model import SigLipVisionModel
 
-PHASES = ("model", "waiting", "writing", "decoding", "preprocessing")
-"""Where the time of a run goes; the last two go on beside the others."""
+# --- arguments and options ------------------------------------------------------------------------
+
+InputsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="INPUTS", help="Folders, images, quoted patterns, .txt, .tar, .parquet files."
+    ),
+]
+OutputOption = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="DIR", help="Output directory; resumes a run in it."),
+]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Compute dtype.", show_default="the checkpoint's"),
+]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="DEVICE", help="Device of the model: cpu, cuda, cuda:1, ...")
+]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Engine, or 'fastest' to measure all (minutes).",
+        callback=known_engine,
+        show_default="eager, or the resumed run's",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="CPU threads for the model.",
+        show_default="all cores, or the resumed run's",
+    ),
+]
+BatchSizeOption = Annotated[int, typer.Option(min=1, metavar="N", help="Images per forward pass.")]
+ShardSizeOption = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Rows per file; unfinished files are recomputed.")
+]
+NumWorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Decoding processes; with --executor ray, models.",
+        show_default="one per CPU core; ray: fills the cluster",
+    ),
+]
+TokensOption = Annotated[
+    bool, typer.Option("--tokens", help="Write all tokens instead of pooled embeddings.")
+]
+NormalizeOption = Annotated[
+    bool, typer.Option("--normalize", help="Scale embeddings to unit length.")
+]
+OutputDtypeOption = Annotated[
+    Literal["float32", "float16"], typer.Option(help="dtype of the stored embeddings.")
+]
+FormatOption = Annotated[
+    Literal["parquet", "npy"],
+    typer.Option("--format", help="Embeddings in Parquet files, or in .npy beside them."),
+]
+BackendOption = Annotated[
+    Literal["pil", "torchvision"],
+    typer.Option(help="Image backend (`torchvision` needs the extra)."),
+]
+ExecutorOption = Annotated[
+    Literal["local", "ray"], typer.Option(help="Run on this machine or on a Ray cluster.")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Address of the Ray cluster.",
+        show_default="detected, or a new local one",
+    ),
+]
+EmbeddingsArgument = Annotated[
+    Path, typer.Argument(metavar="EMBEDDINGS", help="Output directory of `embed`.")
+]
+ImageArgument = Annotated[Path, typer.Argument(metavar="IMAGE", help="Query image.")]
+TopKOption = Annotated[
+    int, typer.Option("--top-k", "-k", min=1, metavar="N", help="Number of images.")
+]
+MovedModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="Hub id, folder or file of the model.",
+        show_default="the one that was used",
+    ),
+]
+
+# --- embed ----------------------------------------------------------------------------------------
+
+PHASES = {
+    "model": "model_seconds",
+    "waiting": "wait_seconds",
+    "writing": "write_seconds",
+    "decoding": "decode_seconds",
+    "preprocessing": "preprocess_seconds",
+}
+"""Phases of a run -> attributes of `Progress`; the last two overlap with the others."""
 
 
 def embed(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            help="Folders, images, patterns in quotation marks, .txt lists, .tar or .parquet files."
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option("-o", "--out", help="The folder to be written; a run that it holds goes on."),
-    ],
+    inputs: InputsArgument,
+    output: OutputOption,
     source: ModelOption = DEFAULT_MODEL,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="To compute in; the file's own."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    form: Annotated[
-        str | None,
-        typer.Option(
-            help="An engine of `siglip_port.optimize`, or fastest: measured once, for minutes.",
-            callback=known_engine,
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of the CPU, for the model; as many as fit.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
-    shard_size: Annotated[
-        int, typer.Option(min=1, help="Rows a file; also what an interruption can cost.")
-    ] = 2048,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Processes that decode; with --engine ray, that hold the model. As many as fit.",
-        ),
-    ] = None,
-    tokens: Annotated[
-        bool, typer.Option("--tokens", help="Write all tokens, not one vector an image.")
-    ] = False,
-    normalize: Annotated[
-        bool, typer.Option("--normalize", help="Scale vectors to unit length.")
-    ] = False,
-    store: Annotated[
-        Literal["float32", "float16"], typer.Option(help="As what numbers to write.")
-    ] = "float32",
-    file_format: Annotated[
-        Literal["parquet", "npy"],
-        typer.Option("--format", help="Vectors in the parquet files, or in arrays beside them."),
-    ] = "parquet",
-    backend: Annotated[
-        Literal["pil", "torchvision"], typer.Option(help="What resizes; torchvision is an extra.")
-    ] = "pil",
-    engine: Annotated[
-        Literal["local", "ray"], typer.Option(help="This machine, or a Ray cluster.")
-    ] = "local",
-    address: Annotated[
-        str | None, typer.Option(help="Of the Ray cluster; the one that Ray finds, or a new one.")
-    ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    engine: EngineOption = None,
+    threads: ThreadsOption = None,
+    batch_size: BatchSizeOption = 16,
+    shard_size: ShardSizeOption = 2048,
+    num_workers: NumWorkersOption = None,
+    tokens: TokensOption = False,
+    normalize: NormalizeOption = False,
+    output_dtype: OutputDtypeOption = "float32",
+    file_format: FormatOption = "parquet",
+    backend: BackendOption = "pil",
+    executor: ExecutorOption = "local",
+    address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the vectors of many images as parquet files.
-
-    Exit code 0: all images have a vector. 3: some could not be read: their rows say why. 1: it
-    could not go on; what is complete stays, and the same command goes on from there. 2: wrong
-    arguments. 130: interrupted, likewise.
-    """
+    """Write embeddings of images to Parquet files."""
     options: dict[str, Any] = {
         "dtype": named_dtype(dtype),
-        "form": form,
+        "engine": engine,
         "threads": threads,
         "batch_size": batch_size,
         "shard_size": shard_size,
-        "workers": workers,
-        "output": "tokens" if tokens else "pooled",
+        "num_workers": num_workers,
+        "tokens": tokens,
         "normalize": normalize,
-        "store": store,
+        "output_dtype": output_dtype,
         "format": file_format,
         "backend": backend,
-        "engine": engine,
+        "executor": executor,
         "address": address,
     }
     require("pyarrow")
@@ -120,36 +176,36 @@ def embed(
     model = SigLipVisionModel.from_hf(
         source, revision=revision, local_files_only=offline, device=device
     )
-    summary = run(inputs, out, model, options)
+    summary = run(inputs, output, model, options)
     if as_json:
-        print_json({"out": str(out), **summary.to_json()})
+        print_json({"output": str(output), **summary.to_json()})
     else:
-        print_summary(summary, out)
+        print_summary(summary, output)
     if summary.failed:
         raise typer.Exit(3)
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that this machine does not have."""
+    """Raise BadParameter if this machine does not have the device."""
     import torch
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise typer.BadParameter(f"--device {device} cannot be used here: {reason}") from error
+        raise typer.BadParameter(f"--device {device} is not available: {reason}") from error
 
 
 def run(
-    inputs: list[str], out: Path, model: SigLipVisionModel, options: dict[str, Any]
+    inputs: list[str], output: Path, model: SigLipVisionModel, options: dict[str, Any]
 ) -> Progress:
-    """Embed images, with a line on the terminal that says how far it is.
+    """Embed images while showing progress on the terminal.
 
     Args:
-        inputs: where the images are.
-        out: the folder to write to.
-        model: on the device where it is to run.
-        options: further arguments of `siglip_port.embed.embed`.
+        inputs: folders, files and patterns.
+        output: output directory.
+        model: the model, on the device on which to run it.
+        options: keyword arguments of `siglip_port.embed.embed`.
     """
     from siglip_port.embed import EmbedError
     from siglip_port.embed import embed as embed_images
@@ -157,69 +213,76 @@ def run(
 
     try:
         with status_line() as show:
-            measuring = ", and measuring which form is fastest"
-            show(f"listing the images{measuring if options['form'] == 'fastest' else ''}")
+            is_measuring = options["engine"] == "fastest"
+            show("listing images, measuring engines" if is_measuring else "listing images")
             return embed_images(
-                inputs, out, model, report=lambda each: show(describe_progress(each)), **options
+                inputs,
+                output,
+                model,
+                on_progress=lambda progress: show(describe_progress(progress)),
+                **options,
             )
     except (EmbedError, EngineError) as error:
         fail(str(error), 1)
 
 
 def describe_progress(progress: Progress) -> str:
-    """How far a run is, and what its time goes into, in a line."""
+    """Describe the progress of a run and the share of each phase in its time, in one line."""
     minutes = 0.0
-    if progress.rate:
-        minutes = (progress.total - progress.done) / progress.rate / 60
+    rate = progress.images_per_second
+    if rate:
+        minutes = (progress.total - progress.done) / rate / 60
     seconds = progress.seconds or 1
-    shares = ", ".join(f"{phase} {getattr(progress, phase) / seconds:.0%}" for phase in PHASES)
+    shares = [f"{phase} {getattr(progress, name) / seconds:.0%}" for phase, name in PHASES.items()]
     return (
-        f"{progress.done}/{progress.total}, {progress.failed} failed, {progress.rate:.1f} "
-        f"images/s, {minutes:.0f} min left: {shares}"
+        f"{progress.done:,}/{progress.total:,} images, {progress.failed:,} failed, "
+        f"{rate:.1f} images/s, {minutes:.0f} min left: {', '.join(shares)}"
     )
 
 
-def print_summary(summary: Progress, out: Path) -> None:
-    """Print what a run has done, and where its time went."""
+def print_summary(summary: Progress, output: Path) -> None:
+    """Print the result of a run and its times."""
+    embedded = summary.done - summary.failed
+    result = f"{embedded:,} {'image' if embedded == 1 else 'images'} embedded"
+    if summary.failed:
+        result += f", {summary.failed:,} failed (see column error)"
+    typer.echo(result)
+    if not summary.processed:
+        typer.echo(f"{output}: already complete")
+        return
     typer.echo(
-        f"{summary.done} of {summary.total} images in {out}, {summary.failed} of them with an "
-        "error instead"
+        f"{output}: {summary.processed:,} new rows in {summary.seconds:.1f} s "
+        f"({summary.images_per_second:.1f} images/s)"
     )
-    typer.echo(
-        f"{summary.fresh} now, {summary.rate:.1f} a second; seconds: {summary.waiting:.1f} waiting "
-        f"for images, {summary.model:.1f} model, {summary.writing:.1f} writing; beside all that, "
-        f"in all processes together, {summary.decoding:.1f} decoding, "
-        f"{summary.preprocessing:.1f} preprocessing"
-    )
+    seconds = [f"{phase} {getattr(summary, name):.1f} s" for phase, name in PHASES.items()]
+    typer.echo(f"time: {', '.join(seconds[:3])}; all workers: {', '.join(seconds[3:])}")
+
+
+# --- search ---------------------------------------------------------------------------------------
 
 
 def search(
-    out: Annotated[Path, typer.Argument(help="A folder that `embed` has written.")],
-    query: Annotated[Path, typer.Argument(help="An image.")],
-    count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many images.")] = 10,
-    source: Annotated[
-        str | None, typer.Option("--model", help="Where the model is now, if it has moved.")
-    ] = None,
+    embeddings: EmbeddingsArgument,
+    image: ImageArgument,
+    top_k: TopKOption = 10,
+    source: MovedModelOption = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the images of a folder of vectors that are nearest to one, by cosine.
-
-    Exit code 0: found. 1: there are no vectors, or the image or the model cannot be read.
-    """
+    """Find the images most similar to a query image."""
     require("pyarrow")
     from siglip_port.embed import EmbedError
     from siglip_port.embed.search import embed_query
-    from siglip_port.embed.search import search as search_vectors
+    from siglip_port.embed.search import search as search_embeddings
 
     try:
-        vector = embed_query(out, query, source=source, local_files_only=offline)
-        nearest = search_vectors(out, vector, count)
+        query = embed_query(embeddings, image, source=source, local_files_only=offline)
+        nearest = search_embeddings(embeddings, query, top_k)
     except EmbedError as error:
         fail(str(error), 1)
     if as_json:
         rows = [{"cosine": cosine, "id": name, "path": path} for cosine, name, path in nearest]
-        print_json({"query": str(query), "nearest": rows})
+        print_json({"query": str(image), "nearest": rows})
         return
     for cosine, name, _ in nearest:
         typer.echo(f"{cosine:.4f}  {name}")

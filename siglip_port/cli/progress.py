@@ -1,4 +1,4 @@
-"""Progress on the terminal, by rich; none where stderr is no terminal, or rich is not installed."""
+"""Progress display on stderr; none unless stderr is a terminal and rich is installed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
 REFRESH_SECONDS = 0.2
-"""What changes more often is not drawn each time."""
+"""Minimum interval between two updates of the status line."""
 
 Item = TypeVar("Item")
 
 
 def track(items: Iterator[Item], description: str, total: int = 0) -> Iterator[Item]:
-    """Pass items on, and show how many of them have passed.
+    """Yield the items of an iterator and show how many were consumed.
 
     Args:
-        items: what is worked through.
-        description: of the work.
-        total: how many items there are; 0 where that is not known.
+        items: items to iterate over.
+        description: description of the work.
+        total: number of items; 0 if unknown.
     """
     progress = new_progress()
     if progress is None:
@@ -40,10 +40,10 @@ def track(items: Iterator[Item], description: str, total: int = 0) -> Iterator[I
 
 @contextlib.contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
-    """Show one line of text, which is cut to the width of the terminal.
+    """Show one line of text, cropped to the width of the terminal.
 
     Yields:
-        A function that replaces the text, at most every `REFRESH_SECONDS`.
+        A function that replaces the text, at most once per `REFRESH_SECONDS`.
     """
     progress = new_status()
     if progress is None:
@@ -63,7 +63,7 @@ def status_line() -> Iterator[Callable[[str], None]]:
 
 
 def new_progress() -> Progress | None:
-    """A display of a description, a count, and the seconds since the beginning."""
+    """Return a display of description, count and elapsed time; None without a terminal."""
     if not has_display():
         return None
     from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -73,7 +73,7 @@ def new_progress() -> Progress | None:
 
 
 def new_status() -> Progress | None:
-    """A display of a description alone."""
+    """Return a display of a description; None without a terminal."""
     if not has_display():
         return None
     from rich.progress import TextColumn
@@ -84,15 +84,15 @@ def new_status() -> Progress | None:
 
 
 def has_display() -> bool:
-    """Whether there is a terminal, and rich to draw on it."""
+    """Whether stderr is a terminal and rich is installed."""
     return sys.stderr.isatty() and find_spec("rich") is not None
 
 
 def on_stderr(*columns: ProgressColumn) -> Progress:
-    """A display on stderr that vanishes in the end.
+    """Return a display on stderr that is erased at the end.
 
-    It is drawn by who updates it: a thread of its own would be lost in processes that are forked.
-    What is printed to stdout, which may be a file, goes there.
+    Callers refresh it, since a refresh thread would not survive a fork. Stdout, which may be a
+    file, is not redirected.
     """
     from rich.console import Console
     from rich.progress import Progress

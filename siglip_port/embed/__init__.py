@@ -1,4 +1,4 @@
-"""Many images to vectors on disk."""
+"""Embeddings of many images, written to Parquet."""
 
 from siglip_port.embed.embedder import Embedder
 from siglip_port.embed.errors import EmbedError

@@ -1,4 +1,4 @@
-"""Batches of images, and the model run on one: what a run is made of, wherever it runs."""
+"""Batches of images and the forward pass over one, independent of the executor."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from siglip_port.embed.inputs import Item
 
 @dataclass(frozen=True)
 class Batch:
-    """Images that go through the model together.
+    """Images of one forward pass.
 
     Attributes:
-        number: among the batches that are missing.
-        shard: the file that it is a part of.
+        number: index among the missing batches.
+        shard: index of the output file.
         items: the images.
     """
 
@@ -31,16 +31,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What became of a batch.
+    """Result of a batch.
 
     Attributes:
-        number: of the batch.
-        sizes: (height, width) of each image, if it could be read.
-        errors: why not, or empty.
+        number: number of the batch.
+        sizes: (height, width) of each image in pixels, None where it cannot be read.
+        errors: error message of each image, empty where there is none.
         vectors: [B, embedding_dim], NaN where there is an error.
-        decode_seconds: of all images.
-        preprocess_seconds: of all images.
-        model_seconds: of the batch.
+        decode_seconds: decoding time, summed over the images.
+        preprocess_seconds: preprocessing time, summed over the images.
+        model_seconds: time of the forward pass.
     """
 
     number: int
@@ -53,10 +53,10 @@ class BatchResult:
 
 
 def run_batch(encoder: BatchEncoder, number: int, decoded: Sequence[DecodedImage]) -> BatchResult:
-    """Run the model on the decoded images of the batch of this number."""
-    started = time.perf_counter()
-    vectors, errors = encoder.vectors(decoded)
-    model_seconds = time.perf_counter() - started
+    """Run the model on the decoded images of batch `number`."""
+    start = time.perf_counter()
+    vectors, errors = encoder.encode(decoded)
+    model_seconds = time.perf_counter() - start
     return BatchResult(
         number=number,
         sizes=tuple(image.size for image in decoded),

@@ -1,4 +1,4 @@
-"""Images decoded and preprocessed, in this process or in worker processes that may die."""
+"""Decoding and preprocessing, in this process or in worker processes that may crash."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from siglip_port.embed.errors import EmbedError
 from siglip_port.embed.inputs import Item, load_image_input
 from siglip_port.image_processing import ImageError, ImageProcessor, to_rgb
 
-WORKER_DIED = "the process that decoded it died, twice: out of memory, or a fault of the decoder"
-"""The error of an image that kills every process that decodes it."""
+WORKER_DIED = "the decoding process died twice (out of memory, or the decoder crashed)"
+"""Error of an image that crashes every process that decodes it."""
 
 PARENT_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """An image as the model takes it, or the reason why there is none.
+    """Model input of one image, or the reason why there is none.
 
     Attributes:
         pixels: [3, H, W], float32; None where the image cannot be read.
-        size: (height, width) of the image itself, turned upright.
-        error: why it cannot be read; empty if it can.
-        decode_seconds: time of reading and decoding.
-        preprocess_seconds: time of all else.
+        size: (height, width) of the original image in pixels, after EXIF rotation.
+        error: error message; empty where there is none.
+        decode_seconds: time to read and decode.
+        preprocess_seconds: time to resize and normalize.
     """
 
     pixels: NDArray[np.float32] | None
@@ -47,69 +47,68 @@ class DecodedImage:
 
 
 def decode(image: object, processor: ImageProcessor) -> DecodedImage:
-    """Read and preprocess an image; whatever is wrong with it becomes `error`.
+    """Read and preprocess an image; a failure is returned in `error`, never raised.
 
     Args:
-        image: what `siglip_port.embed.inputs.load_image_input` takes.
-        processor: what makes its pixels.
+        image: input of `siglip_port.embed.inputs.load_image_input`.
+        processor: image processor of the model.
     """
-    started = time.perf_counter()
+    start = time.perf_counter()
     try:
         rgb = to_rgb(load_image_input(image), processor.backend)
-        decoded = time.perf_counter()
+        decode_end = time.perf_counter()
         pixels = processor.one(rgb).numpy()
     except (ImageError, MemoryError) as error:
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - start
         return DecodedImage(None, None, str(error) or "out of memory", seconds)
     return DecodedImage(
         pixels,
         size=(rgb.shape[1], rgb.shape[2]),
         error="",
-        decode_seconds=decoded - started,
-        preprocess_seconds=time.perf_counter() - decoded,
+        decode_seconds=decode_end - start,
+        preprocess_seconds=time.perf_counter() - decode_end,
     )
 
 
 def decode_items(items: Sequence[Item], processor: ImageProcessor) -> list[DecodedImage]:
-    """Decode several images, one after the other."""
+    """Decode images one after another."""
     return [decode(item, processor) for item in items]
 
 
 def decode_batches(
-    batches: Sequence[Sequence[Item]], processor: ImageProcessor, workers: int
+    batches: Sequence[Sequence[Item]], processor: ImageProcessor, num_workers: int
 ) -> Iterator[list[DecodedImage]]:
-    """Decode batches in their order, some of them ahead.
+    """Decode batches in order, prefetching two per worker.
 
-    When a worker process dies, the batch that was waited for is decoded once more, an image at a
-    time: so an image that kills its worker becomes an error, and one that only had bad luck does
-    not.
+    When a worker process dies, the next batch is decoded again one image at a time, so that only
+    the image that crashes its worker becomes an error.
 
     Args:
-        batches: of images.
-        processor: what makes their pixels.
-        workers: processes; 0 to decode in this one.
+        batches: images of each batch.
+        processor: image processor of the model.
+        num_workers: worker processes; 0 decodes in this process.
     """
-    workers = min(workers, len(batches))
-    if workers == 0:
+    num_workers = min(num_workers, len(batches))
+    if num_workers == 0:
         for items in batches:
             yield decode_items(items, processor)
         return
     pending = deque(batches)
     futures: deque[Future[list[DecodedImage]]] = deque()
-    pool = start_workers(workers)
+    pool = start_workers(num_workers)
     try:
         while pending:
             try:
-                while len(futures) < min(2 * workers, len(pending)):
+                while len(futures) < min(2 * num_workers, len(pending)):
                     items = pending[len(futures)]
                     futures.append(pool.submit(decode_items, items, processor))
                 decoded = futures[0].result()
                 futures.popleft()
-            except BrokenProcessPool:  # all its processes end, and what they had to do is lost
+            except BrokenProcessPool:  # its other processes end, too, and their batches are lost
                 pool.shutdown()
                 futures.clear()
                 decoded = decode_one_by_one(pending[0], processor)
-                pool = start_workers(workers)
+                pool = start_workers(num_workers)
             pending.popleft()
             yield decoded
     finally:
@@ -117,7 +116,7 @@ def decode_batches(
 
 
 def decode_one_by_one(items: Sequence[Item], processor: ImageProcessor) -> list[DecodedImage]:
-    """Decode images in a worker process that has one of them at a time; each has two attempts."""
+    """Decode images one at a time in a worker process, with two attempts each."""
     results: list[DecodedImage] = []
     pool = start_workers(1)
     for item in items:
@@ -138,12 +137,12 @@ def decode_one_by_one(items: Sequence[Item], processor: ImageProcessor) -> list[
 
 
 def start_workers(count: int) -> ProcessPoolExecutor:
-    """Start processes, and wait until they run.
+    """Start worker processes and wait until one of them runs.
 
-    Otherwise every image would be found to kill a process that cannot even begin.
+    Without the wait, processes that cannot start would look like crashes caused by images.
 
     Raises:
-        EmbedError: they cannot be started.
+        EmbedError: the processes cannot be started.
     """
     pool = ProcessPoolExecutor(count, initializer=initialize_worker)
     try:
@@ -151,9 +150,8 @@ def start_workers(count: int) -> ProcessPoolExecutor:
     except (BrokenProcessPool, OSError) as error:
         pool.shutdown()
         raise EmbedError(
-            f"processes to decode cannot be begun: {error}; take fewer workers, or 0. A script of "
-            "yours must call embed under `if __name__ == '__main__':` where Python begins "
-            "processes by importing it"
+            f"decoding processes cannot start ({error}); reduce --num-workers (0 decodes in the "
+            "main process), and in scripts call embed() under `if __name__ == '__main__':`"
         ) from error
     return pool
 
@@ -161,8 +159,8 @@ def start_workers(count: int) -> ProcessPoolExecutor:
 def initialize_worker() -> None:
     """Prepare a worker process.
 
-    Ctrl-C goes to all processes of a terminal: the main one stops its workers itself, or is killed,
-    and they end.
+    Ctrl-C reaches all processes of a terminal; workers ignore it, since the main process stops
+    them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -170,10 +168,9 @@ def initialize_worker() -> None:
 
 
 def exit_with_parent() -> None:
-    """End this process when its parent has ended.
+    """Exit when the parent process has ended.
 
-    Otherwise a worker that still has images for a parent that was killed waits for ever, and keeps
-    the parent's locks.
+    Otherwise a worker with results for a killed parent would wait forever and keep its locks.
     """
     parent = multiprocessing.parent_process()
     while parent is not None and os.getppid() == parent.pid:
@@ -182,7 +179,7 @@ def exit_with_parent() -> None:
 
 
 def processor_count() -> int:
-    """Return how many processors this process may use; not every system reports it."""
+    """Return the number of CPU cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Images to vectors as one function of a batch of rows, for Ray Data, Daft, Spark and others."""
+"""Embeddings as a function of a batch of rows, for Ray Data, Daft, Spark and others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from siglip_port.embed.decode import decode
 from siglip_port.embed.encoder import BatchEncoder, ModelSource
 from siglip_port.embed.inputs import IMAGE_COLUMNS
-from siglip_port.embed.options import EmbedOptions, Output, OutputDtype
+from siglip_port.embed.options import EmbedOptions, OutputDtype
 from siglip_port.image_processing import Backend
 from siglip_port.model import SigLipVisionModel
 
@@ -20,37 +20,36 @@ from siglip_port.model import SigLipVisionModel
 class Embedder(BatchEncoder):
     """A function of a batch of rows: columns in, columns out.
 
-    It can be pickled at any time; weights are loaded where and when they are first needed. All
-    batches go through the model in one fixed size, filled up with blank images, so that a vector
-    does not depend on how many others came with it.
+    Can be pickled at any time; weights are loaded on first use. Every batch is padded to
+    `batch_size` with blank images, so that an embedding does not depend on the number of images
+    it is batched with.
 
     Args:
-        source: a Hub id or a path, as `from_hf` takes it, of which only configuration and headers
-            are read now; or a model, which is pickled along, so that others need not be able to
-            find it.
+        source: Hub id or path, as for `from_hf`; the constructor reads only its configuration and
+            headers. Or a model, which is pickled with its weights.
         revision: branch, tag or commit of a Hub repository.
         local_files_only: use the Hub's local cache only.
-        dtype: to compute in; None for the model's own.
-        form: the engine, a name of `siglip_port.optimize.ENGINES`.
-        device: where; None for the model's own, or the CPU.
-        threads: of the CPU, for the model; None for as many as torch uses now.
-        batch_size: images that go through the model at a time.
-        output: `pooled`, one vector an image; or `tokens`, all of them, row by row.
-        normalize: whether to scale vectors to unit length.
-        store: dtype of the resulting numbers.
-        backend: of `siglip_port.image_processing.ImageProcessor`.
-        column: the column that holds the images; None for the first of
-            `siglip_port.embed.inputs.IMAGE_COLUMNS` that is there.
+        dtype: compute dtype; None for the model's own.
+        engine: a name of `siglip_port.optimize.ENGINES`.
+        device: device of the model; None for the model's own, or the CPU.
+        threads: CPU threads for the model; None for torch's setting.
+        batch_size: images per forward pass.
+        tokens: return all tokens of an image, row by row, instead of the pooled embedding.
+        normalize: scale embeddings to unit length.
+        output_dtype: dtype of the returned embeddings.
+        backend: image backend, see `siglip_port.image_processing.ImageProcessor`.
+        column: name of the image column; None for the first of
+            `siglip_port.embed.inputs.IMAGE_COLUMNS` in the batch.
 
     Attributes:
-        config: of the model.
-        processor: what makes pixels.
-        name: of the model, for people.
-        commit: of the Hub repository, if it is one.
+        config: model configuration.
+        processor: image processor of the model.
+        name: Hub id or path of the model.
+        commit: commit of the Hub repository; None for local files.
 
     Raises:
-        ValueError: an argument is not supported, or the model makes no such output.
-        siglip_port.CheckpointError: there is no such checkpoint.
+        ValueError: an argument is not supported, or the model does not support the output.
+        siglip_port.CheckpointError: the checkpoint cannot be read.
     """
 
     def __init__(
@@ -60,24 +59,24 @@ class Embedder(BatchEncoder):
         revision: str | None = None,
         local_files_only: bool = False,
         dtype: torch.dtype | None = None,
-        form: str = "eager",
+        engine: str = "eager",
         device: str | None = None,
         threads: int | None = None,
         batch_size: int = 16,
-        output: Output = "pooled",
+        tokens: bool = False,
         normalize: bool = False,
-        store: OutputDtype = "float32",
+        output_dtype: OutputDtype = "float32",
         backend: Backend = "pil",
         column: str | None = None,
     ) -> None:
         options = EmbedOptions(
             dtype=dtype,
-            engine=form,
+            engine=engine,
             threads=threads,
             batch_size=batch_size,
-            output=output,
+            tokens=tokens,
             normalize=normalize,
-            output_dtype=store,
+            output_dtype=output_dtype,
             backend=backend,
         )
         if isinstance(source, SigLipVisionModel):
@@ -90,19 +89,20 @@ class Embedder(BatchEncoder):
         self.column = column
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Turn the images of a batch of rows into vectors.
+        """Embed the images of a batch of rows.
 
         Args:
-            batch: columns of one length. That of the images holds paths, contents of files, arrays,
+            batch: columns of equal length. The image column contains paths, file contents, arrays,
                 or structs of `bytes` and `path`.
 
         Returns:
-            All columns but that of the images (paths stay), and `width`, `height` (0 where there is
-            an error), `embedding`, [B, embedding_dim] (NaN there), and `error` (empty where there
-            is none).
+            The columns of the batch, without the image column unless it contains paths, and
+            `width` and `height` in pixels (int32, 0 where there is an error), `embedding`
+            [B, embedding_dim] (NaN where there is an error) and `error` (empty where there is
+            none).
 
         Raises:
-            ValueError: there is no column of images.
+            ValueError: the batch has no image column.
         """
         column = self.image_column(batch)
         images = list(batch[column])
@@ -111,7 +111,7 @@ class Embedder(BatchEncoder):
         errors: list[str] = []
         batch_size = self.options.batch_size
         for first in range(0, len(decoded), batch_size):
-            batch_vectors, batch_errors = self.vectors(decoded[first : first + batch_size])
+            batch_vectors, batch_errors = self.encode(decoded[first : first + batch_size])
             vectors.append(batch_vectors)
             errors += batch_errors
         columns = dict(batch)
@@ -127,11 +127,11 @@ class Embedder(BatchEncoder):
         }
 
     def image_column(self, batch: Mapping[str, Any]) -> str:
-        """Return the name of the column of images."""
+        """Return the name of the image column."""
         names = IMAGE_COLUMNS if self.column is None else (self.column,)
         for name in names:
             if name in batch:
                 return name
         raise ValueError(
-            f"no column {' or '.join(names)}, but {', '.join(batch)}; name one by column="
+            f"batch has no column {' or '.join(names)}, only {', '.join(batch)}; pass column="
         )

@@ -1,4 +1,4 @@
-"""Decoded images to vectors, in batches of one fixed size."""
+"""Embeddings of decoded images, in batches of one fixed size."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from siglip_port.threads import torch_threads
 
 @dataclass
 class ModelSource:
-    """A model in memory, or one whose weights are loaded when they are first needed.
+    """A model in memory, or a checkpoint whose weights are loaded on first use.
 
-    Pickled without weights that can be loaded again.
+    Pickled without the weights of a checkpoint, which are loaded again after unpickling.
 
     Attributes:
-        name: where the model comes from, for people.
-        commit: of the Hub repository, if it is one.
-        config: of the model.
-        preprocessor_config: of the model.
-        model: None until it is needed.
-        in_memory: whether the model cannot be loaded again.
-        load_arguments: for `SigLipVisionModel.from_hf`.
+        name: Hub id or path of the checkpoint, for messages and metadata.
+        commit: commit of the Hub repository; None for local files.
+        config: model configuration.
+        preprocessor_config: content of `preprocessor_config.json`.
+        model: the model; None until its weights are loaded.
+        in_memory: the model has no checkpoint to load it from, so its weights are pickled.
+        load_arguments: keyword arguments of `SigLipVisionModel.from_hf`.
     """
 
     name: str
@@ -49,12 +49,12 @@ class ModelSource:
 
     @classmethod
     def from_model(cls, model: SigLipVisionModel) -> ModelSource:
-        """Take a model that is in memory."""
+        """Wrap a model that is in memory."""
         if isinstance(model, OptimizedModel):
             raise ValueError(
-                "the model is optimized already; pass the one that it was made of, and name form="
+                "model is already optimized; pass the original model and select an engine= instead"
             )
-        name, commit = "a model in memory", None
+        name, commit = "in-memory model", None
         if model.provenance is not None:
             name, commit = model.provenance.source, model.provenance.commit
         return cls(name, commit, model.config, model.preprocessor_config, model, in_memory=True)
@@ -68,7 +68,7 @@ class ModelSource:
         local_files_only: bool,
         device: str | None,
     ) -> ModelSource:
-        """Read the configuration and headers of a checkpoint, as `from_hf` takes it."""
+        """Read the configuration and headers of a checkpoint, given as for `from_hf`."""
         files = find_source(
             source, HubOptions(revision=revision, local_files_only=local_files_only)
         )
@@ -87,42 +87,41 @@ class ModelSource:
         )
 
     def load(self) -> SigLipVisionModel:
-        """Return the model, loaded once."""
+        """Return the model; load it on the first call."""
         if self.model is None:
             self.model = SigLipVisionModel.from_hf(self.name, **self.load_arguments)
         return self.model
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: no weights that can be loaded again."""
+        """Return the state to pickle, without weights that can be loaded again."""
         if self.in_memory:
             return self.__dict__
         return {**self.__dict__, "model": None}
 
 
 class BatchEncoder:
-    """Makes vectors of decoded images.
+    """Computes embeddings of decoded images.
 
-    It can be pickled at any time; weights are loaded where and when they are first needed. All
-    batches go through the model in one fixed size, filled up with blank images, so that a vector
-    does not depend on how many others came with it.
+    Can be pickled at any time; weights are loaded on first use. Every batch is padded to
+    `batch_size` with blank images, so that an embedding does not depend on the number of images
+    it is batched with.
 
     Args:
         source: the model.
-        options: how vectors are made of images; its engine must be one of
-            `siglip_port.optimize.ENGINES`.
-        device: where; None for the model's own, or the CPU.
+        options: options of the run; `engine` must be one of `siglip_port.optimize.ENGINES`.
+        device: device of the model; None for the model's own, or the CPU.
 
     Attributes:
-        options: as above.
-        engine: that the model runs in.
+        options: options of the run.
+        engine: engine of the model.
         threads: CPU threads for the model.
-        config: of the model.
-        processor: what makes pixels.
-        name: of the model, for people.
-        commit: of the Hub repository, if it is one.
+        config: model configuration.
+        processor: image processor of the model.
+        name: Hub id or path of the model.
+        commit: commit of the Hub repository; None for local files.
 
     Raises:
-        ValueError: the model does not make the output of these options.
+        ValueError: the model does not support the requested output.
     """
 
     def __init__(
@@ -141,38 +140,38 @@ class BatchEncoder:
         self._optimized: OptimizedModel | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: everything but the engine, which is of this process alone."""
+        """Return the state to pickle, without the engine, which belongs to this process."""
         return {**self.__dict__, "_optimized": None}
 
     @property
     def embedding_dim(self) -> int:
-        """Numbers a row; known before any weights are loaded."""
-        if self.options.output == "tokens":
+        """Length of an embedding; known before the weights are loaded."""
+        if self.options.tokens:
             return self.config.embed_dim * self.config.num_patches
         return self.config.embed_dim
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype to compute in; None for the model's own."""
+        """Compute dtype; None for the model's own."""
         if self.engine == "int8" and self.options.dtype is None:
             return torch.int8
         return self.options.dtype
 
     @property
     def base_model(self) -> SigLipVisionModel:
-        """The model as it was loaded."""
+        """The original model."""
         return self.source.load()
 
     @property
     def model(self) -> OptimizedModel:
-        """The model in its engine."""
+        """The model on its engine."""
         return self.load()
 
     def load(self) -> OptimizedModel:
-        """Put the model into its engine, once.
+        """Return the model on its engine; build it on the first call.
 
         Raises:
-            siglip_port.optimize.EngineError: the engine cannot be used here.
+            siglip_port.optimize.EngineError: the engine is not available on this machine.
         """
         if self._optimized is None:
             with torch_threads(self.threads):
@@ -183,15 +182,15 @@ class BatchEncoder:
         return self._optimized
 
     @torch.inference_mode()
-    def vectors(self, images: Sequence[DecodedImage]) -> tuple[NDArray[Any], list[str]]:
+    def encode(self, images: Sequence[DecodedImage]) -> tuple[NDArray[Any], list[str]]:
         """Run the model on at most `batch_size` images.
 
         Args:
-            images: B of them.
+            images: B decoded images.
 
         Returns:
-            [B, embedding_dim], NaN where there is no vector; and why there is none, empty where
-            there is one.
+            Embeddings [B, embedding_dim] of dtype `output_dtype`, NaN where there is an error; and
+            the B error messages, empty where there is none.
         """
         if not self.processor.do_resize:
             images = [self.reject_wrong_size(image) for image in images]
@@ -201,19 +200,19 @@ class BatchEncoder:
         for image, vector in zip(images, vectors, strict=True):
             error = image.error
             if not error and not np.isfinite(vector).all():
-                error = "the model gave what is no number"
+                error = "the model returned NaN or infinity"
             errors.append(error)
         vectors[[bool(error) for error in errors]] = np.nan
         return vectors, errors
 
     @property
     def blank_image(self) -> Tensor:
-        """What stands in a batch for an image that is missing, [C, H, W]."""
+        """Padding of a batch, [C, H, W]: zeros."""
         side = self.config.patch_size if self.config.naflex else self.config.image_size
         return torch.zeros(self.config.num_channels, side, side)
 
     def pixel_batch(self, images: Sequence[DecodedImage]) -> Pixels:
-        """Put the pixels of images into a batch of the fixed size."""
+        """Stack the pixels of images into a batch, padded to `batch_size`."""
         blank = self.blank_image
         pixels = []
         for image in images:
@@ -222,24 +221,24 @@ class BatchEncoder:
         return self.processor.batch(pixels)
 
     def run_model(self, batch: Pixels) -> Tensor:
-        """Return vectors [B, D], or tokens [B, N * D]."""
+        """Return pooled embeddings [B, D], or tokens [B, N * D]."""
         # Pinned, so that the copy to a GPU runs while the next batch is prepared.
         batch = move_pixels(batch, self.model.device, pinned=self.model.device.type != "cpu")
         with torch_threads(self.threads):
-            if self.options.output == "tokens":
+            if self.options.tokens:
                 tokens: Tensor = self.model(**batch)
                 return tokens.flatten(1)
             return self.model.embed(**batch, normalize=self.options.normalize)
 
     def reject_wrong_size(self, image: DecodedImage) -> DecodedImage:
-        """Turn an image that does not fit the model, since none is resized, into an error."""
+        """Return an image with an error if it was not resized and has a size that does not fit."""
         if image.pixels is None:
             return image
         expected = self.blank_image.shape
         try:
             if not self.config.naflex and image.pixels.shape != expected:
                 raise ImageError(
-                    f"without resizing, an image must be {list(expected)}, got "
+                    f"the image must be {list(expected)} without resizing, got "
                     f"{list(image.pixels.shape)}"
                 )
             self.processor.batch([torch.from_numpy(image.pixels)])

@@ -1,7 +1,7 @@
-"""The error of a run over many images."""
+"""The error of an embedding run."""
 
 from __future__ import annotations
 
 
 class EmbedError(Exception):
-    """A run cannot begin, or not go on; the message says why. What is complete stays."""
+    """A run cannot start or continue; the message gives the reason. Complete files are kept."""

@@ -1,6 +1,6 @@
-"""Where many images come from: folders, patterns, lists, tar and parquet files.
+"""Inputs of a run: folders, patterns, lists, tar and Parquet files.
 
-They are listed as items, which any process can read.
+Images are listed as items, which any process can read.
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ IMAGE_SUFFIXES = (
     ".tiff",
     ".webp",
 )
-"""Suffixes of image names in folders and tar files; other files are skipped.
+"""File suffixes of images; other files in folders and tar files are skipped.
 
-Not all of these can be read.
+Pillow needs plugins for some of these formats.
 """
 
 ARCHIVE_SUFFIXES = (".bz2", ".gz", ".tgz", ".xz", ".zip", ".zst")
 
 IMAGE_COLUMNS = ("bytes", "image", "path")
-"""Columns of a parquet file that hold images.
+"""Image columns of a Parquet file, in order of preference.
 
-Contents of files; structs of `bytes` and `path`, as the library `datasets` writes them; or paths.
+`bytes`: file contents. `image`: structs of `bytes` and `path`, as in Hugging Face `datasets`.
+`path`: paths.
 """
 
 
@@ -58,10 +59,10 @@ class Item:
     """One image.
 
     Attributes:
-        id: of its row.
-        path: of its file, or of the file that it lies in.
-        location: in that file: (offset, size) in a tar file, (row group, row) in a parquet file;
-            empty for a file of its own.
+        id: id of the output row.
+        path: path of the image file, or of the tar or Parquet file that contains the image.
+        location: (byte offset, size in bytes) in a tar file, (row group, row) in a Parquet file;
+            empty for an image file.
     """
 
     id: str
@@ -70,15 +71,15 @@ class Item:
 
 
 def find_items(inputs: Sequence[str | os.PathLike[str]]) -> list[Item]:
-    """List the images of some inputs, in an order that depends on nothing else.
+    """List the images of all inputs in a deterministic order.
 
     Args:
-        inputs: each a folder, searched in depth; an image; a `.txt` file with a path a line,
-            relative to it; a `.tar` file; a `.parquet` file, see `IMAGE_COLUMNS`, and `id` if it
-            has one; or a pattern of these but lists and folders, such as `photos/*.jpg`.
+        inputs: folders, searched recursively; images; `.txt` files with a path per line, relative
+            to the file; `.tar` files; `.parquet` files with a column of `IMAGE_COLUMNS` and
+            optionally `id`; or patterns of images, tar and Parquet files, such as `photos/*.jpg`.
 
     Raises:
-        ValueError: an input does not exist, or is none of these, or holds no image.
+        ValueError: an input does not exist, is not supported, or contains no images.
     """
     items: list[Item] = []
     for entry in inputs:
@@ -86,14 +87,14 @@ def find_items(inputs: Sequence[str | os.PathLike[str]]) -> list[Item]:
         listed = list(items_of_input(name))
         if not listed:
             raise ValueError(
-                f"{name} holds no image ({', '.join(IMAGE_SUFFIXES)}); name tar and parquet "
-                "files one by one, or by a pattern such as 'folder/*.tar'"
+                f"{name}: no images found ({', '.join(IMAGE_SUFFIXES)}); pass tar and Parquet "
+                "files by name or as a pattern such as 'folder/*.tar'"
             )
-        if len(inputs) > 1:  # two folders may hold images of the same name
+        if len(inputs) > 1:  # two folders may contain images of the same name
             listed = [replace(item, id=f"{name}/{item.id}") for item in listed]
         items += listed
     if not items:
-        raise ValueError("there are no inputs; name folders, files or patterns")
+        raise ValueError("no inputs; pass folders, files or patterns")
     return items
 
 
@@ -109,17 +110,15 @@ def items_of_input(name: str) -> Iterator[Item]:
     elif glob.has_magic(name):
         yield from items_of_pattern(name)
     else:
-        raise ValueError(
-            f"{name} does not exist; name a folder, a file, or a pattern in quotation marks"
-        )
+        raise ValueError(f"{name}: does not exist; pass a folder, a file or a quoted pattern")
 
 
 def items_of_pattern(pattern: str) -> Iterator[Item]:
-    """List the images of all files that match a pattern."""
+    """List the images of the files that match a pattern."""
     names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (absolute patterns too)
     files = [Path(name) for name in names if Path(name).is_file()]
     if not files:
-        raise ValueError(f"{pattern} is a pattern that no file here matches")
+        raise ValueError(f"{pattern}: no file matches this pattern")
     for path in files:
         for item in items_of_file(path):
             name = path.as_posix()
@@ -127,7 +126,7 @@ def items_of_pattern(pattern: str) -> Iterator[Item]:
 
 
 def items_of_file(path: Path) -> Iterator[Item]:
-    """List the images of one file: a tar or parquet file, or an image."""
+    """List the images of one file: a tar or Parquet file, or an image."""
     suffix = path.suffix.lower()
     if suffix == ".tar":
         yield from items_of_tar(path)
@@ -135,25 +134,26 @@ def items_of_file(path: Path) -> Iterator[Item]:
         yield from items_of_parquet(path)
     elif suffix in ARCHIVE_SUFFIXES:
         raise ValueError(
-            f"{path} is a compressed archive: unpack it, or pass an uncompressed .tar file"
+            f"{path}: compressed archives are not supported; unpack it or pass an uncompressed .tar"
         )
     else:
         yield Item(path.name, str(path))
 
 
 def items_of_folder(path: Path) -> Iterator[Item]:
-    """List the images below a folder, those behind links to folders included, no folder twice.
+    """List the images of a folder recursively, following links; each folder is listed once.
 
-    A folder that cannot be listed is an error.
+    Raises:
+        ValueError: a folder cannot be listed.
     """
 
     def fail(error: OSError) -> None:
-        raise ValueError(f"{error.filename} cannot be listed: {error.strerror}") from error
+        raise ValueError(f"{error.filename}: folder cannot be listed ({error.strerror})") from error
 
     visited = {os.path.realpath(path)}
     for parent, folders, names in os.walk(path, onerror=fail, followlinks=True):
         subfolders = sorted(folders)
-        folders.clear()  # `os.walk` enters what is put back
+        folders.clear()  # `os.walk` descends into the folders that are added again
         for name in subfolders:
             target = os.path.realpath(Path(parent, name))
             if target not in visited:
@@ -166,11 +166,11 @@ def items_of_folder(path: Path) -> Iterator[Item]:
 
 
 def items_of_list(path: Path) -> Iterator[Item]:
-    """List the images that a text file names, one a line."""
+    """List the images of a text file with a path per line."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # on Windows, some begin with a mark
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors may write a BOM
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a list of paths: {error}") from error
+        raise ValueError(f"{path}: cannot be read as a list of paths ({error})") from error
     for line in text.split("\n"):
         name = line.strip()
         if name:
@@ -178,22 +178,20 @@ def items_of_list(path: Path) -> Iterator[Item]:
 
 
 def items_of_tar(path: Path) -> Iterator[Item]:
-    """List the images of a tar file, which is not compressed: workers read at offsets."""
+    """List the images of an uncompressed tar file; workers read them by offset."""
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.size < 0:  # the next one would be this one again (CVE-2025-8194)
+                if member.size < 0:  # endless loop over the same member (CVE-2025-8194)
                     raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
                 if member.isreg() and Path(member.name).suffix.lower() in IMAGE_SUFFIXES:
                     yield Item(member.name, str(path), (member.offset_data, member.size))
     except (OSError, tarfile.TarError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a tar file (compressed ones cannot): {error}"
-        ) from error
+        raise ValueError(f"{path}: cannot be read as an uncompressed tar file ({error})") from error
 
 
 def items_of_parquet(path: Path) -> Iterator[Item]:
-    """List the rows of a parquet file."""
+    """List the rows of a Parquet file."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -202,7 +200,8 @@ def items_of_parquet(path: Path) -> Iterator[Item]:
         names = set(file.schema_arrow.names)
         if not names & set(IMAGE_COLUMNS):
             raise ValueError(
-                f"{path} has no column {' or '.join(IMAGE_COLUMNS)}, but {', '.join(sorted(names))}"
+                f"{path}: no image column; expected {' or '.join(IMAGE_COLUMNS)}, "
+                f"found {', '.join(sorted(names))}"
             )
         for group in range(file.num_row_groups):
             rows = range(file.metadata.row_group(group).num_rows)
@@ -213,14 +212,14 @@ def items_of_parquet(path: Path) -> Iterator[Item]:
             for row in rows:
                 yield Item(str(ids[row]), str(path), (group, row))
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as a parquet file: {error}") from error
+        raise ValueError(f"{path}: cannot be read as a Parquet file ({error})") from error
 
 
 def read(item: Item) -> bytes:
-    """Return the contents of an image.
+    """Return the file contents of an image.
 
     Raises:
-        ImageError: they cannot be read.
+        ImageError: the image cannot be read.
     """
     try:
         if not item.location:
@@ -233,19 +232,19 @@ def read(item: Item) -> bytes:
 
 
 def read_tar_member(item: Item) -> bytes:
-    """Return the contents of an image in a tar file."""
+    """Return the file contents of an image in a tar file."""
     offset, size = item.location
     check_file_size(size)
     with Path(item.path).open("rb") as file:
         file.seek(offset)
         content = file.read(size)
     if len(content) < size:
-        raise ImageError("the tar file ends in the middle of the image")
+        raise ImageError("the tar file is truncated inside the image")
     return content
 
 
 def read_parquet_row(item: Item) -> bytes:
-    """Return the contents of an image in a parquet file, or of the file that a row names."""
+    """Return the file contents of an image in a Parquet file, or at the path in the row."""
     import pyarrow as pa
 
     group, row = item.location
@@ -253,23 +252,23 @@ def read_parquet_row(item: Item) -> bytes:
         table = read_row_group(item.path, group, Path(item.path).stat().st_mtime_ns)
         cells = [table.column(name)[row].as_py() for name in table.column_names]
     except (pa.ArrowException, IndexError, ValueError) as error:
-        # Damaged, or not as it was when it was listed.
-        raise ImageError(f"the parquet file cannot be read: {error}") from error
+        # Damaged, or changed since it was listed.
+        raise ImageError(f"the Parquet file cannot be read: {error}") from error
     for cell in cells:
         image = bytes_or_path(cell)
         if isinstance(image, bytes):
             return image
         if image is not None:
             return read_file(Path(item.path).parent / image)
-    raise ImageError("the row holds neither bytes nor a path")
+    raise ImageError("the row contains neither bytes nor a path")
 
 
 @functools.lru_cache(maxsize=1)
 def read_row_group(path: str, group: int, modified_ns: int) -> pa.Table:
-    """Read the columns of images of a row group, in the order of `IMAGE_COLUMNS`.
+    """Read the image columns of a row group, in the order of `IMAGE_COLUMNS`.
 
-    The last one is kept, since neighbors are mostly in the same; the time of the file's last change
-    makes it another one.
+    The last row group is cached, since neighboring items share it; `modified_ns`, the time of the
+    file's last change, is part of the key.
     """
     from pyarrow import parquet
 
@@ -279,13 +278,13 @@ def read_row_group(path: str, group: int, modified_ns: int) -> pa.Table:
 
 
 def load_image_input(image: object) -> ImageInput:
-    """Return what `siglip_port.image_processing.to_rgb` takes.
+    """Return an input of `siglip_port.image_processing.to_rgb`.
 
     Args:
-        image: an `Item`, or a struct of `bytes` and `path`; all else is returned as it is.
+        image: an `Item`, or a struct of `bytes` and `path`; anything else is returned unchanged.
 
     Raises:
-        ImageError: it cannot be read, or there is nothing.
+        ImageError: the image cannot be read, or is missing.
     """
     if isinstance(image, Item):
         return read(image)
@@ -293,12 +292,12 @@ def load_image_input(image: object) -> ImageInput:
         return cast("ImageInput", image)
     cell = bytes_or_path(image)
     if cell is None:
-        raise ImageError("the row holds neither bytes nor a path")
+        raise ImageError("the row contains neither bytes nor a path")
     return cell
 
 
 def bytes_or_path(cell: object) -> bytes | str | None:
-    """Return what a cell of a column of images holds, if it is that of a file, or a file's path."""
+    """Return the file contents or the path in a cell of an image column, None if it is empty."""
     if isinstance(cell, Mapping):
         cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
     if isinstance(cell, bytes) or (isinstance(cell, str) and cell):
@@ -307,7 +306,7 @@ def bytes_or_path(cell: object) -> bytes | str | None:
 
 
 def ids_digest(items: Sequence[Item]) -> str:
-    """Return a hash of all ids, in their order."""
+    """Return a hash of all ids in order, 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(f"{len(item.id)}:{item.id}".encode(errors="surrogatepass"))

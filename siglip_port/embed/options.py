@@ -1,9 +1,9 @@
-"""The options of a run over many images, validated once."""
+"""Options of an embedding run, validated once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -12,38 +12,36 @@ from siglip_port.image_processing import Backend
 from siglip_port.optimize import ENGINES
 from siglip_port.validation import validate_positive_int
 
-Output = Literal["pooled", "tokens"]
 OutputDtype = Literal["float32", "float16"]
 FileFormat = Literal["parquet", "npy"]
 Executor = Literal["local", "ray"]
 
 FASTEST = "fastest"
-"""In place of an engine: the one that `siglip_port.optimize` chooses."""
+"""Value of `engine` that stands for the engine chosen by `siglip_port.optimize`."""
 
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """How images become vectors, and where that is done.
-
-    The public functions call some of these by older names: `form` is `engine`, `store` is
-    `output_dtype`, `engine` is `executor`.
+    """Options of an embedding run.
 
     Attributes:
-        dtype: to compute in; None for the model's own.
-        engine: a name of `siglip_port.optimize.ENGINES`, or `FASTEST`; None for the one of an
-            earlier run, or else the model as it is.
-        threads: CPU threads for the model; None for those of an earlier run, or torch's.
-        batch_size: images that go through the model at a time.
-        output: `pooled`, one vector an image; or `tokens`, all of them, row by row.
-        normalize: whether to scale vectors to unit length.
-        output_dtype: dtype of the stored numbers.
-        backend: of `siglip_port.image_processing.ImageProcessor`.
-        shard_size: rows a file, rounded up to whole batches.
-        workers: processes that decode, 0 for none besides this one, None for one a processor; on a
-            cluster, processes that hold the model, None for as many as fit.
-        format: `parquet`; or `npy`, vectors in an array beside each parquet file.
-        executor: this machine, or a Ray cluster.
-        address: of the cluster; None for the one that Ray finds, or a new one on this machine.
+        dtype: compute dtype; None for the model's own.
+        engine: a name of `siglip_port.optimize.ENGINES`, or `FASTEST`; None for the engine of the
+            run being resumed, or else `eager`.
+        threads: CPU threads for the model; None for those of the run being resumed, or else
+            torch's setting.
+        batch_size: images per forward pass.
+        tokens: store all tokens of an image, row by row, instead of the pooled embedding.
+        normalize: scale embeddings to unit length.
+        output_dtype: dtype of the stored embeddings.
+        backend: image backend, see `siglip_port.image_processing.ImageProcessor`.
+        shard_size: rows per file, rounded up to whole batches.
+        num_workers: decoding processes; 0 decodes in this process, None starts one per CPU core.
+            On a Ray cluster: processes that hold the model; None fills the cluster.
+        format: `parquet`; or `npy`, which stores embeddings in an array beside each Parquet file.
+        executor: `local` for this machine, `ray` for a Ray cluster.
+        address: address of the Ray cluster; None for the one that Ray detects, or a new one on
+            this machine.
 
     Raises:
         ValueError: an option is not supported.
@@ -53,65 +51,68 @@ class EmbedOptions:
     engine: str | None = None
     threads: int | None = None
     batch_size: int = 16
-    output: Output = "pooled"
+    tokens: bool = False
     normalize: bool = False
     output_dtype: OutputDtype = "float32"
     backend: Backend = "pil"
     shard_size: int = 2048
-    workers: int | None = None
+    num_workers: int | None = None
     format: FileFormat = "parquet"
     executor: Executor = "local"
     address: str | None = None
 
     def __post_init__(self) -> None:
         validate_positive_int("shard_size", self.shard_size)
-        if self.workers is not None:
-            validate_workers(self.workers)
-        if self.format not in ("parquet", "npy") or self.executor not in ("local", "ray"):
-            raise ValueError(
-                f"format must be parquet or npy, engine local or ray, got {self.format!r} and "
-                f"{self.executor!r}"
-            )
-        if self.address is not None and self.executor != "ray":
-            raise ValueError("an address is that of a Ray cluster: pass engine ray with it")
         validate_positive_int("batch_size", self.batch_size)
         if self.threads is not None:
             validate_positive_int("threads", self.threads)
-        if self.engine not in (None, FASTEST):
-            validate_engine(self.engine)
-        known_output = self.output in ("pooled", "tokens")
-        if not known_output or self.output_dtype not in ("float32", "float16"):
-            raise ValueError(
-                f"output must be pooled or tokens, store float32 or float16, got {self.output!r} "
-                f"and {self.output_dtype!r}"
-            )
+        if self.num_workers is not None:
+            validate_num_workers(self.num_workers)
+        if self.engine is not None:
+            validate_choice("engine", self.engine, (*ENGINES, FASTEST))
+        if not isinstance(self.tokens, bool):
+            raise ValueError(f"tokens must be True or False, got {self.tokens!r}")
+        validate_choice("output_dtype", self.output_dtype, get_args(OutputDtype))
+        validate_choice("format", self.format, get_args(FileFormat))
+        validate_choice("executor", self.executor, get_args(Executor))
+        if self.address is not None and self.executor != "ray":
+            raise ValueError(f"address requires the executor ray, got {self.executor!r}")
 
     @property
     def batches_per_shard(self) -> int:
-        """Batches a file."""
+        """Batches per file."""
         return -(-self.shard_size // self.batch_size)
 
 
-def validate_workers(workers: object) -> None:
-    """Raise ValueError unless `workers` is a whole number from 0 on."""
-    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
-        raise ValueError(f"workers must be a whole number from 0 on, got {workers!r}")
+def validate_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def validate_num_workers(num_workers: object) -> None:
+    """Raise ValueError unless `num_workers` is a non-negative integer."""
+    if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 0:
+        raise ValueError(f"num_workers must be a non-negative integer, got {num_workers!r}")
 
 
 def validate_engine(engine: str | None) -> str:
     """Return `engine`; raise ValueError unless it is a name of `siglip_port.optimize.ENGINES`."""
     if engine is None or engine not in ENGINES:
-        raise ValueError(f"form must be one of {', '.join(ENGINES)}, got {engine!r}")
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     return engine
 
 
 def validate_output(options: EmbedOptions, config: SigLipVisionConfig) -> None:
-    """Raise ValueError unless a model of this configuration makes the output of these options."""
-    if options.output == "tokens" and (config.naflex or options.normalize):
+    """Raise ValueError unless a model of this configuration supports the requested output."""
+    if options.tokens and config.naflex:
         raise ValueError(
-            "tokens are written of encoders with images of one size, and are not normalized"
+            "tokens of a NaFlex model cannot be stored: their number differs between images"
         )
-    if options.output == "pooled" and not config.has_pooled_output:
+    if options.tokens and options.normalize:
+        raise ValueError("normalize cannot be combined with tokens: it scales pooled embeddings")
+    if not options.tokens and not config.has_pooled_output:
         raise ValueError(
-            "the model has no pooling head, so it makes no vectors; take output='tokens'"
+            "the model has no pooling head, so there is no pooled embedding; "
+            "pass tokens=True (--tokens)"
         )

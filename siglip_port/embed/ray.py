@@ -1,4 +1,4 @@
-"""The batches of a run on a Ray cluster: tasks decode images, actors hold models."""
+"""Batches on a Ray cluster: tasks decode images, actors run the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import ray
 
 MAX_RETRIES = 3
-"""How often a batch is begun again whose process has died: an image may kill each of them."""
+"""Retries of a batch whose process died; an image may crash every process that decodes it."""
 
 CONNECT_SECONDS = 10
 
@@ -33,32 +33,33 @@ CONNECT_SECONDS = 10
 def run_on_ray(
     encoder: BatchEncoder,
     batches: Sequence[Batch],
-    workers: int | None = None,
+    num_workers: int | None = None,
     address: str | None = None,
 ) -> Generator[BatchResult]:
-    """Do batches on a cluster, by Ray Data.
+    """Run batches on a cluster, with Ray Data.
 
-    They are the same batches, of the same size, and so the same vectors. Images must lie where
-    every node finds them under the same path, and siglip-port be installed there; the model is sent
-    along. Results come back to this process, which writes them.
+    Batches are the same as on one machine, and so are the embeddings. Every node must have
+    siglip-port installed and see the images at the same paths; the model is sent to the nodes.
+    Results return to this process, which writes them.
 
     Args:
-        encoder: the model. Each process that holds it has its `threads` of the CPU, and a GPU, if
-            it runs on one.
-        batches: to be done.
-        workers: processes that hold the model; None for as many as fit, with a CPU each for
-            decoding.
-        address: of the cluster; None for the one that Ray finds, or a new one on this machine.
+        encoder: the model. Each process that holds it reserves `threads` CPUs, and one GPU if the
+            model is on a GPU.
+        batches: batches to run.
+        num_workers: processes that hold the model; None fills the cluster, leaving one CPU per
+            process for decoding.
+        address: address of the cluster; None for the one that Ray detects, or a new one on this
+            machine.
 
     Yields:
-        What became of each, in any order.
+        Results, in any order.
 
     Raises:
-        EmbedError: Ray is not installed, the cluster cannot be reached or is too small, or a
-            process of it died again and again.
+        MissingExtraError: Ray is not installed.
+        EmbedError: the cluster cannot be reached or is too small, or its processes keep dying.
     """
-    # Read when Ray is imported. Nodes have siglip-port installed: `uv run` need not make them an
-    # environment of a copy of this folder. And a cluster that is begun here reports to nobody.
+    # Ray reads these when it is imported. Nodes have siglip-port installed, so `uv run` need not
+    # copy this folder's environment to them. A cluster started here sends no usage statistics.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     require("ray")
@@ -68,77 +69,80 @@ def run_on_ray(
     if not batches:
         return
     require_cluster(address)
-    started_here = not ray.is_initialized()
+    is_own_cluster = not ray.is_initialized()
     try:
-        if started_here:
+        if is_own_cluster:
             ray.init(
                 address,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 include_dashboard=None if address else False,
             )
-        yield from run_dataset(encoder, batches, model_count(encoder, workers))
+        yield from run_dataset(encoder, batches, model_count(encoder, num_workers))
     except (ConnectionError, ray.exceptions.RayError) as error:
         raise EmbedError(
-            f"the Ray cluster gave up: {failure_reason(error)}; the same command goes on from "
-            "there; without --engine ray also past an image that kills the process that decodes it"
+            f"Ray cluster failed: {failure_reason(error)}; run the same command again to resume, "
+            "with --executor local if an image crashes the process that decodes it"
         ) from error
     finally:
-        if started_here:
+        if is_own_cluster:
             ray.shutdown()
 
 
 def runs_on_gpu(encoder: BatchEncoder) -> bool:
-    """Whether each model needs a GPU."""
+    """Whether the model runs on a GPU."""
     return encoder.base_model.device.type == "cuda"
 
 
-def model_count(encoder: BatchEncoder, workers: int | None) -> int:
-    """Return how many processes are to hold the model.
+def model_count(encoder: BatchEncoder, num_workers: int | None) -> int:
+    """Return the number of processes that hold the model.
 
     Args:
         encoder: the model.
-        workers: how many are asked for; None for as many as fit.
+        num_workers: requested number; None fills the cluster.
 
     Raises:
-        EmbedError: so many do not fit into the cluster.
+        EmbedError: the cluster is too small.
     """
     import ray
 
     resources = ray.cluster_resources()
     if runs_on_gpu(encoder):
-        kind, need = "GPU", "1"
-        fitting = int(resources.get("GPU", 0))
+        kind, need = "GPU", "1 per model"
+        remedy = "reduce --num-workers or use --device cpu"
+        capacity = int(resources.get("GPU", 0))
     else:
         cpus = encoder.threads + 1
-        kind, need = "CPU", f"{cpus}: --threads {encoder.threads}, and one to decode"
-        fitting = int(resources.get("CPU", 0) // cpus)
-    if fitting < (workers or 1):
+        kind, need = "CPU", f"{cpus} per model ({encoder.threads} threads, 1 for decoding)"
+        remedy = "reduce --num-workers or --threads"
+        capacity = int(resources.get("CPU", 0) // cpus)
+    requested = num_workers or 1
+    if capacity < requested:
         raise EmbedError(
-            f"the Ray cluster has {resources.get(kind, 0):g} {kind}s, and {workers or 1} models "
-            f"need {need}, for each"
+            f"Ray cluster is too small for {requested} model processes: it has "
+            f"{resources.get(kind, 0):g} {kind}s, needs {need}; {remedy}"
         )
-    return workers or fitting
+    return num_workers or capacity
 
 
 def run_dataset(
     encoder: BatchEncoder, batches: Sequence[Batch], models: int
 ) -> Iterator[BatchResult]:
-    """Send batches through Ray Data, and yield their results."""
+    """Send batches through Ray Data and yield their results."""
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    encoder_ref = ray.put(encoder)  # held until all is done: an actor that is begun again needs it
+    encoder_ref = ray.put(encoder)  # kept alive until the end: restarted actors read it
     rows = [{"number": batch.number, "data": pickle.dumps(batch.items)} for batch in batches]
     decoded = ray.data.from_items(rows).map(
         DecodeStage(encoder.processor),
         num_cpus=1,
-        max_retries=MAX_RETRIES,  # Ray Data's own default is for ever
+        max_retries=MAX_RETRIES,  # Ray Data's default is unlimited
     )
-    stage: Any = ModelStage  # a class, which Ray's types do not foresee
+    stage: Any = ModelStage  # Ray's type hints reject a class
     results = decoded.map(
         stage,
         fn_constructor_args=[encoder_ref],
@@ -152,7 +156,7 @@ def run_dataset(
 
 
 class DecodeStage:
-    """A row of a batch's images -> the same, decoded."""
+    """Maps a row with the items of a batch to a row with its decoded images."""
 
     def __init__(self, processor: ImageProcessor) -> None:
         self.processor = processor
@@ -165,7 +169,7 @@ class DecodeStage:
 
 
 class ModelStage:
-    """A row of a batch's decoded images -> its `BatchResult`."""
+    """Maps a row with the decoded images of a batch to a row with its `BatchResult`."""
 
     def __init__(self, encoder_ref: ray.ObjectRef[BatchEncoder]) -> None:
         import ray
@@ -179,26 +183,28 @@ class ModelStage:
 
 
 def require_cluster(address: str | None) -> None:
-    """Find out in seconds whether a cluster answers; Ray itself takes minutes to give up.
+    """Check within seconds that a cluster answers; Ray itself times out after minutes.
 
     Raises:
-        EmbedError: the address is none, or nobody answers there.
+        EmbedError: the address is malformed, or no cluster answers.
     """
     if address in (None, "auto", "local"):
         return
     match = re.fullmatch(r"(?:ray://)?\[?([^\]/]+?)\]?:(\d+)", address)
     if match is None:
-        raise EmbedError(f"{address!r} is no address of a Ray cluster: HOST:PORT, or auto")
+        raise EmbedError(f"address must be HOST:PORT, auto or local, got {address!r}")
     endpoint = (match[1], int(match[2]))
     try:
         with contextlib.closing(socket.create_connection(endpoint, timeout=CONNECT_SECONDS)):
             pass
     except (OSError, OverflowError) as error:
-        raise EmbedError(f"no Ray cluster answers at {address}: {error}") from error
+        raise EmbedError(
+            f"no Ray cluster answers at {address} ({error}); check the address"
+        ) from error
 
 
 def failure_reason(error: BaseException) -> str:
-    """Return the last line that says something: Ray's errors hold whole tracebacks."""
+    """Return the last line of an error; those of Ray contain whole tracebacks."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, (EngineError, MissingExtraError, OSError)):
         return str(cause)

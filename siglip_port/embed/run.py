@@ -1,8 +1,8 @@
-"""A run over many images: their vectors on disk, however often it is interrupted.
+"""Embedding runs: images in, Parquet files out, resumable at any point.
 
-Every batch holds the same images, at the same places, in every run: batch b of shard s is items
-`s * shard_size + b * batch_size` and those after it, with blank images for what cannot be read. So
-the vectors do not depend on where a run was interrupted.
+Batches are the same in every run: batch b of shard s contains the items from
+`s * shard_size + b * batch_size` on, with blank images for those that cannot be read. So the
+embeddings do not depend on where a run was interrupted.
 """
 
 from __future__ import annotations
@@ -22,14 +22,7 @@ from siglip_port.embed.decode import decode_batches, processor_count
 from siglip_port.embed.encoder import BatchEncoder, ModelSource
 from siglip_port.embed.errors import EmbedError
 from siglip_port.embed.inputs import Item, find_items, ids_digest
-from siglip_port.embed.options import (
-    FASTEST,
-    EmbedOptions,
-    Executor,
-    FileFormat,
-    Output,
-    OutputDtype,
-)
+from siglip_port.embed.options import FASTEST, EmbedOptions, Executor, FileFormat, OutputDtype
 from siglip_port.embed.shards import (
     Settings,
     claim_folder,
@@ -49,130 +42,133 @@ from siglip_port.threads import torch_threads
 
 @dataclass
 class Progress:
-    """How far a run is, and where its time has gone. Also its summary.
+    """Progress of a run and, at the end, its summary.
 
     Attributes:
-        total: images.
-        done: rows that are written or in memory, those of earlier runs included.
-        failed: rows with an error among them.
-        fresh: rows of this run.
-        seconds: of this run, altogether; and of it `waiting` for images, `model`, `writing`. On a
-            cluster, `waiting` is for results, and `model` is of all models together.
-        decoding: seconds in all workers together, while all else went on; reading is part of it.
-        preprocessing: likewise.
+        total: number of images.
+        done: rows that are written or in memory, including those of earlier runs.
+        failed: rows with an error, including those of earlier runs.
+        processed: rows of this run.
+        seconds: duration of this run.
+        wait_seconds: time spent waiting for images; on a cluster, for results.
+        model_seconds: time of the model; on a cluster, summed over all models.
+        write_seconds: time spent writing files.
+        decode_seconds: time to read and decode, summed over all workers.
+        preprocess_seconds: time to resize and normalize, summed over all workers.
     """
 
     total: int
     done: int = 0
     failed: int = 0
-    fresh: int = 0
+    processed: int = 0
     seconds: float = 0.0
-    waiting: float = 0.0
-    model: float = 0.0
-    writing: float = 0.0
-    decoding: float = 0.0
-    preprocessing: float = 0.0
-    started: float = field(default_factory=time.perf_counter, repr=False)
+    wait_seconds: float = 0.0
+    model_seconds: float = 0.0
+    write_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    preprocess_seconds: float = 0.0
+    start: float = field(default_factory=time.perf_counter, repr=False)
 
     @property
-    def rate(self) -> float:
-        """Images a second, of this run."""
-        return self.fresh / self.seconds if self.seconds else 0.0
+    def images_per_second(self) -> float:
+        """Throughput of this run."""
+        return self.processed / self.seconds if self.seconds else 0.0
 
     def to_json(self) -> dict[str, float]:
-        """Return all numbers."""
-        numbers = asdict(self)
-        del numbers["started"]
-        return {**numbers, "rate": self.rate}
+        """Return the counts, times and throughput."""
+        content = asdict(self)
+        del content["start"]
+        return {**content, "images_per_second": self.images_per_second}
 
     def add(self, result: BatchResult, seconds: float) -> None:
-        """Count a result that took `seconds` to come, the model's included."""
-        self.waiting += max(0.0, seconds - result.model_seconds)
-        self.model += result.model_seconds
-        self.decoding += result.decode_seconds
-        self.preprocessing += result.preprocess_seconds
-        self.fresh += len(result.errors)
+        """Add a result that arrived after `seconds`, including the time of the model."""
+        self.wait_seconds += max(0.0, seconds - result.model_seconds)
+        self.model_seconds += result.model_seconds
+        self.decode_seconds += result.decode_seconds
+        self.preprocess_seconds += result.preprocess_seconds
+        self.processed += len(result.errors)
         self.done += len(result.errors)
         self.failed += sum(bool(error) for error in result.errors)
 
 
 def embed(
     inputs: Sequence[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
     model: SigLipVisionModel,
     *,
     dtype: torch.dtype | None = None,
-    form: str | None = None,
+    engine: str | None = None,
     threads: int | None = None,
     batch_size: int = 16,
     shard_size: int = 2048,
-    workers: int | None = None,
-    output: Output = "pooled",
+    num_workers: int | None = None,
+    tokens: bool = False,
     normalize: bool = False,
-    store: OutputDtype = "float32",
+    output_dtype: OutputDtype = "float32",
     format: FileFormat = "parquet",
     backend: Backend = "pil",
-    engine: Executor = "local",
+    executor: Executor = "local",
     address: str | None = None,
-    report: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Write the vectors of many images as parquet files, `part-000000.parquet` and so on.
+    """Write embeddings of images to Parquet files, `part-000000.parquet` and so on.
 
-    Columns: `id`, `path`, `width`, `height`, `embedding` (a list of fixed size, NaN where there is
-    an error), `error` (null where there is none). The metadata of each file tells how it came
-    about. A run that was ended by whatever is continued by the same call; what is complete is not
-    done again.
+    Columns: `id`, `path`, `width`, `height`, `embedding` (a fixed-size list, NaN where there is an
+    error) and `error` (null where there is none). The metadata of each file contains the settings
+    of the run. The same call resumes an interrupted run: complete files are kept.
 
     Args:
-        inputs: see `siglip_port.embed.inputs.find_items`.
-        out: a folder; made if it does not exist.
-        model: on the device where it is to run.
-        dtype: to compute in; None for the model's own.
-        form: the engine, a name of `siglip_port.optimize.ENGINES`; `fastest` for the one that
-            `optimize` chooses, which takes minutes the first time; None for the one that an earlier
-            run of this folder took, or else the model as it is.
-        threads: of the CPU, for the model; None for as many as an earlier run of this folder took,
-            or torch does.
-        batch_size: images at a time.
-        shard_size: rows a file, rounded up to whole batches.
-        workers: processes that decode, 0 for none besides this one, None for as many as there are
-            processors; on a cluster, processes that hold the model, None for as many as fit.
-        output: vectors, or tokens.
-        normalize: whether to scale vectors to unit length.
-        store: dtype of the written numbers.
-        format: where to: a column `embedding`; or, of each part, an array beside it, [rows, D], NaN
-            where there is an error.
-        backend: of `siglip_port.image_processing.ImageProcessor`.
-        engine: this machine, or a Ray cluster: see `siglip_port.embed.ray`.
-        address: of the cluster; None for the one that Ray finds, or a new one on this machine.
-        report: called after every batch.
+        inputs: folders, files and patterns, see `siglip_port.embed.inputs.find_items`.
+        output_dir: output directory; created if it does not exist.
+        model: the model, on the device on which to run it.
+        dtype: compute dtype; None for the model's own.
+        engine: a name of `siglip_port.optimize.ENGINES`; `fastest` for the one chosen by
+            `optimize`, which takes minutes the first time; None for the engine of the run being
+            resumed, or else `eager`.
+        threads: CPU threads for the model; None for those of the run being resumed, or else
+            torch's setting.
+        batch_size: images per forward pass.
+        shard_size: rows per file, rounded up to whole batches.
+        num_workers: decoding processes; 0 decodes in this process, None starts one per CPU core.
+            On a Ray cluster: processes that hold the model; None fills the cluster.
+        tokens: store all tokens of an image, row by row, instead of the pooled embedding.
+        normalize: scale embeddings to unit length.
+        output_dtype: dtype of the stored embeddings.
+        format: `parquet` for a column `embedding`; `npy` for an array [rows, D] beside each
+            Parquet file, NaN where there is an error.
+        backend: image backend, see `siglip_port.image_processing.ImageProcessor`.
+        executor: `local` for this machine, `ray` for a Ray cluster, see `siglip_port.embed.ray`.
+        address: address of the Ray cluster; None for the one that Ray detects, or a new one on
+            this machine.
+        on_progress: called after every batch.
 
     Returns:
-        What was done.
+        Summary of the run.
 
     Raises:
         ValueError: an argument is not supported.
-        EmbedError: the folder holds rows of other settings, is in use, or cannot be written to.
+        EmbedError: the output directory contains rows with other settings, is in use, or cannot be
+            written to.
         siglip_port.extras.MissingExtraError: pyarrow is not installed.
     """
     options = EmbedOptions(
         dtype=dtype,
-        engine=form,
+        engine=engine,
         threads=threads,
         batch_size=batch_size,
-        output=output,
+        tokens=tokens,
         normalize=normalize,
-        output_dtype=store,
+        output_dtype=output_dtype,
         backend=backend,
         shard_size=shard_size,
-        workers=workers,
+        num_workers=num_workers,
         format=format,
-        executor=engine,
+        executor=executor,
         address=address,
     )
     if isinstance(inputs, (str, os.PathLike)):
         inputs = [inputs]
-    return embed_with_options(inputs, Path(out), model, options, on_progress=report)
+    return embed_with_options(inputs, Path(output_dir), model, options, on_progress)
 
 
 def embed_with_options(
@@ -182,10 +178,10 @@ def embed_with_options(
     options: EmbedOptions,
     on_progress: Callable[[Progress], None],
 ) -> Progress:
-    """Do what `embed` does."""
+    """Write embeddings as `embed` does, with validated options."""
     require("pyarrow")
     if not isinstance(model, SigLipVisionModel):
-        raise ValueError(f"model must be a SigLipVisionModel, got a {type(model).__name__}")
+        raise ValueError(f"model must be a SigLipVisionModel, got {type(model).__name__}")
     items = find_items(inputs)
     options = complete_options(options, read_settings_of_rows(folder) or {})
     encoder = make_encoder(model, options)
@@ -200,53 +196,53 @@ def embed_with_options(
             return run.progress
     except OSError as error:
         raise EmbedError(
-            f"{folder} cannot be written to: {error.strerror or error}; what is complete stays, "
-            "and the same command goes on from there"
+            f"{folder}: cannot be written to ({error.strerror or error}); complete files are kept, "
+            "run the same command again to resume"
         ) from error
 
 
 def complete_options(options: EmbedOptions, previous: Mapping[str, Any]) -> EmbedOptions:
-    """Take what was left open from the settings of an earlier run of the same folder.
+    """Fill in engine and threads from the run being resumed, or with their defaults.
 
     Args:
-        options: of this run.
-        previous: the settings of the rows of the folder; empty where there are none.
+        options: options of this run.
+        previous: settings of the rows in the output directory; empty if there are none.
     """
     threads, engine = options.threads, options.engine
     if threads is None:
         threads = previous.get("threads", torch.get_num_threads())
     if engine is None:
-        engine = previous.get("form", "eager")
+        engine = previous.get("engine", "eager")
     elif engine == FASTEST:
-        engine = previous.get("form", FASTEST)
+        engine = previous.get("engine", FASTEST)
     return replace(options, threads=threads, engine=engine)
 
 
 def make_encoder(model: SigLipVisionModel, options: EmbedOptions) -> BatchEncoder:
-    """Choose the engine, and try it, before the folder is touched.
+    """Select the engine and build it, before the output directory is touched.
 
     Raises:
-        EmbedError: the engine cannot be used here.
+        EmbedError: the engine is not available on this machine.
     """
     source = ModelSource.from_model(model)
     if options.engine == FASTEST:
-        eager = BatchEncoder(source, replace(options, engine="eager"))  # checks what is cheap first
+        eager = BatchEncoder(source, replace(options, engine="eager"))  # validates before measuring
         with torch_threads(eager.threads):
-            fast = optimize(model, dtype=options.dtype, batch_size=options.batch_size)
-        options = replace(options, engine=fast.choice.engine)
+            optimized = optimize(model, dtype=options.dtype, batch_size=options.batch_size)
+        options = replace(options, engine=optimized.choice.engine)
     encoder = BatchEncoder(source, options)
-    if options.executor == "local":  # on a cluster, its nodes find out
+    if options.executor == "local":  # on a cluster, its nodes build the engine
         try:
             encoder.load()
         except EngineError as error:
             raise EmbedError(
-                f"form {encoder.engine} cannot be used here: {error}; take another, or eager"
+                f"engine {encoder.engine} is not available: {error}; choose another, or eager"
             ) from error
     return encoder
 
 
 def make_settings(encoder: BatchEncoder, items: Sequence[Item]) -> Settings:
-    """Write down all that decides which rows and numbers a run ends with."""
+    """Return the settings that determine the output of a run."""
     options = encoder.options
     model = encoder.base_model
     return Settings(
@@ -254,58 +250,58 @@ def make_settings(encoder: BatchEncoder, items: Sequence[Item]) -> Settings:
         commit=encoder.commit,
         weights=weights_hash(model)[:16],
         dtype=str(encoder.dtype or model.dtype).removeprefix("torch."),
-        form=encoder.engine,
+        engine=encoder.engine,
         device=str(model.device),
         threads=encoder.threads,
         batch_size=options.batch_size,
         shard_size=options.batches_per_shard * options.batch_size,
-        output=options.output,
+        tokens=options.tokens,
         normalize=options.normalize,
-        store=options.output_dtype,
+        output_dtype=options.output_dtype,
         format=options.format,
-        preprocess=encoder.processor.fingerprint,
+        preprocessing=encoder.processor.fingerprint,
         processor=asdict(encoder.processor),
-        pictures=len(items),
+        num_images=len(items),
         ids=ids_digest(items),
     )
 
 
 def run_batches(encoder: BatchEncoder, batches: Sequence[Batch]) -> Generator[BatchResult]:
-    """Do batches, on this machine or on a cluster; results come in any order."""
+    """Run batches on this machine or on a cluster; yield results in any order."""
     options = encoder.options
     if options.executor == "ray":
         from siglip_port.embed.ray import run_on_ray
 
-        return run_on_ray(encoder, batches, options.workers, options.address)
-    return run_local(encoder, batches, options.workers)
+        return run_on_ray(encoder, batches, options.num_workers, options.address)
+    return run_local(encoder, batches, options.num_workers)
 
 
 def run_local(
-    encoder: BatchEncoder, batches: Sequence[Batch], workers: int | None
+    encoder: BatchEncoder, batches: Sequence[Batch], num_workers: int | None
 ) -> Generator[BatchResult]:
-    """Decode in worker processes, and run the model in this one.
+    """Decode in worker processes and run the model in this one.
 
     Args:
         encoder: the model.
-        batches: to be done.
-        workers: processes that decode; None for one a processor.
+        batches: batches to run.
+        num_workers: decoding processes; None for one per CPU core.
     """
-    if workers is None:
-        workers = processor_count()
-    decoded = decode_batches([batch.items for batch in batches], encoder.processor, workers)
+    if num_workers is None:
+        num_workers = processor_count()
+    decoded = decode_batches([batch.items for batch in batches], encoder.processor, num_workers)
     for batch, images in zip(batches, decoded, strict=True):
         yield run_batch(encoder, batch.number, images)
 
 
 class EmbedRun:
-    """What is missing in a folder, and how it is written.
+    """The shards of an output directory: which are missing, and how they are written.
 
     Attributes:
-        folder: of the run.
-        items: all images.
-        settings: of the run.
+        folder: output directory.
+        items: images of all shards.
+        settings: settings of the run.
         on_progress: called after every batch.
-        progress: how far it is.
+        progress: progress of the run.
     """
 
     def __init__(
@@ -322,7 +318,7 @@ class EmbedRun:
         self.progress = Progress(len(items))
 
     def missing_batches(self) -> list[Batch]:
-        """Return the batches of all shards that are not there; count the rows of those that are."""
+        """Return the batches of missing shards; count the rows of existing ones."""
         batches: list[Batch] = []
         batch_size = self.settings.batch_size
         for shard, items in enumerate(self.shards()):
@@ -341,43 +337,43 @@ class EmbedRun:
         return [self.items[first : first + size] for first in range(0, len(self.items), size)]
 
     def count_shard(self, path: Path, expected: int) -> None:
-        """Count the rows of a shard that is there."""
+        """Count the rows of an existing shard."""
         rows, failed = count_rows(path)
         if rows != expected:
             raise EmbedError(
-                f"{path} holds {rows} rows, expected {expected}; delete it, and run again"
+                f"{path}: has {rows} rows, expected {expected}; delete it and run again"
             )
         self.progress.done += rows
         self.progress.failed += failed
 
     def write(self, batches: Sequence[Batch], results: Iterable[BatchResult]) -> None:
-        """Take results in any order; write a shard when all of it is there.
+        """Collect results in any order; write a shard once all its batches are complete.
 
         Args:
-            batches: all that are missing.
-            results: one of each.
+            batches: the missing batches.
+            results: a result of each batch.
         """
         shard_batches: dict[int, list[Batch]] = {}
         for batch in batches:
             shard_batches.setdefault(batch.shard, []).append(batch)
-        waiting: dict[int, BatchResult] = {}
-        requested = time.perf_counter()
+        pending: dict[int, BatchResult] = {}
+        wait_start = time.perf_counter()
         for result in results:
-            self.progress.add(result, time.perf_counter() - requested)
-            waiting[result.number] = result
+            self.progress.add(result, time.perf_counter() - wait_start)
+            pending[result.number] = result
             shard = batches[result.number].shard
-            if all(batch.number in waiting for batch in shard_batches[shard]):
-                started = time.perf_counter()
-                self.write_shard(shard, shard_batches[shard], waiting)
-                self.progress.writing += time.perf_counter() - started
-            requested = time.perf_counter()
-            self.progress.seconds = requested - self.progress.started
+            if all(batch.number in pending for batch in shard_batches[shard]):
+                write_start = time.perf_counter()
+                self.write_shard(shard, shard_batches[shard], pending)
+                self.progress.write_seconds += time.perf_counter() - write_start
+            wait_start = time.perf_counter()
+            self.progress.seconds = wait_start - self.progress.start
             self.on_progress(self.progress)
 
     def write_shard(
-        self, shard: int, batches: Sequence[Batch], waiting: dict[int, BatchResult]
+        self, shard: int, batches: Sequence[Batch], pending: dict[int, BatchResult]
     ) -> None:
-        """Write a shard, whose results wait no longer."""
+        """Write a shard, and remove its results from `pending`."""
         items = [item for batch in batches for item in batch.items]
-        results = [waiting.pop(batch.number) for batch in batches]
+        results = [pending.pop(batch.number) for batch in batches]
         write_shard(self.folder, shard, items, results, self.settings)

@@ -1,4 +1,4 @@
-"""Nearest images, by cosine, in a folder of vectors that `embed` has written."""
+"""Search for the nearest images, by cosine similarity, in embeddings written by `embed`."""
 
 from __future__ import annotations
 
@@ -19,67 +19,77 @@ from siglip_port.optimize.cache import weights_hash
 
 
 def embed_query(
-    folder: str | os.PathLike[str],
+    embeddings: str | os.PathLike[str],
     image: str | os.PathLike[str],
     *,
     source: str | None = None,
     local_files_only: bool = False,
 ) -> Tensor:
-    """Make the vector of one image, by the model and preprocessing of a folder of vectors.
+    """Embed one image with the model and preprocessing of existing embeddings.
 
     Args:
-        folder: that `embed` has written.
-        image: a file.
-        source: where the model is now; None for where it was.
+        embeddings: output directory of `embed`.
+        image: path of the image.
+        source: Hub id or path of the model; None for the one in the settings of the embeddings.
         local_files_only: use the Hub's local cache only.
 
     Returns:
-        [D].
+        Pooled embedding, [D].
 
     Raises:
-        EmbedError: the folder holds no vectors, or they are of other weights.
+        EmbedError: the directory contains no pooled embeddings, or those of other weights.
         siglip_port.image_processing.ImageError: the image cannot be read.
         siglip_port.CheckpointError: the model cannot be loaded.
     """
-    settings = read_settings(Path(folder))
-    if settings is None or settings.get("output") != "pooled":
-        raise EmbedError(f"{folder} holds no vectors; write them with `siglip-port embed`")
+    settings = read_settings(Path(embeddings))
+    if settings is None:
+        raise no_embeddings(embeddings)
+    if settings["tokens"]:
+        raise EmbedError(
+            f"{embeddings}: contains tokens, search needs pooled embeddings; run siglip-port embed "
+            "without --tokens"
+        )
     source = source or settings["source"]
     model = SigLipVisionModel.from_hf(
         source, revision=settings["commit"], local_files_only=local_files_only
     )
     if weights_hash(model)[:16] != settings["weights"]:
-        raise EmbedError(f"the vectors in {folder} are of other weights than those of {source}")
+        raise EmbedError(
+            f"{embeddings}: embeddings were computed with other weights than those of {source}; "
+            "pass the model with --model"
+        )
     backend = settings["processor"]["backend"]
     processor = ImageProcessor.from_config(model.preprocessor_config, backend)
-    if processor.fingerprint != settings["preprocess"]:
+    if processor.fingerprint != settings["preprocessing"]:
         raise EmbedError(
-            f"the vectors in {folder} were preprocessed in another way than this model says"
+            f"{embeddings}: embeddings were computed with other preprocessing than that of "
+            f"{source}; pass the model with --model"
         )
     with torch.inference_mode():
         return model.embed(**processor(image))[0]
 
 
 def search(
-    folder: str | os.PathLike[str], query: Tensor, count: int = 10
+    embeddings: str | os.PathLike[str], query: Tensor, top_k: int = 10
 ) -> list[tuple[float, str, str]]:
-    """Find the images whose vectors are nearest to one, by cosine.
+    """Find the images whose embeddings are nearest to a query, by cosine similarity.
 
     Args:
-        folder: that `embed` has written.
-        query: [D].
-        count: at most.
+        embeddings: output directory of `embed`.
+        query: embedding, [D].
+        top_k: maximum number of images.
 
     Returns:
-        (cosine, id, path), the nearest first.
+        (cosine similarity, id, path) of each image, nearest first.
 
     Raises:
-        EmbedError: the folder holds no vectors.
+        EmbedError: the directory contains no embeddings, or those of another format version.
     """
     require("pyarrow")
-    shards = sorted(Path(folder).glob("part-*.parquet"))
+    read_settings(Path(embeddings))  # refuses other format versions
+    shards = sorted(Path(embeddings).glob("part-*.parquet"))
     if not shards:
-        raise EmbedError(f"{folder} holds no vectors; write them with `siglip-port embed`")
+        raise no_embeddings(embeddings)
     unit_query = F.normalize(query.float().flatten(), dim=0).numpy()
     nearest: list[tuple[float, str, str]] = []
     for shard in shards:
@@ -88,5 +98,10 @@ def search(
         cosines = vectors @ unit_query / lengths
         nearest += zip(cosines.tolist(), ids, paths, strict=True)
         nearest.sort(key=lambda row: -row[0])
-        del nearest[count:]
+        del nearest[top_k:]
     return nearest
+
+
+def no_embeddings(folder: str | os.PathLike[str]) -> EmbedError:
+    """Return the error of a directory without embeddings."""
+    return EmbedError(f"{folder}: contains no embeddings; write them with siglip-port embed")

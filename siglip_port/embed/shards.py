@@ -1,6 +1,6 @@
-"""The files of a run: shards of rows, and the settings that they were made with.
+"""Files of a run: shards of rows, and the settings that produced them.
 
-Files are complete or absent, whatever ends the run.
+A file is complete or absent, however the run ends.
 """
 
 from __future__ import annotations
@@ -21,65 +21,70 @@ from siglip_port import __version__, atomic
 from siglip_port.embed.batches import BatchResult
 from siglip_port.embed.errors import EmbedError
 from siglip_port.embed.inputs import Item
-from siglip_port.embed.options import FileFormat, Output, OutputDtype
+from siglip_port.embed.options import FileFormat, OutputDtype
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SETTINGS_FILE = "_run.json"
 METADATA_KEY = b"siglip_port"
-"""The key of the settings in the metadata of a parquet file."""
+"""Key of the settings in the metadata of a Parquet file."""
+
+FORMAT_VERSION = 2
+"""Version of the settings; directories of other versions are refused."""
 
 LOCK_SECONDS = 15.0
-"""How long to wait for another run to end.
+"""Seconds to wait for another run to end.
 
-The workers of one that was killed hold its lock until they notice it.
+The workers of a killed run hold its lock until they detect that their parent has died.
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that decides which rows and numbers a run ends with. A folder holds rows of one alone.
+    """Settings that determine the output; one set per output directory.
 
-    The attributes are also the keys of `_run.json` and of the metadata of every parquet file: those
-    of older runs are read, so they stay as they are.
+    The attributes are the keys of `_run.json` and of the metadata of every Parquet file. Any change
+    of them needs a new `FORMAT_VERSION`.
 
     Attributes:
-        source: the model's name: a Hub id or a path.
-        commit: of the Hub repository, if it is one.
-        weights: a hash of all parameters.
-        dtype: that is computed in.
-        form: the engine, a name of `siglip_port.optimize.ENGINES`.
+        version: format version.
+        source: Hub id or path of the model.
+        commit: commit of the Hub repository; None for local files.
+        weights: hash of all parameters.
+        dtype: compute dtype.
+        engine: a name of `siglip_port.optimize.ENGINES`.
         device: `cpu`, `cuda`, ...
         threads: CPU threads for the model.
-        batch_size: images at a time.
-        shard_size: rows a file.
-        output: `pooled`, one vector an image; or `tokens`, [N, D] row by row.
-        normalize: whether vectors are of unit length.
-        store: `float32` or `float16`.
-        format: `parquet`; or `npy`, vectors beside the parquet files.
-        preprocess: a hash of every choice that changes a pixel.
-        processor: those choices.
-        images: how many images.
-        ids: a hash of their ids.
+        batch_size: images per forward pass.
+        shard_size: rows per file.
+        tokens: rows contain all tokens, [N, D] row by row, instead of the pooled embedding.
+        normalize: embeddings have unit length.
+        output_dtype: dtype of the stored embeddings.
+        format: `parquet`; or `npy`, with embeddings in arrays beside the Parquet files.
+        preprocessing: hash of `processor`.
+        processor: image processor settings.
+        num_images: number of images.
+        ids: hash of all image ids in order.
     """
 
+    version: int = FORMAT_VERSION
     source: str
     commit: str | None
     weights: str
     dtype: str
-    form: str
+    engine: str
     device: str
     threads: int
     batch_size: int
     shard_size: int
-    output: Output
+    tokens: bool
     normalize: bool
-    store: OutputDtype
+    output_dtype: OutputDtype
     format: FileFormat
-    preprocess: str
+    preprocessing: str
     processor: dict[str, Any]
-    pictures: int
+    num_images: int
     ids: str
 
 
@@ -87,10 +92,10 @@ class Settings:
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Read the `Settings` of a folder, as a dictionary; None where there are none.
+    """Read the `Settings` of an output directory as a dictionary; None if it has none.
 
     Raises:
-        EmbedError: they are damaged.
+        EmbedError: the file is damaged, or of another format version.
     """
     path = folder / SETTINGS_FILE
     try:
@@ -98,38 +103,59 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise EmbedError(f"{path} cannot be read: {error}; take another folder") from error
+        raise EmbedError(
+            f"{path}: cannot be read ({error}); choose another output directory"
+        ) from error
+    validate_settings(path, content)
+    return content  # type: ignore[no-any-return]
+
+
+def validate_settings(path: Path, content: object) -> None:
+    """Raise EmbedError unless `content`, read from `path`, is that of a `Settings`."""
+    if isinstance(content, dict) and "version" not in content and "store" in content:
+        raise EmbedError(
+            f"{path.parent}: embeddings were written by an earlier version of siglip-port; use "
+            "that version, or write to another directory"
+        )
     names = {field.name for field in fields(Settings)}
     if not isinstance(content, dict) or not names <= content.keys():
-        raise EmbedError(f"{path} is not of this program; take another folder")
-    return content
+        raise EmbedError(
+            f"{path}: not a settings file of siglip-port; choose another output directory"
+        )
+    if content["version"] != FORMAT_VERSION:
+        raise EmbedError(
+            f"{path.parent}: embeddings have format version {content['version']!r}, this "
+            f"siglip-port reads {FORMAT_VERSION}; use the version that wrote them, or write to "
+            "another directory"
+        )
 
 
 def read_settings_of_rows(folder: Path) -> dict[str, Any] | None:
-    """Read the settings of the rows of a folder; None where there are no rows.
+    """Read the settings of the rows in an output directory; None if it has no rows.
 
-    Settings without rows are of a run that could not begin, and bind nobody.
+    Settings without rows are of a run that wrote nothing, and are ignored.
 
     Raises:
-        EmbedError: there are rows, and no settings; or the settings are damaged.
+        EmbedError: there are rows without settings, or `read_settings` fails.
     """
     if folder.exists() and not folder.is_dir():
-        raise EmbedError(f"{folder} is a file; name a folder")
+        raise EmbedError(f"{folder}: not a directory; choose another output directory")
     if not any(folder.glob("part-*.parquet")):
         return None
     settings = read_settings(folder)
     if settings is None:
         raise EmbedError(
-            f"{folder} holds parquet files, but no {SETTINGS_FILE}; take another folder"
+            f"{folder}: contains Parquet files but no {SETTINGS_FILE}; choose another output "
+            "directory"
         )
     return settings
 
 
 def claim_folder(folder: Path, settings: Settings) -> None:
-    """Write down the settings of a folder; or make sure that its rows have the same.
+    """Write the settings of an output directory, or check that its rows have the same settings.
 
     Raises:
-        EmbedError: the folder holds rows of other settings.
+        EmbedError: the directory contains rows with other settings.
     """
     new = json.loads(json.dumps(asdict(settings)))
     old = read_settings_of_rows(folder)
@@ -141,23 +167,23 @@ def claim_folder(folder: Path, settings: Settings) -> None:
         return
     differences = []
     for name, value in new.items():
-        if old.get(name) != value and name != "processor":  # `preprocess` is its hash
-            differences.append(f"{name} was {old.get(name)!r} and would be {value!r}")
+        if old.get(name) != value and name != "processor":  # `preprocessing` is its hash
+            differences.append(f"{name} is {old.get(name)!r}, requested {value!r}")
     if differences:
         raise EmbedError(
-            f"{folder} holds rows of another run: {'; '.join(differences)}; take another folder, "
-            "or the same settings"
+            f"{folder}: existing embeddings have other settings: {'; '.join(differences)}; use "
+            "the same settings or another output directory"
         )
 
 
 @contextlib.contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Make a folder, and keep other runs out of it.
+    """Create an output directory and lock it against other runs.
 
-    The lock ends with the process, however that ends.
+    The lock is released when the process ends, however it ends.
 
     Raises:
-        EmbedError: another run has the lock.
+        EmbedError: another run holds the lock.
     """
     from huggingface_hub.utils import WeakFileLock
 
@@ -167,7 +193,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
             yield
     except TimeoutError as error:
         raise EmbedError(
-            f"another run is writing to {folder}; wait for it, or take another folder"
+            f"{folder}: another run is writing to it; wait for it or choose another directory"
         ) from error
 
 
@@ -175,7 +201,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
 
 
 def shard_files(folder: Path, shard: int, file_format: FileFormat) -> list[Path]:
-    """Return the files of a shard; the last one is put in its place last."""
+    """Return the files of a shard, in the order in which they are committed."""
     path = folder / f"part-{shard:06}.parquet"
     if file_format == "npy":
         return [path.with_suffix(".npy"), path]
@@ -192,11 +218,11 @@ def write_shard(
     """Write the rows of a shard.
 
     Args:
-        folder: of the run.
-        shard: its number.
-        items: all of the shard.
-        results: of all its batches, in their order.
-        settings: of the run.
+        folder: output directory.
+        shard: index of the shard.
+        items: images of the shard.
+        results: results of its batches, in order.
+        settings: settings of the run.
     """
     from pyarrow import parquet
 
@@ -204,12 +230,12 @@ def write_shard(
     table = shard_table(items, results, vectors)
     if settings.format == "npy":
         table = table.drop_columns(["embedding"])
-    about = {
+    metadata = {
         **asdict(settings),
         "failed": len(items) - table.column("error").null_count,
         "versions": package_versions(),
     }
-    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(about)})
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)})
     with atomic.staging_dir(folder) as staging:
         files = shard_files(staging, shard, settings.format)
         parquet.write_table(table, files[-1])
@@ -221,7 +247,7 @@ def write_shard(
 def shard_table(
     items: Sequence[Item], results: Sequence[BatchResult], vectors: NDArray[Any]
 ) -> pa.Table:
-    """Put the columns of a shard together."""
+    """Assemble the columns of a shard."""
     import pyarrow as pa
 
     errors: list[str | None] = []
@@ -233,8 +259,8 @@ def shard_table(
             height, width = size or (None, None)
             heights.append(height)
             widths.append(width)
-    # No nulls in `embedding`: releases of pyarrow before 26 write lists of fixed size that are
-    # null, and cannot read them.
+    # No nulls in `embedding`: pyarrow before 26 writes fixed-size lists that are null, but cannot
+    # read them.
     numbers = pa.array(vectors.reshape(-1))
     return pa.table(
         {
@@ -249,12 +275,12 @@ def shard_table(
 
 
 def printable(name: str) -> str:
-    """Return the name of a file as text, which some names are not."""
+    """Return a file name as valid Unicode, with undecodable bytes as backslash escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions that stand in the metadata."""
+    """Return the package versions stored in the metadata."""
     versions = {"python": platform.python_version(), "siglip-port": __version__}
     for name in ("torch", "pillow", "numpy"):
         versions[name] = version(name)
@@ -262,7 +288,7 @@ def package_versions() -> dict[str, str]:
 
 
 def count_rows(path: Path) -> tuple[int, int]:
-    """Return how many rows a shard has, and how many of them have an error.
+    """Return the number of rows of a shard, and the number of those with an error.
 
     Raises:
         EmbedError: the file is damaged.
@@ -271,17 +297,17 @@ def count_rows(path: Path) -> tuple[int, int]:
     from pyarrow import parquet
 
     try:
-        metadata = parquet.read_metadata(path)
-        about = json.loads(metadata.metadata[METADATA_KEY])
-        return metadata.num_rows, about["failed"]
+        file = parquet.read_metadata(path)
+        metadata = json.loads(file.metadata[METADATA_KEY])
+        return file.num_rows, metadata["failed"]
     except (OSError, pa.ArrowException, TypeError, KeyError, ValueError) as error:
         raise EmbedError(
-            f"{path} is no file of this program, or damaged: {error}; delete it, and run again"
+            f"{path}: damaged, or not written by siglip-port ({error}); delete it and run again"
         ) from error
 
 
 def read_vectors(path: Path) -> tuple[list[str], list[str], NDArray[np.float32]]:
-    """Read the rows of a shard that have no error: ids, paths, and vectors [rows, D]."""
+    """Read the rows of a shard without an error: ids, paths, and embeddings [rows, D]."""
     from pyarrow import parquet
 
     table = parquet.read_table(path)

@@ -1,4 +1,4 @@
-"""Progress: on a terminal, and nowhere else."""
+"""Progress is shown on a terminal, and nowhere else."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class Screen:
-    """What a terminal shows."""
+    """Output of a pseudo-terminal."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
 
     def read(self) -> str:
-        """What was written since it was read last, as plain text."""
+        """Return the output since the last call, as plain text."""
         sys.stderr.flush()
         written = b""
         with contextlib.suppress(BlockingIOError):
@@ -34,13 +34,13 @@ class Screen:
         return CONTROLS.sub("", written.decode())
 
     def lines(self) -> list[str]:
-        """The lines that were written, one over the other."""
+        """Return the lines since the last call, each of which overwrites the previous one."""
         return [line.strip() for line in re.split(r"[\r\n]+", self.read())]
 
 
 @contextlib.contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Screen]:
-    """Stderr is a terminal of 60 columns. (No fixture: for each phase, pytest sets stderr anew.)"""
+    """Make stderr a terminal of 60 columns; no fixture, since pytest resets stderr per phase."""
     screen, descriptor = os.openpty()
     os.set_blocking(screen, False)
     with os.fdopen(descriptor, "w") as stderr, monkeypatch.context() as patch:
@@ -53,10 +53,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Screen]:
 
 def test_track(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(monkeypatch) as screen:
-        assert list(track(iter("abc"), "odd encoder [L7]")) == list("abc")
+        assert list(track(iter("abc"), "loading model [L7]")) == list("abc")
         lines = screen.lines()
     counts = [line.removesuffix(" 0:00:00") for line in lines if line]
-    assert list(dict.fromkeys(counts)) == [f"odd encoder [L7] {count}/?" for count in range(4)]
+    assert list(dict.fromkeys(counts)) == [f"loading model [L7] {count}/?" for count in range(4)]
     assert lines[-1] == ""  # it is erased
 
 
@@ -73,18 +73,20 @@ def test_track_erases_after_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with terminal(monkeypatch) as screen:
         with pytest.raises(ValueError, match="broken"):
-            list(track(fail(), "odd encoder"))
+            list(track(fail(), "loading model"))
         assert screen.lines()[-1] == ""
 
 
 def test_status_line_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is wrapped could not be written over."""
+    """Wrapped lines could not be overwritten."""
     monkeypatch.setattr(progress, "REFRESH_SECONDS", -1.0)
-    run = Progress(total=10_000, done=5000, failed=47, fresh=100, seconds=10.0, model=9.0)
+    run = Progress(
+        total=10_000, done=5000, failed=47, processed=100, seconds=10.0, model_seconds=9.0
+    )
     text = describe_progress(run)
     assert text == (
-        "5000/10000, 47 failed, 10.0 images/s, 8 min left: model 90%, waiting 0%, writing 0%, "
-        "decoding 0%, preprocessing 0%"
+        "5,000/10,000 images, 47 failed, 10.0 images/s, 8 min left: model 90%, waiting 0%, "
+        "writing 0%, decoding 0%, preprocessing 0%"
     )
     with terminal(monkeypatch) as screen:
         with status_line() as show:
@@ -104,16 +106,16 @@ def test_status_line_is_not_drawn_too_often(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_nothing_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(track(iter("abc"), "odd encoder")) == list("abc")
+    assert list(track(iter("abc"), "loading model")) == list("abc")
     with status_line() as show:
-        show("listing the images")
+        show("listing images")
     assert capsys.readouterr() == ("", "")
 
 
 def test_nothing_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(monkeypatch) as screen:
         monkeypatch.setitem(sys.modules, "rich", None)
-        assert list(track(iter("abc"), "odd encoder")) == list("abc")
+        assert list(track(iter("abc"), "loading model")) == list("abc")
         with status_line() as show:
-            show("listing the images")
+            show("listing images")
         assert screen.read() == ""

@@ -1,4 +1,4 @@
-"""What the tests of runs over many images share."""
+"""Fixtures of the tests of embedding runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.helpers.embedding import OPTIONS
 
 @pytest.fixture
 def model(encoder_folder: Path) -> SigLipVisionModel:
-    """The model of the fixture `encoder`, for a test to change."""
+    """The model of the fixture `encoder_folder`; tests may change it."""
     return SigLipVisionModel.from_hf(encoder_folder)
 
 
 @pytest.fixture(scope="session")
 def embedded(photos: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the vectors of the fixture `photos`, made in one go. Not to be changed."""
+    """Output directory of an uninterrupted run over the fixture `photos`; read-only."""
     folder = tmp_path_factory.mktemp("embedded")
     embed([photos], folder, SigLipVisionModel.from_hf(encoder_folder), **OPTIONS)
     return folder

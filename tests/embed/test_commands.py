@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,27 +13,38 @@ from tests.helpers.embedding import broken_images, readable_rows
 
 
 def test_embed(photos: Path, encoder_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    output = tmp_path / "output"
     arguments = [
         "embed",
         photos,
         "-o",
-        out,
+        output,
         "--model",
         encoder_folder,
         "--batch-size",
         8,
-        "--workers",
+        "--num-workers",
         0,
     ]
-    report = json.loads(run(*arguments, "--form", "eager", "--json", code=3).stdout)
-    assert report["done"] == report["fresh"] == 50
-    assert report["failed"] == len(broken_images(photos))
-    for kind in ("decoding", "preprocessing", "model", "writing"):
-        assert report[kind] > 0
-    assert "50 of 50 images in" in run(*arguments, code=3).stdout
+    report = json.loads(run(*arguments, "--engine", "eager", "--json", code=3).stdout)
+    failed = len(broken_images(photos))
+    assert report["output"] == str(output)
+    assert report["done"] == report["processed"] == 50
+    assert report["failed"] == failed
+    for phase in ("decode", "preprocess", "model", "write"):
+        assert report[f"{phase}_seconds"] > 0
+    (output / "part-000000.parquet").unlink()
+    lines = run(*arguments, code=3).stdout.splitlines()
+    assert lines[0] == f"{50 - failed} images embedded, {failed} failed (see column error)"
+    assert re.fullmatch(rf"{output}: 50 new rows in [\d.]+ s \([\d.]+ images/s\)", lines[1])
+    assert re.fullmatch(
+        r"time: model [\d.]+ s, waiting [\d.]+ s, writing [\d.]+ s; "
+        r"all workers: decoding [\d.]+ s, preprocessing [\d.]+ s",
+        lines[2],
+    )
+    assert run(*arguments, code=3).stdout.splitlines()[1] == f"{output}: already complete"
     refused = run(*arguments, "--normalize", code=1).stderr
-    assert "holds rows of another run: normalize was" in refused
+    assert f"{output}: existing embeddings have other settings: normalize is False" in refused
 
 
 def test_embed_without_broken_images(
@@ -42,13 +54,14 @@ def test_embed_without_broken_images(
     images = tmp_path / "images"
     images.mkdir()
     (images / "a.png").write_bytes(Path(image["path"]).read_bytes())
-    options = ["--model", encoder_folder, "--form", "eager", "--workers", 0]
-    run("embed", images, "-o", tmp_path / "out", *options, code=0)
+    options = ["--model", encoder_folder, "--engine", "eager", "--num-workers", 0]
+    result = run("embed", images, "--output", tmp_path / "output", *options, code=0)
+    assert result.stdout.startswith("1 image embedded\n")
 
 
 def test_search(embedded: Path) -> None:
     query = readable_rows(embedded)[0]
-    nearest = json.loads(run("search", embedded, query["path"], "-k", 3, "--json").stdout)[
+    nearest = json.loads(run("search", embedded, query["path"], "--top-k", 3, "--json").stdout)[
         "nearest"
     ]
     assert nearest[0]["id"] == query["id"]
@@ -58,10 +71,15 @@ def test_search(embedded: Path) -> None:
 
 
 def test_unusable_arguments(photos: Path, encoder_folder: Path, tmp_path: Path) -> None:
-    missing = run("embed", tmp_path / "no", "-o", "out", "--model", encoder_folder, code=1)
-    assert "does not exist" in missing.stderr
-    arguments = ["embed", photos, "-o", "out", "--model", encoder_folder]
-    assert "cannot be used here" in run(*arguments, "--device", "cuda:9", code=2).output
-    unknown = run(*arguments, "--form", "quick", code=2).output
-    assert "'quick' is none of eager, packed" in " ".join(unknown.replace("│", " ").split())
-    assert "holds no vectors" in run("search", tmp_path, photos / "x.png", code=1).stderr
+    missing = run("embed", tmp_path / "no", "-o", "output", "--model", encoder_folder, code=1)
+    assert "no: does not exist; pass a folder, a file or a quoted pattern" in missing.stderr
+    arguments = ["embed", photos, "-o", "output", "--model", encoder_folder]
+    assert (
+        "--device cuda:9 is not available: " in run(*arguments, "--device", "cuda:9", code=2).output
+    )
+    unknown = run(*arguments, "--engine", "quick", code=2).output
+    assert "eager, packed" in " ".join(unknown.replace("│", " ").split())
+    empty = run("search", tmp_path, photos / "x.png", code=1)
+    assert (
+        empty.stderr == f"{tmp_path}: contains no embeddings; write them with siglip-port embed\n"
+    )

@@ -1,4 +1,4 @@
-"""Worker processes that decode, and what becomes of images whose worker dies."""
+"""Decoding in worker processes, and images whose worker dies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.checkpoints import SMALL
 from tests.helpers.embedding import OPTIONS, read_rows
 from tests.helpers.processes import EMBED_PROGRAM, process_ids_naming
 
-DEADLY = ("0000009", "0000030", "0000031")
+CRASHING = ("0000009", "0000030", "0000031")
 
 
 @pytest.mark.parametrize("always", [True, False], ids=["always", "once"])
@@ -34,38 +34,40 @@ def test_worker_dies(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An image that kills whoever decodes it becomes an error; one killed once does not."""
+    """An image becomes an error if it always crashes its worker, not if it does so once."""
     deaths = tmp_path / "deaths"
     deaths.mkdir()
 
-    def die(item: Item, processor: ImageProcessor) -> DecodedImage:
+    def crash(item: Item, processor: ImageProcessor) -> DecodedImage:
         name = Path(item.id).stem
-        if name in DEADLY:
+        if name in CRASHING:
             with (deaths / name).open("ab") as file:
                 file.write(b"x")
             if always or (deaths / name).stat().st_size == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
         return decode(item, processor)
 
-    monkeypatch.setattr("siglip_port.embed.decode.decode", die)
-    embed([photos], tmp_path / "out", model, **{**OPTIONS, "workers": 2})
+    monkeypatch.setattr("siglip_port.embed.decode.decode", crash)
+    embed([photos], tmp_path / "out", model, **{**OPTIONS, "num_workers": 2})
     for row, expected in zip(read_rows(tmp_path / "out"), read_rows(embedded), strict=True):
-        if always and Path(row["id"]).stem in DEADLY:
+        if always and Path(row["id"]).stem in CRASHING:
             assert (row["error"], row["width"]) == (WORKER_DIED, None)
         else:
             assert repr(row) == repr(expected)
-    for name in DEADLY:
+    for name in CRASHING:
         assert (deaths / name).stat().st_size >= 2
 
 
 def test_workers_cannot_start(
     photos: Path, model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which is no fault of the images."""
-    two_workers = {**OPTIONS, "workers": 2}
+    """An error of the run, not of the images."""
+    two_workers = {**OPTIONS, "num_workers": 2}
     with monkeypatch.context() as patched:
         patched.setattr("siglip_port.embed.decode.initialize_worker", lambda: os._exit(1))
-        message = r"processes to decode cannot be begun: .* take fewer workers, or 0"
+        message = (
+            r"decoding processes cannot start \(.*\); reduce --num-workers \(0 decodes in the main"
+        )
         with pytest.raises(EmbedError, match=message):
             embed([photos], tmp_path, model, **two_workers)
 
@@ -74,22 +76,22 @@ def test_workers_cannot_start(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fork", refuse)
-        message = r"cannot be begun: .*Resource temporarily unavailable"
+        message = r"decoding processes cannot start \(.*Resource temporarily unavailable\)"
         with pytest.raises(EmbedError, match=message):
             embed([photos], tmp_path, model, **two_workers)
-    assert embed([photos], tmp_path, model, **OPTIONS).fresh == 50
+    assert embed([photos], tmp_path, model, **OPTIONS).processed == 50
 
 
 def test_workers_end_with_killed_parent(photos: Path, tmp_path: Path) -> None:
-    """With more images on their hands than a pipe holds."""
+    """Even with more images in progress than a pipe buffers."""
     SigLipVisionModel(replace(SMALL, image_size=96)).save_hf(tmp_path / "model")
     arguments = map(str, (photos, tmp_path / "out", tmp_path / "model"))
     command = [sys.executable, "-c", EMBED_PROGRAM, *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        process.stdout.readline()  # the first batch: both workers are at the next ones
+        process.stdout.readline()  # after the first batch, both workers are busy
         wait_until(lambda: len(process_ids_naming(tmp_path)) == 3)
-        time.sleep(0.5)  # until the pipe is full, which nothing tells
+        time.sleep(0.5)  # until the pipe is full, which cannot be observed
         process.kill()
     wait_until(lambda: not process_ids_naming(tmp_path))
 

@@ -1,4 +1,4 @@
-"""`Embedder`, the function of a batch of rows that other programs call."""
+"""`Embedder`, the function of a batch of rows."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def test_column_of_arrays(embedder: Embedder, files: list[str]) -> None:
 
 def test_column_without_images(embedder: Embedder) -> None:
     errors = embedder({"image": [None, {"bytes": None, "path": None}]})["error"]
-    assert errors.tolist() == ["the row holds neither bytes nor a path"] * 2
+    assert errors.tolist() == ["the row contains neither bytes nor a path"] * 2
     assert embedder({"path": []})["embedding"].shape == (0, embedder.embedding_dim)
-    message = "no column bytes or image or path, but png; name one by column="
+    message = "batch has no column bytes or image or path, only png; pass column="
     with pytest.raises(ValueError, match=message):
         embedder({"png": [b""]})
 
@@ -102,8 +102,7 @@ def test_weights_load_lazily(encoder_folder: Path, monkeypatch: pytest.MonkeyPat
     embedder = Embedder(encoder_folder)
     assert embedder.embedding_dim == SMALL.embed_dim
     assert (
-        Embedder(encoder_folder, output="tokens").embedding_dim
-        == SMALL.embed_dim * SMALL.num_patches
+        Embedder(encoder_folder, tokens=True).embedding_dim == SMALL.embed_dim * SMALL.num_patches
     )
     assert len(pickle.dumps(embedder)) < 10_000
     with pytest.raises(AssertionError):
@@ -113,7 +112,7 @@ def test_weights_load_lazily(encoder_folder: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_pickle(in_memory: bool, encoder_folder: Path, files: list[str]) -> None:
     source = SigLipVisionModel.from_hf(encoder_folder) if in_memory else encoder_folder
-    embedder = Embedder(source, form="packed")
+    embedder = Embedder(source, engine="packed")
     before = pickle.dumps(embedder)
     expected = repr(embedder({"path": files}))
     after = pickle.dumps(embedder)
@@ -125,19 +124,23 @@ def test_pickle(in_memory: bool, encoder_folder: Path, files: list[str]) -> None
 
 
 def test_output_options(encoder_folder: Path, files: list[str]) -> None:
-    options: dict[str, Any] = {"normalize": True, "dtype": torch.bfloat16, "store": "float16"}
+    options: dict[str, Any] = {
+        "normalize": True,
+        "dtype": torch.bfloat16,
+        "output_dtype": "float16",
+    }
     unit = Embedder(encoder_folder, **options)({"path": files})["embedding"]
     assert unit.dtype == np.float16
     assert np.allclose(np.linalg.norm(unit[:2].astype(float), axis=1), 1, atol=1e-2)
-    tokens = Embedder(encoder_folder, output="tokens")({"path": files})["embedding"]
+    tokens = Embedder(encoder_folder, tokens=True)({"path": files})["embedding"]
     assert tokens.shape == (5, SMALL.embed_dim * SMALL.num_patches)
 
 
-def test_vector_does_not_depend_on_batch(encoder_folder: Path, files: list[str]) -> None:
+def test_embedding_does_not_depend_on_batch(encoder_folder: Path, files: list[str]) -> None:
     embedder = Embedder(encoder_folder, batch_size=4)
-    together = embedder({"path": [files[0], files[1], files[3]]})["embedding"]
-    alone = embedder({"path": [files[0]]})["embedding"]
-    assert np.array_equal(together[:1], alone)
+    batched = embedder({"path": [files[0], files[1], files[3]]})["embedding"]
+    single = embedder({"path": [files[0]]})["embedding"]
+    assert np.array_equal(batched[:1], single)
 
 
 def test_threads(encoder_folder: Path) -> None:
@@ -145,17 +148,17 @@ def test_threads(encoder_folder: Path) -> None:
     before = torch.get_num_threads()
     embedder = Embedder(encoder_folder, threads=before + 1)
     embedder.model.register_forward_pre_hook(lambda *_: threads.append(torch.get_num_threads()))
-    embedder.vectors([decode(np.zeros((4, 4, 3), np.uint8), embedder.processor)])
+    embedder.encode([decode(np.zeros((4, 4, 3), np.uint8), embedder.processor)])
     assert threads == [before + 1]
     assert torch.get_num_threads() == before
 
 
-def test_nan_vector_is_an_error(embedder: Embedder) -> None:
+def test_nan_embedding_is_an_error(embedder: Embedder) -> None:
     with torch.no_grad():
         embedder.base_model.transformer.post_layernorm.bias[0] = torch.nan
     black = decode(np.zeros((4, 4, 3), np.uint8), embedder.processor)
-    vectors, errors = embedder.vectors([black, DecodedImage(None, None, "x", 0)])
-    assert errors == ["the model gave what is no number", "x"]
+    vectors, errors = embedder.encode([black, DecodedImage(None, None, "x", 0)])
+    assert errors == ["the model returned NaN or infinity", "x"]
     assert np.isnan(vectors).all()
 
 
@@ -164,12 +167,12 @@ def test_nan_vector_is_an_error(embedder: Embedder) -> None:
     [
         ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
         ({"threads": True}, "threads must be a positive integer, got True"),
-        ({"form": "quick"}, "form must be one of eager, packed"),
-        ({"form": "fastest"}, "form must be one of eager, packed"),
-        ({"form": None}, "form must be one of eager, packed"),
-        ({"output": "all"}, "output must be pooled or tokens"),
-        ({"store": "int8"}, "store float32 or float16, got 'pooled' and 'int8'"),
-        ({"output": "tokens", "normalize": True}, "not normalized"),
+        ({"engine": "quick"}, "engine must be one of eager, packed"),
+        ({"engine": "fastest"}, "engine must be one of eager, packed"),
+        ({"engine": None}, "engine must be one of eager, packed"),
+        ({"tokens": "all"}, "tokens must be True or False, got 'all'"),
+        ({"output_dtype": "int8"}, "output_dtype must be one of float32, float16, got 'int8'"),
+        ({"tokens": True, "normalize": True}, "normalize cannot be combined with tokens"),
         ({"backend": "cv2"}, "backend must be"),
     ],
 )
@@ -179,12 +182,12 @@ def test_wrong_option(options: dict[str, Any], message: str, encoder_folder: Pat
 
 
 def test_unusable_model(encoder_folder: Path) -> None:
-    with pytest.raises(ValueError, match="optimized already"):
+    with pytest.raises(ValueError, match="model is already optimized; pass the original model"):
         Embedder(optimize(SigLipVisionModel.from_hf(encoder_folder), engines=[]))
     with pytest.raises(ValueError, match="no pooling head"):
         Embedder(SigLipVisionModel(replace(SMALL, pooling_head=False)))
-    with pytest.raises(ValueError, match="images of one size"):
-        Embedder(SigLipVisionModel(replace(SMALL, naflex=True)), output="tokens")
+    with pytest.raises(ValueError, match="tokens of a NaFlex model cannot be stored"):
+        Embedder(SigLipVisionModel(replace(SMALL, naflex=True)), tokens=True)
 
 
 def test_daft(photos: Path, embedder: Embedder) -> None:

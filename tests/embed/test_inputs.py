@@ -1,4 +1,4 @@
-"""Where images come from: what is listed, and what is read."""
+"""Inputs of a run: listing and reading images."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_tar(path: Path, names: list[str], contents: list[bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def archives(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the photos as a tar file, as parquet files of every kind, and as a list."""
+    """The photos as a tar file, as Parquet files with each image column, and as a list."""
     folder = tmp_path_factory.mktemp("archives")
     names = image_names(photos)
     contents = read_photos(photos)
@@ -94,7 +94,7 @@ def test_embed_parquet_input(
     assert vectors == repr(read_column(embedded, "embedding"))
 
 
-def test_items_of_several_inputs_have_own_ids(tmp_path: Path) -> None:
+def test_ids_of_several_inputs_are_distinct(tmp_path: Path) -> None:
     one = tmp_path / "one"
     two = tmp_path / "two"
     for folder in (one, two):
@@ -106,13 +106,13 @@ def test_items_of_several_inputs_have_own_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("no", None, "does not exist"),
-        ("a.tar", b"no tar" * 200, "cannot be read as a tar file"),
-        ("a.parquet", b"no parquet", "cannot be read as a parquet file"),
-        ("a.txt", b"\xff\xfe\xff", "cannot be read as a list of paths"),
-        ("b.txt", b"\n\n", "holds no image"),
+        ("no", None, "no: does not exist; pass a folder, a file or a quoted pattern"),
+        ("a.tar", b"no tar" * 200, "a.tar: cannot be read as an uncompressed tar file"),
+        ("a.parquet", b"no parquet", "a.parquet: cannot be read as a Parquet file"),
+        ("a.txt", b"\xff\xfe\xff", "a.txt: cannot be read as a list of paths"),
+        ("b.txt", b"\n\n", "b.txt: no images found"),
         ("folder", None, "does not exist"),
-        ("a.tar.gz", b"", "is a compressed archive: unpack it"),
+        ("a.tar.gz", b"", "compressed archives are not supported; unpack it"),
     ],
 )
 def test_unusable_input(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
@@ -123,22 +123,24 @@ def test_unusable_input(name: str, content: bytes | None, message: str, tmp_path
 
 
 def test_input_without_images(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there are no inputs"):
+    with pytest.raises(ValueError, match="no inputs; pass folders, files or patterns"):
         find_items([])
-    with pytest.raises(ValueError, match=r"\*.jpg is a pattern that no file here matches"):
+    with pytest.raises(ValueError, match=r"\*.jpg: no file matches this pattern"):
         find_items([tmp_path / "*.jpg"])
-    message = r"holds no image .* by a pattern such as 'folder/\*.tar'"
+    message = r"no images found .* as a pattern such as 'folder/\*.tar'"
     with pytest.raises(ValueError, match=message):
         find_items([tmp_path])
 
 
 def test_parquet_input_without_images(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="has no column bytes or image or path, but text"):
+    with pytest.raises(
+        ValueError, match="no image column; expected bytes or image or path, found text"
+    ):
         find_items([tmp_path / "a.parquet"])
     parquet.write_table(pa.table({"bytes": pa.array([None], pa.binary())}), tmp_path / "b.parquet")
     (item,) = find_items([tmp_path / "b.parquet"])
-    with pytest.raises(ImageError, match="holds neither bytes nor a path"):
+    with pytest.raises(ImageError, match="the row contains neither bytes nor a path"):
         read(item)
 
 
@@ -156,31 +158,39 @@ def test_parquet_input_that_changes(tmp_path: Path) -> None:
     items = find_items([file])
     parquet.write_table(table.slice(0, 1), file)
     for item in items[1:]:
-        with pytest.raises(ImageError, match="the parquet file cannot be read: "):
+        with pytest.raises(ImageError, match="the Parquet file cannot be read: "):
             read(item)
     file.write_bytes(file.read_bytes()[:-50])
-    with pytest.raises(ImageError, match=r"the parquet file cannot be read: .*footer"):
+    with pytest.raises(ImageError, match=r"the Parquet file cannot be read: .*footer"):
         read(items[3])
     paths = pa.array([b"\xff.jpg"], pa.binary()).view(pa.string())
     parquet.write_table(pa.table({"path": paths}), file)
-    with pytest.raises(ImageError, match=r"the parquet file cannot be read: .*codec"):
+    with pytest.raises(ImageError, match=r"the Parquet file cannot be read: .*codec"):
         read(find_items([file])[0])
 
 
-def test_file_that_goes_away(tmp_path: Path) -> None:
+def test_deleted_file(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="No such file"):
         read(Item("a", str(tmp_path / "a.png")))
 
 
-def test_tar_member_without_end(tmp_path: Path) -> None:
-    """A size of -512 leads back to the same header."""
+def test_truncated_tar(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", ["a.jpg"], [b"x" * 1000])
+    (item,) = find_items([tmp_path / "a.tar"])
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
+    with pytest.raises(ImageError, match="the tar file is truncated inside the image"):
+        read(item)
+
+
+def test_tar_member_of_negative_size(tmp_path: Path) -> None:
+    """A size of -512 makes the next header the same one."""
     header = bytearray(tarfile.TarInfo("a.jpg").tobuf())
     header[124:136] = b"\xff" * 10 + (0x10000 - 512).to_bytes(2, "big")
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(10240))
-    # Newer Pythons refuse it themselves.
-    with pytest.raises(ValueError, match=r"a.tar cannot be read as a tar file"):
+    # Newer releases of Python reject it themselves.
+    with pytest.raises(ValueError, match=r"a.tar: cannot be read as an uncompressed tar file"):
         find_items([tmp_path / "a.tar"])
 
 
@@ -195,7 +205,7 @@ def test_folder_with_links_pipes_and_huge_files(model: SigLipVisionModel, tmp_pa
     os.mkfifo(folder / "c.png")
     (folder / "d.jpg").symlink_to(tmp_path / "absent.jpg")
     (folder / "e.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    (folder / "f").symlink_to(tmp_path / "elsewhere")  # as `a` is: nothing twice
+    (folder / "f").symlink_to(tmp_path / "elsewhere")  # same target as `a`
     with (folder / "g.jpg").open("wb") as file:
         file.truncate(10**12)  # sparse: nothing is written
     embed([folder], tmp_path / "out", model, **OPTIONS)
@@ -223,11 +233,11 @@ def test_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monkey
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)  # root may list every folder
-    with pytest.raises(ValueError, match="a cannot be listed: Permission denied"):
+    with pytest.raises(ValueError, match=r"a: folder cannot be listed \(Permission denied\)"):
         find_items([tmp_path])
 
 
-def test_file_name_that_is_no_unicode(model: SigLipVisionModel, tmp_path: Path) -> None:
+def test_file_name_that_is_not_unicode(model: SigLipVisionModel, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     Image.new("RGB", (4, 4)).save(folder / os.fsdecode(b"\xff.png"))

@@ -1,4 +1,4 @@
-"""The same vectors on a Ray cluster."""
+"""Runs on a Ray cluster, with the same embeddings."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from siglip_port.extras import MissingExtraError
 from tests.helpers.embedding import broken_images, image_paths, row_texts
 
 OPTIONS: dict[str, Any] = {
-    "form": "eager",
+    "engine": "eager",
     "batch_size": 4,
     "shard_size": 12,
     "threads": 2,
-    "workers": 0,
+    "num_workers": 0,
 }
 
 
 # --- without a cluster ----------------------------------------------------------------------------
 
 
-def test_stages_give_what_a_local_run_gives(
+def test_stages_match_a_local_run(
     photos: Path, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Ray calls them: what goes in and comes out of a stage is pickled, and so is the model."""
+    """Called as Ray does, with pickled inputs, outputs and model."""
     encoder = Embedder(SigLipVisionModel.from_hf(encoder_folder), batch_size=4)
     items = find_items([photos])
     batches = [Batch(number, 0, tuple(items[4 * number : 4 * number + 4])) for number in range(3)]
@@ -53,24 +53,35 @@ def test_stages_give_what_a_local_run_gives(
 
 
 @pytest.mark.parametrize(
-    ("cpus", "workers", "count"), [(7.0, None, 2), (6.0, 1, 1), (3.0, None, 1)]
+    ("cpus", "num_workers", "count"), [(7.0, None, 2), (6.0, 1, 1), (3.0, None, 1)]
 )
 def test_model_count(
     cpus: float,
-    workers: int | None,
+    num_workers: int | None,
     count: int,
     encoder_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": cpus})
-    assert model_count(Embedder(encoder_folder, threads=2), workers) == count
+    assert model_count(Embedder(encoder_folder, threads=2), num_workers) == count
 
 
 def test_cluster_too_small(encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 5.0})
-    message = "has 5 CPUs, and 2 models need 3: --threads 2, and one to decode, for each"
-    with pytest.raises(EmbedError, match=message):
+    message = (
+        "Ray cluster is too small for 2 model processes: it has 5 CPUs, needs 3 per model (2 "
+        "threads, 1 for decoding); reduce --num-workers or --threads"
+    )
+    with pytest.raises(EmbedError, match=re.escape(message)):
         model_count(Embedder(encoder_folder, threads=2), 2)
+
+
+def test_cluster_without_gpus(encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 5.0})
+    monkeypatch.setattr("siglip_port.embed.ray.runs_on_gpu", lambda encoder: True)
+    message = "it has 0 GPUs, needs 1 per model; reduce --num-workers or use --device cpu"
+    with pytest.raises(EmbedError, match=message):
+        model_count(Embedder(encoder_folder), None)
 
 
 def test_ray_missing(photos: Path, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,10 +94,10 @@ def test_ray_missing(photos: Path, encoder_folder: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1: "),
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1 "),
         ("ray://127.0.0.1:1", "no Ray cluster answers at "),
         ("127.0.0.1:99999", "no Ray cluster answers at "),
-        ("here", "'here' is no address of a Ray cluster: HOST:PORT, or auto"),
+        ("here", "address must be HOST:PORT, auto or local, got 'here'"),
     ],
 )
 def test_unreachable_cluster(
@@ -94,7 +105,7 @@ def test_unreachable_cluster(
 ) -> None:
     model = SigLipVisionModel.from_hf(encoder_folder)
     with pytest.raises(EmbedError, match=message):
-        embed([photos], tmp_path / "out", model, engine="ray", address=address, **OPTIONS)
+        embed([photos], tmp_path / "out", model, executor="ray", address=address, **OPTIONS)
 
 
 # --- on a cluster of two workers ------------------------------------------------------------------
@@ -105,7 +116,7 @@ class StopError(Exception):
 
 
 def stop_after_25(progress: Progress) -> None:
-    if progress.fresh >= 25:
+    if progress.processed >= 25:
         raise StopError
 
 
@@ -113,12 +124,12 @@ def stop_after_25(progress: Progress) -> None:
 def cluster_run(
     photos: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """One cluster for all: what `tests/helpers/ray_cluster.py` writes, with the local run."""
+    """Output of `tests/helpers/ray_cluster.py`, with that of a local run in `local`."""
     folder = tmp_path_factory.mktemp("ray")
     model = SigLipVisionModel.from_hf(encoder_folder)
     embed([photos], folder / "local", model, **OPTIONS)
     with pytest.raises(StopError):
-        embed([photos], folder / "run", model, report=stop_after_25, **OPTIONS)
+        embed([photos], folder / "run", model, on_progress=stop_after_25, **OPTIONS)
     script = Path(__file__).parents[1] / "helpers" / "ray_cluster.py"
     command = [sys.executable, *map(str, (script, photos, encoder_folder, folder))]
     subprocess.run(command, cwd=script.parents[2], check=True, timeout=600)
@@ -132,15 +143,15 @@ def read_report(cluster_run: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_cluster_resumes_local_run(cluster_run: Path, photos: Path) -> None:
-    """It ends with the same bits."""
+    """The rows are bitwise equal."""
     report = read_report(cluster_run)
-    assert (report["fresh"], report["failed"]) == (26, len(broken_images(photos)))
+    assert (report["processed"], report["failed"]) == (26, len(broken_images(photos)))
     assert row_texts(cluster_run / "run") == row_texts(cluster_run / "local")
 
 
 @pytest.mark.slow
-def test_image_kills_every_process_of_cluster(cluster_run: Path) -> None:
-    message = "the Ray cluster gave up: .*died.* without --engine ray also past an image"
+def test_image_crashes_every_process_of_cluster(cluster_run: Path) -> None:
+    message = "Ray cluster failed: .*died.* with --executor local if an image crashes"
     assert re.match(message, read_report(cluster_run)["deadly"])
 
 

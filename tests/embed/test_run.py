@@ -1,4 +1,4 @@
-"""A run over many images: the rows that it ends with, and what it survives."""
+"""Embedding runs: their rows, interruptions and errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StopError(Exception):
 
 
 def stop_after_16(progress: Progress) -> None:
-    if progress.fresh >= 16:
+    if progress.processed >= 16:
         raise StopError
 
 
@@ -55,7 +55,12 @@ def test_row_per_image(photos: Path, model: SigLipVisionModel, tmp_path: Path) -
     broken = broken_images(photos)
     assert read_column(tmp_path, "id") == image_names(photos)
     assert {row["id"] for row in rows if row["error"]} == set(broken)
-    assert (summary.done, summary.total, summary.fresh, summary.failed) == (50, 50, 50, len(broken))
+    assert (summary.done, summary.total, summary.processed, summary.failed) == (
+        50,
+        50,
+        50,
+        len(broken),
+    )
     files = [f"part-{number:06}.parquet" for number in range(5)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "_run.json", *files]
 
@@ -80,21 +85,25 @@ def test_row_of_image(photos: Path, embedded: Path, model: SigLipVisionModel) ->
 def test_file_metadata(
     photos: Path, encoder_folder: Path, model: SigLipVisionModel, tmp_path: Path
 ) -> None:
-    embed([photos], tmp_path, model, store="float16", normalize=True, **OPTIONS)
+    embed([photos], tmp_path, model, output_dtype="float16", normalize=True, **OPTIONS)
     file = parquet.ParquetFile(tmp_path / "part-000001.parquet")
     column = file.schema_arrow.field("embedding")
     assert str(column.type) == f"fixed_size_list<element: halffloat>[{SMALL.embed_dim}]"
-    about = read_metadata(tmp_path / "part-000001.parquet")
-    assert (about["source"], about["commit"], about["dtype"]) == (
+    metadata = read_metadata(tmp_path / "part-000001.parquet")
+    assert (metadata["source"], metadata["commit"], metadata["dtype"]) == (
         str(encoder_folder),
         None,
         "float32",
     )
-    assert (about["normalize"], about["store"], about["output"]) == (True, "float16", "pooled")
+    assert (metadata["normalize"], metadata["output_dtype"], metadata["tokens"]) == (
+        True,
+        "float16",
+        False,
+    )
     processor = ImageProcessor.from_config(model.preprocessor_config)
-    assert about["preprocess"] == processor.fingerprint
-    assert about["failed"] == 12 - file.read().column("error").null_count
-    assert torch.__version__.startswith(about["versions"]["torch"])
+    assert metadata["preprocessing"] == processor.fingerprint
+    assert metadata["failed"] == 12 - file.read().column("error").null_count
+    assert torch.__version__.startswith(metadata["versions"]["torch"])
     vectors = [row["embedding"] for row in readable_rows(tmp_path)]
     assert np.allclose(np.linalg.norm(np.array(vectors, dtype=float), axis=1), 1, atol=1e-2)
 
@@ -134,7 +143,7 @@ def test_arrays_beside_parquet_files(
     assert np.array_equal(vectors, expected_vectors, equal_nan=True)
     assert read_rows(tmp_path) == expected
     (tmp_path / "part-000001.npy").unlink()
-    assert embed([photos], tmp_path, model, format="npy", **OPTIONS).fresh == 12
+    assert embed([photos], tmp_path, model, format="npy", **OPTIONS).processed == 12
 
 
 def test_shards_hold_whole_batches(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
@@ -144,7 +153,7 @@ def test_shards_hold_whole_batches(photos: Path, model: SigLipVisionModel, tmp_p
 
 
 def test_tokens(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
-    embed([photos], tmp_path, model, output="tokens", **OPTIONS)
+    embed([photos], tmp_path, model, tokens=True, **OPTIONS)
     row = readable_rows(tmp_path)[0]
     processor = ImageProcessor.from_config(model.preprocessor_config)
     with torch.inference_mode():
@@ -153,13 +162,13 @@ def test_tokens(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
     assert torch.allclose(stored, tokens, rtol=1e-4, atol=1e-4)
 
 
-def test_nan_vector_is_an_error(photos: Path, tmp_path: Path) -> None:
+def test_nan_embedding_is_an_error(photos: Path, tmp_path: Path) -> None:
     model = SigLipVisionModel(SMALL).eval()
     with torch.no_grad():
         model.transformer.post_layernorm.bias[0] = torch.nan
     summary = embed([photos], tmp_path, model, **OPTIONS)
     assert summary.failed == 50
-    assert "the model gave what is no number" in read_column(tmp_path, "error")
+    assert "the model returned NaN or infinity" in read_column(tmp_path, "error")
 
 
 @pytest.mark.parametrize("naflex", [False, True])
@@ -173,6 +182,8 @@ def test_image_of_wrong_size_without_resizing(naflex: bool, tmp_path: Path) -> N
     embed([folder], tmp_path / "out", model, **OPTIONS)
     errors = read_column(tmp_path / "out", "error")
     assert list(map(bool, errors)) == [False, True, False, True]
+    if not naflex:
+        assert errors[1] == "the image must be [3, 16, 16] without resizing, got [3, 61, 40]"
 
 
 # --- engines --------------------------------------------------------------------------------------
@@ -188,14 +199,14 @@ def test_fastest_engine(
         return fast
 
     monkeypatch.setattr("siglip_port.embed.run.optimize", choose)
-    embed([photos], tmp_path / "fastest", model, **{**OPTIONS, "form": "fastest"})
-    assert read_settings_file(tmp_path / "fastest")["form"] == "packed"
-    embed([photos], tmp_path / "default", model, **{**OPTIONS, "form": None})
-    assert read_settings_file(tmp_path / "default")["form"] == "eager"
+    embed([photos], tmp_path / "fastest", model, **{**OPTIONS, "engine": "fastest"})
+    assert read_settings_file(tmp_path / "fastest")["engine"] == "packed"
+    embed([photos], tmp_path / "default", model, **{**OPTIONS, "engine": None})
+    assert read_settings_file(tmp_path / "default")["engine"] == "eager"
 
 
 def test_int8(photos: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
-    embed([photos], tmp_path, model, **{**OPTIONS, "form": "int8"})
+    embed([photos], tmp_path, model, **{**OPTIONS, "engine": "int8"})
     assert read_settings_file(tmp_path)["dtype"] == "int8"
     largest = 0.0
     for row, expected in zip(read_rows(tmp_path), read_rows(embedded), strict=True):
@@ -205,13 +216,10 @@ def test_int8(photos: Path, embedded: Path, model: SigLipVisionModel, tmp_path: 
     assert 0 < largest < 1
 
 
-def test_engine_that_cannot_be_used(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
-    """Leaves nothing."""
-    options = {**OPTIONS, "form": "onnxruntime", "dtype": torch.bfloat16}
-    message = (
-        "form onnxruntime cannot be used here: "
-        "requires float32 on a CPU, got bfloat16 on cpu; take another"
-    )
+def test_unavailable_engine(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
+    """Nothing is written."""
+    options = {**OPTIONS, "engine": "onnxruntime", "dtype": torch.bfloat16}
+    message = "engine onnxruntime is not available: .*float32.*; choose another, or eager"
     with pytest.raises(EmbedError, match=message):
         embed([photos], tmp_path / "out", model, **options)
     assert not (tmp_path / "out").exists()
@@ -221,13 +229,13 @@ def test_engine_that_cannot_be_used(photos: Path, model: SigLipVisionModel, tmp_
 
 
 @pytest.mark.parametrize("naflex", [False, True])
-def test_vectors_do_not_depend_on_workers_or_interruptions(
+def test_embeddings_do_not_depend_on_workers_or_interruptions(
     naflex: bool, photos: Path, tmp_path: Path
 ) -> None:
-    """Ended after each batch in turn: the same bits as in one go."""
+    """Bitwise equal to an uninterrupted run when stopped again and again."""
     model = random_model(replace(SMALL, naflex=naflex))
     embed([photos], tmp_path / "whole", model, **OPTIONS)
-    embed([photos], tmp_path / "workers", model, **{**OPTIONS, "workers": 2})
+    embed([photos], tmp_path / "workers", model, **{**OPTIONS, "num_workers": 2})
     assert row_texts(tmp_path / "workers") == row_texts(tmp_path / "whole")
     attempts = 0
     summary = None
@@ -235,7 +243,9 @@ def test_vectors_do_not_depend_on_workers_or_interruptions(
         attempts += 1
         assert attempts <= 50
         try:
-            summary = embed([photos], tmp_path / "parts", model, report=stop_after_16, **OPTIONS)
+            summary = embed(
+                [photos], tmp_path / "parts", model, on_progress=stop_after_16, **OPTIONS
+            )
         except StopError:
             continue
     assert attempts >= 3
@@ -246,7 +256,7 @@ def test_vectors_do_not_depend_on_workers_or_interruptions(
 def check_resumes(
     photos: Path, model: SigLipVisionModel, folder: Path, expected: Path, unfinished: bool = True
 ) -> None:
-    """Parts are whole, and the same call ends with the same rows, and leaves nothing else."""
+    """Check that files are complete, and that the same call finishes the run and cleans up."""
     parts = list(folder.glob("part-*.parquet"))
     assert not unfinished or len(parts) < 5
     for path in parts:
@@ -274,7 +284,7 @@ def test_resume_after_signal(
 def test_resume_after_many_kills(
     photos: Path, encoder_folder: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path
 ) -> None:
-    """One run, killed again and again at other moments, some of them while it writes."""
+    """One run, killed at many points, some of them during a write."""
     out = tmp_path / "out"
     for number, rows in enumerate(range(4, 48, 4)):
         delay = None if number % 3 == 0 else 0.002 * number
@@ -301,30 +311,30 @@ def test_full_disk(
 
     with monkeypatch.context() as patched:
         patched.setattr(parquet, "write_table", write_two)
-        message = "cannot be written to: No space left on device; what is complete stays"
+        message = r"cannot be written to \(No space left on device\); complete files are kept"
         with pytest.raises(EmbedError, match=message):
             embed([photos], tmp_path, model, **OPTIONS)
     assert len(list(tmp_path.glob("part-*.parquet"))) == 2
     assert not list(tmp_path.glob(f"{atomic.STAGING_PREFIX}*"))
-    assert embed([photos], tmp_path, model, **OPTIONS).fresh == 26
+    assert embed([photos], tmp_path, model, **OPTIONS).processed == 26
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
-        ({"workers": -1}, "workers must be a whole number from 0 on, got -1"),
+        ({"num_workers": -1}, "num_workers must be a non-negative integer, got -1"),
         ({"threads": 0}, "threads must be a positive integer, got 0"),
         ({"shard_size": True}, "shard_size must be"),
-        ({"output": "both"}, "output must be pooled or tokens"),
-        ({"output": "tokens", "normalize": True}, "are not normalized"),
-        ({"form": "fast"}, "form must be one of eager, packed,"),
-        ({"address": "auto"}, "an address is that of a Ray cluster"),
-        ({"engine": "spark"}, "engine local or ray, got 'parquet' and 'spark'"),
-        ({"format": "csv"}, "format must be parquet or npy"),
+        ({"tokens": "both"}, "tokens must be True or False, got 'both'"),
+        ({"tokens": True, "normalize": True}, "normalize cannot be combined with tokens"),
+        ({"engine": "fast"}, "engine must be one of eager, packed,"),
+        ({"address": "auto"}, "address requires the executor ray, got 'local'"),
+        ({"executor": "spark"}, "executor must be one of local, ray, got 'spark'"),
+        ({"format": "csv"}, "format must be one of parquet, npy, got 'csv'"),
     ],
 )
 def test_wrong_option(
@@ -335,12 +345,12 @@ def test_wrong_option(
     assert not (tmp_path / "out").exists()
 
 
-def test_model_without_vectors(photos: Path, tmp_path: Path) -> None:
+def test_unsupported_model(photos: Path, tmp_path: Path) -> None:
     headless = SigLipVisionModel(replace(SMALL, pooling_head=False)).eval()
-    with pytest.raises(ValueError, match="no pooling head"):
+    with pytest.raises(ValueError, match=r"no pooled embedding; pass tokens=True \(--tokens\)"):
         embed([photos], tmp_path / "out", headless, **OPTIONS)
     wrong: Any = "model"
-    with pytest.raises(ValueError, match="model must be a SigLipVisionModel"):
+    with pytest.raises(ValueError, match="model must be a SigLipVisionModel, got str"):
         embed([photos], tmp_path / "out", wrong, **OPTIONS)
 
 

@@ -1,4 +1,4 @@
-"""Nearest images in a folder of vectors."""
+"""Search for the nearest images in existing embeddings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.embedding import OPTIONS, read_rows
 from tests.helpers.models import random_model
 
 
-def write_vectors(path: Path, vectors: list[list[float]], errors: list[str | None]) -> None:
+def write_embeddings(path: Path, vectors: list[list[float]], errors: list[str | None]) -> None:
     numbers = np.array(vectors, dtype=np.float32)
     ids = list("abcd")[: len(vectors)]
     columns = {
@@ -31,17 +31,17 @@ def write_vectors(path: Path, vectors: list[list[float]], errors: list[str | Non
 
 def test_nearest_by_cosine(tmp_path: Path) -> None:
     vectors = [[3.0, 0.0], [1.0, 1.0], [0.0, 2.0], [-1.0, 0.0]]
-    write_vectors(tmp_path / "part-000000.parquet", vectors, [None, None, None, "no"])
+    write_embeddings(tmp_path / "part-000000.parquet", vectors, [None, None, None, "no"])
     nearest = search(tmp_path, torch.tensor([1.0, 0.9]), 2)
     assert [name for _, name, _ in nearest] == ["b", "a"]
 
 
-def test_shard_of_errors_alone(tmp_path: Path) -> None:
-    write_vectors(tmp_path / "part-000000.parquet", [[3.0, 0.0], [1.0, 1.0]], ["no", "no"])
+def test_shard_with_only_errors(tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "part-000000.parquet", [[3.0, 0.0], [1.0, 1.0]], ["no", "no"])
     assert search(tmp_path, torch.tensor([1.0, 0.9]), 2) == []
 
 
-def test_arrays_and_columns_give_the_same(
+def test_npy_and_parquet_give_the_same(
     photos: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path
 ) -> None:
     embed([photos], tmp_path, model, format="npy", **OPTIONS)
@@ -49,17 +49,39 @@ def test_arrays_and_columns_give_the_same(
     assert search(tmp_path, query, 3) == search(embedded, query, 3)
 
 
-def test_folder_without_vectors(tmp_path: Path) -> None:
-    with pytest.raises(EmbedError, match="holds no vectors"):
+def test_folder_without_embeddings(tmp_path: Path) -> None:
+    with pytest.raises(
+        EmbedError, match="contains no embeddings; write them with siglip-port embed"
+    ):
         search(tmp_path, torch.ones(2))
-    with pytest.raises(EmbedError, match="holds no vectors"):
+    with pytest.raises(
+        EmbedError, match="contains no embeddings; write them with siglip-port embed"
+    ):
         embed_query(tmp_path, "a.png")
-    (tmp_path / "_run.json").write_text('{"output": "pooled"}')
-    with pytest.raises(EmbedError, match="is not of this program"):
+    (tmp_path / "_run.json").write_text('{"version": 2}')
+    with pytest.raises(EmbedError, match=r"_run\.json: not a settings file of siglip-port"):
         embed_query(tmp_path, "a.png")
 
 
-def test_query_by_other_weights(photos: Path, embedded: Path, tmp_path: Path) -> None:
-    random_model(seed=1).save_hf(tmp_path)
-    with pytest.raises(EmbedError, match="are of other weights"):
-        embed_query(embedded, photos / "a.png", source=str(tmp_path))
+def test_query_by_other_model(
+    photos: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path
+) -> None:
+    random_model(seed=1).save_hf(tmp_path / "weights")
+    message = (
+        r"embedded.*: embeddings were computed with other {} than th(at|ose) of .*{}; pass the"
+    )
+    with pytest.raises(EmbedError, match=message.format("weights", "weights")):
+        embed_query(embedded, photos / "a.png", source=str(tmp_path / "weights"))
+    model.preprocessor_config = {**model.preprocessor_config, "image_mean": [0.1, 0.1, 0.1]}
+    model.save_hf(tmp_path / "mean")
+    with pytest.raises(EmbedError, match=message.format("preprocessing", "mean")):
+        embed_query(embedded, photos / "a.png", source=str(tmp_path / "mean"))
+
+
+def test_query_of_tokens(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
+    embed([photos], tmp_path, model, tokens=True, **OPTIONS)
+    message = (
+        "contains tokens, search needs pooled embeddings; run siglip-port embed without --tokens"
+    )
+    with pytest.raises(EmbedError, match=message):
+        embed_query(tmp_path, photos / "a.png")

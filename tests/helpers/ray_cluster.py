@@ -1,11 +1,11 @@
-"""A Ray cluster of two workers on this machine, and what is embedded on it.
+"""Embeds images on a Ray cluster of two workers on this machine.
 
-Run by tests/embed/test_ray.py in a process of its own:
+tests/embed/test_ray.py runs it in a separate process:
 
-    python tests/helpers/ray_cluster.py IMAGES CHECKPOINT OUT
+    python tests/helpers/ray_cluster.py IMAGES CHECKPOINT OUTPUT
 
-Resumes OUT/run as `siglip-port embed --engine ray` does, and writes OUT/ray.json: what Ray Data
-gets of an `Embedder`, and how a run ends whose images kill the process that decodes them.
+Resumes OUTPUT/run as `siglip-port embed --executor ray` does, and writes OUTPUT/ray.json: the rows
+of Ray Data with an `Embedder`, and the error of a run whose images crash their decoding process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Workers run in this environment, not in one that `uv run` makes of a copy of this folder.
+# Workers use this environment, not a copy that `uv run` makes of it.
 os.environ |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 import ray
@@ -31,11 +31,11 @@ from siglip_port.embed.batches import Batch
 from siglip_port.embed.inputs import find_items
 from siglip_port.embed.ray import run_on_ray
 
-OPTIONS: dict[str, Any] = {"form": "eager", "batch_size": 4, "shard_size": 12, "threads": 2}
+OPTIONS: dict[str, Any] = {"engine": "eager", "batch_size": 4, "shard_size": 12, "threads": 2}
 
 
 class DeadlyProcessor:
-    """In place of a processor: kills the process that decodes."""
+    """Stands in for an `ImageProcessor`; kills the decoding process."""
 
     backend = "pil"
 
@@ -46,9 +46,9 @@ class DeadlyProcessor:
 
 
 def rows_of_ray_data(images: str, checkpoint: str) -> dict[str, list[Any]]:
-    """Error and vector of each image, by an `Embedder` in Ray Data."""
+    """Return error and embedding of each image, by an `Embedder` in Ray Data."""
     paths = [{"path": str(path)} for path in sorted(Path(images).glob("*/*"))]
-    embedder: Any = Embedder  # a class, which Ray's types do not foresee
+    embedder: Any = Embedder  # Ray's type hints reject a class
     dataset = ray.data.from_items(paths).map_batches(
         embedder,
         fn_constructor_args=[checkpoint],
@@ -60,7 +60,7 @@ def rows_of_ray_data(images: str, checkpoint: str) -> dict[str, list[Any]]:
 
 
 def error_of_deadly_images(images: str, model: SigLipVisionModel) -> str:
-    """What a run says whose every image kills the process that decodes it."""
+    """Return the error of a run whose images all crash their decoding process."""
     embedder = Embedder(model, threads=2, batch_size=4)
     embedder.processor = DeadlyProcessor()  # type: ignore[assignment]
     batch = Batch(0, 0, tuple(find_items([images])[1:5]))
@@ -71,21 +71,21 @@ def error_of_deadly_images(images: str, model: SigLipVisionModel) -> str:
     return ""
 
 
-def main(images: str, checkpoint: str, out: Path) -> None:
-    """Do what the docstring above says."""
+def main(images: str, checkpoint: str, output: Path) -> None:
+    """Run everything on a cluster and write the report."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(2):
         cluster.add_node(num_cpus=3)
     ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     model = SigLipVisionModel.from_hf(checkpoint)
-    summary = embed([images], out / "run", model, engine="ray", **OPTIONS)
+    summary = embed([images], output / "run", model, executor="ray", **OPTIONS)
     report = {
-        "fresh": summary.fresh,
+        "processed": summary.processed,
         "failed": summary.failed,
         "embedder": rows_of_ray_data(images, checkpoint),
         "deadly": error_of_deadly_images(images, model),
     }
-    (out / "ray.json").write_text(json.dumps(report))
+    (output / "ray.json").write_text(json.dumps(report))
     ray.shutdown()
     cluster.shutdown()
 
