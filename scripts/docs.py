@@ -155,6 +155,14 @@ def acceptance_rules() -> str:
     return to_markdown([f"detected, of {recorded['mutants']}", *weights.values()], rows)
 
 
+def verdict() -> str:
+    """The last lines of the recorded comparison: two gates, and the verdict."""
+    lines = (ROOT / "docs" / "verify.txt").read_text(encoding="utf-8").splitlines()
+    gates = [line for line in lines if line.startswith(("gate ", "numerics ", "rounding float32"))]
+    text = "\n".join(["$ uv run compare_origin.py --weights random", "...", *gates, "...", lines[-1]])
+    return f"```\n{text}\n```\n"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "acceptance_rules": acceptance_rules,
     "bounds": bounds,
@@ -163,6 +171,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gates": gates,
     "proof": proof,
     "selftest": selftest,
+    "verdict": verdict,
 }
 
 
