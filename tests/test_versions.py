@@ -40,7 +40,7 @@ def written(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
-    for name, naflex in (("ours", False), ("ours-naflex", True)):
+    for name, naflex in (("port", False), ("port-naflex", True)):
         model = SigLipVisionModel(replace(ODD, naflex=naflex, image_size=42 if naflex else 45))
         randomize(model)
         model.save_hf(folder / name)
@@ -71,7 +71,7 @@ def written(
 
 
 @pytest.mark.parametrize(
-    "kind", ["full", "vision", "headless", "classifier", "llava", "paligemma", "ours"]
+    "kind", ["full", "vision", "headless", "classifier", "llava", "paligemma", "port"]
 )
 @torch.no_grad()
 def test_checkpoint_of_release(written: tuple[str, Path], kind: str) -> None:
@@ -91,11 +91,11 @@ def test_checkpoint_of_release(written: tuple[str, Path], kind: str) -> None:
 @torch.no_grad()
 def test_saved_naflex_in_release(written: tuple[str, Path]) -> None:
     release, folder = written
-    if not (folder / "ours-naflex" / "expected.safetensors").exists():
+    if not (folder / "port-naflex" / "expected.safetensors").exists():
         pytest.skip(f"transformers {release} has no Siglip2VisionModel")
-    expected = load_file(folder / "ours-naflex" / "expected.safetensors")
+    expected = load_file(folder / "port-naflex" / "expected.safetensors")
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
-        model = SigLipVisionModel.from_hf(folder / "ours-naflex", dtype=dtype)
+        model = SigLipVisionModel.from_hf(folder / "port-naflex", dtype=dtype)
         names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
         pooled = model.embed(**{name: expected[name] for name in names})  # type: ignore[arg-type]
         assert relative_error(pooled, expected[f"pooled.{dtype}"]) <= tolerance

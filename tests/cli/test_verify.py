@@ -264,7 +264,7 @@ def test_script_says_what_it_needs(tmp_path: Path) -> None:
         ),
         (
             ["--checkpoint", "docs/images"],
-            r"could not compare: .* holds neither model.safetensors nor .*; found: league.svg",
+            r"could not compare: .* contains neither model.safetensors nor .*; found: league.svg",
         ),
         (
             ["--image", "README.md"],

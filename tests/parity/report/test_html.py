@@ -90,7 +90,7 @@ def make_report(error: float = 0.0, *, findings: int = 0, rounded: float = 1e-7)
         outputs=[
             {"point": "tokens", "shape": [2, 4, 8], "cosine_min": 0.999999999, SCRIPT: SCRIPT}
         ],
-        provenance={"commit": None, "files": [], "dropped": {"name": SCRIPT}},
+        provenance={"commit": None, "files": [], "ignored": {"name": SCRIPT}},
         patches={"grid": 2, "cosine": [1.0, 0.5, 1 - 1e-9, 1.0000000000000002]},
     )
 
