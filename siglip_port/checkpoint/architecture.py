@@ -165,7 +165,7 @@ def count_blocks(rule: KeyRule, shapes: Mapping[str, tuple[int, ...]], prefix: s
 def infer_architecture(layout: Layout, sizes: StoredSizes, content: Json) -> SigLipVisionConfig:
     """Infer the architecture of a model without a configuration file of transformers.
 
-    Shapes determine most sizes. The number of heads, activation, epsilon and image size come from
+    Shapes determine most sizes, and in some layouts the number of heads. The other values come from
     the configuration file, from the layout, or from the name of a published model in the
     configuration file, in this order.
 
