@@ -132,7 +132,7 @@ def shape_of(rule: KeyRule, shapes: Mapping[str, tuple[int, ...]], prefix: str) 
     """Return the shape of the weight of a rule, in the first block."""
     name = prefix + rule.stored.replace("{}", "0").replace("*", "weight")
     if name not in shapes:
-        raise ValueError(f"{name} is missing, which determines the architecture")
+        raise ValueError(f"{name} is missing, so the architecture cannot be inferred")
     return shapes[name]
 
 

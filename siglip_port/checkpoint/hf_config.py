@@ -178,20 +178,23 @@ def vision_part(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def find_model_type(hf_config: Mapping[str, Any], vision: Mapping[str, Any]) -> str:
-    """Return the type of the vision encoder, from its section or else from the whole model."""
-    whole = hf_config.get("model_type")
+    """Return the type of the vision encoder, from its section or else from the model around it."""
+    outer_type = hf_config.get("model_type")
     model_type = vision.get("model_type")
     if model_type is None:
-        model_type = ENCODER_OF.get(str(whole), whole)
+        model_type = ENCODER_OF.get(str(outer_type), outer_type)
     if model_type is None:
         model_type = "siglip_vision_model"
-    is_part = vision is not hf_config
-    if whole in MINICPM and is_part and model_type in (whole, "siglip", "siglip_vision_model"):
-        return "minicpmv_vision"
+    is_section = vision is not hf_config
+    if is_section and outer_type in MINICPM:
+        if model_type in (outer_type, "siglip", "siglip_vision_model"):
+            return "minicpmv_vision"
     if isinstance(model_type, str) and model_type in MODEL_TYPES:
         return model_type
     message = f"model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}"
-    raise ValueError(message) if is_part else UnknownModelError(message)
+    if is_section:
+        raise ValueError(message)
+    raise UnknownModelError(message)
 
 
 def drops_last_block(hf_config: Mapping[str, Any]) -> bool:

@@ -137,7 +137,9 @@ def describe_error(error: Exception) -> str:
 
 def extract(
     source: SourceArgument,
-    output: Annotated[Path, typer.Argument(help="Output directory, new or empty.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Output directory, new or empty.")
+    ],
     layout: LayoutOption = None,
     prefix: PrefixOption = None,
     revision: RevisionOption = None,

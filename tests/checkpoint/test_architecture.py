@@ -65,7 +65,7 @@ def test_read_sizes(layout: Layout) -> None:
         size = getattr(sizes, field.name)
         if field.name != "num_attention_heads" or size is not None:
             assert size == getattr(config, field.name), field.name
-    with pytest.raises(ValueError, match=r"is missing, which determines the architecture"):
+    with pytest.raises(ValueError, match=r"is missing, so the architecture cannot be inferred"):
         read_sizes(layout, {}, "x.")
 
 

@@ -152,7 +152,8 @@ def test_linked_shards(sharded: Path, model: SigLipVisionModel) -> None:
     for path in sharded.glob("*.safetensors"):
         path.symlink_to(path.rename(sharded.parent / "blobs" / path.stem))
     assert_loads(sharded, model)
-    (path := next(sharded.glob("*.safetensors"))).unlink()
+    path = next(sharded.glob("*.safetensors"))
+    path.unlink()
     path.symlink_to(path.name)
     assert_refused(sharded, f"{path.name}.*; unreadable tensors")
 
@@ -190,8 +191,9 @@ def test_bounded_memory(copied: Path, members: Members, tmp_path: Path) -> None:
             shape = [
                 {24: 8192, 12: 4096}.get(size, size) for size in np.load(io.BytesIO(content)).shape
             ]
-            archive.writestr(name, start := npy_header(describe_array(str(tuple(shape)))))
-            archive.getinfo(name).file_size = len(start) + 4 * int(np.prod(shape))
+            header_bytes = npy_header(describe_array(str(tuple(shape))))
+            archive.writestr(name, header_bytes)
+            archive.getinfo(name).file_size = len(header_bytes) + 4 * int(np.prod(shape))
     (lists / CONFIG).write_text('{"a": [' + "[]," * 1_000_000 + "[]]}")
     process = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, (wide, header, large, lists))],
