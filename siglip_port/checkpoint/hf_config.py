@@ -186,9 +186,9 @@ def find_model_type(hf_config: Mapping[str, Any], vision: Mapping[str, Any]) -> 
     if model_type is None:
         model_type = "siglip_vision_model"
     is_section = vision is not hf_config
-    if is_section and outer_type in MINICPM:
-        if model_type in (outer_type, "siglip", "siglip_vision_model"):
-            return "minicpmv_vision"
+    is_minicpm = is_section and outer_type in MINICPM
+    if is_minicpm and model_type in (outer_type, "siglip", "siglip_vision_model"):
+        return "minicpmv_vision"
     if isinstance(model_type, str) and model_type in MODEL_TYPES:
         return model_type
     message = f"model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}"
