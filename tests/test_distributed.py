@@ -135,7 +135,7 @@ def test_sharded_model_not_saved(run: Run) -> None:
     for rank, results in enumerate(run.results):
         message = results["saved while sharded"]
         assert message.startswith(
-            "CheckpointError: the model to be saved does not hold the encoder"
+            "CheckpointError: the model to be saved does not match its configuration"
         )
-        assert "sharded or quantized; to be gathered or dequantized first (" in message
+        assert "sharded or quantized tensors; gather or dequantize them first (" in message
         assert not (run.folder / f"sharded-{rank}").exists()

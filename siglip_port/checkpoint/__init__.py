@@ -1,4 +1,4 @@
-"""Everything about files: nothing here runs the model, but to verify what was extracted."""
+"""Reading, checking and writing checkpoint files."""
 
 from siglip_port.checkpoint.errors import (
     CheckpointError,

@@ -1,4 +1,4 @@
-"""The architecture of a checkpoint: by transformers' `config.json`, or by what else tells it."""
+"""The architecture of a checkpoint, from transformers' `config.json` or inferred from shapes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from siglip_port.checkpoint.weight_files import WeightFiles
 from siglip_port.config import SigLipVisionConfig, is_int
 
 NOT_SIGLIP = (
-    "this is not the configuration of a SigLIP vision encoder that can be loaded; if it is wrong, "
+    "the configuration does not describe a supported SigLIP vision encoder; if it is wrong, "
     "pass config="
 )
 
@@ -31,7 +31,7 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class StoredSizes:
-    """What the shapes of the stored tensors tell, in the names of `SigLipVisionConfig`."""
+    """Sizes that follow from the shapes of stored tensors, named as in `SigLipVisionConfig`."""
 
     embed_dim: int
     num_patches: int
@@ -43,29 +43,28 @@ class StoredSizes:
 
 
 def read_architecture(files: WeightFiles, match: Match, content: Json | None) -> SigLipVisionConfig:
-    """Read the architecture from transformers' configuration, or from shapes and what else tells.
+    """Read the architecture from transformers' configuration, or infer it.
 
     Args:
-        files: the weights files.
-        match: the layout they are in.
-        content: of the configuration file; None where there is none.
+        files: Weights files.
+        match: Layout and prefix of the encoder.
+        content: Contents of the configuration file; None if there is none.
 
     Raises:
-        CheckpointError: it describes another model, or something remains unknown.
+        CheckpointError: The configuration describes another model, or a value is unknown.
     """
     title = files.source.title
     refusal: UnknownModelError | None = None
     if match.layout.has_hf_config:
         if content is None:
             raise CheckpointError(
-                f"{title} has no {CONFIG}, which says what the tensors mean; put the "
-                "checkpoint's own beside "
-                "the weights, or pass config="
+                f"{title} has no {CONFIG}, which layout {match.layout.name!r} needs; put the "
+                "checkpoint's file beside the weights, or pass config="
             )
         try:
             return SigLipVisionConfig.from_hf(content)
         except UnknownModelError as error:
-            refusal = error  # It may name its encoder, as the first LLaVAs' do.
+            refusal = error  # It may name its encoder, as the first LLaVA releases do.
         except ValueError as error:
             raise CheckpointError(f"{title}: {error}; {NOT_SIGLIP}") from error
     try:
@@ -77,21 +76,21 @@ def read_architecture(files: WeightFiles, match: Match, content: Json | None) ->
         raise CheckpointError(f"{title} (layout: {match.title}): {error}") from error
 
 
-# --- by shapes ------------------------------------------------------------------------------------
+# --- from shapes ----------------------------------------------------------------------------------
 
 
 def read_sizes(
     layout: Layout, shapes: Mapping[str, tuple[int, ...]], prefix: str = ""
 ) -> StoredSizes:
-    """Read from the shapes of the stored tensors what they tell of the architecture.
+    """Derive sizes of the architecture from the shapes of stored tensors.
 
     Args:
-        layout: of the tensors.
-        shapes: of the tensors of the file; those of the embeddings and of the first block will do.
-        prefix: what stands before the names.
+        layout: Layout of the tensors.
+        shapes: Shapes by name; the embeddings and the first block are sufficient.
+        prefix: Prefix of the names.
 
     Raises:
-        ValueError: a tensor that tells is missing, or of a shape that makes no sense.
+        ValueError: A tensor is missing or has an impossible shape.
     """
     patch_rule = rule_of(layout, "transformer.embeddings.patch_embedding.weight")
     position_rule = rule_of(layout, "transformer.embeddings.position_embedding.weight")
@@ -102,9 +101,9 @@ def read_sizes(
     queries = shape_of(query_rule, shapes, prefix)
     positions = shape_of(position_rule, shapes, prefix)
 
-    extra_dims = int(layout.is_stacked)  # of the blocks
+    extra_dims = int(layout.is_stacked)  # dimension of the blocks
     if not layout.fits(patch) or len(fc1) != 2 + extra_dims or len(positions) < 2:
-        raise ValueError(f"its tensors have shapes that no {layout.title} encoder has")
+        raise ValueError(f"tensor shapes are impossible in layout {layout.name!r}")
     channels, patch_size = patch_sizes(layout, patch_rule, patch)
     embed_dim = positions[-1]
     num_heads = None
@@ -124,62 +123,59 @@ def read_sizes(
 
 
 def rule_of(layout: Layout, port: str) -> KeyRule:
-    """Return the rule whose first tensor is ours of this name."""
+    """Return the rule whose first parameter has this name."""
     names = (port, port.replace(".weight", ".*"))
     return next(rule for rule in layout.encoder if rule.port[0] in names)
 
 
 def shape_of(rule: KeyRule, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> tuple[int, ...]:
-    """Return the shape of the weight that a rule names, of the first block."""
+    """Return the shape of the weight of a rule, in the first block."""
     name = prefix + rule.stored.replace("{}", "0").replace("*", "weight")
     if name not in shapes:
-        raise ValueError(f"{name} is missing, from which its size is told")
+        raise ValueError(f"{name} is missing, so the architecture cannot be inferred")
     return shapes[name]
 
 
 def patch_sizes(layout: Layout, rule: KeyRule, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the number of channels, and the side of a patch, by the patch embedding's shape."""
+    """Return the number of channels and the patch size, from the patch embedding's shape."""
     if layout.square_dims is not None:
-        kernel = rule.transform.load(torch.empty(1).expand(shape), ())
+        kernel = rule.transform.from_stored(torch.empty(1).expand(shape), ())
         _, channels, patch_size, _ = kernel.shape
         return channels, patch_size
-    # A matrix tells P * P * C; SigLIP's images have three channels.
+    # A matrix gives only P * P * C; SigLIP's images have three channels.
     channels = 3
     values = shape[0] if rule.transform is PATCHES_TRANSPOSED else shape[1]
     patch_size = math.isqrt(values // channels)
     if patch_size == 0 or channels * patch_size**2 != values:
-        raise ValueError(
-            f"its patch embedding takes {values} values, which are no square of 3 channels"
-        )
+        raise ValueError(f"patch embedding has {values} inputs, expected 3 * patch_size ** 2")
     return channels, patch_size
 
 
 def count_blocks(rule: KeyRule, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
-    """Return the number of blocks, by the highest one that holds the weight of a rule."""
+    """Return the number of blocks, from the highest block index of a rule's weight."""
     before, after = rule.stored.replace("*", "weight").split("{}")
     pattern = re.compile(rf"{re.escape(prefix + before)}(\d{{1,6}}){re.escape(after)}")
     matches = [pattern.fullmatch(name) for name in shapes]
     return max(int(match[1]) for match in matches if match) + 1
 
 
-# --- by configurations of other kinds -------------------------------------------------------------
+# --- from other configuration files ---------------------------------------------------------------
 
 
 def infer_architecture(layout: Layout, sizes: StoredSizes, content: Json) -> SigLipVisionConfig:
-    """Work out the architecture of a model whose files have no configuration of transformers' kind.
+    """Infer the architecture of a model without a configuration file of transformers.
 
-    What the shapes tell is taken from them. The number of heads, the activation, the epsilon and
-    the size of an image in pixels are not in the shapes: they are taken from what the configuration
-    says, from the name of a published model that it mentions, and from what the layout implies, in
-    this order.
+    Shapes determine most sizes, and in some layouts the number of heads. The other values come from
+    the configuration file, from the layout, or from the name of a published model in the
+    configuration file, in this order.
 
     Args:
-        layout: of the weights.
-        sizes: what their shapes tell.
-        content: of the configuration file; empty where there is none.
+        layout: Layout of the weights.
+        sizes: Sizes from the shapes.
+        content: Contents of the configuration file; empty if there is none.
 
     Raises:
-        ValueError: something remains unknown, or several models are mentioned.
+        ValueError: A value is unknown, or the configuration names several models.
     """
     refuse_other_models(content)
     published = find_published(content)
@@ -187,15 +183,15 @@ def infer_architecture(layout: Layout, sizes: StoredSizes, content: Json) -> Sig
     num_heads = infer_heads(sizes, sections, published)
     hidden_act = infer_activation(layout, sections, published)
     if num_heads is None or hidden_act is None:
-        values = {"the number of heads": num_heads, "the activation": hidden_act}
+        values = {"num_attention_heads": num_heads, "hidden_act": hidden_act}
         unknown = [name for name, value in values.items() if value is None]
         raise ValueError(
-            f"neither its configuration nor its shapes tell {' and '.join(unknown)}; put the "
-            "checkpoint's own "
-            "configuration beside the weights, or pass config=SigLipVisionConfig(...)"
+            f"cannot infer {' and '.join(unknown)} from the configuration or the tensor shapes; "
+            "put the checkpoint's configuration beside the weights, or pass "
+            "config=SigLipVisionConfig(...)"
         )
     if math.isqrt(sizes.num_patches) ** 2 != sizes.num_patches:
-        raise ValueError(f"its {sizes.num_patches} positions form no square grid")
+        raise ValueError(f"number of positions must be a square number, got {sizes.num_patches}")
     implied = {"vit_ln_eps": layout.layer_norm_eps or SigLipVisionConfig.layer_norm_eps}
     return SigLipVisionConfig(
         num_channels=sizes.num_channels,
@@ -213,10 +209,10 @@ def infer_architecture(layout: Layout, sizes: StoredSizes, content: Json) -> Sig
 
 
 def find_published(content: Json) -> SigLipVisionConfig | None:
-    """Return the one published model that a configuration names; None where it names none.
+    """Return the published model that a configuration names; None if it names none.
 
     Raises:
-        ValueError: it names several, which differ.
+        ValueError: It names several different models.
     """
     configs = {}
     for text in texts_in(content):
@@ -225,13 +221,13 @@ def find_published(content: Json) -> SigLipVisionConfig | None:
             configs[text] = replace(config, pooling_head=False)
     if len(set(configs.values())) > 1:
         raise ValueError(
-            f"its configuration names several encoders ({', '.join(configs)}); pass config="
+            f"configuration names several vision encoders ({', '.join(configs)}); pass config="
         )
     return next(iter(configs.values()), None)
 
 
 def texts_in(content: object) -> Iterator[str]:
-    """Yield all texts in a piece of JSON, however deep, but for the names of its values."""
+    """Yield all strings in a JSON value at any depth, without the keys of objects."""
     if isinstance(content, str):
         yield content
     elif isinstance(content, Mapping):
@@ -243,7 +239,7 @@ def texts_in(content: object) -> Iterator[str]:
 
 
 def vision_sections(content: Json) -> list[Json]:
-    """Return where timm, open_clip, Janus, nanoVLM and others describe the vision encoder."""
+    """Return the sections where timm, open_clip, Janus, nanoVLM and others describe the encoder."""
     paths = (
         ("model_args",),
         ("model_cfg", "vision_cfg"),
@@ -262,7 +258,7 @@ def vision_sections(content: Json) -> list[Json]:
 
 
 def first_value(sections: list[Json], *keys: str) -> Any:  # noqa: ANN401 (a value of JSON)
-    """Return the first value of any of these keys, section by section; None where there is none."""
+    """Return the first value of any of these keys, section by section; None if there is none."""
     for section in sections:
         for key in keys:
             if section.get(key) is not None:
@@ -273,7 +269,7 @@ def first_value(sections: list[Json], *keys: str) -> Any:  # noqa: ANN401 (a val
 def infer_heads(
     sizes: StoredSizes, sections: list[Json], published: SigLipVisionConfig | None
 ) -> Any:  # noqa: ANN401 (a value of JSON, which SigLipVisionConfig checks)
-    """Return the number of heads, as it is told."""
+    """Return the number of attention heads; None if unknown."""
     num_heads = sizes.num_attention_heads or first_value(sections, "num_heads", "vit_n_heads")
     if num_heads is None and published is not None and published.embed_dim == sizes.embed_dim:
         return published.num_attention_heads
@@ -283,7 +279,7 @@ def infer_heads(
 def infer_activation(
     layout: Layout, sections: list[Json], published: SigLipVisionConfig | None
 ) -> str | None:
-    """Return the activation in our words."""
+    """Return `hidden_act`; None if unknown."""
     act = first_value(sections, "act_layer")
     if act is not None:
         return "gelu_pytorch_tanh" if act == "gelu_tanh" else str(act)
@@ -293,7 +289,7 @@ def infer_activation(
 
 
 def infer_mean_pooling(sections: list[Json], published: SigLipVisionConfig | None) -> bool:
-    """Whether the mean of the tokens is the pooled vector."""
+    """Whether the model pools by the mean of its tokens."""
     pool = first_value(sections, "global_pool", "timm_pool")
     if pool is not None:
         return bool(pool == "avg")
@@ -306,7 +302,7 @@ def infer_image_size(
     sections: list[Json],
     published: SigLipVisionConfig | None,
 ) -> int:
-    """Return the side of an image: the first that is told and has as many patches as are stored."""
+    """Return the image size in pixels: the first known size with the stored number of patches."""
     grid_size = math.isqrt(sizes.num_patches)
     if not layout.naflex:
         candidates = [*image_sizes(sections)]
@@ -320,7 +316,7 @@ def infer_image_size(
 
 
 def image_sizes(sections: list[Json]) -> Iterator[int]:
-    """Yield the sizes of an image; of a list, the last, which is the width."""
+    """Yield the image sizes in a configuration; of a list, its last value, the width."""
     for section in sections:
         for key in ("img_size", "image_size", "vit_img_size", "input_size"):
             size = section.get(key)
@@ -331,9 +327,9 @@ def image_sizes(sections: list[Json]) -> Iterator[int]:
 
 
 def published_image_sizes(sizes: StoredSizes) -> Iterator[int]:
-    """Yield the size of an image in the published models of this shape.
+    """Yield the image sizes of published models of this shape.
 
-    That of 27 x 27 patches of 14 is 384, not 378.
+    They need not be multiples of the patch size: 27 x 27 patches of 14 pixels are from 384.
     """
     for published in PUBLISHED:
         config = published.config

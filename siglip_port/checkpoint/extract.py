@@ -1,4 +1,4 @@
-"""Writes the vision encoder of a checkpoint as one of its own, verified before it can be seen."""
+"""Saving the vision encoder of a checkpoint on its own, verified before it is moved into place."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Format = Literal["hf", "timm"]
 
 @dataclass(frozen=True)
 class Extraction:
-    """What was written and verified.
+    """Result of an extraction.
 
     Attributes:
-        files: those written.
-        parameters: number of parameters that were compared, each a tensor.
-        tokens: shape of the tokens that were compared.
-        pooled: shape of the pooled vectors that were compared; None where the model has none.
+        files: Written files.
+        parameters: Number of verified parameter tensors.
+        tokens: Shape of the compared tokens, [1, N, D].
+        pooled: Shape of the compared embedding, [1, D]; None if the model has no pooling.
     """
 
     files: tuple[Path, ...]
@@ -35,51 +35,52 @@ class Extraction:
     pooled: tuple[int, ...] | None
 
 
-def extract_model(model: SigLipVisionModel, out: Path, *, written_as: Format = "hf") -> Extraction:
-    """Write a model to a folder.
+def extract_model(
+    model: SigLipVisionModel, output_dir: Path, *, format: Format = "hf"
+) -> Extraction:
+    """Save a model, verify the files, and move them into place.
 
-    What is there afterwards is whole and verified, or nothing has changed.
+    On failure, the output directory is unchanged.
 
     Args:
-        model: as it was loaded.
-        out: where to. If it exists, files of the same names are replaced and others stay.
-        written_as: `hf` for a checkpoint of transformers, `timm` for one of timm.
+        model: Loaded model.
+        output_dir: Output directory, created if necessary. Files of the same names are replaced.
+        format: `hf` for transformers, `timm` for timm.
 
     Raises:
-        CheckpointError: it cannot be written, or what is read back is not the same.
-        ValueError: timm has no model of this architecture.
+        CheckpointError: The files cannot be written, or differ from the model when read back.
+        ValueError: timm does not support this architecture.
     """
     try:
-        return write_and_verify(model, out, written_as)
+        return write_and_verify(model, output_dir, format)
     except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
+        message = f"{output_dir} cannot be written to: {error.strerror or error}"
+        raise CheckpointError(message) from error
 
 
-def write_and_verify(model: SigLipVisionModel, out: Path, written_as: Format) -> Extraction:
-    """Write a model beside its place, read it back, and move it there if it is the same."""
-    # On the same file system as what it becomes: a folder that exists may be one of its own, as
-    # volumes are.
-    exists = out.exists()
-    with staging_dir(out if exists else out.parent) as staging:
-        # A folder within, which has the permissions that a folder usually has: a temporary one is
-        # private.
-        folder = staging / "tower"
+def write_and_verify(model: SigLipVisionModel, output_dir: Path, format: Format) -> Extraction:
+    """Save a model to a staging directory, read it back, and move it if it is identical."""
+    # Staging must be on the file system of the output; an existing directory may be a mount point.
+    exists = output_dir.exists()
+    with staging_dir(output_dir if exists else output_dir.parent) as staging:
+        # A subdirectory gets the default permissions; the temporary directory itself is private.
+        folder = staging / "encoder"
         try:
-            if written_as == "hf":
+            if format == "hf":
                 model.save_hf(folder)
             else:
                 model.save_timm(folder)
             outputs = verify(model, folder)
-        except CheckpointError as error:  # which speaks of a folder that nobody has asked for
-            raise CheckpointError(str(error).replace(str(folder), str(out))) from error
+        except CheckpointError as error:  # its message names the staging directory
+            raise CheckpointError(str(error).replace(str(folder), str(output_dir))) from error
         names = sorted(path.name for path in folder.iterdir())
         if exists:
-            commit_files([folder / name for name in names], out)
+            commit_files([folder / name for name in names], output_dir)
         else:
-            folder.rename(out)
+            folder.rename(output_dir)
     shapes = [tuple(output.shape) for output in outputs]
     return Extraction(
-        files=tuple(out / name for name in names),
+        files=tuple(output_dir / name for name in names),
         parameters=len(model.state_dict()),
         tokens=shapes[0],
         pooled=shapes[1] if len(shapes) > 1 else None,
@@ -87,13 +88,13 @@ def write_and_verify(model: SigLipVisionModel, out: Path, written_as: Format) ->
 
 
 def verify(model: SigLipVisionModel, folder: Path) -> list[Tensor]:
-    """Read what was written, and compare it.
+    """Load the saved files and compare the model bit for bit.
 
     Returns:
-        What both models compute of noise.
+        Tokens and, if the model has pooling, the embedding of a random image, equal in both models.
 
     Raises:
-        CheckpointError: it is not the same.
+        CheckpointError: The loaded model differs.
     """
     result = SigLipVisionModel.from_hf(folder)
     expected_state = model.state_dict()
@@ -102,34 +103,33 @@ def verify(model: SigLipVisionModel, folder: Path) -> list[Tensor]:
     for name in expected_state.keys() | state.keys():
         if not is_same(expected_state.get(name), state.get(name)):
             different.append(name)
-    # How positions are fitted to other sizes is the caller's choice, and no file tells it.
+    # The interpolation rule is an argument of `from_hf` and is not stored in the files.
     if result.config != replace(model.config, interpolation=result.config.interpolation):
         different.append("the configuration")
-    expected = outputs_of_noise(model)
+    expected = outputs_on_noise(model)
     if not different:
-        outputs = zip(outputs_of_noise(result), expected, strict=True)
+        outputs = zip(outputs_on_noise(result), expected, strict=True)
         if not all(is_same(output, other) for output, other in outputs):
-            different.append("what it computes of an image of noise")
+            different.append("the outputs for a random image")
     if different:
         names = ", ".join(fold_blocks(sorted(different)))
         raise CheckpointError(
-            f"what was written is not what was read, and has been removed; different: {names}"
+            f"the written files differ from the source and were removed; different: {names}"
         )
     return expected
 
 
 def is_same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether the bits are the same, so that NaN equals NaN, and 0 is not -0."""
+    """Whether tensors are bit-identical: NaN equals NaN, and 0 differs from -0."""
     if a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 @torch.inference_mode()
-def outputs_of_noise(model: SigLipVisionModel) -> list[Tensor]:
-    """Compute tokens and, where there is a way to pool them, the pooled vector of noise."""
-    # A copy in memory of torch's own: how a sum is rounded may depend on where a tensor begins,
-    # which for a mapped one is anywhere.
+def outputs_on_noise(model: SigLipVisionModel) -> list[Tensor]:
+    """Return the tokens and, if the model has pooling, the embedding of a random image."""
+    # The alignment of mapped tensors may change the rounding of sums; a copy has PyTorch's.
     model = copy.deepcopy(model)
     config = model.config
     shape = (1, config.num_channels, config.image_size, config.image_size)

@@ -1,8 +1,7 @@
 """transformers' `config.json` <-> `SigLipVisionConfig`.
 
-Published files leave out every value that equals the default of transformers' class (that of
-google/siglip-base-patch16-224 holds nothing but `patch_size`), so a missing key *means* the
-default.
+Published files omit every value that equals the default of transformers' class (the file of
+google/siglip-base-patch16-224 contains only `patch_size`), so a missing key means the default.
 """
 
 from __future__ import annotations
@@ -47,10 +46,9 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
         "pooling_head": False,
     },
 }
-"""The `model_type`s that describe a SigLIP encoder, with the defaults in which they differ."""
+"""Supported `model_type` values of a vision encoder, with their non-default values."""
 
-# The `model_type` of models whose published files hold no other for their encoder, or one that says
-# too little.
+# Type of the vision encoder for models whose published files do not give it, or not exactly.
 ENCODER_OF = {
     "paligemma": "siglip_vision_model",
     "gemma3": "siglip_vision_model",
@@ -68,16 +66,16 @@ ENCODER_OF = {
 MINICPM = ("minicpmv", "minicpmo")
 
 REFUSED_TYPES = {
-    "minicpmv4_6": "its encoder merges tokens between its blocks",
-    "minicpmv4_6_vision": "its encoder merges tokens between its blocks",
-    "youtu_vl": "its encoder has rotary positions and windows of attention",
-    "bagel": "its configuration does not tell whether its positions are learned or rotary",
-    "phi3_v": "its encoder is CLIP's, not SigLIP's",
-    "clip": "CLIP is another model",
-    "clip_vision_model": "CLIP is another model",
+    "minicpmv4_6": "its vision encoder merges tokens between blocks",
+    "minicpmv4_6_vision": "its vision encoder merges tokens between blocks",
+    "youtu_vl": "its vision encoder has rotary positions and window attention",
+    "bagel": "its configuration does not say whether positions are learned or rotary",
+    "phi3_v": "its vision encoder is CLIP",
+    "clip": "CLIP is a different architecture",
+    "clip_vision_model": "CLIP is a different architecture",
 }
 
-# Our field <- transformers' key.
+# Field of SigLipVisionConfig <- key of transformers.
 HF_KEYS = {
     "num_channels": "num_channels",
     "embed_dim": "hidden_size",
@@ -94,19 +92,18 @@ HF_KEYS = {
 
 
 class UnknownModelError(ValueError):
-    """A configuration without a vision part is of a kind of model that is unknown here."""
+    """A configuration without a vision section has an unknown `model_type`."""
 
 
 def config_from_hf(hf_config: Mapping[str, Any]) -> SigLipVisionConfig:
     """Read the contents of a transformers `config.json`: see `SigLipVisionConfig.from_hf`.
 
     Raises:
-        ValueError: it describes another kind of model, or a value makes no sense.
-        UnknownModelError: it describes another kind of model, and none that is known to hold
-            another vision encoder.
+        ValueError: The model is not supported, or a value is invalid.
+        UnknownModelError: The `model_type` is unknown, and there is no vision section.
     """
     if not isinstance(hf_config, Mapping):
-        raise ValueError(f"a configuration must be an object, got {hf_config!r}")
+        raise ValueError(f"configuration must be a JSON object, got {hf_config!r}")
     refuse_other_models(hf_config)
     hf_config = vision_language_part(hf_config)
     vision = vision_part(hf_config)
@@ -144,23 +141,20 @@ def config_to_hf(config: SigLipVisionConfig) -> dict[str, Any]:
 
 
 def refuse_other_models(hf_config: Mapping[str, Any]) -> None:
-    """Refuse models by name whose vision encoder is not SigLIP's, whatever they call it.
-
-    Raises:
-        ValueError: it is one of them.
-    """
+    """Raise ValueError for models whose vision encoder is known not to be SigLIP."""
     vision = hf_config.get("vision_config")
     parts = [hf_config, vision] if isinstance(vision, Mapping) else [hf_config]
     for part in parts:
         model_type = part.get("model_type")
         if isinstance(model_type, str) and model_type in REFUSED_TYPES:
-            raise ValueError(f"model_type {model_type!r} is refused: {REFUSED_TYPES[model_type]}")
+            reason = REFUSED_TYPES[model_type]
+            raise ValueError(f"model_type {model_type!r} is not supported: {reason}")
 
 
 def vision_language_part(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part that holds the `vision_config`.
+    """Return the section that contains `vision_config`.
 
-    That of a model around a vision-language model, as ColPali is, lies one level below.
+    In a model around a vision-language model, such as ColPali, that is one level down.
     """
     if "vision_config" in hf_config:
         return hf_config
@@ -169,14 +163,14 @@ def vision_language_part(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(value, Mapping) and isinstance(value.get("vision_config"), Mapping):
             parts[key] = value
     if len(parts) > 1:
-        raise ValueError(f"there must be one vision_config, got one each in {', '.join(parts)}")
+        raise ValueError(f"vision_config must occur once, found in {', '.join(parts)}")
     return next(iter(parts.values()), hf_config)
 
 
 def vision_part(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what describes the vision encoder; the whole, where that is flat."""
+    """Return the section of the vision encoder; the whole configuration if it is flat."""
     vision = hf_config.get("vision_config")
-    if vision is None:  # Phi-4's own files leave out all that their code knows.
+    if vision is None:  # Phi-4's own files have no vision section; its code has the values.
         return {} if hf_config.get("model_type") == "phi4mm" else hf_config
     if not isinstance(vision, Mapping):
         raise ValueError(f"vision_config must be an object, got {vision!r}")
@@ -184,40 +178,41 @@ def vision_part(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def find_model_type(hf_config: Mapping[str, Any], vision: Mapping[str, Any]) -> str:
-    """Find what kind of encoder it is: from the vision part where it tells, else from the whole."""
-    whole = hf_config.get("model_type")
+    """Return the type of the vision encoder, from its section or else from the model around it."""
+    outer_type = hf_config.get("model_type")
     model_type = vision.get("model_type")
     if model_type is None:
-        model_type = ENCODER_OF.get(str(whole), whole)
+        model_type = ENCODER_OF.get(str(outer_type), outer_type)
     if model_type is None:
         model_type = "siglip_vision_model"
-    is_part = vision is not hf_config
-    if whole in MINICPM and is_part and model_type in (whole, "siglip", "siglip_vision_model"):
+    is_section = vision is not hf_config
+    is_minicpm = is_section and outer_type in MINICPM
+    if is_minicpm and model_type in (outer_type, "siglip", "siglip_vision_model"):
         return "minicpmv_vision"
     if isinstance(model_type, str) and model_type in MODEL_TYPES:
         return model_type
     message = f"model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}"
-    raise ValueError(message) if is_part else UnknownModelError(message)
+    if is_section:
+        raise ValueError(message)
+    raise UnknownModelError(message)
 
 
 def drops_last_block(hf_config: Mapping[str, Any]) -> bool:
-    """Whether the code of the model leaves the last block out, as MiniCPM-V's does."""
+    """Whether the model's code removes the last block, as MiniCPM-V does."""
     return hf_config.get("model_type") in MINICPM and hf_config.get("drop_vision_last_layer", True)
 
 
 def naflex_image_size(vision: Mapping[str, Any], values: Mapping[str, Any]) -> int:
-    """Return the side in pixels of the square grid that the positions of a NaFlex model form."""
+    """Return the side, in pixels, of a NaFlex model's square position grid."""
     num_patches = vision.get("num_patches", 256)
     if not is_int(num_patches) or num_patches < 1 or math.isqrt(num_patches) ** 2 != num_patches:
-        raise ValueError(
-            f"num_patches must be the number of patches of a square grid, got {num_patches!r}"
-        )
+        raise ValueError(f"num_patches must be a square number, got {num_patches!r}")
     patch_size = values.get("patch_size", SigLipVisionConfig.patch_size)
     return math.isqrt(num_patches) * (patch_size if is_int(patch_size) else 1)
 
 
 def janus_mlp_width(embed_dim: object, mlp_ratio: object) -> int:
-    """Return the width of a Janus MLP, which its configuration gives as a ratio."""
+    """Return the hidden width of a Janus MLP, which its configuration gives as a ratio."""
     if (
         not is_int(embed_dim)
         or embed_dim > 10**9
@@ -225,15 +220,15 @@ def janus_mlp_width(embed_dim: object, mlp_ratio: object) -> int:
         or not 0 < mlp_ratio < 1000
     ):
         raise ValueError(
-            f"mlp_ratio must be a number above 0, got {mlp_ratio!r} for a width of {embed_dim!r}"
+            f"mlp_ratio must be a positive number, got {mlp_ratio!r} with hidden_size {embed_dim!r}"
         )
     return int(embed_dim * mlp_ratio)
 
 
 def square_side(name: str, size: object) -> object:
-    """Return the side of a square; the reference also allows a pair (height, width)."""
+    """Return the side of a square, given as a number or as a pair (height, width)."""
     if not isinstance(size, (list, tuple)):
         return size
     if len(size) == 2 and size[0] == size[1]:
         return size[0]
-    raise ValueError(f"{name} must be one number or two equal ones, got {size!r}")
+    raise ValueError(f"{name} must be a number or two equal numbers, got {size!r}")

@@ -1,7 +1,4 @@
-"""What a checkpoint holds, as its headers tell.
-
-And whether its numbers are any, where they are on this machine.
-"""
+"""Contents of a checkpoint from its headers, with counts of NaN and Inf in local files."""
 
 from __future__ import annotations
 
@@ -25,11 +22,11 @@ from siglip_port.config import SigLipVisionConfig
 from siglip_port.model import SigLipVisionModel
 from siglip_port.text import format_ranges
 
-CHUNK_ELEMENTS = 1 << 24  # that are looked at for NaN and infinity at once
+CHUNK_ELEMENTS = 1 << 24  # checked for NaN and Inf at once
 
 
 class NonFinite(NamedTuple):
-    """How many elements of a tensor are NaN, and how many are infinite."""
+    """Number of NaN and Inf elements of a tensor."""
 
     nan: int
     inf: int
@@ -37,29 +34,29 @@ class NonFinite(NamedTuple):
 
 Tensors = Mapping[str, TensorInfo]
 NonFiniteCounts = Mapping[str, NonFinite]
-"""By the tensor's name in the file."""
+"""Counts by the tensor's name in the file."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored tensor of the encoder, or several that differ only in the number of their block.
+    """A stored tensor of the encoder, or the same tensor of several blocks.
 
-    The names of the attributes are those of `siglip-port inspect --json`.
+    Attribute names are keys of `siglip-port inspect --json`.
 
     Attributes:
-        ours: which of our tensors it holds; more than one where they are fused. Blocks are folded:
+        parameters: Parameters that the tensor contains, several if fused. Block indices are folded:
             `{0...11}`.
-        stored: its name in the file, folded likewise.
-        form: how it is stored, where not as it is here; else empty.
-        shape: in the file; None where the file does not hold it.
-        dtype: its name in a safetensors header; None where the file does not hold it.
-        nan: how many of its elements are NaN; None where the weights were not read.
-        inf: how many are infinite; likewise.
+        stored: Name in the file, with folded block indices.
+        transform: Stored dimensions, if they differ from the parameter's; else empty.
+        shape: Stored shape; None if the tensor is missing.
+        dtype: Name in a safetensors header; None if the tensor is missing.
+        nan: Number of NaN elements; None if the weights were not read.
+        inf: Number of Inf elements; None if the weights were not read.
     """
 
-    ours: tuple[str, ...]
+    parameters: tuple[str, ...]
     stored: str
-    form: str
+    transform: str
     shape: tuple[int, ...] | None
     dtype: str | None
     nan: int | None
@@ -68,7 +65,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Size:
-    """How much is stored: number of tensors, of parameters, and of bytes."""
+    """Number of tensors, of their elements (`parameters`), and of bytes."""
 
     tensors: int
     parameters: int
@@ -76,72 +73,71 @@ class Size:
 
     @classmethod
     def of(cls, tensors: Collection[TensorInfo]) -> Size:
-        """Sum up."""
+        """Return the total size of tensors."""
         parameters = sum(math.prod(info.shape) for info in tensors)
         return cls(len(tensors), parameters, sum(info.nbytes for info in tensors))
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint holds.
+    """Contents of a checkpoint.
 
     Attributes:
-        source: the Hub id or path that was asked for.
-        commit: the Hub commit, or None for a local path.
-        files: the weights files.
-        unread: those of them whose header cannot be had.
-        encoders: layout and prefix of every vision encoder in the files.
-        layout: the name of the layout that was taken.
-        prefix: what stands before the names of the encoder.
-        title: both, for people.
-        config: the architecture.
-        encoder: how much of the encoder is stored.
-        whole: how much is stored in all files that could be read.
-        entries: the tensors of the encoder.
-        dropped: number of stored tensors that are not the encoder's, by reason.
-        problem: why the encoder cannot be loaded; None where it can.
+        source: Hub id or path.
+        commit: Hub commit; None for a local path.
+        files: Weights files.
+        unread: Weights files whose header cannot be read.
+        encoders: Layout and prefix of every vision encoder in the files.
+        layout: Name of the selected encoder's layout.
+        prefix: Prefix of its names.
+        title: Layout and prefix, for messages.
+        config: Architecture.
+        encoder: Stored size of the encoder.
+        total: Stored size of all readable files.
+        entries: Tensors of the encoder.
+        ignored: Number of ignored stored tensors by reason.
+        problem: Why the encoder cannot be loaded; None if it can.
     """
 
     source: str
     commit: str | None
     files: tuple[str, ...]
     unread: tuple[str, ...]
-    towers: tuple[tuple[str, str], ...]
+    encoders: tuple[tuple[str, str], ...]
     layout: str
     prefix: str
     title: str
     config: SigLipVisionConfig
-    tower: Size
-    whole: Size
+    encoder: Size
+    total: Size
     entries: tuple[Entry, ...]
-    dropped: Mapping[str, int]
+    ignored: Mapping[str, int]
     problem: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as JSON takes it."""
-        towers = [{"layout": layout, "prefix": prefix} for layout, prefix in self.towers]
-        return {**asdict(self), "towers": towers}
+        """Return the contents as a JSON object."""
+        encoders = [{"layout": layout, "prefix": prefix} for layout, prefix in self.encoders]
+        return {**asdict(self), "encoders": encoders}
 
 
 def inspect_checkpoint(
     source: Source, *, layout: str | None = None, prefix: str | None = None
 ) -> Inspection:
-    """Look at the configuration and the headers of a checkpoint.
+    """Inspect a checkpoint by its configuration and headers.
 
-    Where it can be loaded, and its files are on this machine, the encoder's tensors are read, one
-    after the other, to count what is NaN or infinite. Nothing else is read, and of the Hub, nothing
-    is fetched but headers.
+    If the encoder can be loaded and its files are local, its tensors are read one by one to count
+    NaN and Inf. From the Hub, only the configuration and headers are downloaded.
 
     Args:
-        source: where its files come from.
-        layout: the name of one of `siglip_port.checkpoint.layouts.LAYOUTS`; None to recognize it.
-        prefix: what stands before the names of the encoder; None to find it.
+        source: Source of the files.
+        layout: Name of one of `siglip_port.checkpoint.layouts.LAYOUTS`; None to recognize it.
+        prefix: Prefix of the encoder's names; None to find it.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or so little of an encoder that nothing can be
-            told of it.
-        MultipleEncodersError: there are several; `layout` and `prefix` choose one.
-        ValueError: there is no layout of this name.
+        CheckpointError: The checkpoint does not exist, or contains no vision encoder whose
+            architecture is known.
+        MultipleEncodersError: It contains several; `layout` and `prefix` select one.
+        ValueError: The layout does not exist.
     """
     checkpoint = Checkpoint(source, layout=layout, prefix=prefix)
     _, shapes = build_on_meta(checkpoint.config, source.title, SigLipVisionModel)
@@ -163,21 +159,21 @@ def inspect_checkpoint(
         commit=source.commit,
         files=tuple(headers),
         unread=tuple(filename for filename, header in headers.items() if header is None),
-        towers=tuple((match.layout.name, match.prefix) for match in matches),
+        encoders=tuple((match.layout.name, match.prefix) for match in matches),
         layout=checkpoint.match.layout.name,
         prefix=checkpoint.match.prefix,
         title=checkpoint.match.title,
         config=checkpoint.config,
-        tower=Size.of([tensors[name] for name in checkpoint.mappings if name in tensors]),
-        whole=Size.of(tensors.values()),
+        encoder=Size.of([tensors[name] for name in checkpoint.mappings if name in tensors]),
+        total=Size.of(tensors.values()),
         entries=tuple(list_entries(checkpoint, tensors, counts)),
-        dropped=checkpoint.dropped,
+        ignored=checkpoint.ignored,
         problem=problem,
     )
 
 
 def find_all_matches(checkpoint: Checkpoint) -> list[Match]:
-    """Find every vision encoder in the files; only the one taken, where they are too many."""
+    """Return every vision encoder in the files; only the selected one if there are too many."""
     try:
         matches, _ = find_matches(checkpoint.files, LAYOUTS)
     except CheckpointError:
@@ -186,18 +182,17 @@ def find_all_matches(checkpoint: Checkpoint) -> list[Match]:
 
 
 def count_nonfinite(files: WeightFiles, stored: Iterable[str]) -> dict[str, NonFinite] | None:
-    """Read tensors, one after the other, and count what is NaN or infinite in each.
+    """Count NaN and Inf elements of stored tensors.
 
     Args:
-        files: that hold them.
-        stored: their names in the file.
+        files: Weights files.
+        stored: Names of the tensors in the files.
 
     Returns:
-        By name, the number of NaN and of infinite elements; None where the files are not on this
-        machine.
+        Counts by name; None if the files are not on this machine.
 
     Raises:
-        CheckpointError: a tensor is damaged.
+        CheckpointError: A tensor is damaged.
     """
     groups = files.group_by_file(stored)
     paths = {}
@@ -210,7 +205,7 @@ def count_nonfinite(files: WeightFiles, stored: Iterable[str]) -> dict[str, NonF
 
 
 def count_in_tensor(tensor: torch.Tensor) -> NonFinite:
-    """Count NaN and infinite elements, so that a mapped tensor is never in memory as a whole."""
+    """Count NaN and Inf elements in chunks, to bound memory for mapped tensors."""
     nan = 0
     inf = 0
     for chunk in torch.split(tensor.reshape(-1), CHUNK_ELEMENTS):
@@ -222,40 +217,37 @@ def count_in_tensor(tensor: torch.Tensor) -> NonFinite:
 def list_entries(
     checkpoint: Checkpoint, tensors: Tensors, counts: NonFiniteCounts | None
 ) -> Iterator[Entry]:
-    """Go through the key map rule by rule.
-
-    Only a rule knows which number in a name is that of the block.
-    """
+    """Yield the entries rule by rule, because only a rule knows the block index in a name."""
     layout, prefix = checkpoint.match
     num_blocks = checkpoint.config.num_encoder_blocks
     for rule in layout.rules(checkpoint.config.pooling_head):
         for single in rule.split_kinds():
             names = list(layout.mappings(num_blocks, [single], prefix))
             mapping = checkpoint.mappings[names[0]]
-            for blocks in group_alike(names, tensors, counts):
+            for blocks in group_blocks(names, tensors, counts):
                 ranges = format_ranges(range(num_blocks) if mapping.stacked else blocks)
-                alike = [names[block] for block in blocks]
-                info = tensors.get(alike[0])
+                group = [names[block] for block in blocks]
+                info = tensors.get(group[0])
                 yield Entry(
-                    ours=tuple(name.replace("{}", ranges) for name in single.port),
+                    parameters=tuple(name.replace("{}", ranges) for name in single.port),
                     stored=prefix + single.stored.replace("{}", ranges),
-                    form=describe_transform(mapping),
+                    transform=describe_transform(mapping),
                     shape=None if info is None else info.shape,
                     dtype=None if info is None else info.dtype,
-                    nan=None if counts is None else sum(counts[name].nan for name in alike),
-                    inf=None if counts is None else sum(counts[name].inf for name in alike),
+                    nan=None if counts is None else sum(counts[name].nan for name in group),
+                    inf=None if counts is None else sum(counts[name].inf for name in group),
                 )
 
 
-def group_alike(
+def group_blocks(
     names: list[str], tensors: Tensors, counts: NonFiniteCounts | None
 ) -> list[list[int]]:
-    """Group blocks that are stored alike, and are finite or not alike.
+    """Group block indices by stored shape and dtype, and by whether all values are finite.
 
     Args:
-        names: of the same tensor of each block.
-        tensors: of the files.
-        counts: of their elements that are not finite; None where they were not read.
+        names: Name of the same tensor in each block.
+        tensors: Stored tensors by name.
+        counts: Counts of NaN and Inf; None if the weights were not read.
     """
     groups: dict[tuple[TensorInfo | None, bool], list[int]] = {}
     for block, name in enumerate(names):
@@ -265,7 +257,7 @@ def group_alike(
 
 
 def describe_transform(mapping: KeyMapping) -> str:
-    """Say how a tensor is stored, where not as it is here."""
+    """Return the stored dimensions if they differ from the parameter's; else empty."""
     words = ["blocks stacked"] if mapping.stacked else []
     if mapping.transform.name:
         words.append(mapping.transform.name)

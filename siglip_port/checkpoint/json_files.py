@@ -1,4 +1,4 @@
-"""The JSON files of a checkpoint: configuration, image processor, index of the shards."""
+"""The JSON files of a checkpoint: configuration, image processor, shard index."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class Index(NamedTuple):
-    """What `model.safetensors.index.json` says.
+    """Contents of `model.safetensors.index.json`.
 
     Attributes:
-        file_of: the name of every stored tensor -> the name of the shard that holds it.
-        total_bytes: of all shards together; 0 where the index does not say.
+        file_of: Name of every stored tensor -> name of its shard.
+        total_bytes: Total size of all shards; 0 if unknown.
     """
 
     file_of: dict[str, str]
@@ -33,18 +33,20 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, strictly: see `siglip_port.checkpoint.formats.parse_json`.
 
     Raises:
-        CheckpointError: the file is not readable, or holds none.
+        CheckpointError: The file cannot be read, or is not a valid JSON object.
     """
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
-            raise ValueError(f"it has {size} bytes, and at most {MAX_JSON_BYTES} are read")
+            raise ValueError(f"file is {size} bytes, limit is {MAX_JSON_BYTES}")
         content = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); fetch it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"{path} must hold a JSON object, found a {type(content).__name__}; fetch it again"
+            f"{path} must contain a JSON object, got {type(content).__name__}; download it again"
         )
     return content
 
@@ -52,11 +54,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(
     source: Source, filenames: Iterable[str] = (CONFIG, OPEN_CLIP_CONFIG)
 ) -> dict[str, Any] | None:
-    """Read the checkpoint's configuration, or open_clip's, as it is; None where there is neither.
+    """Read the checkpoint's `config.json`, or open_clip's; None if there is neither.
 
     Raises:
-        CheckpointError: it is not readable.
-        HubUnreachableError: neither is cached, and there may be one.
+        CheckpointError: The file cannot be read.
+        HubUnreachableError: No file is cached, and the repository may have one.
     """
     not_cached: HubUnreachableError | None = None
     for filename in filenames:
@@ -73,13 +75,13 @@ def read_config(
 
 
 def read_preprocessor_config(source: Source) -> dict[str, Any] | None:
-    """Read how the checkpoint's images are made; None where no file tells, or none is cached.
+    """Read the checkpoint's image processor; None if there is no file, or none is cached.
 
     Raises:
-        CheckpointError: the file is not readable.
+        CheckpointError: The file cannot be read.
     """
     not_cached: HubUnreachableError | None = None
-    for filename in (PROCESSOR, PREPROCESSOR):  # as transformers 5 reads them
+    for filename in (PROCESSOR, PREPROCESSOR):  # the order of transformers 5
         try:
             path = source.get(filename)
         except HubUnreachableError as error:
@@ -93,42 +95,42 @@ def read_preprocessor_config(source: Source) -> dict[str, Any] | None:
         image_processor = content.get("image_processor")
         if isinstance(image_processor, dict):
             return image_processor
-    if not_cached is not None:  # The model can do without.
+    if not_cached is not None:  # not needed to load the model
         log.warning(
-            "how images are prepared is not known, so it is as SigLIP's encoders are: %s",
+            "%s is not available, using SigLIP's default preprocessing: %s",
+            PREPROCESSOR,
             not_cached,
         )
     return None
 
 
 def read_index(path: Path) -> Index:
-    """Read which shard holds which tensor.
+    """Read which shard contains which tensor.
 
-    A shard is a file beside the index, by its plain name: no path leads elsewhere. It may be a
-    link, as all files of the Hub's cache are: what a link leads to is up to whoever made the
-    folder, not to the index.
+    The index may only give plain names of files beside it, not paths. These files may be symbolic
+    links, as in the Hub's cache.
 
     Raises:
-        CheckpointError: the file is not readable, or no such index.
+        CheckpointError: The file cannot be read, or is not a valid index.
     """
     content = read_json(path)
     file_of = content.get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(f, str) for f in file_of.values()):
         raise CheckpointError(
-            f"{path} has no usable weight_map (tensor name -> file name); fetch it again"
+            f"{path} has no valid weight_map (tensor name -> file name); download it again"
         )
     filenames = sorted(set(file_of.values()))
     bad = [name for name in filenames if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
     if bad:
         raise CheckpointError(
-            f"{path} names shards that are no plain .safetensors file names: {', '.join(bad[:5])}"
-            + pickle_advice(bad)
+            f"{path} lists shards that are not plain .safetensors file names: "
+            f"{', '.join(bad[:5])}" + pickle_advice(bad)
         )
     return Index(file_of, total_size(content.get("metadata")))
 
 
 def total_size(metadata: object) -> int:
-    """Return the bytes of all shards by the index's metadata; 0 where they do not say."""
+    """Return the total size in the index's metadata; 0 if it is missing or invalid."""
     if not isinstance(metadata, dict):
         return 0
     size = metadata.get("total_size")

@@ -1,8 +1,9 @@
-"""How a layout is described: which stored tensor holds which of ours, and what else may be there.
+"""Descriptions of layouts: which stored tensor holds which parameters, and which keys are ignored.
 
-One `KeyRule` a module, one `Layout` a way of storing: `siglip_port.checkpoint.layouts` holds all of
-them. The same rules load (`Layout.mappings`), save (`Layout.to_stored`) and pair our modules with
-the reference's. What no rule claims and no `IgnoredKeys` names is an error, and never guessed.
+One `KeyRule` per module, one `Layout` per published layout; the tables are in
+`siglip_port.checkpoint.layouts`. The same rules load (`Layout.mappings`), save (`Layout.to_stored`)
+and pair modules of the port with modules of the reference. A tensor that no rule maps and no
+`IgnoredKeys` matches is an error; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -20,17 +21,16 @@ from siglip_port.checkpoint.transforms import PLAIN, Transform
 
 @dataclass(frozen=True)
 class KeyRule:
-    """One module, in our names and in those of the file.
+    """The parameters of one module and their name in the file.
 
-    `{}` stands for the number of the block, `*` for both `weight` and `bias`. Where `port` names
-    several modules, the file stores them fused: their tensors stacked along dimension 0, in this
-    order. Where `port` has a number of the block and `stored` has none, the file stores all blocks
-    in one tensor, along a dimension before all others.
+    `{}` is the block index, and `*` stands for both `weight` and `bias`. Several names in `port`
+    are stored fused: concatenated along dimension 0, in this order. If `port` has a block index and
+    `stored` has none, the file stacks all blocks in one tensor along a new first dimension.
 
     Attributes:
-        port: our names.
-        stored: the name in the file.
-        transform: how the file stores a weight. Biases of a `*` are stored as they are.
+        port: Parameter names.
+        stored: Name in the file.
+        transform: How the file stores the weight. With `*`, the bias is stored unchanged.
     """
 
     port: tuple[str, ...]
@@ -39,11 +39,11 @@ class KeyRule:
 
     @property
     def is_stacked(self) -> bool:
-        """Whether one stored tensor holds all blocks."""
+        """Whether one stored tensor contains all blocks."""
         return "{}" in self.port[0] and "{}" not in self.stored
 
     def split_kinds(self) -> list[KeyRule]:
-        """Return one rule for `weight` and one for `bias`, if this one stands for both."""
+        """Return one rule for `weight` and one for `bias` if this rule has a `*`."""
         if "*" not in self.stored:
             return [self]
         rules = []
@@ -53,7 +53,7 @@ class KeyRule:
         return rules
 
     def mappings(self, num_blocks: int) -> Iterator[tuple[str, KeyMapping]]:
-        """Spell the rule out: stored name, and which of our tensors it holds."""
+        """Expand the rule: yield each stored name and its mapping."""
         blocks = range(num_blocks)
         if self.is_stacked:
             for rule in self.split_kinds():
@@ -69,13 +69,13 @@ class KeyRule:
 
 @dataclass(frozen=True)
 class KeyMapping:
-    """One stored tensor, and what of ours it holds: a `KeyRule`, spelled out.
+    """The parameters that one stored tensor contains: an expanded `KeyRule`.
 
     Attributes:
-        port: the names of our tensors.
-        transform: how they are stored.
-        stacked: whether each is one slice of the stored tensor, instead of all being joined along
-            dimension 0.
+        port: Parameter names.
+        transform: How the parameters are stored.
+        stacked: Whether parameters are stacked along a new first dimension (one per block), instead
+            of concatenated along dimension 0.
     """
 
     port: tuple[str, ...]
@@ -83,44 +83,44 @@ class KeyMapping:
     stacked: bool = False
 
     def to_stored(self, tensors: list[Tensor], num_heads: int) -> Tensor:
-        """Make the stored tensor of ours."""
+        """Return the stored tensor of these parameters."""
         if self.stacked:
-            return torch.stack([self.transform.store(tensor, num_heads) for tensor in tensors])
-        return self.transform.store(fuse(tensors), num_heads)
+            return torch.stack([self.transform.to_stored(tensor, num_heads) for tensor in tensors])
+        return self.transform.to_stored(fuse(tensors), num_heads)
 
     def from_stored(self, stored: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-        """Make ours of the stored tensor: views of it, wherever that can be."""
+        """Return the parameters, of these shapes; views of the stored tensor where possible."""
         if not self.stacked:
-            return split(self.transform.load(stored, shapes[0]), len(self.port))
+            return split(self.transform.from_stored(stored, shapes[0]), len(self.port))
         slices = zip(stored.unbind(), shapes, strict=True)
-        return tuple(self.transform.load(tensor, shape) for tensor, shape in slices)
+        return tuple(self.transform.from_stored(tensor, shape) for tensor, shape in slices)
 
     def stored_shape(self, shapes: Sequence[torch.Size], num_heads: int) -> tuple[int, ...]:
-        """Return the shape of `to_stored` of tensors of these shapes."""
-        # Of one number in memory. (On `meta`, torch would import 900 modules to join tensors.)
-        first = self.transform.store(torch.empty(1).expand(shapes[0]), num_heads).shape
+        """Return the shape of the stored tensor for parameters of these shapes."""
+        # One element in memory; on `meta`, torch would import 900 modules to join tensors.
+        first = self.transform.to_stored(torch.empty(1).expand(shapes[0]), num_heads).shape
         if self.stacked:
             return (len(shapes), *first)
         return (len(shapes) * first[0], *first[1:])
 
 
 def split(tensor: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """Take a stored tensor apart into `parts` of ours: views of equal height along dimension 0."""
+    """Split a fused tensor into `parts` views of equal size along dimension 0."""
     return tensor.chunk(parts) if parts > 1 else (tensor,)
 
 
 def fuse(tensors: list[Tensor]) -> Tensor:
-    """Stack several of our tensors into the one that is stored: the reverse of `split`."""
+    """Concatenate tensors along dimension 0: the inverse of `split`."""
     return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
 @dataclass(frozen=True)
 class IgnoredKeys:
-    """Tensors that a file may hold and the vision encoder has no use for.
+    """Stored tensors that the vision encoder does not need.
 
     Attributes:
-        pattern: a regular expression of their full names.
-        reason: what they are.
+        pattern: Regular expression that matches their full names.
+        reason: What they are, for messages.
     """
 
     pattern: str
@@ -129,9 +129,7 @@ class IgnoredKeys:
 
 OUTSIDE_PREFIX = (
     IgnoredKeys(r"(.+\.)?text_model\..+|text\..+|(params/)?txt/.+", "text encoder"),
-    IgnoredKeys(
-        r"(.+\.)?logit_(scale|bias)|(params/)?[tb]", "scale and bias of the image-text logits"
-    ),
+    IgnoredKeys(r"(.+\.)?logit_(scale|bias)|(params/)?[tb]", "logit scale and bias"),
     IgnoredKeys(r"classifier\.(weight|bias)", "image classifier"),
     IgnoredKeys(
         r"(.+\.)?(language_model|llm|lm_head|embed_tokens|text_decoder)\..+|(params/)?llm/.+",
@@ -141,36 +139,33 @@ OUTSIDE_PREFIX = (
         r"(.+\.)?(multi_modal_projector|mm_projector|connector|aligner|projector|resampler)\..+",
         "projector",
     ),
-    IgnoredKeys(r".*", "rest of the file"),
+    IgnoredKeys(r".*", "other tensors"),
 )
-"""What files hold beside the vision encoder, by reasons that are good to read."""
+"""Tensors outside the encoder's prefix; the first matching pattern gives the reason."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which checkpoints store the vision encoder, wherever in the file it stands.
+    """A published way to store the vision encoder, under any prefix.
 
-    A file is in this layout if, behind one and the same prefix, it has both of the names in
-    `signature_keys`, the first of them (the patch embedding) of a shape that `fits`, and none of
-    the names in `rejected_keys`.
+    A file has this layout if, under one prefix, it has both `signature_keys`, a patch embedding
+    (the first of them) whose shape `fits`, and none of the `rejected_keys`.
 
     Attributes:
-        name: how `layout=` calls it.
-        title: what it is called in messages.
-        encoder: the rules of the encoder.
-        head: the rules of the pooling head; empty where no file of this layout has one.
-        signature_keys: two stored names.
-        square_dims: which two dimensions of the patch embedding's weight are the height and width
-            of a patch, and therefore equal; None where it is stored as a matrix, as NaFlex models
-            do.
-        ignored: what else may stand behind the prefix.
-        rejected_keys: stored names of other models with the same signature, and what they mean.
-        naflex: whether the model is one for images of any shape.
-        has_hf_config: whether transformers' `config.json` lies beside it, which tells the
-            architecture.
-        layer_norm_eps: where the code that reads this layout fixes it, and no file tells it.
-        hidden_act: likewise.
-        head_dim: likewise.
+        name: Value of `layout=`.
+        title: Name in messages.
+        encoder: Rules of the encoder.
+        head: Rules of the pooling head; empty if this layout has none.
+        signature_keys: Two stored names, the patch embedding's weight first.
+        square_dims: Dimensions of the patch embedding's weight that are the height and width of a
+            patch, and therefore equal; None if the weight is a matrix, as in NaFlex models.
+        ignored: Other tensors that may occur under the prefix.
+        rejected_keys: Stored names of other models with the same signature, and what they are.
+        naflex: Whether the model accepts images of any aspect ratio.
+        has_hf_config: Whether transformers' `config.json` describes the architecture.
+        layer_norm_eps: LayerNorm epsilon, if fixed by the code that defines the layout.
+        hidden_act: Activation, if fixed by that code.
+        head_dim: Width of an attention head, if fixed by that code.
     """
 
     name: str
@@ -189,41 +184,41 @@ class Layout:
 
     @property
     def is_stacked(self) -> bool:
-        """Whether one tensor holds all blocks."""
+        """Whether one tensor contains all blocks."""
         return any(rule.is_stacked for rule in self.encoder)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether the weight of the patch embedding may have this shape in this layout."""
+        """Whether this layout allows this shape for the patch embedding's weight."""
         if self.square_dims is None:
             return len(shape) == 2
         if len(shape) != 4:
             return False
         height, width = self.square_dims
-        # Of three channels in patches of 3 x 3 pixels, only torch's own order can be meant.
+        # [D, 3, 3, 3] fits several layouts; read it in PyTorch's order.
         is_ambiguous = self.square_dims != (2, 3) and shape[2] == shape[3]
         return shape[height] == shape[width] and not is_ambiguous
 
     def rules(self, pooling_head: bool) -> tuple[KeyRule, ...]:
-        """Return the rules of a model with or without its pooling head."""
+        """Return the rules of the encoder, with those of the pooling head if it has one."""
         return self.encoder + self.head if pooling_head else self.encoder
 
     def mappings(
         self, num_blocks: int, rules: Iterable[KeyRule], prefix: str = ""
     ) -> dict[str, KeyMapping]:
-        """Spell rules out: stored name -> which of our tensors it holds, and how.
+        """Expand rules: stored name -> the parameters that it contains.
 
         Raises:
-            ValueError: two rules claim one tensor, of the file or of ours: a fault in the table.
+            ValueError: Two rules map the same stored name or parameter, a bug in the table.
         """
         mappings: dict[str, KeyMapping] = {}
-        claims: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for rule in rules:
             for stored, mapping in rule.mappings(num_blocks):
                 mappings[prefix + stored] = mapping
-                claims.update([prefix + stored, *mapping.port])
-        repeated = [name for name, count in claims.items() if count > 1]
+                counts.update([prefix + stored, *mapping.port])
+        repeated = [name for name, count in counts.items() if count > 1]
         if repeated:
-            raise ValueError(f"the key map claims these more than once: {', '.join(repeated)}")
+            raise ValueError(f"key map: names mapped more than once: {', '.join(repeated)}")
         return mappings
 
     def to_stored(
@@ -234,16 +229,16 @@ class Layout:
         rules: Iterable[KeyRule],
         prefix: str = "",
     ) -> dict[str, Tensor]:
-        """Rename, fuse and reshape our tensors into those of the file: the reverse of loading."""
+        """Rename, fuse and transform parameters into stored tensors: the inverse of loading."""
         stored = {}
         for name, mapping in self.mappings(num_blocks, rules, prefix).items():
             stored[name] = mapping.to_stored([state_dict[port] for port in mapping.port], num_heads)
         return stored
 
     def reason_to_ignore(self, stored: str, prefix: str = "") -> str | None:
-        """Say why a stored tensor is ignored, or None where no `IgnoredKeys` says so.
+        """Return why a stored tensor is ignored; None if it is not.
 
-        Behind the prefix, only what the layout names; outside of it, everything.
+        Under the prefix, only the layout's `ignored` keys are; outside of it, all keys are.
         """
         name = stored.removeprefix(prefix)
         ignored = self.ignored
@@ -255,7 +250,7 @@ class Layout:
         return None
 
     def prefixes(self, stored_names: Collection[str]) -> list[str]:
-        """Find the prefixes behind which both signature keys of this layout stand."""
+        """Return the prefixes under which both signature keys occur."""
         first, second = self.signature_keys
         prefixes = []
         for name in stored_names:

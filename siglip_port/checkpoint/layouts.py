@@ -1,8 +1,9 @@
-"""The key map: how published checkpoints name and shape the tensors of the encoder, and how we do.
+"""The key map: how published checkpoints name and shape the encoder's tensors.
 
-One row a module: our name, the stored name, and the transform where it is stored otherwise than we
-have it. A layout is one table, or what it changes in another's. `{}` stands for the number of the
-block, `*` for both `weight` and `bias`; names in parentheses are stored fused.
+One row per module: the parameter in this package, the stored name, and a transform where the stored
+tensor has another shape or order. A layout is one table, or the changes that it makes to another
+one. `{}` is the block index, `*` stands for both `weight` and `bias`, and parameters in parentheses
+are stored fused.
 
 Sources of the stored names: transformers `models/siglip`, `models/siglip2` and `models/janus`,
 releases 4.37 to 5.23; timm 1.0.31 `models/vision_transformer.py` and `models/naflexvit.py`;
@@ -33,18 +34,18 @@ from siglip_port.checkpoint.transforms import (
 )
 
 BLOCK = "transformer.encoder.encoder_blocks.{}."
-CLASS_TOKEN = "a class token, which SigLIP has not"
+CLASS_TOKEN = "a class token, which SigLIP does not have"
 
 Row = tuple[str | tuple[str, ...], str] | tuple[str | tuple[str, ...], str, Transform]
 
 
 def table(*rows: Row, port: str = "", stored: str = "") -> tuple[KeyRule, ...]:
-    """Make rules of rows: (ours, stored) or (ours, stored, transform).
+    """Return the rules for rows of (parameter, stored) or (parameter, stored, transform).
 
     Args:
-        rows: one a module.
-        port: what stands before all of our names.
-        stored: what stands before all stored names.
+        rows: One per module.
+        port: Prefix of all parameter names.
+        stored: Prefix of all stored names.
     """
     rules = []
     for names, stored_name, *transform in rows:
@@ -57,11 +58,11 @@ def table(*rows: Row, port: str = "", stored: str = "") -> tuple[KeyRule, ...]:
 def renamed(
     rules: tuple[KeyRule, ...], *changes: tuple[str, str] | tuple[str, str, Transform]
 ) -> tuple[KeyRule, ...]:
-    """Return the same rules, some of them stored under other names, or transformed otherwise.
+    """Return the rules of another layout with some stored names or transforms changed.
 
     Args:
-        rules: of another layout.
-        changes: (stored there, stored here) or (stored there, stored here, transform).
+        rules: Rules of the other layout.
+        changes: (old stored name, new stored name) or (old, new, transform).
     """
     changed = {rule.stored: rule for rule in rules}
     for old, new, *transform in changes:
@@ -74,7 +75,7 @@ def renamed(
 # --- transformers ---------------------------------------------------------------------------------
 
 HUGGINGFACE_ENCODER = table(
-    # ours                                                stored
+    # parameter                                           stored
     ("transformer.embeddings.patch_embedding.*",          "embeddings.patch_embedding.*"),
     ("transformer.embeddings.position_embedding.weight",  "embeddings.position_embedding.weight"),
 ) + table(
@@ -92,8 +93,7 @@ HUGGINGFACE_ENCODER = table(
 )
 
 HUGGINGFACE_HEAD = table(
-    # The reference's head is an nn.MultiheadAttention, which stores q, k and v in one tensor, in
-    # this order.
+    # The reference's head is an nn.MultiheadAttention, which fuses q, k and v in this order.
     (("pooling_head.attention.q_proj.*",
       "pooling_head.attention.k_proj.*",
       "pooling_head.attention.v_proj.*"),                 "head.attention.in_proj_*"),
@@ -113,19 +113,19 @@ HUGGINGFACE = Layout(
         "embeddings.patch_embedding.weight",
         "encoder.layers.0.self_attn.out_proj.weight",
     ),
-    ignored=(IgnoredKeys(r"embeddings\.position_ids", "position ids: counted, not learned"),),
+    ignored=(IgnoredKeys(r"embeddings\.position_ids", "position ids"),),
     rejected_keys=(("embeddings.class_embedding", CLASS_TOKEN),),
     has_hf_config=True,
 )
-"""SiglipModel, SiglipForImageClassification, SiglipVisionModel, and the models that hold one.
+"""SiglipModel, SiglipForImageClassification, SiglipVisionModel, and models that contain one.
 
-Behind `vision_model.`, it is what we write.
+`save_hf` writes this layout with the prefix `vision_model.`.
 """
 
 PREFIX = "vision_model."
-"""What stands before the names that we write.
+"""Prefix of the names that `save_hf` writes.
 
-As on the Hub, where old and new releases of transformers find them.
+The prefix of the published files, which old and new releases of transformers read.
 """
 
 HUGGINGFACE_NAFLEX = replace(
@@ -166,7 +166,7 @@ MLX = replace(
     ),
     square_dims=(1, 2),
 )
-"""Files converted by mlx-vlm and mlx-embeddings, as far as they are not quantized."""
+"""Unquantized files converted by mlx-vlm and mlx-embeddings."""
 
 GEMMA_PYTORCH = Layout(
     name="gemma_pytorch",
@@ -196,7 +196,7 @@ GEMMA_PYTORCH = Layout(
 # --- timm -----------------------------------------------------------------------------------------
 
 TIMM_ENCODER = table(
-    # ours                                                  stored
+    # parameter                                             stored
     ("transformer.embeddings.patch_embedding.*",            "patch_embed.proj.*"),
     ("transformer.embeddings.position_embedding.weight",    "pos_embed",            BATCHED),
 ) + table(
@@ -233,10 +233,10 @@ TIMM = Layout(
     ignored=(IgnoredKeys(r"head\.(weight|bias)", "image classifier"),),
     rejected_keys=(
         ("cls_token", CLASS_TOKEN),
-        ("blocks.0.attn.rel_pos_h", "relative positions, which SAM has and SigLIP has not"),
+        ("blocks.0.attn.rel_pos_h", "relative positions (SAM), which SigLIP does not have"),
     ),
 )
-"""timm's own files, open_clip's (behind `visual.trunk.`), and those of models that timm built."""
+"""Files of timm, open_clip (prefix `visual.trunk.`), and models with a timm vision encoder."""
 
 TIMM_NAFLEX = replace(
     TIMM,
@@ -310,7 +310,7 @@ MOONDREAM_OLD = replace(
 # --- big_vision -----------------------------------------------------------------------------------
 
 BIG_VISION_ENCODER = table(
-    # ours                                                stored
+    # parameter                                           stored
     ("transformer.embeddings.patch_embedding.weight",     "embedding/kernel",   KERNEL),
     ("transformer.embeddings.patch_embedding.bias",       "embedding/bias"),
     ("transformer.embeddings.position_embedding.weight",  "pos_embedding",      BATCHED),
@@ -385,9 +385,9 @@ BIG_VISION_NAFLEX = replace(
 
 
 def scanned(layout: Layout) -> Layout:
-    """Return the same layout with the tensors of all blocks in one, as flax's `scan` leaves them.
+    """Return the layout with the tensors of all blocks stacked, as flax's `scan` stores them.
 
-    `Transformer/encoderblock_{}/...` is `Transformer/encoderblock/...`.
+    `Transformer/encoderblock_{}/...` becomes `Transformer/encoderblock/...`.
     """
     rules = []
     for rule in layout.encoder:
@@ -418,4 +418,4 @@ LAYOUTS = (
     MOONDREAM,
     MOONDREAM_OLD,
 )
-"""Every layout that is read."""
+"""All supported layouts."""

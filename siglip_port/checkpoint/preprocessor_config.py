@@ -1,6 +1,4 @@
-"""`preprocessor_config.json`.
-
-How images become `pixel_values`, as the image processors of transformers read it.
+"""`preprocessor_config.json`: how transformers' image processors make `pixel_values`.
 
 Sources: the files of the google/siglip* repositories; transformers 5.23
 `models/siglip/image_processing_siglip.py` and `models/siglip2/image_processing_siglip2.py`.
@@ -18,9 +16,9 @@ PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-"""PIL's numbers of the filters that an image is resized with."""
+"""PIL's number of each resampling filter."""
 
-# How others name what transformers names as the second of each pair.
+# Key in other configurations -> key of transformers.
 MEAN_AND_STD = (
     ("mean", "image_mean"),
     ("std", "image_std"),
@@ -30,12 +28,11 @@ MEAN_AND_STD = (
 
 
 def default(config: SigLipVisionConfig, resample: int | None = None) -> dict[str, Any]:
-    """Return the file of the published checkpoint of this kind.
+    """Return the `preprocessor_config.json` of the published checkpoints.
 
     Args:
-        config: of the model.
-        resample: PIL's number of the filter; None for bicubic (3) as in SigLIP, or bilinear (2) in
-            NaFlex models.
+        config: Architecture of the model.
+        resample: PIL's filter number; None for bicubic (3), or bilinear (2) in NaFlex models.
     """
     common = {
         "do_convert_rgb": None,
@@ -68,16 +65,17 @@ def derive(
     content: Mapping[str, Any],
     name: str,
 ) -> dict[str, Any]:
-    """Work out the file that belongs to a model.
+    """Derive the `preprocessor_config.json` of a model.
 
     Args:
-        config: of the model.
-        stored: what lies beside the weights as `preprocessor_config.json`: of a SigLIP processor,
-            or of none that is named, it is kept, but for a size that is not the model's; of another
-            model's, filter, mean and std are taken from it.
-        content: of the configuration, in which timm and open_clip write the same.
-        name: of the checkpoint. Where nothing else tells, SigLIP 2 is resized bilinearly, SigLIP
-            bicubically: the rule of transformers' own converter.
+        config: Architecture of the model.
+        stored: Contents of the checkpoint's `preprocessor_config.json`. A file of a SigLIP
+            processor, or of an unnamed one, is used with `size` set to the model's. From the file
+            of another processor, only filter, mean and std are used.
+        content: Contents of the configuration file, where timm and open_clip store filter, mean and
+            std.
+        name: Name of the checkpoint. Without other information, SigLIP 2 is resized with the
+            bilinear and SigLIP with the bicubic filter, as in transformers' conversion script.
     """
     if stored is not None and is_siglip_processor(config, stored):
         return complete(config, stored)
@@ -91,14 +89,14 @@ def derive(
 
 
 def is_siglip_processor(config: SigLipVisionConfig, stored: Mapping[str, Any]) -> bool:
-    """Whether a processor is SigLIP's of the kind of the model, or does not say whose it is."""
+    """Whether a file belongs to the model's SigLIP processor, or names no processor."""
     kind = str(stored.get("image_processor_type", stored.get("feature_extractor_type", "")))
     own = "Siglip2" if config.naflex else "SiglipImage"
     return not kind or kind.startswith(own)
 
 
 def complete(config: SigLipVisionConfig, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Add what a SigLIP processor does not tell: its default, whatever the checkpoint's name."""
+    """Fill in the defaults of a SigLIP processor, and the model's image size."""
     defaults = default(config)
     if config.naflex:
         return {**defaults, "max_num_patches": 256, **stored}
@@ -108,9 +106,9 @@ def complete(config: SigLipVisionConfig, stored: Mapping[str, Any]) -> dict[str,
 
 
 def is_other_size(size: object) -> bool:
-    """Whether a size is one that SigLIP never has, 224 or `{"shortest_edge": 224}`.
+    """Whether a size is not a height and a width, such as 224 or `{"shortest_edge": 224}`.
 
-    `ImageProcessor` refuses it.
+    It is kept, so that `ImageProcessor` refuses it.
     """
     if isinstance(size, Mapping):
         return not {"height", "width"} <= size.keys()
@@ -118,7 +116,7 @@ def is_other_size(size: object) -> bool:
 
 
 def filter_and_mean(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Take filter, mean and std from what another model's code reads, where they make sense."""
+    """Return the valid values of filter, mean and std in another model's configuration."""
     result: dict[str, Any] = {}
     for key, name in MEAN_AND_STD:
         value = section.get(key)
@@ -131,10 +129,7 @@ def filter_and_mean(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def last_part(name: str) -> str:
-    """Return the name of the checkpoint itself, without the folders that it lies in.
-
-    Of a file, with that of its folder.
-    """
+    """Return the last component of a path or Hub id; the last two for a weights file."""
     parts = name.replace("\\", "/").rstrip("/").split("/")
     if parts[-1].endswith(SUFFIXES):
         return "/".join(parts[-2:])
@@ -142,5 +137,5 @@ def last_part(name: str) -> str:
 
 
 def is_finite_float(value: object) -> bool:
-    """Whether a value is a number that any float can hold."""
+    """Whether a value is a number that fits any floating-point type."""
     return is_number(value) and abs(value) < 1e30

@@ -1,4 +1,4 @@
-"""A model from a checkpoint: what `from_hf` does."""
+"""Loading a model from a checkpoint: `SigLipVisionModel.from_hf`."""
 
 from __future__ import annotations
 
@@ -51,43 +51,42 @@ def load_model(
     cache_dir: str | os.PathLike[str] | None = None,
     vision_only: bool = True,
 ) -> Model:
-    """Load a checkpoint that holds a SigLIP vision encoder: all of it, or an error that says why.
+    """Load the SigLIP vision encoder of a checkpoint.
 
-    Reads the layouts of transformers, timm, open_clip and big_vision, and of many vision-language
-    models, in one file or in shards: see docs/checkpoints.md. `print(model.provenance)` tells what
-    was recognized.
+    Reads the layouts of transformers, timm, open_clip, big_vision and many vision-language models,
+    in one file or in shards: see docs/checkpoints.md. `print(model.provenance)` shows what was
+    loaded.
 
     Args:
-        cls: the class of the model.
-        source: a Hub id, a folder, a `.safetensors` file with its configuration beside it, or an
-            `.npz` file. What exists on this machine is taken as a path. Also `name@revision`,
-            `hf://...`, `hf-hub:...`, and the address of a model's page on the Hub, or of one of its
-            weights files.
-        revision: branch, tag or commit of a Hub repository; of no meaning for a path.
-        dtype: dtype of the parameters; None for that of the file.
-        device: where to put the parameters; None for the CPU, where they are mapped from the file.
-        pooling_head: None to keep the pooling head if the checkpoint has one, True to demand one,
-            False to leave it out and unread.
-        interpolation: the rule by which positions are fitted to images of other sizes, one of
-            `siglip_port.config.INTERPOLATIONS`; None for the checkpoint's own, which most have not:
-            then images of other sizes are refused.
-        layout: the name of one of `siglip_port.checkpoint.layouts.LAYOUTS`; None to recognize it.
-        prefix: what stands before the encoder's names in the file, such as `vision_model.`; None to
-            find it.
-        config: the architecture, where the checkpoint does not tell it, or tells it wrongly.
-        local_files_only: look into the Hub's local cache only, never ask the network.
-        token: Hub token, True for the stored one, False for none.
-        cache_dir: instead of the Hub's usual cache folder.
-        vision_only: of weights on the Hub, fetch the vision encoder alone, where that is less than
-            the file; False for whole files, which other libraries find in the cache, too, and whose
-            hash the Hub reports.
+        cls: Class of the model.
+        source: Hub id, folder, `.safetensors` file with its configuration beside it, or `.npz`
+            file. An existing path takes precedence over a Hub id. Also accepts `name@revision`,
+            `hf://...`, `hf-hub:...`, and the URL of a model or of one of its weights files on the
+            Hub.
+        revision: Branch, tag or commit of a Hub repository; ignored for a path.
+        dtype: dtype of the parameters; None for the file's.
+        device: Device of the parameters; None for the CPU, where they are mapped from the file.
+        pooling_head: None to load the pooling head if the checkpoint has one, True to require one,
+            False to ignore it.
+        interpolation: Rule for resizing the position embedding to other image sizes, one of
+            `siglip_port.config.INTERPOLATIONS`. None for the checkpoint's; without a rule, other
+            image sizes are refused.
+        layout: Name of one of `siglip_port.checkpoint.layouts.LAYOUTS`; None to recognize it.
+        prefix: Prefix of the encoder's names in the file, such as `vision_model.`; None to find it.
+        config: Architecture, if the checkpoint's is missing or wrong.
+        local_files_only: Use only the Hub's local cache, without network access.
+        token: Hub token; True for the stored token, False for none.
+        cache_dir: Cache directory, instead of the Hub's default.
+        vision_only: Download only the vision encoder's bytes if they are a small part of the file.
+            False to download whole files, which other libraries can reuse from the cache and whose
+            hash can be verified.
 
     Returns:
         The model in `eval()` mode.
 
     Raises:
-        CheckpointError: the checkpoint cannot be found, or does not hold exactly one SigLIP vision
-            encoder.
+        CheckpointError: The checkpoint does not exist, or does not contain exactly one SigLIP
+            vision encoder.
         ValueError: `dtype`, `device`, `interpolation` or `layout` is not supported.
     """
     from siglip_port.hub import HubOptions, find_source
@@ -101,7 +100,7 @@ def load_model(
         cache_dir=cache_dir,
         vision_only=vision_only,
     )
-    replace(config or SigLipVisionConfig(), interpolation=interpolation)  # refuses unknown rules
+    replace(config or SigLipVisionConfig(), interpolation=interpolation)  # raises for unknown rules
     files = find_source(source, options)
     checkpoint = Checkpoint(
         files, pooling_head=pooling_head, layout=layout, prefix=prefix, config=config
@@ -115,7 +114,7 @@ def load_model(
 
 
 def validate_placement(dtype: torch.dtype | None, device: torch.device | str | None) -> None:
-    """Raise ValueError unless parameters can be of this dtype, and on this device."""
+    """Raise ValueError unless the dtype and device of the parameters are supported."""
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(
             f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}"
@@ -124,38 +123,38 @@ def validate_placement(dtype: torch.dtype | None, device: torch.device | str | N
         is_meta = torch.empty(0, device=device).is_meta
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used on this machine: {reason}") from error
+        raise ValueError(f"device {device!r} is not available on this machine: {reason}") from error
     if is_meta:
-        raise ValueError("device must be one that holds values, got 'meta'")
+        raise ValueError("device must hold data, got 'meta'")
 
 
 def validate_overrides(config: SigLipVisionConfig | None, prefix: str | None) -> None:
-    """Raise ValueError unless what overrides the checkpoint is of the right type."""
+    """Raise ValueError unless `config` and `prefix` have the right type."""
     if config is not None and not isinstance(config, SigLipVisionConfig):
-        raise ValueError(f"config must be a SigLipVisionConfig, got a {type(config).__name__}")
+        raise ValueError(f"config must be a SigLipVisionConfig, got {type(config).__name__}")
     if prefix is not None and not isinstance(prefix, str):
-        raise ValueError(f"prefix must be a text, got {prefix!r}")
+        raise ValueError(f"prefix must be a string, got {prefix!r}")
 
 
 def build_on_meta(
     config: SigLipVisionConfig, name: str, cls: type[Model]
 ) -> tuple[Model, dict[str, torch.Size]]:
-    """Build a model without memory for its parameters.
+    """Build a model on the `meta` device, without memory for its parameters.
 
     Args:
-        config: the architecture.
-        name: of the checkpoint, for messages.
-        cls: the class of the model.
+        config: Architecture.
+        name: Name of the checkpoint, for messages.
+        cls: Class of the model.
 
     Returns:
-        The model on `meta`, and our names of all its tensors with the shape of each.
+        The model, and the shapes of its parameters by name.
 
     Raises:
-        CheckpointError: the sizes are beyond what torch can even describe.
+        CheckpointError: The sizes overflow.
     """
     try:
         with torch.device("meta"):
             model = cls(config)
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{name} describes an impossible encoder: {error}") from error
+        raise CheckpointError(f"{name}: the configuration has impossible sizes: {error}") from error
     return model, {name: tensor.shape for name, tensor in model.state_dict().items()}

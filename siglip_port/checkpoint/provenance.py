@@ -1,4 +1,4 @@
-"""Where a model's weights come from, and what files written here say of it."""
+"""Origin of a model's weights, and the metadata that records it in saved files."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import torch
 
 from siglip_port.config import SigLipVisionConfig
 
-# Keys of the metadata of files written here.
+# Metadata keys of saved files.
 ORIGIN = "origin"  # see `Provenance.origin`
-FINGERPRINT = "siglip_port_config"  # of the configuration that belongs to them: see `fingerprint`
+FINGERPRINT = "siglip_port_config"  # hash of the configuration, see `fingerprint`
 
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a model's weights come from, and what was made of the file. `print` it.
+    """Origin of a model's weights, and a summary of loading. `print` it.
 
     Attributes:
-        source: the Hub id or path that was asked for.
-        commit: the Hub commit, or None for a local path.
-        files: the files that were read.
-        layout: the layout that was recognized.
-        tensors_read: number of stored tensors that make up the encoder.
-        bytes_read: their size in the files.
-        bytes_whole: the size of all weights files, as far as the source tells.
-        dropped: number of stored tensors left unread, by reason.
-        stored_dtypes: the dtypes of the encoder's tensors in the file.
-        dtype: the dtype they were loaded in.
-        origin: the Hub id and commit of the weights, `name@commit`; of a local file, where a file
-            that was written here says so; else None.
+        source: Hub id or path that was loaded.
+        commit: Hub commit; None for a local path.
+        files: Files that were read.
+        layout: Recognized layout and prefix.
+        tensors_read: Number of stored tensors of the encoder.
+        bytes_read: Their size in bytes.
+        bytes_total: Size in bytes of all weights files, as far as known.
+        ignored: Number of ignored stored tensors by reason.
+        stored_dtypes: dtypes of the encoder's stored tensors.
+        dtype: dtype of the parameters.
+        origin: Hub id and commit of the weights, `name@commit`, also of a local file that was saved
+            from them; None if unknown.
     """
 
     source: str
@@ -44,8 +44,8 @@ class Provenance:
     layout: str
     tensors_read: int
     bytes_read: int
-    bytes_whole: int
-    dropped: Mapping[str, int]
+    bytes_total: int
+    ignored: Mapping[str, int]
     stored_dtypes: tuple[torch.dtype, ...]
     dtype: torch.dtype
     origin: str | None
@@ -55,9 +55,9 @@ class Provenance:
         if self.commit:
             source += f" at commit {self.commit}"
         elif self.origin:
-            source += f", made from {self.origin}"
+            source += f", saved from {self.origin}"
         files = ", ".join(path.name for path in self.files)
-        dropped = "; ".join(f"{count} of the {reason}" for reason, count in self.dropped.items())
+        ignored = ", ".join(f"{reason} ({count})" for reason, count in self.ignored.items())
         dtype = str(self.dtype)
         stored = ", ".join(map(str, self.stored_dtypes))
         if stored != dtype:
@@ -68,26 +68,27 @@ class Provenance:
                 f"files    {files}",
                 f"layout   {self.layout}",
                 f"read     {self.amount_read()}, {self.tensors_read} tensors",
-                f"dropped  {dropped or 'nothing'}",
+                f"ignored  {ignored or 'nothing'}",
                 f"dtype    {dtype}",
             )
         )
 
     def amount_read(self) -> str:
-        """Write the bytes that were read and those of all files in one unit: `1.50 of 3.25 GB`."""
+        """Format the bytes read and the total in one unit: `1.50 of 3.25 GB`."""
         unit, name = UNITS[-1]
         for size, unit_name in UNITS:
-            if self.bytes_whole >= size:
+            if self.bytes_total >= size:
                 unit, name = size, unit_name
                 break
-        return f"{self.bytes_read / unit:.2f} of {self.bytes_whole / unit:.2f} {name}"
+        return f"{self.bytes_read / unit:.2f} of {self.bytes_total / unit:.2f} {name}"
 
 
 def fingerprint(config: SigLipVisionConfig) -> str:
-    """Return a hash of all that a configuration says of what its model computes.
+    """Return a hash of the fields that determine what a model computes.
 
-    Not of what no file says (`interpolation`), of what the tensors say better (`pooling_head`), of
-    the dropout, which timm does not store, nor of pixels at the edge of a NaFlex model's image.
+    Excluded are fields that files do not store (`interpolation`), that the tensors determine
+    (`pooling_head`) or that timm does not store (`attention_dropout`), and the pixels beyond the
+    last whole patch of a NaFlex model.
     """
     config = replace(config, interpolation=None, pooling_head=False, attention_dropout=0.0)
     values = asdict(config)

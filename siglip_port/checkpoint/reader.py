@@ -1,9 +1,8 @@
-"""Reads a checkpoint, strictly: headers first, then the tensors, mapped from the file.
+"""Strict reading of a checkpoint: headers first, then memory-mapped tensors.
 
-Everything that is wrong with a checkpoint is collected from `config.json` and the safetensors
-headers, before a single weight is read, and raised at once. What is then read is mapped from the
-file (a private mapping: to change a weight never changes the file), so the weights are never in
-memory twice.
+All problems are collected from `config.json` and the headers before any weight is read, and raised
+as one error. Tensors are then mapped from the file with a private mapping, so weights are not
+copied, and changing them does not change the file.
 """
 
 from __future__ import annotations
@@ -34,55 +33,49 @@ from siglip_port.checkpoint.source import CONFIG, OPEN_CLIP_CONFIG, Source
 from siglip_port.checkpoint.weight_files import WeightFiles
 from siglip_port.config import SigLipVisionConfig
 
-FETCH_BOTH_AGAIN = (
-    f"fetch the weights and {CONFIG} again, both from the same place and the same commit"
-)
+DOWNLOAD_BOTH_AGAIN = f"download the weights and {CONFIG} again, both from the same commit"
 
-MAX_BLOCKS = 1000  # the largest encoders that are published have 40
+MAX_BLOCKS = 1000  # the largest published encoders have 40
 
 Shapes = Mapping[str, torch.Size]
-"""Our names of all the model's tensors, with the shape of each."""
+"""Shapes of all parameters of the model by name."""
 
 
 @dataclass(frozen=True)
 class OtherKeys:
-    """The stored tensors that are not the encoder's.
+    """Stored tensors that are not the encoder's.
 
     Attributes:
-        ignored: their number, by the reason for which they are left unread.
-        unknown: the names of those for which there is no reason.
+        ignored: Number of ignored tensors by reason.
+        unexpected: Names of tensors that no rule ignores.
     """
 
     ignored: Mapping[str, int]
-    unknown: list[str]
+    unexpected: list[str]
 
 
 class Checkpoint:
-    """A checkpoint whose configuration and headers have been looked at.
-
-    Its weights have not been read.
+    """A checkpoint with its configuration and headers read, but no weights.
 
     Args:
-        source: where its files come from.
-        pooling_head: None to keep the pooling head if there is one, True to demand it, False to
-            leave it out.
-        layout: the name of one of `siglip_port.checkpoint.layouts.LAYOUTS`; None to recognize it.
-        prefix: what stands before the names of the encoder; None to find it.
-        config: the architecture, instead of what the checkpoint says of it.
+        source: Source of the files.
+        pooling_head: None to load the pooling head if the checkpoint has one, True to require it,
+            False to ignore it.
+        layout: Name of one of `siglip_port.checkpoint.layouts.LAYOUTS`; None to recognize it.
+        prefix: Prefix of the encoder's names; None to find it.
+        config: Architecture, instead of the checkpoint's.
 
     Attributes:
-        files: the weights files.
-        match: the layout that was recognized, and what stands before the names of the encoder.
-        config: the architecture. It has a pooling head where the file holds one and it is not left
-            out.
-        preprocessor_config: the contents of the `preprocessor_config.json` that belongs to the
-            encoder.
-        mappings: every stored tensor of the encoder: its name in the file -> what of ours it holds.
+        files: Weights files.
+        match: Layout and prefix of the encoder.
+        config: Architecture, with a pooling head if the checkpoint has one and it is not ignored.
+        preprocessor_config: Contents of the encoder's `preprocessor_config.json`.
+        mappings: Name of every stored tensor of the encoder -> the parameters that it contains.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it does not hold a SigLIP vision encoder.
-        MultipleEncodersError: it holds several; `layout` and `prefix` choose one.
-        ValueError: there is no layout of this name.
+        CheckpointError: The checkpoint does not exist, or has no SigLIP vision encoder.
+        MultipleEncodersError: It has several; `layout` and `prefix` select one.
+        ValueError: The layout does not exist.
     """
 
     def __init__(
@@ -108,7 +101,7 @@ class Checkpoint:
             if self.match.layout.has_hf_config:
                 self._described_by = CONFIG
         self._check_naflex(config)
-        self._head_keys = self._find_head(demanded=bool(pooling_head))
+        self._head_keys = self._find_head(required=bool(pooling_head))
         self.config = self._with_pooling(config, pooling_head)
         self.preprocessor_config = preprocessor_config.derive(
             self.config, read_preprocessor_config(source), content or {}, source.name
@@ -120,35 +113,33 @@ class Checkpoint:
         )
 
     @property
-    def dropped(self) -> Mapping[str, int]:
-        """Number of stored tensors that are not the encoder's, by the reason to ignore them."""
+    def ignored(self) -> Mapping[str, int]:
+        """Number of ignored stored tensors by reason."""
         return self._other_keys().ignored
 
     def check(self, shapes: Shapes) -> dict[str, TensorInfo]:
         """Check the headers against the model.
 
         Args:
-            shapes: our names of all the model's tensors, with the shape of each.
+            shapes: Shapes of all parameters of the model by name.
 
         Returns:
-            Every stored tensor of the encoder, by its name in the file.
+            Every stored tensor of the encoder by its name in the file.
 
         Raises:
-            CheckpointError: a tensor is missing, unknown, of the wrong shape or of an unusable
-                dtype; it names all.
+            CheckpointError: Tensors are missing, unexpected, of the wrong shape, or of an
+                unsupported dtype; the message names all of them.
         """
-        unknown = self._other_keys().unknown
+        unexpected = self._other_keys().unexpected
         stored, problems = self._read_headers()
         problems += self._check_tensors(stored, shapes)
-        if unknown:
-            problems.append(
-                ("unknown tensors, which no row of the key map claims or drops", unknown)
-            )
+        if unexpected:
+            problems.append(("unexpected tensors, not in the key map", unexpected))
         if problems:
             title = f"{self._source.title} (layout: {self.match.title})"
             report = describe_problems(title, problems)
-            raise CheckpointError(f"{report}\nNothing was loaded; {FETCH_BOTH_AGAIN}.")
-        self._check_fingerprint()  # last, since all else says more
+            raise CheckpointError(f"{report}\nNothing was loaded; {DOWNLOAD_BOTH_AGAIN}.")
+        self._check_fingerprint()  # last, because other errors are more specific
         return stored
 
     def read(
@@ -158,19 +149,20 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> tuple[dict[str, torch.Tensor], Provenance]:
-        """Check the headers against the model, then read its tensors, and only these.
+        """Check the headers against the model, then read the encoder's tensors only.
 
         Args:
-            shapes: our names of all the model's tensors, with the shape of each.
-            dtype: None for the dtype of the file; where its tensors differ, the one that holds them
-                all exactly.
-            device: None for the CPU, where tensors of the file's own dtype are mapped, not copied.
+            shapes: Shapes of all parameters of the model by name.
+            dtype: dtype of the parameters. None for the file's; if its tensors differ, the smallest
+                dtype that represents all of them exactly.
+            device: Device of the parameters; None for the CPU, where tensors in the file's dtype
+                are mapped, not copied.
 
         Returns:
-            Our names with the tensors, and where they come from.
+            The parameters by name, and their provenance.
 
         Raises:
-            CheckpointError: as `check` does.
+            CheckpointError: See `check`.
         """
         stored = self.check(shapes)
         stored_dtypes = tuple(dict.fromkeys(DTYPES[info.dtype] for info in stored.values()))
@@ -190,44 +182,44 @@ class Checkpoint:
             layout=self.match.title,
             tensors_read=len(stored),
             bytes_read=sum(info.nbytes for info in stored.values()),
-            bytes_whole=max(self.files.index_bytes, size),
-            dropped=self.dropped,
+            bytes_total=max(self.files.index_bytes, size),
+            ignored=self.ignored,
             stored_dtypes=stored_dtypes,
             dtype=dtype,
             origin=self._origin(groups),
         )
 
-    # --- what the constructor does ----------------------------------------------------------------
+    # --- steps of the constructor -----------------------------------------------------------------
 
     def _check_naflex(self, config: SigLipVisionConfig) -> None:
-        """Raise CheckpointError unless configuration and weights are of the same kind."""
+        """Raise CheckpointError unless configuration and weights agree on NaFlex."""
         if config.naflex == self.match.layout.naflex:
             return
         kinds = {
             True: "a NaFlex encoder (siglip2)",
-            False: "an encoder for images of one size (siglip)",
+            False: "a fixed-size encoder (siglip)",
         }
         raise CheckpointError(
             f"{self._source.title}: {self._described_by} describes {kinds[config.naflex]}, but the "
-            "shape of the patch "
-            f"embedding is that of {kinds[self.match.layout.naflex]}; {FETCH_BOTH_AGAIN}"
+            f"shape of the patch embedding is that of {kinds[self.match.layout.naflex]}; "
+            f"{DOWNLOAD_BOTH_AGAIN}"
         )
 
-    def _find_head(self, demanded: bool) -> set[str]:
-        """Find the tensors of the pooling head, of which there must be some if it is demanded."""
+    def _find_head(self, required: bool) -> set[str]:
+        """Return the stored names of the pooling head; raise if it is required but missing."""
         layout, prefix = self.match
         keys = layout.mappings(0, layout.head, prefix).keys() & self.files.file_of.keys()
-        if demanded and not keys:
+        if required and not keys:
             raise CheckpointError(
-                f"{self._source.title} holds no pooling head, which pooling_head=True demands; "
-                "load it without, for tokens"
+                f"{self._source.title} has no pooling head, which pooling_head=True requires; "
+                "omit pooling_head= to load the encoder without one"
             )
         return keys
 
     def _with_pooling(
         self, config: SigLipVisionConfig, pooling_head: bool | None
     ) -> SigLipVisionConfig:
-        """Return the architecture with the pooling that the file has, or that was asked for."""
+        """Return the architecture with the pooling of the file, or as requested."""
         if pooling_head is not None:
             return replace(config, pooling_head=pooling_head, mean_pooling=False)
         has_head = bool(self._head_keys)
@@ -236,44 +228,39 @@ class Checkpoint:
         )
 
     def _check_block_count(self) -> None:
-        """Raise CheckpointError if there are more blocks than can be.
+        """Raise CheckpointError if the number of blocks is impossible.
 
-        Before all are spelled out, since in a damaged file this number may be of any size.
+        A damaged file may give any number, and expanding the rules would take all memory.
         """
         count = self.config.num_encoder_blocks
-        asks = f"{self._source.title}: {self._described_by} asks for {count} blocks"
+        subject = f"{self._source.title}: {self._described_by} has {count} blocks"
         num_tensors = len(self.files.file_of)
         if not self.match.layout.is_stacked and count > num_tensors:
             raise CheckpointError(
-                f"{asks}, but the weights have only {num_tensors} tensors; {FETCH_BOTH_AGAIN}"
+                f"{subject}, but the weights have only {num_tensors} tensors; {DOWNLOAD_BOTH_AGAIN}"
             )
         if count > MAX_BLOCKS:
-            raise CheckpointError(
-                f"{asks}, and no encoder has more than {MAX_BLOCKS}; {FETCH_BOTH_AGAIN}"
-            )
+            raise CheckpointError(f"{subject}, limit is {MAX_BLOCKS}; {DOWNLOAD_BOTH_AGAIN}")
 
-    # --- what `check` and `read` do ---------------------------------------------------------------
+    # --- steps of `check` and `read` --------------------------------------------------------------
 
     def _other_keys(self) -> OtherKeys:
-        """Sort what is not the encoder's."""
+        """Classify the stored tensors that are not the encoder's."""
         layout, prefix = self.match
         ignored: Counter[str] = Counter()
-        unknown = []
+        unexpected = []
         for name in self.files.file_of.keys() - self.mappings.keys():
             reason = layout.reason_to_ignore(name, prefix)
             if name in self._head_keys:
-                reason = "pooling head, left out"
+                reason = "pooling head"
             if reason is None:
-                unknown.append(name)
+                unexpected.append(name)
             else:
                 ignored[reason] += 1
-        return OtherKeys(dict(sorted(ignored.items())), unknown)
+        return OtherKeys(dict(sorted(ignored.items())), unexpected)
 
     def _read_headers(self) -> tuple[dict[str, TensorInfo], list[Problem]]:
-        """Read the headers of the files that hold the encoder.
-
-        Of the others, none is opened, or even needed.
-        """
+        """Read the headers of the encoder's files; other files need not exist."""
         stored: dict[str, TensorInfo] = {}
         problems: list[Problem] = []
         file_of = self.files.file_of
@@ -283,62 +270,58 @@ class Checkpoint:
             try:
                 tensors = self.files.header(filename).tensors
             except CheckpointError as error:
-                problems.append((f"{error}, so these cannot be read", names))
+                problems.append((f"{error}; unreadable tensors", names))
                 continue
             for name in names:
                 if name in tensors:
                     stored[name] = tensors[name]
                 else:
                     missing.append(name)
-            astray = [name for name in tensors if file_of.get(name) != filename]
-            if astray:
-                problems.append(
-                    (f"tensors in {filename} that the index does not place there", astray)
-                )
+            misplaced = [name for name in tensors if file_of.get(name) != filename]
+            if misplaced:
+                problems.append((f"tensors in {filename} contrary to the index", misplaced))
         if missing:
             problems.insert(0, ("missing tensors", missing))
         return stored, problems
 
     def _check_tensors(self, stored: Mapping[str, TensorInfo], shapes: Shapes) -> list[Problem]:
-        """Find the stored tensors of another shape than the model's, or of an unusable dtype."""
+        """Find stored tensors of the wrong shape or of an unsupported dtype."""
         problems: dict[str, list[str]] = {}
         for name, info in stored.items():
             mapping = self.mappings[name]
             port_shapes = [shapes[port_name] for port_name in mapping.port]
             expected = mapping.stored_shape(port_shapes, self.config.num_attention_heads)
             if info.shape != expected:
-                shape = f"shape: expected {list(expected)} by {self._described_by}"
-                problems.setdefault(f"{shape}, found {list(info.shape)}", []).append(name)
+                shape = f"shape: expected {list(expected)} from {self._described_by}"
+                problems.setdefault(f"{shape}, got {list(info.shape)}", []).append(name)
             if info.dtype not in DTYPES:
-                dtype = f"dtype: expected one of {', '.join(DTYPES)}, found {info.dtype}"
+                dtype = f"dtype: expected one of {', '.join(DTYPES)}, got {info.dtype}"
                 problems.setdefault(dtype, []).append(name)
         return list(problems.items())
 
     def _check_fingerprint(self) -> None:
-        """Raise CheckpointError if weights written here belong to another configuration."""
+        """Raise CheckpointError if the weights were saved with another configuration."""
         if self._config_of_files is None:
             return
         expected = self.files.metadata(FINGERPRINT)
         if expected - {fingerprint(self._config_of_files)}:
             raise CheckpointError(
-                f"{self._source.title}: the configuration is not the one that these weights were "
-                "saved with: saving "
-                "was interrupted between the files, or one of them was changed since; save or "
-                "fetch both again, or, if "
-                "it is right, pass it: config=SigLipVisionConfig(...)"
+                f"{self._source.title}: the configuration is not the one that the weights were "
+                "saved with (interrupted save, or a later change); save or download both again, "
+                "or pass config=SigLipVisionConfig(...)"
             )
 
     def _split(
         self, name: str, tensor: torch.Tensor, shapes: Shapes
     ) -> list[tuple[str, torch.Tensor]]:
-        """Take a stored tensor apart into ours, each with its name."""
+        """Split a stored tensor into parameters with their names."""
         mapping = self.mappings[name]
         port_shapes = [shapes[port_name] for port_name in mapping.port]
         parts = [part.contiguous() for part in mapping.from_stored(tensor, port_shapes)]
         return list(zip(mapping.port, parts, strict=True))
 
     def _origin(self, filenames: Iterable[str]) -> str | None:
-        """Return the Hub id and commit of the weights, or those that the files were made from."""
+        """Return the Hub id and commit of the weights, also if saved to a local file since."""
         if self._source.commit is not None:
             return f"{self._source.name}@{self._source.commit}"
         headers = [self.files.header(filename) for filename in filenames]
@@ -351,7 +334,7 @@ class Checkpoint:
 
 
 def read_config_unless(config: SigLipVisionConfig | None, source: Source) -> dict[str, Any] | None:
-    """Read the configuration file, which need not be readable where `config` takes its place."""
+    """Read the configuration file; return None if it is unreadable and `config` replaces it."""
     try:
         return read_config(source)
     except CheckpointError:
@@ -361,7 +344,7 @@ def read_config_unless(config: SigLipVisionConfig | None, source: Source) -> dic
 
 
 def read_open_clip_config(source: Source) -> dict[str, Any]:
-    """Read open_clip's configuration, which may lie beside one that says nothing."""
+    """Read open_clip's configuration; empty if it is missing or not cached."""
     with contextlib.suppress(HubUnreachableError):
         return read_config(source, (OPEN_CLIP_CONFIG,)) or {}
     return {}

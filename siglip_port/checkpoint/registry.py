@@ -1,4 +1,4 @@
-"""The published SigLIP vision encoders, and the names that other code has for them.
+"""The published SigLIP checkpoints, and the names of their vision encoders in other libraries.
 
 Sources: the Hub repositories' `config.json`; timm 1.0.31 `models/vision_transformer.py` and
 `models/naflexvit.py`; keras-hub `siglip_presets.py` for the counts of parameters.
@@ -25,7 +25,7 @@ SIZES = {
         embed_dim=1536, num_encoder_blocks=40, num_attention_heads=16, mlp_hidden_dim=6144
     ),
 }
-"""The four sizes."""
+"""Architectures of the four sizes, without image and patch size."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,11 @@ class Published:
     """A published checkpoint.
 
     Attributes:
-        repo: its id on the Hub.
-        config: of its vision encoder.
-        vision_parameters: of the vision encoder, the pooling head included.
-        total_parameters: of the whole model, the text encoder included.
-        resample: PIL's number of the filter that its image processor resizes with: 2 bilinear, 3
-            bicubic.
+        repo: Hub id.
+        config: Architecture of the vision encoder.
+        vision_parameters: Parameter count of the vision encoder, with the pooling head.
+        total_parameters: Parameter count of the whole model, with the text encoder.
+        resample: PIL's filter number of the image processor: 2 bilinear, 3 bicubic.
     """
 
     repo: str
@@ -49,18 +48,18 @@ class Published:
 
     @property
     def size(self) -> str:
-        """Which of the four sizes it is: base, large, so400m or giant-opt."""
+        """Size of the model: base, large, so400m or giant-opt."""
         names = {config.embed_dim: name for name, config in SIZES.items()}
         return names[self.config.embed_dim]
 
     @property
     def vision_bytes(self) -> int:
-        """Size of the vision encoder in the file, which is float32 in all of them."""
+        """Size of the vision encoder in bytes; all published files are float32."""
         return 4 * self.vision_parameters
 
 
 def from_name(repo: str, vision_parameters: int, total_parameters: int) -> Published:
-    """Describe a checkpoint, most of which its name tells."""
+    """Derive the entry of a checkpoint from its Hub id and parameter counts."""
     match = re.search(r"(base|large|so400m|giant-opt)-patch(\d+)-(\d+|naflex)", repo)
     size, patch_size, image_size = match.groups() if match else ("so400m", "14", "448")  # medsiglip
     naflex = image_size == "naflex"
@@ -107,7 +106,7 @@ PUBLISHED = (
     from_name("google/siglip2-so400m-patch16-naflex",       427_888_064,   1_135_670_962),
     from_name("google/medsiglip-448",                       428_565_440,     878_300_338),
 )
-"""The published checkpoints: 27 named google/siglip*, and medsiglip."""
+"""The published checkpoints: 27 named google/siglip* and medsiglip."""
 # fmt: on
 
 TIMM_NAME = re.compile(
@@ -118,13 +117,13 @@ PRISMATIC_NAME = re.compile(r"(?:dino)?siglip-vit-(so400m|so|b16)(?:-(\d+)px)?")
 
 
 def config_of_name(name: str) -> SigLipVisionConfig | None:
-    """Recognize the name of a published vision encoder.
+    """Return the architecture of a published vision encoder by name.
 
-    Of a Hub repository, of timm, or of the code of Janus or Prismatic. Janus, whose code is a copy
-    of timm's, and Prismatic, which takes timm's, have the exact GELU.
+    Accepts Hub ids and the names in timm, Janus and Prismatic. Janus (a copy of timm's code) and
+    Prismatic (which uses timm) have the exact GELU.
 
     Returns:
-        The architecture, or None where the name is none of these.
+        The architecture; None if the name is unknown.
     """
     for published in PUBLISHED:
         if name in (published.repo, published.repo.split("/")[1]):
@@ -153,10 +152,10 @@ def config_of_name(name: str) -> SigLipVisionConfig | None:
 
 
 def config_of_timm(name: str, match: re.Match[str]) -> SigLipVisionConfig:
-    """Return the architecture that timm builds under a name.
+    """Return the architecture that timm builds for a model name.
 
-    timm builds some of its SigLIP models with the exact GELU, though all were trained with the tanh
-    form; the name decides.
+    timm builds some SigLIP models with the exact GELU, although all were trained with the tanh
+    approximation; which ones depends on the name.
     """
     size, patch_size, gap, image_size = match.groups()
     naflex = name.startswith("naflex")

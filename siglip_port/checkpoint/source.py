@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint come from, and what they are called."""
+"""Sources of checkpoint files, and the names of these files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Source(Protocol):
-    """Something that holds the files of one checkpoint: see `siglip_port.hub`.
+    """The files of one checkpoint, local or on the Hub: see `siglip_port.hub`.
 
     Attributes:
-        name: what the user called it, for provenance.
-        title: the same for messages: with the revision, where one was asked for.
-        weights: the name of the weights file, where the user named it; else None.
+        name: Path or Hub id that the user passed.
+        title: Name for messages, with the revision if the user passed one.
+        weights: Name of the weights file if the user passed one; else None.
     """
 
     name: str
@@ -30,42 +30,37 @@ class Source(Protocol):
 
     @property
     def commit(self) -> str | None:
-        """The commit of a Hub repository, once its first file has been fetched; else None."""
+        """Commit of a Hub repository, known after the first download; else None."""
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """Name for messages."""
 
     def get(self, filename: str) -> Path | None:
-        """Return where the file lies on this machine, or None where the source does not hold it."""
+        """Return the local path of a file, downloaded if necessary; None if it does not exist."""
 
     def header(self, filename: str) -> Header | None:
-        """Read which tensors a weights file holds.
-
-        None where the source does not hold the file.
-        """
+        """Read the header of a weights file; None if the file does not exist."""
 
     def local(self, filename: str) -> Path | None:
-        """Return where the file lies on this machine, if it does already."""
+        """Return the path of a file that is already on this machine; else None."""
 
     def fetch(self, tensors: Mapping[str, Collection[str]]) -> dict[str, Path]:
-        """Make tensors available: names by weights file.
+        """Download tensors if necessary.
 
-        Returns, by weights file, a file that holds them.
+        Args:
+            tensors: Names of tensors by weights file.
+
+        Returns:
+            By weights file, the path of a local file that contains its tensors.
         """
 
     def listing(self) -> list[str]:
-        """Return the names of the files that the source holds, as far as it can tell.
-
-        For messages.
-        """
+        """Return the known file names of the source, for messages."""
 
 
 def pickle_advice(filenames: Iterable[str]) -> str:
-    """Say why pickled weights are refused and what to do, where there are any among the files.
-
-    Else nothing.
-    """
+    """Return why pickled weights are refused and what to do; empty if there are none."""
     pickles = [name for name in filenames if name.endswith(PICKLE_SUFFIXES)]
     if not pickles:
         return ""

@@ -1,4 +1,4 @@
-"""timm's `config.json` of a model: a published architecture, and what differs from it."""
+"""timm's `config.json`: a published architecture and the arguments that differ from it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from siglip_port.config import SigLipVisionConfig
 
 
 def config_to_timm(config: SigLipVisionConfig, preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `config.json` of a model in timm's words.
+    """Return timm's `config.json` of a model.
 
     Args:
-        config: of the model.
-        preprocessor: the contents of its `preprocessor_config.json`.
+        config: Architecture of the model.
+        preprocessor: Contents of its `preprocessor_config.json`.
 
     Raises:
-        ValueError: the model has another epsilon than 1e-6, which timm fixes.
+        ValueError: `layer_norm_eps` is not 1e-6, the only value in timm's SigLIP models.
     """
     if config.layer_norm_eps != SigLipVisionConfig.layer_norm_eps:
         raise ValueError(
-            f"timm's SigLIP encoders have layer_norm_eps 1e-6, this one has {config.layer_norm_eps}"
+            f"layer_norm_eps must be 1e-6 in timm's SigLIP models, got {config.layer_norm_eps}; "
+            "write the HuggingFace format instead"
         )
     architecture = "vit_base_patch16_siglip_224"
     if config.naflex:
@@ -37,7 +38,7 @@ def config_to_timm(config: SigLipVisionConfig, preprocessor: Mapping[str, Any]) 
 
 
 def model_args(config: SigLipVisionConfig) -> dict[str, Any]:
-    """Return the arguments of timm's model."""
+    """Return the arguments of timm's model constructor."""
     sizes: dict[str, Any] = {"img_size": config.image_size}
     if config.naflex:
         sizes = {"pos_embed_grid_size": [config.grid_size, config.grid_size]}
@@ -56,7 +57,7 @@ def model_args(config: SigLipVisionConfig) -> dict[str, Any]:
 
 
 def pretrained_cfg(config: SigLipVisionConfig, preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what timm says of the weights, and of the images that they take."""
+    """Return timm's description of the weights and of their input images."""
     return {
         "custom_load": False,
         "input_size": [config.num_channels, config.image_size, config.image_size],
@@ -73,7 +74,7 @@ def pretrained_cfg(config: SigLipVisionConfig, preprocessor: Mapping[str, Any]) 
 
 
 def interpolation_name(resample: object) -> str:
-    """Return the name of the filter of PIL's number; bicubic for anything else."""
+    """Return the name of a PIL filter number; bicubic if it is unknown."""
     for name, number in RESAMPLE.items():
         if number == resample:
             return name
@@ -81,16 +82,16 @@ def interpolation_name(resample: object) -> str:
 
 
 def global_pool(config: SigLipVisionConfig) -> str:
-    """Return how timm pools tokens: `map` is the pooling head, `avg` the mean."""
+    """Return timm's pooling: `map` for the attention head, `avg` for the mean, or none."""
     if config.pooling_head:
         return "map"
     return "avg" if config.mean_pooling else ""
 
 
 def mlp_ratio(config: SigLipVisionConfig) -> float:
-    """Return the ratio of which timm makes the width of the MLP's hidden layer.
+    """Return the ratio from which timm computes the MLP's hidden width.
 
-    timm takes int(width * ratio), which must not fall below the number meant.
+    timm truncates, int(width * ratio), so the ratio may need rounding up.
     """
     ratio = config.mlp_hidden_dim / config.embed_dim
     if int(config.embed_dim * ratio) == config.mlp_hidden_dim:

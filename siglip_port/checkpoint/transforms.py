@@ -1,4 +1,4 @@
-"""How files store single tensors that are stored otherwise than we have them."""
+"""Reversible changes of shape and order between stored tensors and parameters."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Transform:
-    """How a stored tensor is made of ours, and ours of it.
+    """A conversion between a parameter and its stored tensor.
 
-    Both ways are exact: they only move values.
+    Both directions only move values, so they are exact.
 
     Attributes:
-        name: the dimensions of the stored tensor in words; empty where they are ours.
-        store: (ours, number of heads) -> stored.
-        load: (stored, the shape of ours) -> ours.
+        name: Dimensions of the stored tensor; empty if they are the parameter's.
+        to_stored: (parameter, number of heads) -> stored tensor.
+        from_stored: (stored tensor, shape of the parameter) -> parameter.
     """
 
     name: str
-    store: Callable[[Tensor, int], Tensor]
-    load: Callable[[Tensor, tuple[int, ...]], Tensor]
+    to_stored: Callable[[Tensor, int], Tensor]
+    from_stored: Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
 def positions_to_grid(positions: Tensor) -> Tensor:
-    """[position, out] -> [y, x, out]."""
+    """Reshape [position, out] to [y, x, out]."""
     side = math.isqrt(len(positions))
     grid: Tensor = positions.unflatten(0, (side, side))
     return grid
 
 
 def kernel_to_patches(weight: Tensor) -> Tensor:
-    """[out, channel, y, x] -> [out, y x channel]."""
+    """Reshape [out, channel, y, x] to [out, y x channel]."""
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def patches_to_kernel(patches: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[out, y x channel] -> [out, channel, y, x]."""
+    """Reshape [out, y x channel] to [out, channel, y, x]."""
     out, channels, height, width = shape
     return patches.reshape(out, height, width, channels).permute(0, 3, 1, 2)
 
@@ -47,7 +47,7 @@ def patches_to_kernel(patches: Tensor, shape: tuple[int, ...]) -> Tensor:
 # fmt: off
 PLAIN = Transform("", lambda t, _: t, lambda t, _: t)
 
-# Of weights: flax stores [in, out], and attention with its heads as a dimension.
+# Weights: flax stores [in, out], and attention with a dimension for the heads.
 TRANSPOSED = Transform("[in, out]",
     lambda t, _: t.T,
     lambda t, _: t.T)
@@ -61,7 +61,7 @@ BIAS_OF_HEADS = Transform("[head, out of head]",
     lambda t, heads: t.unflatten(0, (heads, -1)),
     lambda t, _: t.flatten())
 
-# Of the patch embedding: ours is a convolution's, [out, channel, y, x].
+# Patch embedding; the parameter is a convolution's, [out, channel, y, x].
 KERNEL = Transform("[y, x, channel, out]",
     lambda t, _: t.permute(2, 3, 1, 0),
     lambda t, _: t.permute(3, 2, 0, 1))
@@ -78,7 +78,7 @@ PATCHES_CHANNEL_FIRST = Transform("[out, channel y x]",
     lambda t, _: t.flatten(1),
     lambda t, shape: t.reshape(shape))
 
-# Of positions: ours are [position, out].
+# Position embedding; the parameter is [position, out].
 BATCHED = Transform("[1, position, out]",
     lambda t, _: t[None],
     lambda t, _: t[0])

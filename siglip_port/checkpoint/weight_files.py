@@ -1,4 +1,4 @@
-"""The weights files of one checkpoint: which of them holds which tensor, and what headers say."""
+"""The weights files of a checkpoint: their tensors and headers."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from siglip_port.checkpoint.json_files import read_index
 from siglip_port.checkpoint.source import INDEX, WEIGHTS, WEIGHTS_FILES, Source, pickle_advice
 
 MAX_DECOMPRESSION_RATIO = 100
-"""How many times larger than its file a model may be. Weights hardly compress.
+"""Maximum ratio of a model's size to its file's size.
 
-What does is made to fill the memory.
+Weights hardly compress, so a larger ratio means a decompression bomb.
 """
 
 
 class WeightFiles:
-    """The weights files of a checkpoint. Headers are read when they are asked for, and once.
+    """The weights files of a checkpoint. Each header is read once, on first use.
 
     Args:
-        source: where they come from.
+        source: Source of the files.
 
     Attributes:
-        source: likewise.
-        file_of: the name of every stored tensor -> the name of its file.
-        index_bytes: of all shards, by their index; 0 where none says.
+        source: Source of the files.
+        file_of: Name of every stored tensor -> name of its file.
+        index_bytes: Total size of all shards according to the index; 0 if unknown.
 
     Raises:
-        CheckpointError: there are none, or they cannot be read.
+        CheckpointError: There are no weights files, or they cannot be read.
     """
 
     def __init__(self, source: Source) -> None:
@@ -52,7 +52,7 @@ class WeightFiles:
         """Return the header of a file.
 
         Raises:
-            CheckpointError: the file is not there, or damaged.
+            CheckpointError: The file is missing or damaged.
         """
         if filename not in self._headers:
             header = self.source.header(filename)
@@ -62,7 +62,7 @@ class WeightFiles:
         return self._headers[filename]
 
     def headers(self) -> dict[str, Header | None]:
-        """Return the headers of all files; None for one that is not there or damaged."""
+        """Return the headers of all files; None for a missing or damaged file."""
         headers: dict[str, Header | None] = {}
         for filename in dict.fromkeys(self.file_of.values()):
             headers[filename] = None
@@ -71,10 +71,7 @@ class WeightFiles:
         return headers
 
     def tensor(self, name: str) -> TensorInfo | None:
-        """Return what the header says of one tensor.
-
-        None where there is none, or it cannot be read, which is found out again later.
-        """
+        """Return the header entry of a tensor; None if it is missing or cannot be read."""
         if name not in self.file_of:
             return None
         try:
@@ -83,7 +80,7 @@ class WeightFiles:
             return None
 
     def shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all tensors behind a prefix whose header can be read."""
+        """Return the shapes of all readable tensors under a prefix."""
         shapes = {}
         for name in self.file_of:
             if name.startswith(prefix):
@@ -93,12 +90,12 @@ class WeightFiles:
         return shapes
 
     def metadata(self, key: str) -> set[str]:
-        """Return what the headers that were read so far say under a key of their metadata."""
+        """Return the values of a metadata key in the headers read so far."""
         metadata = [header.metadata for header in self._headers.values()]
         return {values[key] for values in metadata if key in values}
 
     def group_by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """Group tensors by the file that holds them."""
+        """Group tensor names by file."""
         groups: dict[str, list[str]] = {}
         for name in names:
             groups.setdefault(self.file_of[name], []).append(name)
@@ -107,14 +104,14 @@ class WeightFiles:
     def read(
         self, groups: Mapping[str, Collection[str]], paths: Mapping[str, Path]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Read stored tensors one after the other, mapped from their files where that can be.
+        """Yield stored tensors one by one, memory-mapped where possible.
 
         Args:
-            groups: their names by weights file.
-            paths: by weights file, a file that holds them.
+            groups: Tensor names by weights file.
+            paths: Local path of each weights file.
 
         Raises:
-            CheckpointError: a tensor is damaged, or a file unpacks to more than weights do.
+            CheckpointError: A tensor is damaged, or a file exceeds `MAX_DECOMPRESSION_RATIO`.
         """
         for filename, names in groups.items():
             path = paths[filename]
@@ -125,11 +122,11 @@ class WeightFiles:
                         yield name, get_tensor(name)
                     except UnreadableFileError as error:
                         raise CheckpointError(
-                            f"{path}: {name} is damaged ({error}); fetch the file again"
+                            f"{path}: tensor {name} is damaged ({error}); download the file again"
                         ) from error
 
     def _list_tensors(self) -> dict[str, str]:
-        """Find the file of every tensor, in the first of the usual weights files that exists."""
+        """Map every tensor to its file, using the first of `WEIGHTS_FILES` that exists."""
         if self.source.weights is not None:
             filename = self.source.weights
             return dict.fromkeys(self.header(filename).tensors, filename)
@@ -138,7 +135,7 @@ class WeightFiles:
             try:
                 file_of = self._list_tensors_of(filename)
             except HubUnreachableError as error:
-                # Offline, a cache tells what it has, not what the repository has.
+                # Offline, another weights file of the repository may be cached.
                 not_cached = not_cached or error
                 continue
             if file_of is not None:
@@ -148,14 +145,14 @@ class WeightFiles:
         listing = self.source.listing()
         weights = [name for name in listing if name.endswith(SUFFIXES)]
         raise CheckpointError(
-            f"{self.source.title} holds neither {WEIGHTS} nor {INDEX}; found: "
+            f"{self.source.title} contains neither {WEIGHTS} nor {INDEX}; found: "
             f"{', '.join(listing) or 'nothing'}"
             + pickle_advice(listing)
             + "".join(f"; pass the file {name} itself" for name in weights)
         )
 
     def _list_tensors_of(self, filename: str) -> dict[str, str] | None:
-        """Find the file of every tensor by one weights file or index; None where there is none."""
+        """Map every tensor to its file by one weights file or index; None if it does not exist."""
         if filename == INDEX:
             path = self.source.get(filename)
             if path is None:
@@ -171,22 +168,21 @@ class WeightFiles:
 
 
 def check_decompression(path: Path, header: Header, names: Iterable[str]) -> None:
-    """Raise CheckpointError if tensors are far larger than the file that holds them."""
+    """Raise CheckpointError if tensors are far larger than their file."""
     size = sum(header.tensors[name].nbytes for name in names)
     if size > MAX_DECOMPRESSION_RATIO * header.size:
         raise CheckpointError(
-            f"{path} has {header.size} bytes, and its encoder would have {size}: more "
-            f"than {MAX_DECOMPRESSION_RATIO} "
-            "times as many, which no weights have. Nothing was loaded; where you trust it, "
-            "unpack it yourself"
+            f"{path} is {header.size} bytes and decompresses to {size}, more than "
+            f"{MAX_DECOMPRESSION_RATIO} times its size; nothing was loaded; if you trust the file, "
+            "decompress it first"
         )
 
 
 def read_weights_header(path: Path) -> Header:
-    """Read which tensors a weights file holds.
+    """Read the header of a weights file.
 
     Raises:
-        CheckpointError: it cannot be read, or is damaged.
+        CheckpointError: The file cannot be read, or is damaged.
     """
     try:
         return read_header(path)
@@ -195,5 +191,5 @@ def read_weights_header(path: Path) -> Header:
     except UnreadableFileError as error:
         kind = path.suffix.removeprefix(".")
         raise CheckpointError(
-            f"{path} is not a whole {kind} file ({error}); {error.advice}"
+            f"{path} is not a valid {kind} file ({error}); {error.advice}"
         ) from error

@@ -1,4 +1,4 @@
-"""Writes a model as a checkpoint, each file whole or not at all."""
+"""Saving a model as a checkpoint, with atomic replacement of each file."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from siglip_port.checkpoint.timm_config import config_to_timm
 from siglip_port.model import SigLipVisionModel
 
 Documents = Mapping[str, Mapping[str, Any]]
-"""Names and contents of the JSON files that go with the weights."""
+"""Contents of the JSON files beside the weights, by name."""
 
 
 def save_hf(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
-    """Write a model as a HuggingFace `SiglipVisionModel`, or `Siglip2VisionModel` if it is NaFlex.
+    """Save a model for transformers: `SiglipVisionModel`, or `Siglip2VisionModel` for NaFlex.
 
-    Writes `model.safetensors`, a complete `config.json` and `preprocessor_config.json`. Tensors are
-    named as on the Hub (prefix `vision_model.`), which old and new releases of transformers read.
+    Writes `model.safetensors`, a complete `config.json` and `preprocessor_config.json`. Tensor
+    names have the prefix `vision_model.`, as in the published files, which old and new releases of
+    transformers read.
 
     Args:
-        model: the model.
-        folder: where to; made if it does not exist. The three files are replaced if they are there
-            already.
+        model: Model to save.
+        folder: Output directory, created if necessary. Files of the same names are replaced.
 
     Raises:
-        CheckpointError: the parameters are no longer those of the encoder (wrapped, quantized, with
-            adapters), or the folder cannot be written.
+        CheckpointError: The parameters do not match the configuration (wrapped, quantized, with
+            adapters), or the files cannot be written.
     """
     layout = HUGGINGFACE_NAFLEX if model.config.naflex else HUGGINGFACE
     documents = {CONFIG: model.config.to_hf(), PREPROCESSOR: model.preprocessor_config}
@@ -56,20 +56,18 @@ def save_hf(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
 
 
 def save_timm(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
-    """Write a model as timm does: `model.safetensors` and timm's `config.json`.
+    """Save a model for timm: `model.safetensors` and timm's `config.json`.
 
-    `timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)` loads it, with the
-    activation of the encoder. timm reads images its own way: it crops them, where transformers does
-    not.
+    `timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)` loads it with the
+    model's activation. Preprocessing differs: timm crops images, transformers does not.
 
     Args:
-        model: the model.
-        folder: where to; made if it does not exist. The two files are replaced if they are there
-            already.
+        model: Model to save.
+        folder: Output directory, created if necessary. Files of the same names are replaced.
 
     Raises:
-        CheckpointError: as for `save_hf`.
-        ValueError: timm has no model of this architecture.
+        CheckpointError: See `save_hf`.
+        ValueError: timm does not support this architecture.
     """
     layout = TIMM_NAFLEX if model.config.naflex else TIMM
     documents = {CONFIG: config_to_timm(model.config, model.preprocessor_config)}
@@ -82,17 +80,16 @@ def save(
     match: Match,
     documents: Documents,
 ) -> None:
-    """Write the tensors of a model, and the JSON files that go with them.
+    """Save the tensors of a model and the JSON files beside them.
 
     Args:
-        model: the model.
-        folder: where to; made if it does not exist. `model.safetensors` and the documents in it are
-            replaced.
-        match: how tensors are to be stored, and behind which prefix.
-        documents: `config.json`, and others.
+        model: Model to save.
+        folder: Output directory, created if necessary. Files of the same names are replaced.
+        match: Layout and prefix of the stored tensors.
+        documents: Contents of `config.json` and other JSON files.
 
     Raises:
-        CheckpointError: the tensors are not those of the architecture, or the folder cannot be
+        CheckpointError: The parameters do not match the configuration, or the files cannot be
             written.
     """
     _, shapes = build_on_meta(model.config, "the configuration", SigLipVisionModel)
@@ -101,7 +98,7 @@ def save(
     if problems:
         raise CheckpointError(describe_problems("the model to be saved", problems))
     if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
-        raise CheckpointError(f"the checkpoint needs a folder to be written to, got {folder!r}")
+        raise CheckpointError(f"folder must be a path, got {folder!r}")
     stored = match.layout.to_stored(
         state_dict,
         model.config.num_encoder_blocks,
@@ -113,51 +110,53 @@ def save(
         documents = with_dtype(documents, stored)
     try:
         write_files(Path(folder), stored, weights_metadata(model), documents)
-    except (OSError, SafetensorError, TypeError) as error:  # TypeError: a document that is no JSON
+    except (OSError, SafetensorError, TypeError) as error:  # TypeError: not JSON serializable
         raise CheckpointError(
-            f"the checkpoint could not be written to {os.fspath(folder)}: {error}"
+            f"the checkpoint cannot be written to {os.fspath(folder)}: {error}"
         ) from error
 
 
 def find_problems(state_dict: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> list[Problem]:
-    """Find what keeps a state from being saved as that of an architecture.
+    """Compare a state dict with the architecture.
 
     Args:
-        state_dict: of the model.
-        shapes: our names of all that the architecture has, with the shape of each.
+        state_dict: State dict of the model.
+        shapes: Shapes of all parameters of the architecture by name.
+
+    Returns:
+        The problems that prevent saving.
     """
     missing = shapes.keys() - state_dict.keys()
-    unknown = list(state_dict.keys() - shapes.keys())
+    unexpected = list(state_dict.keys() - shapes.keys())
     misshapen: list[str] = []
     unsavable: list[str] = []
     subclasses: list[str] = []
     for name, tensor in state_dict.items():
         if not isinstance(tensor, torch.Tensor):
-            # Quantized modules keep other things among their state than tensors; all of it is
-            # unknown here, and what it stands for is missing.
+            # Quantized modules have entries that are not tensors, in place of parameters.
             if name in shapes:
-                unknown.append(name)
+                unexpected.append(name)
                 missing.add(name)
             continue
         if name in shapes and tensor.shape != shapes[name]:
             misshapen.append(name)
         if tensor.dtype not in DTYPES.values() or tensor.is_meta:
             unsavable.append(name)
-        # A subclass of torch's Tensor: FSDP's DTensor, say, of which every process holds a part.
+        # Tensor subclasses, such as FSDP's DTensor, of which each process has only a shard.
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             subclasses.append(name)
     problems = [
         ("missing tensors", sorted(missing)),
-        ("unknown tensors", sorted(unknown)),
-        ("another shape than the configuration says", misshapen),
-        ("a dtype or device that cannot be saved", unsavable),
-        ("sharded or quantized; to be gathered or dequantized first", subclasses),
+        ("unexpected tensors", sorted(unexpected)),
+        ("shapes that differ from the configuration", misshapen),
+        ("unsupported dtype or device", unsavable),
+        ("sharded or quantized tensors; gather or dequantize them first", subclasses),
     ]
     return [(problem, names) for problem, names in problems if names]
 
 
 def with_dtype(documents: Documents, stored: Mapping[str, torch.Tensor]) -> Documents:
-    """Add to transformers' configuration the dtype that the tensors have."""
+    """Add the dtype of the tensors to transformers' configuration."""
     dtypes = {tensor.dtype for tensor in stored.values()}
     dtype = functools.reduce(torch.promote_types, dtypes)
     config = {**documents[CONFIG], "dtype": str(dtype).removeprefix("torch.")}
@@ -165,8 +164,8 @@ def with_dtype(documents: Documents, stored: Mapping[str, torch.Tensor]) -> Docu
 
 
 def weights_metadata(model: SigLipVisionModel) -> dict[str, str]:
-    """Return the metadata of the weights file, sorted."""
-    # without its format, transformers 4.40 cannot read the file
+    """Return the metadata of the weights file."""
+    # transformers 4.40 cannot read a file without "format"
     metadata = {"format": "pt", FINGERPRINT: fingerprint(model.config)}
     if model.provenance is not None and model.provenance.origin is not None:
         metadata[ORIGIN] = model.provenance.origin
@@ -179,10 +178,9 @@ def write_files(
     metadata: dict[str, str],
     documents: Documents,
 ) -> None:
-    """Write all files beside their places, then move them there.
+    """Write all files to a staging directory, then move them into place.
 
-    A reader sees the old files or the new ones, never a part, and a model that is mapped from the
-    old file keeps it.
+    A reader never sees a partial file, and a model mapped from the old file keeps its weights.
     """
     with staging_dir(folder) as staging:
         weights = staging / WEIGHTS
@@ -194,13 +192,13 @@ def write_files(
             path = staging / name
             path.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
             files.append(path)
-        # safetensors hides its files from everybody else
+        # safetensors creates files readable by the owner only
         weights.chmod(files[-1].stat().st_mode)
         commit_files(files, folder)
 
 
 def sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file, which the library writes in any order."""
+    """Sort the metadata of a safetensors file, which the library writes in arbitrary order."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

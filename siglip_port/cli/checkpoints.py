@@ -1,4 +1,4 @@
-"""The commands on checkpoints: `inspect`, `extract`, `list`."""
+"""The checkpoint commands: `inspect`, `extract` and `list`."""
 
 from __future__ import annotations
 
@@ -36,13 +36,11 @@ def inspect(
     revision: RevisionOption = None,
     offline: OfflineOption = False,
 ) -> None:
-    """Tell what a checkpoint holds, and whether it can be loaded.
+    """Show a checkpoint's contents and check that it loads.
 
-    Of weights on the Hub, only headers are fetched.
+    From the Hub, only the configuration and the headers of the weights are downloaded.
 
-    Of local files, the encoder is read as well, and NaN and infinite values are counted.
-
-    Exit code 0: it can be loaded. 1: it cannot, or holds several encoders.
+    In local files, NaN and Inf values of the vision encoder are counted.
     """
     from siglip_port.checkpoint import CheckpointError
     from siglip_port.checkpoint.errors import MultipleEncodersError
@@ -54,12 +52,14 @@ def inspect(
         inspection = inspect_checkpoint(files, layout=layout, prefix=prefix)
     except MultipleEncodersError as error:
         if as_json:
-            towers = [{"layout": tower.name, "prefix": place} for tower, place in error.towers]
+            encoders = [
+                {"layout": layout.name, "prefix": prefix} for layout, prefix in error.encoders
+            ]
             print_json(
                 {
                     "source": files.name,
                     "commit": files.commit,
-                    "towers": towers,
+                    "encoders": encoders,
                     "problem": str(error),
                 }
             )
@@ -73,23 +73,23 @@ def inspect(
 
 
 def print_inspection(inspection: Inspection) -> None:
-    """Print what a checkpoint holds."""
-    tower, whole = inspection.tower, inspection.whole
+    """Print the contents of a checkpoint."""
+    encoder, total = inspection.encoder, inspection.total
     commit = f" at commit {inspection.commit}" if inspection.commit else ""
     unread = f", without {', '.join(inspection.unread)}" if inspection.unread else ""
-    dropped = [f"{count} of the {reason}" for reason, count in inspection.dropped.items()]
-    fit = "fit" if inspection.problem is None else "do not fit"
+    ignored = [f"{reason} ({count})" for reason, count in inspection.ignored.items()]
+    match = "match" if inspection.problem is None else "do not match"
     config = asdict(inspection.config)
     print_labeled("source", [f"{inspection.source}{commit}"])
     print_labeled("files", [", ".join(inspection.files)])
-    print_labeled("towers", [tower_options(*tower) for tower in inspection.towers])
+    print_labeled("encoders", [encoder_options(*match) for match in inspection.encoders])
     print_labeled("layout", [inspection.title])
-    print_labeled("tower", [f"{tower.parameters:,} parameters, {format_bytes(tower.bytes)}"])
+    print_labeled("encoder", [f"{encoder.parameters:,} parameters, {format_bytes(encoder.bytes)}"])
     print_labeled(
-        "whole", [f"{whole.parameters:,} parameters, {format_bytes(whole.bytes)}{unread}"]
+        "total", [f"{total.parameters:,} parameters, {format_bytes(total.bytes)}{unread}"]
     )
-    print_labeled("dropped", ["; ".join(dropped) or "nothing"])
-    print_labeled("headers", [f"{fit} the encoder that the configuration describes"])
+    print_labeled("ignored", [", ".join(ignored) or "nothing"])
+    print_labeled("headers", [f"{match} the configuration"])
     print_labeled("values", [describe_values(inspection)])
     print_labeled("config", [f"{field}={value!r}" for field, value in config.items()])
     typer.echo()
@@ -98,38 +98,38 @@ def print_inspection(inspection: Inspection) -> None:
 
 def print_entries(entries: tuple[Entry, ...]) -> None:
     """Print the tensors of a checkpoint as a table."""
-    table = plain_table("ours", "stored", "dtype", "shape", "form", "values")
+    table = plain_table("parameter", "stored", "dtype", "shape", "transform", "values")
     for entry in entries:
         shape = "missing" if entry.shape is None else str(list(entry.shape))
-        values = f"{entry.nan} NaN, {entry.inf} infinite" if entry.nan or entry.inf else ""
-        names = "\n".join(entry.ours)
-        table.add_row(names, entry.stored, entry.dtype or "", shape, entry.form, values)
+        values = f"{entry.nan} NaN, {entry.inf} Inf" if entry.nan or entry.inf else ""
+        names = "\n".join(entry.parameters)
+        table.add_row(names, entry.stored, entry.dtype or "", shape, entry.transform, values)
     print_table(table)
 
 
 def describe_values(inspection: Inspection) -> str:
-    """Whether the weights are finite, and which tensors are not."""
+    """Describe whether the weights are finite, and which tensors are not."""
     if any(entry.nan is None for entry in inspection.entries):
-        return "not read: only headers were"
+        return "not read (headers only)"
     names = [entry.stored for entry in inspection.entries if entry.nan or entry.inf]
     if not names:
         return "all finite"
-    return f"NaN or infinite in {', '.join(names)}: see the table below"
+    return f"NaN or Inf in {', '.join(names)}; see the table below"
 
 
-def tower_options(layout: str, prefix: str) -> str:
-    """The options that choose one of a checkpoint's encoders."""
+def encoder_options(layout: str, prefix: str) -> str:
+    """Return the command-line options that select one of several vision encoders."""
     return f"--layout {layout} --prefix {shlex.quote(prefix)}"
 
 
 def describe_error(error: Exception) -> str:
-    """An error as a sentence, with the options that would help."""
+    """Return the message of an error, with command-line options instead of arguments."""
     from siglip_port.checkpoint.errors import MultipleEncodersError
 
     if not isinstance(error, MultipleEncodersError):
         return str(error)
-    choices = "; ".join(tower_options(layout.name, prefix) for layout, prefix in error.towers)
-    return f"the checkpoint holds more than one vision encoder; pass one of: {choices}"
+    choices = "; ".join(encoder_options(layout.name, prefix) for layout, prefix in error.encoders)
+    return f"the checkpoint contains several vision encoders; pass one of: {choices}"
 
 
 # --- extract --------------------------------------------------------------------------------------
@@ -137,9 +137,8 @@ def describe_error(error: Exception) -> str:
 
 def extract(
     source: SourceArgument,
-    out: Annotated[
-        Path,
-        typer.Argument(help="The folder to be written: one that does not exist, or an empty one."),
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Output directory, new or empty.")
     ],
     layout: LayoutOption = None,
     prefix: PrefixOption = None,
@@ -147,28 +146,21 @@ def extract(
     offline: OfflineOption = False,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16", "float64"] | None,
-        typer.Option(help="Of the parameters, instead of the file's own."),
+        typer.Option(help="Stored dtype. [default: the checkpoint's]"),
     ] = None,
-    written_as: Annotated[
-        Literal["hf", "timm"], typer.Option("--format", help="For transformers, or for timm.")
+    format: Annotated[
+        Literal["hf", "timm"], typer.Option(help="Output format: transformers or timm.")
     ] = "hf",
     force: Annotated[
         bool,
-        typer.Option(
-            "--force",
-            help="Write into a folder that is not empty: files of the same names are lost.",
-        ),
+        typer.Option("--force", help="Replace files of the same names in OUTPUT."),
     ] = False,
 ) -> None:
-    """Write the encoder of a checkpoint as a checkpoint of its own, and verify it bit for bit.
-
-    Exit code 0: written and verified. 1: it cannot be loaded, written or verified. 2: wrong
-    arguments.
-    """
+    """Save only the vision encoder, verified bit for bit."""
     from siglip_port.checkpoint.extract import extract_model
     from siglip_port.model import SigLipVisionModel
 
-    check_folder(out, Path(source), force)
+    check_output(output, Path(source), force)
     model = SigLipVisionModel.from_hf(
         source,
         revision=revision,
@@ -177,44 +169,42 @@ def extract(
         prefix=prefix,
         local_files_only=offline,
     )
-    extraction = extract_model(model, out, written_as=written_as)
+    extraction = extract_model(model, output, format=format)
     outputs = f"tokens {list(extraction.tokens)}"
     if extraction.pooled:
-        outputs += f" and vector {list(extraction.pooled)}"
+        outputs += f" and embedding {list(extraction.pooled)}"
     typer.echo(model.provenance)
     print_labeled(
         "written", [f"{file} ({format_bytes(file.stat().st_size)})" for file in extraction.files]
     )
     print_labeled(
         "verified",
-        [f"{extraction.parameters} parameters, and {outputs} of an image of noise: the same bits"],
+        [f"{extraction.parameters} tensors, {outputs} of a random image: bit-identical"],
     )
     interpolation = model.config.interpolation
     if interpolation is not None:
-        print_labeled("note", [f"the files cannot tell {interpolation=}: pass it to from_hf"])
+        print_labeled("note", [f"{interpolation=} is not stored; pass it to from_hf"])
 
 
-def check_folder(out: Path, source: Path, force: bool) -> None:
-    """Refuse a folder that must not be written to."""
-    if not out.name:
-        raise typer.BadParameter("OUT must name a folder")
-    if not out.parent.is_dir():
-        raise typer.BadParameter(
-            f"the folder {out.parent}, in which it is to be made, does not exist"
-        )
-    if out.exists() and not out.is_dir():
-        raise typer.BadParameter(f"{out} is a file")
-    if out.exists() and any(out.iterdir()) and not force:
-        raise typer.BadParameter(f"{out} exists and is not empty; pass another folder, or --force")
-    if source.exists() and out.resolve() in (source.resolve(), *source.resolve().parents):
-        raise typer.BadParameter(f"{out} holds the checkpoint itself; pass another folder")
+def check_output(output: Path, source: Path, force: bool) -> None:
+    """Raise typer.BadParameter if the output directory must not be written to."""
+    if not output.name:
+        raise typer.BadParameter(f"OUTPUT must be a directory name, got {str(output)!r}")
+    if not output.parent.is_dir():
+        raise typer.BadParameter(f"{output.parent} does not exist; create it first")
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"{output} is a file; pass a directory")
+    if output.exists() and any(output.iterdir()) and not force:
+        raise typer.BadParameter(f"{output} is not empty; pass another directory, or --force")
+    if source.exists() and output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise typer.BadParameter(f"{output} contains the source; pass another directory")
 
 
 # --- list -----------------------------------------------------------------------------------------
 
 
 def list_published(as_json: JsonOption = False) -> None:
-    """List the published checkpoints, and how much of each is the vision encoder."""
+    """List the published checkpoints and their encoder sizes."""
     from siglip_port.checkpoint.registry import PUBLISHED
 
     rows = [describe_published(published) for published in PUBLISHED]
@@ -250,7 +240,7 @@ def list_published(as_json: JsonOption = False) -> None:
 
 
 def describe_published(published: Published) -> dict[str, Any]:
-    """A published checkpoint as a row of the list."""
+    """Return the row of a published checkpoint."""
     from siglip_port.checkpoint.preprocessor_config import RESAMPLE
 
     config = published.config

@@ -1,4 +1,4 @@
-"""Fixtures of these tests: an intact model, and copies of its files that may be damaged."""
+"""Fixtures: an intact model, and copies of its files that a test may damage."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tests.helpers.npz_files import Members
 
 @pytest.fixture(scope="session")
 def model(encoder_folder: Path) -> SigLipVisionModel:
-    """The model in the files of `encoder` and `copied`, a `SMALL` one with random weights."""
+    """The `SMALL` model with random weights that `encoder_folder` and `copied` contain."""
     return SigLipVisionModel.from_hf(encoder_folder)
 
 
 @pytest.fixture
 def sharded(copied: Path) -> Path:
-    """A copy of the model's files, in three shards."""
+    """A copy of the model's files in three shards."""
     shard(copied)
     return copied
 
 
 @pytest.fixture(scope="session")
 def members(model: SigLipVisionModel, tmp_path_factory: pytest.TempPathFactory) -> Members:
-    """The model as an `.npz` file of big_vision, array by array."""
+    """The arrays of the model's big_vision `.npz` file by name."""
     path = tmp_path_factory.mktemp("npz") / "a.npz"
     write_npz(path, flax(model.config, model.state_dict(), scanned=False), "params/img/")
     with zipfile.ZipFile(path) as archive:

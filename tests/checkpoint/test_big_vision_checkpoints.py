@@ -1,4 +1,4 @@
-"""big_vision's `.npz` files, made by the transforms of its converters and not by our tables."""
+"""big_vision's `.npz` files, written by the transforms of its converters, not by our tables."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ load = SigLipVisionModel.from_hf
 @pytest.mark.parametrize("naflex", [False, True], ids=["fixed", "naflex"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_big_vision(root: str, scanned: bool, naflex: bool, dtype: str, tmp_path: Path) -> None:
-    config = replace(
-        ODD, naflex=naflex, image_size=42
-    )  # what shapes tell: six patches of seven pixels
+    # Without a configuration file, the image size is six patches of seven pixels.
+    config = replace(ODD, naflex=naflex, image_size=42)
     original = SigLipVisionModel(config)
     randomize(original)
     original = original.to(getattr(torch, dtype)).float()
-    path = tmp_path / "tower.npz"
+    path = tmp_path / "encoder.npz"
     write_npz(path, flax(config, original.state_dict(), scanned=scanned), root, dtype)
     model = load(path)
     assert model.config == config
@@ -40,35 +39,32 @@ def test_big_vision(root: str, scanned: bool, naflex: bool, dtype: str, tmp_path
     assert all(torch.equal(state[name].float(), t) for name, t in original.state_dict().items())
     assert model.provenance is not None
     assert ("blocks stacked" in model.provenance.layout) == scanned
-    assert model.provenance.dropped == {
-        "scale and bias of the image-text logits": 1,
-        "text encoder": 1,
-    }
+    assert model.provenance.ignored == {"logit scale and bias": 1, "text encoder": 1}
     model.save_hf(tmp_path / "hf")
     assert all(torch.equal(t, state[n]) for n, t in load(tmp_path / "hf").state_dict().items())
 
 
 @torch.no_grad()
 def test_timm_reads_big_vision(tmp_path: Path) -> None:
-    """An independent second reference: timm's own reader of `.npz` files."""
+    """timm's own reader of `.npz` files is an independent second reference."""
     original = SigLipVisionModel(replace(ODD, image_size=42))
     randomize(original)
     write_npz(
-        tmp_path / "tower.npz",
+        tmp_path / "encoder.npz",
         flax(original.config, original.state_dict(), scanned=False),
         "params/img/",
     )
     reference: Any = timm_encoder("vit_base_patch32_siglip_256", img_size=42).eval()
-    reference.load_pretrained(str(tmp_path / "tower.npz"), prefix="params/img/")
+    reference.load_pretrained(str(tmp_path / "encoder.npz"), prefix="params/img/")
     x = pixels(original.config).float()
-    model = load(tmp_path / "tower.npz")
+    model = load(tmp_path / "encoder.npz")
     assert relative_error(model(x), reference.forward_features(x)) <= 1e-5
     assert relative_error(model.embed(x), reference(x)) <= 1e-5
     assert torch.equal(model(x), original.eval()(x))
 
 
 def test_paligemma(tmp_path: Path) -> None:
-    """No pooling head, and the projector under the encoder's own prefix."""
+    """PaliGemma has no pooling head, and its projector is under the encoder's prefix."""
     config = replace(ODD, pooling_head=False, image_size=42)
     original = SigLipVisionModel(config)
     randomize(original)
@@ -81,7 +77,7 @@ def test_paligemma(tmp_path: Path) -> None:
     assert model.config == config
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in original.state_dict().items())
     assert model.provenance is not None
-    assert model.provenance.dropped == {"language model": 1, "projector": 2}
+    assert model.provenance.ignored == {"language model": 1, "projector": 2}
 
 
 def test_pickled_arrays(tmp_path: Path) -> None:
@@ -89,11 +85,11 @@ def test_pickled_arrays(tmp_path: Path) -> None:
     stored = {f"img/{name}": array for name, array in arrays.items()}
     pickled = np.array([print], dtype=object)
     save_arrays(tmp_path / "a.npz", {**stored, "evil": pickled})
-    # beside the model, it is not even looked at
+    # A pickled array outside the encoder is not read.
     assert load(tmp_path / "a.npz").provenance is not None
     save_arrays(tmp_path / "a.npz", {**stored, "img/MAPHead_0/probe": pickled})
     with pytest.raises(
-        CheckpointError, match=r"dtype: expected one of F64, F32, F16, BF16, found a pickle"
+        CheckpointError, match=r"dtype: expected one of F64, F32, F16, BF16, got a pickle"
     ):
         load(tmp_path / "a.npz")
 
@@ -101,12 +97,14 @@ def test_pickled_arrays(tmp_path: Path) -> None:
 def test_beside_timm_config(tmp_path: Path) -> None:
     original = SigLipVisionModel(replace(ODD, image_size=42))
     write_npz(
-        tmp_path / "tower.npz", flax(original.config, original.state_dict(), scanned=False), "img/"
+        tmp_path / "encoder.npz",
+        flax(original.config, original.state_dict(), scanned=False),
+        "img/",
     )
     (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch16_siglip_224"}')
-    # the tanh form, whatever timm does
-    assert load(tmp_path / "tower.npz").config == original.config
+    # The layout has the tanh GELU, although timm's model of this name has the exact one.
+    assert load(tmp_path / "encoder.npz").config == original.config
     with pytest.raises(
-        CheckpointError, match=r"holds neither .*; pass the file encoder.npz itself"
+        CheckpointError, match=r"contains neither .*; pass the file encoder.npz itself"
     ):
         load(tmp_path)

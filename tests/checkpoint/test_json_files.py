@@ -1,4 +1,4 @@
-"""The configuration and the index of a checkpoint: what is wrong with them is said in words."""
+"""Configuration and shard index: valid variants, and errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -34,10 +34,7 @@ load = SigLipVisionModel.from_hf
 
 
 def test_nested_and_flat_config(checkpoint: MakeCheckpoint) -> None:
-    """A config.json as on the Hub.
-
-    Nested, everything that equals a default left out, no dtype, no architectures.
-    """
+    """Published files are nested and omit defaults, dtype and architectures."""
     folder = checkpoint(prefix="vision_model.")
     content = json.loads((folder / "config.json").read_text())
     default = SiglipVisionConfig().to_dict()
@@ -50,9 +47,8 @@ def test_nested_and_flat_config(checkpoint: MakeCheckpoint) -> None:
         (folder / "config.json").write_text(json.dumps({**nested, **dtype_key}))
         model = load(folder)
         assert model.config == SMALL
-        assert (
-            next(model.parameters()).dtype == torch.float32
-        )  # that of the file, whatever the config says
+        # The dtype is that of the file, not of config.json.
+        assert next(model.parameters()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", '"siglip"', "\x00", "[" * 100_000])
@@ -61,7 +57,7 @@ def test_config_not_an_object(checkpoint: MakeCheckpoint, content: str) -> None:
     (folder / "config.json").write_text(content)
     with pytest.raises(
         CheckpointError,
-        match=r"config.json (is not readable JSON|must hold a JSON object).*fetch it again",
+        match=r"config.json (is not valid JSON|must contain a JSON object).*download it again",
     ):
         load(folder)
 
@@ -71,7 +67,8 @@ def test_config_missing(checkpoint: MakeCheckpoint) -> None:
     (folder / "config.json").unlink()
     for source in (folder, folder / "model.safetensors"):
         with pytest.raises(
-            CheckpointError, match=r"has no config.json, .*put the checkpoint's own beside"
+            CheckpointError,
+            match=r"has no config.json, which layout 'huggingface' needs; put the checkpoint's ",
         ):
             load(source)
 
@@ -79,16 +76,16 @@ def test_config_missing(checkpoint: MakeCheckpoint) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({}, "has no usable weight_map"),
-        ({"weight_map": ["x"]}, "has no usable weight_map"),
-        ({"weight_map": {"head.probe": 3}}, "has no usable weight_map"),
+        ({}, "has no valid weight_map"),
+        ({"weight_map": ["x"]}, "has no valid weight_map"),
+        ({"weight_map": {"head.probe": 3}}, "has no valid weight_map"),
         (
             {"weight_map": {"head.probe": "../model.safetensors"}},
-            r"no plain .safetensors file names: ../model.safetensors",
+            r"not plain .safetensors file names: ../model.safetensors",
         ),
         (
             {"weight_map": {"head.probe": "/etc/model.safetensors"}},
-            "no plain .safetensors file names",
+            "not plain .safetensors file names",
         ),
         (
             {
@@ -121,7 +118,7 @@ def placed(file: object, name: str = NORM) -> Callable[[Json], Json]:
     return lambda index: {**index, "weight_map": {**index["weight_map"], name: file}}
 
 
-PLAIN = "names shards that are no plain .safetensors file names"
+PLAIN = "lists shards that are not plain .safetensors file names"
 
 
 INDEXES: dict[str, tuple[Callable[[Json], object], str]] = {
@@ -138,33 +135,32 @@ INDEXES: dict[str, tuple[Callable[[Json], object], str]] = {
         f"{PLAIN}: pytorch_model.bin. Pickled weights .* are refused",
     ),
     "nothing": (placed(""), PLAIN),
-    "too long a name": (placed("a" * 5000 + ".safetensors"), "so these cannot be read"),
+    "too long a name": (placed("a" * 5000 + ".safetensors"), "; unreadable tensors"),
     "not there": (
         placed("elsewhere.safetensors"),
-        "has no file elsewhere.safetensors, so these cannot be read",
+        "has no file elsewhere.safetensors; unreadable tensors",
     ),
-    "a number": (placed(1), "has no usable weight_map"),
-    "null": (lambda index: {**index, "weight_map": None}, "has no usable weight_map"),
-    "a list": (lambda _: [], "must hold a JSON object, found a list"),
-    "no map": (lambda _: {}, "has no usable weight_map"),
-    "an empty map": (lambda _: {"weight_map": {}}, "holds no SigLIP vision encoder"),
+    "a number": (placed(1), "has no valid weight_map"),
+    "null": (lambda index: {**index, "weight_map": None}, "has no valid weight_map"),
+    "a list": (lambda _: [], "must contain a JSON object, got list"),
+    "no map": (lambda _: {}, "has no valid weight_map"),
+    "an empty map": (lambda _: {"weight_map": {}}, "contains no SigLIP vision encoder"),
     "another shard": (
         lambda i: placed(next(f for f in i["weight_map"].values() if f != i["weight_map"][NORM]))(
             i
         ),
-        "missing tensors .1.:\n    vision_model.post_layernorm.bias(.|\n)*that the index does not "
-        "place there",
+        "missing tensors .1.:\n    vision_model.post_layernorm.bias(.|\n)*tensors in model-0000.-"
+        "of-00003.safetensors contrary to the index",
     ),
     "twice": (
         lambda index: json.dumps(index).replace(
             f'"{NORM}"', f'"{NORM}": "model-00001-of-00003.safetensors", "{NORM}"'
         ),
-        f"is not readable JSON .it says '{NORM}' more than once.; fetch it again",
+        f"is not valid JSON .key '{NORM}' occurs more than once.; download it again",
     ),
     "a thousand encoders": (
         rename_in_a_thousand,
-        "names 1000 encoders in the layout 'huggingface', more than the 100 that are looked at; say "
-        "which is",
+        "contains 1000 vision encoders in layout 'huggingface', limit is 100; pass prefix=",
     ),
 }
 
@@ -172,22 +168,21 @@ INDEXES: dict[str, tuple[Callable[[Json], object], str]] = {
 @pytest.mark.parametrize("case", INDEXES)
 def test_damaged_index(case: str, sharded: Path) -> None:
     edit, message = INDEXES[case]
-    shutil.copy(
-        sharded / "model-00001-of-00003.safetensors", sharded.parent / "model.safetensors"
-    )  # what .. leads to
+    # A file that the path ../model.safetensors would reach.
+    shutil.copy(sharded / "model-00001-of-00003.safetensors", sharded.parent / "model.safetensors")
     edit_index(sharded, edit)
     assert_refused(sharded, message)
 
 
 CONFIGS: dict[str, tuple[Callable[[str], str | bytes], str]] = {
-    "nothing": (lambda _: "", "is not readable JSON .Expecting value"),
-    "a list": (lambda _: "[]", "must hold a JSON object, found a list"),
-    "null": (lambda _: "null", "must hold a JSON object, found a NoneType"),
-    "zeros": (lambda t: "\0" * len(t), "is not readable JSON"),
-    "a zero": (lambda t: t.replace("{", "{\0"), "is not readable JSON"),
+    "nothing": (lambda _: "", "is not valid JSON .Expecting value"),
+    "a list": (lambda _: "[]", "must contain a JSON object, got list"),
+    "null": (lambda _: "null", "must contain a JSON object, got NoneType"),
+    "zeros": (lambda t: "\0" * len(t), "is not valid JSON"),
+    "a zero": (lambda t: t.replace("{", "{\0"), "is not valid JSON"),
     "no UTF-8": (
         lambda t: t.encode().replace(b"siglip", b"sigli\xff"),
-        "is not readable JSON .'utf-8' codec",
+        "is not valid JSON .'utf-8' codec",
     ),
     "half a character": (
         lambda t: t.replace("siglip_vision_model", "\\ud800"),
@@ -195,30 +190,30 @@ CONFIGS: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     ),
     "deep": (
         lambda t: t.replace("{", '{"a": ' + "[" * 500 + "]" * 500 + ",", 1),
-        "more than 100 deep inside",
+        "nested more than 100 levels deep",
     ),
-    "very deep": (lambda _: '{"a": ' + "[" * 1_000_000, "too deep inside each other"),
+    "very deep": (lambda _: '{"a": ' + "[" * 1_000_000, "nested too deep"),
     "twice": (
         lambda t: t.replace("{", '{"hidden_size": 32, ', 1),
-        "it says 'hidden_size' more than once",
+        "key 'hidden_size' occurs more than once",
     ),
     "a long number": (lambda t: t.replace(": 24", ": " + "2" * 5000), "Exceeds the limit"),
-    "cut off": (lambda t: t[: len(t) // 2], "is not readable JSON"),
+    "cut off": (lambda t: t[: len(t) // 2], "is not valid JSON"),
 }
 
 
 ABSURD: list[tuple[Json, str]] = [
     ({"hidden_size": 10**9}, "shape: expected"),
-    ({"hidden_size": 2**63}, "impossible encoder|shape: expected"),
-    ({"hidden_size": 10**4000}, "impossible encoder"),
+    ({"hidden_size": 2**63}, "impossible sizes|shape: expected"),
+    ({"hidden_size": 10**4000}, "impossible sizes"),
     ({"image_size": 10**9}, "shape: expected"),
-    ({"image_size": 10**4000}, "impossible encoder"),
-    ({"patch_size": 10**4000, "image_size": 10**4000}, "impossible encoder"),
-    ({"num_channels": 10**12}, "shape: expected|impossible encoder"),
+    ({"image_size": 10**4000}, "impossible sizes"),
+    ({"patch_size": 10**4000, "image_size": 10**4000}, "impossible sizes"),
+    ({"num_channels": 10**12}, "shape: expected|impossible sizes"),
     ({"intermediate_size": 10**12}, "shape: expected"),
     (
         {"num_hidden_layers": 10**7},
-        "asks for 10000000 blocks, but the weights have only 64 tensors",
+        "config.json has 10000000 blocks, but the weights have only 64 tensors",
     ),
     ({"num_attention_heads": 10**4000}, "must be divisible by num_attention_heads"),
     ({"layer_norm_eps": float("inf")}, "layer_norm_eps must lie between 0 and 1, got inf"),
@@ -229,7 +224,10 @@ ABSURD: list[tuple[Json, str]] = [
         {"model_type": "siglip2_vision_model", "num_patches": 10**4000, "patch_size": 10**4000},
         "integer string|describes",
     ),
-    ({"model_type": "janus_vision_model", "mlp_ratio": float("inf")}, "mlp_ratio must be a number"),
+    (
+        {"model_type": "janus_vision_model", "mlp_ratio": float("inf")},
+        "mlp_ratio must be a positive number",
+    ),
     ({"model_type": "siglip2_vision_model", "num_patches": 10**18}, "describes a NaFlex encoder"),
 ]
 
@@ -257,9 +255,7 @@ def test_absurd_sizes(changes: Json, message: str, copied: Path) -> None:
 def test_too_long_files(name: str, sharded: Path) -> None:
     with (sharded / name).open("r+b") as file:
         file.truncate(MAX_JSON_BYTES + 1)
-    assert_refused(
-        sharded, f"it has {MAX_JSON_BYTES + 1} bytes, and at most {MAX_JSON_BYTES} are read"
-    )
+    assert_refused(sharded, f"file is {MAX_JSON_BYTES + 1} bytes, limit is {MAX_JSON_BYTES}")
 
 
 def test_byte_order_mark(copied: Path, model: SigLipVisionModel) -> None:
@@ -268,15 +264,15 @@ def test_byte_order_mark(copied: Path, model: SigLipVisionModel) -> None:
 
 
 def test_remote_code(copied: Path, model: SigLipVisionModel) -> None:
-    ran = copied / "ran"
+    marker = copied / "ran"
     (copied / "modeling_x.py").write_text(
-        f"import os; os.mkdir({str(ran)!r})\nclass Model: ...\nclass Config: ...\n"
+        f"import os; os.mkdir({str(marker)!r})\nclass Model: ...\nclass Config: ...\n"
     )
     edit_config(
         copied, auto_map={"AutoModel": "modeling_x.Model", "AutoConfig": "modeling_x.Config"}
     )
     assert_loads(copied, model)
-    assert not ran.exists()
+    assert not marker.exists()
 
 
 KEYS = st.sampled_from(

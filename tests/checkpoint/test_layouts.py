@@ -1,7 +1,4 @@
-"""Every table of the key map, by the same properties.
-
-A layout that is added is tested by being added.
-"""
+"""Properties of all layouts; a new layout in `LAYOUTS` is tested without further code."""
 
 from __future__ import annotations
 
@@ -46,7 +43,7 @@ def test_mappings_cover_reference(layout: Layout) -> None:
     port = Port(config).state_dict()
     shapes = {
         name: mapping.stored_shape(
-            [port[our].shape for our in mapping.port], config.num_attention_heads
+            [port[parameter].shape for parameter in mapping.port], config.num_attention_heads
         )
         for name, mapping in mappings.items()
     }
@@ -75,7 +72,7 @@ def test_round_trip(layout: Layout) -> None:
     )
     back: dict[str, torch.Tensor] = {}
     for name, mapping in layout.mappings(config.num_encoder_blocks, rules, "x.").items():
-        shapes = [port[our].shape for our in mapping.port]
+        shapes = [port[parameter].shape for parameter in mapping.port]
         back |= dict(zip(mapping.port, mapping.from_stored(stored[name], shapes), strict=True))
         assert stored[name].shape == mapping.stored_shape(shapes, config.num_attention_heads)
     assert back.keys() == port.keys()
@@ -109,19 +106,19 @@ def test_encoder_keys_not_ignored(layout: Layout, prefix: str) -> None:
         ("model.text_model.x", "model.vision_model.", "text encoder"),
         ("text.transformer.x", "visual.trunk.", "text encoder"),
         ("params/txt/head/kernel", "params/img/", "text encoder"),
-        ("logit_scale", "vision_model.", "scale and bias of the image-text logits"),
-        ("logit_bias", "vision_model.", "scale and bias of the image-text logits"),
-        ("params/b", "params/img/", "scale and bias of the image-text logits"),
+        ("logit_scale", "vision_model.", "logit scale and bias"),
+        ("logit_bias", "vision_model.", "logit scale and bias"),
+        ("params/b", "params/img/", "logit scale and bias"),
         ("classifier.weight", "vision_model.", "image classifier"),
         (
             "vision_model.embeddings.position_ids",
             "vision_model.",
-            "position ids: counted, not learned",
+            "position ids",
         ),
-        ("embeddings.position_ids", "", "position ids: counted, not learned"),
+        ("embeddings.position_ids", "", "position ids"),
         ("language_model.model.layers.0.x", "vision_tower.", "language model"),
         ("multi_modal_projector.linear.weight", "vision_tower.vision_model.", "projector"),
-        ("anything", "vision_model.", "rest of the file"),
+        ("anything", "vision_model.", "other tensors"),
         ("logit_scale", "", None),
         ("text_model", "", None),
         ("vision_model.text_model.x", "vision_model.", None),
@@ -140,20 +137,22 @@ def test_layouts_disjoint(layout: Layout, prefix: str) -> None:
         Port(config).state_dict(), 11, config.num_attention_heads, layout.rules(True), prefix
     )
     matches = [
-        (o.name, p)
-        for o in LAYOUTS
-        for p in o.prefixes(stored)
-        if o.fits(stored[p + o.signature_keys[0]].shape)
+        (other.name, candidate)
+        for other in LAYOUTS
+        for candidate in other.prefixes(stored)
+        if other.fits(stored[candidate + other.signature_keys[0]].shape)
     ]
     assert matches == [(layout.name, prefix)]
 
 
-def test_duplicate_claims() -> None:
+def test_duplicate_names() -> None:
     for rules in (
         HUGGINGFACE_ENCODER + HUGGINGFACE_ENCODER[:1],
         (*HUGGINGFACE_ENCODER, KeyRule(HUGGINGFACE_ENCODER[0].port, "elsewhere.*")),
     ):
-        with pytest.raises(ValueError, match=r"claims these more than once: .*patch_embedding"):
+        with pytest.raises(
+            ValueError, match=r"key map: names mapped more than once: .*patch_embedding"
+        ):
             HUGGINGFACE.mappings(1, rules)
 
 

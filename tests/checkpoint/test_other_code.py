@@ -1,4 +1,4 @@
-"""Names of other code, with an encoder computed from stored tensors as that code does it."""
+"""Layouts of repositories that are not packages, compared with a ViT on the stored tensors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ load = SigLipVisionModel.from_hf
 
 
 HEADS = 2
-WIDTH = 144
-BLOCKS = 3  # heads of 72, which moondream and gemma_pytorch have
+WIDTH = 144  # head_dim 72, as in Moondream and gemma_pytorch
+BLOCKS = 3
 
 
 P = 7
@@ -35,9 +35,9 @@ def vit(
     eps: float,
     act: str,
 ) -> Tensor:
-    """A ViT straight from stored tensors.
+    """Compute a ViT from stored tensors, [B, N, D] -> [B, N, D].
 
-    `names` say how the parts are called, `q` None for a fused qkv.
+    `names` gives the stored name of each part; `qkv` is present if q, k and v are fused.
     """
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -65,7 +65,7 @@ def vit(
 
 
 def patches_channel_first(x: Tensor) -> Tensor:
-    """Moondream's: [B, C, H, W] -> [B, N, C * P * P]."""
+    """Cut patches as Moondream does: [B, C, H, W] -> [B, N, C * P * P]."""
     b, c, h, w = x.shape
     cells = x.reshape(b, c, h // P, P, w // P, P).permute(0, 2, 4, 1, 3, 5)
     return cells.reshape(b, (h // P) * (w // P), c * P * P)
@@ -74,7 +74,7 @@ def patches_channel_first(x: Tensor) -> Tensor:
 def draw_tensors(
     names: dict[str, str], patch: tuple[str, tuple[int, ...]], prefix: str
 ) -> dict[str, Tensor]:
-    """Random tensors under the names of the code in question, all in float64."""
+    """Draw random float64 tensors under the stored names."""
     generator = torch.Generator().manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {
         f"{patch[0]}.weight": patch[1],
@@ -214,7 +214,7 @@ def test_stored_names(
     with torch.no_grad():
         expected = vit(x, bare, patches, names, BLOCKS, eps, "tanh")
         assert relative_error(model(x), expected) <= 1e-10
-        # The comparison tells: with the other epsilon, or the other GELU, it would not be equal.
+        # The comparison is sensitive to the epsilon and to the form of GELU.
         assert (
             relative_error(model(x), vit(x, bare, patches, names, BLOCKS, 2.2e-6, "tanh")) > 1e-10
         )

@@ -1,4 +1,4 @@
-"""`preprocessor_config.json`: found, completed, kept and written."""
+"""`preprocessor_config.json`: read, completed and saved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ load = SigLipVisionModel.from_hf
 
 
 def test_written_for_transformers(tmp_path: Path) -> None:
-    """transformers' own reads it, and it is that of the published checkpoints."""
+    """transformers reads the saved file, with the values of the published checkpoints."""
     SigLipVisionModel(SHALLOW).save_hf(tmp_path / "v1")
     processor = SiglipImageProcessorPil.from_pretrained(tmp_path / "v1")
     assert processor.size == {"height": 45, "width": 45}
@@ -91,7 +91,7 @@ PUBLISHED_PROCESSOR = {
         ),
     ],
 )
-def test_stored_config_kept(
+def test_stored_config(
     folder: str,
     beside: dict[str, Any] | None,
     expected: dict[str, Any],
@@ -111,13 +111,11 @@ def test_stored_config_kept(
 def test_other_files(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     (tmp_path / "siglip2-experiments").mkdir()
     source = checkpoint(SHALLOW, name="siglip2-experiments/siglip-small")
-    assert (
-        load(source).preprocessor_config["resample"] == 3
-    )  # the folder around it says nothing of it
+    # The name of the parent directory has no effect.
+    assert load(source).preprocessor_config["resample"] == 3
     inner = {"image_processor_type": "Gemma3ImageProcessor", "resample": 2, "image_mean": [0.4] * 3}
-    (source / "processor_config.json").write_text(
-        json.dumps({"image_processor": inner})
-    )  # as transformers 5 has it
+    # transformers 5 writes and prefers this file.
+    (source / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
     config = load(source).preprocessor_config
     assert (config["resample"], config["image_mean"], config["image_std"]) == (
         2,
@@ -125,18 +123,16 @@ def test_other_files(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
         [0.5] * 3,
     )
     (source / "preprocessor_config.json").write_text("not json")
-    assert (
-        load(source).preprocessor_config == config
-    )  # this one is not looked for, as by transformers
+    assert load(source).preprocessor_config == config
     (source / "processor_config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"preprocessor_config.json is not readable JSON"):
+    with pytest.raises(CheckpointError, match=r"preprocessor_config.json is not valid JSON"):
         load(source)
 
 
 def test_not_serializable(tmp_path: Path) -> None:
     model = SigLipVisionModel(SHALLOW)
     model.preprocessor_config = {"image_mean": {0.5}}
-    with pytest.raises(CheckpointError, match=r"could not be written to .*not JSON serializable"):
+    with pytest.raises(CheckpointError, match=r"cannot be written to .*not JSON serializable"):
         model.save_hf(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -168,7 +164,7 @@ PROCESSOR_KEYS = [
 def test_any_json(
     encoder_folder: Path, model: SigLipVisionModel, content: Json, name: str, kind: str
 ) -> None:
-    """The encoder can do without, so it is loaded; and saved, where the processor is one for JSON."""
+    """The model loads and saves with any JSON object as its image processor."""
     folder = encoder_folder.parent / f"any-{name}"
     folder.mkdir(exist_ok=True)
     for file in (WEIGHTS, CONFIG):

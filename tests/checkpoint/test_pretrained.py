@@ -1,4 +1,4 @@
-"""`from_hf`: sources, arguments, and what a load leaves alone."""
+"""`from_hf`: sources, arguments, and global state."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def test_dtype_and_device(checkpoint: MakeCheckpoint) -> None:
             ValueError, match=r"^dtype must be one of torch.float64, torch.float32, .*, got "
         ):
             load(folder, dtype=bad)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="device must be one that holds values, got 'meta'"):
+    with pytest.raises(ValueError, match="device must hold data, got 'meta'"):
         load(folder, device="meta")
-    with pytest.raises(ValueError, match="device 'abacus' cannot be used on this machine"):
+    with pytest.raises(ValueError, match="device 'abacus' is not available on this machine"):
         load(folder, device="abacus")
 
 
@@ -53,7 +53,7 @@ def test_provenance(checkpoint: MakeCheckpoint) -> None:
         "files    model.safetensors",
         "layout   HuggingFace, no prefix",
         f"read     {size / 1e3:.2f} of {whole / 1e3:.2f} kB, 53 tensors",
-        "dropped  11 of the pooling head, left out",
+        "ignored  pooling head (11)",
         "dtype    torch.bfloat16 (stored: torch.float32)",
     ]
     assert SigLipVisionModel(SMALL).provenance is None
@@ -85,7 +85,7 @@ def test_invalid_sources(tmp_path: Path) -> None:
     sources: list[tuple[str | Path, str]] = [
         (
             tmp_path / "empty",
-            r"holds neither model.safetensors nor model.safetensors.index.json; found: nothing",
+            r"contains neither model.safetensors nor model.safetensors.index.json; found: nothing",
         ),
         (tmp_path / "absent", "does not exist on this machine, and is no Hub id such as"),
         ("no/such/folder", "does not exist on this machine, and is no Hub id such as"),
@@ -96,7 +96,7 @@ def test_invalid_sources(tmp_path: Path) -> None:
             "is neither a .safetensors nor an .npz file; pass one, or the folder",
         ),
         ("a" * 5000, "cannot be read"),
-        ("~nobody-of-that-name/tower", "cannot be read"),
+        ("~no-such-user/encoder", "cannot be read"),
     ]
     for source, message in sources:
         with pytest.raises(CheckpointError, match=message):
@@ -113,17 +113,16 @@ def test_path_like_a_hub_id(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     shutil.copytree(checkpoint(), tmp_path / "google" / "siglip")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        assert (
-            load("google/siglip").config == SMALL
-        )  # what exists here is a path, also where it looks like a Hub id
+        # An existing path takes precedence over a Hub id.
+        assert load("google/siglip").config == SMALL
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"config": {"hidden_size": 72}}, "config must be a SigLipVisionConfig, got a dict"),
-        ({"prefix": 3}, "prefix must be a text, got 3"),
-        ({"device": 1.5}, "device 1.5 cannot be used"),
+        ({"config": {"hidden_size": 72}}, "config must be a SigLipVisionConfig, got dict"),
+        ({"prefix": 3}, "prefix must be a string, got 3"),
+        ({"device": 1.5}, "device 1.5 is not available"),
     ],
 )
 def test_argument_types(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:

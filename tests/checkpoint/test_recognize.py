@@ -1,4 +1,4 @@
-"""Which layout a checkpoint is stored in, and behind which prefix."""
+"""Recognition of layout and prefix."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def test_prefix_without_separator(prefix: str, tmp_path: Path) -> None:
     assert load(tmp_path, prefix=prefix).config == ODD
     assert load(tmp_path, prefix=prefix, layout="huggingface").config == ODD
     with pytest.raises(
-        CheckpointError, match=r"has the shape \[72, 3, 7, 7\], which it cannot have in the layout"
+        CheckpointError,
+        match=r"has shape \[72, 3, 7, 7\], which layout 'huggingface-naflex' does not allow",
     ):
         load(tmp_path, prefix=prefix, layout="huggingface-naflex")
     with pytest.raises(CheckpointError, match=r"the architecture describes a NaFlex encoder"):
@@ -72,7 +73,7 @@ def test_several_encoders(tmp_path: Path) -> None:
     )
     with pytest.raises(
         CheckpointError,
-        match=r"more than one vision encoder.*prefix='a\.'.*prefix='b\.'.*say which by",
+        match=r"several vision encoders.*prefix='a\.'.*prefix='b\.'.*; pass layout= and prefix=",
     ):
         load(tmp_path)
     assert torch.equal(
@@ -80,21 +81,19 @@ def test_several_encoders(tmp_path: Path) -> None:
     )
     assert load(tmp_path, prefix="a.", layout="huggingface").provenance is not None
     with pytest.raises(
-        CheckpointError, match=r"no SigLIP vision encoder .* behind the prefix 'c.'"
+        CheckpointError, match=r"no SigLIP vision encoder with prefix 'c.' in a supported layout"
     ):
         load(tmp_path, prefix="c.")
     with pytest.raises(
         CheckpointError, match=r"layout: timm, prefix a\): a.patch_embed.proj.weight is missing"
     ):
         load(tmp_path, prefix="a.", layout="timm")
-    with pytest.raises(
-        ValueError, match=r"layout must be None or one of huggingface, .*, got 'hf'"
-    ):
+    with pytest.raises(ValueError, match=r"layout must be one of huggingface, .*, got 'hf'"):
         load(tmp_path, layout="hf")
 
 
 def test_patch_size_of_three(tmp_path: Path) -> None:
-    """Their shape, [D, 3, 3, 3], would fit the order of mlx too."""
+    """[D, 3, 3, 3] also fits the mlx layout."""
     config = replace(ODD, patch_size=3, image_size=9)
     write_hf_encoder(tmp_path, config)
     assert load(tmp_path).config == config
@@ -105,16 +104,13 @@ def test_clip_refused(tmp_path: Path) -> None:
     transformers.CLIPVisionModel(config).save_pretrained(tmp_path)
     with pytest.raises(
         CheckpointError,
-        match=r"refused: .*HuggingFace.*: it has a class token, which SigLIP has not",
+        match=r"refused: HuggingFace.*: has a class token, which SigLIP does not have",
     ):
         load(tmp_path)
 
 
 def test_mlx(tmp_path: Path) -> None:
-    """mlx-vlm, `sanitize`.
-
-    `v.transpose(0, 2, 3, 1)` of the patch embedding, so that the channels come last.
-    """
+    """mlx-vlm's `sanitize` transposes the patch embedding: `v.transpose(0, 2, 3, 1)`."""
     tensors = {
         f"vision_tower.{name}": tensor for name, tensor in write_hf_encoder(tmp_path).items()
     }
@@ -131,10 +127,8 @@ def test_mlx(tmp_path: Path) -> None:
 
 
 def test_one_encoder_of_a_thousand(sharded: Path) -> None:
-    """Of the others, nothing is opened."""
+    """Files of the other encoders are not opened."""
     edit_index(sharded, rename_in_a_thousand)
-    inspection = inspect_checkpoint(find_source(sharded), prefix="tower7.vision_model.")
-    assert inspection.towers == (("huggingface", "tower7.vision_model."),)
-    assert "has no file shard-7.safetensors, so these cannot be read (64)" in str(
-        inspection.problem
-    )
+    inspection = inspect_checkpoint(find_source(sharded), prefix="encoder7.vision_model.")
+    assert inspection.encoders == (("huggingface", "encoder7.vision_model."),)
+    assert "has no file shard-7.safetensors; unreadable tensors (64)" in str(inspection.problem)

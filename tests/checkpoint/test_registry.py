@@ -1,4 +1,4 @@
-"""The table of published models, and the names that other code has for them."""
+"""The table of published models, and their names in other libraries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.checkpoints import EXACT, TANH
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.repo)
 def test_parameter_counts(published: Published) -> None:
-    _, shapes = build_on_meta(published.config, "it", SigLipVisionModel)
+    _, shapes = build_on_meta(published.config, published.repo, SigLipVisionModel)
     assert sum(shape.numel() for shape in shapes.values()) == published.vision_parameters
     assert published.vision_bytes == 4 * published.vision_parameters
     assert published.vision_parameters < published.total_parameters
@@ -22,7 +22,7 @@ def test_parameter_counts(published: Published) -> None:
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.repo)
 def test_config_round_trip(published: Published) -> None:
-    """As they lie on the Hub: nested, and without all that equals a default of transformers."""
+    """Published files are nested and omit transformers' defaults."""
     default = SigLipVisionConfig(
         pooling_head=True, naflex=published.config.naflex, image_size=256
     ).to_hf()
@@ -76,7 +76,7 @@ def test_names_of_published(published: Published) -> None:
         ("siglip-vit-b16-224px", 768, 224, 16, EXACT, False),
     ],
 )
-def test_names_in_other_code(
+def test_names_in_other_libraries(
     name: str, width: int, image: int, patch: int, act: str, mean: bool
 ) -> None:
     config = config_of_name(name)
@@ -105,9 +105,3 @@ def test_naflex_names() -> None:
 )
 def test_other_names(name: str) -> None:
     assert config_of_name(name) is None
-
-
-# --- describe -------------------------------------------------------------------------------------
-
-
-# --- timm_config ----------------------------------------------------------------------------------

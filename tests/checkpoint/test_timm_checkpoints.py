@@ -1,4 +1,4 @@
-"""Checkpoints that timm and open_clip write, and the names that timm has."""
+"""Checkpoints of timm and open_clip, and the model names of timm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from siglip_port import CheckpointError, SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import EXACT, ODD, TANH, edit_tensors, pixels
-from tests.helpers.other_libraries import assert_same_outputs, timm_outputs, timm_encoder
+from tests.helpers.other_libraries import assert_same_outputs, timm_encoder, timm_outputs
 
 load = SigLipVisionModel.from_hf
 
@@ -25,7 +25,7 @@ EXACT_ODD = replace(ODD, hidden_act=EXACT)
 
 
 def odd_heads(config: dict[str, Any]) -> dict[str, Any]:
-    """These encoders have the number of heads from a published name; our small one has to say it."""
+    """Add the sizes that the published names imply, which differ in the small test model."""
     return {**config, "num_heads": 4, "img_size": 45}
 
 
@@ -62,7 +62,7 @@ def test_timm(name: str, act: str, tmp_path: Path) -> None:
 
 
 def test_timm_names() -> None:
-    """Activation, patch and pooling of the SigLIP architectures that timm has, by its own code."""
+    """Activation, sizes and pooling equal those of the models that timm builds."""
     from siglip_port.checkpoint.registry import config_of_name
 
     names = [n for n in timm.list_models("*siglip*") if n.startswith(("vit_", "naflexvit_"))]
@@ -101,7 +101,7 @@ def test_classifier_and_training_prefix(tmp_path: Path) -> None:
     )
     model = load(tmp_path)
     assert model.provenance is not None
-    assert model.provenance.dropped == {"image classifier": 1}
+    assert model.provenance.ignored == {"image classifier": 1}
     assert model.config.mean_pooling
 
 
@@ -120,7 +120,7 @@ def test_timm_naflex(tmp_path: Path) -> None:
     model = assert_same_outputs(tmp_path, reference, timm_outputs(reference))
     assert model.config.naflex
     assert (model.config.grid_size, model.config.patch_size) == (6, 16)
-    with torch.no_grad():  # another shape, which both resize bilinearly with antialiasing
+    with torch.no_grad():  # another size: both resize positions bilinearly with antialiasing
         x = torch.randn(2, 3, 16 * 9, 16 * 4)
         assert relative_error(model.embed(x), reference.eval()(x)) <= 1e-5
 
@@ -132,7 +132,7 @@ def test_missing_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(
         CheckpointError,
-        match=r"tell the number of heads and the activation; put .* or pass config=",
+        match=r"cannot infer num_attention_heads and hidden_act from .*; put .* or pass config=",
     ):
         load(tmp_path)
     config = replace(ODD, hidden_act="gelu")
@@ -153,7 +153,7 @@ def test_global_pool(name: str, pool: str, by_mean: bool, tmp_path: Path) -> Non
 
 
 def test_open_clip(tmp_path: Path) -> None:
-    """As open_clip lays them out; `pytest -m versions` has open_clip itself write them."""
+    """Files as open_clip writes them; `pytest -m versions` runs open_clip itself."""
     reference = timm_encoder("vit_so400m_patch16_siglip_256")
     names = {f"visual.trunk.{k}": v.contiguous() for k, v in reference.state_dict().items()}
     text = {
@@ -180,10 +180,7 @@ def test_open_clip(tmp_path: Path) -> None:
     assert model.config == ODD
     assert model.provenance is not None
     assert model.provenance.layout == "timm, prefix visual.trunk"
-    assert model.provenance.dropped == {
-        "scale and bias of the image-text logits": 2,
-        "text encoder": 1,
-    }
+    assert model.provenance.ignored == {"logit scale and bias": 2, "text encoder": 1}
     assert model.preprocessor_config["resample"] == 3
 
 

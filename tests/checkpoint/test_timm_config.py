@@ -1,4 +1,4 @@
-"""timm's `config.json` of a model."""
+"""timm's `config.json`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_naflex() -> None:
 
 
 def test_mlp_ratio() -> None:
-    """timm takes int(width * ratio), which for 49 * (1 / 49) is 0."""
+    """timm computes int(width * ratio), which is 0 for 49 * (1 / 49)."""
     for width in range(1, 130):
         for hidden in (1, 13, 47, 101, 4304):
             config = SigLipVisionConfig(
@@ -76,6 +76,7 @@ def test_mlp_ratio() -> None:
 
 def test_other_epsilon() -> None:
     with pytest.raises(
-        ValueError, match=r"timm's SigLIP encoders have layer_norm_eps 1e-6, this one has 1e-05"
+        ValueError,
+        match=r"^layer_norm_eps must be 1e-6 in timm's SigLIP models, got 1e-05; write the Hugging",
     ):
         to_timm(replace(ODD, layer_norm_eps=1e-5))

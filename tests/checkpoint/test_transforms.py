@@ -1,3 +1,5 @@
+"""Transforms of single tensors: exact, and inverse to each other."""
+
 from __future__ import annotations
 
 import pytest
@@ -31,12 +33,11 @@ KINDS = {
 def test_round_trip(transform: Transform) -> None:
     shape = SHAPES[KINDS.get(transform.name, "patch")]
     tensor = torch.randn(shape)
-    stored = transform.store(tensor, 2)
-    assert torch.equal(transform.load(stored, shape), tensor)
-    assert torch.equal(
-        stored.flatten().sort().values, tensor.flatten().sort().values
-    )  # values are moved, no more
-    assert torch.equal(transform.store(transform.load(stored, shape), 2), stored)
+    stored = transform.to_stored(tensor, 2)
+    assert torch.equal(transform.from_stored(stored, shape), tensor)
+    # Values are only moved.
+    assert torch.equal(stored.flatten().sort().values, tensor.flatten().sort().values)
+    assert torch.equal(transform.to_stored(transform.from_stored(stored, shape), 2), stored)
 
 
 def test_unique_names() -> None:
@@ -45,11 +46,11 @@ def test_unique_names() -> None:
 
 def test_channel_order_in_patches() -> None:
     weight = torch.arange(2 * 3 * 2 * 2.0).view(2, 3, 2, 2)
-    stored = transforms.PATCHES.store(weight, 1)
+    stored = transforms.PATCHES.to_stored(weight, 1)
     assert stored[1].tolist() == [
         weight[1, c, y, x].item() for y in range(2) for x in range(2) for c in range(3)
     ]
-    channels = transforms.PATCHES_CHANNEL_FIRST.store(weight, 1)
+    channels = transforms.PATCHES_CHANNEL_FIRST.to_stored(weight, 1)
     assert channels[1].tolist() == [
         weight[1, c, y, x].item() for c in range(3) for y in range(2) for x in range(2)
     ]

@@ -53,7 +53,7 @@ def test_saved_by_transformers(kind: str, tmp_path: Path) -> None:
 
     model = assert_same_outputs(tmp_path, reference, run)
     assert model.provenance is not None
-    assert model.provenance.dropped
+    assert model.provenance.ignored
     assert model.provenance.tensors_read == 16 * 3 + 5
     assert model.config.hidden_act == ("gelu" if kind == "janus" else "gelu_pytorch_tanh")
     assert model.config.resize_rule == (
@@ -66,18 +66,15 @@ def test_saved_by_transformers(kind: str, tmp_path: Path) -> None:
 
 
 def test_phi_4(tmp_path: Path) -> None:
-    """Its own files say nothing of the encoder's sizes, which its code knows.
-
-    Here with an encoder of two blocks.
-    """
+    """Phi-4's own files omit the sizes of its vision encoder, which are in its code."""
     vision = {**small_vision("phi4_multimodal_vision"), "feature_layer": -2, "crop_size": 45}
     phi4 = transformers.models.phi4_multimodal
     config = phi4.configuration_phi4_multimodal.Phi4MultimodalVisionConfig(**vision)
     reference = phi4.modeling_phi4_multimodal.Phi4MultimodalVisionModel(config)
     randomize(reference)
     for layer in reference.encoder.layers:
-        # transformers 5.23 says True, and its sdpa then hides later patches wherever none is
-        # padding; eager does not.
+        # True in transformers 5.23, where sdpa then masks later patches if there is no padding;
+        # eager attention does not.
         layer.self_attn.is_causal = False
     prefix = "model.embed_tokens_extend.image_embed.img_processor."
     tensors = {prefix + name: tensor for name, tensor in reference.state_dict().items()}
@@ -107,7 +104,7 @@ def test_phi_4(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("drop", "blocks"), [(True, 10), (False, 11), (..., 10)])
 def test_minicpm(drop: object, blocks: int, tmp_path: Path) -> None:
-    """Its config.json counts a last block that may not be stored, and no kind of positions."""
+    """Its config.json counts a last block that may not be stored."""
     tensors = write_hf_encoder(
         tmp_path, replace(ODD, num_encoder_blocks=blocks, pooling_head=False)
     )
@@ -129,33 +126,34 @@ def test_minicpm(drop: object, blocks: int, tmp_path: Path) -> None:
 )
 @torch.no_grad()
 def test_features_for_language_model(kind: str, tmp_path: Path) -> None:
-    """The table of docs/checkpoints.md.
-
-    What enters the projector, caught in the model's own vision path.
-    """
+    """The table of docs/checkpoints.md: features equal the input of the model's projector."""
     whole, _ = build(kind)
     randomize(whole)
     whole = whole.double().eval()
     whole.save_pretrained(tmp_path)
     port = load(tmp_path)
-    caught: list[Tensor] = []
-    path = whole.model
+    features_in: list[Tensor] = []
+    vision_path = whole.model
     projector: nn.Module = (
-        path.connector if hasattr(path, "connector") else path.multi_modal_projector
+        vision_path.connector
+        if hasattr(vision_path, "connector")
+        else vision_path.multi_modal_projector
     )
     projector.register_forward_pre_hook(
-        lambda _, args, kwargs: caught.append(args[0] if args else kwargs["image_hidden_states"]),
+        lambda _, args, kwargs: features_in.append(
+            args[0] if args else kwargs["image_hidden_states"]
+        ),
         with_kwargs=True,
     )
     x = pixels(port.config)
     if kind in ("paligemma", "gemma3"):
-        path.get_image_features(x)
+        vision_path.get_image_features(x)
     elif kind == "llava_onevision":
         size = port.config.image_size
-        path.get_image_features(x[None], image_sizes=torch.tensor([[size, size]]))
+        vision_path.get_image_features(x[None], image_sizes=torch.tensor([[size, size]]))
     else:
-        path.get_image_features(x[None])
-    expected = caught[0].flatten(0, -3)
+        vision_path.get_image_features(x[None])
+    expected = features_in[0].flatten(0, -3)
     if kind == "llava_onevision":
         (features,) = port.hidden_states(x, [-1])
         assert relative_error(port(x), expected) > 1e-2  # not the tokens after post_layernorm

@@ -1,4 +1,4 @@
-"""Saving: transformers and timm read what is written, and a failure leaves the old files."""
+"""Saving: transformers and timm load the files, and a failure leaves the old files."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_save_and_load(tmp_path: Path, config: SigLipVisionConfig, dtype: torch.
 
 
 def test_overwrite_own_source(checkpoint: MakeCheckpoint) -> None:
-    """The file that the weights are mapped from is replaced, not written into."""
+    """Saving replaces the file that the weights are mapped from, instead of overwriting it."""
     folder = checkpoint()
     model = load(folder)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -82,7 +82,7 @@ def test_overwrite_own_source(checkpoint: MakeCheckpoint) -> None:
 
 def test_folder_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(CheckpointError, match="could not be written to"):
+    with pytest.raises(CheckpointError, match="cannot be written to"):
         SigLipVisionModel(SMALL).save_hf(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -91,11 +91,11 @@ def test_failed_save(checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
     folder = checkpoint()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def break_off(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("siglip_port.checkpoint.writer.json.dumps", break_off)
-    with pytest.raises(CheckpointError, match=r"could not be written to .*no space left on device"):
+    monkeypatch.setattr("siglip_port.checkpoint.writer.json.dumps", fail)
+    with pytest.raises(CheckpointError, match=r"cannot be written to .*no space left on device"):
         SigLipVisionModel(SMALL).save_hf(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -108,7 +108,7 @@ def test_changed_modules(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
         match=r"missing tensors \(1\):\n(?s:.*)fc1.bias\n"
-        r".*unknown tensors \(2\):\n    adapter.bias",
+        r".*unexpected tensors \(2\):\n    adapter.bias",
     ):
         model.save_hf(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -122,13 +122,13 @@ def test_unsavable_tensors(tmp_path: Path) -> None:
     for model, message in [
         (
             resized,
-            r"another shape than the configuration says \(1\):\n    "
+            r"shapes that differ from the configuration \(1\):\n    "
             r"transformer.embeddings.position_embedding.weight",
         ),
-        (meta, r"a dtype or device that cannot be saved \(68\):"),
+        (meta, r"unsupported dtype or device \(68\):"),
         (
             quantized,
-            r"a dtype or device that cannot be saved \(2\):\n    transformer.post_layernorm.bias",
+            r"unsupported dtype or device \(2\):\n    transformer.post_layernorm.bias",
         ),
     ]:
         with pytest.raises(CheckpointError, match=message):
@@ -136,7 +136,7 @@ def test_unsavable_tensors(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX only")
 def test_file_mode(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
@@ -187,21 +187,20 @@ def test_timm_loads_saved_model(act: str, tmp_path: Path) -> None:
     x = pixels(port.config).float()
     assert relative_error(port(x), reference.forward_features(x)) <= 1e-5
     assert relative_error(port.embed(x), reference(x)) <= 1e-5
-    assert (
-        load(tmp_path).config == port.config
-    )  # the size of an image too, which timm's architecture says otherwise
+    # The image size is 46, although the named architecture has 224.
+    assert load(tmp_path).config == port.config
 
 
 def test_timm_other_epsilon(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="timm's SigLIP encoders have layer_norm_eps 1e-6, this one has 1e-05"
+        ValueError, match="layer_norm_eps must be 1e-6 in timm's SigLIP models, got 1e-05"
     ):
         SigLipVisionModel(replace(SHALLOW, layer_norm_eps=1e-5)).save_timm(tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
 def test_mixed_files(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    """Shapes alone would not tell: the two differ in nothing but the activation."""
+    """The two models differ only in the activation, so their shapes are the same."""
     model = SigLipVisionModel.from_hf(checkpoint())
     other = SigLipVisionModel.from_hf(checkpoint(), config=replace(SMALL, hidden_act="gelu"))
     for write in (SigLipVisionModel.save_hf, extract_model):
@@ -214,7 +213,7 @@ def test_mixed_files(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
         shutil.copy(one / "config.json", two)
         with pytest.raises(
             CheckpointError,
-            match="the configuration is not the one that these weights were saved wit",
+            match="the configuration is not the one that the weights were saved with",
         ):
             SigLipVisionModel.from_hf(two)
         assert SigLipVisionModel.from_hf(two, config=other.config).config == other.config
@@ -234,6 +233,6 @@ def test_harmless_edits(
 def test_same_bytes(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     SigLipVisionModel.from_hf(checkpoint()).save_hf(tmp_path / "first")
     first = (tmp_path / "first" / "model.safetensors").read_bytes()
-    for i in range(8):  # safetensors by itself puts the metadata in one of two orders
+    for i in range(8):  # safetensors writes the metadata in an arbitrary order
         SigLipVisionModel.from_hf(checkpoint(name=f"{i}")).save_hf(tmp_path / f"again {i}")
         assert (tmp_path / f"again {i}" / "model.safetensors").read_bytes() == first

@@ -1,4 +1,4 @@
-"""Checkpoints that the commands are tried on."""
+"""Checkpoints for the tests of the commands."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.helpers.checkpoints import MakeCheckpoint, edit_tensors
 
 @pytest.fixture(scope="session")
 def written_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole SiglipModel, which no test changes."""
-    # Not imported above: a conftest is loaded before the Hub's client is pointed at our own Hub.
+    """A SiglipModel with image and text encoder, shared and read-only."""
+    # Imported late: a conftest is loaded before the Hub client is pointed at the test server.
     import transformers
 
     from tests.helpers.other_libraries import write_two_encoders
@@ -25,13 +25,13 @@ def written_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def whole_model(written_model: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may change."""
+    """A copy of `written_model` that a test may change."""
     return Path(shutil.copytree(written_model, tmp_path / "whole"))
 
 
 @pytest.fixture
 def two_encoders(checkpoint: MakeCheckpoint) -> Path:
-    """Two vision encoders in one file, with prefixes a. and b."""
+    """Two vision encoders in one file, with prefixes `a.` and `b.`."""
     folder = checkpoint()
     edit_tensors(
         folder,
@@ -44,7 +44,7 @@ def two_encoders(checkpoint: MakeCheckpoint) -> Path:
 
 @pytest.fixture
 def hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The Hub's local cache, empty."""
+    """An empty Hub cache."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""`siglip-port extract`: what it writes, verifies, and leaves behind."""
+"""`siglip-port extract`: written files, verification and failures."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def test_extract_for_transformers(whole_model: Path, tmp_path: Path) -> None:
     ]
     assert printed.startswith(str(load(whole_model).provenance) + "\n")
     assert f"written  {out / 'config.json'} (" in printed
-    assert "tokens [1, 4, 24] and vector [1, 24] of an image of noise: the same bits\n" in printed
+    assert "tokens [1, 4, 24] and embedding [1, 24] of a random image: bit-identical\n" in printed
     assert out.stat().st_mode == whole_model.stat().st_mode
-    theirs, info = transformers.SiglipVisionModel.from_pretrained(out, output_loading_info=True)
+    reference, info = transformers.SiglipVisionModel.from_pretrained(out, output_loading_info=True)
     assert not any(info.values())
     whole = transformers.SiglipModel.from_pretrained(whole_model).eval()
     x = pixels(SMALL).float()
     with torch.no_grad():
-        found, expected = theirs.eval()(x), whole.vision_model(x)
-    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
-    assert torch.equal(found.pooler_output, expected.pooler_output)
+        output, expected = reference.eval()(x), whole.vision_model(x)
+    assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(output.pooler_output, expected.pooler_output)
 
 
 def test_extract_for_timm(whole_model: Path, tmp_path: Path) -> None:
@@ -76,9 +76,8 @@ def test_extract_dtype(dtype: str, whole_model: Path, tmp_path: Path) -> None:
         torch.equal(tensor, expected[name])
         for name, tensor in load(tmp_path / "out").state_dict().items()
     )
-    assert (
-        inspect(tmp_path / "out")["tower"]["bytes"] == PARAMETERS * getattr(torch, dtype).itemsize
-    )
+    size = inspect(tmp_path / "out")["encoder"]["bytes"]
+    assert size == PARAMETERS * getattr(torch, dtype).itemsize
 
 
 @pytest.mark.parametrize("kind", ["timm-gap", "naflex", "npz", "idefics3"])
@@ -101,8 +100,10 @@ def test_extract_layouts(kind: str, tmp_path: Path) -> None:
             source, flax(replace(ODD, image_size=42), original.state_dict(), scanned=True), "img/"
         )
     printed = run("extract", source, tmp_path / "out").stdout
-    assert ("interpolation='navit': pass it to from_hf" in printed) == (kind == "idefics3")
-    assert (" and vector [1, 72] of" in printed) == (kind != "idefics3")
+    assert ("interpolation='navit' is not stored; pass it to from_hf" in printed) == (
+        kind == "idefics3"
+    )
+    assert (" and embedding [1, 72] of" in printed) == (kind != "idefics3")
     model, again = load(source), load(tmp_path / "out")
     assert again.config == replace(model.config, interpolation=None)
     assert all(
@@ -110,7 +111,7 @@ def test_extract_layouts(kind: str, tmp_path: Path) -> None:
     )
 
 
-def test_extract_one_of_several_towers(two_encoders: Path, tmp_path: Path) -> None:
+def test_extract_one_of_several_encoders(two_encoders: Path, tmp_path: Path) -> None:
     run("extract", two_encoders, tmp_path / "out", "--prefix", "b.")
     expected = load(two_encoders, prefix="b.").state_dict()
     assert all(
@@ -133,16 +134,17 @@ def test_extract_refused_folders(whole_model: Path, tmp_path: Path) -> None:
     out.mkdir()
     (out / "precious").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for folder, says in (
-        (out, "is not empty; pass another folder, or --force"),
-        (tmp_path / "file", "is a file"),
-        (tmp_path / "no" / "where", "does not exist"),
+    for folder, message in (
+        (out, "is not empty; pass another directory, or --force"),
+        (tmp_path / "file", "is a file; pass a directory"),
+        (tmp_path / "no" / "where", "does not exist; create it first"),
         (whole_model, "is not empty"),
+        (Path("/"), "OUTPUT must be a directory name, got '/'"),
     ):
-        assert says in run("extract", whole_model, folder, code=2).stderr
+        assert message in run("extract", whole_model, folder, code=2).stderr
     for source in (whole_model, whole_model / "model.safetensors"):
         assert (
-            "holds the checkpoint itself"
+            "contains the source; pass another directory"
             in run("extract", source, whole_model, "--force", code=2).stderr
         )
     assert [path.name for path in out.iterdir()] == ["precious"]
@@ -180,43 +182,43 @@ def wrong_config(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extraction, "outputs_of_noise", lambda model: [torch.rand(2)])
+    monkeypatch.setattr(extraction, "outputs_on_noise", lambda model: [torch.rand(2)])
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(model: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(extraction, "outputs_of_noise", interrupt)
+    monkeypatch.setattr(extraction, "outputs_on_noise", interrupt)
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "says"),
+    ("fault", "code", "message"),
     [
         (
             wrong_weights,
             1,
-            "what was written is not what was read, and has been removed; different: pooling_head",
+            "the written files differ from the source and were removed; different: pooling_head",
         ),
         (
             wrong_config,
             1,
-            "out: the configuration is not the one that these weights were saved with",
+            "out: the configuration is not the one that the weights were saved with",
         ),
         (
             wrong_outputs,
             1,
-            "and has been removed; different: what it computes of an image of noise\n",
+            "and were removed; different: the outputs for a random image\n",
         ),
         (interrupted, 130, "interrupted\n"),
     ],
 )
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "empty"])
-def test_extract_removes_what_failed(
+def test_failed_extract_leaves_no_files(
     exists: bool,
     fault: Callable[[pytest.MonkeyPatch], None],
     code: int,
-    says: str,
+    message: str,
     whole_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -226,7 +228,7 @@ def test_extract_removes_what_failed(
     before = sorted(tmp_path.rglob("*"))
     fault(monkeypatch)
     result = run("extract", whole_model, tmp_path / "out", code=code)
-    assert says in result.stderr
+    assert message in result.stderr
     assert result.stdout == ""
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -234,7 +236,10 @@ def test_extract_removes_what_failed(
 def test_extract_errors(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     folder = checkpoint(replace(SMALL, layer_norm_eps=1e-5))
     result = run("extract", folder, tmp_path / "out", "--format", "timm", code=1)
-    assert result.stderr == "timm's SigLIP encoders have layer_norm_eps 1e-6, this one has 1e-05\n"
+    assert result.stderr == (
+        "layer_norm_eps must be 1e-6 in timm's SigLIP models, got 1e-05; "
+        "write the HuggingFace format instead\n"
+    )
     edit_tensors(
         folder, lambda tensors: {name: t for name, t in tensors.items() if "fc1" not in name}
     )

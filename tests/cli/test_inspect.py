@@ -1,4 +1,4 @@
-"""`siglip-port inspect`: what it prints, what it fetches, and how it exits."""
+"""`siglip-port inspect`: output, downloads and exit codes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_inspect_whole_model(whole_model: Path) -> None:
     inspection = inspect(whole_model)
     header = read_header(whole_model / "model.safetensors").tensors
     assert inspection.keys() == {
-        *("source", "commit", "files", "unread", "towers", "layout", "prefix", "title", "config"),
-        *("tower", "whole", "entries", "dropped", "problem"),
+        *("source", "commit", "files", "unread", "encoders", "layout", "prefix", "title", "config"),
+        *("encoder", "total", "entries", "ignored", "problem"),
     }
     assert (inspection["source"], inspection["commit"], inspection["problem"]) == (
         str(whole_model),
@@ -44,47 +44,44 @@ def test_inspect_whole_model(whole_model: Path) -> None:
         None,
     )
     assert (inspection["files"], inspection["unread"]) == (["model.safetensors"], [])
-    assert inspection["towers"] == [{"layout": "huggingface", "prefix": "vision_model."}]
+    assert inspection["encoders"] == [{"layout": "huggingface", "prefix": "vision_model."}]
     assert (inspection["layout"], inspection["prefix"]) == ("huggingface", "vision_model.")
     assert inspection["config"] == asdict(SMALL)
-    assert inspection["tower"]["parameters"] == PARAMETERS
-    assert inspection["tower"]["bytes"] == 4 * PARAMETERS
-    assert inspection["whole"]["tensors"] == len(header)
-    assert inspection["whole"]["bytes"] == sum(stored.nbytes for stored in header.values())
-    assert inspection["dropped"].keys() == {
-        "scale and bias of the image-text logits",
-        "text encoder",
-    }
-    assert sum(inspection["dropped"].values()) + inspection["tower"]["tensors"] == len(header)
+    assert inspection["encoder"]["parameters"] == PARAMETERS
+    assert inspection["encoder"]["bytes"] == 4 * PARAMETERS
+    assert inspection["total"]["tensors"] == len(header)
+    assert inspection["total"]["bytes"] == sum(stored.nbytes for stored in header.values())
+    assert inspection["ignored"].keys() == {"logit scale and bias", "text encoder"}
+    assert sum(inspection["ignored"].values()) + inspection["encoder"]["tensors"] == len(header)
     fc1 = stored_entry(inspection, "vision_model.encoder.layers.{0...2}.mlp.fc1.weight")
     assert fc1 == {
-        "ours": ["transformer.encoder.encoder_blocks.{0...2}.mlp.fc1.weight"],
+        "parameters": ["transformer.encoder.encoder_blocks.{0...2}.mlp.fc1.weight"],
         "stored": "vision_model.encoder.layers.{0...2}.mlp.fc1.weight",
-        "form": "",
+        "transform": "",
         "shape": [40, 24],
         "dtype": "F32",
         "nan": 0,
         "inf": 0,
     }
-    assert len(stored_entry(inspection, "vision_model.head.attention.in_proj_bias")["ours"]) == 3
+    assert (
+        len(stored_entry(inspection, "vision_model.head.attention.in_proj_bias")["parameters"]) == 3
+    )
 
 
 def test_inspect_output(whole_model: Path) -> None:
     printed = run("inspect", whole_model).stdout
     inspection = inspect(whole_model)
-    for one in inspection["entries"]:
-        assert one["stored"] in printed
-        assert all(name in printed for name in one["ours"])
-        assert str(one["shape"]) in printed
+    for entry in inspection["entries"]:
+        assert entry["stored"] in printed
+        assert all(name in printed for name in entry["parameters"])
+        assert str(entry["shape"]) in printed
     assert all(f"{name}={value!r}" in printed for name, value in asdict(SMALL).items())
-    assert f"encoder    {PARAMETERS:,} parameters, 90.7 kB\n" in printed
-    assert "encoders   --layout huggingface --prefix vision_model.\n" in printed
-    count = inspection["dropped"]["text encoder"]
-    assert (
-        f"dropped  2 of the scale and bias of the image-text logits; {count} of the text encoder\n"
-        in printed
-    )
-    assert "headers  fit the encoder" in printed
+    assert f"encoder  {PARAMETERS:,} parameters, 90.7 kB\n" in printed
+    assert "encoders --layout huggingface --prefix vision_model.\n" in printed
+    count = inspection["ignored"]["text encoder"]
+    assert f"ignored  logit scale and bias (2), text encoder ({count})\n" in printed
+    assert "total    " in printed
+    assert "headers  match the configuration\n" in printed
     assert "\x1b" not in printed
     assert "…" not in printed
     assert not any(line.endswith(" ") for line in printed.splitlines())
@@ -99,10 +96,7 @@ def test_inspect_shards(whole_model: Path) -> None:
 
 
 def test_inspect_missing_shards(whole_model: Path) -> None:
-    """Where they hold nothing of the encoder, they are not needed.
-
-    Else all that is missing is named.
-    """
+    """Shards without encoder tensors are not needed; otherwise all missing tensors are named."""
     shard(whole_model)
     index = whole_model / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -113,9 +107,9 @@ def test_inspect_missing_shards(whole_model: Path) -> None:
     (whole_model / "model-00001-of-00003.safetensors").unlink()
     inspection = inspect(whole_model, code=1)
     assert inspection["problem"].startswith(
-        f"{whole_model} (layout: HuggingFace, prefix vision_model) does not hold the encoder"
+        f"{whole_model} (layout: HuggingFace, prefix vision_model) does not match its configuration"
     )
-    assert None in [one["dtype"] for one in inspection["entries"]]
+    assert None in [entry["dtype"] for entry in inspection["entries"]]
 
 
 def test_inspect_vision_language_model(tmp_path: Path) -> None:
@@ -124,9 +118,9 @@ def test_inspect_vision_language_model(tmp_path: Path) -> None:
     inspection = inspect(tmp_path)
     assert inspection["title"] == "HuggingFace, prefix " + inspection["prefix"].rstrip(".")
     assert "vision_tower" in inspection["prefix"]
-    assert inspection["dropped"].keys() >= {"language model", "projector"}
+    assert inspection["ignored"].keys() >= {"language model", "projector"}
     assert inspection["config"]["pooling_head"] is False
-    assert inspection["tower"]["parameters"] < inspection["whole"]["parameters"]
+    assert inspection["encoder"]["parameters"] < inspection["total"]["parameters"]
 
 
 def test_inspect_timm(tmp_path: Path) -> None:
@@ -140,12 +134,12 @@ def test_inspect_timm(tmp_path: Path) -> None:
         "timm, no prefix",
     )
     assert inspection["config"] == asdict(replace(ODD, hidden_act="gelu"))
-    assert stored_entry(inspection, "pos_embed")["form"] == "[1, position, out]"
-    assert stored_entry(inspection, "blocks.{0...10}.attn.qkv.weight")["ours"] == [
+    assert stored_entry(inspection, "pos_embed")["transform"] == "[1, position, out]"
+    assert stored_entry(inspection, "blocks.{0...10}.attn.qkv.weight")["parameters"] == [
         f"transformer.encoder.encoder_blocks.{{0...10}}.self_attn.{name}_proj.weight"
         for name in "qkv"
     ]
-    assert "encoders   --layout timm --prefix ''\n" in run("inspect", tmp_path).stdout
+    assert "encoders --layout timm --prefix ''\n" in run("inspect", tmp_path).stdout
 
 
 @pytest.mark.parametrize("scanned", [False, True], ids=["indexed", "scanned"])
@@ -158,20 +152,19 @@ def test_inspect_npz(scanned: bool, tmp_path: Path) -> None:
     )
     inspection = inspect(tmp_path / "a.npz")
     assert inspection["files"] == ["a.npz"]
-    assert inspection["tower"]["parameters"] == sum(
+    assert inspection["encoder"]["parameters"] == sum(
         tensor.numel() for tensor in original.state_dict().values()
     )
     name = "encoderblock" if scanned else "encoderblock_{0...10}"
     query = stored_entry(
         inspection, f"params/img/Transformer/{name}/MultiHeadDotProductAttention_0/query/kernel"
     )
-    assert query["ours"] == ["transformer.encoder.encoder_blocks.{0...10}.self_attn.q_proj.weight"]
-    assert query["form"] == ("blocks stacked, " if scanned else "") + "[in, head, out of head]"
+    assert query["parameters"] == [
+        "transformer.encoder.encoder_blocks.{0...10}.self_attn.q_proj.weight"
+    ]
+    assert query["transform"] == ("blocks stacked, " if scanned else "") + "[in, head, out of head]"
     assert query["shape"] == ([11] if scanned else []) + [72, 4, 18]
-    assert inspection["dropped"] == {
-        "scale and bias of the image-text logits": 1,
-        "text encoder": 1,
-    }
+    assert inspection["ignored"] == {"logit scale and bias": 1, "text encoder": 1}
 
 
 def test_inspect_blocks_of_several_dtypes(checkpoint: MakeCheckpoint) -> None:
@@ -184,7 +177,7 @@ def test_inspect_blocks_of_several_dtypes(checkpoint: MakeCheckpoint) -> None:
 
 
 def test_inspect_nan_and_inf(checkpoint: MakeCheckpoint) -> None:
-    """By tensor, and in the encoder alone."""
+    """Counts are by tensor, for the encoder only."""
     folder = checkpoint(prefix="vision_model.")
     assert "values   all finite\n" in run("inspect", folder).stdout
     fc1, norm = "vision_model.encoder.layers.{}.mlp.fc1.weight", "vision_model.post_layernorm.bias"
@@ -198,36 +191,36 @@ def test_inspect_nan_and_inf(checkpoint: MakeCheckpoint) -> None:
     edit_tensors(folder, spoil)
     inspection = inspect(folder)
     counts = {
-        one["stored"]: (one["nan"], one["inf"])
-        for one in inspection["entries"]
-        if one["nan"] or one["inf"]
+        entry["stored"]: (entry["nan"], entry["inf"])
+        for entry in inspection["entries"]
+        if entry["nan"] or entry["inf"]
     }
     assert counts == {fc1.format("{0,2}"): (4, 0), norm: (1, 2)}
     assert stored_entry(inspection, fc1.format(1))["nan"] == 0
     printed = run("inspect", folder).stdout
-    assert (
-        f"values   NaN or infinite in {fc1.format('{0,2}')}, {norm}: see the table below\n"
-        in printed
-    )
-    assert "1 NaN, 2 infinite\n" in printed
+    assert f"values   NaN or Inf in {fc1.format('{0,2}')}, {norm}; see the table below\n" in printed
+    assert "1 NaN, 2 Inf\n" in printed
 
 
-def test_inspect_several_towers(two_encoders: Path) -> None:
-    towers = [{"layout": "huggingface", "prefix": "a."}, {"layout": "huggingface", "prefix": "b."}]
+def test_inspect_several_encoders(two_encoders: Path) -> None:
+    encoders = [
+        {"layout": "huggingface", "prefix": "a."},
+        {"layout": "huggingface", "prefix": "b."},
+    ]
     for command in (["inspect", two_encoders], ["extract", two_encoders, two_encoders / "out"]):
         result = run(*command, code=1)
         assert result.stdout == ""
         assert result.stderr == (
-            "the checkpoint holds more than one vision encoder; pass one of: "
+            "the checkpoint contains several vision encoders; pass one of: "
             "--layout huggingface --prefix a.; --layout huggingface --prefix b.\n"
         )
     inspection = inspect(two_encoders, code=1)
-    assert inspection.keys() == {"source", "commit", "towers", "problem"}
-    assert inspection["towers"] == towers
+    assert inspection.keys() == {"source", "commit", "encoders", "problem"}
+    assert inspection["encoders"] == encoders
     inspection = inspect(two_encoders, "--prefix", "b.")
-    assert (inspection["prefix"], inspection["towers"]) == ("b.", towers)
-    assert inspect(two_encoders, "--layout", "huggingface", "--prefix", "a.")["dropped"] == {
-        "rest of the file": inspection["tower"]["tensors"]
+    assert (inspection["prefix"], inspection["encoders"]) == ("b.", encoders)
+    assert inspect(two_encoders, "--layout", "huggingface", "--prefix", "a.")["ignored"] == {
+        "other tensors": inspection["encoder"]["tensors"]
     }
 
 
@@ -235,9 +228,9 @@ def test_inspect_wrong_config(checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint()
     edit_config(folder, intermediate_size=41)
     result = run("inspect", folder, code=1)
-    assert "headers  do not fit the encoder" in result.stdout
+    assert "headers  do not match the configuration\n" in result.stdout
     assert "[40, 24]" in result.stdout
-    assert "shape: expected [41, 24] by config.json, found [40, 24] (4):" in result.stderr
+    assert "shape: expected [41, 24] from config.json, got [40, 24] (4):" in result.stderr
     assert inspect(folder, code=1)["problem"] == result.stderr.rstrip("\n")
 
 
@@ -248,11 +241,11 @@ def test_inspect_damaged_file(checkpoint: MakeCheckpoint) -> None:
     for more in ([], ["--json"]):
         result = run("inspect", folder, *more, code=1)
         assert result.stdout == ""
-        assert "model.safetensors is not a whole safetensors file" in result.stderr
+        assert "model.safetensors is not a valid safetensors file" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "says"),
+    ("arguments", "code", "message"),
     [
         (["inspect"], 2, "Missing argument"),
         (["inspect", "nowhere"], 1, "'nowhere' does not exist on this machine"),
@@ -266,13 +259,13 @@ def test_inspect_damaged_file(checkpoint: MakeCheckpoint) -> None:
         (["nothing"], 2, "nothing"),
     ],
 )
-def test_wrong_arguments(arguments: list[str], code: int, says: str) -> None:
+def test_wrong_arguments(arguments: list[str], code: int, message: str) -> None:
     result = run(*arguments, code=code)
-    assert says in result.stderr
+    assert message in result.stderr
     assert result.stdout == ""
 
 
-# --- inspect, of a repository on the Hub ----------------------------------------------------------
+# --- inspect on the Hub ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -290,7 +283,7 @@ def test_inspect_hub_fetches_headers_only(
     unread = [{**entry, "nan": None, "inf": None} for entry in local["entries"]]
     commit = hub.repositories["google/a"].commit
     assert inspection == {**local, "source": "google/a", "commit": commit, "entries": unread}
-    assert "values   not read: only headers were\n" in run("inspect", "google/a").stdout
+    assert "values   not read (headers only)\n" in run("inspect", "google/a").stdout
     assert hub.requests["CDN RANGE model.safetensors"] == ranges
     assert not {"GET model.safetensors", "CDN GET model.safetensors"} & hub.requests.keys()
     assert hub.sent["model.safetensors"] < 500_000

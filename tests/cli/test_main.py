@@ -130,7 +130,7 @@ def test_constants_that_are_repeated() -> None:
     """Where the original would be slow to import."""
     assert DEFAULT_MODEL == DEFAULT_CHECKPOINT == PUBLISHED[0].repo
     hints = get_type_hints(checkpoints.extract)
-    assert get_args(hints["written_as"]) == get_args(Format)
+    assert get_args(hints["format"]) == get_args(Format)
 
 
 def test_list() -> None:

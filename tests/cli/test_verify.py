@@ -266,7 +266,7 @@ def test_script_reports_a_wrong_argument(tmp_path: Path) -> None:
         ),
         (
             ["--checkpoint", "docs/images"],
-            r"could not compare: .* holds neither model.safetensors nor .*; found: league.svg",
+            r"could not compare: .* contains neither model.safetensors nor .*; found: league.svg",
         ),
         (
             ["--image", "README.md"],

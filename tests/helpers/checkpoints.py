@@ -1,4 +1,4 @@
-"""Tiny architectures that hide nothing, and what tests do to a checkpoint's files."""
+"""Small architectures, and edits of checkpoint files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.checkpoint.source import CONFIG, INDEX, WEIGHTS
 from siglip_port.parity.stress_weights import randomize
 
-# Widths, heads and sizes that no bug survives by luck: head_dim differs from the number of
-# heads, 1/sqrt(head_dim) is inexact, the image is no multiple of the patch, and 11 blocks sort
-# differently as numbers and as text.
+# Sizes that expose bugs: head_dim differs from the number of heads, 1/sqrt(head_dim) is inexact,
+# the image is no multiple of the patch, and 11 block indices sort differently as text.
 ODD = SigLipVisionConfig(
     embed_dim=72,
     image_size=45,
@@ -52,27 +51,27 @@ Json = dict[str, Any]
 
 
 def config_for(layout: Layout, config: SigLipVisionConfig = SMALL) -> SigLipVisionConfig:
-    """Return a configuration of a model that this layout can hold."""
+    """Return `config` with the pooling head and NaFlex setting that a layout supports."""
     return replace(config, pooling_head=bool(layout.head), naflex=layout.naflex)
 
 
 def random_model(
     config: SigLipVisionConfig = SMALL, dtype: torch.dtype = torch.float64
 ) -> SigLipVisionModel:
-    """Return a model with random weights, none of which is zero or one, in `eval()` mode."""
+    """Return a model in `eval()` mode with random weights, none of them zero or one."""
     model = SigLipVisionModel(config).to(dtype).eval()
     randomize(model)
     return model
 
 
 def pixels(config: SigLipVisionConfig, batch: int = 2, seed: int = 0) -> Tensor:
-    """Draw float64 noise in the shape of images."""
+    """Draw random `pixel_values`, float64, [B, C, H, W]."""
     shape = (batch, config.num_channels, config.image_size, config.image_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def edit_tensors(folder: Path, edit: Edit, file: str = WEIGHTS) -> None:
-    """Rewrite the tensors of a checkpoint."""
+    """Edit the tensors of a checkpoint file."""
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / file).items()}
     edited = {}
     for name, tensor in edit(tensors).items():
@@ -81,49 +80,49 @@ def edit_tensors(folder: Path, edit: Edit, file: str = WEIGHTS) -> None:
 
 
 def adding(extra: Tensors) -> Edit:
-    """Return an edit that adds tensors, or replaces them."""
+    """Return an edit that adds or replaces tensors."""
     return lambda tensors: {**tensors, **extra}
 
 
 def renaming(pattern: str, replacement: str) -> Edit:
-    """Return an edit that renames tensors, as `re.sub` does."""
+    """Return an edit that renames tensors by `re.sub`."""
     return lambda tensors: {
         re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()
     }
 
 
 def dropping(pattern: str) -> Edit:
-    """Return an edit that drops the tensors whose names match."""
+    """Return an edit that removes tensors whose names match."""
     return lambda tensors: {
         name: tensor for name, tensor in tensors.items() if not re.search(pattern, name)
     }
 
 
 def edit_config(folder: Path, **changes: object) -> None:
-    """Rewrite keys of `config.json`; a value of `...` takes the key away."""
+    """Edit keys of `config.json`; the value `...` removes a key."""
     path = folder / CONFIG
     config = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
 
 def edit_index(folder: Path, edit: Callable[[Json], object]) -> None:
-    """Rewrite the index of shards; a text is written as it is."""
+    """Edit the shard index; a string result is written unchanged."""
     path = folder / INDEX
     edited = edit(json.loads(path.read_text()))
     path.write_text(edited if isinstance(edited, str) else json.dumps(edited))
 
 
 def rename_in_a_thousand(index: Json) -> Json:
-    """Edit an index so that it names a thousand vision encoders, each in a shard of its own."""
+    """Return an index of a thousand vision encoders, each in its own shard."""
     weight_map = {}
     for i in range(1000):
         for name in index["weight_map"]:
-            weight_map[f"tower{i}.{name}"] = f"shard-{i}.safetensors"
+            weight_map[f"encoder{i}.{name}"] = f"shard-{i}.safetensors"
     return {"weight_map": weight_map}
 
 
 def shard(folder: Path, num_shards: int = 3) -> None:
-    """Spread the tensors of a checkpoint over several files with an index, as transformers does."""
+    """Split a checkpoint into shards with an index, as transformers does."""
     tensors = load_file(folder / WEIGHTS)
     files = [f"model-{i + 1:05}-of-{num_shards:05}.safetensors" for i in range(num_shards)]
     weight_map = {name: files[i % num_shards] for i, name in enumerate(tensors)}

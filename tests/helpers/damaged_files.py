@@ -1,4 +1,4 @@
-"""Files that are edited byte by byte, and what all that reads them must say."""
+"""Edits of files byte by byte, and checks that every reader refuses or loads them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Json = dict[str, Any]
 
 
 def assert_refused(source: Path, message: str) -> None:
-    """Assert that all that reads raises a `CheckpointError` with this text, and nothing else."""
+    """Assert that loading raises CheckpointError with this message, and that inspecting fails."""
     with pytest.raises(CheckpointError, match=message):
         SigLipVisionModel.from_hf(source)
     try:
@@ -30,26 +30,26 @@ def assert_refused(source: Path, message: str) -> None:
 
 
 def assert_loads(source: Path, model: SigLipVisionModel) -> None:
-    """Assert that a checkpoint holds the weights of a model."""
+    """Assert that a checkpoint contains the weights of a model."""
     state = SigLipVisionModel.from_hf(source).state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 def read_raw(path: Path) -> tuple[Json, bytes]:
-    """Read the JSON and the data of a safetensors file, as they are."""
+    """Return the JSON header and the data of a safetensors file."""
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
 def write_raw(path: Path, header: Json | bytes, data: bytes) -> None:
-    """Write a safetensors file of any header."""
+    """Write a safetensors file with any header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 class Payload:
-    """Unpickled, it makes a folder."""
+    """Creates a directory when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

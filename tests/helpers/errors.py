@@ -1,4 +1,4 @@
-"""What tests look for in errors."""
+"""Texts of errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import traceback
 
 
 def full_text(error: BaseException) -> str:
-    """All that an error says: its message, its traceback, and what it came of, shown or not."""
+    """Return the message, traceback and causes of an error, including suppressed ones."""
     text = "".join(traceback.format_exception(error))
     cause = error.__cause__ or error.__context__
     return text if cause is None else text + full_text(cause)

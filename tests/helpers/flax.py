@@ -1,4 +1,4 @@
-"""The arrays of big_vision, by the transforms of its converters and not by our tables."""
+"""Arrays of big_vision, by the transforms of its converters, not by our tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def flax(config: SigLipVisionConfig, state: dict[str, Tensor], *, scanned: bool) -> Arrays:
-    """Return the arrays of a model; `scanned`, with those of all blocks stacked in one."""
+    """Return the arrays of a model; `scanned` stacks the arrays of all blocks."""
     num_heads = config.num_attention_heads
     stored = {name: tensor.double().numpy() for name, tensor in state.items()}
     arrays: Arrays = {}
@@ -67,7 +67,7 @@ def flax(config: SigLipVisionConfig, state: dict[str, Tensor], *, scanned: bool)
 
 
 def patch_kernel(weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """[out, channel, y, x] -> [y, x, channel, out]."""
+    """Reshape [out, channel, y, x] to [y, x, channel, out]."""
     out, channels, height, width = weight.shape
     kernel = np.zeros((height, width, channels, out))
     for y in range(height):
@@ -77,7 +77,7 @@ def patch_kernel(weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def stack_blocks(arrays: Arrays, num_blocks: int) -> Arrays:
-    """Stack the arrays of all blocks, as flax's `scan` leaves them."""
+    """Stack the arrays of all blocks, as flax's `scan` stores them."""
     stacked: Arrays = {}
     for name, array in arrays.items():
         if "encoderblock_" not in name:
@@ -89,9 +89,9 @@ def stack_blocks(arrays: Arrays, num_blocks: int) -> Arrays:
 
 
 def write_npz(path: Path, arrays: Arrays, root: str, dtype: str = "float32") -> None:
-    """Write a file of big_vision, whose names begin with `root`, with a text encoder beside it."""
+    """Write a big_vision file with the prefix `root`, and some tensors of a text encoder."""
     typed = {f"{root}{name}": array.astype(np.float32) for name, array in arrays.items()}
-    if dtype == "bfloat16":  # as ml_dtypes leaves them: two bytes without a type
+    if dtype == "bfloat16":  # as ml_dtypes stores it: two untyped bytes
         for name, array in typed.items():
             rounded = torch.from_numpy(array).bfloat16().view(torch.int16)
             typed[name] = rounded.numpy().view("V2")

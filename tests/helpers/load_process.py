@@ -1,6 +1,6 @@
-"""Loads from the Hub in processes of their own, which a test may stop.
+"""Loads from the Hub in subprocesses, which a test may stop.
 
-They are forked from one that has imported torch, and does nothing else.
+They are forked from a server process that has imported torch.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ CONTEXT.set_forkserver_preload([__name__])
 
 
 class ForkedProcess:
-    """A function in a process of its own.
+    """A function running in a subprocess.
 
     Args:
-        function: of a module.
-        arguments: of the function.
+        function: Module-level function.
+        arguments: Arguments of the function.
     """
 
     def __init__(self, function: Callable[..., object], *arguments: object) -> None:
@@ -39,15 +39,15 @@ class ForkedProcess:
         self.process.kill()
 
     def interrupt(self) -> None:
-        """Send what Ctrl-C sends."""
+        """Send SIGINT, as Ctrl-C does."""
         assert self.process.pid is not None
         os.kill(self.process.pid, signal.SIGINT)
 
     def wait(self, seconds: float = 120) -> tuple[int | None, str]:
-        """Wait for its end.
+        """Wait for the process to end, and kill it after `seconds`.
 
         Returns:
-            Its exit code, and what it has printed, errors included.
+            Exit code, and the text of stdout and stderr.
         """
         chunks = iter(lambda: os.read(self._output.fileno(), 1 << 16), b"")
         self.process.join(seconds)
@@ -57,7 +57,7 @@ class ForkedProcess:
 
 
 def run(output: Connection, function: Callable[..., object], arguments: tuple[object, ...]) -> None:
-    # Where the shell started the tests in the background, they inherit that Ctrl-C is ignored.
+    # SIGINT is ignored, and inherited as such, if a shell started the tests in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output.fileno(), stream.fileno())
@@ -66,12 +66,12 @@ def run(output: Connection, function: Callable[..., object], arguments: tuple[ob
 
 
 def load_in_chunks(name: str, cache: Path, max_file_bytes: int | None = None) -> None:
-    """Load a model in small chunks, and print a number that says which it is.
+    """Load a model in small chunks, and print the sum of its weights.
 
     Args:
-        name: the Hub id.
-        cache: the Hub's cache.
-        max_file_bytes: beyond which the kernel lets no file grow; None for any size.
+        name: Hub id.
+        cache: Hub cache.
+        max_file_bytes: Limit of the kernel on the size of a file; None for no limit.
     """
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))

@@ -1,4 +1,4 @@
-"""The arrays of an `.npz` file, byte by byte."""
+"""`.npz` files written byte by byte."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from typing import Any
 import numpy as np
 
 Members = dict[str, bytes]
-"""The contents of an archive's files by name."""
+"""Contents of an archive's members by name."""
 
 BIAS = "params/img/Transformer/encoder_norm/bias.npy"
 
 
 def npy(array: np.ndarray[Any, Any]) -> bytes:
-    """Return an array as numpy writes it."""
+    """Return the bytes of a `.npy` file."""
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
 
 
 def npy_header(text: str, version: bytes = b"\1\0") -> bytes:
-    """Return the header of an array, with any text in it."""
+    """Return the header of a `.npy` file with this text."""
     length = struct.pack("<H" if version == b"\1\0" else "<I", len(text))
     return b"\x93NUMPY" + version + length + text.encode()
 
 
 def describe_array(shape: str, descr: str = "'<f4'") -> str:
-    """Return the text of a header."""
+    """Return the text of a `.npy` header."""
     return f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}\n"
 
 
 def write_zip(path: Path, members: Members, compression: int = zipfile.ZIP_DEFLATED) -> None:
-    """Write an archive."""
+    """Write a zip archive."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, content in members.items():
             archive.writestr(name, content)

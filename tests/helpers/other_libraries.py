@@ -1,4 +1,4 @@
-"""Models of other libraries, and files as their code writes them."""
+"""Models of timm and transformers, and files that they write."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 def timm_encoder(name: str, **sizes: object) -> Any:  # noqa: ANN401 (timm's models are untyped)
-    """Build a model of timm in the sizes of ODD, with random weights."""
+    """Build a timm model with the sizes of ODD and random weights."""
     arguments: dict[str, Any] = {
         "embed_dim": 72,
         "depth": 11,
@@ -38,7 +38,7 @@ def timm_encoder(name: str, **sizes: object) -> Any:  # noqa: ANN401 (timm's mod
 
 
 def timm_outputs(model: Any) -> Callable[[Tensor], dict[str, Tensor]]:  # noqa: ANN401
-    """Return what runs a model of timm, for `assert_same_outputs`."""
+    """Return the function for `assert_same_outputs` that runs a timm model."""
     return lambda x: {"tokens": model.forward_features(x), "pooled": model(x)}
 
 
@@ -46,7 +46,7 @@ def timm_outputs(model: Any) -> Callable[[Tensor], dict[str, Tensor]]:  # noqa: 
 def assert_same_outputs(
     folder: Path, reference: nn.Module, run: Callable[[Tensor], dict[str, Tensor]]
 ) -> SigLipVisionModel:
-    """Load the port, and compare what both compute of noise in the port's shape."""
+    """Load the port and compare its outputs with the reference's on random pixels."""
     for dtype, tolerance in TOLERANCES.items():
         model = SigLipVisionModel.from_hf(folder, dtype=dtype)
         reference.to(dtype).eval()
@@ -63,7 +63,7 @@ def assert_same_outputs(
 
 
 def write_hf_encoder(folder: Path, config: SigLipVisionConfig = ODD) -> dict[str, Tensor]:
-    """Have transformers write a vision encoder; return its tensors, without any prefix."""
+    """Write a vision encoder with transformers; return its tensors, without a prefix."""
     references.write_random_checkpoint(folder, config)
     return load_file(folder / "model.safetensors")
 
@@ -71,7 +71,7 @@ def write_hf_encoder(folder: Path, config: SigLipVisionConfig = ODD) -> dict[str
 def write_two_encoders(
     folder: Path, kind: type[SiglipModel | SiglipForImageClassification]
 ) -> None:
-    """Have transformers write a whole model, of images and text."""
+    """Write a model with image and text encoder with transformers."""
     text = SiglipTextConfig(
         hidden_size=24,
         intermediate_size=30,

@@ -1,7 +1,7 @@
-"""Runs with open_clip, in an environment of its own (see test_versions.py).
+"""Save SigLIP models with open_clip, in an environment of its own (see test_versions.py).
 
-Has open_clip write a SigLIP model, its vision encoder at full size and with random weights, as it
-does for the Hub, and beside it the pixels and what open_clip makes of them.
+The vision encoders have full size and random weights, and the files are those that open_clip
+uploads to the Hub. `expected.safetensors` contains pixels and the outputs of open_clip.
 """
 
 import sys
@@ -18,9 +18,8 @@ from siglip_port.parity.stress_weights import randomize
 
 @torch.no_grad()
 def main(folder: Path) -> None:
-    tokenizer = SimpleNamespace(
-        save_pretrained=lambda _: None
-    )  # the real one is on the Hub, and no matter here
+    # A real tokenizer would have to be downloaded.
+    tokenizer = SimpleNamespace(save_pretrained=lambda _: None)
     for name in ("ViT-B-16-SigLIP", "ViT-B-32-SigLIP2-256"):
         config = open_clip.get_model_config(name)
         config["text_cfg"] |= {"layers": 1, "vocab_size": 50}

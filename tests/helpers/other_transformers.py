@@ -1,9 +1,9 @@
-"""Runs under another release of transformers, in an environment of its own (see test_versions.py).
+"""Save and load checkpoints with another release of transformers (see test_versions.py).
 
-Writes, into the folder given, one checkpoint of each class that release can save, with random
-weights, and beside each the pixels and what that release makes of them: `expected.safetensors` with
-float32 and float64 outputs. Then reads what `save_hf` has written there, `port` and `port-naflex`,
-as far as that release knows such models, and does the same.
+Writes one checkpoint of each class that the release supports to the folder, with random weights.
+Then loads the folders `port` and `port-naflex`, which `save_hf` has written, as far as the release
+supports their classes. Beside each checkpoint, `expected.safetensors` contains pixels and the
+outputs in float32 and float64.
 """
 
 import sys
@@ -24,8 +24,8 @@ from transformers import (
 
 from siglip_port.parity.stress_weights import randomize
 
-# 12 blocks, so that their order as numbers and as text differs; an image that is no multiple of
-# the patch; odd heads.
+# 12 block indices sort differently as numbers and as text, the image is no multiple of the patch,
+# and the number of heads is odd.
 VISION = {
     "hidden_size": 54,
     "intermediate_size": 101,
@@ -73,7 +73,7 @@ def main(folder: Path) -> None:
 
 
 def vision_language_models() -> dict[str, Any]:
-    """Models that hold an encoder."""
+    """Build vision-language models with a SigLIP vision encoder."""
     vision = {**VISION, "vision_use_head": False, "model_type": "siglip_vision_model"}
     text = {
         "vocab_size": 50,
@@ -97,7 +97,7 @@ def vision_language_models() -> dict[str, Any]:
 
 
 def encoder_of(model: Any) -> Any:  # noqa: ANN401
-    """The vision encoder, wherever that release keeps it."""
+    """Return the vision encoder, whose attribute depends on the release."""
     for inner in (getattr(model, "model", None), model):
         for name in ("vision_tower", "vision_model"):
             if hasattr(inner, name):
@@ -106,7 +106,7 @@ def encoder_of(model: Any) -> Any:  # noqa: ANN401
 
 
 def write_expected(folder: Path, reference: Any, seed: int) -> None:  # noqa: ANN401
-    """What that release makes of noise."""
+    """Write random pixels and the outputs of this release."""
     naflex = type(reference).__name__ == "Siglip2VisionModel"
     generator = torch.Generator().manual_seed(seed)
     pixel_values = (

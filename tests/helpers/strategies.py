@@ -1,4 +1,4 @@
-"""What hypothesis draws from."""
+"""Hypothesis strategies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis.strategies import SearchStrategy
 
 
 def json_values(texts: SearchStrategy[str]) -> SearchStrategy[Any]:
-    """Draw any JSON value, nested a little, with texts of this strategy in it."""
+    """Draw any JSON value with up to 6 leaves and strings of this strategy."""
     return st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | texts,
         lambda inner: (

@@ -1,4 +1,4 @@
-"""Tiny vision-language models of transformers that hold a SigLIP vision encoder."""
+"""Small vision-language models of transformers with a SigLIP vision encoder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers
 
-# Sizes as in ODD: nothing divides evenly, nothing is the default.
+# Sizes as in ODD, with no default value.
 VISION = {
     "hidden_size": 72,
     "intermediate_size": 101,
@@ -55,7 +55,7 @@ JANUS_VQ = {
 
 
 def small_vision(kind: str, **changes: object) -> dict[str, Any]:
-    """Return the configuration of a tiny vision encoder."""
+    """Return the configuration of a small vision encoder."""
     return {"model_type": kind, **VISION, **changes}
 
 
@@ -63,7 +63,7 @@ SIGLIP = small_vision("siglip_vision_model", vision_use_head=False)
 
 
 def build(kind: str) -> tuple[Any, Callable[[Any], Any]]:
-    """Build a tiny vision-language model; return it, and how to get at its vision encoder."""
+    """Return a small vision-language model and a function that returns its vision encoder."""
     model = BUILDERS[kind]()
     if kind == "colpali":
         return model, lambda whole: getattr(whole.vlm, "model", whole.vlm).vision_tower

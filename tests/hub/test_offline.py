@@ -67,7 +67,7 @@ def test_absent_weights_are_remembered(hub: Hub, vision_folder: Path, cache: Pat
     (vision_folder / "model.safetensors").rename(vision_folder / "elsewhere")
     with pytest.raises(CheckpointError):
         load(NAME, cache_dir=cache)  # caches config.json alone
-    with pytest.raises(CheckpointError, match=r"holds neither model.safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"contains neither model.safetensors nor"):
         load(NAME, cache_dir=cache, local_files_only=True)
 
 

@@ -40,7 +40,7 @@ def test_pickled_weights_are_refused(hub: Hub, vision_folder: Path, cache: Path)
     with pytest.raises(CheckpointError, match=message):
         load(NAME, cache_dir=cache)
     assert hub.requests["GET pytorch_model.bin"] == 0
-    message = r"google/siglip-small at revision 'v1' holds neither"
+    message = r"google/siglip-small at revision 'v1' contains neither"
     with pytest.raises(CheckpointError, match=message):
         load(NAME, cache_dir=cache, revision="v1")
 
@@ -48,7 +48,7 @@ def test_pickled_weights_are_refused(hub: Hub, vision_folder: Path, cache: Path)
 def test_neither_config_nor_weights(hub: Hub, vision_folder: Path, cache: Path) -> None:
     (vision_folder / "model.safetensors").rename(vision_folder / "pytorch_model.bin")
     (vision_folder / "config.json").unlink()
-    message = r"holds neither .* found: .*pytorch_model.bin\. Pickled"
+    message = r"contains neither .* found: .*pytorch_model.bin\. Pickled"
     with pytest.raises(CheckpointError, match=message):
         load(NAME, cache_dir=cache)
 
@@ -56,6 +56,6 @@ def test_neither_config_nor_weights(hub: Hub, vision_folder: Path, cache: Path) 
 def test_missing_shard(hub: Hub, folder: Path, cache: Path) -> None:
     shard(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    message = r"has no file model-00002-of-00003.safetensors, so these cannot be read"
+    message = r"has no file model-00002-of-00003.safetensors; unreadable tensors"
     with pytest.raises(CheckpointError, match=message):
         load(NAME, cache_dir=cache)

@@ -52,7 +52,7 @@ def test_provenance_of_vision_encoder(hub: Hub, folder: Path, cache: Path) -> No
     assert provenance is not None
     read = encoder_bytes(folder)
     whole = (folder / "model.safetensors").stat().st_size
-    assert (provenance.bytes_read, provenance.bytes_whole) == (read, whole)
+    assert (provenance.bytes_read, provenance.bytes_total) == (read, whole)
     line = f"read     {read / 1e3:.2f} of {whole / 1e3:.2f} kB, 64 tensors"
     assert line in str(provenance)
     assert provenance.files == tuple(own_files(cache))

@@ -124,7 +124,7 @@ def test_int8(
     with torch.inference_mode():
         assert fast(x).dtype == torch.float32
         assert torch.cosine_similarity(fast.embed(x), model.embed(x), dim=-1).min() > 0.99
-    message = r"(?s)missing tensors.*unknown tensors|unknown tensors.*missing tensors"
+    message = r"(?s)missing tensors.*unexpected tensors|unexpected tensors.*missing tensors"
     with pytest.raises(CheckpointError, match=message):
         fast.save_hf(tmp_path / "int8")
 

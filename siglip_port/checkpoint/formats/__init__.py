@@ -1,7 +1,4 @@
-"""Weights files: safetensors, and the `.npz` files of big_vision. Headers first, then tensors.
-
-Never a pickle.
-"""
+"""Weights files: safetensors and big_vision's `.npz`, read without unpickling."""
 
 from siglip_port.checkpoint.formats.headers import (
     DTYPES,

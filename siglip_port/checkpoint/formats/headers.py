@@ -1,4 +1,4 @@
-"""What the header of a weights file says, and the errors of a file that cannot be read."""
+"""Headers of weights files, and the errors of unreadable files."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from dataclasses import dataclass, field
 import torch
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes a model may be stored and loaded in, by their names in a safetensors header."""
+"""Supported dtypes of stored and loaded models, by their names in a safetensors header."""
 
 MAX_DIMENSIONS = 64  # torch's own limit
 
 
 class UnreadableFileError(Exception):
-    """A file is not whole, or not of the format that its name says.
+    """A file is damaged, or not in the format of its suffix.
 
     Attributes:
-        advice: what to do, for messages.
+        advice: What to do, for messages.
     """
 
-    advice = "it is damaged or of another format: fetch it again"
+    advice = "download it again"
 
 
 class OtherFormatError(UnreadableFileError):
-    """A file is of another format than its name says, and of which one is known."""
+    """A file is in a known format other than that of its suffix."""
 
-    def __init__(self, what: str, advice: str) -> None:
-        super().__init__(f"it is {what}")
+    def __init__(self, file_format: str, advice: str) -> None:
+        super().__init__(f"found {file_format}")
         self.advice = advice
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A stored tensor as the header of its file describes it.
+    """Description of a stored tensor, from the header of its file.
 
     Attributes:
-        shape: as it is stored.
-        dtype: its name in a safetensors header, such as `F32`.
-        nbytes: its size in the file.
+        shape: Stored shape.
+        dtype: Name in a safetensors header, such as `F32`.
+        nbytes: Size in bytes, uncompressed.
     """
 
     shape: tuple[int, ...]
@@ -49,14 +49,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a weights file says of itself.
+    """Header of a weights file.
 
     Attributes:
-        tensors: by name.
-        size: of the whole file, in bytes.
-        offsets: where in the file each tensor begins; empty for `.npz` files, whose tensors may be
+        tensors: Tensors by name.
+        size: Size of the file in bytes.
+        offsets: Position of each tensor in the file; empty for `.npz` files, whose tensors may be
             compressed.
-        metadata: what else the file says, text by name; the `__metadata__` of safetensors.
+        metadata: The `__metadata__` of a safetensors file; empty for `.npz` files.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -69,12 +69,10 @@ def count_elements(name: str, shape: Collection[object]) -> int:
     """Return the number of elements of a tensor of this shape.
 
     Raises:
-        ValueError: no tensor can have this shape.
+        ValueError: The shape is invalid.
     """
-    sizes = [size for size in shape if type(size) is int and size >= 0]  # True is an int, too
+    sizes = [size for size in shape if type(size) is int and size >= 0]  # bool is a subclass of int
     is_too_large = math.prod(size or 1 for size in sizes) >= 2**63
     if len(sizes) < len(shape) or len(sizes) > MAX_DIMENSIONS or is_too_large:
-        raise ValueError(
-            f"{name} is said to have the shape {str(shape)[:200]}, which no tensor has"
-        )
+        raise ValueError(f"{name} has invalid shape {str(shape)[:200]}")
     return math.prod(sizes)

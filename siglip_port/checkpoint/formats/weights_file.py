@@ -1,4 +1,4 @@
-"""One weights file of either format: its header, then its tensors."""
+"""Reading one weights file, safetensors or `.npz`: its header and its tensors."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ SUFFIXES = (".safetensors", ".npz")
 
 
 def read_header(path: Path) -> Header:
-    """Read which tensors a file holds, and no tensor.
+    """Read the header of a file, without its tensors.
 
     Raises:
-        OSError: the file cannot be read.
-        UnreadableFileError: it is damaged, or of another format.
+        OSError: The file cannot be opened.
+        UnreadableFileError: The file is damaged or in another format.
     """
-    with path.open("rb") as file, readable():  # to open it says best what forbids it
+    with path.open("rb") as file, readable():  # an OSError of open() passes unchanged
         if path.suffix == ".npz":
             return read_npz_header(path)
-        # safetensors' own reader maps the whole file first, which fails for files larger than
-        # memory.
+        # safetensors' own reader maps the whole file, which fails for files larger than memory.
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         length = header_length(file.read(8), size)
@@ -41,12 +40,10 @@ def read_header(path: Path) -> Header:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Callable[[str], Tensor]]:
-    """Open a file; give a function that reads a tensor by name.
+    """Open a file and return a function that reads a tensor by name.
 
-    Of safetensors, it is mapped, not copied.
-
-    Raises:
-        UnreadableFileError: of the function: the tensor is damaged.
+    Tensors of safetensors files are memory-mapped. The function raises `UnreadableFileError` if the
+    tensor is damaged.
     """
     with contextlib.ExitStack() as stack:
         get_tensor = open_reader(path, stack)
@@ -59,14 +56,14 @@ def open_tensors(path: Path) -> Iterator[Callable[[str], Tensor]]:
 
 
 def open_reader(path: Path, stack: contextlib.ExitStack) -> Callable[[str], Tensor]:
-    """Open a file, to be closed with `stack`; return what reads a tensor by name."""
+    """Open a file, closed by `stack`, and return a function that reads a tensor by name."""
     if path.suffix == ".npz":
         with readable():
             archive = stack.enter_context(zipfile.ZipFile(path))
         return functools.partial(read_array, archive)
     try:
         file = stack.enter_context(safe_open(path, framework="pt"))
-    except (OSError, RuntimeError, SafetensorError):  # too large to be mapped as a whole
+    except (OSError, RuntimeError, SafetensorError):  # too large to map
         with readable():
             return functools.partial(read_unmapped, path, read_header(path))
     get_tensor: Callable[[str], Tensor] = file.get_tensor
@@ -84,11 +81,11 @@ def read_unmapped(path: Path, header: Header, name: str) -> Tensor:
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Turn whatever a damaged file does to its reader into an `UnreadableFileError`."""
+    """Convert any error of reading a damaged file to `UnreadableFileError`."""
     try:
         yield
     except UnreadableFileError:
         raise
     except Exception as error:
-        # safetensors' own, and of zip files those of zipfile, zlib, struct and numpy
+        # from safetensors, or from zipfile, zlib, struct and NumPy
         raise UnreadableFileError(f"{error or type(error).__name__}") from error

@@ -1,4 +1,4 @@
-"""What is no safetensors or `.npz` file at all."""
+"""Files in other formats under the names of weights files."""
 
 from __future__ import annotations
 
@@ -22,40 +22,49 @@ def zipped(payload: Payload) -> bytes:
 
 
 PICKLED = (
-    "a pickle, which is refused.*; to load a pickle can run any code. "
-    "Where you trust its origin, transformers'"
+    "found a pickle.*; pickles are refused: loading a pickle can run arbitrary code; if you trust "
+    "the source, convert it with transformers: "
 )
 
 
 OTHERS: dict[str, tuple[Callable[[Payload], bytes], str]] = {
-    "nothing": (lambda _: b"", "it is empty"),
-    "seven bytes": (lambda _: b"\0" * 7, "its header is said to have 7 bytes, the file has 7"),
+    "nothing": (lambda _: b"", "file is empty"),
+    "seven bytes": (lambda _: b"\0" * 7, "header is 7 bytes, file is 7"),
     "torch.save": (
         zipped,
-        r"a zip archive: a pickle of torch\.save, which is refused, or an \.npz file.*any code",
+        r"found a zip archive, such as a torch\.save pickle or an \.npz file.*arbitrary code",
     ),
     "a page": (
         lambda _: b"\n<!DOCTYPE html><html>Log in",
-        "a web page, as a login or an error brings.*; fetch it again, l",
+        "found a web page, such as a login or error page.*; download it again, l",
     ),
-    "XML": (lambda _: b'<?xml version="1.0"?><Error>', "a web page, as a login or an error brings"),
-    "JSON": (lambda _: b'{"error": "not authorized"}', "it is JSON, as an error brings"),
+    "XML": (
+        lambda _: b'<?xml version="1.0"?><Error>',
+        "found a web page, such as a login or error page",
+    ),
+    "JSON": (lambda _: b'{"error": "not authorized"}', "found JSON, such as an error response"),
     "LFS": (
         lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-        "a pointer of Git LFS.*git lfs pull",
+        "found a Git LFS pointer.*git lfs pull",
     ),
-    "GGUF": (lambda _: b"GGUF\3\0\0\0" + b"\0" * 99, "it is a GGUF file"),
-    "gzip": (lambda _: b"\x1f\x8b\x08\0" + b"\0" * 99, "compressed by gzip.*; unpack it first"),
-    "HDF5": (lambda _: b"\x89HDF\r\n\x1a\n" + b"\0" * 99, "it is an HDF5 file"),
-    "one array": (lambda _: b"\x93NUMPY\1\0" + b"\0" * 99, "it is a single array of numpy"),
-    "noise": (lambda _: bytes(range(200, 255)) * 9, "damaged or of another format: fetch it again"),
+    "GGUF": (lambda _: b"GGUF\3\0\0\0" + b"\0" * 99, "found a GGUF file"),
+    "gzip": (
+        lambda _: b"\x1f\x8b\x08\0" + b"\0" * 99,
+        "found gzip-compressed data.*; decompress it first",
+    ),
+    "HDF5": (lambda _: b"\x89HDF\r\n\x1a\n" + b"\0" * 99, "found an HDF5 file"),
+    "one array": (lambda _: b"\x93NUMPY\1\0" + b"\0" * 99, "found a single NumPy array"),
+    "noise": (
+        lambda _: bytes(range(200, 255)) * 9,
+        "(header is [0-9]+ bytes, file is 495|not a zip archive)[)]; download it again",
+    ),
     "pickle, protocol 2": (functools.partial(pickle.dumps, protocol=2), PICKLED),
     "pickle, protocol 3": (functools.partial(pickle.dumps, protocol=3), PICKLED),
     "pickle, protocol 4": (functools.partial(pickle.dumps, protocol=4), PICKLED),
     "pickle, protocol 5": (functools.partial(pickle.dumps, protocol=5), PICKLED),
     "pickle, protocol 0": (
         lambda payload: pickle.dumps(payload, protocol=0),
-        "damaged or of another format",
+        "(header is [0-9]+ bytes, file is [0-9]+|not a zip archive)[)]; download it again",
     ),
 }
 
@@ -63,14 +72,14 @@ OTHERS: dict[str, tuple[Callable[[Payload], bytes], str]] = {
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
 @pytest.mark.parametrize("case", OTHERS)
 def test_other_formats(case: str, suffix: str, copied: Path, tmp_path: Path) -> None:
-    """And nothing is unpickled."""
-    make, message = OTHERS[case]
+    """Other formats are named in the error, and nothing is unpickled."""
+    content, message = OTHERS[case]
     if suffix == ".npz":
         message = {"torch.save": PICKLED, "nothing": "not a zip", "seven bytes": "not a zip"}.get(
             case, message
         )
     (copied / WEIGHTS).unlink()
     path = copied / f"model{suffix}"
-    path.write_bytes(make(Payload(tmp_path / "unpickled")))
+    path.write_bytes(content(Payload(tmp_path / "unpickled")))
     assert_refused(path if suffix == ".npz" else copied, message)
     assert not (tmp_path / "unpickled").exists()

@@ -1,4 +1,4 @@
-"""One weights file: mapped, or read where it is too large for that."""
+"""Reading one weights file: mapped, or copied if it is too large to map."""
 
 from __future__ import annotations
 
@@ -19,12 +19,9 @@ from tests.helpers.checkpoints import SMALL, MakeCheckpoint
 def test_larger_than_memory(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """60 GB, all but the encoder a hole in the file.
-
-    Whether safetensors can map it depends on the machine.
-    """
+    """A sparse file of 60 GB is loaded, whether or not the machine can map it."""
     folder = checkpoint(SMALL)
-    # Copied: the file that they are mapped from is overwritten below.
+    # Cloned, because the mapped file is overwritten below.
     expected = {
         name: tensor.clone()
         for name, tensor in SigLipVisionModel.from_hf(folder).state_dict().items()
@@ -48,7 +45,7 @@ def test_larger_than_memory(
         file.truncate(8 + len(text) + end + 60_000_000_000)
     inspection = inspect_checkpoint(find_source(folder))
     assert inspection.problem is None
-    assert inspection.whole.bytes == end + 60_000_000_000
+    assert inspection.total.bytes == end + 60_000_000_000
 
     def no_memory(*_: object, **__: object) -> None:
         raise RuntimeError(
