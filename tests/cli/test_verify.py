@@ -260,7 +260,7 @@ def test_script_says_what_it_needs(tmp_path: Path) -> None:
     [
         (
             ["--checkpoint", "no/such/folder"],
-            "could not compare: 'no/such/folder' does not exist on this machine",
+            "could not compare: 'no/such/folder' is neither a local path nor a Hub id",
         ),
         (
             ["--checkpoint", "docs/images"],
@@ -581,7 +581,7 @@ def test_hub(hub: Hub, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture
             .startswith("EQUAL (checkpoint weights): passed ")
         )
     assert call("--checkpoint", "google/siglip-absent") == 2
-    assert "the Hub has no repository 'google/siglip-absent'" in capsys.readouterr().err
+    assert "google/siglip-absent: no such repository on the Hub" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as offline:
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
         assert call("--checkpoint", "google/siglip-served") == 0
