@@ -32,13 +32,15 @@ def run_interrupted(stride: int, folder: Path, *operations: object) -> dict[str,
     assert not run.returncode, run.stderr
     outcomes = {}
     for operation, rows in json.loads(run.stdout).items():
-        outcomes[operation] = {(how, code, state): n for how, code, state, n in rows}
+        outcomes[operation] = {
+            (disturbance, code, state): n for disturbance, code, state, n in rows
+        }
         print(f"{operation}: {outcomes[operation]}")
     return outcomes
 
 
-def count(outcomes: Outcomes, how: str, code: int) -> int:
-    return sum(n for outcome, n in outcomes.items() if outcome[:2] == (how, code))
+def count(outcomes: Outcomes, disturbance: str, code: int) -> int:
+    return sum(n for outcome, n in outcomes.items() if outcome[:2] == (disturbance, code))
 
 
 def check_outcomes(operation: str, outcomes: Outcomes, kills: int, limits: int) -> None:
@@ -46,7 +48,7 @@ def check_outcomes(operation: str, outcomes: Outcomes, kills: int, limits: int) 
     assert {state for _, _, state in outcomes} <= {"old", "new", "both"}, outcomes
     assert count(outcomes, "kill", -9) >= kills, outcomes  # each at another step
     assert outcomes["kill", 0, "new"] == 1
-    mixed = {how for how, _, state in outcomes if state == "both"}
+    mixed = {disturbance for disturbance, _, state in outcomes if state == "both"}
     assert mixed <= {"kill"}, outcomes  # a killed process cannot restore the old files
     assert count(outcomes, "full disk", 1) == limits, outcomes
     assert outcomes["kill in a write", -25, "old"] == limits, outcomes

@@ -100,7 +100,7 @@ def describe_cause(error: Exception, request: RequestedFile) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, UnreadableFileError):
-        return f"{request.filename} is not a whole safetensors file ({error}); {error.advice}"
+        return f"{request.filename} is not a valid safetensors file ({error}); {error.advice}"
     if isinstance(error, errors.HFValidationError):
         return f"neither a local path nor a Hub id ({redact(str(error))})"
     if isinstance(error, errors.HfHubHTTPError):

@@ -366,7 +366,7 @@ def test_inspect_hub_damaged_file(hub: Hub, whole_model: Path, hub_cache: Path) 
     ):
         weights.write_bytes(content)
         assert (
-            "google/a: model.safetensors is not a whole safetensors"
+            "google/a: model.safetensors is not a valid safetensors"
             in run("inspect", "google/a", code=1).stderr
         )
 

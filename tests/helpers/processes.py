@@ -1,4 +1,4 @@
-"""Runs over many images in a process of their own, which a test stops where it wants."""
+"""Runs of `embed` in a separate process, which a test can stop."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 
 EMBED_PROGRAM = """
 import signal, sys
-# Where the shell started the tests in the background, they inherit that Ctrl-C is ignored.
+# Tests that a shell started in the background inherit that SIGINT is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from siglip_port import SigLipVisionModel
 from siglip_port.embed import embed
 
-def report(progress):
+def on_progress(progress):
     print(progress.done, flush=True)
     sys.stdin.readline()
 
-photos, out, model = sys.argv[1:]
-options = {"form": "eager", "batch_size": 4, "shard_size": 12, "workers": 2}
-embed([photos], out, SigLipVisionModel.from_hf(model), report=report, **options)
+photos, output_dir, model = sys.argv[1:]
+options = {"engine": "eager", "batch_size": 4, "shard_size": 12, "num_workers": 2}
+embed([photos], output_dir, SigLipVisionModel.from_hf(model), on_progress=on_progress, **options)
 """
-"""Arguments: images, output, checkpoint. Prints the rows after each batch, and waits for a line."""
+"""Arguments: images, output, checkpoint. Prints the row count per batch, and waits for a line."""
 
 
 def embed_until(
@@ -34,16 +34,17 @@ def embed_until(
     arguments: Sequence[str | Path],
     delay: float | None = None,
 ) -> int:
-    """Run `EMBED_PROGRAM` until so many rows are done, and send it a signal.
+    """Run `EMBED_PROGRAM` for a number of rows, then send it a signal.
 
     Args:
-        rows: that are done.
-        kind: of the signal.
-        arguments: of the program.
-        delay: seconds that it goes on before the signal; None to send that while it waits.
+        rows: Number of rows before the signal.
+        kind: Signal.
+        arguments: Arguments of the program.
+        delay: Delay of the signal in seconds while the program continues; None to send the signal
+            while it waits.
 
     Returns:
-        Its exit code.
+        Exit code of the program.
     """
     command = [sys.executable, "-c", EMBED_PROGRAM, *arguments]
     with subprocess.Popen(
@@ -69,10 +70,10 @@ def embed_until(
 
 
 def process_ids_naming(folder: Path) -> list[str]:
-    """The processes whose command line names a folder."""
+    """Return the ids of processes whose command line contains a folder."""
     ids = []
-    for place in Path("/proc").glob("[0-9]*"):
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if str(folder).encode() in (place / "cmdline").read_bytes():
-                ids.append(place.name)
+            if str(folder).encode() in (process / "cmdline").read_bytes():
+                ids.append(process.name)
     return ids

@@ -39,7 +39,7 @@ def test_only_vision_encoder_is_downloaded(hub: Hub, folder: Path, cache: Path) 
     assert_same(model, folder)
     assert hub.sent["model.safetensors"] == HEADER_BYTES + encoder_bytes(folder)
     assert hub.requests["GET model.safetensors"] == 0
-    assert 2 <= hub.most_at_once <= chunked_download.MAX_CONCURRENCY
+    assert 2 <= hub.max_concurrency <= chunked_download.MAX_CONCURRENCY
     (path,) = own_files(cache)
     stored = load_file(folder / "model.safetensors")
     assert load_file(path).keys() == {name for name in stored if name.startswith("vision")}
