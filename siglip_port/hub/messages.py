@@ -40,7 +40,7 @@ class RequestedFile:
     @property
     def local_alternative(self) -> str:
         """What to do offline; a misspelled local path is taken for a Hub id."""
-        return f"pass the path of a local folder ({self.name!r} does not exist)"
+        return f"pass a local path ({self.name!r} is not one)"
 
     @property
     def alternatives(self) -> str:
@@ -104,7 +104,7 @@ def describe_cause(error: Exception, request: RequestedFile) -> str:
     if isinstance(error, errors.HFValidationError):
         return f"neither a local path nor a Hub id ({redact(str(error))})"
     if isinstance(error, errors.HfHubHTTPError):
-        return f"{describe_refusal(error, request)} ({describe_error(error)})"
+        return describe_refusal(error, request)
     if isinstance(error, (RetriesExhaustedError, RangesNotSupportedError, OSError, ValueError)):
         return redact(str(error))
     return describe_error(error)
@@ -114,23 +114,33 @@ def describe_refusal(error: HfHubHTTPError, request: RequestedFile) -> str:
     """Return why the Hub refused a request, and what to do."""
     from huggingface_hub import constants, errors
 
+    response = describe_response(error)
     if is_token_refused(error):
         return (
-            f"the Hub rejected the token (expired or revoked); {LOGIN}; for a public repository, "
-            "pass token=False or unset HF_TOKEN"
+            f"the Hub rejected the token, which is expired or revoked ({response}); {LOGIN}; for a "
+            "public repository, pass token=False or unset HF_TOKEN"
         )
     if isinstance(error, errors.GatedRepoError):
         page = f"{constants.ENDPOINT}/{request.name}"
-        return f"the repository is gated; request access at {page}, then {LOGIN}"
+        return f"the repository is gated ({response}); request access at {page}, then {LOGIN}"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            "no such repository on the Hub; check the spelling, or, if the repository is private, "
-            f"{LOGIN}"
+            f"no such repository on the Hub ({response}); check the spelling, or, if the "
+            f"repository is private, {LOGIN}"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return "no such revision on the Hub; pass an existing branch, tag or commit"
-    status = error.response.status_code
-    return f"the Hub refused {request.filename} with HTTP {status}; {request.alternatives}"
+        return f"no such revision on the Hub ({response}); pass an existing branch, tag or commit"
+    return f"the Hub refused {request.filename} ({response}); {request.alternatives}"
+
+
+def describe_response(error: HfHubHTTPError) -> str:
+    """Return the HTTP status of a refusal, and the message and request id of the Hub, if any."""
+    response = f"HTTP {error.response.status_code}"
+    if error.server_message:
+        response += f": {redact(error.server_message)}"
+    if error.request_id:
+        response += f", request id {redact(error.request_id)}"
+    return response
 
 
 def is_token_refused(error: HfHubHTTPError) -> bool:

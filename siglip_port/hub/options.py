@@ -35,8 +35,7 @@ class HubOptions:
     def __post_init__(self) -> None:
         if isinstance(self.token, str) and not _TOKEN.fullmatch(self.token):
             raise ValueError(
-                "token must be a Hub token: ASCII characters without spaces, not empty, and "
-                "without 'Bearer'"
+                "token must be a Hub token: printable ASCII without spaces, such as 'hf_...'"
             )
 
     @property

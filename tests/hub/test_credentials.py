@@ -33,9 +33,7 @@ def test_token_is_sent_to_hub_only(
 
 @pytest.mark.parametrize("invalid", ["hf_one\nhf_two", "", "hf_ü", "hf a", "Bearer hf_x"])
 def test_invalid_token(invalid: str, hub: Hub, folder: Path, cache: Path) -> None:
-    with pytest.raises(
-        ValueError, match="token must be a Hub token: ASCII characters w"
-    ) as refusal:
+    with pytest.raises(ValueError, match="token must be a Hub token: printable ASCII w") as refusal:
         load(NAME, cache_dir=cache, token=invalid)
     assert not invalid or invalid not in str(refusal.value)
     assert not hub.requests
@@ -49,7 +47,8 @@ def test_invalid_stored_token(
     message = "the stored Hub token has invalid characters; set HF_TOKEN again"
     with pytest.raises(HubUnreachableError, match=message):
         load(NAME, cache_dir=cache)
-    assert not hub.requests
+    # huggingface_hub sends this one once per process, whatever is loaded
+    assert set(hub.requests) <= {"GET api/agent-harnesses"}
 
 
 def test_options_do_not_show_token(token: str) -> None:
@@ -61,19 +60,21 @@ def test_expired_token(hub: Hub, folder: Path, cache: Path, token: str) -> None:
     text = "Invalid credentials in Authorization header"
     headers = {"X-Error-Message": text}
     hub.faults = [Fault("status", "HEAD *", times=None, status=401, headers=headers)]
-    message = rf"{NAME}@v1: the Hub rejected the token \(.*pass token=False .*{text}"
+    message = (
+        rf"{NAME}@v1: the Hub rejected the token, .* \(HTTP 401: {text}\); log in .* token=False"
+    )
     with pytest.raises(CheckpointError, match=message) as refusal:
         load(NAME, cache_dir=cache, token=token, revision="v1")
     assert token not in full_text(refusal.value)
 
 
 GATED = (
-    r"google/siglip-small: the repository is gated; request access at http.*/google/siglip-small, "
-    "then log in"
+    r"google/siglip-small: the repository is gated \(HTTP 40[13]: .*\); request access at http.*/"
+    "google/siglip-small, then log in"
 )
 NO_REPOSITORY = (
-    "google/siglip-small: no such repository on the Hub; check the spelling, or, if the repository "
-    "is private, log in"
+    r"google/siglip-small: no such repository on the Hub \(HTTP 40[14]: .*\); check the spelling, "
+    "or, if the repository is private, log in"
 )
 
 
@@ -90,18 +91,18 @@ def test_closed_repository(
 
 def test_disabled_repository(hub: Hub, folder: Path, cache: Path) -> None:
     hub.repositories[NAME] = Repository(folder, disabled=True)
-    with pytest.raises(CheckpointError, match=f"{NAME}: the Hub refused config.json with HTTP 403"):
+    with pytest.raises(CheckpointError, match=rf"{NAME}: the Hub refused config.json \(HTTP 403"):
         load(NAME, cache_dir=cache)
 
 
 def test_unknown_repository(hub: Hub, folder: Path, cache: Path) -> None:
-    message = r"google/sigllp: no such repository on the Hub; .*pass token="
+    message = r"google/sigllp: no such repository on the Hub .*pass token="
     with pytest.raises(CheckpointError, match=message):
         load("google/sigllp", cache_dir=cache)
 
 
 def test_refusal_without_reason(hub: Hub, folder: Path, cache: Path) -> None:
     hub.faults = [Fault("status", status=501, times=None)]
-    message = "google/siglip-small: the Hub refused config.json with HTTP 501; try again"
+    message = r"google/siglip-small: the Hub refused config.json \(HTTP 501.*\); try again"
     with pytest.raises(CheckpointError, match=message):
         load(NAME, cache_dir=cache)
