@@ -63,12 +63,12 @@ class RepositoryCache:
 
     Attributes:
         folder: Folder of the repository.
-        own: Subfolder of this package, `.siglip_port`.
+        own_folder: Subfolder of this package, `.siglip_port`.
     """
 
     def __init__(self, root: Path, name: str) -> None:
         self.folder = root.expanduser() / f"models--{name.replace('/', '--')}"
-        self.own = self.folder / ".siglip_port"
+        self.own_folder = self.folder / ".siglip_port"
 
     # --- commits ----------------------------------------------------------------------------------
 
@@ -126,8 +126,8 @@ class RepositoryCache:
         for path in list_folder(self.folder / "snapshots" / commit):
             if path.suffix in SUFFIXES:
                 return True
-        has_header = any(path.suffix == ".header" for path in list_folder(self.own / commit))
-        return has_header and any(self.own.glob(VISION_FILES))
+        has_header = any(path.suffix == ".header" for path in list_folder(self.own_folder / commit))
+        return has_header and any(self.own_folder.glob(VISION_FILES))
 
     def snapshot(self, commit: str, filename: str) -> Path:
         """Return the path of a file of a commit, cached or not."""
@@ -153,7 +153,7 @@ class RepositoryCache:
 
     def receipt(self, commit: str, filename: str) -> Receipt | None:
         """Return the receipt of a whole file; None if it does not exist or is invalid."""
-        path = self.own / commit / f"{filename}.receipt"
+        path = self.own_folder / commit / f"{filename}.receipt"
         try:
             document = json.loads(path.read_bytes())
             receipt = Receipt(document["etag"], document["block"], tuple(document["checksums"]))
@@ -164,13 +164,13 @@ class RepositoryCache:
 
     def save_receipt(self, commit: str, filename: str, receipt: Receipt) -> None:
         """Save the receipt of a whole file, if the cache is writable."""
-        path = self.own / commit / f"{filename}.receipt"
+        path = self.own_folder / commit / f"{filename}.receipt"
         with contextlib.suppress(OSError):
             write_file(path, json.dumps(asdict(receipt)).encode())
 
     def header(self, commit: str, filename: str) -> CachedHeader | None:
         """Return the cached header of a weights file; None if it does not exist or is damaged."""
-        return read_cached_header(self.own / commit / f"{filename}.header")
+        return read_cached_header(self.own_folder / commit / f"{filename}.header")
 
     def save_header(self, commit: str, filename: str, header: CachedHeader, content: bytes) -> None:
         """Cache the header of a weights file, if the cache is writable.
@@ -186,7 +186,7 @@ class RepositoryCache:
             "size": header.header.size,
             "sha256": hashlib.sha256(content).hexdigest(),
         }
-        path = self.own / commit / f"{filename}.header"
+        path = self.own_folder / commit / f"{filename}.header"
         with contextlib.suppress(OSError):
             write_file(path, json.dumps(description).encode() + b"\n" + content)
 
@@ -255,9 +255,9 @@ class RepositoryCache:
         moved = []
         for path in (self.blob(etag), self.snapshot(commit, filename)):
             if path.is_file() and not path.is_symlink():
-                aside = self.own / f"{path.name}.damaged"
-                path.replace(aside)
-                moved.append(aside)
+                backup = self.own_folder / f"{path.name}.damaged"
+                path.replace(backup)
+                moved.append(backup)
         return moved
 
     def prune(self, commit: str, vision_file: Path) -> None:
@@ -269,7 +269,7 @@ class RepositoryCache:
         """
         commits = self.commits() | {commit}
         etags: set[str] = set()
-        for folder in list_folder(self.own):
+        for folder in list_folder(self.own_folder):
             if not COMMIT.fullmatch(folder.name):
                 continue
             if folder.name not in commits:
@@ -277,7 +277,7 @@ class RepositoryCache:
                 continue
             headers = [read_cached_header(path) for path in folder.rglob("*.header")]
             etags.update(header.etag for header in headers if header is not None)
-        for path in set(self.own.glob(VISION_FILES)) - {vision_file}:
+        for path in set(self.own_folder.glob(VISION_FILES)) - {vision_file}:
             with contextlib.suppress(OSError, ValueError, KeyError, UnreadableFileError):
                 sources = json.loads(read_header(path).metadata["files"])
                 if not etags.issuperset(sources.values()):

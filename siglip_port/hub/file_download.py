@@ -68,9 +68,9 @@ class FileDownloader:
             path = self._cached.find_by_etag(file)
             if path is not None:
                 return path
-            self._cache.own.mkdir(parents=True, exist_ok=True)
+            self._cache.own_folder.mkdir(parents=True, exist_ok=True)
             return self._fetch_into_cache(
-                file, self._cache.own / file.filename, self._download_json
+                file, self._cache.own_folder / file.filename, self._download_json
             )
         except OSError as error:
             if error.errno is None:
@@ -90,35 +90,35 @@ class FileDownloader:
         path = self._cached.find_by_etag(file)
         if path is not None:
             return path
-        place = self._cache.own / self._cache.blob(file.etag).name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(place):
-            return self._fetch_until_cached(file, place)
+        target = self._cache.own_folder / self._cache.blob(file.etag).name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(target):
+            return self._fetch_until_cached(file, target)
 
-    def _fetch_until_cached(self, file: RemoteFile, place: Path) -> Path:
+    def _fetch_until_cached(self, file: RemoteFile, target: Path) -> Path:
         attempt = 1
         while True:
             path = self._cached.find_by_etag(file)
             if path is not None:  # another process has just downloaded it
                 return path
             try:
-                return self._fetch_into_cache(file, place, self._download_weights)
+                return self._fetch_into_cache(file, target, self._download_weights)
             except OSError as error:
                 # On file systems without working locks, another process may move the file.
                 if error.errno != errno.ENOENT or attempt == MAX_ATTEMPTS:
                     raise
             attempt += 1
 
-    def _fetch_into_cache(self, file: RemoteFile, place: Path, download: Download) -> Path:
+    def _fetch_into_cache(self, file: RemoteFile, target: Path, download: Download) -> Path:
         """Download and verify a file, and move it into the cache."""
         is_occupied = self._cached.is_occupied(file)
-        receipt, staged = self._download_verified(file, place, download)
+        receipt, staged = self._download_verified(file, target, download)
         if is_occupied:
             self._cached.set_aside(file)
         return self._cached.add(file, staged, receipt)
 
     def _download_verified(
-        self, file: RemoteFile, place: Path, download: Download
+        self, file: RemoteFile, target: Path, download: Download
     ) -> tuple[Receipt, Path]:
         """Download a file and compare it with the Hub's hash.
 
@@ -130,12 +130,12 @@ class FileDownloader:
         Raises:
             CheckpointError: The hash does not match the second time, either.
         """
-        staged = download(file, place)
+        staged = download(file, target)
         receipt = verify_download(file, staged)
         if receipt is None:
             staged.unlink()
             file = self._client.request_again(file)
-            staged = download(file, place)
+            staged = download(file, target)
             receipt = verify_download(file, staged)
         if receipt is not None:
             return receipt, staged

@@ -82,7 +82,7 @@ def explain_not_cached(error: NotCachedError, request: RequestedFile) -> str:
     """Return the message for a file that is not cached and cannot be downloaded."""
     subject = f"{request.repository}: {request.filename} is not in the local cache, and"
     if error.cause is not None:
-        cause = describe_cause(error.cause, request)
+        cause = describe_cause(error.cause, request).removesuffix(f"; {request.alternatives}")
         return f"{subject} the Hub cannot be reached: {cause}; {request.alternatives}"
     offline = describe_offline(request.options)
     return f"{subject} {offline}; load it once online, or {request.local_alternative}"

@@ -253,7 +253,7 @@ class HubRepository:
             Selection(filename, self._headers[filename], names)
             for filename, names in tensors.items()
         ]
-        download = VisionDownload(self.cache.own, self.name, selections)
+        download = VisionDownload(self.cache.own_folder, self.name, selections)
         total = sum(selection.source.header.size for selection in selections)
         if download.nbytes > MAX_VISION_SHARE * total:
             return None

@@ -79,7 +79,7 @@ def replace_with_loop(path: Path) -> None:
 
 @dataclass(frozen=True)
 class BadCache:
-    """A file to damage, how, and the error message if it cannot be repaired."""
+    """A file to damage, the damage, and the error message if it cannot be repaired."""
 
     pattern: str
     damage: Callable[[Path], object]

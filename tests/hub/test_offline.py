@@ -20,9 +20,9 @@ load = SigLipVisionModel.from_hf
 
 
 @pytest.mark.parametrize("vision_only", [True, False])
-@pytest.mark.parametrize("how", ["local_files_only", "HF_HUB_OFFLINE", "commit"])
+@pytest.mark.parametrize("setting", ["local_files_only", "HF_HUB_OFFLINE", "commit"])
 def test_no_socket_is_opened(
-    how: str,
+    setting: str,
     vision_only: bool,
     hub: Hub,
     folder: Path,
@@ -34,9 +34,9 @@ def test_no_socket_is_opened(
     load(NAME, cache_dir=cache, vision_only=vision_only)
     request.getfixturevalue("no_sockets")
     options: dict[str, Any] = {"cache_dir": cache}
-    if how == "HF_HUB_OFFLINE":
+    if setting == "HF_HUB_OFFLINE":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    elif how == "local_files_only":
+    elif setting == "local_files_only":
         options["local_files_only"] = True
     else:
         options["revision"] = commit
