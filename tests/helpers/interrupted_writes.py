@@ -270,7 +270,7 @@ class Save:
         try:
             loaded = SigLipVisionModel.from_hf(self.folder)
         except CheckpointError as error:
-            expected = "the configuration is not the one that"
+            expected = "the configuration is not the one that the weights were saved with"
             if state == "both" and (expected in str(error) or not is_whole):
                 return state
             return f"refused: {error}"
