@@ -195,7 +195,7 @@ def test_broken_loader_detected(
 
 
 def cached_encoders(cache: Path) -> list[Path]:
-    return [path for path in cache.rglob("*-vision-*") if path.suffix != ".lock"]
+    return [path for path in cache.rglob("*-tower-*") if path.suffix != ".lock"]
 
 
 def test_damaged_cache_detected(hub: Hub, tmp_path: Path, monkeypatch: Patch) -> None:
@@ -214,7 +214,7 @@ def test_damaged_cache_detected(hub: Hub, tmp_path: Path, monkeypatch: Patch) ->
             r for r in some(fuzzer, "hub cache", 100) if r.error.startswith("SILENTLY DIFFERENT")
         )
         result = next(different)
-    assert "-vision-" in result.what
+    assert "-tower-" in result.what
     assert fuzzer.run(result.number).outcome != "FAILED"
 
 
