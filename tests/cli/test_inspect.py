@@ -375,7 +375,6 @@ def test_inspect_hub_errors(hub: Hub, whole_model: Path, hub_cache: Path) -> Non
     hub.repositories["google/a"] = Repository(whole_model)
     hub.faults = [Fault("reset", "CDN RANGE model.safetensors", times=None)]
     assert (
-        "google/a: cannot download model.safetensors"
-        in run("inspect", "google/a", code=1).stderr
+        "google/a: cannot download model.safetensors" in run("inspect", "google/a", code=1).stderr
     )
     assert "google/b: no such repository on the Hub" in run("inspect", "google/b", code=1).stderr
