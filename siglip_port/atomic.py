@@ -1,7 +1,4 @@
-"""Files that are replaced as a whole.
-
-Whatever ends the writing, the old ones are there, or the new ones.
-"""
+"""Write files atomically: an error or interruption leaves the old file or the new one, complete."""
 
 from __future__ import annotations
 
@@ -15,33 +12,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 STAGING_PREFIX = ".siglip_port-"
-"""Begins the names of the folders that hold what is not finished.
-
-A process that is killed leaves its own behind.
-"""
+"""Prefix of staging folders. A killed process leaves its staging folder behind."""
 
 
 @contextmanager
 def staging_dir(folder: Path) -> Iterator[Path]:
-    """Make a folder in another, for what is not finished.
+    """Create a staging folder inside `folder`; it is removed at the end.
 
-    It is gone afterwards, with all that is still in it. So is what killed processes have left
-    behind there, unless somebody else is writing there.
+    Staging folders of killed processes are removed, too, unless another process is writing to
+    `folder`.
 
     Args:
-        folder: made if it does not exist, and removed again if what is done in it fails. Files can
-            be moved as one step to places in it, and on the same file system.
+        folder: Target folder, on the same file system, so files are moved atomically. Created if it
+            does not exist, and removed again after an error.
 
     Raises:
-        OSError: it cannot be written to.
+        OSError: The folder is not writable.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (
             shared_lock(folder),
-            # What cannot be removed is no reason to call a failure what has succeeded: the next
-            # will remove it.
+            # A successful write must not fail in the cleanup; the next write cleans up.
             tempfile.TemporaryDirectory(
                 dir=folder, prefix=STAGING_PREFIX, ignore_cleanup_errors=True
             ) as staging,
@@ -49,18 +42,18 @@ def staging_dir(folder: Path) -> Iterator[Path]:
             yield Path(staging)
     except BaseException:
         for parent in missing:
-            with contextlib.suppress(OSError):  # not empty: somebody else uses it
+            with contextlib.suppress(OSError):  # not empty: another process uses it
                 parent.rmdir()
         raise
 
 
 @contextmanager
 def shared_lock(folder: Path) -> Iterator[None]:
-    """Tell others that somebody writes into a folder.
+    """Hold a shared lock on a folder while writing to it.
 
-    Whoever finds it free removes what has been left behind there. The lock is on the folder itself
-    and ends with the process, however that ends. Where there are no such locks, as on Windows and
-    some network file systems, nothing is removed.
+    If no other process holds the lock, leftover staging folders are removed. The lock is on the
+    folder itself and ends with the process. Without locks (Windows, some network file systems),
+    leftovers are not removed.
     """
     if sys.platform == "win32":
         yield
@@ -81,21 +74,21 @@ def shared_lock(folder: Path) -> Iterator[None]:
 
 
 def commit_files(files: Sequence[Path], folder: Path) -> None:
-    """Move files to their places: each as one step, and if a step fails or is interrupted, none.
+    """Move staged files to their folder; after an error or interruption, restore the old files.
 
-    Only a process that is killed between two steps leaves some of each kind; and a file system
-    without hard links, on which what has been replaced cannot be put back.
+    Old and new files can be mixed only if the process is killed between two moves, or if an error
+    occurs on a file system without hard links.
 
     Args:
-        files: in a folder of `staging_dir`.
-        folder: where to, under their own names.
+        files: Files in a folder of `staging_dir`.
+        folder: Target folder; the names stay the same.
 
     Raises:
-        OSError: they cannot be moved there, or, as some file systems tell only now, there was no
-            room for them.
+        OSError: The files cannot be moved, or the disk is full, which some file systems report
+            only at this point.
     """
     for file in files:
-        # else a power cut after the move may leave a file without its contents
+        # without fsync, a power failure after the move may lose the contents
         with file.open("r+b") as opened:
             os.fsync(opened.fileno())
     new_names = {file.name for file in files if not os.path.lexists(folder / file.name)}
@@ -115,19 +108,19 @@ def commit_files(files: Sequence[Path], folder: Path) -> None:
 
 
 def backup_path(file: Path) -> Path:
-    """Return where the file that a staged one replaces stays until all are moved."""
+    """Return the path of the backup of a replaced file until all files are moved."""
     return file.with_name(f"{file.name}.old")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all.
+    """Write a text file atomically.
 
     Args:
-        path: of the file; its folder must exist, and nothing else is written to it.
-        text: its contents, in UTF-8.
+        path: Path of the file; its folder must exist.
+        text: Contents, written as UTF-8.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: The file cannot be written.
     """
     path = path.resolve()
     staged = path.with_name(f".{path.name}.unfinished")

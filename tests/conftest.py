@@ -1,7 +1,4 @@
-"""What all tests share.
-
-A Hub of our own, tiny architectures that hide nothing, and checkpoints made on the spot.
-"""
+"""Shared fixtures: a Hub on loopback, and small checkpoints with random weights."""
 
 from __future__ import annotations
 
@@ -13,10 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch is loaded: threads that wait for each other do not spin, since other tests want the
-# cores (10 x slower).
+# Before torch is imported: waiting threads must not spin, which slows parallel tests down by 10x.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Where it is set, every process that a test starts compiles torch and transformers anew.
+# Without bytecode files, every process of a test compiles torch and transformers again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
@@ -29,13 +25,13 @@ from tests.helpers.hub_cache import NAME, TEXT_MODEL_BYTES
 from tests.helpers.hub_server import Hub, Repository
 from tests.helpers.sample_images import write_images
 
-torch.set_num_threads(1)  # encoders of a few columns are slower with more
+torch.set_num_threads(1)  # more threads are slower for small encoders
 
 FRESH_PROCESS = "SIGLIP_PORT_TEST_IN_FRESH_PROCESS"
 HUB = Hub()
 HOME = tempfile.TemporaryDirectory(prefix="siglip_port-tests-")
 
-# No test depends on time or chance: the same examples every run, however slow the machine.
+# The same examples in every run, however slow the machine.
 settings.register_profile(
     "repeatable",
     derandomize=True,
@@ -47,21 +43,18 @@ settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Points the Hub's client at our own Hub, before anything imports it.
-
-    But for the tests that need the real one.
-    """
+    """Point `huggingface_hub` at the Hub on loopback before its import, unless `-m hub` is set."""
     if "hub" not in config.option.markexpr.replace("not hub", ""):
-        assert "huggingface_hub" not in sys.modules, "a conftest.py imports the Hub's client"
+        assert "huggingface_hub" not in sys.modules, "a conftest.py imports huggingface_hub"
         os.environ["HF_ENDPOINT"] = HUB.url
         os.environ["HF_HOME"] = HOME.name
         os.environ.pop("HF_HUB_OFFLINE", None)
-    os.environ["XDG_CACHE_HOME"] = str(Path(HOME.name) / "cache")  # what `optimize` keeps
+    os.environ["XDG_CACHE_HOME"] = str(Path(HOME.name) / "cache")  # cache of `optimize`
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object | None:
-    """Runs a test that is marked `fresh_process` in a process of its own."""
+    """Run tests with the marker `fresh_process` in a separate process."""
     if pyfuncitem.get_closest_marker("fresh_process") is None or FRESH_PROCESS in os.environ:
         return None
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
@@ -79,7 +72,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object | None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Our Hub, empty. Attempts follow each other almost at once."""
+    """The Hub on loopback, empty; retries wait only 10 ms."""
     from siglip_port.hub import retry
 
     monkeypatch.setattr(retry, "BACKOFF_SECONDS", (0.01,) * len(retry.BACKOFF_SECONDS))
@@ -90,7 +83,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> MakeCheckpoint:
-    """Makes a checkpoint with random weights, written by the reference.
+    """Create a checkpoint with random weights, written by the reference.
 
     `checkpoint(config, dtype=...) -> folder`.
     """
@@ -114,10 +107,10 @@ def checkpoint(tmp_path: Path) -> MakeCheckpoint:
 
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of `SMALL`, on which nothing is zero and nothing is one."""
+    """A checkpoint of `SMALL` without weights that are 0 or 1."""
     from siglip_port.parity import randomize
 
-    folder = tmp_path_factory.mktemp("tower")
+    folder = tmp_path_factory.mktemp("encoder")
     model = SigLipVisionModel(SMALL).eval()
     randomize(model, seed=0)
     model.save_hf(folder)
@@ -126,16 +119,13 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(encoder_folder: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may change.
-
-    `vision_model.` before the names, and made without the reference.
-    """
+    """A copy of `encoder_folder` that a test may change."""
     return Path(shutil.copytree(encoder_folder, tmp_path / "served"))
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """50 images, several of them broken: `broken.json` says which."""
+    """50 images, several of them corrupt: `broken.json` lists these."""
     folder = tmp_path_factory.mktemp("photos")
     assert len(set(write_images(folder, 50, 0.2, 0).values())) >= 3
     return folder
@@ -143,7 +133,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_model(encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, and what is beside it in a whole model; without `preprocessor_config.json`."""
+    """`encoder_folder` with a text model and without `preprocessor_config.json`."""
     folder = Path(
         shutil.copytree(encoder_folder, tmp_path_factory.mktemp("whole_model"), dirs_exist_ok=True)
     )
@@ -155,7 +145,7 @@ def whole_model(encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def folder(hub: Hub, whole_model: Path, tmp_path: Path) -> Path:
-    """The folder of the repository that the Hub serves, which a test may change."""
+    """Folder of a whole model that the Hub serves; a test may change it."""
     folder = Path(shutil.copytree(whole_model, tmp_path / "served"))
     hub.repositories[NAME] = Repository(folder)
     return folder

@@ -1,7 +1,4 @@
-"""A write that is interrupted, wherever it is, leaves the old files or the new ones.
-
-And never a mixture that loads.
-"""
+"""An interrupted write leaves the old files or the new ones, never a mixture that loads."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ linux = pytest.mark.skipif(
 )
 
 Outcomes = dict[tuple[str, int, str], int]
-"""How attempts were disturbed, ended, and left the folder -> their number."""
+"""Counts by disturbance, exit code, and state of the folder."""
 
 
 def run_interrupted(stride: int, folder: Path, *operations: object) -> dict[str, Outcomes]:
@@ -35,31 +32,33 @@ def run_interrupted(stride: int, folder: Path, *operations: object) -> dict[str,
     assert not run.returncode, run.stderr
     outcomes = {}
     for operation, rows in json.loads(run.stdout).items():
-        outcomes[operation] = {(how, code, state): n for how, code, state, n in rows}
+        outcomes[operation] = {
+            (disturbance, code, state): n for disturbance, code, state, n in rows
+        }
         print(f"{operation}: {outcomes[operation]}")
     return outcomes
 
 
-def count(outcomes: Outcomes, how: str, code: int) -> int:
-    return sum(n for outcome, n in outcomes.items() if outcome[:2] == (how, code))
+def count(outcomes: Outcomes, disturbance: str, code: int) -> int:
+    return sum(n for outcome, n in outcomes.items() if outcome[:2] == (disturbance, code))
 
 
 def check_outcomes(operation: str, outcomes: Outcomes, kills: int, limits: int) -> None:
-    """Old files or new ones, after at least so many kills and at so many limits of file size."""
+    """Check for old or new files after at least `kills` kills and at `limits` file size limits."""
     assert {state for _, _, state in outcomes} <= {"old", "new", "both"}, outcomes
-    assert count(outcomes, "kill", -9) >= kills, outcomes  # at as many different moments
+    assert count(outcomes, "kill", -9) >= kills, outcomes  # each at another step
     assert outcomes["kill", 0, "new"] == 1
-    mixed = {how for how, _, state in outcomes if state == "both"}
-    assert mixed <= {"kill"}, outcomes  # nobody is left to put the old files back
+    mixed = {disturbance for disturbance, _, state in outcomes if state == "both"}
+    assert mixed <= {"kill"}, outcomes  # a killed process cannot restore the old files
     assert count(outcomes, "full disk", 1) == limits, outcomes
     assert outcomes["kill in a write", -25, "old"] == limits, outcomes
-    if operation.endswith(":over"):  # to nothing, the attempt before has written
+    if operation.endswith(":over"):  # without old files, the previous attempt wrote the new ones
         assert outcomes["no permission", 1, "new"] == 1, outcomes
 
 
 @linux
 def test_interrupted_save(tmp_path: Path) -> None:
-    """At every sixth step; at all of them in the next test."""
+    """At every sixth step; the next test covers all steps."""
     for operation, outcomes in run_interrupted(6, tmp_path, *OPERATIONS).items():
         check_outcomes(operation, outcomes, kills=2, limits=2)
 
@@ -73,7 +72,7 @@ def test_interrupted_save_at_every_step(operation: str, tmp_path: Path) -> None:
 
 
 def test_blocked_path(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    """The weights are moved before it is found out that the configuration cannot be."""
+    """The weights are moved before moving the configuration fails."""
     model = SigLipVisionModel.from_hf(checkpoint())
     for write in (SigLipVisionModel.save_hf, extract_model):
         place = tmp_path / write.__name__

@@ -1,11 +1,9 @@
-"""How long a load takes where the network fails, with nothing cached and with all.
-
-The table of docs/reliability.md.
+"""Time of a load when the network fails, with an empty cache and with a complete one.
 
     uv run scripts/benchmarks/hub_failures.py
 
-A Hub on loopback (`tests/helpers/hub_server.py`), a small encoder with random weights, real waits:
-about five minutes.
+Prints the table of docs/hub.md; takes five minutes, since waits are real. A small encoder with
+random weights is loaded from a Hub on loopback (`tests/helpers/hub_server.py`).
 """
 
 from __future__ import annotations
@@ -32,20 +30,20 @@ ONE_HOUR = {"Retry-After": "3600"}
 
 NO_CONNECTION = "no connection"
 FAULTS = {
-    "connections are reset": Fault("reset", times=None),
-    "the Hub never answers": Fault("stall", times=None),
-    "a login page": Fault("html", times=None),
+    "connection reset": Fault("reset", times=None),
+    "no response from the Hub": Fault("stall", times=None),
+    "login page instead of the Hub": Fault("html", times=None),
     "HTTP 503": Fault("status", times=None, status=503),
-    "HTTP 429, come back in 20 s": Fault("status", times=None, status=429, headers=RATE_LIMIT),
-    "HTTP 429, come back in an hour": Fault("status", times=None, status=429, headers=ONE_HOUR),
-    "the CDN refuses ranges (403)": Fault("status", "CDN RANGE *", times=None, status=403),
-    "the CDN never answers": Fault("stall", "CDN *", times=None),
-    "one byte a second": Fault("slow", "CDN *", times=None, after=0, seconds=1.0),
+    "HTTP 429, retry after 20 s": Fault("status", times=None, status=429, headers=RATE_LIMIT),
+    "HTTP 429, retry after 1 h": Fault("status", times=None, status=429, headers=ONE_HOUR),
+    "CDN refuses ranges (HTTP 403)": Fault("status", "CDN RANGE *", times=None, status=403),
+    "no response from the CDN": Fault("stall", "CDN *", times=None),
+    "CDN sends 1 byte/s": Fault("slow", "CDN *", times=None, after=0, seconds=1.0),
 }
 
 
 def serve(folder: Path) -> None:
-    """Write a whole model: a small vision encoder, and what is beside it."""
+    """Write a whole model: a small vision encoder and a text model."""
     config = SigLipVisionConfig(
         embed_dim=24, image_size=16, patch_size=8, num_attention_heads=2, mlp_hidden_dim=40
     )
@@ -56,19 +54,19 @@ def serve(folder: Path) -> None:
 
 
 def attempt(cache: Path) -> str:
-    """Load, and say how long that took and how it ended."""
+    """Load a model; return the time and the outcome."""
     start = time.monotonic()
     try:
         SigLipVisionModel.from_hf(NAME, cache_dir=cache)
         outcome = "loaded"
     except CheckpointError as error:
-        reason = str(error).partition(" could not be fetched: ")[2]
-        outcome = f"told: {reason.partition('; try again')[0]}"
+        reason = str(error).partition(": cannot download ")[2]
+        outcome = f"error: {reason.partition('; try again')[0]}"
     return f"{time.monotonic() - start:.1f} s, {outcome}"
 
 
 def main() -> None:
-    """Serve, fail, load, print."""
+    """Load with every fault; print the table."""
     logging.disable()
     hub_server.SLOW_CHUNK = 1
     hub = Hub()
@@ -80,7 +78,7 @@ def main() -> None:
         serve(served)
         hub.repositories[NAME] = Repository(served)
         SigLipVisionModel.from_hf(NAME, cache_dir=cached)
-        print("| what fails | nothing is cached | all is cached |\n|---|---|---|")
+        print("| failure | empty cache | complete cache |\n|---|---|---|")
         for number, failure in enumerate((NO_CONNECTION, *FAULTS)):
             if failure == NO_CONNECTION:
                 dead = f"http://127.0.0.1:{silent_port()}"

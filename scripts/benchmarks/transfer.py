@@ -1,12 +1,11 @@
-"""What `from_hf` and `siglip-port inspect` take from the Hub.
+"""Bytes that `from_hf` and `siglip-port inspect` download from the Hub.
 
-Bytes over bytes in the file, with the real client.
+    uv run scripts/benchmarks/transfer.py
 
-`uv run scripts/benchmarks/transfer.py` takes a minute on 2 cores and prints a table. The Hub is our
-own, on loopback; the files have the names, shapes, dtypes and shards of the published ones (as
-transformers makes them; Gemma's by its published configuration), and zeros for weights, in sparse
-files. Every byte of a body that the server sends is counted, of all
-files: configurations, headers and weights.
+Prints the table of docs/hub.md; takes a minute on 2 cores. The Hub is a server on loopback. Its
+repositories have the names, shapes, dtypes and shards of the published ones (as created by
+transformers; Gemma's from its published configuration), with zeros for weights, in sparse files.
+All bytes of all response bodies are counted.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ from tests.helpers.hub_server import Hub, Repository
 from tests.helpers.network import url_template
 
 SHARD_BYTES = 5_000_000_000
-"""What releases of transformers of that time made."""
+"""Shard size of transformers when these checkpoints were published, in bytes."""
 
 ITEM_BYTES = {"F32": 4, "BF16": 2}
 
 Shapes = Mapping[str, torch.Size]
-"""By the names of tensors."""
+"""Shapes by tensor name."""
 
 TEXT = {
     "google/siglip-base-patch16-224": {"projection_size": 768},
@@ -81,7 +80,7 @@ GEMMA = {
 
 
 def siglip(repo: str) -> tuple[Mapping[str, object], Shapes]:
-    """Configuration, and names and shapes of all tensors, of a published SigLIP."""
+    """Return the configuration and the shapes of all tensors of a published SigLIP."""
     published = next(row for row in PUBLISHED if row.repo == repo)
     vision = {**published.config.to_hf(), "model_type": "siglip_vision_model"}
     config = {"model_type": "siglip", "text_config": TEXT[repo], "vision_config": vision}
@@ -91,16 +90,13 @@ def siglip(repo: str) -> tuple[Mapping[str, object], Shapes]:
     total = sum(map(math.prod, shapes.values()))
     if total != published.total_parameters:
         raise ValueError(
-            f"{repo} has {published.total_parameters} parameters, this would have {total}"
+            f"{repo}: {published.total_parameters:,} parameters expected, got {total:,}"
         )
     return config, shapes
 
 
 def gemma() -> tuple[Mapping[str, object], Shapes]:
-    """The same of a Gemma 3 of the size of its 27B.
-
-    Its names on the Hub are those of transformers 4.
-    """
+    """Return the same for Gemma 3 27B, with the tensor names of transformers 4, as on the Hub."""
     with torch.device("meta"):
         model = Gemma3ForConditionalGeneration(Gemma3Config(**GEMMA))
     old_prefixes = {
@@ -117,7 +113,7 @@ def gemma() -> tuple[Mapping[str, object], Shapes]:
 
 
 def split_shards(shapes: Shapes, item_bytes: int) -> list[dict[str, torch.Size]]:
-    """Put tensors into shards of at most `SHARD_BYTES`, in order."""
+    """Split tensors into shards of at most `SHARD_BYTES`, in order."""
     shards: list[dict[str, torch.Size]] = [{}]
     size = 0
     for name, shape in shapes.items():
@@ -133,7 +129,7 @@ def split_shards(shapes: Shapes, item_bytes: int) -> list[dict[str, torch.Size]]
 def write_checkpoint(
     folder: Path, config: Mapping[str, object], shapes: Shapes, dtype: str
 ) -> None:
-    """Write a checkpoint of zeros in sparse files: one, or shards with their index."""
+    """Write a checkpoint of zeros in sparse files: a single file, or shards with an index."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     shards = split_shards(shapes, ITEM_BYTES[dtype])
@@ -166,7 +162,7 @@ def write_zeros(path: Path, shapes: Shapes, dtype: str) -> None:
 
 
 def take_counts(hub: Hub) -> tuple[int, int]:
-    """Bytes and requests since the last time."""
+    """Return the bytes and requests since the previous call."""
     sent = sum(hub.sent.values())
     requests = sum(hub.requests.values())
     hub.sent.clear()
@@ -175,7 +171,7 @@ def take_counts(hub: Hub) -> tuple[int, int]:
 
 
 def measure(hub: Hub, repo: str, folder: Path, caches: Path) -> tuple[str, ...]:
-    """Load and inspect a repository; return the cells of its row."""
+    """Load and inspect a repository; return a row of the table."""
     size = sum(path.stat().st_size for path in folder.iterdir())
     take_counts(hub)
     inspect_checkpoint(find_source(repo, HubOptions(cache_dir=caches / "inspect")))
@@ -198,15 +194,15 @@ def measure(hub: Hub, repo: str, folder: Path, caches: Path) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Serve, load, count, print."""
+    """Serve and load the checkpoints; print the table."""
     hub = Hub()
     constants.HUGGINGFACE_CO_URL_TEMPLATE = url_template(hub.url)
     constants.HF_HUB_OFFLINE = False
     checkpoints = [(repo, *siglip(repo), "F32") for repo in TEXT]
     checkpoints.append(("google/gemma-3-27b-like", *gemma(), "BF16"))
     print(
-        "| served | in its files | encoder | `from_hf` takes | share | requests | again | `inspect` "
-        "takes |"
+        "| checkpoint | all files | encoder | `from_hf` | share | requests | second load "
+        "| `inspect` |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for repo, config, shapes, dtype in checkpoints:
@@ -220,6 +216,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(
-        description="Counts the bytes that are fetched from a Hub on loopback."
+        description="Count the bytes that are downloaded from a Hub on loopback."
     ).parse_args()
     main()

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hub: the cache, and downloads that go on."""
+"""Checkpoints on the Hub: addresses, the cache, and downloads that resume."""
 
 from __future__ import annotations
 

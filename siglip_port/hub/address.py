@@ -1,4 +1,4 @@
-"""Addresses of repositories: Hub ids, `hf://`, `hf-hub:`, pages of the Hub, `name@revision`."""
+"""Parse Hub ids, `name@revision`, `hf://` and `hf-hub:` addresses, and URLs of Hub pages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FILE_SUFFIXES = (*SUFFIXES, ".json", *PICKLE_SUFFIXES)
 
 @dataclass(frozen=True)
 class HubAddress:
-    """A repository, and perhaps a revision and a file of it, as an address names them."""
+    """A repository, with the revision and the file that the address names, if any."""
 
     name: str
     revision: str | None = None
@@ -36,10 +36,10 @@ class HubAddress:
 
 
 def parse_address(source: str) -> HubAddress | None:
-    """Parse a Hub id or an address of the Hub; None where it is neither.
+    """Parse a Hub id or address; None if `source` is neither.
 
     Raises:
-        CheckpointError: it is an address, but of no model of the Hub.
+        CheckpointError: The address is not that of a model on the Hub.
     """
     text = source.strip().rstrip("/")
     if _PAGE_WITHOUT_SCHEME.match(text):
@@ -57,7 +57,7 @@ def parse_address(source: str) -> HubAddress | None:
 
 
 def parse_id(text: str) -> HubAddress | None:
-    """Parse `owner/name` or `owner/name@revision`; None where it looks like a file's path."""
+    """Parse `owner/name` or `owner/name@revision`; None if it looks like a file path."""
     match = _BARE_ID.fullmatch(text)
     if match is None or Path(match["name"]).suffix in _FILE_SUFFIXES:
         return None
@@ -65,10 +65,10 @@ def parse_id(text: str) -> HubAddress | None:
 
 
 def page_path(url: SplitResult, address: str) -> str:
-    """Return the path of a page of the Hub, below the Hub's endpoint.
+    """Return the path of a Hub page, relative to the endpoint.
 
     Raises:
-        CheckpointError: the page is of another host.
+        CheckpointError: The URL has another host.
     """
     from huggingface_hub import constants
 
@@ -77,9 +77,8 @@ def page_path(url: SplitResult, address: str) -> str:
         return url.path.removeprefix(endpoint.path)
     if url.netloc not in _HUB_HOSTS:
         raise CheckpointError(
-            f"{redact(address)} is an address of {url.hostname}, which is not the Hub; pass a "
-            "Hub id such as 'google/siglip-base-patch16-224', or set HF_ENDPOINT where it is a "
-            "mirror"
+            f"{redact(address)}: {url.hostname} is not the Hub; pass a Hub id such as "
+            "'google/siglip-base-patch16-224', or, to use a mirror, set HF_ENDPOINT"
         )
     return url.path
 
@@ -88,23 +87,23 @@ def parse_path(pattern: re.Pattern[str], path: str, *, kind: str, address: str) 
     """Parse the path of an address.
 
     Args:
-        pattern: of the paths of models.
-        path: of the address.
-        kind: its first part, which tells models from data sets.
-        address: all of it, for messages.
+        pattern: Pattern of model paths.
+        path: Path part of the address.
+        kind: First component of the path: `datasets` or `spaces` if it is not a model.
+        address: Whole address, for messages.
 
     Raises:
-        CheckpointError: it is the path of no model.
+        CheckpointError: The path is not that of a model.
     """
     if kind in _OTHER_KINDS:
         raise CheckpointError(
-            f"{redact(address)} is one of the Hub's {kind}, and no model; pass the Hub id of a "
-            "model"
+            f"{redact(address)}: this is one of the Hub's {kind}, not a model; pass the Hub id of "
+            "a model"
         )
     match = pattern.fullmatch(path)
     if match is None:
         raise CheckpointError(
-            f"{redact(address)} names no model of the Hub; pass a Hub id such as "
+            f"{redact(address)}: no model id in this address; pass a Hub id such as "
             "'google/siglip-base-patch16-224'"
         )
     return HubAddress(match["name"], _unquoted(match["revision"]), _unquoted(match["file"]))

@@ -1,16 +1,14 @@
-"""One repository in the cache of the Hub's client.
+"""A repository in the cache of `huggingface_hub`.
 
-What it has, what it knows to be absent, and how a file gets in.
+The layout is that of `huggingface_hub`:
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache. `refs/<branch>` contains a commit,
+`snapshots/<commit>/<file>` is a symlink to `blobs/<etag>`, or the file itself without symlinks, and
+`.no_exist/<commit>/<file>` marks a file that does not exist. A blob may be a symlink into a store
+that all repositories share, which this package never writes to.
 
-The layout is the client's own (https://huggingface.co/docs/huggingface_hub/guides/manage-cache):
-`refs/<branch>` holds a commit, `snapshots/<commit>/<file>` is a link to `blobs/<etag>`, or the file
-itself where there are no links, and `.no_exist/<commit>/<file>` says that there is no such file. A
-blob may be a link in turn, into a store that all repositories share; what is there belongs to all
-of them, and is never touched here.
-
-The folder `.siglip_port` beside them is ours, and goes with the repository: vision encoders that
-were fetched alone (see `siglip_port.hub.partial_download`), and, by commit, the headers and the
-receipts of files.
+The folder `.siglip_port` next to them contains the partial downloads of this package (vision
+encoders, see `siglip_port.hub.partial_download`), and, by commit, headers and receipts of files. It
+is deleted along with the repository.
 """
 
 from __future__ import annotations
@@ -37,19 +35,19 @@ from siglip_port.hub.integrity import BLOCK_BYTES, Receipt
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-VISION_FILES = "*-tower-*.safetensors"
-"""Names of the files that hold a vision encoder that was fetched alone."""
+VISION_FILES = "*.safetensors"
+"""Glob of the partial downloads in `.siglip_port`."""
 
 _SAFE_FILENAME = re.compile(r"\w[\w.-]{0,99}")
 
 
 @dataclass(frozen=True)
 class CachedHeader:
-    """The header of a weights file that is not here itself.
+    """The header of a weights file that is not cached itself.
 
     Attributes:
-        header: of the file.
-        etag: the Hub's identifier of the file's contents.
+        header: Header of the whole file.
+        etag: ETag of the whole file.
     """
 
     header: Header
@@ -60,36 +58,36 @@ class RepositoryCache:
     """The folder of a repository in the Hub's cache.
 
     Args:
-        root: the cache; `~` is the user's folder.
-        name: the Hub id.
+        root: Cache folder; `~` is expanded.
+        name: Hub id.
 
     Attributes:
-        folder: of the repository.
-        own: the part of it that is ours.
+        folder: Folder of the repository.
+        own_folder: Subfolder of this package, `.siglip_port`.
     """
 
     def __init__(self, root: Path, name: str) -> None:
         self.folder = root.expanduser() / f"models--{name.replace('/', '--')}"
-        self.own = self.folder / ".siglip_port"
+        self.own_folder = self.folder / ".siglip_port"
 
     # --- commits ----------------------------------------------------------------------------------
 
     def commit_of(self, revision: str) -> str | None:
-        """Return the commit that a branch or tag had when it was last asked for."""
+        """Return the cached commit of a branch or tag; None if there is none."""
         with contextlib.suppress(OSError, ValueError):
             commit = self._ref(revision).read_text(encoding="ascii").strip()
             return commit if COMMIT.fullmatch(commit) else None
         return None
 
     def set_commit(self, revision: str, commit: str) -> None:
-        """Note what a branch or tag is, where the cache can be written."""
+        """Save the commit of a branch or tag, if the cache is writable."""
         if revision == commit or self.commit_of(revision) == commit:
             return
         with contextlib.suppress(OSError, ValueError):
             write_file(self._ref(revision), commit.encode())
 
     def commits(self) -> set[str]:
-        """Return the commits of which the cache has files, or which a branch or tag is."""
+        """Return the commits with cached files or with a cached branch or tag."""
         commits = {path.name for path in list_folder(self.folder / "snapshots")}
         for path in (self.folder / "refs").rglob("*"):
             with contextlib.suppress(OSError, ValueError):
@@ -99,59 +97,53 @@ class RepositoryCache:
     # --- files ------------------------------------------------------------------------------------
 
     def find(self, commit: str, filename: str) -> Path | None:
-        """Return where a whole file lies."""
+        """Return the path of a whole file; None if it is not cached."""
         path = self.snapshot(commit, filename)
         try:
             return path if path.is_file() else None
-        except OSError:  # a link to itself, say
+        except OSError:  # such as a symlink loop
             return None
 
     def is_absent(self, commit: str, filename: str) -> bool:
-        """Whether the commit has no such file, as far as the cache knows."""
+        """Return whether the cache records that the commit has no such file."""
         with contextlib.suppress(OSError):
             return (self.folder / ".no_exist" / commit / filename).is_file()
         return False
 
     def set_absent(self, commit: str, filename: str) -> None:
-        """Note that the commit has no such file, where the cache can be written."""
+        """Record that the commit has no such file, if the cache is writable."""
         with contextlib.suppress(OSError):
             path = self.folder / ".no_exist" / commit / filename
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
 
     def can_answer(self, commit: str, filename: str) -> bool:
-        """Whether the Hub need not be asked for the file: it is here, or known to be absent."""
+        """Return whether the file is cached or known to be absent."""
         return self.find(commit, filename) is not None or self.is_absent(commit, filename)
 
     def has_weights(self, commit: str) -> bool:
-        """Whether there are weights of the commit.
-
-        Whole files, or a vision encoder that was fetched alone.
-        """
+        """Return whether weights of the commit are cached, whole or partial."""
         for path in list_folder(self.folder / "snapshots" / commit):
             if path.suffix in SUFFIXES:
                 return True
-        has_header = any(path.suffix == ".header" for path in list_folder(self.own / commit))
-        return has_header and any(self.own.glob(VISION_FILES))
+        has_header = any(path.suffix == ".header" for path in list_folder(self.own_folder / commit))
+        return has_header and any(self.own_folder.glob(VISION_FILES))
 
     def snapshot(self, commit: str, filename: str) -> Path:
-        """Return the place of a file of a commit."""
+        """Return the path of a file of a commit, cached or not."""
         return self.folder / "snapshots" / commit / filename
 
     def blob(self, etag: str) -> Path:
-        """Return the place of the bytes that the Hub calls by this identifier."""
+        """Return the path of the blob with this ETag, cached or not."""
         name = etag
         if not _SAFE_FILENAME.fullmatch(etag):
             name = hashlib.sha256(etag.encode()).hexdigest() + "-etag"
         return self.folder / "blobs" / name
 
-    # --- what files are ---------------------------------------------------------------------------
+    # --- metadata ---------------------------------------------------------------------------------
 
     def etag_of(self, commit: str, filename: str) -> str | None:
-        """Return the Hub's identifier of a file.
-
-        By its receipt, or by the name of the blob that it links to.
-        """
+        """Return the ETag of a cached file: the name of its blob, or that in its receipt."""
         path = self.snapshot(commit, filename)
         with contextlib.suppress(OSError):
             target = path.readlink()
@@ -160,8 +152,8 @@ class RepositoryCache:
         return None if receipt is None else receipt.etag
 
     def receipt(self, commit: str, filename: str) -> Receipt | None:
-        """Return what was noted of a whole file; None where nothing was, or it cannot be read."""
-        path = self.own / commit / f"{filename}.receipt"
+        """Return the receipt of a whole file; None if it does not exist or is invalid."""
+        path = self.own_folder / commit / f"{filename}.receipt"
         try:
             document = json.loads(path.read_bytes())
             receipt = Receipt(document["etag"], document["block"], tuple(document["checksums"]))
@@ -171,60 +163,60 @@ class RepositoryCache:
         return receipt if is_valid else None
 
     def save_receipt(self, commit: str, filename: str, receipt: Receipt) -> None:
-        """Note what a whole file is, where the cache can be written."""
-        path = self.own / commit / f"{filename}.receipt"
+        """Save the receipt of a whole file, if the cache is writable."""
+        path = self.own_folder / commit / f"{filename}.receipt"
         with contextlib.suppress(OSError):
             write_file(path, json.dumps(asdict(receipt)).encode())
 
     def header(self, commit: str, filename: str) -> CachedHeader | None:
-        """Return the header of a weights file; None where it is not here, or damaged."""
-        return read_cached_header(self.own / commit / f"{filename}.header")
+        """Return the cached header of a weights file; None if it does not exist or is damaged."""
+        return read_cached_header(self.own_folder / commit / f"{filename}.header")
 
     def save_header(self, commit: str, filename: str, header: CachedHeader, content: bytes) -> None:
-        """Keep the header of a weights file. Where that fails, the Hub is simply asked again.
+        """Cache the header of a weights file, if the cache is writable.
 
         Args:
-            commit: of the repository.
-            filename: in the repository.
-            header: of the file.
-            content: its JSON.
+            commit: Commit of the repository.
+            filename: Name in the repository.
+            header: Header of the file.
+            content: JSON bytes of the header.
         """
         description = {
             "etag": header.etag,
             "size": header.header.size,
             "sha256": hashlib.sha256(content).hexdigest(),
         }
-        path = self.own / commit / f"{filename}.header"
+        path = self.own_folder / commit / f"{filename}.header"
         with contextlib.suppress(OSError):
             write_file(path, json.dumps(description).encode() + b"\n" + content)
 
     # --- writing ----------------------------------------------------------------------------------
 
     def add(self, commit: str, filename: str, etag: str, staged: Path) -> Path:
-        """Move a whole file into the cache, in place of what was there under its name.
+        """Move a whole file into the cache, replacing an existing one.
 
         Args:
-            commit: of the repository.
-            filename: in the repository.
-            etag: the Hub's identifier of its contents, which have been compared with it.
-            staged: the file, in the repository's own folder.
+            commit: Commit of the repository.
+            filename: Name in the repository.
+            etag: ETag that the contents were compared with.
+            staged: Staged file, on the same file system.
 
         Raises:
-            OSError: the cache cannot be written.
+            OSError: The cache cannot be written.
         """
         blob = self.blob(etag)
         blob.parent.mkdir(parents=True, exist_ok=True)
         staged.replace(blob)
         path = self.link(commit, filename, etag)
         if not path.is_symlink():
-            blob.unlink()  # of which it is a copy
+            blob.unlink()  # without symlinks, the snapshot is a copy
         return path
 
     def link(self, commit: str, filename: str, etag: str) -> Path:
-        """Make a blob the file of a commit: by a link, or, where there are none, by a copy.
+        """Link a blob as the file of a commit; without symlinks, copy it.
 
         Raises:
-            OSError: the cache cannot be written.
+            OSError: The cache cannot be written.
         """
         from huggingface_hub import constants
 
@@ -233,7 +225,7 @@ class RepositoryCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = staging_path(path)
         try:
-            # not known to the client before 1.0.1
+            # new in huggingface_hub 1.0.1
             if getattr(constants, "HF_HUB_DISABLE_SYMLINKS", False):
                 raise NotImplementedError
             staged.symlink_to(os.path.relpath(blob, path.parent))
@@ -247,37 +239,37 @@ class RepositoryCache:
         return path
 
     def set_aside(self, commit: str, filename: str, etag: str) -> list[Path]:
-        """Move files out of the way that stand where one is to be put.
+        """Rename existing files that a download is about to replace.
 
-        They are not what they should be, but stay in our own folder: they may be somebody's. Links
-        are left where they are, and replaced.
+        They do not match the ETag, but may be of use to the user, so they are moved to
+        `.siglip_port/*.damaged`. Symlinks are not moved.
 
         Args:
-            commit: of the repository.
-            filename: in the repository.
-            etag: the Hub's identifier of the contents that should be there.
+            commit: Commit of the repository.
+            filename: Name in the repository.
+            etag: ETag of the download.
 
         Returns:
-            Where they are now.
+            The new paths.
         """
         moved = []
         for path in (self.blob(etag), self.snapshot(commit, filename)):
             if path.is_file() and not path.is_symlink():
-                aside = self.own / f"{path.name}.damaged"
-                path.replace(aside)
-                moved.append(aside)
+                backup = self.own_folder / f"{path.name}.damaged"
+                path.replace(backup)
+                moved.append(backup)
         return moved
 
     def prune(self, commit: str, vision_file: Path) -> None:
-        """Remove what is ours of commits that the cache has no more, as after `hf cache rm`.
+        """Remove partial downloads of commits that were deleted, for example by `hf cache rm`.
 
         Args:
-            commit: that is being loaded.
-            vision_file: its own vision encoder, which stays.
+            commit: Commit that is being loaded.
+            vision_file: Partial download of this commit, which is not removed.
         """
         commits = self.commits() | {commit}
         etags: set[str] = set()
-        for folder in list_folder(self.own):
+        for folder in list_folder(self.own_folder):
             if not COMMIT.fullmatch(folder.name):
                 continue
             if folder.name not in commits:
@@ -285,7 +277,7 @@ class RepositoryCache:
                 continue
             headers = [read_cached_header(path) for path in folder.rglob("*.header")]
             etags.update(header.etag for header in headers if header is not None)
-        for path in set(self.own.glob(VISION_FILES)) - {vision_file}:
+        for path in set(self.own_folder.glob(VISION_FILES)) - {vision_file}:
             with contextlib.suppress(OSError, ValueError, KeyError, UnreadableFileError):
                 sources = json.loads(read_header(path).metadata["files"])
                 if not etags.issuperset(sources.values()):
@@ -294,12 +286,12 @@ class RepositoryCache:
 
     def _ref(self, revision: str) -> Path:
         if ".." in revision.split("/"):
-            raise ValueError("a name that leads elsewhere")
+            raise ValueError(f"invalid revision {revision!r}")
         return self.folder / "refs" / revision.lstrip("/")
 
 
 def read_cached_header(path: Path) -> CachedHeader | None:
-    """Read what `save_header` has written; None where there is nothing, or it is damaged."""
+    """Read a file of `save_header`; None if it does not exist or is damaged."""
     try:
         first_line, _, content = path.read_bytes().partition(b"\n")
         description = json.loads(first_line)
@@ -312,14 +304,14 @@ def read_cached_header(path: Path) -> CachedHeader | None:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """Return what is in a folder; nothing where there is none, or it cannot be read."""
+    """Return the entries of a folder; empty if it cannot be read."""
     with contextlib.suppress(OSError):
         return list(folder.iterdir())
     return []
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, without a second time the bytes where the file system can give it two names."""
+    """Hard-link a file, or copy it if the file system has no hard links."""
     try:
         target.hardlink_to(source)
     except OSError:
@@ -327,10 +319,10 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a small file in one step; its folder is made.
+    """Write a small file atomically, and create its folder.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: The file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = staging_path(path)
@@ -345,7 +337,7 @@ _counter = itertools.count()
 
 
 def staging_path(path: Path) -> Path:
-    """Return a name for what is not finished, which no other process or thread takes."""
+    """Return a temporary path next to `path`, unique across processes and threads."""
     number = next(_counter)
     return path.with_name(
         f".{path.name}.{os.getpid()}-{threading.get_ident()}-{number}.siglip_port"

@@ -1,4 +1,4 @@
-"""Whole files in the cache, compared at every use with what the Hub says of them."""
+"""Whole files in the cache, verified against the Hub's hashes at every use."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ log = logging.getLogger(__name__)
 
 
 class CachedFiles:
-    """The whole files of a repository that are in the cache.
+    """The cached whole files of a repository.
 
     Args:
-        client: of the repository.
+        client: Client of the repository.
 
     Attributes:
-        damaged: names of the files that are there, but not as the Hub has them.
+        damaged: Names of the cached files that do not match the Hub's hash.
     """
 
     def __init__(self, client: RepositoryClient) -> None:
@@ -32,62 +32,56 @@ class CachedFiles:
         self.damaged: set[str] = set()
 
     def find(self, filename: str) -> Path | None:
-        """Return where a file lies; None where it is not here, or damaged."""
+        """Return the path of a file; None if it is not cached or is damaged."""
         commit = self._client.known_commit
         if commit is None or filename in self.damaged:
             return None
         return self._cache.find(commit, filename)
 
     def check_config(self, path: Path, filename: str) -> None:
-        """Check a small file.
+        """Verify a configuration file.
 
         Raises:
-            CheckpointError: it was changed.
+            CheckpointError: The file was modified.
         """
         if not self.is_intact(path, filename, [(0, path.stat().st_size)]):
             raise CheckpointError(
-                f"{path} has changed since it was fetched from the Hub: delete it, and it is "
-                "fetched again; or, to "
-                "keep the change, copy the checkpoint to a folder and pass that"
+                f"{path}: modified after it was downloaded from the Hub; delete it to download it "
+                "again, or, to use the modified file, copy the checkpoint to a folder and pass that"
             )
 
     def is_damaged(self, path: Path, filename: str, names: Collection[str] | None = None) -> bool:
-        """Whether a weights file is something else than the Hub has, which is noted.
+        """Return whether a weights file is damaged, and record it in `damaged`.
 
         Args:
-            path: where it lies.
-            filename: in the repository.
-            names: the tensors that count, where it is known that the file was right once; None for
-                all of it.
+            path: Path of the cached file.
+            filename: Name in the repository.
+            names: Tensors to verify, if the file has a receipt; None for the whole file.
 
         Raises:
-            CheckpointError: it is, and the Hub may not be asked.
+            CheckpointError: The file is damaged, and downloads are disabled.
         """
         spans = None if names is None else tensor_spans(read_header(path), names)
         if self.is_intact(path, filename, spans):
             return False
         if self._client.options.is_offline:
-            raise damaged_file(path)
-        log.warning(
-            "%s is damaged, or was changed, since it was fetched from the Hub: fetching it again",
-            path,
-        )
+            raise damaged_file(path, self._client.options)
+        log.warning("%s: damaged or modified after it was downloaded; downloading it again", path)
         self.damaged.add(filename)
         return True
 
     def is_intact(self, path: Path, filename: str, spans: Collection[Span] | None) -> bool:
-        """Whether a file is what it was, or as the Hub says, as far as that is known.
+        """Return whether a file matches its receipt or the Hub's hash; True if there is neither.
 
         Args:
-            path: where it lies.
-            filename: in the repository.
-            spans: the parts of it that count, where it is known that it was right once; None for
-                all of it.
+            path: Path of the cached file.
+            filename: Name in the repository.
+            spans: Byte ranges to verify, if the file has a receipt; None for the whole file.
         """
         commit = self._client.commit or ""
         etag = self._cache.etag_of(commit, filename)
         if etag is None:
-            # fetched by another program, to where there are no links: nobody says what it should be
+            # downloaded by another program to a cache without symlinks: the hash is not known
             return True
         receipt = self._cache.receipt(commit, filename)
         if spans is not None and receipt is not None and receipt.etag == etag:
@@ -99,7 +93,7 @@ class CachedFiles:
         return True
 
     def find_by_etag(self, file: RemoteFile) -> Path | None:
-        """Find the bytes of a file, of another commit perhaps; None where they are not right."""
+        """Return the path of a blob, perhaps of another commit; None if it is absent or damaged."""
         blob = self._cache.blob(file.etag)
         if not blob.is_file():
             return None
@@ -108,42 +102,39 @@ class CachedFiles:
             return None
         try:
             path = self._cache.link(file.commit, file.filename, file.etag)
-        except OSError:  # The cache cannot be written; it has the bytes nevertheless.
+        except OSError:  # The cache is read-only, but has the blob.
             path = blob
-        self._note(file, receipt)
+        self._record(file, receipt)
         return path
 
     def is_occupied(self, file: RemoteFile) -> bool:
-        """Whether something stands where the file is to be put."""
+        """Return whether a download of the file would replace an existing one."""
         return self._cache.blob(file.etag).is_file() or file.filename in self.damaged
 
     def set_aside(self, file: RemoteFile) -> None:
-        """Move out of the way what stands where the file is to be put."""
+        """Rename the existing files that a download is about to replace."""
         for path in self._cache.set_aside(file.commit, file.filename, file.etag):
             log.warning(
-                "what stood in the place of %s of %s is kept as %s",
-                file.filename,
-                self._client.title,
-                path,
+                "%s: the damaged %s was moved to %s", self._client.title, file.filename, path
             )
 
     def add(self, file: RemoteFile, staged: Path, receipt: Receipt) -> Path:
         """Move a file into the cache.
 
         Raises:
-            OSError: the cache cannot be written.
+            OSError: The cache cannot be written.
         """
         path = self._cache.add(file.commit, file.filename, receipt.etag, staged)
-        self._note(file, receipt)
+        self._record(file, receipt)
         return path
 
-    def _note(self, file: RemoteFile, receipt: Receipt) -> None:
+    def _record(self, file: RemoteFile, receipt: Receipt) -> None:
         self.damaged.discard(file.filename)
         self._cache.save_receipt(file.commit, file.filename, receipt)
 
 
 def tensor_spans(header: Header, names: Collection[str]) -> list[Span]:
-    """Return where the header and some tensors are in a file; all of an `.npz` file."""
+    """Return the byte ranges of the header and of some tensors; for `.npz`, the whole file."""
     if not header.offsets:
         return [(0, header.size)]
     spans = [(0, min(header.offsets.values()))]

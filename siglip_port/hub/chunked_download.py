@@ -1,4 +1,4 @@
-"""Files put together from chunks, several at a time. An interrupted download goes on."""
+"""Download files in chunks, several at a time. Interrupted downloads resume."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from huggingface_hub.utils import tqdm
 
 CHUNK_BYTES = 16 * 1024 * 1024
-"""What is asked for at once, what an interruption can lose, and what is hashed at once.
+"""Size of a request; also what an interruption can lose per thread, and the unit of checksums.
 
-To change it makes all vision encoders that are cached invalid."""
+Changing it invalidates all cached partial downloads."""
 
 MAX_CONCURRENCY = 4
-"""Requests at a time."""
+"""Number of concurrent requests."""
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Bytes of `filename` from `first` to before `stop`, put at `offset` in what is made."""
+    """The bytes [first, stop) of `filename`, which are written at `offset` of the local file."""
 
     filename: str
     first: int
@@ -48,29 +48,29 @@ class Chunk:
 
     @property
     def target(self) -> Span:
-        """Where it is put."""
+        """Byte range in the local file."""
         return self.offset, self.offset + self.size
 
     def split(self) -> Iterator[Chunk]:
-        """Cut what is longer than `CHUNK_BYTES`."""
+        """Split into chunks of at most `CHUNK_BYTES`."""
         for first in range(self.first, self.stop, CHUNK_BYTES):
             stop = min(first + CHUNK_BYTES, self.stop)
             yield Chunk(self.filename, first, stop, self.offset + first - self.first)
 
 
 class ChunkedDownload:
-    """Bytes of files at the Hub, put together in one file here.
+    """A local file that is assembled from chunks of files on the Hub.
 
-    Chunks that an interrupted attempt has fetched are used, if they are still as they arrived.
+    Chunks of an interrupted download are reused if their checksums match.
 
     Args:
-        path: what is made. It is put together beside it, under a name of its own.
-        size: of that, in bytes.
-        chunks: what it is made of.
+        path: Path of the finished file.
+        size: Size of the finished file, in bytes.
+        chunks: Chunks of the file.
 
     Attributes:
-        incomplete: what is put together.
-        journal: which chunks have arrived, and their checksums.
+        incomplete: Path of the incomplete file.
+        journal: Path of the journal: numbers and checksums of the chunks that have arrived.
     """
 
     def __init__(self, path: Path, size: int, chunks: Sequence[Chunk]) -> None:
@@ -80,14 +80,14 @@ class ChunkedDownload:
         self._chunks = chunks
 
     def run(self, files: Mapping[str, RemoteFile], title: str) -> list[str]:
-        """Fetch what is missing.
+        """Download the missing chunks.
 
         Args:
-            files: the source's files, by name.
-            title: for the progress bar.
+            files: Files on the Hub, by name.
+            title: Title of the progress bar.
 
         Returns:
-            The checksum of each chunk.
+            Checksum of each chunk.
         """
         self._allocate()
         checksums = self._load_checksums()
@@ -95,12 +95,12 @@ class ChunkedDownload:
         return [checksums[number] for number in range(len(self._chunks))]
 
     def discard(self) -> None:
-        """Remove what has been fetched."""
+        """Remove the incomplete file and its journal."""
         self.journal.unlink(missing_ok=True)
         self.incomplete.unlink(missing_ok=True)
 
     def _allocate(self) -> None:
-        """Take the room for the whole file: the disk is full before the first byte, or never."""
+        """Allocate the whole file, so that a full disk is detected before the download."""
         if self.incomplete.exists() and self.incomplete.stat().st_size == self._size:
             return
         self.discard()
@@ -108,7 +108,7 @@ class ChunkedDownload:
         with self.incomplete.open("wb") as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, self._size)
-            # not on this system, or not on this file system
+            # not supported by this system or file system
             except (AttributeError, OSError) as error:
                 if isinstance(error, OSError) and error.errno in _DISK_FULL:
                     self.incomplete.unlink()
@@ -116,30 +116,24 @@ class ChunkedDownload:
                 file.truncate(self._size)
 
     def _load_checksums(self) -> dict[int, str]:
-        """Return the checksums of chunks that an earlier attempt has fetched.
-
-        Of those that were noted, and are still as they were.
-        """
-        noted: dict[int, str] = {}
+        """Return the checksums of the chunks in the journal that are intact, by number."""
+        recorded: dict[int, str] = {}
         with contextlib.suppress(FileNotFoundError):
             for line in self.journal.read_text(encoding="ascii", errors="replace").splitlines():
                 label, _, checksum = line.partition(" ")
                 if label.isdecimal() and int(label) < len(self._chunks):
-                    noted[int(label)] = checksum
-        actual = hash_spans(self.incomplete, [self._chunks[number].target for number in noted])
+                    recorded[int(label)] = checksum
+        actual = hash_spans(self.incomplete, [self._chunks[number].target for number in recorded])
         checksums: dict[int, str] = {}
-        for number, checksum in zip(noted, actual, strict=True):
-            if noted[number] == checksum:
+        for number, checksum in zip(recorded, actual, strict=True):
+            if recorded[number] == checksum:
                 checksums[number] = checksum
         return checksums
 
     def _fetch_missing(
         self, files: Mapping[str, RemoteFile], title: str, checksums: dict[int, str]
     ) -> None:
-        """Fetch several chunks at a time, and note their checksums.
-
-        The first that fails stops all.
-        """
+        """Download the missing chunks concurrently; the first error stops all."""
         total = sum(chunk.size for chunk in self._chunks)
         done = sum(self._chunks[number].size for number in checksums)
         missing = [item for item in enumerate(self._chunks) if item[0] not in checksums]
@@ -156,21 +150,22 @@ class ChunkedDownload:
                 transfer.stop.set()
                 raise
         if transfer.errors:
-            raise transfer.errors[0]  # those after it are of chunks that were stopped
+            raise transfer.errors[0]  # later errors are those of interrupted chunks
 
 
 @dataclass
 class Transfer:
-    """What the threads of a download share.
+    """The shared state of the threads of a download.
 
     Attributes:
-        files: the source's files, by name.
-        path: what is put together.
-        journal: what has arrived is noted here.
-        bar: shows progress.
-        checksums: of the chunks that have arrived, by number.
-        stop: when set, no chunk is begun, and none goes on.
-        errors: the first is what has stopped all.
+        files: Files on the Hub, by name.
+        path: Path of the incomplete file.
+        journal: Open journal.
+        bar: Progress bar.
+        checksums: Checksums of the chunks that have arrived, by number.
+        stop: Event that stops all threads.
+        errors: Errors; the first one stopped the download.
+        lock: Guards the journal, the checksums and the progress bar.
     """
 
     files: Mapping[str, RemoteFile]
@@ -183,7 +178,7 @@ class Transfer:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, number: int, chunk: Chunk) -> None:
-        """Fetch a chunk; if that fails, stop all before this thread can begin another."""
+        """Download a chunk; an error stops all threads."""
         if self.stop.is_set():
             return
         try:
@@ -193,7 +188,7 @@ class Transfer:
             self.stop.set()
 
     def fetch(self, number: int, chunk: Chunk) -> None:
-        """Fetch a chunk to its place, and note its checksum."""
+        """Download a chunk to its offset, and record its checksum."""
         checksum = hashlib.sha256()
         with self.path.open("r+b") as out:
             out.seek(chunk.offset)
@@ -209,7 +204,7 @@ class Transfer:
 
 
 def open_progress_bar(total: int, done: int, title: str) -> tqdm:
-    """Return the bar of a download; invisible where nobody looks on."""
+    """Return the progress bar of a download, hidden if stderr is not a terminal."""
     from huggingface_hub.utils import tqdm
 
     return tqdm(  # type: ignore[no-untyped-call]
@@ -218,21 +213,19 @@ def open_progress_bar(total: int, done: int, title: str) -> tqdm:
 
 
 def download_file(file: RemoteFile, path: Path, title: str) -> Path:
-    """Fetch all of a file, by ranges, several at a time.
-
-    What an interrupted attempt has fetched is used.
+    """Download a whole file in concurrent ranges; an interrupted download resumes.
 
     Args:
-        file: at the Hub.
-        path: beside which it is put together.
-        title: for the progress bar.
+        file: File on the Hub.
+        path: Path of the finished file; the staged file is next to it.
+        title: Title of the progress bar.
 
     Returns:
-        Where it lies until it is moved.
+        Path of the staged file.
 
     Raises:
-        OSError: it cannot be written, or there is no room for it.
-        RangesNotSupportedError, RetriesExhaustedError: as `RemoteFile.read`.
+        OSError: The file cannot be written, or the disk is full.
+        RangesNotSupportedError, RetriesExhaustedError: See `RemoteFile.read`.
     """
     whole = Chunk(file.filename, 0, file.size, 0)
     download = ChunkedDownload(path, file.size, list(whole.split()))
@@ -246,14 +239,12 @@ def download_file(file: RemoteFile, path: Path, title: str) -> Path:
 
 
 def check_free_space(folder: Path, size: int) -> None:
-    """Check that there is room for a file.
+    """Check the free disk space for a file of this size, in bytes.
 
     Raises:
-        OSError: there is not.
+        OSError: The disk is full.
     """
     free = shutil.disk_usage(folder).free
     if free < size:
-        message = (
-            f"No space left on device: {size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
-        )
+        message = f"No space left on device: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
         raise OSError(errno.ENOSPC, message, str(folder))

@@ -1,4 +1,4 @@
-"""One repository at the Hub: each file is asked for once, and all of them of one commit."""
+"""A repository on the Hub: every file is requested once, all from one commit."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from siglip_port.checkpoint.source import CONFIG
 from siglip_port.hub.cache import COMMIT, RepositoryCache
 from siglip_port.hub.errors import NotCachedError
 from siglip_port.hub.http_range import RemoteFile
-from siglip_port.hub.messages import RequestedFile, describe_cause, quote_repository
+from siglip_port.hub.messages import RequestedFile, describe_cause, format_repository
 from siglip_port.hub.options import HubOptions
 from siglip_port.hub.retry import RetryBudget, call_with_timeout
 
 log = logging.getLogger(__name__)
 
 LISTING_SECONDS = 20.0
-"""That a list of files is waited for: it only adds to a message about another fault."""
+"""Timeout of the file list, in seconds; the list only adds detail to an error message."""
 
 
 class RepositoryClient:
-    """Asks the Hub for the files of a repository.
+    """Requests the files of a repository from the Hub.
 
-    Once the Hub has named the commit, with the first file, all others are taken from that commit,
-    so that a push between two requests cannot mix two versions. Where the Hub cannot be asked, it
-    is the commit that the cache knows.
+    The first file resolves the revision to a commit; all other files are requested from that
+    commit, so a push between two requests cannot mix two versions. If the Hub cannot be reached,
+    the cached commit is used.
 
     Args:
-        name: the Hub id.
-        options: of the load.
+        name: Hub id.
+        options: Options of the load.
 
     Attributes:
-        commit: that is read; None before it is known.
-        cache: the repository's place in the Hub's cache.
+        commit: Commit that is read; None before it is resolved.
+        cache: Cache of the repository.
     """
 
     def __init__(self, name: str, options: HubOptions) -> None:
@@ -40,25 +40,25 @@ class RepositoryClient:
         self.commit: str | None = None
         self.cache = RepositoryCache(options.cache_root, name)
         self._budget = RetryBudget()
-        self._failure: Exception | None = None  # of the last request: nothing more is asked
+        self._failure: Exception | None = None  # once a request failed, there are no more
         self._files: dict[str, RemoteFile] = {}
         self._absent: set[str] = set()
 
     @property
     def title(self) -> str:
-        """What messages call the repository."""
-        return quote_repository(self.name, self.options.revision)
+        """The repository in messages."""
+        return format_repository(self.name, self.options.revision)
 
     @property
     def branch(self) -> str:
-        """The revision, which may be a tag or a commit, too."""
+        """The revision: branch, tag or commit."""
         return self.options.revision or "main"
 
     @property
     def known_commit(self) -> str | None:
-        """The commit, where the Hub need not be asked: named with a file, or by the options.
+        """The commit, if it is known without a request: resolved, or in the options.
 
-        Offline, what was last.
+        Offline, the cached commit of the revision.
         """
         revision = self.options.revision
         if self.commit is None and revision is not None and COMMIT.fullmatch(revision):
@@ -69,20 +69,17 @@ class RepositoryClient:
 
     @property
     def older_commit(self) -> str | None:
-        """The commit that the cache has of the branch, if another than is read."""
+        """The cached commit of the revision, if it differs from the one that is read."""
         cached = self.cache.commit_of(self.branch)
         return None if cached == self.commit else cached
 
     @property
     def remote_files(self) -> dict[str, RemoteFile]:
-        """The files that have been asked for, and are there, by name."""
+        """The files that were requested and exist, by name."""
         return self._files
 
     def resolve_commit(self, filename: str) -> None:
-        """Settle which commit is read: as the Hub says with this file.
-
-        Where it cannot be asked, as the cache does.
-        """
+        """Resolve the commit with a request for a file; use the cached one if that fails."""
         from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
         self.commit = self.known_commit
@@ -99,27 +96,24 @@ class RepositoryClient:
         except Exception as error:
             if cached is None:
                 raise
-            # perhaps the cache knows another that will do
+            # fall back to the cached commit if it can answer
             if not self.cache.can_answer(cached, filename):
                 raise NotCachedError(self._failure or error) from error
             self.commit = cached
             log.warning(
-                "the Hub cannot be asked for %s (%s): the cache's commit %s is taken, which may "
-                "not be the newest",
+                "%s: the Hub cannot be reached (%s); using the cached commit %s, which may be "
+                "outdated",
                 self.title,
                 describe_cause(error, self.describe_file(filename)),
                 cached,
             )
 
     def request(self, filename: str, max_attempts: int | None = None) -> RemoteFile:
-        """Ask the Hub for a file's etag, size and commit, once.
-
-        And nothing more once it could not be asked.
+        """Request the metadata of a file, once; after a failed request, there are no more.
 
         Raises:
-            huggingface_hub.errors.RemoteEntryNotFoundError: the repository has no such file, which
-                is noted.
-            Exception: the Hub cannot be asked, or refuses.
+            huggingface_hub.errors.RemoteEntryNotFoundError: The repository has no such file.
+            Exception: The Hub cannot be reached, or refused the request.
         """
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -144,22 +138,22 @@ class RepositoryClient:
         return file
 
     def request_again(self, file: RemoteFile) -> RemoteFile:
-        """Ask for a file's etag and size anew: what was said may have been spoiled on its way."""
+        """Request the metadata of a file again, since it may have been corrupted in transit."""
         return self._open(file.filename, file.commit)
 
     def is_absent(self, filename: str) -> bool:
-        """Whether the repository is known not to have the file."""
+        """Return whether the repository is known not to have the file."""
         if filename in self._absent:
             return True
         return self.commit is not None and self.cache.is_absent(self.commit, filename)
 
     def save_commit(self) -> None:
-        """Note in the cache that the commit is here: what the branch is, when offline."""
+        """Save the commit of the revision in the cache, for offline use."""
         if self.commit is not None and not self.options.is_offline:
             self.cache.set_commit(self.branch, self.commit)
 
     def listing(self) -> list[str]:
-        """Return the names of the files in the repository; none where the Hub does not say."""
+        """Return the names of the files in the repository; empty if the request fails."""
         from huggingface_hub import HfApi
 
         if self.options.is_offline or self._failure is not None:
@@ -172,11 +166,11 @@ class RepositoryClient:
                     LISTING_SECONDS, lambda: api.list_repo_files(self.name, revision=revision)
                 )
             )
-        except Exception:  # It only adds to a message about another fault.
+        except Exception:  # The list only adds detail to an error message.
             return []
 
     def describe_file(self, filename: str) -> RequestedFile:
-        """Return what messages say of a file."""
+        """Return the description of a file for messages."""
         return RequestedFile(filename, self.name, self.options)
 
     def _open(
@@ -187,10 +181,7 @@ class RepositoryClient:
         )
 
     def _pin(self, commit: str) -> None:
-        """Take the commit that the Hub has named.
-
-        The one that the cache knew stays its own until this one is here.
-        """
+        """Pin the load to a commit. The cached commit is replaced only after the download."""
         if self.commit is None:
             self.commit = commit
             if self.cache.commit_of(self.branch) is None:
@@ -198,24 +189,24 @@ class RepositoryClient:
 
 
 def unreachable_reason(name: str, seconds: float = 10.0) -> str | None:
-    """Return why the Hub does not answer when asked for a repository; None if it does.
+    """Return why the Hub does not respond to a request for a repository; None if it does.
 
-    Any answer will do, a refusal too, but for a server's own errors (HTTP 500 and above).
+    A refusal is a response, except HTTP 500 and above.
 
     Args:
-        name: the Hub id.
-        seconds: how long to wait, whatever hangs: for name lookup, connection and reply together.
+        name: Hub id.
+        seconds: Timeout for name lookup, connection and response together.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    def ask() -> RemoteFile:
+    def request() -> RemoteFile:
         return RemoteFile(name, CONFIG, None, None, RetryBudget(), max_attempts=1)
 
     try:
-        call_with_timeout(seconds, ask)
+        call_with_timeout(seconds, request)
     except HfHubHTTPError as error:
         status = error.response.status_code
         return f"HTTP {status}" if status >= 500 else None
-    except Exception as error:  # Whatever goes wrong means the same.
+    except Exception as error:  # Any other error means that the Hub did not respond.
         return describe_cause(error, RequestedFile(CONFIG, name, HubOptions()))
     return None

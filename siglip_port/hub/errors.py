@@ -1,13 +1,13 @@
-"""The exceptions inside this package. What leaves it is a `CheckpointError`: see `messages`."""
+"""Internal exceptions of this package; callers see a `CheckpointError` (see `messages`)."""
 
 from __future__ import annotations
 
 
 class NotCachedError(Exception):
-    """A file is not in the cache, and the Hub may not be asked, or could not be, for another file.
+    """A file is not cached and cannot be downloaded.
 
     Attributes:
-        cause: why it could not be asked; None where it may not.
+        cause: Error of the last request; None if downloads are disabled.
     """
 
     def __init__(self, cause: Exception | None = None) -> None:
@@ -16,22 +16,22 @@ class NotCachedError(Exception):
 
 
 class RangesNotSupportedError(Exception):
-    """A file cannot be read in parts; it has to be fetched whole. The message says why."""
+    """A file cannot be read in parts and must be downloaded whole. The message gives the reason."""
 
 
 class RetriesExhaustedError(Exception):
-    """Several attempts in a row have brought next to nothing.
+    """Several attempts in a row made no progress.
 
-    The message says what the last one met, for a sentence.
+    The message gives the error of the last attempt, without a final period.
     """
 
 
 class TransientError(Exception):
-    """An attempt has failed in a way that the next one may not.
+    """An attempt failed; the next one may succeed.
 
     Attributes:
-        wait: seconds that the server asks for; None where it does not.
-        max_attempts: at an error of this kind; None for the usual number.
+        wait: Wait that the server asks for, in seconds; None if it does not.
+        max_attempts: Maximum number of attempts after this error; None for the default.
     """
 
     max_attempts: int | None = None
@@ -42,18 +42,18 @@ class TransientError(Exception):
 
 
 class AddressExpiredError(TransientError):
-    """A signed address is not valid any more."""
+    """A signed URL has expired."""
 
 
 class BadRangeError(TransientError):
-    """The server has not understood the range; if it never does, there is the whole file."""
+    """The server did not honor a Range header; if it never does, the whole file is downloaded."""
 
 
 class NoConnectionError(TransientError):
-    """There is no connection at all, or nothing behind it that speaks as the Hub does."""
+    """There is no connection, or the server is not the Hub."""
 
 
 class TooSlowError(TransientError):
-    """Next to nothing arrives. More attempts would bring no more."""
+    """The transfer is too slow; further attempts are unlikely to help."""
 
     max_attempts = 3

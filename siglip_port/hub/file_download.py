@@ -1,4 +1,4 @@
-"""Whole files from the Hub into the cache: verified, then moved to their place in one step."""
+"""Download whole files into the cache: verified, then moved atomically."""
 
 from __future__ import annotations
 
@@ -27,59 +27,58 @@ from siglip_port.hub.xet import download_with_client
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-"""To put a file in its place, where locks do not hold."""
+"""Maximum number of attempts to store a file on file systems without working locks."""
 
 Download = Callable[[RemoteFile, Path], Path]
-"""Fetches a file to a place beside a path; returns which."""
+"""Downloads a file to a staged path next to the given one; returns the staged path."""
 
 
 class FileDownloader:
-    """Fetches whole files of a repository.
+    """Downloads whole files of a repository.
 
     Args:
-        client: of the repository.
-        cached: its files in the cache.
+        client: Client of the repository.
+        cached: Cached files of the repository.
 
     Attributes:
-        range_errors: files that cannot be fetched in parts, and why.
+        range_errors: Errors of files that cannot be downloaded in parts, by name.
     """
 
     def __init__(self, client: RepositoryClient, cached: CachedFiles) -> None:
         self._client = client
         self._cached = cached
         self._cache = client.cache
-        self._scratch: Path | None = None  # for small files, where the cache is read-only
+        self._scratch: Path | None = None  # for configurations, if the cache is read-only
         self.range_errors: dict[str, Exception] = {}
 
     def fetch_config(self, file: RemoteFile) -> Path:
-        """Fetch a configuration, or find its bytes in the cache.
+        """Download a configuration, or find its blob in the cache.
 
-        It is kept beside the cache where the cache cannot be written.
+        If the cache is not writable, a temporary copy is used.
 
         Raises:
-            CheckpointError: it is too large to be one.
+            CheckpointError: The file is too large for a configuration.
         """
         if file.has_known_size and file.size > MAX_JSON_BYTES:
             raise CheckpointError(
-                f"{file.filename} of {self._client.title} has {file.size} bytes, more than the "
-                f"{MAX_JSON_BYTES} that such a "
-                "file may have; it is not fetched"
+                f"{self._client.title}: {file.filename} is too large for a configuration: "
+                f"{file.size:,} bytes, the limit is {MAX_JSON_BYTES:,}"
             )
         try:
             path = self._cached.find_by_etag(file)
             if path is not None:
                 return path
-            self._cache.own.mkdir(parents=True, exist_ok=True)
+            self._cache.own_folder.mkdir(parents=True, exist_ok=True)
             return self._fetch_into_cache(
-                file, self._cache.own / file.filename, self._download_json
+                file, self._cache.own_folder / file.filename, self._download_json
             )
         except OSError as error:
             if error.errno is None:
                 raise
             log.warning(
-                "%s of %s cannot be kept in the cache (%s)",
-                file.filename,
+                "%s: %s cannot be cached (%s); using a temporary copy",
                 self._client.title,
+                file.filename,
                 error,
             )
         path = self._scratch_folder() / file.filename
@@ -87,70 +86,68 @@ class FileDownloader:
         return staged.replace(path)
 
     def fetch_weights(self, file: RemoteFile) -> Path:
-        """Fetch weights, or find their bytes in the cache, of another commit perhaps."""
+        """Download weights, or find their blob in the cache, perhaps of another commit."""
         path = self._cached.find_by_etag(file)
         if path is not None:
             return path
-        place = self._cache.own / self._cache.blob(file.etag).name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(place):
-            return self._fetch_until_cached(file, place)
+        target = self._cache.own_folder / self._cache.blob(file.etag).name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(target):
+            return self._fetch_until_cached(file, target)
 
-    def _fetch_until_cached(self, file: RemoteFile, place: Path) -> Path:
+    def _fetch_until_cached(self, file: RemoteFile, target: Path) -> Path:
         attempt = 1
         while True:
             path = self._cached.find_by_etag(file)
-            if path is not None:  # another process has just fetched it
+            if path is not None:  # another process has just downloaded it
                 return path
             try:
-                return self._fetch_into_cache(file, place, self._download_weights)
+                return self._fetch_into_cache(file, target, self._download_weights)
             except OSError as error:
-                # Where locks do not hold, as on some network file systems, others may move the
-                # file.
+                # On file systems without working locks, another process may move the file.
                 if error.errno != errno.ENOENT or attempt == MAX_ATTEMPTS:
                     raise
             attempt += 1
 
-    def _fetch_into_cache(self, file: RemoteFile, place: Path, download: Download) -> Path:
-        """Fetch a file, compare it with what the Hub says of it, and make it one of the cache."""
+    def _fetch_into_cache(self, file: RemoteFile, target: Path, download: Download) -> Path:
+        """Download and verify a file, and move it into the cache."""
         is_occupied = self._cached.is_occupied(file)
-        receipt, staged = self._download_verified(file, place, download)
+        receipt, staged = self._download_verified(file, target, download)
         if is_occupied:
             self._cached.set_aside(file)
         return self._cached.add(file, staged, receipt)
 
     def _download_verified(
-        self, file: RemoteFile, place: Path, download: Download
+        self, file: RemoteFile, target: Path, download: Download
     ) -> tuple[Receipt, Path]:
-        """Fetch a file, and compare it with what the Hub says of it.
+        """Download a file and compare it with the Hub's hash.
 
-        Once more where they differ: perhaps it was what the Hub says that was spoiled on its way.
+        After a mismatch, both the metadata and the file are requested again.
 
         Returns:
-            What it is, and where it lies until it is moved.
+            Receipt and path of the staged file.
 
         Raises:
-            CheckpointError: they differ again.
+            CheckpointError: The hash does not match the second time, either.
         """
-        staged = download(file, place)
+        staged = download(file, target)
         receipt = verify_download(file, staged)
         if receipt is None:
             staged.unlink()
             file = self._client.request_again(file)
-            staged = download(file, place)
+            staged = download(file, target)
             receipt = verify_download(file, staged)
         if receipt is not None:
             return receipt, staged
         size = staged.stat().st_size
         staged.unlink()
         raise CheckpointError(
-            f"{file.filename} of {self._client.title} did not arrive as it left: its hash should "
-            f"be {file.etag}, which the {size} bytes that came have not; they have been removed: "
-            "try again"
+            f"{self._client.title}: {file.filename} was corrupted in transit: the {size:,} bytes "
+            f"received do not match the Hub's hash {file.etag}; they were removed, try again"
         )
 
     def _download_weights(self, file: RemoteFile, path: Path) -> Path:
-        """Fetch a file by ranges, as a stream where these are refused, by Xet where both are."""
+        """Download a file by ranges, else as a stream, else from the Xet store."""
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
@@ -159,9 +156,9 @@ class FileDownloader:
             if not file.can_use_xet:
                 raise
             log.warning(
-                "%s of %s: %s; trying hf_xet",
-                file.filename,
+                "%s: cannot download %s over HTTP: %s; trying hf_xet",
                 self._client.title,
+                file.filename,
                 redact(str(error)),
             )
             try:
@@ -169,7 +166,7 @@ class FileDownloader:
                     self._client.name, file, path, self._client.options.token
                 )
             except RetriesExhaustedError as xet_error:
-                raise RetriesExhaustedError(f"{error}; and {xet_error}") from xet_error
+                raise RetriesExhaustedError(f"{error}; {xet_error}") from xet_error
 
     def _download_by_http(self, file: RemoteFile, path: Path) -> Path:
         range_error = self.range_errors.get(file.filename)
@@ -177,12 +174,12 @@ class FileDownloader:
             raise range_error
         if range_error is None:
             try:
-                return download_file(file, path, f"{self._client.name}, {file.filename}")
+                return download_file(file, path, f"{self._client.name}: {file.filename}")
             except RangesNotSupportedError as error:
                 log.info(
-                    "%s of %s cannot be fetched in parts (%s)",
-                    file.filename,
+                    "%s: %s cannot be downloaded in parts (%s); downloading it as a stream",
                     self._client.title,
+                    file.filename,
                     error,
                 )
         return download_stream(file, path)
@@ -191,7 +188,7 @@ class FileDownloader:
         return download_stream(file, path, MAX_JSON_BYTES)
 
     def _scratch_folder(self) -> Path:
-        """Return a folder that goes with this object."""
+        """Return a temporary folder that is removed with this object."""
         if self._scratch is None:
             self._scratch = Path(tempfile.mkdtemp(prefix="siglip_port-"))
             weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
@@ -199,26 +196,26 @@ class FileDownloader:
 
 
 def verify_download(file: RemoteFile, path: Path) -> Receipt | None:
-    """Compare a file that has arrived with what the Hub says of it; None where they differ."""
+    """Compare a downloaded file with its size and hash on the Hub; None if they differ."""
     if not file.has_size(path.stat().st_size):
         return None
     return verify_file(path, file.etag)
 
 
 def download_stream(file: RemoteFile, path: Path, max_bytes: int | None = None) -> Path:
-    """Fetch a file by one request.
+    """Download a file in one request.
 
     Args:
-        file: at the Hub.
-        path: beside which it is put.
-        max_bytes: that it may have; None for any number.
+        file: File on the Hub.
+        path: Path of the finished file; the staged file is next to it.
+        max_bytes: Maximum size; None for no limit.
 
     Returns:
-        Where it lies until it is moved.
+        Path of the staged file.
 
     Raises:
-        OSError: it cannot be written, or there is no room for it.
-        RetriesExhaustedError, ValueError: as `RemoteFile.read_all`.
+        OSError: The file cannot be written, or the disk is full.
+        RetriesExhaustedError, ValueError: See `RemoteFile.read_all`.
     """
     if file.has_known_size:
         check_free_space(path.parent, file.size)

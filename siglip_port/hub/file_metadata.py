@@ -1,4 +1,4 @@
-"""What the Hub says of a file: its commit, hash and size, and where its bytes are."""
+"""File metadata from the Hub: commit, hash, size and download URL."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ MAX_REDIRECTS = 20
 
 @dataclass(frozen=True)
 class FileMetadata:
-    """What the Hub says of a file, and where its bytes are to be had at present.
+    """Metadata of a file on the Hub.
 
     Attributes:
-        location: an address of the bytes, perhaps signed.
-        commit: that the Hub took the revision for.
-        etag: the Hub's identifier of the contents: SHA-256, or git's own hash of what git holds
-            itself.
-        size: in bytes; None where nobody says.
-        is_xet: whether the Hub has it in its Xet store, too.
+        location: Download URL, possibly signed.
+        commit: Commit that the revision resolved to.
+        etag: ETag of the contents: SHA-256 for LFS and Xet files, else the git blob hash.
+        size: Size in bytes; None if the server does not report it.
+        is_xet: Whether the file is also in the Xet store.
     """
 
     location: str
@@ -36,12 +35,12 @@ class FileMetadata:
 
 @dataclass(frozen=True)
 class MetadataResponse:
-    """The Hub's last answer, of several.
+    """The last response of a redirect chain.
 
     Attributes:
-        location: where the bytes are.
+        location: Download URL.
         status: HTTP status.
-        headers: names in lower case, with what answers before it said of the file.
+        headers: Headers by lowercase name, including the `X-` headers of earlier responses.
     """
 
     location: str
@@ -50,12 +49,12 @@ class MetadataResponse:
 
 
 def request_metadata(session: FileSession) -> FileMetadata:
-    """Ask the Hub for a file's metadata.
+    """Request the metadata of a file.
 
     Raises:
-        NoConnectionError: what answers is not the Hub.
-        RetriesExhaustedError: the Hub redirects in a circle.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+        NoConnectionError: The server is not the Hub.
+        RetriesExhaustedError: The Hub redirects in a loop.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refused the request.
     """
     response = follow_redirects(session)
     headers = response.headers
@@ -70,13 +69,12 @@ def request_metadata(session: FileSession) -> FileMetadata:
 
 
 def follow_redirects(session: FileSession) -> MetadataResponse:
-    """Ask the Hub, and again where it redirects to itself, as when a repository is renamed."""
+    """Follow redirects within the Hub, such as those of a renamed repository."""
     location = session.url
     headers: dict[str, str] = {}
     for _ in range(MAX_REDIRECTS):
         status, response_headers = session.head(location)
-        # A mirror may say what it knows of the file in its first answer, and not in that which it
-        # redirects to.
+        # A mirror may describe the file only in its first response, before the redirect.
         known = {name: value for name, value in headers.items() if name.startswith("x-")}
         headers = {name.lower(): value for name, value in response_headers.items()} | known
         if not 300 <= status < 400 or "location" not in headers:
@@ -86,34 +84,34 @@ def follow_redirects(session: FileSession) -> MetadataResponse:
         if is_described or not is_hub(location, session.url):
             return MetadataResponse(location, status, headers)
     raise RetriesExhaustedError(
-        f"{urlsplit(session.url).hostname} redirects in a circle: check HF_ENDPOINT, and proxies"
+        f"{urlsplit(session.url).hostname} redirects in a loop; check HF_ENDPOINT and the proxy"
     )
 
 
 def describe_other_server(url: str, response: MetadataResponse) -> str:
-    """Say, for a sentence, why what answers is not the Hub."""
+    """Return why a response is not from the Hub."""
     headers = response.headers
     missing = "ETag" if headers.get("x-repo-commit") else "X-Repo-Commit"
-    page = ", a web page" if "html" in headers.get("content-type", "") else ""
+    page = " with a web page" if "html" in headers.get("content-type", "") else ""
     return (
-        f"{urlsplit(url).hostname} does not answer as the Hub does (no {missing}; "
-        f"HTTP {response.status}{page}): check HF_ENDPOINT, and whether "
-        "a proxy, a firewall or a login page stands between"
+        f"{urlsplit(url).hostname} did not respond like the Hub (HTTP {response.status}{page}, no "
+        f"{missing} header); check HF_ENDPOINT, and whether a proxy, firewall or login page "
+        "intercepts the connection"
     )
 
 
 def announced_size(response: MetadataResponse) -> int | None:
-    """Return the size of the file, if the headers say."""
+    """Return the file size from the headers; None if they do not report it."""
     headers = response.headers
     size = headers.get("x-linked-size", "")
-    has_body = 200 <= response.status < 300  # and no message beside a redirect
+    has_body = 200 <= response.status < 300  # a redirect may have a body of its own
     if not size and has_body and "content-encoding" not in headers:
         size = headers.get("content-length", "")
     return int(size) if size.isdecimal() else None
 
 
 def request_size(session: FileSession, location: str) -> int | None:
-    """Ask for the first byte of a file, for its size; None where the answer does not say."""
+    """Return the file size from a request for the first byte; None if it is not reported."""
     with (
         contextlib.suppress(Exception),
         session.stream(location, FIRST_BYTE) as response,

@@ -1,6 +1,6 @@
-"""Files on the Hub, in parts or whole: requests that are repeated, exact, and end.
+"""Read files on the Hub, in byte ranges or whole, with checks, retries and timeouts.
 
-The address of a large file expires; it is asked for again when it has.
+The signed URL of a large file expires; an expired URL is requested again.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from siglip_port.hub.session import (
 )
 
 HEADER_BYTES = 65_536
-"""Asked for at first: the headers of most files are shorter, so one request is enough."""
+"""Size of the first request for a header; most headers are shorter."""
 
 
 class RemoteFile:
     """A file in a repository of the Hub.
 
     Args:
-        name: the Hub id.
-        filename: in the repository.
-        revision: branch, tag or commit.
-        token: a Hub token, True for the stored one, False for none.
-        budget: of the load.
-        max_attempts: to find it; None for the usual number.
+        name: Hub id.
+        filename: Name in the repository.
+        revision: Branch, tag or commit; None for `main`.
+        token: Hub token; True for the stored token, False for none.
+        budget: Retry budget of the load.
+        max_attempts: Maximum number of requests for the metadata; None for the default.
 
     Attributes:
-        commit: the commit that the Hub has taken `revision` for.
-        etag: the Hub's identifier of the contents.
+        commit: Commit that `revision` resolved to.
+        etag: ETag of the contents.
 
     Raises:
-        RetriesExhaustedError: the Hub cannot be reached, or what answers is not the Hub.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+        RetriesExhaustedError: The Hub cannot be reached, or the server is not the Hub.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refused the request.
     """
 
     def __init__(
@@ -70,12 +70,11 @@ class RemoteFile:
         self._budget = budget
         self._session = FileSession(hf_hub_url(name, filename, revision=revision), token)
         self._lock = threading.Lock()
-        self._etag_by_host: dict[str, str] = {}  # each host may have its own for the same bytes
+        self._etag_by_host: dict[str, str] = {}  # hosts may differ in the ETag of the same bytes
         metadata = self._request_metadata(max_attempts)
         self.commit = metadata.commit
         self.etag = metadata.etag
-        # From now on it is asked for by its commit, so that a push between two requests changes
-        # nothing.
+        # All further requests name the commit, so a push between two requests has no effect.
         pinned = hf_hub_url(name, filename, revision=metadata.commit)
         if metadata.location == self._session.url:
             metadata = replace(metadata, location=pinned)
@@ -84,25 +83,23 @@ class RemoteFile:
 
     @property
     def size(self) -> int:
-        """The size in bytes.
+        """Size in bytes.
 
         Raises:
-            RangesNotSupportedError: nobody says.
+            RangesNotSupportedError: The server does not report the size.
         """
         if self._metadata.size is None:
-            raise RangesNotSupportedError(
-                "neither the Hub nor the host that it names says how large the file is"
-            )
+            raise RangesNotSupportedError("the server does not report the file size")
         return self._metadata.size
 
     @property
     def has_known_size(self) -> bool:
-        """Whether anybody says how large the file is."""
+        """Whether the server reports the size."""
         return self._metadata.size is not None
 
     @property
     def can_use_xet(self) -> bool:
-        """Whether the Hub has it in its Xet store, and the Hub's client may fetch it from there."""
+        """Whether the file is in the Xet store, and `hf_xet` is installed and enabled."""
         from huggingface_hub import constants
 
         return (
@@ -112,19 +109,19 @@ class RemoteFile:
         )
 
     def has_size(self, size: int) -> bool:
-        """Whether this is the size of the file, as far as anybody says."""
+        """Return whether the file has this size; True if the server does not report it."""
         return self._metadata.size in (None, size)
 
     def header(self) -> tuple[Header, bytes]:
         """Read the header of a safetensors file.
 
         Returns:
-            The header, and the bytes of its JSON.
+            The header, and its JSON bytes.
 
         Raises:
-            siglip_port.checkpoint.formats.UnreadableFileError: it is no safetensors file.
-            RangesNotSupportedError, RetriesExhaustedError: as `read`.
-            huggingface_hub.errors.HfHubHTTPError: as `read`.
+            siglip_port.checkpoint.formats.UnreadableFileError: Not a safetensors file.
+            RangesNotSupportedError, RetriesExhaustedError: See `read`.
+            huggingface_hub.errors.HfHubHTTPError: See `read`.
         """
         content = b"".join(self.read(0, min(HEADER_BYTES, self.size)))
         with readable():
@@ -136,19 +133,19 @@ class RemoteFile:
     def read(
         self, first: int, stop: int, interrupt: threading.Event | None = None
     ) -> Iterator[bytes]:
-        """Yield the bytes from `first` to before `stop`, as they arrive.
+        """Yield the bytes of the range [first, stop) as they arrive.
 
-        What has arrived is not asked for again.
+        A retry requests only the bytes that are missing.
 
         Args:
-            first: of the bytes.
-            stop: one after the last.
-            interrupt: when set, nothing more is waited for.
+            first: First byte.
+            stop: One past the last byte.
+            interrupt: Event that cancels the read.
 
         Raises:
-            RangesNotSupportedError: the server has only the whole file to give.
-            RetriesExhaustedError: the bytes cannot be had.
-            huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+            RangesNotSupportedError: The server serves only whole files.
+            RetriesExhaustedError: All attempts failed.
+            huggingface_hub.errors.HfHubHTTPError: The Hub refused the request.
         """
         retry = Retry(self._budget, interrupt=interrupt)
         while first < stop:
@@ -165,20 +162,18 @@ class RemoteFile:
                 retry.wait(error)
 
     def read_all(self, out: BinaryIO, max_bytes: int | None = None) -> None:
-        """Fetch the file without asking for a part of it.
+        """Download the file in one request; a retry starts over.
 
-        After an attempt that fails, all of it is asked for again.
-
-        Whether it is the file that the Hub describes is for the caller to find out.
+        The caller compares the contents with the ETag.
 
         Args:
-            out: what is written to, from its beginning.
-            max_bytes: that it may have; None for any number.
+            out: File to write to, from offset 0.
+            max_bytes: Maximum size; None for no limit.
 
         Raises:
-            RetriesExhaustedError: it cannot be had.
-            ValueError: it is longer than `max_bytes`.
-            huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+            RetriesExhaustedError: All attempts failed.
+            ValueError: The file is longer than `max_bytes`.
+            huggingface_hub.errors.HfHubHTTPError: The Hub refused the request.
         """
         retry = Retry(self._budget)
         while True:
@@ -189,7 +184,7 @@ class RemoteFile:
                 for chunk in self._request_all(metadata):
                     out.write(chunk)
                     if max_bytes is not None and out.tell() > max_bytes:
-                        raise ValueError(f"it has more than {max_bytes} bytes")
+                        raise ValueError(f"the file is longer than {max_bytes:,} bytes")
                 return
             except TransientError as error:
                 self._prepare_retry(error, metadata, retry)
@@ -197,24 +192,24 @@ class RemoteFile:
     # --- retries ----------------------------------------------------------------------------------
 
     def _prepare_retry(self, error: TransientError, metadata: FileMetadata, retry: Retry) -> None:
-        """Wait before the next attempt, which may need a new address.
+        """Wait before the next attempt, and refresh an expired URL.
 
         Raises:
-            RetriesExhaustedError: there is to be none.
+            RetriesExhaustedError: No attempts are left.
         """
         is_expired = isinstance(error, AddressExpiredError)
         if is_expired and not self._refresh_location(metadata):
-            return  # another thread has just done so
+            return  # another thread has just refreshed the URL
         retry.wait(error)
 
     def _prepare_retry_of_range(
         self, error: BadRangeError | AddressExpiredError, metadata: FileMetadata, retry: Retry
     ) -> None:
-        """As `_prepare_retry`; where ranges are always refused, there may still be the whole file.
+        """Like `_prepare_retry`, but if only ranges fail, the whole file may still be available.
 
         Raises:
-            RangesNotSupportedError: the usual number of ranges has been refused.
-            RetriesExhaustedError: as `_prepare_retry`.
+            RangesNotSupportedError: All attempts were refused.
+            RetriesExhaustedError: See `_prepare_retry`.
         """
         try:
             self._prepare_retry(error, metadata, retry)
@@ -224,27 +219,27 @@ class RemoteFile:
             raise
 
     def _refresh_location(self, metadata: FileMetadata) -> bool:
-        """Ask for the address again, unless another thread has just done so.
+        """Request a new URL, unless another thread has just done so.
 
         Returns:
-            Whether it was asked for.
+            Whether a new URL was requested.
 
         Raises:
-            RetriesExhaustedError: the file has been replaced.
+            RetriesExhaustedError: The file was replaced on the Hub.
         """
         with self._lock:
             if self._metadata is not metadata:
                 return False
             new = self._request_metadata()
             if (new.etag, new.size) != (metadata.etag, metadata.size):
-                raise RetriesExhaustedError("the file has been replaced while it was read")
+                raise RetriesExhaustedError("the file was replaced on the Hub during the download")
             self._metadata = new
             return True
 
     # --- requests ---------------------------------------------------------------------------------
 
     def _request_metadata(self, max_attempts: int | None = None) -> FileMetadata:
-        """Ask the Hub for the file's address, etag and size."""
+        """Request the metadata of the file, with retries."""
         from huggingface_hub import constants
 
         seconds = 2 * constants.HF_HUB_ETAG_TIMEOUT + 5
@@ -259,10 +254,10 @@ class RemoteFile:
                 retry.wait(error)
 
     def _request_all(self, metadata: FileMetadata) -> Iterator[bytes]:
-        """Yield the bytes of the whole file, by one request.
+        """Yield the bytes of the whole file from one request.
 
         Raises:
-            TransientError: whatever ends it early.
+            TransientError: The request failed; a retry may succeed.
         """
         with (
             classify_errors(self._session.url, metadata.location),
@@ -272,10 +267,11 @@ class RemoteFile:
             yield from require_progress(response.iter_bytes(), self._budget)
 
     def _request_range(self, metadata: FileMetadata, first: int, stop: int) -> Iterator[bytes]:
-        """Yield bytes from `first` on, perhaps not all, by one request.
+        """Yield the bytes of a range from one request.
 
         Raises:
-            TransientError: whatever ends it early.
+            TransientError: The request failed, perhaps after some of the bytes; a retry may
+                succeed.
         """
         headers = {"Range": f"bytes={first}-{stop - 1}"}
         with (
@@ -285,56 +281,56 @@ class RemoteFile:
             self._check_range(response, metadata, first, stop)
             for chunk in require_progress(response.iter_raw(), self._budget):
                 if len(chunk) > stop - first:
-                    raise BadRangeError("the server sends more bytes than were asked for")
+                    raise BadRangeError("the server sent more bytes than requested")
                 first += len(chunk)
                 yield chunk
         if first < stop:
-            raise TransientError("the connection was closed before all bytes had arrived")
+            raise TransientError("the connection closed before all bytes arrived")
 
     def _check_range(
         self, response: Response, metadata: FileMetadata, first: int, stop: int
     ) -> None:
-        """Check that the bytes to come are those that were asked for, of the same file.
+        """Check that a response has the requested range of the same file.
 
         Raises:
-            BadRangeError: they are not.
-            RangesNotSupportedError: it is the whole file that comes.
-            huggingface_hub.errors.HfHubHTTPError: the server refuses.
+            BadRangeError: The response has another range or another file.
+            RangesNotSupportedError: The response has the whole file.
+            huggingface_hub.errors.HfHubHTTPError: The server refused the request.
         """
         status = response.status_code
         if status == 200:
-            raise RangesNotSupportedError("the server does not serve parts of files")
+            raise RangesNotSupportedError("the server does not support range requests")
         if status == 416:
-            raise BadRangeError("the server has no such bytes (HTTP 416)")
-        raise_for_status(response)  # `classify_errors` decides which refusals may pass
+            raise BadRangeError("the server rejected the byte range (HTTP 416)")
+        raise_for_status(response)  # `classify_errors` decides which statuses are transient
         content_range = response.headers.get("Content-Range", "")
         if not is_within(content_range, first, stop, metadata.size):
             raise BadRangeError(
-                f"the server answers with other bytes than were asked for (HTTP {status})"
+                f"the server returned other bytes than the requested range (HTTP {status})"
             )
         if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise BadRangeError("the server compresses what it sends")
+            raise BadRangeError("the server compressed the response")
         self._check_etag(response)
 
     def _check_etag(self, response: Response) -> None:
-        """Check that a host stays with its ETag, which may differ from the Hub's."""
+        """Check that the ETag of a host stays the same; it may differ from the Hub's."""
         etag = plain_etag(response.headers.get("ETag", ""))
         host = str(response.url.host)
         with self._lock:
             expected = self._etag_by_host.get(host) or etag
             self._etag_by_host[host] = expected
         if etag not in ("", expected):
-            raise BadRangeError("the file changes while it is read")
+            raise BadRangeError("the file changed on the server during the download")
 
 
 def is_within(content_range: str, first: int, stop: int, size: int | None) -> bool:
-    """Whether a response brings bytes from `first` on, none from `stop` on, of a file of this size.
+    """Return whether a response starts at `first` and ends before `stop`, in a file of this size.
 
     Args:
-        content_range: the header.
-        first: byte that was asked for.
-        stop: one after the last.
-        size: of the file, as the Hub says; None where it does not.
+        content_range: Content-Range header.
+        first: First byte requested.
+        stop: One past the last byte requested.
+        size: File size; None if it is not reported.
     """
     match = CONTENT_RANGE.fullmatch(content_range)
     if match is None or match["size"] not in ("*", str(size)):

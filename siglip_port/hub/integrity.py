@@ -1,4 +1,4 @@
-"""Whether files are as the Hub says: hashes, taken by blocks, with all cores."""
+"""Verify files against the Hub's hashes; blocks are hashed in parallel."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BLOCK_BYTES = 16 * 1024 * 1024
-"""Of a whole file, hashed at once, and noted in its receipt."""
+"""Size of the blocks of a whole file whose checksums are in its receipt."""
 
 Span = tuple[int, int]
-"""A part of a file: the first byte, and one after the last."""
+"""Byte range [first, stop) of a file."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
@@ -22,12 +22,12 @@ _SHA1 = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a whole file was when it was as the Hub says.
+    """Checksums of a whole file that matched the Hub's hash.
 
     Attributes:
-        etag: the Hub's identifier of the contents.
-        block: how many bytes are hashed at once.
-        checksums: SHA-256 of each of these blocks.
+        etag: ETag of the contents.
+        block: Block size in bytes.
+        checksums: SHA-256 of each block.
     """
 
     etag: str
@@ -36,10 +36,10 @@ class Receipt:
 
 
 def hash_spans(path: Path, spans: Iterable[Span]) -> list[str]:
-    """Return the SHA-256 of parts of a file.
+    """Return the SHA-256 of byte ranges of a file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: The file cannot be read.
     """
 
     def hash_span(span: Span) -> str:
@@ -53,24 +53,24 @@ def hash_spans(path: Path, spans: Iterable[Span]) -> list[str]:
 
 
 def verify_file(path: Path, etag: str) -> Receipt | None:
-    """Compare a whole file with the Hub's identifier of it.
+    """Compare a whole file with its ETag.
 
-    That is the SHA-256 of large files; of others git's own hash, or, from some proxies, SHA-1.
-    There are proxies whose identifier is no hash at all, and tells nothing of the file.
+    The ETag is the SHA-256 of large files and the git blob hash of others. Some proxies send a
+    plain SHA-1, or an ETag that is not a hash; the latter cannot be verified and matches any file.
 
     Args:
-        path: of the file.
-        etag: the Hub's identifier.
+        path: File to verify.
+        etag: ETag of the expected contents.
 
     Returns:
-        What it is; None where it is not what it should be.
+        Receipt of the file; None if it does not match.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: The file cannot be read.
     """
     size = path.stat().st_size
     blocks = [(first, first + BLOCK_BYTES) for first in range(0, size, BLOCK_BYTES)]
-    # The blocks are hashed beside the whole, which one core can take at a time.
+    # The blocks are hashed in parallel to the whole file, which keeps one core busy.
     with ThreadPoolExecutor(1) as pool:
         checksums = pool.submit(hash_spans, path, blocks)
         matches = matches_etag(path, etag)
@@ -80,7 +80,7 @@ def verify_file(path: Path, etag: str) -> Receipt | None:
 
 
 def matches_etag(path: Path, etag: str) -> bool:
-    """Whether a whole file has this hash; an identifier that is no hash matches all."""
+    """Return whether a file has this hash; an ETag that is not a hash matches any file."""
     if _SHA256.fullmatch(etag):
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == etag
@@ -90,7 +90,7 @@ def matches_etag(path: Path, etag: str) -> bool:
 
 
 def sha1_hashes(path: Path) -> tuple[str, str]:
-    """Return git's own hash of a file, and its SHA-1."""
+    """Return the git blob hash and the plain SHA-1 of a file."""
     git = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     plain = hashlib.sha1(usedforsecurity=False)
     with path.open("rb") as file:
@@ -101,10 +101,10 @@ def sha1_hashes(path: Path) -> tuple[str, str]:
 
 
 def is_unchanged(path: Path, receipt: Receipt, spans: Iterable[Span]) -> bool:
-    """Whether parts of a whole file are what they were.
+    """Return whether byte ranges of a file still match its receipt.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: The file cannot be read.
     """
     touched: set[int] = set()
     for first, stop in spans:

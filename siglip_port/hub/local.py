@@ -1,4 +1,4 @@
-"""Checkpoints on this machine."""
+"""Local checkpoints."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from siglip_port.checkpoint.weight_files import read_weights_header
 
 @dataclass
 class LocalFolder:
-    """A checkpoint in a folder of this machine. Never touches the network.
+    """A checkpoint in a local folder. Never uses the network.
 
     Attributes:
-        folder: of the checkpoint.
-        name: what the user called it.
-        weights: the name of the weights file; None for the usual ones.
-        commit: always None; repositories of the Hub have one.
+        folder: Folder of the checkpoint.
+        name: Path that the user passed.
+        weights: Name of the weights file; None for the default names.
+        commit: Always None; only Hub repositories have one.
     """
 
     folder: Path
@@ -29,29 +29,29 @@ class LocalFolder:
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """The checkpoint in messages."""
         return self.name
 
     def get(self, filename: str) -> Path | None:
-        """Return the path of a file, or None where there is none."""
+        """Return the path of a file; None if it does not exist."""
         path = self.folder / filename
         try:
             is_file = path.is_file()
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+            raise CheckpointError(f"{path}: cannot be read ({error})") from error
         return path if is_file else None
 
     def header(self, filename: str) -> Header | None:
-        """Read which tensors a weights file holds; None where there is no such file."""
+        """Read the header of a weights file; None if the file does not exist."""
         path = self.get(filename)
         return None if path is None else read_weights_header(path)
 
     def local(self, filename: str) -> Path | None:
-        """Return the path of a file, as `get`: all files are here."""
+        """Return the path of a file, like `get`: all files are local."""
         return self.get(filename)
 
     def fetch(self, tensors: Mapping[str, Collection[str]]) -> dict[str, Path]:
-        """Return the paths of weights files, by name."""
+        """Return the paths of weights files by name."""
         return {filename: self.folder / filename for filename in tensors}
 
     def listing(self) -> list[str]:

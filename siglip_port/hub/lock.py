@@ -1,4 +1,4 @@
-"""A lock on a file that is made, which no idle process holds for ever."""
+"""A lock on a file that is being written; a lock of an idle process is ignored."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 LOCK_IDLE_SECONDS = 10.0
-"""Another process that holds a lock and writes nothing for so long is not waited for."""
+"""After this time without a write, the lock of another process is ignored, in seconds."""
 
 LOCK_POLL_SECONDS = 1.0
-"""Between looks at what the other process has written."""
+"""Interval at which the other process is checked for progress, in seconds."""
 
 
 @contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
-    """Wait until no other process or thread makes a file; but not for one that does nothing.
+    """Lock a file that is being written, unless an idle process holds the lock.
 
-    Without the lock it is made as well: processes that make the same file write the same bytes to
-    the same places.
+    Writing without the lock is safe: processes that write the same file write the same bytes to
+    the same offsets.
 
     Args:
-        path: of the file, which is put together beside it.
+        path: Path of the finished file.
     """
     with contextlib.ExitStack() as stack:
         acquire_lock(path, stack)
@@ -34,11 +34,11 @@ def exclusive_lock(path: Path) -> Iterator[None]:
 
 
 def acquire_lock(path: Path, stack: contextlib.ExitStack) -> None:
-    """Enter the lock of a file, or give up on it.
+    """Acquire the lock of a file, or stop waiting for it.
 
     Args:
-        path: of the file.
-        stack: holds the lock.
+        path: Path of the finished file.
+        stack: Stack that holds the lock.
     """
     from filelock import Timeout
     from huggingface_hub.utils import WeakFileLock
@@ -54,21 +54,19 @@ def acquire_lock(path: Path, stack: contextlib.ExitStack) -> None:
             return
         except Timeout:
             if is_first_wait:
-                log.warning(
-                    "another process fetches %s: waiting for it, as long as it does", path.name
-                )
+                log.warning("another process is downloading %s; waiting for it", path.name)
             is_first_wait = False
         now = modification_time(incomplete)
         if now != before:
             before = now
             since = time.monotonic()
         elif time.monotonic() - since > LOCK_IDLE_SECONDS:
-            log.warning("another process holds %s and does nothing: going on without", lock)
+            log.warning("%s is held by an idle process; continuing without the lock", lock)
             return
 
 
 def modification_time(path: Path) -> int:
-    """Return when a file was written to last, in nanoseconds; 0 where there is none."""
+    """Return the modification time of a file, in nanoseconds; 0 if it does not exist."""
     try:
         return path.stat().st_mtime_ns
     except OSError:

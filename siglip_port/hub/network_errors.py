@@ -1,4 +1,4 @@
-"""What goes wrong between here and the Hub: which errors may pass, and what they are, in words."""
+"""Classify and describe network errors: which are transient, and what caused them."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
-"""What a server answers that may answer better a little later."""
+"""HTTP statuses that are worth a retry."""
 
 EXPIRED_STATUS = (400, 401, 403, 404, 410)
-"""What the CDN answers when a signed address has expired."""
+"""HTTP statuses of the CDN for an expired signed URL."""
 
-# nothing remains, and for how many seconds
+# no requests remaining (r=0), window reset in t seconds
 _RATE_LIMIT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 
 
 @contextmanager
 def classify_errors(url: str, address: str | None = None) -> Iterator[None]:
-    """Turn what the client raises into a `TransientError`, where the next attempt may do better.
+    """Turn errors of the client into `TransientError` if a retry may succeed.
 
     Args:
-        url: of the file at the Hub.
-        address: that is asked, if another.
+        url: URL of the file on the Hub.
+        address: URL of the request, if it differs.
 
     Raises:
-        TransientError: as above.
-        RetriesExhaustedError: another attempt would meet the same.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+        TransientError: A retry may succeed.
+        RetriesExhaustedError: A retry would fail the same way.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refused the request.
     """
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -60,9 +60,10 @@ def classify_errors(url: str, address: str | None = None) -> Iterator[None]:
         if refusal is None:
             raise
         raise refusal from error
-    # The errors of the client's HTTP library have no base in common. Their text may hold addresses.
+    # The errors of the client's HTTP library have no common base class. Their text may contain
+    # signed URLs.
     except Exception as error:
-        # an error of this machine; the client's own have no number
+        # local error, such as a full disk; network errors of the client have no errno
         if isinstance(error, OSError) and error.errno is not None:
             raise
         failure = diagnose_connection(error, address or url)
@@ -74,34 +75,35 @@ def classify_errors(url: str, address: str | None = None) -> Iterator[None]:
 def classify_refusal(
     error: HfHubHTTPError, url: str
 ) -> TransientError | RetriesExhaustedError | None:
-    """Return what an HTTP status means for the next attempt; None where the Hub simply refuses.
+    """Return the error for an HTTP status; None if the Hub refused the request for good.
 
     Args:
-        error: with the response.
-        url: of the file at the Hub.
+        error: Error with the response.
+        url: URL of the file on the Hub.
     """
     status = error.response.status_code
     address = str(error.response.url)
     host = urlsplit(address).hostname
     if status == 407:
-        proxy = proxy_for(address) or "in between"
-        return RetriesExhaustedError(f"the proxy {proxy} asks for a name and password (HTTP 407)")
+        proxy = proxy_for(address)
+        subject = f"the proxy {proxy}" if proxy else "a proxy"
+        return RetriesExhaustedError(f"{subject} requires a user name and password (HTTP 407)")
     if status in EXPIRED_STATUS and not is_hub(address, url):
-        message = f"the address that the Hub gave for the file is refused (HTTP {status} of {host})"
+        message = f"{host} rejected the signed URL of the file (HTTP {status})"
         return AddressExpiredError(message, wait=0)
     if status in TRANSIENT_STATUS:
-        return TransientError(f"{host} answers HTTP {status}", retry_after(error.response.headers))
+        return TransientError(f"{host} returned HTTP {status}", retry_after(error.response.headers))
     return None
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return how many seconds a server asks to wait.
+    """Return the wait that a server asks for, in seconds; None if it does not.
 
-    By a rate limit that is used up, or in `Retry-After`, also as a date.
+    From an exhausted `RateLimit`, else from `Retry-After` (seconds or a date).
     """
     limit = _RATE_LIMIT.search(headers.get("RateLimit", ""))
     if limit is not None:
-        return float(limit[1]) + 1  # it is rounded
+        return float(limit[1]) + 1  # t is rounded down
     wait = headers.get("Retry-After", "").strip()
     if wait.isdecimal():
         return float(wait)
@@ -113,11 +115,11 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 @dataclass(frozen=True)
 class ConnectionFailure:
-    """Why there is no answer.
+    """Why there was no response.
 
     Attributes:
-        message: for a sentence.
-        is_final: whether another attempt would meet the same.
+        message: Cause, without a final period.
+        is_final: Whether a retry would fail the same way.
     """
 
     message: str
@@ -126,12 +128,12 @@ class ConnectionFailure:
 
 @dataclass(frozen=True)
 class FailedConnection:
-    """An error of the client's HTTP library, with what the checks below look at.
+    """An error of the client's HTTP library, as the checks below need it.
 
     Attributes:
-        error: that was raised.
-        host: that was asked.
-        proxy: through which it was asked; None where there is none.
+        error: Error that was raised.
+        host: Host of the request.
+        proxy: Proxy of the request; None if there is none.
     """
 
     error: Exception
@@ -140,12 +142,12 @@ class FailedConnection:
 
     @property
     def kind(self) -> str:
-        """The name of the error's type: the types are of a library that may change."""
+        """Name of the error type; the types differ between releases of the client."""
         return type(self.error).__name__
 
     @property
     def chain(self) -> list[BaseException]:
-        """The error, and those that it came of."""
+        """The error and its causes."""
         chain: list[BaseException] = []
         link: BaseException | None = self.error
         while link is not None:
@@ -155,25 +157,25 @@ class FailedConnection:
 
     @property
     def text(self) -> str:
-        """The texts of all errors."""
+        """The texts of the error and its causes."""
         return " ".join(str(link) for link in self.chain)
 
     @property
     def description(self) -> str:
-        """The error's type and redacted text."""
+        """Type and redacted text of the error."""
         return describe_error(self.error)
 
-    def comes_of(self, kind: type[BaseException]) -> bool:
-        """Whether an error of this type is among the causes."""
+    def is_caused_by(self, kind: type[BaseException]) -> bool:
+        """Return whether the error or one of its causes has this type."""
         return any(isinstance(link, kind) for link in self.chain)
 
 
 def diagnose_connection(error: Exception, url: str) -> ConnectionFailure:
-    """Return why there is no answer from an address.
+    """Return why a request got no response.
 
     Args:
-        error: of the client's HTTP library.
-        url: that was asked.
+        error: Error of the client's HTTP library.
+        url: URL of the request.
     """
     connection = FailedConnection(error, urlsplit(url).hostname, proxy_for(url))
     for check in CHECKS:
@@ -185,32 +187,31 @@ def diagnose_connection(error: Exception, url: str) -> ConnectionFailure:
 
 def untrusted_certificate(connection: FailedConnection) -> ConnectionFailure | None:
     """Check for a certificate that is not trusted."""
-    is_untrusted = connection.comes_of(ssl.SSLCertVerificationError)
+    is_untrusted = connection.is_caused_by(ssl.SSLCertVerificationError)
     if not is_untrusted and "CERTIFICATE_VERIFY_FAILED" not in connection.text:
         return None
     return ConnectionFailure(
-        f"the certificate that {connection.host} shows is not trusted ({connection.description}): "
-        "where a firewall or proxy inspects TLS, name the file of its certificate in SSL_CERT_FILE"
+        f"the TLS certificate of {connection.host} is not trusted ({connection.description}); "
+        "if a firewall or proxy inspects TLS, set SSL_CERT_FILE to its CA certificate"
     )
 
 
 def missing_socks_package(connection: FailedConnection) -> ConnectionFailure | None:
-    """Check for a SOCKS proxy without the package that speaks to it."""
+    """Check for a SOCKS proxy without the package that it needs."""
     if "socksio" not in connection.text:
         return None
     return ConnectionFailure(
-        f"the proxy {connection.proxy} is a SOCKS proxy, for which the package socksio is missing: "
-        "install it"
+        f"the SOCKS proxy {connection.proxy} needs the package socksio; run: pip install socksio"
     )
 
 
-def circular_redirects(connection: FailedConnection) -> ConnectionFailure | None:
-    """Check for redirects without an end."""
+def redirect_loop(connection: FailedConnection) -> ConnectionFailure | None:
+    """Check for a redirect loop."""
     if connection.kind != "TooManyRedirects":
         return None
     return ConnectionFailure(
-        f"{connection.host} redirects in a circle ({connection.description}): check HF_ENDPOINT, "
-        "and proxies"
+        f"{connection.host} redirects in a loop ({connection.description}); check HF_ENDPOINT and "
+        "the proxy"
     )
 
 
@@ -220,13 +221,13 @@ def invalid_request(connection: FailedConnection) -> ConnectionFailure | None:
     if connection.kind not in kinds:
         return None
     return ConnectionFailure(
-        f"{connection.host} cannot be asked ({connection.description}): check HF_ENDPOINT, the "
-        "proxy and the token"
+        f"the request to {connection.host} is invalid ({connection.description}); check "
+        "HF_ENDPOINT, the proxy and the token"
     )
 
 
 def failing_proxy(connection: FailedConnection) -> ConnectionFailure | None:
-    """Check for a proxy, which is the likely cause where there is one."""
+    """Check for a proxy: if there is one, it is the likely cause."""
     if connection.proxy is None:
         return None
     return ConnectionFailure(
@@ -237,18 +238,18 @@ def failing_proxy(connection: FailedConnection) -> ConnectionFailure | None:
 
 
 def unexplained_failure(connection: FailedConnection) -> ConnectionFailure:
-    """Describe a failure that no check knows."""
-    unknown = ": its address is not known" if connection.comes_of(socket.gaierror) else ""
+    """Describe a failure that no check recognized."""
+    detail = ": host name not resolved" if connection.is_caused_by(socket.gaierror) else ""
     return ConnectionFailure(
-        f"no connection to {connection.host}{unknown} ({connection.description})", is_final=False
+        f"no connection to {connection.host}{detail} ({connection.description})", is_final=False
     )
 
 
 CHECKS: tuple[Callable[[FailedConnection], ConnectionFailure | None], ...] = (
     untrusted_certificate,
     missing_socks_package,
-    circular_redirects,
+    redirect_loop,
     invalid_request,
     failing_proxy,
 )
-"""The first that knows a failure describes it."""
+"""The first check that recognizes a failure describes it."""

@@ -1,4 +1,4 @@
-"""The options of a load from the Hub."""
+"""Options of a load from the Hub."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _TOKEN = re.compile(r"[!-~]+")
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How a repository of the Hub is read. Of no meaning for a local path.
+    """Options of a load from the Hub; ignored for local paths.
 
     Attributes:
-        revision: branch, tag or commit; None for the one that the address names, or `main`.
-        local_files_only: use the Hub's cache only, never the network.
-        token: a Hub token, True for the stored one, False for none.
-        cache_dir: instead of the Hub's usual cache folder.
-        vision_only: of weights that are not cached, fetch only the tensors of the vision encoder,
-            where that is less than the file.
+        revision: Branch, tag or commit; None for the revision in the address, or `main`.
+        local_files_only: Use the local cache only, never the network.
+        token: Hub token; True for the stored token, False for none.
+        cache_dir: Cache folder; None for the default of `huggingface_hub`.
+        vision_only: Download only the tensors of the vision encoder, if that is less than the
+            whole file.
 
     Raises:
-        ValueError: `token` cannot be a token. The message does not repeat it.
+        ValueError: `token` is not a valid token. The message does not contain it.
     """
 
     revision: str | None = None
@@ -35,20 +35,19 @@ class HubOptions:
     def __post_init__(self) -> None:
         if isinstance(self.token, str) and not _TOKEN.fullmatch(self.token):
             raise ValueError(
-                "token must be the Hub token itself: it has characters, or is as short, as none "
-                "can be"
+                "token must be a Hub token: printable ASCII without spaces, such as 'hf_...'"
             )
 
     @property
     def is_offline(self) -> bool:
-        """Whether the Hub may not be asked, by this option or by `HF_HUB_OFFLINE`."""
+        """Whether downloads are disabled by `local_files_only` or `HF_HUB_OFFLINE`."""
         from huggingface_hub import constants
 
         return self.local_files_only or constants.HF_HUB_OFFLINE
 
     @property
     def cache_root(self) -> Path:
-        """The cache folder, which all repositories share."""
+        """The cache folder, shared by all repositories."""
         from huggingface_hub import constants
 
         return Path(self.cache_dir or constants.HF_HUB_CACHE)

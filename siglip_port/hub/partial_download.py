@@ -1,10 +1,9 @@
-"""The vision encoder of a checkpoint on the Hub, without what surrounds it.
+"""Download only the vision encoder of a checkpoint on the Hub.
 
-Planned, fetched by ranges, kept as one safetensors file whose tensors are named as in the source.
+Its tensors are downloaded by byte ranges into one safetensors file, under their original names.
 
-It is kept in the folder `.siglip_port` of the repository's place in the Hub's cache, and goes with
-it; under a name made of the etags and ranges that it is made of, so that a commit that changes only
-other files costs nothing.
+The file is cached in the folder `.siglip_port` of the repository. Its name contains a hash of the
+ETags and ranges of its tensors, so a commit that changes only other files causes no new download.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from siglip_port.hub.integrity import hash_spans
 from siglip_port.hub.lock import exclusive_lock
 
 MAX_ATTEMPTS = 3
-"""To put a file together, where locks do not hold."""
+"""Maximum number of attempts to store a file on file systems without working locks."""
 
 _DIGEST_KEY = "sha256"  # in the metadata of the file: see `combine_checksums`
 _NO_DIGEST = "0" * 64
@@ -34,12 +33,12 @@ _MOVED_BY_OTHERS = (errno.ENOENT, errno.EIO)
 
 @dataclass(frozen=True)
 class Selection:
-    """The tensors that are wanted of one file of the source.
+    """The tensors to download from one file.
 
     Attributes:
-        filename: in the repository.
-        source: the header of the whole file, and its etag.
-        names: of the tensors.
+        filename: Name in the repository.
+        source: Header and ETag of the whole file.
+        names: Names of the tensors.
     """
 
     filename: str
@@ -49,7 +48,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the source, and where in its file it is."""
+    """A tensor of a file on the Hub, with its offset in that file."""
 
     name: str
     filename: str
@@ -59,37 +58,34 @@ class StoredTensor:
 
     @property
     def sort_key(self) -> tuple[int, str, int]:
-        """The widest first, so that each begins at a multiple of its width; else as in the source.
-
-        So neighbors stay neighbors.
-        """
+        """Widest dtype first, so that all tensors are aligned; else in the order of the source."""
         return -DTYPES[self.stored.dtype].itemsize, self.filename, self.first
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What a file's name is made of."""
+        """The part of the tensor in the hash of the file name."""
         stored = self.stored
         return self.filename, self.etag, self.name, stored.dtype, stored.shape, self.first
 
 
 class VisionDownload:
-    """What a vision encoder's file has to be; and, once it has been fetched, that file.
+    """The partial download of a vision encoder.
 
     Args:
-        folder: where it is kept.
-        repository: the Hub id, for the file's metadata.
-        selections: what it is made of.
+        folder: Folder of the file.
+        repository: Hub id, for the metadata of the file.
+        selections: Tensors to download.
 
     Attributes:
-        path: of the file.
-        nbytes: size of all tensors.
+        path: Path of the finished file.
+        nbytes: Size of all tensors, in bytes.
     """
 
     def __init__(self, folder: Path, repository: str, selections: Collection[Selection]) -> None:
         tensors = sorted(list_tensors(selections), key=lambda tensor: tensor.sort_key)
         identities = [tensor.identity for tensor in tensors]
         key = hashlib.sha256(json.dumps(identities).encode()).hexdigest()[:20]
-        self.path = folder / f"{Path(tensors[0].filename).stem}-tower-{key}.safetensors"
+        self.path = folder / f"{Path(tensors[0].filename).stem}-vision-{key}.safetensors"
         self.nbytes = sum(tensor.stored.nbytes for tensor in tensors)
         etags = {selection.filename: selection.source.etag for selection in selections}
         self._metadata = {"format": "pt", "source": repository, "files": json.dumps(etags)}
@@ -98,35 +94,35 @@ class VisionDownload:
         self._chunks = list(plan_chunks(tensors, self._data_offset))
 
     def is_complete(self) -> bool:
-        """Whether the file is there, with every byte as it was fetched.
+        """Return whether the file exists and matches its checksum.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: The file cannot be read.
         """
         return self._is_valid(self.path)
 
     def fetch(self, files: Mapping[str, RemoteFile], title: str) -> None:
-        """Fetch what is missing of the file. What an interrupted attempt has fetched is used.
+        """Download the file; an interrupted download resumes.
 
         Args:
-            files: the source's files, by name.
-            title: for the progress bar.
+            files: Files on the Hub, by name.
+            title: Title of the progress bar.
 
         Raises:
-            OSError: it cannot be written, or there is no room for it.
-            RangesNotSupportedError, RetriesExhaustedError: as `RemoteFile.read`.
+            OSError: The file cannot be written, or the disk is full.
+            RangesNotSupportedError, RetriesExhaustedError: See `RemoteFile.read`.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(self.path):
             for attempt in range(1, MAX_ATTEMPTS + 1):
-                if self.is_complete():  # another process has just fetched it
+                if self.is_complete():  # another process has just downloaded it
                     return
                 try:
                     self._fetch_and_move(files, title)
                     return
                 except OSError as error:
-                    # Where locks do not hold, as on some network file systems, others may move the
-                    # file, or begin anew.
+                    # On file systems without working locks, another process may move the file,
+                    # or start over.
                     if error.errno not in _MOVED_BY_OTHERS:
                         raise
                     if attempt == MAX_ATTEMPTS and not self.is_complete():
@@ -141,7 +137,7 @@ class VisionDownload:
             download.journal.unlink(missing_ok=True)
             raise OSError(
                 errno.EIO,
-                "what was written is not what was fetched: try again",
+                "the file does not match the downloaded bytes; try again",
                 str(download.incomplete),
             )
         download.incomplete.replace(self.path)
@@ -159,7 +155,7 @@ class VisionDownload:
         return combine_checksums(checksums) == digest
 
     def _header_bytes(self, digest: str) -> bytes:
-        """Return what the file begins with: the length of the header, and the header."""
+        """Return the first bytes of the file: the length of the header, and the header."""
         metadata = {**self._metadata, _DIGEST_KEY: digest}
         content = json.dumps({"__metadata__": metadata, **self._header}).encode()
         content += b" " * (-len(content) % 8)
@@ -167,7 +163,7 @@ class VisionDownload:
 
 
 def list_tensors(selections: Iterable[Selection]) -> Iterator[StoredTensor]:
-    """Yield the tensors that are wanted."""
+    """Yield the selected tensors."""
     for selection in selections:
         header = selection.source.header
         for name in selection.names:
@@ -181,7 +177,7 @@ def list_tensors(selections: Iterable[Selection]) -> Iterator[StoredTensor]:
 
 
 def tensor_header(tensors: Iterable[StoredTensor]) -> dict[str, object]:
-    """Return what the header of a safetensors file says of tensors that lie one after another."""
+    """Return the safetensors header of contiguous tensors."""
     header: dict[str, object] = {}
     begin = 0
     for tensor in tensors:
@@ -196,11 +192,11 @@ def tensor_header(tensors: Iterable[StoredTensor]) -> dict[str, object]:
 
 
 def plan_chunks(tensors: Iterable[StoredTensor], offset: int) -> Iterator[Chunk]:
-    """Join tensors that are neighbors in the source, then cut what is long.
+    """Merge tensors that are adjacent in the source, then split long runs into chunks.
 
     Args:
-        tensors: in the order in which they are put.
-        offset: where the first is put.
+        tensors: Tensors in the order of the local file.
+        offset: Offset of the first tensor in the local file.
     """
     runs: list[Chunk] = []
     for tensor in tensors:
@@ -215,8 +211,5 @@ def plan_chunks(tensors: Iterable[StoredTensor], offset: int) -> Iterator[Chunk]
 
 
 def combine_checksums(checksums: Iterable[str]) -> str:
-    """Return one checksum for all chunks, of the bytes that arrived.
-
-    Taken by chunks, so that all cores can help at every later use.
-    """
+    """Return the checksum of all chunks: a hash of hashes, which is computed in parallel."""
     return hashlib.sha256("".join(checksums).encode()).hexdigest()

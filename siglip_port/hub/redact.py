@@ -1,8 +1,4 @@
-"""Text without secrets.
-
-Addresses that the Hub signs, and tokens, open what they name to whoever reads them, so they are
-taken out of every message.
-"""
+"""Remove secrets from messages: tokens, passwords, and the signatures of signed URLs."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import urllib.request
 from urllib.parse import urlsplit
 
 MAX_QUOTED_CHARACTERS = 400
-"""Of the client's own text, in a message."""
+"""Maximum length of quoted library text in a message."""
 
 _URL = re.compile(
     r"(?P<scheme>https?|socks\w*)://(?:[^\s/@'\"<>]*@)?"
@@ -21,7 +17,7 @@ _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|(?i:(?<=bearer )\S+)")
 
 
 def redact(text: str) -> str:
-    """Take tokens, passwords and the queries of addresses out of a text; make one line of it."""
+    """Return a text as one line, without tokens, passwords and URL queries."""
     line = " ".join(text.split())
     line = _TOKEN.sub("...", _URL.sub(_redact_url, line))
     if len(line) > MAX_QUOTED_CHARACTERS:
@@ -35,13 +31,13 @@ def _redact_url(url: re.Match[str]) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an error's type and redacted text."""
+    """Return the type of an error and its redacted text."""
     text = redact(str(error))
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def proxy_for(url: str) -> str | None:
-    """Return the proxy for an address, without its password; None where there is none."""
+    """Return the proxy for a URL, without its password; None if there is none."""
     parts = urlsplit(url)
     proxies = urllib.request.getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")

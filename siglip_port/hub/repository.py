@@ -1,4 +1,4 @@
-"""A checkpoint in a model repository of the Hub."""
+"""Checkpoints in model repositories on the Hub."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_VISION_SHARE = 0.8
-"""Of a file. A vision encoder that is more of it is not worth a copy that nobody else can use."""
+"""If the vision encoder is more than this share of the file, the whole file is downloaded, which
+other programs can use, too."""
 
 
 class HubRepository:
-    """A checkpoint in a model repository of the Hub.
+    """A checkpoint in a model repository on the Hub.
 
-    With the cache, the variables and the login of `huggingface_hub`.
-
-    All files are of one commit: see `RepositoryClient`. Every file that is fetched is compared with
-    what the Hub says of it, and again at every use.
+    Uses the cache, the environment variables and the login of `huggingface_hub`. All files are from
+    one commit (see `RepositoryClient`). Whole files are verified against the Hub's hash after the
+    download and at every use.
 
     Args:
-        name: the Hub id.
-        options: how it is read.
-        weights: the name of the weights file; None for the usual ones.
+        name: Hub id.
+        options: Options of the load.
+        weights: Name of the weights file; None for the default names.
     """
 
     def __init__(
@@ -52,77 +52,76 @@ class HubRepository:
         self._client = RepositoryClient(name, self.options)
         self._cached = CachedFiles(self._client)
         self._downloader = FileDownloader(self._client, self._cached)
-        self._headers: dict[str, CachedHeader] = {}  # of files that are not here as a whole
+        self._headers: dict[str, CachedHeader] = {}  # of files that are not cached whole
 
     @property
     def title(self) -> str:
-        """What messages call it."""
-        revision = self.options.revision
-        return f"{self.name} at revision {revision!r}" if revision else self.name
+        """The repository in messages."""
+        return self._client.title
 
     @property
     def commit(self) -> str | None:
-        """The commit that is read; None before it is known."""
+        """The commit that is read; None before it is resolved."""
         return self._client.commit
 
     @property
     def cache(self) -> RepositoryCache:
-        """The repository's place in the Hub's cache."""
+        """The cache of the repository."""
         return self._client.cache
 
-    # --- what a source does: see `siglip_port.checkpoint.reader.Source` ---------------------------
+    # --- Source: see `siglip_port.checkpoint.source` ----------------------------------------------
 
     def get(self, filename: str) -> Path | None:
-        """Fetch the file into the cache, or find it there.
+        """Return the cached path of a file, after a download if necessary.
 
-        None where the repository has no such file.
+        None if the repository has no such file.
 
         Raises:
-            HubUnreachableError: the file is not cached, and the Hub cannot be reached or may not be
-                asked.
-            CheckpointError: the Hub refuses, or the file cannot be stored.
+            HubUnreachableError: The file is not cached, and the Hub cannot be reached, or downloads
+                are disabled.
+            CheckpointError: The Hub refused the request, or the file cannot be stored.
         """
         return self._with_explained_errors(filename, lambda: self._get(filename))
 
     def header(self, filename: str) -> Header | None:
-        """Read which tensors a weights file holds; None where there is no such file.
+        """Return the header of a weights file; None if the repository has no such file.
 
         Raises:
-            CheckpointError: as `get` does; or the file is damaged.
+            CheckpointError: The file is damaged, or one of the errors of `get`.
         """
         return self._with_explained_errors(filename, lambda: self._read_header(filename))
 
     def fetch(self, tensors: Mapping[str, Collection[str]]) -> dict[str, Path]:
-        """Fetch tensors, or find them in the cache.
+        """Return local files with these tensors, after a download if necessary.
 
-        The vision encoder alone, where it is the lesser part of files that are not in the cache and
-        can be read in parts.
+        Only the tensors are downloaded, unless they are most of the file, or the server does not
+        support range requests.
 
         Args:
-            tensors: their names, by weights file.
+            tensors: Tensor names by weights file.
 
         Returns:
-            By weights file, a file on this machine that holds these tensors, and perhaps others.
+            Local path by weights file; the local file may contain other tensors, too.
 
         Raises:
-            CheckpointError: as `get` does.
+            CheckpointError: See `get`.
         """
         filenames = " and ".join(tensors)
         return self._with_explained_errors(filenames, lambda: self._fetch(tensors))
 
     def local(self, filename: str) -> Path | None:
-        """Return the path of the file, where the cache has it whole; without asking the Hub."""
+        """Return the path of a file if it is cached whole; never sends a request."""
         return self._cached.find(filename)
 
     def listing(self) -> list[str]:
-        """Return the names of the files in the repository; none where the Hub does not say."""
+        """Return the names of the files in the repository; empty if the request fails."""
         return self._client.listing()
 
     def _with_explained_errors(self, filename: str, call: Callable[[], T]) -> T:
-        """Call a function; what it raises becomes one sentence, with no signed address in its wake.
+        """Call a function, and turn its errors into `CheckpointError`.
 
         Raises:
-            CheckpointError: whatever went wrong.
+            CheckpointError: The function failed.
         """
         try:
             return call()
@@ -131,7 +130,7 @@ class HubRepository:
         except Exception as error:
             request = self._client.describe_file(filename)
             failure = explain_failure(error, request, self._client.older_commit)
-        raise failure  # out of the handler, so that it does not carry what it came of
+        raise failure  # outside the handler: the cause may contain signed URLs
 
     # --- whole files ------------------------------------------------------------------------------
 
@@ -168,7 +167,7 @@ class HubRepository:
                 return read_header(path)
             except UnreadableFileError:
                 if not self._cached.is_damaged(path, filename):
-                    # This is what the Hub has; the error says what is wrong with it.
+                    # The file is invalid on the Hub, too; raise the error with its path.
                     return read_weights_header(path)
         if self.options.vision_only and filename.endswith(".safetensors"):
             cached = self._find_header(filename)
@@ -183,7 +182,7 @@ class HubRepository:
         return None if path is None else read_weights_header(path)
 
     def _find_header(self, filename: str) -> CachedHeader | None:
-        """Return the header of a file, if it was read before."""
+        """Return the cached header of a file; None if there is none."""
         commit = self._client.known_commit
         if filename not in self._headers and commit is not None:
             cached = self.cache.header(commit, filename)
@@ -192,7 +191,7 @@ class HubRepository:
         return self._headers.get(filename)
 
     def _request_header(self, filename: str) -> Header | None:
-        """Read the first bytes of a safetensors file, by requests for a range of it."""
+        """Read the header of a safetensors file by range requests, and cache it."""
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
         try:
@@ -227,7 +226,7 @@ class HubRepository:
         return paths
 
     def _find_intact(self, tensors: Mapping[str, Collection[str]]) -> dict[str, Path]:
-        """Return the whole files that are in the cache, with these tensors as the Hub has them."""
+        """Return the cached whole files in which these tensors are intact."""
         paths: dict[str, Path] = {}
         for filename, names in tensors.items():
             path = self.local(filename)
@@ -241,9 +240,9 @@ class HubRepository:
         return all(filename.endswith(".safetensors") for filename in filenames)
 
     def _fetch_vision(self, tensors: Mapping[str, Collection[str]]) -> Path | None:
-        """Fetch the vision encoder alone, or find it in the cache.
+        """Return the cached partial download, after a download if necessary.
 
-        None where the whole files are to be had instead.
+        None if the whole files are to be used instead.
         """
         missing = [filename for filename in tensors if self._find_header(filename) is None]
         if missing and self.options.is_offline:
@@ -254,24 +253,24 @@ class HubRepository:
             Selection(filename, self._headers[filename], names)
             for filename, names in tensors.items()
         ]
-        download = VisionDownload(self.cache.own, self.name, selections)
+        download = VisionDownload(self.cache.own_folder, self.name, selections)
         total = sum(selection.source.header.size for selection in selections)
         if download.nbytes > MAX_VISION_SHARE * total:
             return None
         if not download.is_complete():
             if self.options.is_offline:
                 if download.path.exists():
-                    raise damaged_file(download.path)
+                    raise damaged_file(download.path, self.options)
                 return None
-            download.fetch(self._request_unchanged(selections), f"{self.name}, tower")
+            download.fetch(self._request_unchanged(selections), f"{self.name}: vision encoder")
         self.cache.prune(self.commit or "", download.path)
         return download.path
 
     def _request_unchanged(self, selections: Iterable[Selection]) -> dict[str, RemoteFile]:
-        """Ask for the files whose headers are known.
+        """Request the files of cached headers.
 
         Raises:
-            RetriesExhaustedError: they are not those that the headers are of.
+            RetriesExhaustedError: A file was replaced since its header was read.
         """
         files: dict[str, RemoteFile] = {}
         changed: list[str] = []
@@ -281,16 +280,14 @@ class HubRepository:
             if file.etag != selection.source.etag:
                 changed.append(selection.filename)
         if changed:
-            raise RetriesExhaustedError(f"{' and '.join(changed)} changed while it was read")
+            names = " and ".join(changed)
+            raise RetriesExhaustedError(f"{names} was replaced on the Hub during the download")
         return files
 
     def _continue_with_whole_files(
         self, filenames: Iterable[str], error: RangesNotSupportedError | RetriesExhaustedError
     ) -> None:
-        """Say that more than the vision encoder is fetched, and why.
-
-        Raises the error where that would not help.
-        """
+        """Warn that whole files are downloaded, and why; raise the error if that cannot help."""
         known = self._client.remote_files
         files = [known[filename] for filename in filenames if filename in known]
         has_xet = bool(files) and all(file.can_use_xet for file in files)
@@ -298,12 +295,12 @@ class HubRepository:
             raise error
         for file in files:
             self._downloader.range_errors[file.filename] = error
-            size = f"{file.size / 1e6:,.1f} MB" if file.has_known_size else "bytes"
+            size = f" ({file.size / 1e6:,.1f} MB)" if file.has_known_size else ""
             log.warning(
-                "%s of %s cannot be fetched in parts, so all %s of it are fetched, not the encoder "
-                "alone: %s",
-                file.filename,
+                "%s: %s cannot be downloaded in parts (%s); downloading the whole file%s, not only "
+                "the vision encoder",
                 self._client.title,
-                size,
+                file.filename,
                 redact(str(error)),
+                size,
             )

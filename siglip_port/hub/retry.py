@@ -1,4 +1,4 @@
-"""Attempts that are repeated, with waits between them, until a load has spent its budget."""
+"""Retries with backoff, within the time budget of a load."""
 
 from __future__ import annotations
 
@@ -12,44 +12,35 @@ from siglip_port.hub.errors import RetriesExhaustedError, TooSlowError, Transien
 T = TypeVar("T")
 
 BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0)
-"""Before each further attempt, where the one before has brought next to nothing."""
+"""Wait before each retry after an attempt without progress, in seconds."""
 
 MIN_PROGRESS_BYTES = 65_536
-"""What an attempt has to bring to count as progress.
-
-At less, a vision encoder would take thousands of requests.
+"""Bytes that count as progress; with less per attempt, a download would take thousands of requests.
 """
 
 PROGRESS_WINDOW_SECONDS = 10.0
-"""In which a load has to bring `MIN_PROGRESS_BYTES`, all its connections together.
-
-What is slower is broken off.
-"""
+"""Window in which all connections of a load must receive `MIN_PROGRESS_BYTES`, in seconds."""
 
 RETRY_BUDGET_SECONDS = 300.0
-"""That a load may spend in vain before it makes progress, attempts and waits together.
-
-Also where the Hub asks for the wait.
-"""
+"""Time that a load may spend without progress, in seconds: attempts and waits, also those that the
+Hub asks for."""
 
 
 class RetryBudget:
-    """The time that one load spends in vain, and the bytes that it has fetched.
-
-    By all its requests, in all threads.
+    """Time without progress and bytes received by all requests of a load, in all threads.
 
     Attributes:
-        received: bytes.
+        received: Bytes received.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self._lock = threading.Lock()
         self._spent = 0.0
-        self._counted_until = 0.0  # a time that two threads wait at once is counted once
+        self._counted_until = 0.0  # concurrent waits of two threads count once
 
     def receive(self, count: int) -> None:
-        """Note bytes that have arrived. Enough of them are progress: the budget is whole again."""
+        """Record received bytes; `MIN_PROGRESS_BYTES` of them reset the budget."""
         with self._lock:
             before = self.received // MIN_PROGRESS_BYTES
             self.received += count
@@ -58,14 +49,14 @@ class RetryBudget:
                 self._counted_until = max(self._counted_until, time.monotonic())
 
     def spend(self, start: float, wait: float = 0.0) -> bool:
-        """Take the time since `start` from the budget, and a wait.
+        """Spend the time since `start` and an upcoming wait.
 
         Args:
-            start: of the attempt, by `time.monotonic()`.
-            wait: seconds from now.
+            start: Start of the attempt, by `time.monotonic()`.
+            wait: Upcoming wait, in seconds.
 
         Returns:
-            Whether that much was left. If not, nothing is to be waited for any more.
+            Whether the budget covers it; if not, the load must give up.
         """
         with self._lock:
             end = time.monotonic() + wait
@@ -75,12 +66,12 @@ class RetryBudget:
 
 
 class Retry:
-    """Waits between attempts, longer each time, until several in a row have failed.
+    """Exponential backoff between attempts, up to a number of failures in a row.
 
     Args:
-        budget: of the load.
-        max_attempts: None for the usual number.
-        interrupt: when set, nothing is waited for any more.
+        budget: Retry budget of the load.
+        max_attempts: Maximum number of attempts; None for the default.
+        interrupt: Event that cancels waits.
     """
 
     def __init__(
@@ -96,19 +87,19 @@ class Retry:
         self.reset()
 
     def reset(self) -> None:
-        """Count attempts anew: there has been progress."""
+        """Reset the number of failures after progress."""
         self.failures = 0
         self._start = time.monotonic()
 
     def start_attempt(self) -> None:
-        """Count the bytes of an attempt from here."""
+        """Reset the byte count of the attempt."""
         self._attempt_bytes = 0
 
     def receive(self, count: int) -> None:
-        """Note bytes that an attempt has brought. Enough of them are progress.
+        """Record received bytes; `MIN_PROGRESS_BYTES` of them reset the failures.
 
         Raises:
-            RetriesExhaustedError: there was an interrupt.
+            RetriesExhaustedError: The download was interrupted.
         """
         if self.interrupt.is_set():
             raise RetriesExhaustedError("interrupted")
@@ -120,12 +111,11 @@ class Retry:
         """Wait before the next attempt.
 
         Args:
-            error: how the last one ended.
-            max_attempts: at an error of this kind; None for the usual number.
+            error: Error of the last attempt.
+            max_attempts: Maximum number of attempts for this error; None for the default.
 
         Raises:
-            RetriesExhaustedError: there have been enough attempts, or the server asks for more
-                time than is left.
+            RetriesExhaustedError: No attempts or not enough of the budget is left.
         """
         self.failures += 1
         if self.failures >= self._limit(max_attempts, error.max_attempts):
@@ -134,25 +124,25 @@ class Retry:
         if seconds is None:
             seconds = BACKOFF_SECONDS[min(self.failures, len(BACKOFF_SECONDS)) - 1]
         if not self.budget.spend(self._start, seconds):
-            asks = f", and asks to wait {seconds:.0f} seconds" if error.wait else ""
+            wait = f" and asks to wait {seconds:.0f} seconds" if error.wait else ""
             raise RetriesExhaustedError(
-                f"{error}{asks} (a load waits {RETRY_BUDGET_SECONDS:.0f} seconds in all)"
+                f"{error}{wait} (limit: {RETRY_BUDGET_SECONDS:.0f} seconds without progress)"
             ) from error
         if self.interrupt.wait(seconds):
             raise RetriesExhaustedError("interrupted") from error
         self._start = time.monotonic()
 
     def _limit(self, *limits: int | None) -> int:
-        """Return the least of several numbers of attempts, and of the usual ones."""
+        """Return the minimum of several numbers of attempts and the default."""
         known = [limit for limit in (self.max_attempts, *limits) if limit is not None]
         return min([len(BACKOFF_SECONDS) + 1, *known])
 
 
 def require_progress(chunks: Iterator[bytes], budget: RetryBudget) -> Iterator[bytes]:
-    """Pass on what arrives, unless too little does.
+    """Yield chunks as they arrive, as long as the load makes progress.
 
     Raises:
-        TooSlowError: less than `MIN_PROGRESS_BYTES` have arrived in `PROGRESS_WINDOW_SECONDS`.
+        TooSlowError: Less than `MIN_PROGRESS_BYTES` arrived within `PROGRESS_WINDOW_SECONDS`.
     """
     window_start = time.monotonic()
     before = budget.received
@@ -165,7 +155,7 @@ def require_progress(chunks: Iterator[bytes], budget: RetryBudget) -> Iterator[b
         received = budget.received - before
         if received < MIN_PROGRESS_BYTES:
             raise TooSlowError(
-                f"only {received / 1000:.1f} kB have arrived in {now - window_start:.0f} seconds"
+                f"only {received / 1000:.1f} kB arrived in {now - window_start:.0f} seconds"
             )
         window_start = now
         before = budget.received
@@ -174,18 +164,17 @@ def require_progress(chunks: Iterator[bytes], budget: RetryBudget) -> Iterator[b
 def call_with_timeout(
     seconds: float, call: Callable[[], T], progress: Callable[[], int] | None = None
 ) -> T:
-    """Call a function in a thread, and wait so long for its result.
+    """Call a function in a daemon thread, with a timeout.
 
-    Name lookups, and servers that send a little at a time, obey no timeout of the client.
+    Name lookups and servers that send a few bytes at a time escape the timeouts of the client.
 
     Args:
-        seconds: how long to wait. The thread is then left alone; it does not keep the process
-            alive.
-        call: the function.
-        progress: how far it is; as long as that changes, it is waited for.
+        seconds: Timeout; after it, the thread is abandoned.
+        call: Function to call.
+        progress: Measure of progress; while its value changes, the timeout restarts.
 
     Raises:
-        TimeoutError: there is no result yet.
+        TimeoutError: The function did not return in time.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -212,5 +201,5 @@ def call_with_timeout(
     if errors:
         raise errors[0]
     if not results:
-        raise TimeoutError(f"no answer within {seconds:.0f} seconds")
+        raise TimeoutError(f"no response within {seconds:.0f} seconds")
     return results[0]

@@ -1,7 +1,7 @@
-"""Requests of the Hub's client: where the token is sent, and what responses say of a file.
+"""HTTP requests through the session of `huggingface_hub`.
 
-The Hub redirects large files to another host (a content delivery network), by an address that is
-signed and soon expires. The token is sent to the Hub alone.
+The Hub redirects large files to a CDN by a signed URL that soon expires. The token is sent only to
+the Hub.
 """
 
 from __future__ import annotations
@@ -19,69 +19,69 @@ from siglip_port.hub.errors import RetriesExhaustedError
 CONTENT_RANGE = re.compile(r"bytes\s+(?P<first>\d+)-(?P<last>\d+)/(?P<size>\d+|\*)", re.IGNORECASE)
 
 FIRST_BYTE = {"Range": "bytes=0-0"}
-"""Headers of a request for a file's size."""
+"""Range header that requests one byte, to learn the file size."""
 
 HEAD_NOT_ALLOWED_STATUS = (405, 501)
-"""What a server answers that knows GET alone."""
+"""HTTP statuses of a server that does not support HEAD."""
 
 KNOWN_HUBS = ("https://huggingface.co", "https://hub-ci.huggingface.co", "https://hf.co")
-"""Besides the endpoint: a mirror may redirect to the Hub that it mirrors."""
+"""Trusted besides the endpoint, since a mirror may redirect to the Hub."""
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class Url(Protocol):
-    """The address of a response."""
+    """The URL of a response."""
 
     @property
     def host(self) -> str:
-        """Its host."""
+        """Host name."""
 
 
 class Response(Protocol):
-    """What is used of a response of the client's HTTP library, which differs by release."""
+    """The common interface of HTTP responses across releases of `huggingface_hub`."""
 
     @property
     def status_code(self) -> int:
-        """The HTTP status."""
+        """HTTP status."""
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """By name, in any case."""
+        """Headers by case-insensitive name."""
 
     @property
     def url(self) -> Url:
-        """The address that has answered."""
+        """URL that responded."""
 
     def iter_bytes(self) -> Iterator[bytes]:
-        """Yield the body, decompressed."""
+        """Yield the decompressed body."""
 
     def iter_raw(self) -> Iterator[bytes]:
-        """Yield the body as it is sent."""
+        """Yield the body without decompression."""
 
 
 @dataclass(frozen=True)
 class FileSession:
-    """Requests for one file of the Hub, at the Hub or where it redirects to.
+    """Requests for one file, to the Hub or to where it redirects.
 
     Attributes:
-        url: of the file at the Hub.
-        token: a Hub token, True for the stored one, False for none.
+        url: URL of the file on the Hub.
+        token: Hub token; True for the stored token, False for none.
     """
 
     url: str
     token: str | bool | None = field(default=None, repr=False)
 
     def head(self, address: str) -> tuple[int, Mapping[str, str]]:
-        """Ask for what the Hub says of the file, without its bytes. Redirects are not followed.
+        """Request the headers of the file by HEAD, or by GET if HEAD is not supported.
 
-        By HEAD, or, where that is not allowed, by GET.
+        Redirects are not followed.
 
         Returns:
-            The HTTP status, and the headers.
+            HTTP status and headers.
 
         Raises:
-            huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+            huggingface_hub.errors.HfHubHTTPError: The Hub refused the request.
         """
         from huggingface_hub import constants
         from huggingface_hub.utils import get_session
@@ -107,7 +107,7 @@ class FileSession:
             headers = {
                 name: value
                 for name, value in response.headers.items()
-                if name.lower() != "content-length"  # of the first byte
+                if name.lower() != "content-length"  # that of the one byte
             }
             size = file_size(response)
             if size:
@@ -122,13 +122,13 @@ class FileSession:
         timeout: float | None = None,
         follow_redirects: bool = True,
     ) -> AbstractContextManager[Response]:
-        """Ask for bytes by GET; they are read from the response.
+        """Send a GET request whose body is streamed.
 
         Args:
-            address: that is asked.
-            headers: besides those of every request.
-            timeout: seconds; None for the client's own, of downloads.
-            follow_redirects: whether to go on to where the answer points.
+            address: URL of the request.
+            headers: Additional headers.
+            timeout: Timeout in seconds; None for `HF_HUB_DOWNLOAD_TIMEOUT`.
+            follow_redirects: Whether to follow redirects.
         """
         from huggingface_hub import constants
         from huggingface_hub.utils import get_session
@@ -143,10 +143,10 @@ class FileSession:
         return cast("AbstractContextManager[Response]", stream)
 
     def headers_for(self, address: str) -> dict[str, str]:
-        """Return the headers of every request, with the token if the address may see it.
+        """Return the default headers, with the token only if the URL is on the Hub.
 
         Raises:
-            RetriesExhaustedError: the stored token cannot be one.
+            RetriesExhaustedError: The stored token is not a valid token.
         """
         from huggingface_hub.utils import build_hf_headers
 
@@ -157,17 +157,17 @@ class FileSession:
         )
         if not re.fullmatch(r"(Bearer [!-~]+)?", headers.get("authorization", "")):
             raise RetriesExhaustedError(
-                "the stored Hub token has characters that no token has: set HF_TOKEN anew, or log "
-                "in with `hf auth login`; or pass token=False, for what is public"
+                "the stored Hub token has invalid characters; set HF_TOKEN again or log in with "
+                "`hf auth login`; for a public repository, pass token=False"
             )
         return {**headers, "Accept-Encoding": "identity"}
 
 
 def raise_for_status(response: Response) -> None:
-    """Raise what the Hub's client raises for a refusal.
+    """Raise the error of `huggingface_hub` for an HTTP error status.
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+        huggingface_hub.errors.HfHubHTTPError: The request was refused.
     """
     from huggingface_hub.utils import hf_raise_for_status
 
@@ -175,7 +175,7 @@ def raise_for_status(response: Response) -> None:
 
 
 def file_size(response: Response) -> int | None:
-    """Return the size of the file of which a response brings a part, or all."""
+    """Return the size of the whole file from a response to a GET; None if it is not reported."""
     if "Content-Encoding" in response.headers:
         return None
     content_range = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
@@ -188,16 +188,16 @@ def file_size(response: Response) -> int | None:
 
 
 def plain_etag(etag: str) -> str:
-    """Return an ETag without its quotes; a weak one without its mark."""
+    """Return an ETag without quotes and without the prefix of weak ETags."""
     return etag.removeprefix("W/").strip('"')
 
 
 def is_hub(address: str, url: str) -> bool:
-    """Whether an address is of the Hub itself, which may see the token.
+    """Return whether a URL is on the Hub, which may receive the token.
 
     Args:
-        address: that is asked.
-        url: of the file at the Hub.
+        address: URL of the request.
+        url: URL of the file on the Hub.
     """
     from huggingface_hub import constants
 
@@ -206,6 +206,6 @@ def is_hub(address: str, url: str) -> bool:
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
-    """Return scheme, host and port of an address."""
+    """Return scheme, host and port of a URL."""
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or _DEFAULT_PORTS.get(parts.scheme)

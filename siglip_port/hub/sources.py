@@ -1,4 +1,4 @@
-"""Where a checkpoint's bytes come from: a folder, a file in a folder, or a Hub repository."""
+"""Find the source of a checkpoint: a local folder or file, or a Hub repository."""
 
 from __future__ import annotations
 
@@ -17,23 +17,19 @@ from siglip_port.hub.repository import HubRepository
 
 
 def find_source(source: str | os.PathLike[str], options: HubOptions | None = None) -> Source:
-    """Decide what `source` is.
-
-    What exists on this machine is local, else what looks like a Hub id is one.
+    """Return the source of a checkpoint. Existing local paths come before Hub ids.
 
     Args:
-        source: a folder, a `.safetensors` file with its `config.json` beside it, an `.npz` file, or
-            a Hub id. Also `name@revision`, `hf://name@revision/file`, `hf-hub:name`, and the
-            address of the Hub's page of a model or of one of its files.
-        options: how a repository of the Hub is read.
+        source: Folder, `.safetensors` file next to its `config.json`, `.npz` file, or Hub id; also
+            `name@revision`, `hf://name@revision/file`, `hf-hub:name`, or the URL of a model page or
+            of one of its files.
+        options: Options of Hub repositories.
 
     Raises:
-        CheckpointError: it is none of these, or a file of another format.
+        CheckpointError: `source` is neither a local checkpoint nor a Hub address.
     """
     if not isinstance(source, (str, os.PathLike)):
-        raise CheckpointError(
-            f"the source must be a path or a Hub id, got a {type(source).__name__}"
-        )
+        raise CheckpointError(f"source must be a path or a Hub id, got {type(source).__name__}")
     local = find_local(str(source))
     if local is not None:
         return local
@@ -41,47 +37,46 @@ def find_source(source: str | os.PathLike[str], options: HubOptions | None = Non
     if address is not None:
         return open_repository(str(source), address, options or HubOptions())
     raise CheckpointError(
-        f"{str(source)!r} does not exist on this machine, and is no Hub id such as "
-        "'google/siglip-base-patch16-224'; "
-        "pass a folder, a .safetensors or .npz file, or a Hub id"
+        f"{str(source)!r} is neither a local path nor a Hub id; pass a folder, a .safetensors or "
+        ".npz file, or a Hub id such as 'google/siglip-base-patch16-224'"
     )
 
 
 def find_local(name: str) -> LocalFolder | None:
-    """Return the checkpoint at a path of this machine; None where there is nothing.
+    """Return the checkpoint at a local path; None if the path does not exist.
 
     Raises:
-        CheckpointError: it cannot be read, or is a file of another format.
+        CheckpointError: The path cannot be read, or is a file of another format.
     """
     try:
         path = Path(name).expanduser()
-        is_folder = bool(name) and path.is_dir()  # Path("") would be this folder
+        is_folder = bool(name) and path.is_dir()  # Path("") is the working directory
         is_file = path.is_file()
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{name!r} cannot be read: {error}") from error
+        raise CheckpointError(f"{name!r}: cannot be read ({error})") from error
     if is_folder:
         return LocalFolder(path, name)
     if not is_file:
         return None
     if path.suffix not in SUFFIXES:
         raise CheckpointError(
-            f"{name} is neither a .safetensors nor an .npz file; pass one, or the folder that "
-            "holds the checkpoint" + pickle_advice([path.name])
+            f"{name}: neither a .safetensors nor an .npz file; pass one, or the checkpoint folder"
+            + pickle_advice([path.name])
         )
     return LocalFolder(path.parent, name, weights=path.name)
 
 
 def open_repository(source: str, address: HubAddress, options: HubOptions) -> HubRepository:
-    """Return the repository that an address names, with what else it names put into the options.
+    """Return the repository of an address; a revision in the address is added to the options.
 
     Raises:
-        CheckpointError: the address and the options name two revisions, or the address names a file
-            that holds no weights.
+        CheckpointError: The address and the options name different revisions, or the address names
+            a file without weights.
     """
     if address.revision is not None and options.revision not in (None, address.revision):
         raise CheckpointError(
-            f"{redact(source)} names the revision {address.revision!r}, and "
-            f"revision={options.revision!r}: pass one"
+            f"{redact(source)}: revision {address.revision!r} in the address conflicts with "
+            f"revision={options.revision!r}; pass only one"
         )
     revision = address.revision or options.revision
     weights = weights_file(source, address.filename)
@@ -89,15 +84,17 @@ def open_repository(source: str, address: HubAddress, options: HubOptions) -> Hu
 
 
 def weights_file(source: str, filename: str | None) -> str | None:
-    """Return the weights file that an address names.
+    """Return the weights file of an address; None for a repository or its `config.json`.
 
-    None where it names the repository, or its configuration.
+    Raises:
+        CheckpointError: The file is not a weights file in the root folder of the repository.
     """
     if filename is None or filename == CONFIG:
         return None
     if "/" in filename or not filename.endswith(SUFFIXES):
         raise CheckpointError(
-            f"{redact(source)} names {filename!r}; pass the repository, or a .safetensors or "
-            ".npz file at its top" + pickle_advice([filename])
+            f"{redact(source)}: {filename!r} is not a weights file in the root folder; pass the "
+            "repository, or a .safetensors or .npz file in its root folder"
+            + pickle_advice([filename])
         )
     return filename

@@ -1,4 +1,4 @@
-"""Files of the Hub's Xet store, by the Hub's own client."""
+"""Downloads from the Hub's Xet store by `huggingface_hub` and `hf_xet`."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from siglip_port.hub.redact import describe_error
 from siglip_port.hub.retry import MIN_PROGRESS_BYTES, call_with_timeout
 
 CLIENT_IDLE_SECONDS = 30.0
-"""The client is not waited for when it has written nothing for so long."""
+"""A download without a write for this time is given up, in seconds."""
 
 
 def download_with_client(name: str, file: RemoteFile, path: Path, token: str | bool | None) -> Path:
-    """Have the client fetch a file from the Xet store, where the other hosts do not give it.
+    """Download a file from the Xet store through `huggingface_hub`.
 
     Args:
-        name: the Hub id.
-        file: at the Hub.
-        path: beside which it is put.
-        token: a Hub token, True for the stored one, False for none.
+        name: Hub id.
+        file: File on the Hub.
+        path: Path of the finished file; the staged file is next to it.
+        token: Hub token; True for the stored token, False for none.
 
     Returns:
-        Where it lies until it is moved.
+        Path of the staged file.
 
     Raises:
-        OSError: it cannot be written.
-        RetriesExhaustedError: the client cannot fetch it either, or for `CLIENT_IDLE_SECONDS`
-            nothing came.
+        OSError: The file cannot be written.
+        RetriesExhaustedError: The download failed, or nothing was written for
+            `CLIENT_IDLE_SECONDS`.
     """
     from huggingface_hub import hf_hub_download
 
@@ -48,13 +48,13 @@ def download_with_client(name: str, file: RemoteFile, path: Path, token: str | b
     try:
         Path(call_with_timeout(CLIENT_IDLE_SECONDS, download, progress)).replace(target)
         return target
-    # Of Xet, of HTTP, of whatever the client uses: the errors have no base in common.
+    # The errors of Xet and of the HTTP libraries have no common base class.
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        store = "the Xet store (cas-server.xethub.hf.co, for the real Hub)"
         raise RetriesExhaustedError(
-            f"{store} does not give it either ({describe_error(error)})"
+            "the Xet store (cas-server.xethub.hf.co on huggingface.co) failed, too "
+            f"({describe_error(error)})"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

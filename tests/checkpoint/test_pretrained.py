@@ -87,13 +87,13 @@ def test_invalid_sources(tmp_path: Path) -> None:
             tmp_path / "empty",
             r"contains neither model.safetensors nor model.safetensors.index.json; found: nothing",
         ),
-        (tmp_path / "absent", "does not exist on this machine, and is no Hub id such as"),
-        ("no/such/folder", "does not exist on this machine, and is no Hub id such as"),
-        ("nowhere/model.safetensors", "does not exist on this machine, and is no Hub id such as"),
-        ("", "does not exist on this machine"),
+        (tmp_path / "absent", "is neither a local path nor a Hub id; pass a folder"),
+        ("no/such/folder", "is neither a local path nor a Hub id; pass a folder"),
+        ("nowhere/model.safetensors", "is neither a local path nor a Hub id; pass a folder"),
+        ("", "is neither a local path nor a Hub id"),
         (
             tmp_path / "notes.txt",
-            "is neither a .safetensors nor an .npz file; pass one, or the folder",
+            "neither a .safetensors nor an .npz file; pass one, or the checkpoint folder",
         ),
         ("a" * 5000, "cannot be read"),
         ("~no-such-user/encoder", "cannot be read"),
@@ -105,7 +105,7 @@ def test_invalid_sources(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", [None, 3, b"folder", ["folder"]])
 def test_source_types(source: object) -> None:
-    with pytest.raises(CheckpointError, match="the source must be a path or a Hub id, got a "):
+    with pytest.raises(CheckpointError, match="source must be a path or a Hub id, got "):
         load(source)  # type: ignore[arg-type]
 
 

@@ -248,7 +248,7 @@ def test_inspect_damaged_file(checkpoint: MakeCheckpoint) -> None:
     ("arguments", "code", "message"),
     [
         (["inspect"], 2, "Missing argument"),
-        (["inspect", "nowhere"], 1, "'nowhere' does not exist on this machine"),
+        (["inspect", "nowhere"], 1, "'nowhere' is neither a local path nor a Hub id"),
         (
             ["inspect", "nowhere", "--layout", "x"],
             2,
@@ -311,7 +311,7 @@ def test_inspect_hub_shards(hub: Hub, whole_model: Path, hub_cache: Path) -> Non
 def test_inspect_hub_cache(hub: Hub, whole_model: Path, hub_cache: Path) -> None:
     hub.repositories["google/a"] = Repository(whole_model)
     assert (
-        "config.json of 'google/a' is not in the local cache"
+        "google/a: config.json is not in the local cache"
         in run("inspect", "google/a", "--offline", code=1).stderr
     )
     SigLipVisionModel.from_hf("google/a")
@@ -359,7 +359,7 @@ def test_inspect_hub_damaged_file(hub: Hub, whole_model: Path, hub_cache: Path) 
     ):
         weights.write_bytes(content)
         assert (
-            "model.safetensors of 'google/a' is not a whole safetensors"
+            "google/a: model.safetensors is not a valid safetensors"
             in run("inspect", "google/a", code=1).stderr
         )
 
@@ -368,7 +368,6 @@ def test_inspect_hub_errors(hub: Hub, whole_model: Path, hub_cache: Path) -> Non
     hub.repositories["google/a"] = Repository(whole_model)
     hub.faults = [Fault("reset", "CDN RANGE model.safetensors", times=None)]
     assert (
-        "model.safetensors of 'google/a' could not be fetched"
-        in run("inspect", "google/a", code=1).stderr
+        "google/a: cannot download model.safetensors" in run("inspect", "google/a", code=1).stderr
     )
-    assert "the Hub has no repository 'google/b'" in run("inspect", "google/b", code=1).stderr
+    assert "google/b: no such repository on the Hub" in run("inspect", "google/b", code=1).stderr

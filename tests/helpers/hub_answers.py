@@ -1,4 +1,4 @@
-"""Answers of a Hub on loopback, and what goes wrong with them."""
+"""Responses of a Hub on loopback, and faults of these responses."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ LOGIN_PAGE = (
 
 Kind = Literal[
     "none",
-    "status",  # the answer is `status`
+    "status",  # the response is `status`
     "html",  # 200 and a login page, as from a captive portal
     "reset",  # the connection is reset (RST); `after=None`: before the headers
-    "close",  # the connection is closed in good order; `after=None`: before the headers
-    # nothing comes for `seconds`, or, without, until the Hub is reset; `after=None`: before the
-    # headers
+    "close",  # the connection is closed (FIN); `after=None`: before the headers
+    # nothing is sent for `seconds`; None: until the Hub is reset; `after=None`: before the headers
     "stall",
-    "slow",  # from `after` on in pieces of SLOW_CHUNK bytes, `seconds` apart
-    "short",  # announces and sends `after` bytes only; without, half of them
-    "long",  # announces and sends `after` more bytes than were asked for; without, one more
-    "other range",  # 206, and a range `after` bytes further; without, one byte
-    "other size",  # the file is said to be `after` bytes larger; without, one byte
-    "wrong bytes",  # the body's byte number `after` has its bits flipped; without, the first
+    "slow",  # from `after` on, chunks of SLOW_CHUNK bytes, `seconds` apart
+    "short",  # announces and sends only `after` bytes; None: half of them
+    "long",  # announces and sends `after` more bytes than requested; None: one more
+    "other range",  # 206 and a range that is shifted by `after` bytes; None: by one
+    "other size",  # the reported file size is `after` bytes larger; None: by one
+    "wrong bytes",  # flips the bits of byte `after` of the body; None: of the first
     "gzip",  # Content-Encoding: gzip
     "no length",  # Transfer-Encoding: chunked
     "other etag",
@@ -42,16 +41,16 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with requests.
+    """A fault of requests.
 
     Attributes:
-        kind: of the fault.
-        request: the key of the requests, or a glob.
-        times: with so many of them; None for ever.
-        after: see `Kind`.
-        seconds: see `Kind`.
-        status: of the answer.
-        headers: instead of, or beside, those of the answer.
+        kind: Kind of the fault.
+        request: Key of the requests, or a glob.
+        times: Number of requests; None for all.
+        after: See `Kind`.
+        seconds: See `Kind`.
+        status: HTTP status of the response.
+        headers: Headers that are added to those of the response, or replace them.
     """
 
     kind: Kind
@@ -65,13 +64,13 @@ class Fault:
 
 @dataclass
 class Answer:
-    """A response: of `body`, the bytes from `first` to `stop` are sent.
+    """A response, which sends the bytes [first, stop) of `body`.
 
     Attributes:
         status: HTTP status.
-        headers: by name.
-        body: a file, or bytes.
-        file: whose bytes these are; messages have no file.
+        headers: Headers by name.
+        body: File or bytes.
+        file: Name of the file in the repository; empty for messages.
     """
 
     status: int
@@ -86,17 +85,14 @@ class Answer:
         self.wrong_byte = -1
 
     def send(self, first: int, stop: int) -> None:
-        """Send this part of the body only."""
+        """Send only this part of the body."""
         self.first = first
         self.stop = stop
         if self.status == 206:
             self.headers["Content-Range"] = f"bytes {first}-{stop - 1}/{self.size}"
 
     def part(self, content_range: str) -> Answer:
-        """What a Range header asks for.
-
-        One that cannot be understood asks for everything, as in RFC 9110.
-        """
+        """Return the response to a Range header; an invalid header is ignored, as in RFC 9110."""
         span = parse_range(content_range, self.size)
         if span is None:
             return self
@@ -108,20 +104,20 @@ class Answer:
         return self
 
     def read(self, first: int, stop: int, chunk: int = CHUNK) -> Iterator[tuple[int, bytes]]:
-        """The bytes of the body, zeros beyond its end, in pieces that say where they are from."""
+        """Yield offset and bytes of each chunk of the body, with zeros beyond its end."""
         opened = io.BytesIO(self.body) if isinstance(self.body, bytes) else self.body.open("rb")
         with opened:
             opened.seek(first)
             for start in range(first, stop, chunk):
                 length = min(chunk, stop - start)
-                piece = bytearray(opened.read(length).ljust(length, b"\0"))
+                content = bytearray(opened.read(length).ljust(length, b"\0"))
                 wrong = self.wrong_byte - start
                 if 0 <= wrong < length:
-                    piece[wrong] ^= 0xFF
-                yield start, bytes(piece)
+                    content[wrong] ^= 0xFF
+                yield start, bytes(content)
 
     def disturbed(self, fault: Fault) -> Answer:
-        """The answer as the fault leaves it, for the faults of which the headers tell."""
+        """Return the response with the faults that affect its headers or body."""
         answer = self._disturb(fault)
         if fault.kind == "no length":
             answer.headers["Transfer-Encoding"] = "chunked"
@@ -169,8 +165,8 @@ class Answer:
             self.headers["X-Linked-Size"] = str(int(size) + more)
 
     def _compress(self) -> None:
-        """Content-Range, if any, stays that of what was compressed."""
-        content = b"".join(piece for _, piece in self.read(self.first, self.stop))
+        """Compress the body; Content-Range stays that of the uncompressed body."""
+        content = b"".join(chunk for _, chunk in self.read(self.first, self.stop))
         self.body = gzip.compress(content)
         self.first = 0
         self.stop = len(self.body)
@@ -178,7 +174,7 @@ class Answer:
 
 
 def parse_range(header: str, size: int) -> tuple[int, int] | None:
-    """First byte and stop of a Range header; None where it cannot be understood."""
+    """Return first byte and stop of a Range header; None if it is invalid."""
     match = re.fullmatch(r"bytes=(\d*)-(\d*)", header)
     if match is None or match[0] == "bytes=-":
         return None
@@ -193,7 +189,7 @@ def parse_range(header: str, size: int) -> tuple[int, int] | None:
 
 
 def refuse(status: int, code: str, message: str, **headers: str) -> Answer:
-    """An error as the Hub reports it: `code` decides which exception the client raises."""
+    """Return an error of the Hub; `code` determines the exception of the client."""
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     sent["X-Error-Message"] = message
     if code:

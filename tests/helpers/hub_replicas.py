@@ -1,7 +1,4 @@
-"""What `pytest -m hub` asks of the Hub, for a Hub of our own.
-
-Small random weights under the published names.
-"""
+"""Replicas of the repositories that `pytest -m hub` needs, with small random weights."""
 
 from __future__ import annotations
 
@@ -28,24 +25,25 @@ TEXTS = ["a photo of 2 cats", "a photo of 2 dogs"]
 
 
 def serve(hub: Hub, folder: Path, *, xet: bool) -> Path:
-    """Makes the repositories, and lets the Hub serve them.
+    """Create the repositories and serve them.
 
     Args:
-        hub: of ours.
-        folder: where to make them.
-        xet: whether the Hub has the weights in its Xet store, too.
+        hub: Hub on loopback.
+        folder: Folder of the repositories.
+        xet: Whether the weights are also in the Xet store.
 
     Returns:
-        The golden numbers, as transformers computes them: see `tests/test_real_checkpoint.py`.
+        File with the expected numbers, computed by transformers: see
+        `tests/test_real_checkpoint.py`.
     """
     images = folder / "nielsr" / "test-image"
     images.mkdir(parents=True)
     noise = torch.Generator().manual_seed(0)
     input_ids = torch.randint(4, 60, (2, 32), generator=noise)
     torch.save(input_ids, images / "siglip_input_ids.pt")
-    picture = folder / "cats.png"
-    Image.effect_noise((48, 40), 90).convert("RGB").save(picture)
-    goldens: dict[str, Any] = {"two cats, address": picture.as_uri()}
+    image_path = folder / "cats.png"
+    Image.effect_noise((48, 40), 90).convert("RGB").save(image_path)
+    goldens: dict[str, Any] = {"two cats, address": image_path.as_uri()}
     for name, size in SIZES.items():
         model = random_model(folder / name, size)
         pixel_values = torch.randn(2, 3, size, size, generator=noise)
@@ -61,7 +59,7 @@ def serve(hub: Hub, folder: Path, *, xet: bool) -> Path:
                 TEXTS, padding="max_length", return_tensors="pt"
             )
             processor = AutoImageProcessor.from_pretrained(folder / name, backend="pil")
-            with Image.open(picture) as opened:
+            with Image.open(image_path) as opened:
                 pixels = processor(opened, return_tensors="pt")["pixel_values"]
             goldens["two cats"] = logits(model, pixels, ids["input_ids"])
         hub.repositories[name] = Repository(folder / name)
@@ -74,7 +72,7 @@ def serve(hub: Hub, folder: Path, *, xet: bool) -> Path:
 
 
 def random_model(folder: Path, size: int) -> SiglipModel:
-    """Writes a whole SigLIP, both encoders and what prepares their inputs, and returns it."""
+    """Write a whole SigLIP with image processor and tokenizer, and return the model."""
     import sentencepiece
 
     vision = {
@@ -95,10 +93,10 @@ def random_model(folder: Path, size: int) -> SiglipModel:
             parameter.add_(torch.randn(parameter.shape) * 0.1)
     model.save_pretrained(folder)
     SiglipImageProcessor(size={"height": size, "width": size}).save_pretrained(folder)
-    pieces = io.BytesIO()
+    vocabulary = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 20),
-        model_writer=pieces,
+        model_writer=vocabulary,
         vocab_size=30,
         hard_vocab_limit=False,
         minloglevel=2,
@@ -107,7 +105,7 @@ def random_model(folder: Path, size: int) -> SiglipModel:
         unk_id=2,
         bos_id=-1,
     )
-    (folder / "spiece.model").write_bytes(pieces.getvalue())
+    (folder / "spiece.model").write_bytes(vocabulary.getvalue())
     (folder / "tokenizer_config.json").write_text(
         json.dumps(
             {"tokenizer_class": "SiglipTokenizer", "model_max_length": 32, "pad_token": "</s>"}
@@ -120,6 +118,6 @@ def random_model(folder: Path, size: int) -> SiglipModel:
 def logits(
     model: SiglipModel, pixel_values: torch.Tensor, input_ids: torch.Tensor
 ) -> list[list[float]]:
-    """The reference's own logits: [B, T]."""
+    """Return the logits of the reference, [B, T]."""
     output = model(pixel_values=pixel_values, input_ids=input_ids)
     return [[float(value) for value in row] for row in output.logits_per_image]

@@ -1,4 +1,4 @@
-"""Repositories of a Hub on loopback: folders of this machine."""
+"""Repositories of a Hub on loopback: local folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 MAX_HASHED_BYTES = 64 << 20
-"""Larger files, sparse ones of many GB among them, get an ETag that nobody has to compute."""
+"""Larger files, such as sparse files of many GB, get an ETag that is not a hash."""
 
 
 @dataclass
@@ -17,13 +17,13 @@ class Repository:
     """A model repository: `main` and `tags` are its first commit, until `push` moves `main`.
 
     Attributes:
-        folder: of `main`.
-        gated: whether its files are for `readers` alone.
-        private: whether it is known to `readers` alone.
-        disabled: whether it is closed.
-        readers: tokens that open it where it is gated or private.
-        tags: of the first commit.
-        cdn: a glob: files that the CDN serves, as git-lfs files on the real Hub; "" for none.
+        folder: Folder of `main`.
+        gated: Whether only `readers` can download its files.
+        private: Whether it exists only for `readers`.
+        disabled: Whether it is disabled.
+        readers: Tokens with access to a gated or private repository.
+        tags: Tags of the first commit.
+        cdn: Glob of the files that the CDN serves, as LFS files on the real Hub; "" for none.
     """
 
     folder: Path
@@ -39,17 +39,14 @@ class Repository:
         self._refs = dict.fromkeys(("main", *self.tags), 0)
 
     def push(self, folder: Path) -> None:
-        """Move `main` to another folder.
-
-        Tags stay, and the old folder is still served under its commit.
-        """
+        """Move `main` to another folder; tags and the old commit are still served."""
         self.folder = folder
         self._commits.append(folder)
         self._refs["main"] = len(self._commits) - 1
 
     @property
     def commit(self) -> str:
-        """The commit of `main`: forty hexadecimal digits that change with the contents."""
+        """The commit of `main`, which changes with the contents."""
         return self._commit(self._refs["main"])
 
     def _commit(self, number: int) -> str:
@@ -59,7 +56,7 @@ class Repository:
         return digest.hexdigest()
 
     def find(self, revision: str) -> tuple[str, Path] | None:
-        """The commit and the folder of a branch, tag or commit."""
+        """Return commit and folder of a branch, tag or commit; None if it does not exist."""
         for number, folder in enumerate(self._commits):
             commit = self._commit(number)
             if self._refs.get(revision) == number or revision == commit:
@@ -71,13 +68,13 @@ class Repository:
 
 
 def files(folder: Path) -> dict[str, Path]:
-    """All files below a folder, by their paths in the repository."""
+    """Return all files below a folder, by their paths in the repository."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
 def etag_of(file: Path, *, lfs: bool) -> str:
-    """As the Hub's: SHA-256 of a git-lfs file, and what git calls the blob for others."""
+    """Return the ETag of the Hub: the SHA-256 of LFS files, the git blob hash of others."""
     stat = file.stat()
     return _etag(file, stat.st_size, stat.st_mtime_ns, stat.st_ino, lfs)
 

@@ -1,11 +1,11 @@
 """A HuggingFace Hub on loopback, for the real `huggingface_hub` client.
 
-Two servers, as in the real world: the Hub, which knows repositories and who may read them, and the
-CDN, another origin, which serves large files to whoever has a signed address, and must never be
-shown a token. Both obey `Hub.faults`.
+There are two servers, like on the real Hub: the Hub, which checks access to repositories, and the
+CDN, another origin, which serves large files by signed URLs and must never receive a token. Both
+obey `Hub.faults`.
 
-What `Hub.store_by_xet` has stored, the Hub says to have in its Xet store, too, as it says of all
-its large files today: the real `hf_xet` then fetches it from a store on disk.
+Files of `Hub.store_by_xet` are also in a Xet store on disk, from which the real `hf_xet` downloads
+them; on the real Hub, all large files are in the Xet store.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ __all__ = ["RESOLVE", "Answer", "Fault", "Hub", "Kind", "Repository", "Server", 
 SLOW_CHUNK = 1 << 12
 
 DISABLED = "Access to this resource is disabled."
-"""The client knows a disabled repository by this text."""
+"""Text by which the client recognizes a disabled repository."""
 
 RESOLVE = re.compile(
     r"/(?:datasets/)?(?P<name>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)"
 )
 API = re.compile(
     r"/api/models/(?P<name>[^/]+(?:/[^/]+)?)"
-    r"(?:/(?P<what>revision|tree)/(?P<revision>[^/]+)(?:/(?P<below>.+))?)?"
+    r"(?:/(?P<endpoint>revision|tree)/(?P<revision>[^/]+)(?:/(?P<below>.+))?)?"
 )
 XET_TOKEN = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)/xet-read-token/[0-9a-f]{40}")
 SIGNED = re.compile(r"/(?P<etag>[^/]+)/(?P<file>.+)")
@@ -53,7 +53,7 @@ SIGNED = re.compile(r"/(?P<etag>[^/]+)/(?P<file>.+)")
 
 @dataclass
 class Signed:
-    """What a signed address of the CDN gives, until when and how often."""
+    """The file of a signed URL, its expiration time, and the number of uses left."""
 
     file: Path
     expires: float
@@ -62,7 +62,7 @@ class Signed:
 
 @dataclass
 class Exchange:
-    """What a request under way needs of the test that made it, even when the Hub is reset."""
+    """State of a request in progress, which stays valid when the Hub is reset."""
 
     fault: Fault
     released: threading.Event
@@ -70,25 +70,25 @@ class Exchange:
 
 
 class Hub:
-    """The servers. What is set on it, `repositories` above all, may be changed while they run.
+    """The two servers. The attributes can be changed while they run.
 
-    Requests are known by keys: "HEAD config.json", "GET config.json", "RANGE config.json" for a GET
-    with a Range header, the same after "CDN " at the CDN, and "GET api/models/..." for other paths.
+    Requests have keys: "HEAD config.json", "GET config.json", "RANGE config.json" for a GET with a
+    Range header, the same with the prefix "CDN " at the CDN, and "GET api/models/..." for other
+    paths.
 
     Attributes:
-        repositories: by Hub id.
-        faults: each request meets the first that fits it; those that are used up leave.
-        after: by key: run once, before the client can ask again.
-        ranges: whether a Range header is obeyed.
-        cdn_seconds: how long an address signed from now on is good for,
-        cdn_uses: and how many requests.
-        requests: how many there were, by key.
-        sent: bytes of the bodies, by file, at both addresses together.
-        authorizations: address (`url` or `cdn_url`) and Authorization header.
-        most_at_once: the most requests in progress at the same time at one of the addresses: never
-            more than the client has open, and where answers are quick perhaps fewer, since a
-            request is over just before its last bytes leave.
-        xet_url: of the Xet store.
+        repositories: Repositories by Hub id.
+        faults: Faults; a request gets the first that matches, which is removed once used up.
+        after: Callbacks by key; run once, before the client can send another request.
+        ranges: Whether Range headers are obeyed.
+        cdn_seconds: Lifetime of new signed URLs, in seconds.
+        cdn_uses: Number of requests that a new signed URL is valid for; None for no limit.
+        requests: Number of requests by key.
+        sent: Bytes of the bodies by file, from both servers.
+        authorizations: Server (`url` or `cdn_url`) and Authorization header of each request.
+        max_concurrency: Maximum number of concurrent requests at one server. May be lower than the
+            client's, since a request ends just before its last bytes are sent.
+        xet_url: URL of the Xet store.
     """
 
     def __init__(self) -> None:
@@ -101,10 +101,7 @@ class Hub:
         self.cdn_url = self.cdn.url
 
     def reset(self) -> None:
-        """Forget everything.
-
-        Requests that are still being answered are let go, and no longer count.
-        """
+        """Reset all attributes; requests in progress are released and no longer counted."""
         self.released.set()
         self.released = threading.Event()
         self.repositories: dict[str, Repository] = {}
@@ -116,27 +113,24 @@ class Hub:
         self.requests: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         self.authorizations: list[tuple[str, str]] = []
-        self.most_at_once = 0
+        self.max_concurrency = 0
         self.xet_url = ""
         self._busy: Counter[str] = Counter()
         self._signed: dict[str, Signed] = {}
         self._xet_hashes: dict[str, str] = {}  # by etag
 
     def wait_for_requests(self, key: str, count: int, seconds: float = 60) -> None:
-        """Wait until so many requests have come."""
+        """Wait until the number of requests with this key reaches `count`."""
         with self._changed:
-            came = self._changed.wait_for(lambda: self.requests[key] >= count, seconds)
-        assert came, self.requests
+            has_arrived = self._changed.wait_for(lambda: self.requests[key] >= count, seconds)
+        assert has_arrived, self.requests
 
-    def store_by_xet(self, store: Path, *paths: Path) -> None:
-        """Put files into a Xet store on disk, by `hf_xet` itself.
-
-        From now on the Hub says that it has them there.
-        """
+    def store_by_xet(self, folder: Path, *paths: Path) -> None:
+        """Upload files to a Xet store on disk by `hf_xet`; the Hub reports them as Xet files."""
         import hf_xet
 
-        store.mkdir(parents=True, exist_ok=True)
-        self.xet_url = f"local://{store}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.xet_url = f"local://{folder}"
         with hf_xet.XetSession().new_upload_commit(
             self.xet_url, "token", int(time.time()) + 3600
         ) as commit:
@@ -145,17 +139,17 @@ class Hub:
             self._xet_hashes[etag_of(path, lfs=True)] = upload.result().xet_info.hash
 
     def expire(self) -> None:
-        """From now on the CDN refuses all addresses that were signed so far."""
+        """Expire all signed URLs."""
         self._signed.clear()
 
     @contextmanager
-    def answering(self, address: str, key: str, authorization: str | None) -> Iterator[Exchange]:
-        """Count a request while it is answered, and say what is to go wrong with it."""
+    def in_progress(self, address: str, key: str, authorization: str | None) -> Iterator[Exchange]:
+        """Count a request while it is in progress, and yield its fault."""
         busy = self._busy
         with self._changed:
             self.requests[key] += 1
             busy[address] += 1
-            self.most_at_once = max(self.most_at_once, busy[address])
+            self.max_concurrency = max(self.max_concurrency, busy[address])
             if authorization is not None:
                 self.authorizations.append((address, authorization))
             fault = self._take_fault(key)
@@ -184,30 +178,31 @@ class Hub:
     # --- the Hub ----------------------------------------------------------------------------------
 
     def respond(self, target: str, authorization: str | None) -> Answer:
-        """Answer as the Hub does."""
+        """Respond like the Hub."""
         path = urlsplit(target).path
         if XET_TOKEN.fullmatch(path):
             return self._xet_token()
         match = RESOLVE.fullmatch(path) or API.fullmatch(path)
         if match is None:
             return refuse(404, "", "Not found")
-        asked = {
-            name: unquote(value) for name, value in match.groupdict().items() if value is not None
-        }
-        repository = self.repositories.get(asked["name"])
+        groups = match.groupdict().items()
+        request = {name: unquote(value) for name, value in groups if value is not None}
+        repository = self.repositories.get(request["name"])
         if repository is None:
             return refuse(404, "RepoNotFound", "Repository not found")
         token = authorization.removeprefix("Bearer ") if authorization else None
-        refusal = refusal_of(repository, token, for_files="file" in asked)
+        refusal = refusal_of(repository, token, for_files="file" in request)
         if refusal:
             return refusal
-        place = repository.find(asked.get("revision", "main"))
+        place = repository.find(request.get("revision", "main"))
         if place is None:
             return refuse(404, "RevisionNotFound", "Revision not found")
         commit, folder = place
-        if "file" in asked:
-            return self._resolve(asked["name"], repository, commit, folder / asked["file"], folder)
-        return list_files(repository, commit, folder, asked)
+        if "file" in request:
+            return self._resolve(
+                request["name"], repository, commit, folder / request["file"], folder
+            )
+        return list_files(repository, commit, folder, request)
 
     def _xet_token(self) -> Answer:
         headers = {
@@ -220,7 +215,7 @@ class Hub:
     def _resolve(
         self, name: str, repository: Repository, commit: str, file: Path, folder: Path
     ) -> Answer:
-        """A file, or where the CDN has it."""
+        """Return a file, or a redirect to the CDN."""
         if not file.is_file():
             return refuse(404, "EntryNotFound", "Entry not found", X_Repo_Commit=commit)
         path = file.relative_to(folder).as_posix()
@@ -233,12 +228,12 @@ class Hub:
         headers["X-Linked-Etag"] = f'"{etag}"'
         headers["X-Linked-Size"] = str(file.stat().st_size)
         if etag in self._xet_hashes:
-            # The client keeps what is told there, by this address: another store has another.
-            store = quote(self.xet_url, safe="")
-            token = f"{self.url}/api/models/{name}/xet-read-token/{commit}?{store}"
+            # The client caches the token by this URL, so the URL must differ between stores.
+            query = quote(self.xet_url, safe="")
+            token = f"{self.url}/api/models/{name}/xet-read-token/{commit}?{query}"
             headers["X-Xet-Hash"] = self._xet_hashes[etag]
             headers["Link"] = f'<{token}>; rel="xet-auth"'
-        # With a body, whose length is not the file's.
+        # The body has another length than the file.
         return Answer(302, headers, f"Found: {headers['Location']}".encode())
 
     def _sign(self, file: Path, path: str) -> str:
@@ -251,10 +246,7 @@ class Hub:
     # --- the CDN ----------------------------------------------------------------------------------
 
     def respond_cdn(self, target: str, authorization: str | None) -> Answer:
-        """Answer as S3 or CloudFront does.
-
-        To whoever has a signed address, and nothing else to show.
-        """
+        """Respond like S3 or CloudFront: signed URLs only, and no Authorization header."""
         if authorization is not None:
             message = b"<Error><Message>Only one auth mechanism allowed</Message></Error>"
             return Answer(400, {}, message)
@@ -264,7 +256,7 @@ class Hub:
                 return Answer(403, {}, b"<Error><Message>Request has expired</Message></Error>")
             if signed.uses is not None:
                 signed.uses -= 1
-        # It has an ETag, which looks like the Hub's, but on the real CDN too is another one.
+        # As on the real CDN, the ETag looks like that of the Hub, but differs.
         etag = hashlib.sha256(etag_of(signed.file, lfs=True).encode()).hexdigest()
         headers = {
             "ETag": f'"{etag}"',
@@ -279,7 +271,7 @@ class Hub:
 
 
 def refusal_of(repository: Repository, token: str | None, *, for_files: bool) -> Answer | None:
-    """Why a token does not open it. Of a gated repository everybody may see what it holds."""
+    """Return the refusal of a token; None if it has access. Gated file lists are public."""
     if token in repository.readers:
         return None
     if repository.private:
@@ -292,15 +284,15 @@ def refusal_of(repository: Repository, token: str | None, *, for_files: bool) ->
 
 
 def list_files(
-    repository: Repository, commit: str, folder: Path, asked: Mapping[str, str]
+    repository: Repository, commit: str, folder: Path, request: Mapping[str, str]
 ) -> Answer:
-    """The API's answer: what a repository holds, or a folder of it, always with subfolders.
+    """Return the files of a repository or folder, always recursively, like the API of the Hub.
 
     `/api/models/<name>[/revision/<revision>]`, or `.../tree/<revision>[/<folder>]`.
     """
     document: object
-    if asked.get("what") == "tree":
-        below = asked["below"] + "/" if "below" in asked else ""
+    if request.get("endpoint") == "tree":
+        below = request["below"] + "/" if "below" in request else ""
         entries = {path: file for path, file in files(folder).items() if path.startswith(below)}
         if below and not entries:
             return refuse(404, "EntryNotFound", "Entry not found", X_Repo_Commit=commit)
@@ -315,7 +307,7 @@ def list_files(
         ]
     else:
         document = {
-            "id": asked["name"],
+            "id": request["name"],
             "sha": commit,
             "private": repository.private,
             "gated": "manual" if repository.gated else False,
@@ -328,7 +320,7 @@ def list_files(
 
 
 class Server(ThreadingHTTPServer):
-    """One of the two addresses."""
+    """One of the two servers."""
 
     request_queue_size = 128  # clients open many connections at once
 
@@ -344,8 +336,7 @@ class Server(ThreadingHTTPServer):
         self.respond = respond
         self.pattern = pattern
         self.prefix = prefix
-        # The CDN has another name, too: not all releases of the client look at the port to tell one
-        # host from another.
+        # The CDN has another host name, since some releases of the client ignore the port.
         self.url = f"http://{'localhost' if prefix else '127.0.0.1'}:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -355,17 +346,17 @@ class Server(ThreadingHTTPServer):
         return f"{self.prefix}{method} {unquote(match['file'] if match else path.strip('/'))}"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that goes away in the middle is no error of ours."""
+        """Ignore clients that disconnect."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection of a client, which may carry many requests."""
+    """A connection of a client, with one or more requests."""
 
     server: Server
     protocol_version = "HTTP/1.1"
-    # headers and body are two writes: else each answer waits for the client's ACK
+    # headers and body are two writes; with Nagle's algorithm, each response waits for an ACK
     disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
@@ -383,7 +374,7 @@ class Handler(BaseHTTPRequestHandler):
         key = self.server.key(method, self.path)
         authorization = self.headers.get("Authorization")
         with ExitStack() as progress:
-            exchange = progress.enter_context(hub.answering(self.server.url, key, authorization))
+            exchange = progress.enter_context(hub.in_progress(self.server.url, key, authorization))
             answer = self.server.respond(self.path, authorization)
             if method == "RANGE" and content_range is not None and hub.ranges and answer.file:
                 answer = answer.part(content_range)
@@ -397,20 +388,17 @@ class Handler(BaseHTTPRequestHandler):
             self.reset(exchange.released)
 
     def reset(self, released: threading.Event) -> None:
-        """Close with RST in place of FIN, after all that was sent has arrived.
-
-        RST throws away what is on its way.
-        """
+        """Close with RST instead of FIN, after all sent bytes arrived, which RST would discard."""
         while any(fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4))):
             if released.wait(0.001):
                 break
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.rfile.close()  # which would hold the socket open
+        self.rfile.close()  # an open file would keep the socket open
         self.connection.close()
 
 
 class Transfer:
-    """Sends an answer, as far as the fault lets it."""
+    """Sends a response, as far as its fault permits."""
 
     def __init__(
         self, handler: Handler, answer: Answer, exchange: Exchange, progress: ExitStack
@@ -424,18 +412,18 @@ class Transfer:
         self.stop = answer.stop if handler.command == "GET" else answer.first
 
     def run(self) -> bool:
-        """Send it; False where that was not to the end."""
+        """Send the response; return whether it was sent to the end."""
         if self.fault.after is None and self.ends_here():
             return False
         self.send_headers()
         middle = min(self.answer.first + (self.fault.after or 0), self.stop)
-        for first, piece in self.answer.read(self.answer.first, middle):
-            self.write(first, piece)
+        for first, chunk in self.answer.read(self.answer.first, middle):
+            self.write(first, chunk)
         if self.fault.after is not None and self.ends_here():
             return False
         is_slow = self.fault.kind == "slow"
-        for first, piece in self.answer.read(middle, self.stop, SLOW_CHUNK if is_slow else CHUNK):
-            self.write(first, piece)
+        for first, chunk in self.answer.read(middle, self.stop, SLOW_CHUNK if is_slow else CHUNK):
+            self.write(first, chunk)
             if is_slow and self.exchange.released.wait(self.fault.seconds or 0.01):
                 return False
         if self.is_chunked and self.handler.command == "GET":
@@ -443,7 +431,7 @@ class Transfer:
         return True
 
     def ends_here(self) -> bool:
-        """Whether the fault ends it; a stall is waited for, and ends it where the test is over."""
+        """Return whether the fault ends the response; a stall ends it when the Hub is reset."""
         if self.fault.kind == "stall":
             return self.exchange.released.wait(self.fault.seconds)
         return self.fault.kind in ("reset", "close")
@@ -456,14 +444,14 @@ class Transfer:
             self.progress.close()
         self.handler.end_headers()
 
-    def write(self, first: int, piece: bytes) -> None:
-        # Counted first: whoever has the last byte finds it counted, and the request no longer in
-        # progress.
-        if first + len(piece) == self.stop:
+    def write(self, first: int, chunk: bytes) -> None:
+        # Count before sending: once the client has the last byte, it is counted, and the request is
+        # no longer in progress.
+        if first + len(chunk) == self.stop:
             self.progress.close()
         if self.answer.file:
             hub = self.handler.server.hub
-            hub.count_sent(self.exchange.sent, self.answer.file, len(piece))
+            hub.count_sent(self.exchange.sent, self.answer.file, len(chunk))
         if self.is_chunked:
-            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
-        self.handler.wfile.write(piece)
+            chunk = b"%x\r\n%b\r\n" % (len(chunk), chunk)
+        self.handler.wfile.write(chunk)

@@ -1,16 +1,16 @@
-"""Writes a checkpoint again and again, stopped each time at another moment.
+"""Write a checkpoint many times, interrupted at a different step each time.
 
 `python -m tests.helpers.interrupted_writes STRIDE FOLDER OPERATION...`, where an operation is
-`save_hf`, `save_timm` or `extract`, and `:over` to a folder that holds another checkpoint or `:new`
-to none. Each attempt is a process of its own, forked from this one, which ends
+`save_hf`, `save_timm` or `extract`, followed by `:over` (to a folder with another checkpoint) or
+`:new` (to a new folder). Each attempt is a forked process that is interrupted by
 
-- by SIGKILL, before the n-th thing it does to the file system, for every STRIDE-th n;
-- by the kernel, in the middle of a write: SIGXFSZ at a number of bytes (RLIMIT_FSIZE);
-- with an error in place of that signal (EFBIG: as of a full disk), or without permission;
-- by an error (EIO), or by Ctrl-C, in place of the n-th thing it does to the file system.
+- SIGKILL before the n-th file system operation, for every STRIDE-th n;
+- SIGXFSZ in the middle of a write, at a file size limit (RLIMIT_FSIZE);
+- an error in place of that signal (EFBIG, as on a full disk), or missing permissions;
+- an error (EIO) or Ctrl-C in place of the n-th file system operation.
 
-Prints JSON: of each operation, how attempts were disturbed, how they ended, what was found in the
-folder afterwards, and how many were alike.
+Prints JSON by operation: disturbance, exit code, state of the folder, and the number of attempts
+with this outcome.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint import extract_model
 from siglip_port.parity.stress_weights import randomize
 
-# As timm's vit_base_patch16_siglip_224 in what shapes do not show; the other differs in nothing
-# else.
+# NEW equals timm's vit_base_patch16_siglip_224 in everything but sizes; OLD differs only in the
+# activation.
 NEW = SigLipVisionConfig(
     embed_dim=24, num_attention_heads=2, num_encoder_blocks=2, mlp_hidden_dim=40
 )
@@ -59,28 +59,28 @@ Files = dict[str, bytes]
 
 
 class Outcome(NamedTuple):
-    """What became of an attempt.
+    """The outcome of an attempt.
 
     Attributes:
-        how: it was disturbed.
-        code: 0 for a success, 1 for a CheckpointError, minus the number of a signal.
-        state: what was found in the folder.
+        disturbance: Name of the disturbance.
+        code: 0 for success, 1 for a CheckpointError, minus the number of a signal.
+        state: State of the folder.
     """
 
-    how: str
+    disturbance: str
     code: int
     state: str
 
 
 def random_model(config: SigLipVisionConfig, seed: int) -> SigLipVisionModel:
-    """Return a model whose every parameter is random."""
+    """Return a model with random parameters."""
     model = SigLipVisionModel(config).eval()
     randomize(model, seed=seed)
     return model
 
 
 def writer(name: str, model: SigLipVisionModel) -> Callable[[Path], object]:
-    """Return what writes a model to a folder."""
+    """Return the function that writes a model to a folder."""
     if name == "extract":
         return lambda folder: extract_model(model, folder)
     return model.save_hf if name == "save_hf" else model.save_timm
@@ -90,7 +90,7 @@ def writer(name: str, model: SigLipVisionModel) -> Callable[[Path], object]:
 
 
 def run_disturbed(run: Callable[[], object], disturb: Disturbance, folder: str = "") -> int:
-    """Run something in a process of its own; return how that ended: see `Outcome.code`."""
+    """Run a function in a separate process; return `Outcome.code`."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -109,33 +109,33 @@ def run_disturbed(run: Callable[[], object], disturb: Disturbance, folder: str =
 
 
 def undisturbed() -> None:
-    """Let it be."""
+    """Do nothing."""
 
 
 def kill() -> None:
-    """End the process as nothing else does."""
+    """Kill the process."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fail() -> None:
-    """Raise what a broken disk does."""
+    """Raise the error of a broken disk."""
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def interrupt() -> None:
-    """Raise what Ctrl-C does."""
+    """Raise KeyboardInterrupt."""
     raise KeyboardInterrupt
 
 
 def at_event(number: int, folder: Path, disturb: Disturbance) -> Disturbance:
-    """Disturb the event of this number in or around the folder."""
+    """Disturb the n-th file system operation in the folder."""
 
     def install() -> None:
         events = itertools.count()
 
         def hook(event: str, arguments: tuple[object, ...]) -> None:
-            is_here = any(str(folder) in str(argument) for argument in arguments[:2])
-            if event in EVENTS and is_here and next(events) == number:
+            is_in_folder = any(str(folder) in str(argument) for argument in arguments[:2])
+            if event in EVENTS and is_in_folder and next(events) == number:
                 disturb()
 
         sys.addaudithook(hook)
@@ -144,7 +144,7 @@ def at_event(number: int, folder: Path, disturb: Disturbance) -> Disturbance:
 
 
 def limit_file_size(size: int, action: signal.Handlers) -> Disturbance:
-    """Let no file grow beyond `size` bytes."""
+    """Limit the file size to `size` bytes."""
 
     def install() -> None:
         signal.signal(signal.SIGXFSZ, action)
@@ -154,7 +154,7 @@ def limit_file_size(size: int, action: signal.Handlers) -> Disturbance:
 
 
 def drop_permission() -> None:
-    """Become a user who may write nowhere here."""
+    """Become a user without write permission."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setgid(65534)
@@ -165,7 +165,7 @@ def drop_permission() -> None:
 
 
 def read_files(folder: Path) -> Files:
-    """Read the files of a checkpoint; what is hidden is none."""
+    """Read the files of a checkpoint, without hidden files."""
     files: Files = {}
     if folder.exists():
         for path in folder.iterdir():
@@ -175,13 +175,13 @@ def read_files(folder: Path) -> Files:
 
 
 class Save:
-    """Attempts to save a new model, to a folder that may hold an old one.
+    """Attempts to save a new model.
 
     Args:
-        name: of the operation.
-        over: whether the folder holds an old one.
-        room: an empty folder.
-        stride: of the steps at which attempts are killed.
+        name: Name of the operation.
+        over: Whether the target folder has an old checkpoint.
+        room: Empty folder.
+        stride: Interval of the steps at which attempts are killed.
     """
 
     def __init__(self, name: str, over: bool, room: Path, stride: int) -> None:
@@ -225,28 +225,28 @@ class Save:
         """Save the new model."""
         self.write(self.folder)
 
-    def attempt(self, how: str, disturb: Disturbance) -> Outcome:
-        """Save in a disturbed process, and judge what is there; then save undisturbed."""
+    def attempt(self, disturbance: str, disturb: Disturbance) -> Outcome:
+        """Save in a disturbed process, and judge the folder; then save undisturbed."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.over:
             shutil.copytree(self.before, self.folder)
         code = run_disturbed(self.run, disturb, str(self.folder))
         state = self.judge(self.old_files)
         hidden = [*self.folder.glob(".*"), *self.room.glob(".*")]
-        if how not in ("fail", "interrupt") and code in (0, 1) and hidden:
+        if disturbance not in ("fail", "interrupt") and code in (0, 1) and hidden:
             state = "left something behind"
-        self.run()  # whatever is there, a second attempt does it
+        self.run()  # a second attempt must always succeed
         is_new = read_files(self.folder) == {**self.old_files, **self.new_files}
         if not is_new or self.judge({}) != "new":
             state += ", and a second attempt failed"
         for leftover in self.room.glob(".*"):
             shutil.rmtree(leftover)
-        return Outcome(how, code, state)
+        return Outcome(disturbance, code, state)
 
     def judge(self, old_files: Files) -> str:
-        """Say what is in the folder.
+        """Return the state of the folder: `old`, `new`, `both`, or a problem.
 
-        `old`, `new`, `both` (refused, or the same model either way), or what is wrong.
+        `both` means a mixture that is refused or loads as the same model.
         """
         files = read_files(self.folder)
         for name, content in files.items():
@@ -266,7 +266,7 @@ class Save:
         )
 
     def judge_model(self, state: str, is_whole: bool) -> str:
-        """Say whether what the files load as is what they are."""
+        """Return the state if the folder loads accordingly, else a problem."""
         try:
             loaded = SigLipVisionModel.from_hf(self.folder)
         except CheckpointError as error:
@@ -277,11 +277,11 @@ class Save:
         for name, model in self.models.items():
             if state in (name, "both") and is_same_model(loaded, model):
                 return state
-        return "another encoder"
+        return "another model"
 
 
 def is_same_model(a: SigLipVisionModel, b: SigLipVisionModel) -> bool:
-    """Whether two models are the same, bit by bit."""
+    """Return whether two models are equal, bit for bit."""
     state = b.state_dict()
     is_equal = all(torch.equal(tensor, state[name]) for name, tensor in a.state_dict().items())
     return is_equal and a.config == b.config

@@ -1,7 +1,7 @@
-"""Loads from the Hub again and again, killed each time before another step.
+"""Loads from the Hub that are killed before each of their steps.
 
-A step is a thing that a load does to what the port keeps in the cache. Each load is a process of
-its own. Afterwards a load offline may be refused; online, it must be right.
+A step is a file system operation of a load in `.siglip_port`. Each load is a separate process.
+After a kill, an offline load may fail, but an online load must be right.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ OWN_FOLDER = Path(".siglip_port")
 
 @dataclass(frozen=True)
 class Download:
-    """A load of a repository into a cache, in processes of its own."""
+    """A load of a repository into a cache, in separate processes."""
 
     name: str
     served: Path
     cache: Path
 
     def load(self, *, local_files_only: bool = False) -> None:
-        """Load, and end the process where the model is not right."""
+        """Load, and exit with an error code if the weights are wrong."""
         model = SigLipVisionModel.from_hf(
             self.name, cache_dir=self.cache, local_files_only=local_files_only
         )
@@ -48,7 +48,7 @@ class Download:
         self.load()
 
     def count_steps(self) -> int:
-        """The number of things that a load does to what is kept of the vision encoder."""
+        """Return the number of steps of a load."""
         counter = self.cache.with_name("steps")
 
         def count() -> None:
@@ -63,22 +63,22 @@ class Download:
         return counter.stat().st_size
 
     def is_right_after_kill(self, step: int) -> bool:
-        """Kill a load before one of its steps, and load again."""
+        """Kill a load before a step, load again, and return whether the weights are right."""
         shutil.rmtree(self.cache, ignore_errors=True)
         code = run_disturbed(self.load, at_event(step, OWN_FOLDER, kill))
         assert code == -9, code
-        # in a process of its own: no connection is shared
+        # in a separate process, so that no connection is shared
         return run_disturbed(self.load_offline_and_online, undisturbed) == 0
 
 
 def kill_downloads(name: str, served: Path, room: Path, interval: int) -> None:
-    """Print, as JSON, how many steps a load has, how many of them were its last, and the result.
+    """Print JSON: number of steps, number of kills, and the steps with a wrong result.
 
     Args:
-        name: the Hub id.
-        served: the folder that holds what the Hub serves.
-        room: an empty folder.
-        interval: between the steps that are a load's last; the first and the last are among them.
+        name: Hub id.
+        served: Folder of the repository.
+        room: Empty folder.
+        interval: Interval of the steps at which loads are killed; includes the first and the last.
     """
     chunked_download.CHUNK_BYTES = 32768
     download = Download(name, served, room / "cache")

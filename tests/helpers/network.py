@@ -1,4 +1,4 @@
-"""Places on this machine where nobody answers, and how the Hub's client is sent there."""
+"""Ports without a server, and other endpoints for the Hub's client."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 
 def silent_port() -> int:
-    """A port at which nobody listens."""
+    """Return a port without a listener."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port: int = closed.getsockname()[1]
@@ -16,12 +16,12 @@ def silent_port() -> int:
 
 
 def url_template(url: str) -> str:
-    """How the Hub's client makes addresses of files at another server."""
+    """Return the URL template of files on another server."""
     return f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
 
 
 def point_client_at(url: str, patch: pytest.MonkeyPatch) -> None:
-    """Have the Hub's client, and the port, ask another server for files."""
+    """Make `huggingface_hub` and `siglip_port` request files from another server."""
     from huggingface_hub import constants
 
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url_template(url))

@@ -1,4 +1,4 @@
-"""A disk that refuses to be written."""
+"""Read-only and full disks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Function = Callable[..., Any]
 
 @contextmanager
 def unwritable(folder: Path, code: int) -> Iterator[None]:
-    """Every write below a folder fails, as on a disk that is read-only (EROFS) or full (ENOSPC).
+    """Let every write below a folder fail, as on a read-only (EROFS) or full (ENOSPC) disk.
 
-    Not by permissions, which do not bind the administrator.
+    Permissions would not stop root.
     """
 
     def refuse_below(function: Function, writes: Callable[..., bool]) -> Function:
@@ -55,7 +55,7 @@ def mode_writes(mode: str = "r", *_: object, **__: object) -> bool:
 
 @contextmanager
 def refused_operation(name: str, code: int) -> Iterator[None]:
-    """One function fails wherever the port keeps what is its own in the cache, but for headers."""
+    """Let one operation fail in `.siglip_port`, except for headers."""
     place: Any = os if name == "posix_fallocate" else Path
     function: Function = getattr(place, name)
 

@@ -1,7 +1,4 @@
-"""Our Hub on loopback is tested too.
-
-Through the real client, and by a client that hides nothing of HTTP.
-"""
+"""Tests of the Hub on loopback, through the real client and through plain HTTP."""
 
 from __future__ import annotations
 
@@ -28,14 +25,14 @@ from huggingface_hub.errors import (
 from tests.helpers.hub_server import SLOW_CHUNK, Fault, Hub, Repository
 
 NAME = "google/a"
-CONTENT = bytes(range(250)) * 400  # no two neighbors are equal
+CONTENT = bytes(range(250)) * 400  # adjacent bytes differ
 WEIGHTS = "model.safetensors"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 @pytest.fixture
 def repository(hub: Hub, tmp_path: Path) -> Repository:
-    """A repository with large and small files, one of them in a subfolder."""
+    """A repository with large and small files, one in a subfolder."""
     folder = tmp_path / "served"
     (folder / "sub").mkdir(parents=True)
     (folder / WEIGHTS).write_bytes(CONTENT)
@@ -50,18 +47,18 @@ Reply = tuple[int, dict[str, str], bytes]
 
 @pytest.fixture
 def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client does not wait between its attempts."""
+    """The client does not wait between attempts."""
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
 
-def ask(
+def request(
     address: str,
     span: str = "",
     *,
     method: str = "GET",
     connection: http.client.HTTPConnection | None = None,
 ) -> Reply:
-    """One request without any help: no redirects, no decoding, no second try."""
+    """Send one request without redirects, decoding or retries."""
     parts = urlsplit(address)
     opened = connection or http.client.HTTPConnection(parts.netloc, timeout=10)
     try:
@@ -83,7 +80,7 @@ def at(hub: Hub, file: str, revision: str = "main") -> str:
 
 @pytest.fixture
 def plain(hub: Hub, repository: Repository) -> str:
-    """The address of the weights in a repository that keeps them off the CDN."""
+    """URL of the weights in a repository without CDN."""
     repository.cdn = ""
     return at(hub, WEIGHTS)
 
@@ -104,7 +101,7 @@ def test_files_and_listings(hub: Hub, repository: Repository, tmp_path: Path) ->
             assert repository.commit in path.parts
     assert hub.requests["HEAD config.json"] == hub.requests["GET config.json"] == 4
     assert hub.requests[f"HEAD {WEIGHTS}"] == hub.requests[f"CDN GET {WEIGHTS}"] == 4
-    assert hub.requests[f"GET {WEIGHTS}"] == 0  # the client keeps the signed address from the HEAD
+    assert hub.requests[f"GET {WEIGHTS}"] == 0  # the client uses the signed URL of the HEAD
     assert hub.sent == {WEIGHTS: 4 * len(CONTENT), "config.json": 4 * 2, "sub/notes.txt": 4 * 5}
     assert sorted(api.list_repo_files(NAME)) == ["config.json", WEIGHTS, "sub/notes.txt"]
     assert [file.path for file in api.list_repo_tree(NAME, "sub")] == ["sub/notes.txt"]
@@ -148,13 +145,13 @@ def test_refusals(hub: Hub, repository: Repository, tmp_path: Path) -> None:
     hub.repositories[NAME] = Repository(repository.folder, disabled=True)
     with pytest.raises(DisabledRepoError):
         HfApi().model_info(NAME)
-    assert ask(at(hub, WEIGHTS))[0] == 403
+    assert request(at(hub, WEIGHTS))[0] == 403
 
 
 def test_token_is_not_for_cdn(hub: Hub, repository: Repository, tmp_path: Path) -> None:
     assert hf_hub_download(NAME, WEIGHTS, token="secret", cache_dir=tmp_path)
     assert hub.authorizations == [(hub.url, "Bearer secret")]
-    location = ask(at(hub, WEIGHTS))[1]["Location"]
+    location = request(at(hub, WEIGHTS))[1]["Location"]
     connection = http.client.HTTPConnection(urlsplit(location).netloc)
     connection.request(
         "GET", location.removeprefix(hub.cdn_url), headers={"Authorization": "Bearer secret"}
@@ -202,29 +199,29 @@ def test_client_retries_after_429(hub: Hub, repository: Repository, tmp_path: Pa
 
 
 def test_large_file_redirects_to_cdn(hub: Hub, repository: Repository) -> None:
-    status, headers, body = ask(at(hub, WEIGHTS), method="HEAD")
+    status, headers, body = request(at(hub, WEIGHTS), method="HEAD")
     assert (status, body) == (302, b"")
     assert (headers["X-Linked-Etag"], headers["X-Linked-Size"]) == (
         f'"{SHA256}"',
         str(len(CONTENT)),
     )
     assert headers["X-Repo-Commit"] == repository.commit
-    assert int(headers["Content-Length"]) == len(ask(at(hub, WEIGHTS))[2]) < 1000  # of the message
+    assert int(headers["Content-Length"]) == len(request(at(hub, WEIGHTS))[2]) < 1000  # a message
     assert (
         urlsplit(headers["Location"]).netloc
         == urlsplit(hub.cdn_url).netloc
         != urlsplit(hub.url).netloc
     )
-    status, there, body = ask(headers["Location"])
+    status, cdn_headers, body = request(headers["Location"])
     assert (status, body) == (200, CONTENT)
-    assert there["ETag"] != headers["X-Linked-Etag"]
-    assert "X-Repo-Commit" not in there
+    assert cdn_headers["ETag"] != headers["X-Linked-Etag"]
+    assert "X-Repo-Commit" not in cdn_headers
     repository.cdn = "*"
-    assert ask(at(hub, "config.json"))[0] == 302
+    assert request(at(hub, "config.json"))[0] == 302
 
 
 def test_small_file_is_served_by_hub(hub: Hub, repository: Repository) -> None:
-    status, headers, body = ask(at(hub, "config.json"))
+    status, headers, body = request(at(hub, "config.json"))
     assert (status, body, headers["Content-Length"], headers["Accept-Ranges"]) == (
         200,
         b"{}",
@@ -235,26 +232,26 @@ def test_small_file_is_served_by_hub(hub: Hub, repository: Repository) -> None:
         headers["ETag"] == '"9e26dfeeb6e641a33dae4961196235bdb965b21b"'
     )  # echo -n {} | git hash-object --stdin
     (repository.folder / "config.json").write_text("[]")
-    after = ask(at(hub, "config.json"))[1]
+    after = request(at(hub, "config.json"))[1]
     assert after["ETag"] != headers["ETag"]
     assert after["X-Repo-Commit"] == repository.commit != headers["X-Repo-Commit"]
 
 
-def test_signed_address_expires(hub: Hub, repository: Repository) -> None:
+def test_signed_url_expires(hub: Hub, repository: Repository) -> None:
     def location() -> str:
-        return ask(at(hub, WEIGHTS))[1]["Location"]
+        return request(at(hub, WEIGHTS))[1]["Location"]
 
     lasting = location()
-    assert [ask(lasting)[0] for _ in range(3)] == [200] * 3
-    assert ask(lasting.replace("Expires=", "Expires=9"))[0] == ask(lasting + "0")[0] == 403
+    assert [request(lasting)[0] for _ in range(3)] == [200] * 3
+    assert request(lasting.replace("Expires=", "Expires=9"))[0] == request(lasting + "0")[0] == 403
     hub.cdn_uses = 2
     twice = location()
-    assert [ask(twice, "0-9")[0] for _ in range(4)] == [206, 206, 403, 403]
+    assert [request(twice, "0-9")[0] for _ in range(4)] == [206, 206, 403, 403]
     hub.cdn_uses, hub.cdn_seconds = None, 0
-    assert ask(location())[0] == 403
-    assert ask(lasting)[0] == 200
+    assert request(location())[0] == 403
+    assert request(lasting)[0] == 200
     hub.expire()
-    assert ask(lasting)[0] == 403
+    assert request(lasting)[0] == 403
 
 
 @pytest.mark.parametrize(
@@ -276,7 +273,7 @@ def test_signed_address_expires(hub: Hub, repository: Repository) -> None:
 def test_ranges(
     hub: Hub, plain: str, span: str, expected: bytes | None, content_range: str | None
 ) -> None:
-    status, headers, body = ask(plain, span)
+    status, headers, body = request(plain, span)
     if content_range is None:
         assert status == 200
     else:
@@ -289,7 +286,7 @@ def test_ranges(
         assert hub.sent[WEIGHTS] == int(headers["Content-Length"]) == len(expected)
     assert hub.requests == {f"RANGE {WEIGHTS}": 1}
     hub.ranges = False
-    status, headers, body = ask(plain, span)
+    status, headers, body = request(plain, span)
     assert (status, body) == (200, CONTENT)
     assert not {"Accept-Ranges", "Content-Range"} & headers.keys()
 
@@ -301,11 +298,11 @@ def test_huge_file_is_not_read(hub: Hub, repository: Repository) -> None:
         opened.seek(size - 3)
         opened.write(b"end")
     start = time.monotonic()
-    headers = ask(at(hub, "huge.safetensors"), method="HEAD")[1]
+    headers = request(at(hub, "huge.safetensors"), method="HEAD")[1]
     assert headers["X-Linked-Size"] == str(size)
-    assert len(headers["X-Linked-Etag"].strip('"')) == 46  # nobody takes it for a SHA-256
-    assert ask(headers["Location"], f"{size - 100}-")[2] == b"\0" * 97 + b"end"
-    assert ask(headers["Location"], f"{size >> 1}-{(size >> 1) + 99}")[2] == b"\0" * 100
+    assert len(headers["X-Linked-Etag"].strip('"')) == 46  # not a SHA-256
+    assert request(headers["Location"], f"{size - 100}-")[2] == b"\0" * 97 + b"end"
+    assert request(headers["Location"], f"{size >> 1}-{(size >> 1) + 99}")[2] == b"\0" * 100
     assert time.monotonic() - start < 2
     assert hub.sent["huge.safetensors"] == 200
 
@@ -316,9 +313,9 @@ def test_huge_file_is_not_read(hub: Hub, repository: Repository) -> None:
 @pytest.mark.parametrize("status", [401, 403, 404, 416, 429, 500, 503])
 def test_status_fault(hub: Hub, plain: str, status: int) -> None:
     hub.faults = [Fault("status", status=status, headers={"Retry-After": "7"})]
-    actual, headers, _ = ask(plain)
+    actual, headers, _ = request(plain)
     assert (actual, headers["Retry-After"]) == (status, "7")
-    assert ask(plain)[2] == CONTENT
+    assert request(plain)[2] == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -354,7 +351,7 @@ def test_status_fault(hub: Hub, plain: str, status: int) -> None:
     ids=lambda value: f"{value.kind} {value.after}" if isinstance(value, Fault) else "",
 )
 @pytest.mark.parametrize("cdn", ["", "*"], ids=["hub", "cdn"])
-def test_spoiled_answer(
+def test_changed_response(
     hub: Hub,
     repository: Repository,
     cdn: str,
@@ -365,9 +362,9 @@ def test_spoiled_answer(
     expected: bytes | None,
 ) -> None:
     repository.cdn = cdn
-    address = ask(at(hub, WEIGHTS))[1]["Location"] if cdn else at(hub, WEIGHTS)
+    address = request(at(hub, WEIGHTS))[1]["Location"] if cdn else at(hub, WEIGHTS)
     hub.faults = [fault]
-    actual, headers, body = ask(address, span)
+    actual, headers, body = request(address, span)
     assert (actual, headers.get("Content-Range")) == (
         status,
         content_range and f"bytes {content_range.removeprefix('bytes ')}",
@@ -376,13 +373,13 @@ def test_spoiled_answer(
     assert ("Content-Length" in headers) == (fault.kind != "no length")
     assert headers.get("Transfer-Encoding") == ("chunked" if fault.kind == "no length" else None)
     assert ("ETag" in headers) == (fault.kind != "html")
-    assert ask(address, "10-19")[2] == CONTENT[10:20]
+    assert request(address, "10-19")[2] == CONTENT[10:20]
 
 
 def test_gzip_fault(hub: Hub, plain: str) -> None:
     hub.faults = [Fault("gzip", times=2)]
     for span in ("", "10-19"):
-        _, headers, body = ask(plain, span)
+        _, headers, body = request(plain, span)
         assert headers["Content-Encoding"] == "gzip"
         assert gzip.decompress(body) == (CONTENT[10:20] if span else CONTENT)
 
@@ -392,7 +389,7 @@ def test_header_faults(hub: Hub, repository: Repository, cdn: str) -> None:
     repository.cdn = cdn
     names = ("X-Linked-Etag", "X-Linked-Size") if cdn else ("ETag", "Content-Length")
     hub.faults = [Fault("other etag"), Fault("no etag"), Fault("other size"), Fault("no commit")]
-    answers = [ask(at(hub, WEIGHTS), method="HEAD")[1] for _ in range(5)]
+    answers = [request(at(hub, WEIGHTS), method="HEAD")[1] for _ in range(5)]
     good = answers.pop()
     assert [answer.get(names[0]) == good[names[0]] for answer in answers] == [
         False,
@@ -430,11 +427,11 @@ def test_broken_connection(
         response.close()
     connection.close()
     assert hub.sent[WEIGHTS] == (after or 0)
-    assert ask(plain)[2] == CONTENT
+    assert request(plain)[2] == CONTENT
 
 
 def test_reset_after_sent_bytes(hub: Hub, plain: str, repository: Repository) -> None:
-    """However slow the client is to read it."""
+    """Even if the client reads slowly."""
     with (repository.folder / WEIGHTS).open("wb") as opened:
         opened.truncate(8_000_000)
     hub.faults = [Fault("reset", after=6_000_000)]
@@ -452,16 +449,16 @@ def test_reset_after_sent_bytes(hub: Hub, plain: str, repository: Repository) ->
 def test_stall_fault(hub: Hub, plain: str, after: int | None) -> None:
     hub.faults = [Fault("stall", seconds=0.2, after=after), Fault("stall", after=after)]
     start = time.monotonic()
-    assert ask(plain)[2] == CONTENT
+    assert request(plain)[2] == CONTENT
     assert time.monotonic() - start >= 0.2
     connection = http.client.HTTPConnection(urlsplit(plain).netloc, timeout=0.1)
     connection.request("GET", urlsplit(plain).path)
-    with pytest.raises(TimeoutError):  # this one lasts
+    with pytest.raises(TimeoutError):  # the second stall has no end
         connection.getresponse().read()
-    assert hub.most_at_once == 1
+    assert hub.max_concurrency == 1
     assert connection.sock is not None
     connection.sock.settimeout(10)
-    hub.reset()  # which ends it
+    hub.reset()  # ends the stall
     while connection.sock.recv(1 << 16):
         pass
     connection.close()
@@ -471,7 +468,7 @@ def test_stall_fault(hub: Hub, plain: str, after: int | None) -> None:
 def test_slow_fault(hub: Hub, plain: str) -> None:
     hub.faults = [Fault("slow", after=50_000, seconds=0.02)]
     start = time.monotonic()
-    assert ask(plain)[2] == CONTENT
+    assert request(plain)[2] == CONTENT
     assert time.monotonic() - start >= 50_000 // SLOW_CHUNK * 0.02
 
 
@@ -483,9 +480,9 @@ def test_faults_are_used_up_in_order(hub: Hub, repository: Repository) -> None:
         Fault("status", "HEAD *", status=502),
         Fault("status", "CDN *", status=503, times=None),
     ]
-    assert [ask(config, method="HEAD")[0] for _ in range(4)] == [500, 500, 502, 200]
-    assert [ask(weights)[0] for _ in range(2)] == [501, 302]
-    assert [ask(ask(weights)[1]["Location"])[0] for _ in range(2)] == [503, 503]
+    assert [request(config, method="HEAD")[0] for _ in range(4)] == [500, 500, 502, 200]
+    assert [request(weights)[0] for _ in range(2)] == [501, 302]
+    assert [request(request(weights)[1]["Location"])[0] for _ in range(2)] == [503, 503]
     assert [fault.status for fault in hub.faults] == [503]
 
 
@@ -493,7 +490,7 @@ def test_faults_are_used_up_in_order(hub: Hub, repository: Repository) -> None:
 
 
 def test_connection_is_reused(hub: Hub, plain: str) -> None:
-    """A body that is longer or shorter than its headers say would spoil the answer after it."""
+    """A body of another length than in its headers would corrupt the next response."""
     connection = http.client.HTTPConnection(urlsplit(plain).netloc, timeout=10)
     connection.connect()
     used = connection.sock
@@ -501,8 +498,8 @@ def test_connection_is_reused(hub: Hub, plain: str) -> None:
         Fault(kind, f"GET {WEIGHTS}") for kind in ("no length", "gzip", "html", "status", "long")
     ]
     for _ in range(7):
-        assert ask(plain, "10-19", connection=connection)[2] == CONTENT[10:20]
-        ask(plain, connection=connection)
+        assert request(plain, "10-19", connection=connection)[2] == CONTENT[10:20]
+        request(plain, connection=connection)
         for absent in (
             at(hub, "absent"),
             at(hub, WEIGHTS, "v9"),
@@ -510,14 +507,14 @@ def test_connection_is_reused(hub: Hub, plain: str) -> None:
             f"{hub.url}/api/models/{NAME}",
         ):
             for method in ("HEAD", "GET"):
-                ask(absent, method=method, connection=connection)
-        assert ask(plain, "100000-", connection=connection)[0] == 416
-        assert ask(plain, method="HEAD", connection=connection)[1]["Content-Length"] == str(
+                request(absent, method=method, connection=connection)
+        assert request(plain, "100000-", connection=connection)[0] == 416
+        assert request(plain, method="HEAD", connection=connection)[1]["Content-Length"] == str(
             len(CONTENT)
         )
         assert connection.sock is used
     connection.close()
-    assert hub.most_at_once == 1
+    assert hub.max_concurrency == 1
 
 
 def test_concurrent_requests(hub: Hub, plain: str) -> None:
@@ -525,7 +522,7 @@ def test_concurrent_requests(hub: Hub, plain: str) -> None:
     bodies: list[bytes] = []
 
     def run() -> None:
-        bodies.append(ask(plain, "0-49999")[2])
+        bodies.append(request(plain, "0-49999")[2])
 
     threads = [threading.Thread(target=run) for _ in range(16)]
     for thread in threads:
@@ -533,5 +530,5 @@ def test_concurrent_requests(hub: Hub, plain: str) -> None:
     for thread in threads:
         thread.join()
     assert bodies == [CONTENT[:50_000]] * 16
-    assert hub.most_at_once == hub.requests[f"RANGE {WEIGHTS}"] == 16
+    assert hub.max_concurrency == hub.requests[f"RANGE {WEIGHTS}"] == 16
     assert hub.sent[WEIGHTS] == 16 * 50_000

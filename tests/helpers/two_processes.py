@@ -1,9 +1,7 @@
-"""Two processes that train a model together, on CPUs.
+"""Distributed training in two processes on the CPU.
 
-`python -m tests.helpers.two_processes FOLDER`.
-
-What the process of each rank finds goes to FOLDER/RANK.pt, for tests/test_distributed.py to compare
-with one process and the whole batch.
+`python -m tests.helpers.two_processes FOLDER` writes the results of each rank to FOLDER/RANK.pt.
+tests/test_distributed.py compares them with a single process and the whole batch.
 """
 
 from __future__ import annotations
@@ -30,18 +28,15 @@ WORLD_SIZE = 2
 LEARNING_RATE = 0.5
 CONFIG = replace(SMALL, interpolation="hf")
 NAFLEX = replace(SMALL, naflex=True)
-# The methods that a user calls beside `forward`, and that have parameters to gather.
+# The methods besides `forward` whose parameters FSDP must gather.
 METHODS = ("embed", "pool", "hidden_states", "pooling_attention")
 
-Batch = dict[str, Any]  # of tensors; but `embed` also takes a bool
+Batch = dict[str, Any]  # tensors; `embed` also takes a bool
 Results = dict[str, Any]
 
 
 class Embedder(nn.Module):
-    """What DDP must wrap.
-
-    It sees no method but `forward`, and `embed` is what uses the pooling head too.
-    """
+    """Wraps `embed`, pooling head included, in `forward`: the only method that DDP supports."""
 
     def __init__(self, model: SigLipVisionModel) -> None:
         super().__init__()
@@ -59,7 +54,7 @@ def images(rows: slice = slice(None), side: int = 16) -> Batch:
 
 
 def packed_images(rows: slice = slice(None)) -> Batch:
-    """Return rows of four images of other shapes, the last patches of which are padding."""
+    """Return rows of a batch of four images of different shapes, padded to eight patches."""
     shapes = torch.tensor([(2, 3), (4, 2), (1, 5), (3, 2)])
     generator = torch.Generator().manual_seed(7)
     patches = torch.randn(4, 8, 3 * 8 * 8, generator=generator, dtype=torch.float64)
@@ -69,7 +64,7 @@ def packed_images(rows: slice = slice(None)) -> Batch:
 
 
 def loss(vectors: Tensor) -> Tensor:
-    """Return a mean over the batch, so that two processes average to what one finds."""
+    """Return a mean over the batch, so that two ranks average to the loss of one process."""
     return vectors.square().sum(dim=1).mean()
 
 
@@ -84,7 +79,7 @@ def fsdp(model: SigLipVisionModel, methods: tuple[str, ...] = METHODS) -> SigLip
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Return the gradients of the whole parameters, wherever they lie."""
+    """Return the gradients of the unsharded parameters."""
     gradients = {}
     for name, parameter in model.named_parameters():
         grad = parameter.grad
@@ -95,7 +90,7 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def message_of(run: Callable[[], object]) -> str:
-    """Return type and text of what is raised."""
+    """Return type and text of the exception; empty if there is none."""
     try:
         run()
     except Exception as error:
@@ -104,7 +99,7 @@ def message_of(run: Callable[[], object]) -> str:
 
 
 def run_ddp(rows: slice) -> Results:
-    """DDP, with `embed` as it must be called, and past DDP, where nothing is averaged."""
+    """Run DDP with `embed`, and bypassing DDP, which averages no gradients."""
     model = DistributedDataParallel(Embedder(random_model(CONFIG)))
     loss(model(**images(rows))).backward()
     naflex = DistributedDataParallel(Embedder(random_model(NAFLEX)))
@@ -119,7 +114,7 @@ def run_ddp(rows: slice) -> Results:
 
 
 def run_fsdp(rows: slice, folder: Path) -> Results:
-    """FSDP2: gradients, a step between two looks at images of another size, and what is saved."""
+    """Run FSDP2: gradients, an optimizer step, images of another size, and saving."""
     model = fsdp(random_model(CONFIG))
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     with torch.no_grad():
@@ -135,7 +130,7 @@ def run_fsdp(rows: slice, folder: Path) -> Results:
     results["saved while sharded"] = message_of(lambda: model.save_hf(own_folder))
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
-    if dist.get_rank() == 0:  # the others get nothing
+    if dist.get_rank() == 0:  # the other ranks get an empty state dict
         whole = SigLipVisionModel(CONFIG)
         whole.load_state_dict(state, assign=True)
         whole.save_hf(folder / "saved")
@@ -143,11 +138,11 @@ def run_fsdp(rows: slice, folder: Path) -> Results:
 
 
 def run_fsdp_otherwise(rows: slice) -> Results:
-    """FSDP2: packed patches with blocks computed twice; unregistered methods; attention maps."""
+    """Run FSDP2 with checkpointed blocks, unregistered methods, and attention maps."""
     naflex = fsdp(random_model(NAFLEX)).train()
     naflex.gradient_checkpointing_enable()
     loss(naflex.embed(**packed_images(rows))).backward()
-    # `embed` calls the model, which gathers.
+    # `embed` works unregistered: it calls the model, whose `forward` gathers.
     vectors = fsdp(random_model(CONFIG), methods=()).embed(**images(rows))
     loss(vectors).backward()
     unregistered = fsdp(random_model(CONFIG), methods=())
@@ -167,11 +162,11 @@ def run_fsdp_otherwise(rows: slice) -> Results:
 
 
 def run_rank(rank: int, folder: Path) -> None:
-    """Do everything as the process of this rank."""
+    """Run all cases as one rank."""
     torch.set_num_threads(1)
-    # A file to meet at: unlike a port, no other process can have taken it.
+    # A file for the rendezvous: unlike a port, no other process can have taken it.
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD_SIZE
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE
     )
     rows = slice(2 * rank, 2 * rank + 2)
     results = {**run_ddp(rows), **run_fsdp(rows, folder), **run_fsdp_otherwise(rows)}
@@ -180,7 +175,7 @@ def run_rank(rank: int, folder: Path) -> None:
 
 
 def main(folder: Path) -> int:
-    """Fork one process a rank, which share what was imported; return 0 if all end well."""
+    """Fork one process per rank; return 0 if all succeed."""
     children = []
     for rank in range(WORLD_SIZE):
         child = os.fork()

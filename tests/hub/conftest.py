@@ -1,4 +1,4 @@
-"""What the tests of the Hub share: small chunks, short timeouts, kinds of repositories."""
+"""Fixtures of the Hub tests: small chunks, short timeouts, kinds of repositories."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ TOKEN = "hf_" + "Secret" * 5
 
 @pytest.fixture
 def token() -> str:
-    """A token that opens `private_folder`."""
+    """A token that can read the repository of `private_folder`."""
     return TOKEN
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
-    """The bytes of a chunk: so few that even a small encoder takes many requests."""
+    """Chunk size in bytes, so small that even a small encoder takes many requests."""
     monkeypatch.setattr(chunked_download, "CHUNK_BYTES", 4096)
     return 4096
 
 
 @pytest.fixture
 def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants  # not before `pytest_configure` has set its variables
+    from huggingface_hub import constants  # after `pytest_configure` has set its variables
 
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
@@ -42,7 +42,7 @@ def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits long between attempts, whatever the Hub asks for; the client neither."""
+    """Waits between attempts are short, also those of the client."""
     sleep = time.sleep
     wait = threading.Event.wait
 
@@ -55,7 +55,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[False, True], ids=["links", "no links"])
 def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the cache is made of symbolic links."""
+    """Cache with and without symlinks."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", request.param, raising=False)
@@ -63,7 +63,7 @@ def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def no_sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing can open a connection, or even look up a name."""
+    """Connections and name lookups fail."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a socket")
@@ -77,14 +77,14 @@ def no_sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def vision_folder(hub: Hub, copied: Path) -> Path:
-    """The folder of a repository that holds a vision encoder alone."""
+    """Folder of a repository with only a vision encoder."""
     hub.repositories[NAME] = Repository(copied)
     return copied
 
 
 @pytest.fixture(params=["transformers", "open_clip"])
 def private_folder(request: pytest.FixtureRequest, hub: Hub, copied: Path, token: str) -> Path:
-    """The folder of a whole model, which only the token opens."""
+    """Folder of a private repository with a whole model."""
     text_model = torch.ones(TEXT_MODEL_BYTES // 4)
     edit_tensors(copied, lambda t: {**t, "text_model.embeddings.weight": text_model})
     if request.param == "open_clip":

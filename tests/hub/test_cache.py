@@ -1,4 +1,4 @@
-"""What is kept in the Hub's cache: beside what the client keeps there, and gone with it."""
+"""Partial downloads in the Hub's cache, next to the files of the client and deleted with them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def test_client_tools_work(hub: Hub, folder: Path, cache: Path) -> None:
     hf_hub_download(NAME, "model.safetensors", cache_dir=cache)
     (revision,) = repository.revisions
     scan.delete_revisions(revision.commit_hash).execute()
-    assert not list(cache.rglob("*.safetensors"))  # a vision encoder goes with its repository
+    assert not list(cache.rglob("*.safetensors"))  # the vision encoder, too
 
 
 def test_prune_after_deleted_revision(hub: Hub, folder: Path, cache: Path, tmp_path: Path) -> None:
-    """`hf cache rm` knows nothing of what is kept here; the next load removes it."""
+    """`hf cache rm` of a commit leaves its partial download behind; the next load removes it."""
     load(NAME, cache_dir=cache)
     first = hub.repositories[NAME].commit
     pushed = Path(shutil.copytree(folder, tmp_path / "pushed"))
@@ -49,7 +49,7 @@ def test_prune_after_deleted_revision(hub: Hub, folder: Path, cache: Path, tmp_p
     assert len(own_files(cache)) == 1
     folders = [path.name for path in own_files(cache, "*") if path.is_dir()]
     assert folders == [hub.repositories[NAME].commit]
-    # asked for again, it is fetched again
+    # the deleted commit can be downloaded again
     assert_same(load(NAME, cache_dir=cache, revision=first), folder)
 
 
@@ -64,7 +64,7 @@ def test_read_only_cache(hub: Hub, folder: Path, cache: Path) -> None:
             path.chmod(0o755)
 
 
-# --- a cache that others have spoiled -------------------------------------------------------------
+# --- damaged caches -------------------------------------------------------------------------------
 
 
 def replace_with_folder(path: Path) -> None:
@@ -79,7 +79,7 @@ def replace_with_loop(path: Path) -> None:
 
 @dataclass(frozen=True)
 class BadCache:
-    """What is damaged, how, and what is said where it is not mended."""
+    """A file to damage, the damage, and the error message if it cannot be repaired."""
 
     pattern: str
     damage: Callable[[Path], object]
@@ -105,7 +105,7 @@ BAD_CACHES = {
 
 @pytest.mark.parametrize("case", BAD_CACHES)
 def test_bad_cache(case: str, hub: Hub, folder: Path, cache: Path) -> None:
-    """Mended where the Hub may be asked, or told with its place; offline, told or right."""
+    """Online, it is repaired, or the error names the path; offline, the load is right or fails."""
     bad_cache = BAD_CACHES[case]
     load(NAME, cache_dir=cache)
     (path,) = cache.glob(f"models--*/{bad_cache.pattern}")

@@ -1,7 +1,7 @@
-"""Several releases of the Hub's client, in processes of their own, from an empty cache.
+"""Tests with several releases of `huggingface_hub`, in separate processes with an empty cache.
 
-The comparison, and the tests of the real weights, at a Hub of our own, as on a machine that has
-just cloned this.
+The comparison and the tests of the published weights run against a Hub on loopback, as on a machine
+with a fresh clone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REQUIREMENT = re.compile(r"huggingface[-_]hub\b.*?>=(?P<release>[\d.]+)")
 
 
 def lowest_release(requirements: list[str]) -> str:
-    """The lowest release of the client that is allowed."""
+    """The lowest allowed release of the client."""
     matches = [REQUIREMENT.match(requirement) for requirement in requirements]
     (release,) = {match["release"] for match in matches if match is not None}
     return release if release.count(".") == 2 else f"{release}.0"
@@ -46,9 +46,9 @@ def install_client(release: str, folder: Path) -> None:
 def run_pytest(
     *arguments: str, release: str | None, folder: Path, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run tests with another release of the client than is installed; None for that."""
-    home = {"HF_ENDPOINT": HUB.url, "HF_HOME": str(folder / "home")}
-    environment = {**os.environ, **home, **variables}
+    """Run tests with a release of the client; None for the installed one."""
+    hub_variables = {"HF_ENDPOINT": HUB.url, "HF_HOME": str(folder / "home")}
+    environment = {**os.environ, **hub_variables, **variables}
     if release is not None:
         install_client(release, folder / "client")
         environment["PYTHONPATH"] = str(folder / "client")
@@ -73,10 +73,7 @@ CLIENTS = [
 
 @pytest.mark.parametrize(("release", "xet"), CLIENTS)
 def test_real_checkpoint_tests(release: str | None, xet: bool, hub: Hub, tmp_path: Path) -> None:
-    """The comparison among them.
-
-    With small random weights, whose golden numbers transformers computes.
-    """
+    """With small random weights; transformers computes the expected numbers."""
     from tests.helpers.hub_replicas import serve
 
     goldens = serve(hub, tmp_path / "served", xet=True)
@@ -93,7 +90,7 @@ def test_real_checkpoint_tests(release: str | None, xet: bool, hub: Hub, tmp_pat
 
 @pytest.mark.versions
 def test_lowest_client(tmp_path: Path) -> None:
-    # hf_xet greets an older client with a DeprecationWarning
+    # hf_xet raises a DeprecationWarning with an older client
     result = run_pytest(
         *("-W", "ignore::DeprecationWarning", "tests/hub", "--ignore", "tests/hub/test_clients.py"),
         release=LOWEST,

@@ -1,4 +1,4 @@
-"""Files that are damaged, on their way or in the cache, are detected and fetched again."""
+"""Files that are damaged in transit or in the cache are detected and downloaded again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ load = SigLipVisionModel.from_hf
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
-DAMAGED_OFFLINE = "is damaged; it is fetched again when the Hub may be asked"
+DAMAGED_OFFLINE = "damaged, and downloads are disabled by local_files_only=True"
 
 
 def flip_bit(content: bytes, at: int) -> bytes:
@@ -33,7 +33,7 @@ def flip_bit(content: bytes, at: int) -> bytes:
 
 
 def damages(content: bytes) -> Iterator[tuple[str, bytes]]:
-    """A vision encoder's file, damaged in many ways."""
+    """Damaged copies of a vision encoder's file."""
     size = len(content)
     digest = content.index(b"sha256") + 12
     padding = content.index(b"}} ") + 1
@@ -52,7 +52,7 @@ def test_vision_encoder(is_full: bool, hub: Hub, folder: Path, cache: Path) -> N
     cases = list(damages(path.read_bytes()))
     for damage, content in cases if is_full else sample_ends(cases, 4):
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=rf"{path.name} {DAMAGED_OFFLINE}"):
+        with pytest.raises(CheckpointError, match=rf"{path.name}: {DAMAGED_OFFLINE}"):
             load(NAME, cache_dir=cache, local_files_only=True)
         hub.sent.clear()
         assert_same(load(NAME, cache_dir=cache), folder)
@@ -84,7 +84,7 @@ def test_whole_file(
     cache: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The encoder alone is fetched beside it; nothing is deleted that somebody may have made."""
+    """The encoder is downloaded next to it; modified files are not deleted."""
     load(NAME, cache_dir=cache, vision_only=False)
     (path,) = cache.rglob("model.safetensors")
     intact = path.read_bytes()
@@ -93,11 +93,11 @@ def test_whole_file(
     cases = (flip_bit(intact, encoder), intact[:-1], flip_bit(intact, 9))
     for content in cases if is_full else cases[:1]:
         path.resolve().write_bytes(content)
-        with pytest.raises(CheckpointError, match=rf"{path} {DAMAGED_OFFLINE}"):
+        with pytest.raises(CheckpointError, match=rf"{path}: {DAMAGED_OFFLINE}"):
             load(NAME, cache_dir=cache, local_files_only=True)
         caplog.clear()
         assert_same(load(NAME, cache_dir=cache, vision_only=vision_only), folder)
-        message = f"{path} is damaged, or was changed, since it was fetched from the Hub"
+        message = f"{path}: damaged or modified after it was downloaded; downloading it again"
         assert message in caplog.text
         assert path.read_bytes() == (content if vision_only else intact)
         aside = [copy.read_bytes() for copy in own_files(cache, "*.damaged")]
@@ -105,11 +105,11 @@ def test_whole_file(
 
 
 @pytest.mark.parametrize("in_parts", [True, False])
-def test_whole_file_on_its_way(in_parts: bool, hub: Hub, folder: Path, cache: Path) -> None:
+def test_whole_file_in_transit(in_parts: bool, hub: Hub, folder: Path, cache: Path) -> None:
     hub.ranges = in_parts
     request = WEIGHTS if in_parts else "CDN GET model.safetensors"
     hub.faults = [Fault("wrong bytes", request, times=None, after=1000)]
-    message = r"did not arrive as it left: its hash should be .*have been removed"
+    message = r"model.safetensors was corrupted in transit: the [\d,]+ bytes received do not match"
     with pytest.raises(CheckpointError, match=message):
         load(NAME, cache_dir=cache, vision_only=False)
     assert not list(cache.rglob("*.safetensors"))
@@ -119,16 +119,16 @@ def test_whole_file_on_its_way(in_parts: bool, hub: Hub, folder: Path, cache: Pa
     assert_same(load(NAME, cache_dir=cache, vision_only=False), folder)
     shutil.rmtree(cache)
     hub.faults = [Fault("wrong bytes", request, after=1000)]
-    assert_same(load(NAME, cache_dir=cache, vision_only=False), folder)  # fetched a second time
+    assert_same(load(NAME, cache_dir=cache, vision_only=False), folder)  # downloaded a second time
 
 
 def test_config(hub: Hub, folder: Path, cache: Path) -> None:
-    """One that was changed is refused, since that may have been meant."""
+    """A modified configuration is refused: the change may be intended."""
     load(NAME, cache_dir=cache)
     (path,) = cache.rglob("config.json")
     path.write_text(path.read_text().replace("1e-06", "1e-05"))
     for offline in (True, False):
-        message = rf"{path} has changed since it was fetched from the Hub: delete it"
+        message = rf"{path}: modified after it was downloaded from the Hub; delete it"
         with pytest.raises(CheckpointError, match=message):
             load(NAME, cache_dir=cache, local_files_only=offline)
     path.resolve().unlink()
@@ -138,12 +138,12 @@ def test_config(hub: Hub, folder: Path, cache: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["byte", "cut", "empty", "journal", "no journal"])
 def test_interrupted_download(damage: str, hub: Hub, folder: Path, cache: Path) -> None:
-    """Chunks are compared with what was noted when they arrived."""
+    """Chunks are compared with the journal."""
     hub.faults = [
         Fault("none", WEIGHTS, times=9),
         Fault("status", WEIGHTS, times=None, status=503),
     ]
-    with pytest.raises(CheckpointError, match="answers HTTP 503"):
+    with pytest.raises(CheckpointError, match="returned HTTP 503"):
         load(NAME, cache_dir=cache)
     (incomplete,) = own_files(cache, "*.incomplete")
     (journal,) = own_files(cache, "*.journal")
@@ -167,6 +167,6 @@ def test_interrupted_download(damage: str, hub: Hub, folder: Path, cache: Path) 
 def test_file_cut_on_hub(hub: Hub, folder: Path, cache: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    message = r"is not a whole safetensors file \(tensors end at byte \d+, file"
+    message = rf"^{NAME}: model.safetensors is not a valid safetensors file \(tensors end at byte \d+"
     with pytest.raises(CheckpointError, match=message):
         load(NAME, cache_dir=cache)

@@ -1,8 +1,6 @@
-"""Whatever goes wrong between the Hub and here: the same bits as ever, or one sentence.
+"""Network faults: a load returns the right weights or one error, and the next load succeeds.
 
-And afterwards all is well.
-
-Each case is one fault, met once or for ever, by the real client at a Hub of our own.
+Each case is one fault, once or always, between the real client and a Hub on loopback.
 """
 
 from __future__ import annotations
@@ -55,18 +53,15 @@ FAULTS = [
 ]
 
 FINAL = (400, 401, 403, 404, 410, 416, 418, 451)
-"""Refusals that are final, even if they are met only once.
-
-The CDN's mostly mean that the signed address has expired.
-"""
+"""Statuses that are not retried; from the CDN, most of them mean an expired URL, and are."""
 
 ALIKE = (400, 410, 418, 451, 408, 502, 504)
-"""Refusals that nothing but their number tells from others: for ever, one of a kind is enough."""
+"""Statuses that are handled like others; the sweep with permanent faults skips them."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A kind of request, how a model is loaded with it, and which refusals are final."""
+    """A kind of request, the options of the load, and the statuses that are not retried."""
 
     key: str
     final: Iterable[int] = FINAL
@@ -75,7 +70,7 @@ class Request:
 
     @property
     def filename(self) -> str:
-        """In the repository."""
+        """Name in the repository."""
         return self.key.split()[-1]
 
 
@@ -85,7 +80,7 @@ REQUESTS = [
     Request("GET config.json"),
     Request("HEAD preprocessor_config.json"),
     Request("HEAD model.safetensors"),
-    Request("CDN RANGE model.safetensors", (418, 451)),  # 416: the file is fetched whole
+    Request("CDN RANGE model.safetensors", (418, 451)),  # 416: the whole file is downloaded
     Request("CDN GET model.safetensors", (416, 418, 451), WHOLE, has_ranges=False),
 ]
 BY_KEY = {request.key: request for request in REQUESTS}
@@ -108,10 +103,7 @@ def test_fault(
     tmp_path: Path,
     token: str,
 ) -> None:
-    """The same bits or one sentence, and afterwards the same bits.
-
-    Once only, all but refusals are survived.
-    """
+    """The load succeeds or raises one error; a single fault that is retried has no effect."""
     request = BY_KEY[key]
     hub.repositories[NAME].readers = (token,)
     hub.repositories[NAME].private = True
@@ -161,7 +153,7 @@ def assert_harmless(message: str, token: str) -> None:
 WRONG_BYTES = [
     *(("GET config.json", times) for times in (1, 2, None)),
     *(("CDN GET model.safetensors", times) for times in (1, 2, None)),
-    ("CDN RANGE model.safetensors", 1),  # the header; for ever, tensors would be changed too
+    ("CDN RANGE model.safetensors", 1),  # the header; always would change tensors, too
 ]
 
 
@@ -170,10 +162,7 @@ WRONG_BYTES = [
 def test_wrong_bytes(
     key: str, times: int | None, is_full: bool, hub: Hub, folder: Path, tmp_path: Path
 ) -> None:
-    """Of files whose hash the Hub tells, and of headers. (Of the tensors alone it tells none.
-
-    See docs/reliability.md.)
-    """
+    """In whole files and in headers. Partial downloads cannot be verified: see docs/hub.md."""
     request = BY_KEY[key]
     hub.ranges = request.has_ranges
     size = (folder / request.filename).stat().st_size
@@ -188,9 +177,14 @@ def test_wrong_bytes(
         except CheckpointError as error:
             refusal = str(error)
         if refusal:
-            reasons = ("hash should be", "not a whole", "not hold")
+            reasons = (
+                "do not match the Hub's hash",
+                "safetensors file",
+                "not hold",
+                "does not match",
+            )
             assert any(reason in refusal for reason in reasons)
-            assert times != 1 or "RANGE" in key  # a whole file is fetched once more
+            assert times != 1 or "RANGE" in key  # whole files are downloaded again
         hub.faults = []
         assert_same(load(NAME, **options), folder)
 
@@ -200,23 +194,25 @@ def test_wait_until_retry(hub: Hub, folder: Path, cache: Path, tmp_path: Path) -
         hub.faults = [Fault("status", "CDN RANGE *", status=429, headers={"Retry-After": wait})]
         assert_same(load(NAME, cache_dir=tmp_path / wait), folder)
     hub.faults = [Fault("status", "CDN RANGE *", status=429, headers={"Retry-After": "3600"})]
-    message = "answers HTTP 429, and asks to wait 3600 seconds"
+    message = "returned HTTP 429 and asks to wait 3600 seconds"
     with pytest.raises(CheckpointError, match=message):
         load(NAME, cache_dir=cache)
 
 
-def test_signed_address_has_always_expired(hub: Hub, folder: Path, cache: Path) -> None:
+def test_signed_url_is_always_expired(hub: Hub, folder: Path, cache: Path) -> None:
     hub.cdn_seconds = -1
-    message = r"the address that the Hub gave for the file is refused \(HTTP 403 of localhost\)"
+    message = r"localhost rejected the signed URL of the file \(HTTP 403\)"
     with pytest.raises(CheckpointError, match=message):
         load(NAME, cache_dir=cache)
 
 
 def test_config_is_too_large(hub: Hub, folder: Path, cache: Path) -> None:
-    """It is not fetched."""
+    """It is not downloaded."""
     with (folder / "config.json").open("a") as file:
         file.truncate(10**11)
-    message = r"has 100000000000 bytes, more than the 25000000 that such a file may"
+    message = (
+        "config.json is too large for a configuration: 100,000,000,000 bytes, the limit is 25,"
+    )
     with pytest.raises(CheckpointError, match=message):
         load(NAME, cache_dir=cache)
     assert not hub.requests["GET config.json"]

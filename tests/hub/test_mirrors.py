@@ -1,4 +1,4 @@
-"""A Hub as others run it: mirrors, proxies, renamed repositories."""
+"""Mirrors, proxies and renamed repositories."""
 
 from __future__ import annotations
 
@@ -27,10 +27,7 @@ CACHED_ADDRESS = re.compile(
 def redirecting(
     hub: Hub, new_path: Callable[[str], str], *, absolute: bool = False
 ) -> Iterator[None]:
-    """The Hub redirects to other places of itself.
-
-    At a place of its cache it answers as at the file's own.
-    """
+    """The Hub redirects to other paths of its own, `/api/resolve-cache/` among them."""
     respond = hub.api.respond
 
     def redirect(target: str, authorization: str | None) -> Answer:
@@ -51,14 +48,14 @@ def redirecting(
 
 @pytest.mark.parametrize("absolute", [False, True])
 def test_renamed_repository(absolute: bool, hub: Hub, vision_folder: Path, cache: Path) -> None:
-    """The Hub redirects from the old name to the new one, within itself."""
+    """The Hub redirects from the old name to the new one."""
     with redirecting(hub, lambda path: path.replace("old/name", NAME), absolute=absolute):
         assert load("old/name", cache_dir=cache).config == SMALL
     assert load("old/name", cache_dir=cache, local_files_only=True).config == SMALL
 
 
 def test_resolve_cache(hub: Hub, vision_folder: Path, cache: Path) -> None:
-    """`307 /api/resolve-cache/...`, as the Hub answers for what git holds itself."""
+    """`307 /api/resolve-cache/...`, as the Hub responds for files in git."""
     folder = f"api/resolve-cache/models/{NAME}/{hub.repositories[NAME].commit}"
 
     def cached_path(path: str) -> str:
@@ -73,7 +70,7 @@ def test_resolve_cache(hub: Hub, vision_folder: Path, cache: Path) -> None:
 def test_mirror_redirects_to_hub(
     hub: Hub, vision_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The token goes with it; and to no other host."""
+    """The token is sent to the mirror and to the Hub only."""
     hub.repositories[NAME] = Repository(vision_folder, private=True, readers=("hf_token",))
 
     def respond(target: str, _: str | None) -> Answer:
@@ -81,7 +78,7 @@ def test_mirror_redirects_to_hub(
 
     mirror = Server(hub, respond, RESOLVE, "MIRROR ")
     point_client_at(mirror.url, monkeypatch)
-    # in the place of huggingface.co, which is always known
+    # stands in for huggingface.co, which is always trusted
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     assert load(NAME, cache_dir=cache, token="hf_token").config == SMALL
     assert {address for address, _ in hub.authorizations} == {mirror.url, hub.url}

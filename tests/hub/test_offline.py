@@ -1,4 +1,4 @@
-"""Loads without the Hub: from the cache alone, or a sentence that says what is missing."""
+"""Loads without the Hub: from the cache, or an error that names the missing file."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ load = SigLipVisionModel.from_hf
 
 
 @pytest.mark.parametrize("vision_only", [True, False])
-@pytest.mark.parametrize("how", ["local_files_only", "HF_HUB_OFFLINE", "commit"])
+@pytest.mark.parametrize("setting", ["local_files_only", "HF_HUB_OFFLINE", "commit"])
 def test_no_socket_is_opened(
-    how: str,
+    setting: str,
     vision_only: bool,
     hub: Hub,
     folder: Path,
@@ -34,9 +34,9 @@ def test_no_socket_is_opened(
     load(NAME, cache_dir=cache, vision_only=vision_only)
     request.getfixturevalue("no_sockets")
     options: dict[str, Any] = {"cache_dir": cache}
-    if how == "HF_HUB_OFFLINE":
+    if setting == "HF_HUB_OFFLINE":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    elif how == "local_files_only":
+    elif setting == "local_files_only":
         options["local_files_only"] = True
     else:
         options["revision"] = commit
@@ -58,7 +58,10 @@ def test_cached_files_load(hub: Hub, vision_folder: Path, cache: Path, in_shards
 
 
 def test_config_not_cached(hub: Hub, vision_folder: Path, cache: Path) -> None:
-    message = r"config.json of 'google/siglip-small' is not in the local cache"
+    message = (
+        f"^{NAME}: config.json is not in the local cache, and downloads are disabled by "
+        r"local_files_only=True \(--offline\); load it once online, or pass a local path"
+    )
     with pytest.raises(HubUnreachableError, match=message):
         load(NAME, cache_dir=cache, local_files_only=True)
 
@@ -73,13 +76,13 @@ def test_absent_weights_are_remembered(hub: Hub, vision_folder: Path, cache: Pat
 
 def test_weights_not_cached(hub: Hub, vision_folder: Path, cache: Path) -> None:
     hf_hub_download(NAME, "config.json", cache_dir=cache)
-    message = r"model.safetensors of 'google/siglip-small' is not in the local"
+    message = f"^{NAME}: model.safetensors is not in the local cache, and downloads are disabled"
     with pytest.raises(HubUnreachableError, match=message):
         load(NAME, cache_dir=cache, local_files_only=True)
 
 
 def test_open_clip_repository(hub: Hub, vision_folder: Path, cache: Path) -> None:
-    """It has no config.json, which the cache remembers, or may not know of at all."""
+    """It has no config.json; the cache may or may not record that."""
     (vision_folder / "config.json").rename(vision_folder / "open_clip_config.json")
     weights = vision_folder / "model.safetensors"
     weights.rename(vision_folder / "open_clip_model.safetensors")
@@ -91,7 +94,7 @@ def test_open_clip_repository(hub: Hub, vision_folder: Path, cache: Path) -> Non
     assert load(NAME, cache_dir=cache, local_files_only=True).config == SMALL
 
 
-def test_local_path_asks_nothing(hub: Hub, vision_folder: Path) -> None:
+def test_local_path_sends_no_request(hub: Hub, vision_folder: Path) -> None:
     load(vision_folder)
     load(vision_folder / "model.safetensors", revision="main")
     assert not hub.requests

@@ -1,4 +1,4 @@
-"""Messages hold no secrets."""
+"""Secrets are removed from messages."""
 
 from __future__ import annotations
 

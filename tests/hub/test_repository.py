@@ -1,4 +1,4 @@
-"""Loading from the Hub: the real `huggingface_hub` client against a Hub of our own on loopback."""
+"""Loads by the real `huggingface_hub` client from a Hub on loopback."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_pickled_weights_are_refused(hub: Hub, vision_folder: Path, cache: Path)
     with pytest.raises(CheckpointError, match=message):
         load(NAME, cache_dir=cache)
     assert hub.requests["GET pytorch_model.bin"] == 0
-    message = r"google/siglip-small at revision 'v1' contains neither"
+    message = r"google/siglip-small@v1 contains neither"
     with pytest.raises(CheckpointError, match=message):
         load(NAME, cache_dir=cache, revision="v1")
 

@@ -1,4 +1,4 @@
-"""How long a load waits, in all, and what for."""
+"""Waits between attempts, and the retry budget of a load."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def test_budget_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("siglip_port.hub.retry.time.monotonic", lambda: now[0])
     budget = RetryBudget()
     assert budget.spend(1000, 200)
-    assert budget.spend(1000, 200)  # another thread, that waits at the same time
+    assert budget.spend(1000, 200)  # another thread that waits at the same time
     now[0] += 200
     assert budget.spend(1200, 90)
     assert not budget.spend(1200, 120)
     now[0] += 900
-    budget.receive(retry.MIN_PROGRESS_BYTES)  # progress: what came before counts no more
+    budget.receive(retry.MIN_PROGRESS_BYTES)  # progress resets the budget
     assert budget.spend(1200, 290)
     assert not budget.spend(2100, 301)
 
@@ -55,11 +55,11 @@ def test_rate_limit(hub: Hub, folder: Path, cache: Path, monkeypatch: pytest.Mon
     waits: list[float] = []
     spend = RetryBudget.spend
 
-    def note(budget: RetryBudget, start: float, wait: float = 0.0) -> bool:
+    def record(budget: RetryBudget, start: float, wait: float = 0.0) -> bool:
         waits.append(wait)
         return spend(budget, start, wait)
 
-    monkeypatch.setattr(RetryBudget, "spend", note)
+    monkeypatch.setattr(RetryBudget, "spend", record)
     limit = {"RateLimit": '"resolvers";r=0;t=0'}
     hub.faults = [Fault("status", "HEAD *config.json", status=429, headers=limit, times=2)]
     assert_same(load(NAME, cache_dir=cache), folder)
@@ -69,7 +69,7 @@ def test_rate_limit(hub: Hub, folder: Path, cache: Path, monkeypatch: pytest.Mon
 def test_rate_limit_beyond_budget(hub: Hub, folder: Path, cache: Path) -> None:
     limit = {"RateLimit": '"resolvers";r=0;t=300'}
     hub.faults = [Fault("status", status=429, headers=limit, times=None)]
-    message = r"HTTP 429, and asks to wait 301 seconds \(a load waits 300 seconds"
+    message = r"HTTP 429 and asks to wait 301 seconds \(limit: 300 seconds without progress\)"
     with pytest.raises(HubUnreachableError, match=message):
         load(NAME, cache_dir=cache)
 
@@ -80,6 +80,6 @@ def test_slow_connection(
     monkeypatch.setattr(retry, "PROGRESS_WINDOW_SECONDS", 0.2)
     monkeypatch.setattr(hub_server, "SLOW_CHUNK", 1)
     hub.faults = [Fault("slow", "CDN *", times=None, after=0, seconds=0.05)]
-    message = r"only 0\.0 kB have arrived in 0 seconds"
+    message = r"only 0\.0 kB arrived in 0 seconds"
     with pytest.raises(HubUnreachableError, match=message):
         load(NAME, cache_dir=cache)

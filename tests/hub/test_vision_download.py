@@ -1,4 +1,4 @@
-"""Of a whole model at the Hub, only the vision encoder is fetched, once, and kept."""
+"""Only the vision encoder of a whole model is downloaded, once, and cached."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ load = SigLipVisionModel.from_hf
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
-def test_only_vision_encoder_is_fetched(hub: Hub, folder: Path, cache: Path) -> None:
+def test_only_vision_encoder_is_downloaded(hub: Hub, folder: Path, cache: Path) -> None:
     hub.faults = [Fault("none", WEIGHTS), Fault("stall", WEIGHTS, times=4, seconds=0.1)]
     model = load(NAME, cache_dir=cache)
     assert_same(model, folder)
     assert hub.sent["model.safetensors"] == HEADER_BYTES + encoder_bytes(folder)
     assert hub.requests["GET model.safetensors"] == 0
-    assert 2 <= hub.most_at_once <= chunked_download.MAX_CONCURRENCY
+    assert 2 <= hub.max_concurrency <= chunked_download.MAX_CONCURRENCY
     (path,) = own_files(cache)
     stored = load_file(folder / "model.safetensors")
     assert load_file(path).keys() == {name for name in stored if name.startswith("vision")}
@@ -58,7 +58,7 @@ def test_provenance_of_vision_encoder(hub: Hub, folder: Path, cache: Path) -> No
     assert provenance.files == tuple(own_files(cache))
 
 
-def test_second_load_asks_for_commit_only(hub: Hub, folder: Path, cache: Path) -> None:
+def test_second_load_requests_commit_only(hub: Hub, folder: Path, cache: Path) -> None:
     load(NAME, cache_dir=cache)
     hub.requests.clear()
     assert_same(load(NAME, cache_dir=cache), folder)
@@ -101,8 +101,8 @@ def test_every_layout(
     sent = {name: count for name, count in hub.sent.items() if name.endswith(".safetensors")}
     encoder = sum(tensor.nbytes for tensor in stored.values())
     assert sum(sent.values()) <= encoder + len(sent) * HEADER_BYTES
-    fetched_whole = [key for key in hub.requests if key.startswith("GET model")]
-    assert not [key for key in fetched_whole if ".json" not in key]
+    whole_requests = [key for key in hub.requests if key.startswith("GET model")]
+    assert not [key for key in whole_requests if ".json" not in key]
     assert len(own_files(cache)) == 1
     hub.repositories.clear()
     assert_equal_tensors(
@@ -115,7 +115,7 @@ def assert_equal_tensors(model: SigLipVisionModel, expected: SigLipVisionModel) 
     assert all(torch.equal(tensor, state[name]) for name, tensor in expected.state_dict().items())
 
 
-def test_shard_without_vision_is_not_fetched(hub: Hub, folder: Path, cache: Path) -> None:
+def test_shard_without_vision_is_not_downloaded(hub: Hub, folder: Path, cache: Path) -> None:
     """The encoder is in three shards, the text model in a fourth."""
     tensors = load_file(folder / "model.safetensors")
     text_model = {name: tensor for name, tensor in tensors.items() if name.startswith("text")}
@@ -132,7 +132,7 @@ def test_shard_without_vision_is_not_fetched(hub: Hub, folder: Path, cache: Path
 
 
 @pytest.mark.parametrize("pooling_head", [None, False])
-def test_pooling_head_is_fetched_on_demand(
+def test_pooling_head_is_downloaded_on_demand(
     pooling_head: bool | None, hub: Hub, folder: Path, cache: Path
 ) -> None:
     model = load(NAME, cache_dir=cache, pooling_head=pooling_head)
@@ -144,7 +144,7 @@ def test_pooling_head_is_fetched_on_demand(
 
 
 def test_long_header(hub: Hub, folder: Path, cache: Path) -> None:
-    """Longer than what is asked for at first."""
+    """Longer than the first request."""
     names = [f"text_model.{'x' * 50}.{i}" for i in range(2000)]
     edit_tensors(folder, lambda t: {**t, **{name: torch.ones(1) for name in names}})
     assert_same(load(NAME, cache_dir=cache), folder)
@@ -155,7 +155,7 @@ def test_long_header(hub: Hub, folder: Path, cache: Path) -> None:
 
 
 def test_mixed_dtypes_are_aligned(hub: Hub, folder: Path, cache: Path) -> None:
-    """An odd number of bfloat16 before a float32 leaves it at an address that torch refuses."""
+    """An odd number of bfloat16 values before a float32 would misalign it."""
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
     edit_tensors(
         folder,
@@ -164,7 +164,7 @@ def test_mixed_dtypes_are_aligned(hub: Hub, folder: Path, cache: Path) -> None:
     assert_same(load(NAME, cache_dir=cache), folder)
 
 
-def test_inspect_fetches_header_only(hub: Hub, folder: Path, cache: Path) -> None:
+def test_inspect_downloads_header_only(hub: Hub, folder: Path, cache: Path) -> None:
     edit_tensors(folder, lambda t: {**t, "text_model.embeddings.weight": torch.ones(2_000_000)})
     result = inspect_checkpoint(find_source(NAME, HubOptions(cache_dir=cache)))
     assert result.problem is None
@@ -172,7 +172,7 @@ def test_inspect_fetches_header_only(hub: Hub, folder: Path, cache: Path) -> Non
     assert sum(hub.sent.values()) < 70_000
 
 
-# --- when the whole file is fetched ---------------------------------------------------------------
+# --- whole files ----------------------------------------------------------------------------------
 
 
 def test_vision_only_false(hub: Hub, folder: Path, cache: Path) -> None:
@@ -201,12 +201,12 @@ def test_range_not_supported(hub: Hub, folder: Path, cache: Path) -> None:
     assert_same(load(NAME, cache_dir=cache), folder)
     assert hub.requests["CDN GET model.safetensors"] == 1
     whole = (folder / "model.safetensors").stat().st_size
-    under_way = 2 * 2**18 + 2**20  # when the client hung up
-    assert hub.sent["model.safetensors"] <= whole + under_way
+    in_flight = 2 * 2**18 + 2**20  # sent before the client disconnected
+    assert hub.sent["model.safetensors"] <= whole + in_flight
 
 
 @pytest.mark.parametrize("kind", ["html", "gzip", "other range", "other size", "no etag"])
-def test_range_spoiled_by_proxy(kind: Kind, hub: Hub, folder: Path, cache: Path) -> None:
+def test_range_changed_by_proxy(kind: Kind, hub: Hub, folder: Path, cache: Path) -> None:
     hub.faults = [
         Fault(kind, "* RANGE model.safetensors", times=None),
         Fault(kind, "CDN RANGE *", times=None),
@@ -215,13 +215,13 @@ def test_range_spoiled_by_proxy(kind: Kind, hub: Hub, folder: Path, cache: Path)
 
 
 @pytest.mark.parametrize("uses", [1, 2, 5])
-def test_signed_address_expires(uses: int, hub: Hub, folder: Path, cache: Path) -> None:
+def test_signed_url_expires(uses: int, hub: Hub, folder: Path, cache: Path) -> None:
     hub.cdn_uses = uses
     assert_same(load(NAME, cache_dir=cache), folder)
 
 
-def test_weights_of_model_are_its_own(hub: Hub, folder: Path, cache: Path) -> None:
-    """Changing a model's weights changes nothing in the cache."""
+def test_model_does_not_share_cached_weights(hub: Hub, folder: Path, cache: Path) -> None:
+    """Changing the weights of a model does not change the cache."""
     model = load(NAME, cache_dir=cache)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,10 +1,7 @@
-"""Repositories in the Hub's Xet store, as the published ones are.
+"""Repositories in the Xet store, by the real `hf_xet` and a store on disk.
 
-The real `hf_xet`, and a store on disk.
-
-The Hub's client keeps what it fetches by Xet in a store that all repositories of a cache share,
-where each file is called by Xet's own hash. What other programs have put there is used, and never
-touched.
+`huggingface_hub` caches Xet downloads in a store that all repositories share, under the Xet hash.
+Files of other programs in that store are used, and never modified.
 """
 
 from __future__ import annotations
@@ -30,11 +27,11 @@ from tests.helpers.hub_server import Fault, Hub, Repository
 load = SigLipVisionModel.from_hf
 
 COPY = "other/copy"
-"""The same bytes in another repository."""
+"""Another repository with the same weights."""
 
 WEIGHTS = "model.safetensors"
 
-HAS_STORE = hasattr(constants, "HF_HUB_DISABLE_SHARED_BLOBS")  # the client has, since 1.32
+HAS_STORE = hasattr(constants, "HF_HUB_DISABLE_SHARED_BLOBS")  # new in huggingface_hub 1.32
 needs_store = pytest.mark.skipif(
     not HAS_STORE, reason="this release of huggingface_hub has no shared store"
 )
@@ -42,10 +39,7 @@ needs_store = pytest.mark.skipif(
 
 @pytest.fixture(params=["encoder", "whole model"])
 def folder(request: pytest.FixtureRequest, hub: Hub, copied: Path, tmp_path: Path) -> Path:
-    """The folder of the repository that the Hub serves.
-
-    A vision encoder alone, or with what is beside it in a whole model.
-    """
+    """Folder of a repository with only a vision encoder, or with a whole model."""
     if request.param == "whole model":
         text_model = torch.ones(TEXT_MODEL_BYTES // 4)
         edit_tensors(copied, lambda t: {**t, "text_model.embeddings.weight": text_model})
@@ -55,12 +49,12 @@ def folder(request: pytest.FixtureRequest, hub: Hub, copied: Path, tmp_path: Pat
 
 
 def download(cache: Path, name: str = NAME) -> Path:
-    """Fetch the weights as other programs do."""
+    """Download the weights as other programs do."""
     return Path(hf_hub_download(name, WEIGHTS, cache_dir=cache))
 
 
 def shared_blobs(cache: Path) -> list[Path]:
-    """What is in the store that all repositories share."""
+    """Files in the store that all repositories share."""
     return [path for path in (cache / "blobs").rglob("*") if len(path.name) == 64]
 
 
@@ -69,7 +63,7 @@ VARIABLES = ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_SHARED_BLOBS", "HF_HUB_DISABL
 
 @pytest.fixture(params=["none", *VARIABLES])
 def variable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A variable that is set for the client."""
+    """Name of a variable that is set for the client, or `none`."""
     if request.param != "none":
         monkeypatch.setattr(constants, request.param, True, raising=False)
     return str(request.param)
@@ -106,7 +100,7 @@ def test_file_of_other_program_is_used(
 def test_damaged_shared_blob(
     vision_only: bool, hub: Hub, folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is fetched again, and what others have stays."""
+    """It is downloaded again; the shared blob stays as it is."""
     path = download(cache)
     copy = download(cache, COPY)
     (blob,) = shared_blobs(cache)
@@ -118,10 +112,10 @@ def test_damaged_shared_blob(
     with pytest.raises(HubUnreachableError):  # no config.json yet
         load(NAME, cache_dir=cache, local_files_only=True)
     assert_same(load(NAME, cache_dir=cache, vision_only=vision_only), folder)
-    assert f"{path} is damaged, or was changed, since it was fetched from the Hub" in caplog.text
+    assert f"{path}: damaged or modified after it was downloaded" in caplog.text
     assert copy.read_bytes() == blob.read_bytes() == content
     if vision_only and own_files(cache):
-        message = "is damaged; it is fetched again when the Hub may be asked"
+        message = "damaged, and downloads are disabled by local_files_only=True"
         with pytest.raises(CheckpointError, match=message):
             load(NAME, cache_dir=cache, local_files_only=True)
     else:
@@ -131,7 +125,7 @@ def test_damaged_shared_blob(
 def test_wrong_bytes_are_not_shared(hub: Hub, folder: Path, cache: Path) -> None:
     copy = download(cache, COPY)
     hub.faults = [Fault("wrong bytes", f"CDN * {WEIGHTS}", times=None, after=1000)]
-    with pytest.raises(CheckpointError, match="did not arrive as it left"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors was corrupted in transit"):
         load(NAME, cache_dir=cache, vision_only=False)
     assert copy.read_bytes() == (folder / WEIGHTS).read_bytes()
     assert shared_blobs(cache) == ([copy.resolve()] if HAS_STORE else [])
@@ -153,7 +147,7 @@ def test_xet_replaces_failing_cdn(
 def dead_store(
     request: pytest.FixtureRequest, hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """A Xet store that is silent, or that nobody reaches, in the place of the one of `folder`."""
+    """A Xet store that does not respond or cannot be reached."""
     monkeypatch.setattr(xet, "CLIENT_IDLE_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -166,11 +160,11 @@ def dead_store(
 
 @pytest.mark.usefixtures("dead_store")
 def test_dead_store(hub: Hub, folder: Path, cache: Path) -> None:
-    """It is not waited for."""
-    assert_same(load(NAME, cache_dir=cache), folder)  # which needs none
+    """The load does not wait for it."""
+    assert_same(load(NAME, cache_dir=cache), folder)  # the CDN suffices
     shutil.rmtree(cache)
     hub.faults = [Fault("reset", "CDN *", times=None)]
-    message = r"no connection to localhost .*; and the Xet store \(cas-server"
+    message = r"no connection to localhost .*; the Xet store \(cas-server.* failed, too"
     with pytest.raises(HubUnreachableError, match=message):
         load(NAME, cache_dir=cache)
 

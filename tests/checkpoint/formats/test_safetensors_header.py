@@ -280,7 +280,7 @@ def test_invalid_remote_headers(
     edit(copied / WEIGHTS)
     hub.repositories["google/a"] = Repository(copied)
     with pytest.raises(
-        CheckpointError, match=f"model.safetensors of 'google/a' is not a whole .*{message}"
+        CheckpointError, match=f"google/a: model.safetensors is not a valid .*{message}"
     ):
         SigLipVisionModel.from_hf("google/a", cache_dir=tmp_path / "cache")
 
