@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from siglip_port.cli.exit_codes import INCOMPLETE
 from siglip_port.cli.options import (
     DEFAULT_MODEL,
     JsonOption,
@@ -126,7 +127,7 @@ def embed(
     else:
         print_summary(summary, out)
     if summary.failed:
-        raise typer.Exit(3)
+        raise typer.Exit(INCOMPLETE)
 
 
 def check_device(device: str) -> None:
@@ -163,7 +164,7 @@ def run(
                 inputs, out, model, report=lambda each: show(describe_progress(each)), **options
             )
     except (EmbedError, EngineError) as error:
-        fail(str(error), 1)
+        fail(str(error))
 
 
 def describe_progress(progress: Progress) -> str:
@@ -216,7 +217,7 @@ def search(
         vector = embed_query(out, query, source=source, local_files_only=offline)
         nearest = search_vectors(out, vector, count)
     except EmbedError as error:
-        fail(str(error), 1)
+        fail(str(error))
     if as_json:
         rows = [{"cosine": cosine, "id": name, "path": path} for cosine, name, path in nearest]
         print_json({"query": str(query), "nearest": rows})

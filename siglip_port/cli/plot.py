@@ -39,7 +39,7 @@ def plot(
     try:
         picture = to_rgb(image)  # before a model is fetched for it
     except ImageError as error:
-        fail(f"{image}: {error}", 1)
+        fail(f"{image}: {error}")
     model = SigLipVisionModel.from_hf(
         source, revision=revision, local_files_only=offline, dtype=torch.float32
     )
