@@ -69,7 +69,7 @@ def export(
     try:
         error = write(model, out)
     except ExportError as problem:
-        fail(str(problem))
+        fail(str(problem), 1)
     typer.echo(model.provenance)
     print_labeled("written", [f"{out} ({format_bytes(out.stat().st_size)})"])
     typer.echo(f"compared with the encoder, in batches of 1, 2 and 5: differs by {error:.1e}")

@@ -45,19 +45,30 @@ def named_dtype(name: str | None) -> torch.dtype | None:
 
 
 SourceArgument = Annotated[
-    str, typer.Argument(help="Hub ID, directory, or .safetensors or .npz file.")
+    str,
+    typer.Argument(metavar="SOURCE", help="Hub id, directory, or .safetensors or .npz file."),
 ]
 ModelOption = Annotated[
-    str, typer.Option("--model", help="Hub ID, directory, or .safetensors or .npz file.")
+    str,
+    typer.Option(
+        "--model", metavar="MODEL", help="Hub id, directory, or .safetensors or .npz file."
+    ),
 ]
 LayoutOption = Annotated[
-    str | None, typer.Option(help="Checkpoint layout. [default: detected]", callback=known_layout)
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Checkpoint layout. [default: detected]", callback=known_layout
+    ),
 ]
 PrefixOption = Annotated[
-    str | None, typer.Option(help="Key prefix, e.g. vision_model. or ''. [default: detected]")
+    str | None,
+    typer.Option(
+        metavar="PREFIX", help="Key prefix, e.g. vision_model. or ''. [default: detected]"
+    ),
 ]
 RevisionOption = Annotated[
-    str | None, typer.Option(help="Hub branch, tag or commit. [default: main]")
+    str | None,
+    typer.Option(metavar="REV", help="Hub branch, tag or commit. [default: main]"),
 ]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Use only the Hub's local cache.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]

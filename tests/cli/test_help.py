@@ -19,8 +19,8 @@ from tests.helpers.commands import run
 MAX_LENGTH = 60
 """Characters of a summary or help text."""
 
-LITERALS = {"auto", "cpu", "cuda", "eager", "fastest", "hub", "local", "random"}
-"""Words in lower case that a help text may start with: values that a user types."""
+LITERALS = {"auto", "cpu", "cuda", "dtype", "eager", "fastest", "hub", "local", "random"}
+"""Words in lower case that a help text may start with: names and values that a user types."""
 
 SHARED_OPTIONS = {"--revision", "--offline"}
 CHECKPOINT_OPTIONS = SHARED_OPTIONS | {"--layout", "--prefix"}
@@ -128,7 +128,7 @@ def test_option_names(command: str) -> None:
     assert OPTIONS[command] - names == set()
 
 
-@pytest.mark.parametrize("command", ["", *OPTIONS])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_fast(command: str) -> None:
     """It imports none of the packages that take seconds."""
     code = f"""

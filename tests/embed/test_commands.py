@@ -63,5 +63,5 @@ def test_unusable_arguments(photos: Path, encoder_folder: Path, tmp_path: Path) 
     arguments = ["embed", photos, "-o", "out", "--model", encoder_folder]
     assert "cannot be used here" in run(*arguments, "--device", "cuda:9", code=2).output
     unknown = run(*arguments, "--form", "quick", code=2).output
-    assert "must be one of eager, packed" in " ".join(unknown.replace("│", " ").split())
+    assert "'quick' is none of eager, packed" in " ".join(unknown.replace("│", " ").split())
     assert "holds no vectors" in run("search", tmp_path, photos / "x.png", code=1).stderr
