@@ -131,6 +131,6 @@ def read_npz(content: bytes) -> Tensors:
                     tensors[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
                 elif array.dtype == np.dtype("V2"):
                     tensors[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    except Exception as error:  # as above
+    except Exception as error:  # for the same reason
         raise UnusableError(f"not an .npz file: {error}") from error
     return tensors
