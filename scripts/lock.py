@@ -1,12 +1,11 @@
-"""Keeps the committed `uv.lock` free of download addresses: it works behind any package index.
+"""Keeps download URLs out of the committed `uv.lock`, so that it works behind any package index.
 
     python3 scripts/lock.py            lock, and stage the index-neutral form for the next commit
-    python3 scripts/lock.py --check    is what pyproject.toml asks for staged or committed?
+    python3 scripts/lock.py --check    check that the staged lock matches pyproject.toml
 
-uv writes the addresses of the index it used into `uv.lock`. The committed copy holds file names
-instead. `uv run` and `uv sync` take its versions, resolve the addresses again, and write the full
-form into the working tree, where it stays: it is never committed. Needs uv and git, and nothing
-else.
+uv writes the URLs of its package index into `uv.lock`. The committed copy has file names instead.
+`uv run` and `uv sync` keep its versions, resolve the URLs again, and write the full form to the
+working tree, which is never committed. Requires uv and git only.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ PROJECT = "siglip-port"
 
 
 def neutral(lock: str) -> str:
-    """Take the addresses out of a lock, and the project itself: this makes uv resolve again."""
+    """Remove URLs from a lock, and the project's own entry, so that uv resolves it again."""
     lock = re.sub(r'registry = "[^"]*"', 'registry = "pypi"', lock)
     lock = re.sub(r'url = "[^"]*/([^"/]+)"', r'path = "\1"', lock)
     head, *packages = re.split(r"(?m)^(?=\[\[package\]\]$)", lock)
@@ -33,24 +32,24 @@ def neutral(lock: str) -> str:
 
 
 def contents(lock: str) -> set[tuple[str, str, frozenset[str]]]:
-    """Return what a lock fixes: every package's name, version and file hashes."""
-    fixed = set()
+    """Return name, version and file hashes of every package in a lock."""
+    packages = set()
     for package in tomllib.loads(lock)["package"]:
         files = list(package.get("wheels", []))
         if "sdist" in package:
             files.append(package["sdist"])
         hashes = frozenset(file["hash"] for file in files)
-        fixed.add((package["name"], package.get("version", ""), hashes))
-    return fixed
+        packages.add((package["name"], package.get("version", ""), hashes))
+    return packages
 
 
 def run(*command: str) -> str:
-    """Run a command in the project's folder; return what it prints."""
+    """Run a command in the root of the repository; return its output."""
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def write() -> int:
-    """Lock, and stage the neutral form."""
+    """Lock and stage the index-neutral form."""
     run("uv", "lock", "--quiet")
     LOCK.write_text(neutral(LOCK.read_text(encoding="utf-8")), encoding="utf-8")
     run("git", "add", "uv.lock")
@@ -59,11 +58,11 @@ def write() -> int:
 
 
 def check() -> int:
-    """Compare the staged lock with what uv makes of it."""
+    """Check that the staged lock is index-neutral and that uv resolves it to the same contents."""
     staged = run("git", "show", ":uv.lock")
     if "://" in staged:
         print(
-            "uv.lock as staged or committed holds addresses; run: python3 scripts/lock.py",
+            "uv.lock, as staged or committed, contains URLs; run: python3 scripts/lock.py",
             file=sys.stderr,
         )
         return 1
@@ -72,17 +71,16 @@ def check() -> int:
     if difference:
         names = ", ".join(sorted({name for name, _, _ in difference}))
         print(
-            f"uv.lock does not lock what pyproject.toml asks for ({names}); run: python3 "
-            "scripts/lock.py",
+            f"uv.lock does not match pyproject.toml ({names}); run: python3 scripts/lock.py",
             file=sys.stderr,
         )
         return 1
-    print(f"uv.lock: {len(contents(staged))} packages, versions and hashes as resolved")
+    print(f"uv.lock: {len(contents(staged))} packages, versions and hashes match pyproject.toml")
     return 0
 
 
 def resolve(staged: str) -> str:
-    """Return what uv makes of a lock; the file in the working tree stays as it is."""
+    """Return what uv resolves a staged lock to; restore uv.lock in the working tree."""
     before = None
     if LOCK.exists():
         before = LOCK.read_text(encoding="utf-8")
@@ -100,6 +98,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 where the lock is stale"
+        "--check", action="store_true", help="Change nothing; exit with 1 if the lock is stale."
     )
     sys.exit(check() if parser.parse_args().check else write())

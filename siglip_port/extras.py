@@ -1,4 +1,4 @@
-"""Optional dependencies, and the extras of siglip-port that install them."""
+"""Optional dependencies and the extras that install them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ EXTRAS = {
     "openvino": "openvino",
     "transformers": "parity",
 }
-"""Import name of each optional dependency -> the extra that installs it."""
+"""Import name of an optional dependency -> the extra that installs it."""
 
 
 class MissingExtraError(ImportError):
-    """An optional dependency is not installed; the message names the extra that installs it."""
+    """An optional dependency is not installed; the message says which extra to install."""
 
 
 def require(*packages: str) -> None:
-    """Raise MissingExtraError unless all of these packages are installed.
+    """Check that optional dependencies are installed.
 
     Args:
         packages: import names, keys of `EXTRAS`.
+
+    Raises:
+        MissingExtraError: one of the packages is not installed.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:

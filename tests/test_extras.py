@@ -1,4 +1,4 @@
-"""Optional dependencies."""
+"""Checks of optional dependencies, and the extras in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def test_require(monkeypatch: pytest.MonkeyPatch) -> None:
     assert raised.value.name == "pyarrow"
 
 
-def test_every_extra_is_in_pyproject() -> None:
-    """With the packages that it is there for."""
+def test_extras_match_pyproject() -> None:
+    """Every extra exists and installs its packages."""
     content = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))
     extras = content["project"]["optional-dependencies"]
     for package, extra in EXTRAS.items():

@@ -1,1 +1,1 @@
-"""Damaged checkpoints by the ten thousands."""
+"""A fuzzer for checkpoint loading."""

@@ -1,4 +1,4 @@
-"""Damages bytes, whatever they mean."""
+"""Damages bytes of any content."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from random import Random
 
 
 def noise(rng: Random, content: bytes) -> bytes:
-    """Damage a few bytes, somewhere."""
+    """Damage a few bytes at a random position."""
     start = rng.randrange(len(content) + 1)
     length = rng.choice((1, 1, 1, 2, 4, 8, 64))
     before = content[:start]
@@ -34,25 +34,25 @@ def noise(rng: Random, content: bytes) -> bytes:
 
 
 def edit_data(rng: Random, content: bytes) -> bytes:
-    """Damage bytes of tensors: values, or how many there are."""
+    """Damage the bytes of tensors: their values or their number."""
     noisy = noise(rng, content)
     longer = content + rng.randbytes(rng.choice((1, 4, 4096)))
     return rng.choice((noisy, longer, bytes(len(content))))
 
 
 def split(content: bytes) -> tuple[bytes, bytes]:
-    """Return the header of a safetensors file without its length, and the rest."""
+    """Split a safetensors file into header, without its length, and data."""
     (length,) = struct.unpack("<Q", content[:8].ljust(8, b"\0"))
     return content[8 : 8 + length], content[8 + length :]
 
 
 def join(header: bytes, data: bytes) -> bytes:
-    """Put a file together again: the reverse of `split`."""
+    """Join header and data to a safetensors file; the inverse of `split`."""
     return struct.pack("<Q", len(header)) + header + data
 
 
 def edit_length(rng: Random, content: bytes) -> bytes:
-    """Put another length before the header."""
+    """Change the length of the header, as the file states it."""
     length = len(split(content)[0])
     size = len(content)
     near = (0, 1, 2, length - 1, length + 1, length + 8, size - 8, size - 7, size)

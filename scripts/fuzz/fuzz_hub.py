@@ -1,4 +1,4 @@
-"""A Hub of our own on loopback, at which something goes wrong, and what it leaves in the cache."""
+"""A Hub server on loopback with faults, and damage to the cache that it fills."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scripts.fuzz.byte_edits import edit_data, join, noise, split
 from siglip_port import CheckpointError, SigLipVisionModel
 from tests.helpers.hub_server import Fault, Hub, Kind, Repository
 
-NAME = "fuzz/tower"
+NAME = "fuzz/encoder"
 FAULTY_REQUESTS = (
     "HEAD config.json",
     "GET config.json",
@@ -31,15 +31,12 @@ STATUS_CODES = (400, 401, 403, 404, 408, 410, 416, 429, 500, 502, 503, 504)
 Load = Callable[[], SigLipVisionModel]
 
 
-def start_hub(room: Path) -> Hub:
-    """Start a Hub, and point this process's client at it.
-
-    Nobody waits long, the client's own retries neither.
-    """
+def start_hub(workspace: Path) -> Hub:
+    """Start a Hub server, and point the client in this process at it, with short timeouts."""
     hub = Hub()
     os.environ |= {
         "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(room.parent),
+        "HF_HOME": str(workspace.parent),
         "HF_HUB_VERBOSITY": "critical",
     }
     os.environ.pop("HF_HUB_OFFLINE", None)
@@ -47,7 +44,8 @@ def start_hub(room: Path) -> Hub:
 
     from siglip_port.hub import chunked_download, retry
 
-    logging.getLogger("siglip_port").setLevel(logging.CRITICAL)  # to say how it copes is no failure
+    # A log record about a fault is not a failure.
+    logging.getLogger("siglip_port").setLevel(logging.CRITICAL)
     constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.3  # type: ignore[assignment]
     constants.HF_HUB_ETAG_TIMEOUT = 0.3  # type: ignore[assignment]
     retry.BACKOFF_SECONDS = (0.01,) * len(retry.BACKOFF_SECONDS)  # type: ignore[assignment]
@@ -58,21 +56,21 @@ def start_hub(room: Path) -> Hub:
 
 
 def load_from_hub(hub: Hub, folder: Path, *, offline: bool = False) -> SigLipVisionModel:
-    """Load a checkpoint that the Hub serves, through a cache beside its folder."""
+    """Load a checkpoint from the Hub server, with a cache next to the checkpoint's directory."""
     hub.repositories[NAME] = Repository(folder)
     cache = folder.parent / "cache"
     return SigLipVisionModel.from_hf(NAME, cache_dir=cache, local_files_only=offline)
 
 
 def prepare(hub: Hub, row: str, folder: Path, rng: Random, steps: list[str]) -> Load:
-    """Have something go wrong at the Hub or in the cache; return what loads then.
+    """Set up a fault of the Hub or damage the cache; return the load to run.
 
     Args:
-        hub: our Hub.
-        row: what is to go wrong: `hub ranges` for nothing, `hub faults` or `hub cache`.
-        folder: of the checkpoint.
-        rng: decides.
-        steps: what has been done, in words; is added to.
+        hub: the Hub server.
+        row: `hub faults`, `hub cache`, or `hub ranges` for neither.
+        folder: directory of the checkpoint.
+        rng: random generator.
+        steps: descriptions of the edits; extended in place.
     """
     hub.reset()
     if row == "hub faults":
@@ -87,7 +85,7 @@ def prepare(hub: Hub, row: str, folder: Path, rng: Random, steps: list[str]) -> 
 
 
 def fill_cache(hub: Hub, folder: Path, rng: Random) -> None:
-    """Load once, or as much as arrives before the connection breaks."""
+    """Load once, in half of the cases over a connection that breaks."""
     if rng.random() < 0.5:
         works = Fault("none", "CDN RANGE *", times=rng.randrange(1, 8))
         breaks = Fault("reset", "CDN RANGE *", times=None, after=rng.choice((None, 200)))
@@ -98,7 +96,7 @@ def fill_cache(hub: Hub, folder: Path, rng: Random) -> None:
 
 
 def cached_files(cache: Path) -> list[Path]:
-    """Return the files of the cache, our own several times: among many small ones of the client."""
+    """Return the files of the cache; those of siglip_port four times, since they are few."""
     files = []
     for path in sorted(cache.rglob("*")):
         if path.is_file() and not path.is_symlink() and path.suffix != ".lock":
@@ -107,7 +105,7 @@ def cached_files(cache: Path) -> list[Path]:
 
 
 def damage_cache(folder: Path, rng: Random) -> list[str]:
-    """Damage one or two files of the cache; return which, in words."""
+    """Damage one or two files of the cache; return a description of each."""
     files = cached_files(folder.parent / "cache")
     steps = []
     for path in rng.choices(files, k=rng.choice((1, 1, 2))):
@@ -123,14 +121,14 @@ def damage_cache(folder: Path, rng: Random) -> list[str]:
 
 
 def random_fault(rng: Random) -> Fault:
-    """Return anything that goes wrong between the Hub and here, and can be detected."""
+    """Return a random fault that can be detected."""
     kind: Kind = rng.choice([kind for kind in get_args(Kind) if kind != "none"])
     request = rng.choice(FAULTY_REQUESTS)
     times = rng.choice((1, 1, 2, None))
-    # Ten bytes a request for ever would be progress, if a slow one.
+    # A few bytes per request, repeated without end, would count as progress.
     after = rng.choice((None, 0, 1, 10, 100) if times else (None, 0, 1000))
     if kind == "wrong bytes":
-        # in a header, which is what is read first, or in what is fetched whole
+        # Detected only in a header, which is read first, and in files downloaded whole.
         request, times = rng.choice(
             (("CDN RANGE *", 1), ("CDN GET *", times), ("GET *.json", times))
         )

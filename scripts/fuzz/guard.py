@@ -1,4 +1,4 @@
-"""Runs a load, and tells what it does beside loading or refusing."""
+"""Runs a load and reports any side effects."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from siglip_port import CheckpointError, SigLipVisionModel
 
 
 class HangError(BaseException):
-    """It has taken too long. Not an `Exception`, which a loader might take for its own."""
+    """The time limit was exceeded. Not an `Exception`, so that no loader catches it."""
 
 
 class Guarded(NamedTuple):
-    """What became of a load.
+    """The result of a load.
 
     Attributes:
-        model: None if it was refused.
-        problem: what went wrong, if it was neither loaded nor refused; else empty.
+        model: the model; None if it was refused.
+        problem: failure or side effect; empty if the model was loaded or refused as it should be.
     """
 
     model: SigLipVisionModel | None
@@ -34,12 +34,12 @@ class Guarded(NamedTuple):
 
 
 def run_guarded(load: Callable[[], SigLipVisionModel], seconds: float) -> Guarded:
-    """Load, for so many seconds at the most."""
+    """Run a load with a time limit in seconds."""
     model = None
     output = io.StringIO()
     try:
         with (
-            warnings.catch_warnings(record=True) as caught,
+            warnings.catch_warnings(record=True) as records,
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(output),
             time_limit(seconds),
@@ -48,13 +48,13 @@ def run_guarded(load: Callable[[], SigLipVisionModel], seconds: float) -> Guarde
             with contextlib.suppress(CheckpointError):
                 model = load()
     except HangError:
-        return Guarded(None, f"nothing in {seconds:g} seconds")
+        return Guarded(None, f"no result after {seconds:g} seconds")
     except Exception:
         return Guarded(None, traceback.format_exc())
     if os.environ.pop(TRAP, ""):
         return Guarded(None, "a pickle was loaded")
-    if caught:
-        return Guarded(None, f"warned: {caught[0].message}")
+    if records:
+        return Guarded(None, f"warned: {records[0].message}")
     if output.getvalue():
         return Guarded(model, f"printed: {output.getvalue()}")
     return Guarded(model, "")
@@ -62,7 +62,7 @@ def run_guarded(load: Callable[[], SigLipVisionModel], seconds: float) -> Guarde
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise HangError after so many seconds."""
+    """Raise HangError after a number of seconds."""
 
     def ring(*_: object) -> None:
         raise HangError
@@ -77,5 +77,5 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def peak_memory() -> int:
-    """Return the most memory that this process has had so far, in bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Intact checkpoints, one of each kind that is damaged."""
+"""Intact checkpoints, one per layout that is fuzzed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from siglip_port.checkpoint.source import CONFIG, INDEX, WEIGHTS
 from siglip_port.parity.stress_weights import randomize
 
 Files = dict[str, bytes]
-"""The files of a checkpoint: names and contents."""
+"""File name -> contents of a checkpoint."""
 
-NPZ = "tower.npz"
+NPZ = "encoder.npz"
 
-# Nothing is as by default, so that a default in the place of what a file says does not go unseen.
+# No field has its default value, so that a default in place of a stored value is detected.
 ENCODER = SigLipVisionConfig(
     embed_dim=4,
     image_size=5,
@@ -38,7 +38,7 @@ ENCODER = SigLipVisionConfig(
     attention_dropout=0.25,
     pooling_head=True,
 )
-# timm and big_vision write neither epsilon nor dropout.
+# The layouts of timm and big_vision store neither epsilon nor dropout.
 WITHOUT_EPS = replace(ENCODER, layer_norm_eps=1e-6, attention_dropout=0.0)
 
 
@@ -47,12 +47,12 @@ class Kind:
     """A layout that is fuzzed.
 
     Attributes:
-        config: of the encoder.
-        prefix: what stands before the names of the encoder in the file.
-        head: what stands before those of its pooling head, after the prefix.
-        described: whether transformers' configuration tells the architecture.
-        dtype: of the stored tensors.
-        local: whether it is read from folders only.
+        config: architecture of the encoder.
+        prefix: prefix of the encoder's keys in the file.
+        head: prefix of the pooling head's keys, after `prefix`.
+        described: whether transformers' config.json defines the architecture.
+        dtype: dtype of the stored tensors.
+        local: whether it can be loaded from local files only.
     """
 
     config: SigLipVisionConfig = ENCODER
@@ -78,18 +78,19 @@ KINDS = {
     ),
     "bf16": Kind(dtype=torch.bfloat16),
 }
-"""What is fuzzed, by name.
+"""Name -> layout that is fuzzed.
 
-The first two with a text encoder, so that on the Hub the vision encoder is the lesser part.
+The first two contain a text encoder that is larger than the vision encoder, as on the Hub.
 """
 
 
 def make(name: str, fill: Callable[[SigLipVisionModel], None] = randomize) -> Files:
-    """Make an intact checkpoint.
+    """Create an intact checkpoint.
 
     Args:
-        name: one of `KINDS`.
-        fill: sets the parameters; by default to random numbers that hide nothing, always the same.
+        name: key of `KINDS`.
+        fill: sets the parameters; the default sets the same random numbers each time, none of them
+            0 or 1.
     """
     kind = KINDS[name]
     model = SigLipVisionModel(kind.config)
@@ -121,12 +122,12 @@ def make(name: str, fill: Callable[[SigLipVisionModel], None] = randomize) -> Fi
 
 
 def encode(document: dict[str, Any]) -> bytes:
-    """Write JSON."""
+    """Encode an object as JSON."""
     return json.dumps(document).encode()
 
 
 def to_npz(model: SigLipVisionModel, kind: Kind) -> bytes:
-    """Write a model as big_vision does."""
+    """Convert a model to the contents of a big_vision .npz file."""
     state_dict = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     stored = BIG_VISION.to_stored(
         state_dict,
@@ -142,7 +143,7 @@ def to_npz(model: SigLipVisionModel, kind: Kind) -> bytes:
 
 
 def add_text_encoder(files: Files, tensors: dict[str, torch.Tensor]) -> None:
-    """Make a whole model of a vision encoder."""
+    """Add a text encoder and a logit scale, in place."""
     config = {"model_type": "siglip", "architectures": ["SiglipModel"]}
     parts = {"vision_config": json.loads(files[CONFIG]), "text_config": {"hidden_size": 4}}
     files[CONFIG] = encode({**config, **parts})
@@ -152,7 +153,7 @@ def add_text_encoder(files: Files, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def shard(files: Files, tensors: dict[str, torch.Tensor]) -> None:
-    """Spread the tensors over three files and an index."""
+    """Distribute the tensors over three shards and an index, in place."""
     del files[WEIGHTS]
     shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     weight_map = {key: shards[i % 3] for i, key in enumerate(tensors)}

@@ -1,4 +1,4 @@
-"""Damages JSON, whose text stays JSON most of the time."""
+"""Damages JSON; most results are still valid JSON."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 from scripts.fuzz.byte_edits import noise
 
-# What an edit raises on a document that another edit has damaged before.
 DAMAGED = (ValueError, RecursionError, KeyError, TypeError, IndexError)
+"""What an edit raises for a document that another edit has damaged."""
 
-RAW_MARK = "\N{SYMBOL FOR NULL}"  # stands for a text that no value is written as
+RAW_MARK = "\N{SYMBOL FOR NULL}"  # placeholder of one of RAW_TEXTS
 RAW_TEXTS = (
     "[" * 100_000,
     "[" * 500 + "]" * 500,
@@ -64,7 +64,7 @@ VALUES: tuple[Any, ...] = (
     *CONTAINERS,
     *RAW_VALUES,
 )
-"""What is put in the place of a value, besides what is made of it."""
+"""Replacements for a value, besides variations of the value itself."""
 
 OTHER_FILES = (
     "../model.safetensors",
@@ -80,11 +80,11 @@ OTHER_FILES = (
     ".safetensors",
     "~.safetensors",
 )
-"""What an index is made to name for a shard."""
+"""File names that an index is made to list as a shard."""
 
 
 def places_in(value: object) -> Iterator[tuple[Any, Any]]:
-    """Yield all places in a piece of JSON: what they lie in, and their keys or numbers."""
+    """Yield the container and the key or index of every value in a JSON document."""
     if isinstance(value, dict):
         keys: list[Any] = list(value)
     elif isinstance(value, list):
@@ -97,7 +97,7 @@ def places_in(value: object) -> Iterator[tuple[Any, Any]]:
 
 
 def nudge(rng: Random, value: object) -> object:
-    """Return another value that is near, or the same in another type."""
+    """Return a similar value, or the same value in another type."""
     if isinstance(value, bool) or value is None:
         return rng.choice((not value, int(bool(value)), str(value)))
     if isinstance(value, int | float):
@@ -111,7 +111,7 @@ def nudge(rng: Random, value: object) -> object:
 
 
 def edit_json(rng: Random, content: bytes) -> bytes:
-    """Change one thing in JSON."""
+    """Apply one edit to JSON."""
     try:
         document = json.loads(content)
         places = list(places_in(document))
@@ -127,7 +127,7 @@ def edit_json(rng: Random, content: bytes) -> bytes:
 
 
 def edit_document(rng: Random, document: object, places: list[tuple[Any, Any]]) -> str:
-    """Change one thing in a document; return what else to write before its last character."""
+    """Apply one edit to a document; return text to insert before its last character."""
     holder, key = rng.choice(places)
     other_holder, other_key = rng.choice(places)
     value = holder[key]
@@ -157,7 +157,7 @@ def edit_document(rng: Random, document: object, places: list[tuple[Any, Any]]) 
 
 
 def edit_index(rng: Random, content: bytes) -> bytes:
-    """Have an index name another file for one of its tensors, or for thousands more."""
+    """Make an index list another file for one of its tensors, or for thousands of others."""
     try:
         document = json.loads(content)
         weight_map = document["weight_map"]

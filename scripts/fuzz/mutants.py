@@ -1,4 +1,4 @@
-"""Damages checkpoints, each in a way that a random number decides."""
+"""Damages checkpoints at random."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scripts.fuzz.byte_edits import edit_data, edit_length, join, noise, split
 from scripts.fuzz.intact import Files
 from scripts.fuzz.json_edits import edit_index, edit_json
 from scripts.fuzz.npz_edits import PICKLE, edit_npz
-from scripts.fuzz.tensor_edits import add, exchange
+from scripts.fuzz.tensor_edits import add, swap
 from siglip_port.checkpoint.preprocessor_config import PREPROCESSOR
 from siglip_port.checkpoint.source import CONFIG, INDEX, WEIGHTS
 
@@ -31,7 +31,7 @@ STRAY_FILES = (
 
 
 def rearrange(rng: Random, files: Files, target: str) -> None:
-    """Take files away, add some, or exchange them."""
+    """Remove, add, empty, rename or swap files."""
     other = rng.choice(sorted(files))
     match rng.randrange(7):
         case 0:
@@ -55,7 +55,7 @@ def rearrange(rng: Random, files: Files, target: str) -> None:
 
 
 def of_file(edit: Edit) -> Rearrange:
-    """Return what edits the contents of one file."""
+    """Apply an edit to a whole file."""
 
     def edit_file(rng: Random, files: Files, target: str) -> None:
         files[target] = edit(rng, files[target])
@@ -64,7 +64,7 @@ def of_file(edit: Edit) -> Rearrange:
 
 
 def of_header(edit: Edit) -> Rearrange:
-    """Return what edits the header of a safetensors file."""
+    """Apply an edit to the header of a safetensors file."""
 
     def edit_header(rng: Random, content: bytes) -> bytes:
         header, data = split(content)
@@ -74,7 +74,7 @@ def of_header(edit: Edit) -> Rearrange:
 
 
 def of_data(edit: Edit) -> Rearrange:
-    """Return what edits the data of a safetensors file."""
+    """Apply an edit to the data of a safetensors file."""
 
     def edit_tensors(rng: Random, content: bytes) -> bytes:
         header, data = split(content)
@@ -87,22 +87,22 @@ class Mutator(NamedTuple):
     """A way to damage a checkpoint.
 
     Attributes:
-        group: to which it is counted.
-        name: for people.
-        files: for which it is, as a pattern.
-        act: damages one of them.
+        group: row of the summary table.
+        name: what it damages, for the report.
+        files: pattern of the files that it applies to.
+        edit: damages one of these files in the dict of all files.
     """
 
     group: str
     name: str
     files: str
-    act: Rearrange
+    edit: Rearrange
 
 
 MUTATORS = (
     Mutator("header", "bytes", "*.safetensors", of_header(noise)),
     Mutator("header", "JSON", "*.safetensors", of_header(edit_json)),
-    Mutator("header", "tensors", "*.safetensors", of_file(exchange)),
+    Mutator("header", "tensors", "*.safetensors", of_file(swap)),
     Mutator("header", "more", "*.safetensors", of_file(add)),
     Mutator("length", "length", "*.safetensors", of_file(edit_length)),
     Mutator("data", "data", "*.safetensors", of_data(edit_data)),
@@ -124,11 +124,11 @@ class Mutant:
     """A checkpoint, damaged or not.
 
     Attributes:
-        kind: which of `scripts.fuzz.intact.KINDS` it was.
-        group: of its mutators, or `several`.
-        steps: what has been done, in words.
-        files: what it is now.
-        changed: whether it is another than the intact one.
+        kind: key of `scripts.fuzz.intact.KINDS`.
+        group: group of its mutators; `several` if they differ.
+        steps: description of each edit.
+        files: the files after the edits.
+        changed: whether they differ from the intact files.
     """
 
     kind: str
@@ -139,12 +139,12 @@ class Mutant:
 
 
 def mutate(rng: Random, intact: Mapping[str, Files], kind: str) -> Mutant:
-    """Damage a checkpoint by one mutator in most cases, else by up to three.
+    """Damage a checkpoint with one mutator in most cases, otherwise with two or three.
 
     Args:
-        rng: decides.
-        intact: the checkpoints, by kind.
-        kind: which of them.
+        rng: random generator.
+        intact: intact checkpoints by kind.
+        kind: kind of the checkpoint to damage.
     """
     files = dict(intact[kind])
     groups = set()
@@ -157,8 +157,8 @@ def mutate(rng: Random, intact: Mapping[str, Files], kind: str) -> Mutant:
         mutator = rng.choice([mutator for mutator in targets if mutator.group == group])
         target = rng.choice(targets[mutator])
         before = dict(files)
-        for _ in range(10):  # since to put a zero in the place of a zero, say, tries nothing
-            mutator.act(rng, files, target)
+        for _ in range(10):  # an edit may change nothing, e.g. replace a zero by a zero
+            mutator.edit(rng, files, target)
             if files != before:
                 break
         groups.add(group)
@@ -168,7 +168,7 @@ def mutate(rng: Random, intact: Mapping[str, Files], kind: str) -> Mutant:
 
 
 def find_targets(files: Files) -> dict[Mutator, list[str]]:
-    """Return the mutators that can be used, with the files that they are for."""
+    """Return the mutators that apply to these files, with the names of the files."""
     targets = {}
     for mutator in MUTATORS:
         names = sorted(name for name in files if fnmatch.fnmatch(name, mutator.files))

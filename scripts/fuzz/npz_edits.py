@@ -1,4 +1,4 @@
-"""Damages `.npz` files: archives that are whole as zip files, with a fault in one array or name."""
+"""Damages `.npz` files: valid zip archives with one damaged array or name."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 from scripts.fuzz.byte_edits import edit_data, noise
 
 TRAP = "SIGLIP_PORT_TRAP"
-"""A variable of the environment that is set once a pickle of ours has been loaded."""
+"""Environment variable that `PICKLE` sets when it is loaded."""
 
 
 class Trap:
-    """Its pickle runs code where it is loaded, as any pickle could."""
+    """An object whose pickle runs code when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return exec, (f"import os; os.environ[{TRAP!r}] = 'a pickle was loaded'",)
@@ -36,16 +36,16 @@ SHAPES = (
     "((),)",
     "(True,)",
 )
-HEADER_BYTES = 128  # of a small array
+HEADER_BYTES = 128  # size of the header of a small array
 
 
 def edit_npz(rng: Random, content: bytes) -> bytes:
-    """Make the archive anew, with one fault."""
+    """Rewrite the archive with one fault."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             members = [(name, archive.read(name)) for name in archive.namelist()]
         index = rng.randrange(len(members))
-    except Exception:  # by another edit: what zipfile raises has no base in common
+    except Exception:  # damaged by another edit; the exceptions of zipfile share no base class
         return noise(rng, content)
     name, array = members[index]
     fault = rng.randrange(8)
@@ -69,7 +69,7 @@ def edit_npz(rng: Random, content: bytes) -> bytes:
 
 
 def edit_array(rng: Random, array: bytes, fault: int) -> bytes:
-    """Damage an array: its dtype, shape or order, its header or its data, or all of it."""
+    """Damage an array: dtype, shape, order, header, data, or the whole file."""
     header = array[:HEADER_BYTES]
     data = array[HEADER_BYTES:]
     match fault:
@@ -90,10 +90,10 @@ def edit_array(rng: Random, array: bytes, fault: int) -> bytes:
 
 
 def write_archive(members: list[tuple[str, bytes]], compression: int) -> bytes:
-    """Write an archive, in which a name may be there twice."""
+    """Write an archive, which may contain duplicate names."""
     file = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(file, "w", compression) as archive:
-        warnings.simplefilter("ignore")  # of a name that is there twice
+        warnings.simplefilter("ignore")  # duplicate names
         for name, array in members:
             archive.writestr(zipfile.ZipInfo(name), array)
     return file.getvalue()

@@ -1,7 +1,7 @@
-"""What a checkpoint says, told without siglip_port's readers, for `run.py`.
+"""The oracle of `run.py`: the model that files describe, read without the readers of siglip_port.
 
-Which of the stored numbers belongs where in our tensors was found by storing a model whose every
-number is another.
+The position of every stored element in the model's tensors is determined once per layout, from a
+checkpoint whose elements are all different.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from siglip_port.checkpoint.preprocessor_config import PREPROCESSOR
 from siglip_port.checkpoint.source import CONFIG
 
 ACTS = ("gelu", "gelu_pytorch_tanh")
-# the architecture that `save_timm` names, whose activation is the exact GELU
 TIMM = "vit_base_patch16_siglip_224"
+"""The architecture that `save_timm` writes; its activation is the exact GELU."""
 
-# transformers' keys, our fields, and the defaults: those of google/siglip-base-patch16-224, as the
-# library says.
 HF_KEYS: tuple[tuple[str, str, Any], ...] = (
     ("num_channels", "num_channels", 3),
     ("hidden_size", "embed_dim", 768),
@@ -41,6 +39,8 @@ HF_KEYS: tuple[tuple[str, str, Any], ...] = (
     ("layer_norm_eps", "layer_norm_eps", 1e-6),
     ("hidden_act", "hidden_act", "gelu_pytorch_tanh"),
 )
+"""Key in config.json, field of SigLipVisionConfig, default of transformers."""
+
 IN_THE_SHAPES = (
     "num_channels",
     "embed_dim",
@@ -49,29 +49,29 @@ IN_THE_SHAPES = (
     "mlp_hidden_dim",
     "grid_size",
 )
-LEGAL_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+VALUE_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
 
 
 @dataclass(frozen=True)
-class Meaning:
-    """A model: what decides over all that it computes.
+class ModelState:
+    """Everything that determines what a model computes.
 
     Attributes:
-        config: its architecture.
-        dtype: of its tensors.
-        state: the bytes of all its tensors, one after the other.
-        processor: what of `preprocessor_config.json` has to be found in the model's; None where
-            nothing has to.
+        config: the architecture.
+        dtype: dtype of the tensors.
+        tensors: bytes of all tensors, concatenated.
+        processor: entries of `preprocessor_config.json` that the model must reproduce, as JSON;
+            None if there are none.
     """
 
     config: SigLipVisionConfig
     dtype: torch.dtype
-    state: bytes
+    tensors: bytes
     processor: str | None = None
 
 
 class Reader:
-    """Knows how a layout stores the model, from intact files.
+    """Reads the files of a layout, with the element positions of an intact checkpoint.
 
     Args:
         name: one of `KINDS`.
@@ -82,28 +82,28 @@ class Reader:
         self.kind = KINDS[name]
         state = SigLipVisionModel(self.kind.config).state_dict()
         self.size = sum(tensor.numel() for tensor in state.values())
-        # float32 holds these numbers exactly; of bfloat16, the same model in float32 tells.
+        # float32 represents these numbers exactly, bfloat16 does not; the positions are the same.
         stored = read_tensors(make("flat" if name == "bf16" else name, fill_with_numbers))
         if name == "bf16":
             stored = {self.kind.prefix + key: tensor for key, tensor in stored.items()}
-        self.places: Tensors = {}  # stored name -> where each number belongs in the state
+        self.positions: Tensors = {}  # stored name -> positions of its elements in the state
         for key, tensor in stored.items():
-            if key.startswith(self.kind.prefix) and not is_ballast(key):
-                self.places[key] = tensor.long() - 1
-        flat = torch.cat([tensor.flatten() for tensor in self.places.values()])
+            if key.startswith(self.kind.prefix) and not is_ignored(key):
+                self.positions[key] = tensor.long() - 1
+        flat = torch.cat([tensor.flatten() for tensor in self.positions.values()])
         assert sorted(flat.tolist()) == list(range(self.size))
 
-    def read(self, files: Files) -> Meaning:
-        """Tell what the files say.
+    def read(self, files: Files) -> ModelState:
+        """Return the model that files describe.
 
         Raises:
-            UnusableError: they must be refused.
+            UnusableError: the files must be refused.
         """
-        stored = read_tensors(files, self.places.keys())
+        stored = read_tensors(files, self.positions.keys())
         head_prefix = self.kind.prefix + self.kind.head
-        head = {key for key in self.places if key.startswith(head_prefix)}
+        head = {key for key in self.positions if key.startswith(head_prefix)}
         has_head = bool(head & stored.keys())
-        expected = self.places.keys() if has_head else self.places.keys() - head
+        expected = self.positions.keys() if has_head else self.positions.keys() - head
         self.check_tensors(stored, expected)
         content = read_object(files[CONFIG], CONFIG) if CONFIG in files else None
         if self.kind.described:
@@ -111,47 +111,47 @@ class Reader:
         else:
             config = self.config_by_shapes(content or {}, has_head)
         dtype, state = self.read_state(stored, expected)
-        return Meaning(config, dtype, state, expected_processor(files, config))
+        return ModelState(config, dtype, state, expected_processor(files, config))
 
     def check_tensors(self, stored: Tensors, expected: Collection[str]) -> None:
-        """Raise UnusableError unless the tensors are those of the model."""
+        """Raise UnusableError unless the encoder's tensors are complete, with the right shapes."""
         missing = set(expected) - stored.keys()
         if missing:
-            raise UnusableError(f"tensors are missing: {sorted(missing)[:3]}")
-        own = {key for key in stored if key.startswith(self.kind.prefix) and not is_ballast(key)}
+            raise UnusableError(f"missing tensors: {sorted(missing)[:3]}")
+        own = {key for key in stored if key.startswith(self.kind.prefix) and not is_ignored(key)}
         unknown = own - set(expected)
         if unknown:
-            raise UnusableError(f"tensors that nobody knows: {sorted(unknown)[:3]}")
-        misshapen = [key for key in expected if stored[key].shape != self.places[key].shape]
+            raise UnusableError(f"unknown tensors: {sorted(unknown)[:3]}")
+        misshapen = [key for key in expected if stored[key].shape != self.positions[key].shape]
         if misshapen:
-            raise UnusableError(f"tensors of another shape: {sorted(misshapen)[:3]}")
+            raise UnusableError(f"tensors with a wrong shape: {sorted(misshapen)[:3]}")
 
     def read_state(
         self, stored: Mapping[str, Tensor], expected: Collection[str]
     ) -> tuple[torch.dtype, bytes]:
-        """Put the stored numbers where they belong; in the one dtype that holds them all."""
+        """Return the dtype that all stored tensors are promoted to, and the bytes of the state."""
         dtype = functools.reduce(torch.promote_types, (stored[key].dtype for key in expected))
         flat = torch.zeros(self.size, dtype=dtype)
         filled = torch.zeros(self.size, dtype=torch.bool)
         for key in expected:
-            flat[self.places[key]] = stored[key].to(dtype)
-            filled[self.places[key]] = True
+            flat[self.positions[key]] = stored[key].to(dtype)
+            filled[self.positions[key]] = True
         return dtype, raw_bytes(flat[filled])
 
     def config_as_described(
         self, content: dict[str, Any] | None, has_head: bool
     ) -> SigLipVisionConfig:
-        """Tell the architecture by transformers' configuration.
+        """Return the architecture that transformers' config.json describes.
 
-        What is written must be legal, the rest is default.
+        Values must be valid; missing keys take transformers' defaults.
         """
         if content is None:
-            raise UnusableError("there is no config.json")
+            raise UnusableError("no config.json")
         vision = content.get("vision_config")
         if vision is None:
             vision = content
         if not isinstance(vision, dict):
-            raise UnusableError("vision_config is no object")
+            raise UnusableError("vision_config is not an object")
         kind = find_model_type(vision, content)
         values = {name: vision.get(key, default) for key, name, default in HF_KEYS}
         for name in ("image_size", "patch_size"):
@@ -165,10 +165,7 @@ class Reader:
         return self.checked_config(**values, naflex=naflex, **pooling(has_head, mean))
 
     def config_by_shapes(self, content: dict[str, Any], has_head: bool) -> SigLipVisionConfig:
-        """Tell the architecture as the shapes do, which are right.
-
-        And for the rest, what timm's configuration says.
-        """
+        """Return the architecture by the shapes; the rest by timm's config.json."""
         parts = [content.get("model_args"), content.get("pretrained_cfg"), content]
         sections = [part for part in parts if type(part) is dict]
 
@@ -197,32 +194,32 @@ class Reader:
         return self.checked_config(**values)
 
     def checked_config(self, **values: Any) -> SigLipVisionConfig:  # noqa: ANN401 (values of JSON)
-        """Make the configuration, where every value is legal and none contradicts the tensors."""
+        """Return the configuration; raise UnusableError for values that are invalid or wrong."""
         for field in fields(SigLipVisionConfig):
             value = values.setdefault(field.name, None)
-            legal = LEGAL_TYPES.get(str(field.type))
+            types = VALUE_TYPES.get(str(field.type))
             is_positive = str(field.type) != "int" or type(value) is not int or value >= 1
-            if legal and (type(value) not in legal or not is_positive):
+            if types and (type(value) not in types or not is_positive):
                 raise UnusableError(f"{field.name} is {value!r}")
         act = values["hidden_act"]
         heads = values["num_attention_heads"]
         if act not in ACTS or values["embed_dim"] % heads:
-            raise UnusableError(f"hidden_act is {act!r}, heads are {heads}")
+            raise UnusableError(f"hidden_act is {act!r}, num_attention_heads is {heads}")
         eps = values["layer_norm_eps"]
         dropout = values["attention_dropout"]
         if not 0 < eps < 1 or not 0 <= dropout < 1:
-            raise UnusableError(f"eps is {eps}, dropout is {dropout}")
+            raise UnusableError(f"layer_norm_eps is {eps}, attention_dropout is {dropout}")
         grid_size = values["image_size"] // values["patch_size"]
         for name in (*IN_THE_SHAPES, "naflex"):
             value = {**values, "grid_size": grid_size}[name]
-            true = getattr(self.kind.config, name)
-            if value != true:
-                raise UnusableError(f"{name} is {value}, by the shapes {true}")
+            actual = getattr(self.kind.config, name)
+            if value != actual:
+                raise UnusableError(f"{name} is {value}, the shapes give {actual}")
         return replace(self.kind.config, **values)
 
 
-def meaning_of(model: SigLipVisionModel, files: Files) -> Meaning:
-    """Return what a model is, to be compared with what the files say."""
+def model_state(model: SigLipVisionModel, files: Files) -> ModelState:
+    """Return the state of a model that was loaded from files."""
     tensors = list(model.state_dict().values())
     (dtype,) = {tensor.dtype for tensor in tensors}
     processor = None
@@ -231,13 +228,13 @@ def meaning_of(model: SigLipVisionModel, files: Files) -> Meaning:
         own = {key: model.preprocessor_config.get(key) for key in keys}
         processor = json.dumps(own, sort_keys=True)
     state = raw_bytes(torch.cat([tensor.flatten() for tensor in tensors]))
-    return Meaning(model.config, dtype, state, processor)
+    return ModelState(model.config, dtype, state, processor)
 
 
 def expected_processor(files: Files, config: SigLipVisionConfig) -> str | None:
-    """Return what the model's preprocessor must say.
+    """Return the expected preprocessor configuration as JSON; None without a SigLIP preprocessor.
 
-    All that the file says, but for the size, if it is one for SigLIP.
+    The contents of the file, except that the size is the model's.
     """
     if PREPROCESSOR not in files:
         return None
@@ -252,7 +249,7 @@ def expected_processor(files: Files, config: SigLipVisionConfig) -> str | None:
 
 
 def find_model_type(vision: dict[str, Any], content: dict[str, Any]) -> str:
-    """Return the kind of model that a configuration describes."""
+    """Return the model type that a configuration describes."""
     kind = vision.get("model_type")
     if kind is None:
         kind = content.get("model_type")
@@ -264,7 +261,7 @@ def find_model_type(vision: dict[str, Any], content: dict[str, Any]) -> str:
 
 
 def naflex_image_size(vision: dict[str, Any], patch_size: object) -> int:
-    """Return the side in pixels of the grid of positions."""
+    """Return the image size in pixels that the position grid of a NaFlex encoder corresponds to."""
     count = vision.get("num_patches", 256)
     if type(count) is not int or count < 1 or math.isqrt(count) ** 2 != count:
         raise UnusableError(f"num_patches is {count!r}")
@@ -272,7 +269,7 @@ def naflex_image_size(vision: dict[str, Any], patch_size: object) -> int:
 
 
 def image_sizes(sections: list[dict[str, Any]]) -> list[object]:
-    """Return the sizes of an image that are told; of a list, the last."""
+    """Return the image sizes in sections of timm's configuration; the last element of a list."""
     sizes = []
     for section in sections:
         for key in ("img_size", "image_size", "input_size"):
@@ -283,12 +280,12 @@ def image_sizes(sections: list[dict[str, Any]]) -> list[object]:
 
 
 def pooling(has_head: bool, mean: bool) -> dict[str, bool]:
-    """Return the pooling: the file decides over the head, and a mean is taken only without it."""
+    """Return the fields for pooling: by the head that is stored; a mean only without a head."""
     return {"pooling_head": has_head, "mean_pooling": mean and not has_head}
 
 
-def is_ballast(name: str) -> bool:
-    """Whether a tensor is not the vision encoder's."""
+def is_ignored(name: str) -> bool:
+    """Return whether a tensor is not part of the vision encoder."""
     return name.startswith("text_model.") or name == "logit_scale"
 
 
@@ -298,7 +295,7 @@ def raw_bytes(tensor: Tensor) -> bytes:
 
 
 def fill_with_numbers(model: nn.Module) -> None:
-    """Fill a model with the numbers 1, 2, 3, ..., through all its tensors."""
+    """Fill the tensors of a model with the numbers 1, 2, 3, ..."""
     tensors = list(model.state_dict().values())
     starts = itertools.accumulate((tensor.numel() for tensor in tensors), initial=1)
     for tensor, start in zip(tensors, starts, strict=False):

@@ -1,25 +1,23 @@
-"""Damaged checkpoints, by the ten thousands.
+"""Fuzzes checkpoint loading: a damaged checkpoint is refused, or loaded as its files describe it.
 
-Each is refused in words, or loaded as what its files say. Nothing else.
+    uv run scripts/fuzz/run.py --count 100000      half an hour on 2 cores (Linux)
 
-`uv run scripts/fuzz/run.py --count 100000` takes half an hour on 2 cores (Linux). Mutant number 5
-of seed 0 is always the same: a failure is printed with the arguments that repeat it alone. Each
-mutant is loaded by the real `SigLipVisionModel.from_hf`, in processes that may die without ending
-the campaign; a share of them from a Hub of our own on loopback, by the real client. What may come
-of it:
+A mutant is a damaged checkpoint; seed and number determine it, and a failure is printed with the
+arguments that repeat it. `SigLipVisionModel.from_hf` loads each mutant, in worker processes that
+are replaced when they die; a share of the mutants comes from a Hub server on loopback, through the
+client of huggingface_hub. Outcomes:
 
 - refused: `CheckpointError`.
-- identical: the bits and the configuration of the intact checkpoint, which are what the files still
-  say.
-- as the file says: another model, which the files describe, as the libraries of the file formats
-  read them (`oracle.py`).
-- FAILED: anything else. Another exception, a hang, more memory than `trial.MEMORY`, a dead process,
-  a warning, a word on the terminal, a pickle loaded, a file changed or left behind, intact files
-  refused, files loaded that say nothing legal, a model that is not what they say.
+- identical: the tensors and configuration of the intact checkpoint, which the files still describe.
+- as the file says: another model, the one that the files describe according to the libraries of the
+  file formats (`oracle.py`).
+- FAILED: anything else: another exception, a timeout, more memory than `trial.MEMORY`, a dead
+  process, a warning, output, a loaded pickle, a file changed or left behind, intact files refused,
+  invalid files loaded, a model that differs from what the files describe.
 
-Bytes of the encoder's own ranges that are altered on their way from the Hub cannot be detected by
-anybody, since the Hub tells the hash of whole files only: such faults are made in headers, in files
-fetched whole, and in the cache.
+Changed bytes in the ranges of a partial download cannot be detected, since the Hub publishes hashes
+of whole files only. Faults on the way from the Hub are therefore limited to headers, files that are
+downloaded whole, and the cache.
 """
 
 from __future__ import annotations
@@ -43,24 +41,23 @@ import torch
 from scripts.fuzz import trial
 from scripts.fuzz.trial import OUTCOMES, Fuzzer, Result
 
-# Bytes that a process may reserve in addition: a larger demand fails instead of being met.
 ADDRESS_SPACE = 4 * 2**30
+"""Bytes that a process may reserve beyond its start; a larger allocation fails."""
 
 LIMITS = (
-    "Of bytes altered on their way from the Hub: those of headers, of files fetched whole, and in "
-    "the cache only."
+    "Bytes changed on the way from the Hub: only in headers, files downloaded whole, and the cache."
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a process is to do.
+    """Options of a worker process.
 
     Attributes:
-        seed: of all mutants.
-        hub_share: of mutants that come from the Hub.
-        keep: where to put the files of mutants that fail; None for nowhere.
-        deadline: when to stop, as of `time.monotonic()`.
+        seed: seed of all mutants.
+        hub_share: share of mutants that are loaded from the Hub, 0 to 1.
+        keep: directory for the files of mutants that fail; None to discard them.
+        deadline: time to stop at, in seconds of `time.monotonic()`.
     """
 
     seed: int
@@ -71,7 +68,7 @@ class Options:
 
 @dataclass
 class Worker:
-    """A process that is under way, and which numbers it has not told of yet."""
+    """A running process, and the numbers of the mutants whose results are pending."""
 
     process: multiprocessing.process.BaseProcess
     numbers: Sequence[int]
@@ -85,15 +82,15 @@ class Worker:
 
 
 def work(pipe: Connection, numbers: Sequence[int], options: Options) -> None:
-    """Send one result for every number, as a process of its own."""
+    """Send one result per mutant through a pipe, then None; runs in a worker process."""
     torch.set_num_threads(1)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + ADDRESS_SPACE
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
     with tempfile.TemporaryDirectory() as scratch:
-        room = Path(scratch, "room")
-        room.mkdir()
-        fuzzer = Fuzzer(options.seed, room, options.hub_share, options.keep)
+        workspace = Path(scratch, "workspace")
+        workspace.mkdir()
+        fuzzer = Fuzzer(options.seed, workspace, options.hub_share, options.keep)
         for number in numbers:
             if time.monotonic() > options.deadline:
                 break
@@ -102,14 +99,14 @@ def work(pipe: Connection, numbers: Sequence[int], options: Options) -> None:
 
 
 class Campaign:
-    """Runs all mutants, in one process a core.
+    """Runs all mutants in worker processes.
 
-    A process that dies costs one mutant, and is replaced.
+    A process that dies loses one mutant and is replaced.
 
     Args:
-        count: of mutants.
-        options: of every process.
-        cores: how many processes.
+        count: number of mutants.
+        options: options of every process.
+        cores: number of processes.
     """
 
     def __init__(self, count: int, options: Options, cores: int) -> None:
@@ -119,7 +116,7 @@ class Campaign:
             self.start(range(core, count, cores))
 
     def start(self, numbers: Sequence[int]) -> None:
-        """Start a process for these mutants."""
+        """Start a process for a sequence of mutants."""
         context = multiprocessing.get_context("fork")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=work, args=(sender, numbers, self.options), daemon=True)
@@ -128,7 +125,7 @@ class Campaign:
         self.workers[receiver] = Worker(process, numbers, time.monotonic())
 
     def results(self) -> Iterator[Result]:
-        """Yield results as they come."""
+        """Yield results in the order in which they arrive."""
         while self.workers:
             for pipe in wait(list(self.workers), timeout=1):
                 assert isinstance(pipe, Connection)
@@ -136,12 +133,12 @@ class Campaign:
                 if result is not None:
                     yield result
             for worker in self.workers.values():
-                # deaf to the alarm
+                # A load that blocks the alarm signal, which enforces the time limit.
                 if time.monotonic() - worker.last_heard > 60 + 3 * trial.SECONDS:
                     worker.process.kill()
 
     def receive(self, pipe: Connection) -> Result | None:
-        """Receive the result of a process; None where it has no more."""
+        """Receive the next result of a process; None if there are no more."""
         worker = self.workers[pipe]
         try:
             result: Result | None = pipe.recv()
@@ -150,7 +147,7 @@ class Campaign:
             number, *rest = worker.numbers
             if rest:
                 self.start(rest)
-            error = f"the process died: {worker.cause_of_death()}"
+            error = f"process died: {worker.cause_of_death()}"
             return Result(number, "(dead)", "FAILED", True, 0, "", error)
         worker.last_heard = time.monotonic()
         if result is None:
@@ -164,13 +161,13 @@ class Campaign:
 def run_one(number: int, options: Options) -> Result:
     """Run one mutant in this process."""
     with tempfile.TemporaryDirectory() as scratch:
-        room = Path(scratch, "room")
-        room.mkdir()
-        return Fuzzer(options.seed, room, options.hub_share, options.keep).run(number)
+        workspace = Path(scratch, "workspace")
+        workspace.mkdir()
+        return Fuzzer(options.seed, workspace, options.hub_share, options.keep).run(number)
 
 
 def summarize(results: Sequence[Result], seconds: float) -> dict[str, Any]:
-    """Count, for every row, how many mutants were tried, and which outcome they had."""
+    """Count mutants and outcomes for each row of the summary table."""
     rows = {name: count_outcomes(results, name) for name in sorted({r.row for r in results})}
     rows["all"] = count_outcomes(results)
     return {
@@ -183,7 +180,7 @@ def summarize(results: Sequence[Result], seconds: float) -> dict[str, Any]:
 
 
 def count_outcomes(results: Sequence[Result], row: str | None = None) -> dict[str, int]:
-    """Count the outcomes of a row, or of all."""
+    """Count the outcomes of the results of a row, or of all results."""
     own = [result for result in results if row in (None, result.row)]
     counts = {"tried": len(own)}
     for outcome in OUTCOMES:
@@ -193,8 +190,8 @@ def count_outcomes(results: Sequence[Result], row: str | None = None) -> dict[st
 
 
 def format_summary(summary: Mapping[str, Any]) -> list[str]:
-    """Return the lines that are printed of a summary."""
-    rows = [("damaged", *summary["rows"]["all"])]
+    """Format a summary as the lines to print."""
+    rows = [("damaged part", *summary["rows"]["all"])]
     for name, counts in summary["rows"].items():
         rows.append((name, *(f"{count:,}" for count in counts.values())))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -203,45 +200,44 @@ def format_summary(summary: Mapping[str, Any]) -> list[str]:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append(" | ".join(cells))
     verdict = f"HANDLED {summary['handled']} of {summary['tried']}"
-    speed = f"{summary['per second']} a second"
-    memory = f"peak memory {summary['peak MiB']} MiB a process"
+    speed = f"{summary['per second']} per second"
+    memory = f"peak memory {summary['peak MiB']} MiB per process"
     return [*lines, f"{verdict}, {speed}, {memory}", LIMITS]
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Loads damaged checkpoints, and judges what comes of it."
+        description="Load damaged checkpoints and check every outcome."
     )
-    count_help = "how many (1000; with --seconds, as many as can be)"
-    share_help = "share of mutants that come from a Hub on loopback"
-    only_help = "the number of one mutant, to be run in this process"
-    keep_help = "where to put the files of mutants that fail, or of that of --only"
+    count_help = "Number of mutants. [default: 1000; unlimited with --seconds]"
+    share_help = "Share of mutants loaded from a Hub server on loopback. [default: %(default)s]"
+    keep_help = "Directory for the files of mutants that fail."
     parser.add_argument("--count", type=int, help=count_help)
-    parser.add_argument("--seconds", type=float, help="when to stop")
-    parser.add_argument("--seed", type=int, default=0, help="of the mutants")
+    parser.add_argument("--seconds", type=float, help="Time limit in seconds.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed. [default: %(default)s]")
     parser.add_argument("--hub-share", type=float, default=0.1, help=share_help)
-    parser.add_argument("--only", type=int, help=only_help)
-    parser.add_argument("--json", type=Path, help="where to write the figures to")
+    parser.add_argument("--only", type=int, help="Run only the mutant with this number.")
+    parser.add_argument("--json", type=Path, help="Write the results to this file.")
     parser.add_argument("--keep", type=Path, help=keep_help)
     return parser
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, and check it."""
+    """Parse and check the command line."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     if not 0 <= options.hub_share <= 1:
-        parser.error(f"--hub-share must lie from 0 to 1, got {options.hub_share}")
-    for name, least in (("count", 1), ("seconds", 1), ("only", 0)):
+        parser.error(f"--hub-share must be between 0 and 1, got {options.hub_share}")
+    for name, minimum in (("count", 1), ("seconds", 1), ("only", 0)):
         value = getattr(options, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} must be at least {least}, got {value}")
+        if value is not None and value < minimum:
+            parser.error(f"--{name} must be at least {minimum}, got {value}")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0 where every mutant was handled, else 1."""
+    """Run the fuzzer; return 0 if every mutant was handled, else 1."""
     args = parse_arguments(arguments)
     start = time.monotonic()
     deadline = start + (args.seconds or float("inf"))
@@ -256,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.append(result)
         if result.outcome == "FAILED" or args.only is not None:
             again = f"--seed {args.seed} --hub-share {args.hub_share} --only {result.number}"
-            print(f"{result.outcome}: {again}\n  {result.what}\n  {result.error}", flush=True)
+            print(f"{result.outcome}: {again}\n  {result.mutation}\n  {result.error}", flush=True)
     summary = summarize(results, time.monotonic() - start)
     print("\n".join(format_summary(summary)))
     failed = [asdict(result) for result in results if result.outcome == "FAILED"]

@@ -1,4 +1,4 @@
-"""The tensors in a checkpoint's files, by the libraries of the file formats."""
+"""Reads the tensors of a checkpoint with the libraries of the file formats."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Tensors = dict[str, Tensor]
 
 
 class UnusableError(Exception):
-    """The files say nothing that may be loaded; why."""
+    """The files do not describe a model; the message says why."""
 
 
 def read_object(content: bytes, name: str) -> dict[str, Any]:
@@ -33,14 +33,14 @@ def read_object(content: bytes, name: str) -> dict[str, Any]:
     try:
         document = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UnusableError(f"{name} is no JSON") from error
+        raise UnusableError(f"{name} is not JSON") from error
     if not isinstance(document, dict):
-        raise UnusableError(f"{name} is no object")
+        raise UnusableError(f"{name} is not a JSON object")
     return document
 
 
 def read_tensors(files: Files, encoder: Iterable[str] = ()) -> Tensors:
-    """Read all tensors of one file, or of those shards that hold the encoder, by name."""
+    """Read all tensors of a file, or of the shards that contain the encoder, by name."""
     if NPZ in files:
         return read_npz(files[NPZ])
     if WEIGHTS in files:
@@ -49,47 +49,46 @@ def read_tensors(files: Files, encoder: Iterable[str] = ()) -> Tensors:
         return read_shards(files, encoder)
     if OPEN_CLIP_WEIGHTS in files:
         return read_safetensors(files[OPEN_CLIP_WEIGHTS], OPEN_CLIP_WEIGHTS)
-    raise UnusableError("there are no weights")
+    raise UnusableError("no weights")
 
 
 def read_shards(files: Files, encoder: Iterable[str]) -> Tensors:
-    """Read the shards that hold the encoder; the other tensors of the index are empty."""
+    """Read the shards that contain the encoder; other tensors in the index are returned empty."""
     file_of = read_object(files[INDEX], INDEX).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(f, str) for f in file_of.values()):
-        raise UnusableError("the index has no weight_map")
+        raise UnusableError("the index has no valid weight_map")
     for file in file_of.values():
         if re.search(r"[/\\\n\0]", file) or not file.endswith(".safetensors"):
-            raise UnusableError(f"the index leads to {file!r}")
+            raise UnusableError(f"the index lists {file!r}, not a plain file name")
     tensors: Tensors = {}
     for shard in {file for name, file in file_of.items() if name in encoder or not encoder}:
         if shard not in files:
-            raise UnusableError(f"there is no {shard}")
+            raise UnusableError(f"{shard} is missing")
         own = read_safetensors(files[shard], shard)
         for name in own:
             if file_of.get(name) != shard:
-                raise UnusableError(f"the index does not place {name} in {shard}")
+                raise UnusableError(f"{shard} contains {name}, which the index does not list there")
         tensors |= own
     unread = [name for name in file_of if name not in tensors and name not in encoder]
     return {**{name: torch.empty(0) for name in unread}, **tensors}
 
 
 def read_safetensors(content: bytes, name: str) -> Tensors:
-    """Read all tensors of a file, as strictly as the format is described.
+    """Read all tensors of a file, as strictly as the format is specified.
 
-    Tensors of dtypes that no model has are empty.
+    Tensors with dtypes that are not supported in an encoder are returned empty.
     """
     try:
         entries = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
-        # What is outside the encoder may be of a dtype that this release of the library does not
-        # know yet.
-        known = with_known_dtypes(content)
-        if "unknown variant" in str(error) and known != content:
-            return read_safetensors(known, name)
+        # Tensors outside the encoder may have a dtype that this release of safetensors rejects.
+        readable = with_supported_dtypes(content)
+        if "unknown variant" in str(error) and readable != content:
+            return read_safetensors(readable, name)
         raise UnusableError(f"{name}: {error}") from error
     pairs = json.loads(split(content)[0], object_pairs_hook=list)
     if len([key for key, _ in pairs if key != "__metadata__"]) > len(entries):
-        raise UnusableError(f"{name} has a tensor twice")  # which the library does not mind
+        raise UnusableError(f"{name} has a tensor twice")  # safetensors accepts that
     tensors = {}
     for key, entry in entries:
         tensors[key] = torch.empty(0)
@@ -99,8 +98,8 @@ def read_safetensors(content: bytes, name: str) -> Tensors:
     return tensors
 
 
-def with_known_dtypes(content: bytes) -> bytes:
-    """Return the same file, where what is of an unknown dtype is that many bytes instead."""
+def with_supported_dtypes(content: bytes) -> bytes:
+    """Return the file with tensors of unsupported dtypes declared as bytes of the same size."""
     header, data = split(content)
     try:
         tensors = json.loads(header)
@@ -114,9 +113,9 @@ def with_known_dtypes(content: bytes) -> bytes:
 
 
 def read_npz(content: bytes) -> Tensors:
-    """Read all arrays of an archive, by numpy.
+    """Read all arrays of an archive with numpy.
 
-    Those that numpy cannot read, and that are no floats, are empty.
+    Arrays that numpy cannot read or that are not floating point are returned empty.
     """
     tensors: Tensors = {}
     try:
@@ -126,12 +125,12 @@ def read_npz(content: bytes) -> Tensors:
                 tensors[name] = torch.empty(0)
                 try:
                     array = archive[name]
-                except Exception:  # of zipfile, zlib and numpy, which have no base in common
+                except Exception:  # zipfile, zlib and numpy share no base class
                     continue
                 if array.dtype.kind == "f" and array.dtype.itemsize < 16:
                     tensors[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
                 elif array.dtype == np.dtype("V2"):
                     tensors[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    except Exception as error:  # likewise
-        raise UnusableError(f"no .npz file: {error}") from error
+    except Exception as error:  # for the same reason
+        raise UnusableError(f"not an .npz file: {error}") from error
     return tensors

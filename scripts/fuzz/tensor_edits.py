@@ -1,4 +1,4 @@
-"""Damages what the header of a safetensors file says of tensors; it stays well-formed."""
+"""Damages the entries of tensors in a safetensors header, which stays valid JSON."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from scripts.fuzz.byte_edits import join, noise, split
 from scripts.fuzz.json_edits import DAMAGED
 
 
-def exchange(rng: Random, content: bytes) -> bytes:
-    """Exchange what a header says of two tensors of one size: the place, the dtype or the shape.
+def swap(rng: Random, content: bytes) -> bytes:
+    """Swap the offsets, dtypes or shapes of two tensors of equal size, or remove the pooling head.
 
-    Or lose the whole pooling head, which leaves a model without.
+    Without the pooling head, the rest is a valid checkpoint.
     """
     header, data = split(content)
     try:
@@ -43,10 +43,7 @@ def exchange(rng: Random, content: bytes) -> bytes:
 
 
 def add(rng: Random, content: bytes) -> bytes:
-    """Add a copy of a tensor under another name.
-
-    Of a block that there is not, or one that nobody knows.
-    """
+    """Add a copy of a tensor under an unknown name, or as part of a block that does not exist."""
     header, data = split(content)
     try:
         document = json.loads(header)
@@ -55,13 +52,13 @@ def add(rng: Random, content: bytes) -> bytes:
         entry = {**document[name], "data_offsets": [len(data), len(data) + end - begin]}
         names = (f"{name}x", name.replace("1", "7"), f"head.{name}", f"text_model.{name}")
         document[rng.choice(names)] = entry
-    except DAMAGED:  # or of the metadata
+    except DAMAGED:  # or the name is __metadata__
         return noise(rng, content)
     return join(json.dumps(document).encode(), data + data[begin:end])
 
 
 def without_head(content: bytes) -> bytes:
-    """Drop the tensors of the pooling head."""
+    """Remove the tensors of the pooling head."""
     rest = {}
     for name, tensor in load_tensors(content).items():
         if "head." not in name and "attn_pool." not in name:
@@ -76,5 +73,5 @@ def load_tensors(content: bytes) -> dict[str, torch.Tensor]:
         path.write_bytes(content)
         try:
             return {name: tensor.clone() for name, tensor in load_file(path).items()}
-        except Exception as error:  # by another edit: whatever safetensors raises
+        except Exception as error:  # damaged by another edit; whatever safetensors raises
             raise ValueError from error

@@ -1,7 +1,4 @@
-"""One damaged checkpoint: made from its number, loaded by the real `from_hf`, and judged.
-
-For `run.py`.
-"""
+"""One trial of `run.py`: a mutant is built from its number, loaded, and its outcome checked."""
 
 from __future__ import annotations
 
@@ -17,15 +14,16 @@ from scripts.fuzz.fuzz_hub import Load, load_from_hub, prepare, start_hub
 from scripts.fuzz.guard import peak_memory, run_guarded
 from scripts.fuzz.intact import KINDS, NPZ, Files, make
 from scripts.fuzz.mutants import Mutant, mutate
-from scripts.fuzz.oracle import Meaning, Reader, meaning_of
+from scripts.fuzz.oracle import ModelState, Reader, model_state
 from scripts.fuzz.stored_tensors import UnusableError
 from siglip_port import SigLipVisionModel
 from tests.helpers.hub_server import files
 
 MEMORY = 256 * 2**20
-"""Bytes by which all mutants together may raise the peak of a process's resident memory."""
+"""Bytes by which mutants may raise the peak resident memory of a process."""
 
-SECONDS = 20.0  # for one mutant
+SECONDS = 20.0
+"""Time limit of one load."""
 
 OUTCOMES = ("refused", "identical", "as the file says", "FAILED")
 HUB_ROWS = ("hub ranges", "hub faults", "hub cache")
@@ -33,16 +31,16 @@ HUB_ROWS = ("hub ranges", "hub faults", "hub cache")
 
 @dataclass(frozen=True)
 class Result:
-    """What has become of a mutant.
+    """The result of a mutant.
 
     Attributes:
-        number: of the mutant.
-        row: of the table.
+        number: number of the mutant.
+        row: row of the summary table.
         outcome: one of `OUTCOMES`.
-        changed: whether anything was damaged at all.
-        peak: the most memory that the process has had so far, in bytes.
-        what: layout and mutators.
-        error: of a failure.
+        changed: whether the files differ from the intact ones.
+        peak: peak resident memory of the process so far, in bytes.
+        mutation: layout and mutators.
+        error: description of a failure; empty for other outcomes.
     """
 
     number: int
@@ -50,36 +48,36 @@ class Result:
     outcome: str
     changed: bool
     peak: int
-    what: str
+    mutation: str
     error: str = ""
 
 
 class Fuzzer:
-    """Makes mutants, loads them and judges the outcome.
+    """Builds mutants, loads them and checks the outcomes.
 
     Args:
-        seed: of all mutants.
-        room: an empty folder.
-        keep: where to copy what has failed to; None for nowhere.
-        hub_share: of mutants that come from the Hub. If there are any, the client's waits are short
-            from now on.
+        seed: seed of all mutants.
+        workspace: an empty directory.
+        hub_share: share of mutants that are loaded from the Hub, 0 to 1. Above 0, the timeouts of
+            the Hub client in this process are shortened for good.
+        keep: directory to copy the files of failed mutants to; None to discard them.
 
     Attributes:
-        base: the most memory that the process has had before the first mutant, in bytes.
+        base: peak resident memory of the process before the first mutant, in bytes.
     """
 
     def __init__(
-        self, seed: int, room: Path, hub_share: float = 0.0, keep: Path | None = None
+        self, seed: int, workspace: Path, hub_share: float = 0.0, keep: Path | None = None
     ) -> None:
         self.seed = seed
-        self.room = room
+        self.workspace = workspace
         self.hub_share = hub_share
         self.keep = keep
         self.intact = {name: make(name) for name in KINDS}
         self.readers = {name: Reader(name) for name in KINDS}
-        self.meanings = {n: reader.read(self.intact[n]) for n, reader in self.readers.items()}
-        self.hub = start_hub(room) if hub_share else None
-        # so that what is imported on the way counts as no mutant's
+        self.states = {n: reader.read(self.intact[n]) for n, reader in self.readers.items()}
+        self.hub = start_hub(workspace) if hub_share else None
+        # Load every kind once, so that the memory of imports is not attributed to a mutant.
         for name, content in self.intact.items():
             folder = self.write(content)
             load_from_folder(folder, name)
@@ -88,32 +86,32 @@ class Fuzzer:
         self.base = peak_memory()
 
     def mutant(self, number: int) -> tuple[str, Mutant, Random]:
-        """Make the mutant of a number: its row in the table, and what decides over the rest."""
+        """Build a mutant; return its row in the table, the mutant, and the random generator."""
         rng = Random(f"{self.seed}-{number}")
         row = ""
         if rng.random() < self.hub_share:
             row = rng.choice(HUB_ROWS)
         names = [name for name in KINDS if not row or not KINDS[name].local]
         if row in ("", "hub ranges"):
-            # of the kinds, the sharded one alone has an index
+            # "sharded" twice: it is the only kind with an index.
             mutant = mutate(rng, self.intact, rng.choice([*names, "sharded"]))
             return row or mutant.group, mutant, rng
         name = rng.choice(("whole", "sharded") if row == "hub cache" else names)
         return row, Mutant(name, row, (), self.intact[name], changed=True), rng
 
     def run(self, number: int) -> Result:
-        """Load the mutant of a number, and judge."""
+        """Load a mutant and return its result."""
         row, mutant, rng = self.mutant(number)
         steps = list(mutant.steps)
         folder = self.write(mutant.files)
         try:
             outcome = self.outcome(row, mutant, folder, rng, steps)
         except Exception:
-            outcome = f"the fuzzer's own fault: {traceback.format_exc()}"
+            outcome = f"error in the fuzzer: {traceback.format_exc()}"
         peak = peak_memory()
         if peak > self.base + MEMORY:
             excess = (peak - self.base) / 2**20
-            outcome = f"{excess:.0f} MiB of memory more than before the first mutant; {outcome}"
+            outcome = f"memory grew by {excess:.0f} MiB since the first mutant; {outcome}"
             self.base = peak
         error = ""
         if outcome not in OUTCOMES:
@@ -122,45 +120,51 @@ class Fuzzer:
             if self.keep is not None:
                 target = self.keep / str(number)
                 shutil.copytree(folder.parent, target, symlinks=True, dirs_exist_ok=True)
-        what = f"{mutant.kind}: {', '.join(steps)}"
-        return Result(number, row, outcome, mutant.changed, peak, what, error)
+        mutation = f"{mutant.kind}: {', '.join(steps)}"
+        return Result(number, row, outcome, mutant.changed, peak, mutation, error)
 
     def outcome(self, row: str, mutant: Mutant, folder: Path, rng: Random, steps: list[str]) -> str:
-        """Load a mutant; return one of the outcomes, or what is wrong."""
+        """Load a mutant; return one of `OUTCOMES`, or a description of the failure."""
         load: Load = functools.partial(load_from_folder, folder, mutant.kind)
         if row.startswith("hub"):
             assert self.hub is not None
             load = prepare(self.hub, row, folder, rng, steps)
         model, problem = run_guarded(load, SECONDS)
-        outcome = problem or self.judge(row, mutant, model)
+        outcome = problem or self.check(row, mutant, model)
         if row == "hub faults" and outcome in OUTCOMES:
             outcome = self.load_again(folder, mutant) or outcome
         if files_in(folder) != mutant.files:
-            return "files have been changed or left behind in the checkpoint's folder"
+            return "checkpoint directory modified: files were changed or left behind"
         return outcome
 
     def load_again(self, folder: Path, mutant: Mutant) -> str:
-        """Load from a Hub that is well; return what is wrong with that, or nothing."""
+        """Load from the Hub without faults; return the failure, or an empty string."""
         assert self.hub is not None
         self.hub.reset()
         model, problem = run_guarded(functools.partial(load_from_hub, self.hub, folder), SECONDS)
-        outcome = problem or self.judge("hub faults", mutant, model)
+        outcome = problem or self.check("hub faults", mutant, model)
         if outcome == "identical":
             return ""
-        return f"afterwards, with nothing wrong any more: {outcome}"
+        return f"second load, without faults: {outcome}"
 
-    def judge(self, row: str, mutant: Mutant, model: SigLipVisionModel | None) -> str:
-        """Return one of the outcomes, or what is wrong."""
+    def check(self, row: str, mutant: Mutant, model: SigLipVisionModel | None) -> str:
+        """Compare a model with its files; return one of `OUTCOMES`, or the difference.
+
+        Args:
+            row: row of the summary table.
+            mutant: the files.
+            model: the model that was loaded from them; None if they were refused.
+        """
         if model is None:
-            return "refused" if mutant.changed else "intact files are refused"
-        intact = self.meanings[mutant.kind]
+            return "refused" if mutant.changed else "intact files were refused"
+        intact = self.states[mutant.kind]
         try:
             expected = self.readers[mutant.kind].read(mutant.files)
         except UnusableError as error:
-            return f"loaded, although {error}"
-        actual = meaning_of(model, mutant.files)
+            return f"loaded invalid files: {error}"
+        actual = model_state(model, mutant.files)
         if row in ("hub faults", "hub cache"):
-            # where it cannot be had, the model does without the preprocessor's file
+            # A preprocessor file that cannot be downloaded is optional.
             expected = replace(expected, processor=None)
             actual = replace(actual, processor=None)
             intact = replace(intact, processor=None)
@@ -169,13 +173,13 @@ class Fuzzer:
         return "identical" if actual == intact else "as the file says"
 
     def write(self, content: Files) -> Path:
-        """Put files into a new folder; a mapped one must not be written to.
+        """Write files to a new directory and delete the previous one.
 
-        What was there before goes.
+        The directory is new each time since a memory-mapped file must not be overwritten.
         """
-        for old in self.room.iterdir():
+        for old in self.workspace.iterdir():
             shutil.rmtree(old)
-        folder = Path(tempfile.mkdtemp(dir=self.room), "checkpoint")
+        folder = Path(tempfile.mkdtemp(dir=self.workspace), "checkpoint")
         folder.mkdir()
         for name, data in content.items():
             Path(folder, name).write_bytes(data)
@@ -188,21 +192,23 @@ def load_from_folder(folder: Path, kind: str) -> SigLipVisionModel:
 
 
 def files_in(folder: Path) -> Files:
-    """Read all files below a folder."""
+    """Read all files in a directory tree."""
     return {name: path.read_bytes() for name, path in files(folder).items()}
 
 
-def describe_differences(expected: Meaning, actual: Meaning) -> str:
-    """Say in what a model is not what the files say."""
+def describe_differences(expected: ModelState, actual: ModelState) -> str:
+    """Describe how a loaded model differs from what its files describe."""
     differences = []
-    for field in fields(Meaning):
+    for field in fields(ModelState):
         one = getattr(expected, field.name)
         two = getattr(actual, field.name)
         if one == two:
             continue
-        if field.name == "state":
+        if field.name == "tensors":
             count = sum(a != b for a, b in zip(one, two, strict=False))
-            differences.append(f"the bits of {count} bytes of {len(one)} and {len(two)}")
+            differences.append(
+                f"tensors: {count} bytes differ, {len(two)} bytes in all, expected {len(one)}"
+            )
         else:
-            differences.append(f"{field.name} is {two}, the files say {one}")
+            differences.append(f"{field.name}: {two}, expected {one}")
     return "; ".join(differences)

@@ -1,4 +1,4 @@
-"""The command `siglip-port`."""
+"""The command line, `siglip-port`."""
 
 from siglip_port.cli.main import main
 

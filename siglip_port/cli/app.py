@@ -1,4 +1,4 @@
-"""The typer application: its commands, and how errors become sentences and exit codes."""
+"""The typer application: its commands, and how errors become messages and exit codes."""
 
 from __future__ import annotations
 
@@ -11,36 +11,49 @@ import typer
 import typer.core
 
 from siglip_port import __version__
-from siglip_port.cli import checkpoints, embed, export, plot
+from siglip_port.cli import checkpoints, embed, exit_codes, export, plot, usage_errors
 from siglip_port.cli.output import fail
 from siglip_port.extras import MissingExtraError
 
+# click keeps the line breaks of a paragraph that starts with \b.
+HELP = """\
+Inspect, convert, run and verify SigLIP vision encoders.
 
-class SentenceGroup(typer.core.TyperGroup):
-    """Say what went wrong in a sentence.
+\b
+Help on a command:           siglip-port COMMAND --help
+Without the console script:  python -m siglip_port
+"""
 
-    What is not foreseen here is a fault of ours, and keeps its traceback.
+
+class CommandGroup(typer.core.TyperGroup):
+    """A group of commands that prints expected errors as one line, without a traceback.
+
+    An unexpected exception is a bug in this package and keeps its traceback.
     """
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 (typer's, which releases name differently)
-        """Run a command."""
+        """Run a command; end with an exit code where it fails."""
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # the reader has seen enough, as in `siglip-port list | head`
-            # What is left unwritten would raise again at the end.
+        except typer.BadParameter as error:
+            usage_errors.reword(error)
+            raise
+        except BrokenPipeError:  # the reader closed the pipe, as in `siglip-port list | head`
+            # Flushing the rest at exit would raise again.
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
             raise typer.Exit from None
         except MissingExtraError as error:
-            fail(str(error), 2)
+            fail(str(error), exit_codes.USAGE_ERROR)
         except (ValueError, OSError) as error:  # CheckpointError is a ValueError
-            fail(checkpoints.describe_error(error), 1)
+            fail(checkpoints.describe_error(error), exit_codes.FAILURE)
         except KeyboardInterrupt:
-            fail("interrupted", 130)
+            fail("interrupted", exit_codes.INTERRUPTED)
 
 
 app = typer.Typer(
-    cls=SentenceGroup,
-    help="Inspect, convert, run and verify SigLIP vision encoders.",
+    cls=CommandGroup,
+    help=HELP,
+    epilog=exit_codes.help_text(),
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -49,24 +62,26 @@ app = typer.Typer(
 
 
 def print_version(requested: bool) -> None:
-    """Print the version and end, if that was requested."""
+    """Print the version and exit, if `--version` was passed."""
     if requested:
         typer.echo(f"siglip-port {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def options(
+def main_options(
     show_version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True),
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
-    """Take the options that belong to no command."""
+    """Take the options that precede the command."""
 
 
 def verify(ctx: typer.Context) -> None:
-    """Check the port against the transformers reference, before and after the pooling head."""
+    """Verify that the port matches transformers, gate by gate."""
     from siglip_port.cli import verify as command
 
     raise typer.Exit(command.main(ctx.args))
@@ -81,6 +96,6 @@ app.command("plot")(plot.plot)
 app.command("list")(checkpoints.list_published)
 app.command(
     "verify",
-    add_help_option=False,  # it reads all of its arguments itself
+    add_help_option=False,  # argparse parses its arguments and prints its help
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )(verify)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from siglip_port.cli.exit_codes import INCOMPLETE
 from siglip_port.cli.options import (
     DEFAULT_MODEL,
     JsonOption,
@@ -182,7 +183,7 @@ def embed(
     else:
         print_summary(summary, output)
     if summary.failed:
-        raise typer.Exit(3)
+        raise typer.Exit(INCOMPLETE)
 
 
 def check_device(device: str) -> None:
@@ -223,7 +224,7 @@ def run(
                 **options,
             )
     except (EmbedError, EngineError) as error:
-        fail(str(error), 1)
+        fail(str(error))
 
 
 def describe_progress(progress: Progress) -> str:
@@ -279,7 +280,7 @@ def search(
         query = embed_query(embeddings, image, source=source, local_files_only=offline)
         nearest = search_embeddings(embeddings, query, top_k)
     except EmbedError as error:
-        fail(str(error), 1)
+        fail(str(error))
     if as_json:
         rows = [{"cosine": cosine, "id": name, "path": path} for cosine, name, path in nearest]
         print_json({"query": str(image), "nearest": rows})

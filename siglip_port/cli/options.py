@@ -13,51 +13,62 @@ DEFAULT_MODEL = "google/siglip-base-patch16-224"
 
 
 def known_layout(name: str | None) -> str | None:
-    """Return the name of a layout; refuse any other."""
+    """Return the name of a checkpoint layout, or None; reject any other name."""
     from siglip_port.checkpoint.layouts import LAYOUTS
 
     return one_of(name, [layout.name for layout in LAYOUTS])
 
 
 def known_engine(name: str | None) -> str | None:
-    """Return the name of an engine of `siglip_port.optimize`, or `fastest`; refuse any other."""
+    """Return the name of an engine of `siglip_port.optimize`, `fastest` or None; reject others."""
     from siglip_port.optimize import ENGINES
 
     return one_of(name, [*ENGINES, "fastest"])
 
 
 def one_of(value: str | None, choices: list[str]) -> str | None:
-    """Return a value that is one of the choices, or None."""
+    """Return the value of an option if it is one of the choices or None.
+
+    Raises:
+        typer.BadParameter: it is neither.
+    """
     if value is not None and value not in choices:
-        raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}")
+        raise typer.BadParameter(f"must be one of {', '.join(choices)}, got {value!r}")
     return value
 
 
 def named_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype of torch that has this name."""
+    """Return the torch dtype of a name such as `float32`; None for None."""
     import torch
 
     return None if name is None else getattr(torch, name)
 
 
 SourceArgument = Annotated[
-    str, typer.Argument(help="A Hub id, a folder, or a .safetensors or .npz file.")
+    str,
+    typer.Argument(metavar="SOURCE", help="Hub id, directory, or .safetensors or .npz file."),
 ]
-ModelOption = Annotated[str, typer.Option("--model", help="A Hub id, a folder, or a file.")]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", metavar="MODEL", help="Hub id, directory, or .safetensors or .npz file."
+    ),
+]
 LayoutOption = Annotated[
     str | None,
-    typer.Option(help="Name of the layout, instead of recognizing it.", callback=known_layout),
+    typer.Option(
+        metavar="NAME", help="Checkpoint layout. [default: detected]", callback=known_layout
+    ),
 ]
 PrefixOption = Annotated[
     str | None,
     typer.Option(
-        help="What stands before the encoder's names, such as 'vision_model.'; may be ''."
+        metavar="PREFIX", help="Key prefix, e.g. vision_model. or ''. [default: detected]"
     ),
 ]
 RevisionOption = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")
+    str | None,
+    typer.Option(metavar="REV", help="Hub branch, tag or commit. [default: main]"),
 ]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Use the Hub's local cache only.")]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object, and nothing else.")
-]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Use only the Hub's local cache.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]

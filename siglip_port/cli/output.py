@@ -1,4 +1,4 @@
-"""How commands print: tables, JSON, and the sentence that ends them."""
+"""What commands print: tables, JSON, labeled lines, and the error that ends a command."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from siglip_port.cli.exit_codes import FAILURE
+
 TABLE_WIDTH = 100_000
-"""Columns: nothing is cut off or broken; a narrower terminal wraps by itself."""
+"""Columns: wide enough that rich neither cuts nor wraps cells; the terminal wraps lines."""
 
 LABEL_WIDTH = 9
-"""Columns of the labels before what a command prints."""
+"""Columns of the labels that `print_labeled` prints."""
 
 
-def fail(sentence: str, code: int) -> NoReturn:
-    """Print a sentence to stderr, and end with an exit code."""
-    typer.echo(sentence, err=True)
+def fail(message: str, code: int = FAILURE) -> NoReturn:
+    """Print an error message to stderr and end the command with an exit code."""
+    typer.echo(message, err=True)
     raise typer.Exit(code)
 
 
@@ -29,14 +31,14 @@ def print_json(content: Mapping[str, Any]) -> None:
 
 
 def print_labeled(label: str, lines: list[str]) -> None:
-    """Print lines beside a label, which stands before the first of them."""
+    """Print lines in a column, with a label to the left of the first."""
     for line in lines:
         typer.echo(f"{label:{LABEL_WIDTH}}{line}")
         label = ""
 
 
 def plain_table(*columns: str) -> Table:
-    """A table without borders."""
+    """Return a table without borders."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, no_wrap=True)
@@ -44,7 +46,7 @@ def plain_table(*columns: str) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Print a table, without the spaces that fill its last column."""
+    """Print a table without trailing spaces."""
     console = Console(width=TABLE_WIDTH, markup=False, highlight=False)
     with console.capture() as capture:
         console.print(table)

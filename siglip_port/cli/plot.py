@@ -36,7 +36,7 @@ def plot(
     try:
         rgb = to_rgb(image)  # before the model is downloaded
     except ImageError as error:
-        fail(f"{image}: {error}", 1)
+        fail(f"{image}: {error}")
     model = SigLipVisionModel.from_hf(
         source, revision=revision, local_files_only=offline, dtype=torch.float32
     )

@@ -252,7 +252,7 @@ def test_inspect_damaged_file(checkpoint: MakeCheckpoint) -> None:
         (
             ["inspect", "nowhere", "--layout", "x"],
             2,
-            "'x' is none of huggingface, huggingface-naflex, ",
+            "must be one of huggingface, huggingface-naflex, ",
         ),
         (["extract", "nowhere", "out", "--dtype", "int8"], 2, "int8"),
         (["extract", "nowhere", "out", "--format", "jax"], 2, "jax"),

@@ -1,4 +1,4 @@
-"""The command itself: its entry point, what it needs, and `siglip-port list`."""
+"""The entry point, usage errors, missing extras, and `siglip-port list`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import typer
 
 import siglip_port
 from siglip_port.checkpoint.extract import Format
 from siglip_port.checkpoint.registry import PUBLISHED
-from siglip_port.cli import checkpoints, main
+from siglip_port.cli import checkpoints, exit_codes, main, usage_errors
 from siglip_port.cli.options import DEFAULT_MODEL
 from siglip_port.parity.siglip.verify_options import DEFAULT_CHECKPOINT
 from tests.helpers.commands import run
@@ -26,7 +27,7 @@ PACKAGE = Path(siglip_port.__file__).parent
 
 
 def execute(*command: object) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own."""
+    """Run a command in a subprocess."""
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
 
 
@@ -39,18 +40,18 @@ def test_installed_command(whole_model: Path) -> None:
 def test_main_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    missing = str(tmp_path / "nothing.safetensors")
-    monkeypatch.setattr(sys, "argv", ["siglip-port", "inspect", missing])
+    absent = str(tmp_path / "absent.safetensors")
+    monkeypatch.setattr(sys, "argv", ["siglip-port", "inspect", absent])
     with pytest.raises(SystemExit) as exit_:
         main()
-    assert exit_.value.code == 1
+    assert exit_.value.code == exit_codes.FAILURE
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
 
 
 def test_version() -> None:
-    """One number, in one place: the package may not be installed."""
+    """`__version__` is a constant: the package may run without being installed."""
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert siglip_port.__version__ == pyproject["project"]["version"]
     assert run("--version").stdout == f"siglip-port {siglip_port.__version__}\n"
@@ -59,14 +60,14 @@ def test_version() -> None:
 
 
 def test_help_lists_all_commands() -> None:
-    listed = re.findall(r"^  (\w+)  +[A-Z]", run("--help").stdout, re.MULTILINE)
-    assert listed == [
+    commands = re.findall(r"^  (\w+)  +[A-Z]", run("--help").stdout, re.MULTILINE)
+    assert commands == [
         "inspect", "extract", "export", "embed", "search", "plot", "list", "verify",
     ]  # fmt: skip
 
 
-def test_without_the_extra() -> None:
-    """`verify` works, and the rest says what is missing."""
+def test_without_typer_and_rich() -> None:
+    """`verify` works; the other commands name the extra."""
     code = """
 import sys
 import tomllib
@@ -86,7 +87,7 @@ for arguments in (["verify", "--list-gates"], ["list"]):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (
             ["embed", "a", "-o", "b"],
@@ -102,23 +103,80 @@ for arguments in (["verify", "--list-gates"], ["list"]):
         ),
     ],
 )
-def test_missing_extra(
-    arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_extra(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("pyarrow", "matplotlib"):
         monkeypatch.setitem(sys.modules, package, None)
     result = run(*arguments, code=2)
-    assert (result.stdout, result.stderr) == ("", f"{sentence}\n")
+    assert (result.stdout, result.stderr) == ("", f"{message}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["extract", "a", "b", "--dtype", "bf16"],
+            "Error: Invalid value for '--dtype': must be one of float32, float16, bfloat16, "
+            "float64, got 'bf16'",
+        ),
+        (
+            ["embed", "a", "-o", "b", "--batch-size", "0"],
+            "Error: Invalid value for '--batch-size': must be at least 1, got 0",
+        ),
+        (
+            ["embed", "a", "-o", "b", "--batch-size", "x"],
+            "Error: Invalid value for '--batch-size': must be an integer, got 'x'",
+        ),
+        (["inspect", "a", "--bogus"], "Error: No such option: --bogus"),
+        (["bogus"], "Error: No such command 'bogus'."),
+    ],
+)
+def test_usage_error(arguments: list[str], message: str) -> None:
+    result = run(*arguments, code=exit_codes.USAGE_ERROR)
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1] == message
+
+
+def test_layout_choices() -> None:
+    result = run("inspect", "a", "--layout", "b", code=exit_codes.USAGE_ERROR)
+    message = (
+        r"Invalid value for '--layout': must be one of huggingface, .*, moondream-old, got 'b'"
+    )
+    assert re.search(message, result.stderr)
+
+
+def test_file_in_place_of_a_directory(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    result = run("plot", "a", "-o", file, code=exit_codes.USAGE_ERROR)
+    assert f"'{file}' is a file; pass a directory" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "reworded"),
+    [
+        ("'c' is not one of 'a', 'b'.", "must be one of a, b, got 'c'"),
+        ("0 is not in the range x>=1.", "must be at least 1, got 0"),
+        ("'x' is not a valid integer range.", "must be an integer, got 'x'"),
+        ("'x' is not a valid integer.", "must be an integer, got 'x'"),
+        ("Directory 'x' is a file.", "'x' is a file; pass a directory"),
+        ("something else.", "something else."),
+    ],
+)
+def test_messages_of_click_are_reworded(message: str, reworded: str) -> None:
+    """As releases of typer that check values with click report them."""
+    error = typer.BadParameter(message)
+    usage_errors.reword(error)
+    assert error.message == reworded
 
 
 def test_verify_is_a_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before typer, and within it."""
+    """Through `main`, without typer, and through the typer application."""
     monkeypatch.setattr(sys, "argv", ["siglip-port", "verify", "--attn", "flash"])
     with pytest.raises(SystemExit) as exit_:
         main()
-    assert exit_.value.code == 2
+    assert exit_.value.code == exit_codes.USAGE_ERROR
     usage = capsys.readouterr().err
     assert usage.startswith("usage: siglip-port verify [options]")
     assert run("verify", "--attn", "flash", code=2).stderr == usage
@@ -126,8 +184,8 @@ def test_verify_is_a_command(
     assert run("verify", "--image", "absent.png", code=2).stderr.startswith("could not compare: ")
 
 
-def test_constants_that_are_repeated() -> None:
-    """Where the original would be slow to import."""
+def test_repeated_constants() -> None:
+    """Constants that the command line repeats, since their modules are slow to import."""
     assert DEFAULT_MODEL == DEFAULT_CHECKPOINT == PUBLISHED[0].repo
     hints = get_type_hints(checkpoints.extract)
     assert get_args(hints["format"]) == get_args(Format)

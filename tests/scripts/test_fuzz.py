@@ -1,7 +1,4 @@
-"""scripts/fuzz: a short run.
-
-And whatever a loader may do wrong is seen, and told with the mutant's number.
-"""
+"""scripts/fuzz: a short run; bugs of a loader are reported with the mutant's number."""
 
 from __future__ import annotations
 
@@ -35,11 +32,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Fuzzer:
-    return Fuzzer(0, tmp_path_factory.mktemp("room"))
+    return Fuzzer(0, tmp_path_factory.mktemp("workspace"))
 
 
-def some(fuzzer: Fuzzer, row: str, count: int) -> Iterator[Result]:
-    """What becomes of the first mutants of a row."""
+def run_row(fuzzer: Fuzzer, row: str, count: int) -> Iterator[Result]:
+    """Run the first mutants of a row."""
     numbers = (number for number in range(10_000) if fuzzer.mutant(number)[0] == row)
     return (fuzzer.run(next(numbers)) for _ in range(count))
 
@@ -58,7 +55,7 @@ GROUPS = {
 
 
 def run_campaign(count: int, folder: Path) -> dict[str, Any]:
-    """Run a campaign, in which nothing may fail; return its report."""
+    """Run a campaign without failures; return its report."""
     report = folder / "fuzz.json"
     arguments = ["--count", str(count), "--hub-share", "0.08", "--json", str(report)]
     command = [sys.executable, "scripts/fuzz/run.py", *arguments]
@@ -78,7 +75,7 @@ def test_short_campaign(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_campaign(tmp_path: Path) -> None:
-    """The damage is real: most of it has to be refused, some of it makes another model."""
+    """Most mutants are refused, some are valid checkpoints of another model."""
     rows = run_campaign(150, tmp_path)["rows"]
     assert rows.keys() == GROUPS | {"hub ranges", "hub faults", "hub cache", "all"}
     assert rows["all"]["(unchanged)"] < 5
@@ -86,14 +83,14 @@ def test_campaign(tmp_path: Path) -> None:
     assert all(rows["all"][outcome] > 10 for outcome in outcomes)
 
 
-# --- loaders that are wrong -----------------------------------------------------------------------
+# --- loaders with bugs ----------------------------------------------------------------------------
 
 Patch = pytest.MonkeyPatch
 load = SigLipVisionModel.from_hf
 config_of = SigLipVisionConfig.from_hf
 
 
-def without_check_of_size(patch: Patch) -> None:
+def skip_size_check(patch: Patch) -> None:
     def parse_any_size(content: bytes, _: int) -> Header:
         ends = [
             tensor["data_offsets"][1]
@@ -106,14 +103,14 @@ def without_check_of_size(patch: Patch) -> None:
         raise RuntimeError("unable to mmap")
 
     patch.setattr(files, "parse_header", parse_any_size)
-    patch.setattr(files, "safe_open", no_memory)  # which would refuse such files itself
+    patch.setattr(files, "safe_open", no_memory)  # it would refuse such files itself
 
 
-def without_strictness(patch: Patch) -> None:
-    patch.setattr(Layout, "reason_to_ignore", lambda *_: "whatever it is")
+def ignore_unknown_keys(patch: Patch) -> None:
+    patch.setattr(Layout, "reason_to_ignore", lambda *_: "unknown")
 
 
-def with_defaults_for_what_is_wrong(patch: Patch) -> None:
+def default_invalid_fields(patch: Patch) -> None:
     def from_hf(content: dict[str, Any]) -> SigLipVisionConfig:
         try:
             return config_of(content)
@@ -127,21 +124,21 @@ def with_defaults_for_what_is_wrong(patch: Patch) -> None:
     patch.setattr(SigLipVisionConfig, "from_hf", from_hf)
 
 
-def with_old_weights(patch: Patch) -> None:
-    """As from a cache that goes by the names of tensors."""
-    kept: dict[object, Any] = {}
+def reuse_old_weights(patch: Patch) -> None:
+    """Like a cache whose key is the configuration alone."""
+    states: dict[object, Any] = {}
 
     def from_hf(source: Path) -> SigLipVisionModel:
         model = load(source)
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         kind = model.config, next(iter(state.values())).dtype
-        model.load_state_dict(kept.setdefault(kind, state), assign=True)
+        model.load_state_dict(states.setdefault(kind, state), assign=True)
         return model
 
     patch.setattr(SigLipVisionModel, "from_hf", from_hf)
 
 
-def with_a_fresh_tower_for_a_damaged_one(patch: Patch) -> None:
+def replace_damaged_by_random(patch: Patch) -> None:
     def from_hf(source: Path) -> SigLipVisionModel:
         try:
             return load(source)
@@ -153,7 +150,7 @@ def with_a_fresh_tower_for_a_damaged_one(patch: Patch) -> None:
     patch.setattr(SigLipVisionModel, "from_hf", from_hf)
 
 
-def with_two_tensors_exchanged(patch: Patch) -> None:
+def swap_two_tensors(patch: Patch) -> None:
     def from_hf(source: Path) -> SigLipVisionModel:
         model = load(source)
         state = model.state_dict()
@@ -167,35 +164,35 @@ def with_two_tensors_exchanged(patch: Patch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make_wrong", "row", "error"),
+    ("plant_bug", "row", "error"),
     [
         (
-            without_check_of_size,
+            skip_size_check,
             "data",
-            "loaded, although model.*safetensors: Error while deserializing",
+            "loaded invalid files: model.*safetensors: Error while deserializing",
         ),
-        (without_strictness, "header", "loaded, although tensors that nobody knows"),
-        (with_defaults_for_what_is_wrong, "config", "loaded, although (layer_norm_)?eps is"),
-        (with_old_weights, "data", "SILENTLY DIFFERENT: the bits of"),
-        (with_a_fresh_tower_for_a_damaged_one, "files", "loaded, although there are no weights"),
-        (with_two_tensors_exchanged, "preprocessor", "SILENTLY DIFFERENT: the bits of"),
+        (ignore_unknown_keys, "header", "loaded invalid files: unknown tensors"),
+        (default_invalid_fields, "config", "loaded invalid files: layer_norm_eps is"),
+        (reuse_old_weights, "data", "SILENTLY DIFFERENT: tensors: "),
+        (replace_damaged_by_random, "files", "loaded invalid files: no weights"),
+        (swap_two_tensors, "preprocessor", "SILENTLY DIFFERENT: tensors: "),
     ],
 )
 def test_broken_loader_detected(
-    make_wrong: Callable[[Patch], None], row: str, error: str, fuzzer: Fuzzer, monkeypatch: Patch
+    plant_bug: Callable[[Patch], None], row: str, error: str, fuzzer: Fuzzer, monkeypatch: Patch
 ) -> None:
-    make_wrong(monkeypatch)
-    for result in some(fuzzer, row, 150):
+    plant_bug(monkeypatch)
+    for result in run_row(fuzzer, row, 150):
         if result.outcome == "FAILED" and re.search(error, result.error):
             break
     else:
-        pytest.fail("nothing was detected")
+        pytest.fail("the bug was not detected")
     monkeypatch.undo()
     assert fuzzer.run(result.number).outcome != "FAILED"
 
 
 def cached_encoders(cache: Path) -> list[Path]:
-    return [path for path in cache.rglob("*-tower-*") if path.suffix != ".lock"]
+    return [path for path in cache.rglob("*.safetensors") if ".siglip_port" in path.parts]
 
 
 def test_damaged_cache_detected(hub: Hub, tmp_path: Path, monkeypatch: Patch) -> None:
@@ -211,15 +208,15 @@ def test_damaged_cache_detected(hub: Hub, tmp_path: Path, monkeypatch: Patch) ->
             partial_download.VisionDownload, "is_complete", lambda download: download.path.exists()
         )
         different = (
-            r for r in some(fuzzer, "hub cache", 100) if r.error.startswith("SILENTLY DIFFERENT")
+            r for r in run_row(fuzzer, "hub cache", 100) if r.error.startswith("SILENTLY DIFFERENT")
         )
         result = next(different)
-    assert "-tower-" in result.what
+    assert re.search(r"/\.siglip_port/.*\.safetensors$", result.mutation)
     assert fuzzer.run(result.number).outcome != "FAILED"
 
 
 def misbehave(number: int, folder: Path) -> None:
-    """Do what no loader may do, another thing for each number of a mutant."""
+    """Do what a loader must not do, by the number of the mutant."""
     match number:
         case 1:
             os._exit(3)
@@ -239,18 +236,18 @@ def misbehave(number: int, folder: Path) -> None:
             Path(folder, "left").write_text("behind")
 
 
-# the tests' Hub is idle
+# The threads of the tests' Hub server are idle when the fuzzer forks.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_failures_reported(
     tmp_path: Path, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """With the number of the mutant that did it."""
+    """With the number of the mutant."""
     report = tmp_path / "fuzz.json"
     keep = tmp_path / "keep"
     make_mutant = Fuzzer.mutant
     numbers: list[int] = []
 
-    def note_number(self: Fuzzer, number: int) -> tuple[str, Mutant, Random]:
+    def record_number(self: Fuzzer, number: int) -> tuple[str, Mutant, Random]:
         numbers.append(number)
         return make_mutant(self, number)
 
@@ -260,20 +257,20 @@ def test_failures_reported(
         return load(source)
 
     monkeypatch.setattr(trial, "SECONDS", 0.5)
-    monkeypatch.setattr(Fuzzer, "mutant", note_number)
+    monkeypatch.setattr(Fuzzer, "mutant", record_number)
     monkeypatch.setattr(SigLipVisionModel, "from_hf", load_badly)
     mutants = ["--count", "12", "--seed", "3", "--hub-share", "0"]
     assert run.main([*mutants, "--json", str(report), "--keep", str(keep)]) == 1
     failures = json.loads(report.read_text())["failed"]
     errors = {failure["number"]: failure["error"] for failure in failures}
-    assert errors[1] == "the process died: exit code 3"
-    assert errors[3] == "the process died: signal 9"
+    assert errors[1] == "process died: exit code 3"
+    assert errors[3] == "process died: signal 9"
     assert "KeyError: 'a'" in errors[4]
-    assert errors[5] == "nothing in 0.5 seconds"
-    assert "MiB of memory more than before the first mutant" in errors[6]
+    assert errors[5] == "no result after 0.5 seconds"
+    assert "MiB since the first mutant; " in errors[6]
     assert errors[7] == "printed: hm\n"
     assert errors[8] == "warned: hm"
-    assert errors[9] == "files have been changed or left behind in the checkpoint's folder"
+    assert errors[9] == "checkpoint directory modified: files were changed or left behind"
     assert len(errors) == 8
     printed = capfd.readouterr().out
     assert "FAILED: --seed 3 --hub-share 0.0 --only 5\n" in printed
@@ -292,6 +289,6 @@ def test_reproducible_by_number(
     result = fuzzer.run(7)
     assert run.main(["--only", "7", "--hub-share", "0"]) == (result.outcome == "FAILED")
     assert (
-        f"{result.outcome}: --seed 0 --hub-share 0.0 --only 7\n  {result.what}\n"
+        f"{result.outcome}: --seed 0 --hub-share 0.0 --only 7\n  {result.mutation}\n"
         in capsys.readouterr().out
     )

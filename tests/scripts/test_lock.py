@@ -1,4 +1,4 @@
-"""scripts/lock.py: what is committed fixes the same files as what uv wrote, without addresses."""
+"""scripts/lock.py: the index-neutral lock pins the same files as the lock that uv writes."""
 
 from __future__ import annotations
 
