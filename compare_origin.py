@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from siglip_port.cli import verify
     except ImportError as error:
-        hint = "run it with `uv run compare_origin.py`"
+        hint = "run: uv run compare_origin.py"
         print(f"could not compare: {type(error).__name__}: {error}; {hint}", file=sys.stderr)
         return 2
     return verify.main(argv, prog="compare_origin.py")

@@ -86,10 +86,11 @@ def bounds() -> str:
         f"{calibration['smallest_bug']:.2f}"
     )
     upcast = (
-        "accepted only if it changes completely on inputs that differ by 1e-4, as rounding does and "
-        "a bug does not; the verdict lists it, and the gate `rounding` judges it"
+        "accepted only if it changes completely on inputs that differ by 1e-4, as rounding does "
+        "and a bug does not; the verdict lists it, and the gate `rounding` judges it"
     )
-    factors = f"{values.ROUNDING_FACTOR:g}x the reference's ({values.WORST_FACTOR:g}x for the worst vector)"
+    factor, worst = values.ROUNDING_FACTOR, values.WORST_FACTOR
+    factors = f"{factor:g}x the reference's ({worst:g}x for the worst vector)"
     rows = [
         ("difference in float64", f"{values.FLOAT64_BOUND:g}", values.FLOAT64_ORIGIN),
         ("float32 step inside the port", f"{values.UPCAST_BOUND:g}", upcast),
@@ -159,7 +160,9 @@ def verdict() -> str:
     """The last lines of the recorded comparison: two gates, and the verdict."""
     lines = (ROOT / "docs" / "verify.txt").read_text(encoding="utf-8").splitlines()
     gates = [line for line in lines if line.startswith(("gate ", "numerics ", "rounding float32"))]
-    text = "\n".join(["$ uv run compare_origin.py --weights random", "...", *gates, "...", lines[-1]])
+    text = "\n".join(
+        ["$ uv run compare_origin.py --weights random", "...", *gates, "...", lines[-1]]
+    )
     return f"```\n{text}\n```\n"
 
 

@@ -173,7 +173,7 @@ def draw(model: SigLipVisionModel, image: ImageInput, folder: str | os.PathLike[
     Args:
         model: Fixed-size or NaFlex model in `eval()` mode.
         image: Path, encoded file (bytes), PIL image, or uint8 array or tensor.
-        folder: Output directory, created if missing. Existing files of these names are replaced,
+        folder: Output folder, created if missing. Existing files of these names are replaced,
             all or none.
 
     Returns:
@@ -181,8 +181,8 @@ def draw(model: SigLipVisionModel, image: ImageInput, folder: str | os.PathLike[
 
     Raises:
         siglip_port.image_processing.ImageError: The image cannot be read.
-        ValueError: The model does not accept the image, or its tokens contain NaN or infinity.
-        OSError: The directory is not writable.
+        ValueError: The model does not accept the image, or its tokens contain NaN or Inf.
+        OSError: The folder is not writable.
         siglip_port.extras.MissingExtraError: matplotlib is not installed.
     """
     require("matplotlib")
@@ -208,8 +208,7 @@ def draw_plots(model: SigLipVisionModel, view: ModelView) -> dict[str, Figure]:
     image_tokens = tokens[0, :count]  # without padding
     if not image_tokens.isfinite().all():
         raise ValueError(
-            "tokens of this image contain NaN or infinity; check the weights with "
-            "`siglip-port inspect`"
+            "tokens of this image contain NaN or Inf; check the weights with `siglip-port inspect`"
         )
     plots = {
         "patches.png": draw_patches(view),

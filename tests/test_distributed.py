@@ -35,7 +35,7 @@ from tests.helpers.two_processes import (
 
 
 class Run(NamedTuple):
-    """Results of the two processes by rank, and their output directory."""
+    """Results of the two processes by rank, and their output folder."""
 
     folder: Path
     results: list[Results]

@@ -291,7 +291,7 @@ def test_unreadable_image_and_nan_weights(tmp_path: Path) -> None:
         visualize.draw(model, b"no", tmp_path)
     model.transformer.post_layernorm.bias.data[3] = torch.nan
     message = (
-        "tokens of this image contain NaN or infinity; check the weights with `siglip-port inspect`"
+        "tokens of this image contain NaN or Inf; check the weights with `siglip-port inspect`"
     )
     with pytest.raises(ValueError, match=message):
         visualize.draw(model, random_image(9, 9), tmp_path)
@@ -354,7 +354,7 @@ def test_command_with_nan_weights(encoder_folder: Path, photo: Path, tmp_path: P
     SigLipVisionModel.from_hf(encoder_folder).save_hf(tmp_path / "bad")
     edit_tensors(tmp_path / "bad", make_nan)
     result = run("plot", photo, "-o", tmp_path / "out", "--model", tmp_path / "bad", code=1)
-    message = "tokens of this image contain NaN or infinity"
+    message = "tokens of this image contain NaN or Inf"
     assert result.stderr.startswith(message)
     assert not (tmp_path / "out").exists()
 

@@ -238,7 +238,7 @@ def measure_processes(bench: Bench, rounds: int) -> Rows:
 
 
 def run_program(program: str, bench: Bench) -> subprocess.CompletedProcess[str]:
-    """Run a program in its own process, in the directory of the checkpoints."""
+    """Run a program in its own process, in the folder of the checkpoints."""
     variables = {**os.environ, "HF_HUB_OFFLINE": "1"}
     # Otherwise every process would compile torch and transformers to bytecode again.
     variables.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -365,7 +365,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.rounds is not None and args.rounds < 2:
         parser.error(f"--rounds must be at least 2, got {args.rounds}")
     if not args.output.absolute().parent.is_dir():
-        parser.error(f"--output {args.output}: directory does not exist")
+        parser.error(f"--output {args.output}: folder does not exist")
     if args.rounds is None:
         args.rounds = 5 if args.quick else 8
     return args

@@ -56,7 +56,7 @@ class Bench:
 
     Attributes:
         model: The port in float32 on the CPU.
-        folder: Directory of the checkpoints `hf` and `timm`.
+        folder: Folder of the checkpoints `hf` and `timm`.
         name: Name of the model in `MODELS`.
         device: Device of the peers.
         dtype: Dtype of the peers.
@@ -91,7 +91,7 @@ class Bench:
 
 @contextmanager
 def prepare(name: str, device: str, dtype: torch.dtype) -> Iterator[Bench]:
-    """Write random weights of one of `MODELS` to a temporary directory."""
+    """Write random weights of one of `MODELS` to a temporary folder."""
     model = SigLipVisionModel(MODELS[name]).eval()
     randomize(model, seed=0)
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
@@ -223,7 +223,7 @@ def peer_builders(
     builders["ONNX Runtime"] = onnxruntime_peer
     builders["OpenVINO"] = openvino_peer
     builders["siglip_port"] = eager_peer
-    own_engines = ["packed", "packed-gelu", "compiled"]
+    own_engines = ["prepacked", "prepacked-gelu", "compiled"]
     builders["siglip_port optimize, without extras"] = optimized_peer(own_engines, batch_size)
     builders["siglip_port optimize"] = optimized_peer(None, batch_size)
     if bench.is_float32_on_cpu:

@@ -56,7 +56,7 @@ def start_hub(workspace: Path) -> Hub:
 
 
 def load_from_hub(hub: Hub, folder: Path, *, offline: bool = False) -> SigLipVisionModel:
-    """Load a checkpoint from the Hub server, with a cache next to the checkpoint's directory."""
+    """Load a checkpoint from the Hub server, with a cache next to the checkpoint's folder."""
     hub.repositories[NAME] = Repository(folder)
     cache = folder.parent / "cache"
     return SigLipVisionModel.from_hf(NAME, cache_dir=cache, local_files_only=offline)
@@ -68,7 +68,7 @@ def prepare(hub: Hub, row: str, folder: Path, rng: Random, steps: list[str]) -> 
     Args:
         hub: the Hub server.
         row: `hub faults`, `hub cache`, or `hub ranges` for neither.
-        folder: directory of the checkpoint.
+        folder: folder of the checkpoint.
         rng: random generator.
         steps: descriptions of the edits; extended in place.
     """

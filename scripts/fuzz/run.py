@@ -56,7 +56,7 @@ class Options:
     Attributes:
         seed: seed of all mutants.
         hub_share: share of mutants that are loaded from the Hub, 0 to 1.
-        keep: directory for the files of mutants that fail; None to discard them.
+        keep: folder for the files of mutants that fail; None to discard them.
         deadline: time to stop at, in seconds of `time.monotonic()`.
     """
 
@@ -212,7 +212,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     count_help = "Number of mutants. [default: 1000; unlimited with --seconds]"
     share_help = "Share of mutants loaded from a Hub server on loopback. [default: %(default)s]"
-    keep_help = "Directory for the files of mutants that fail."
+    keep_help = "Folder for the files of mutants that fail."
     parser.add_argument("--count", type=int, help=count_help)
     parser.add_argument("--seconds", type=float, help="Time limit in seconds.")
     parser.add_argument("--seed", type=int, default=0, help="Seed. [default: %(default)s]")

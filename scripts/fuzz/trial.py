@@ -57,10 +57,10 @@ class Fuzzer:
 
     Args:
         seed: seed of all mutants.
-        workspace: an empty directory.
+        workspace: an empty folder.
         hub_share: share of mutants that are loaded from the Hub, 0 to 1. Above 0, the timeouts of
             the Hub client in this process are shortened for good.
-        keep: directory to copy the files of failed mutants to; None to discard them.
+        keep: folder to copy the files of failed mutants to; None to discard them.
 
     Attributes:
         base: peak resident memory of the process before the first mutant, in bytes.
@@ -134,7 +134,7 @@ class Fuzzer:
         if row == "hub faults" and outcome in OUTCOMES:
             outcome = self.load_again(folder, mutant) or outcome
         if files_in(folder) != mutant.files:
-            return "checkpoint directory modified: files were changed or left behind"
+            return "checkpoint folder modified: files were changed or left behind"
         return outcome
 
     def load_again(self, folder: Path, mutant: Mutant) -> str:
@@ -173,9 +173,9 @@ class Fuzzer:
         return "identical" if actual == intact else "as the file says"
 
     def write(self, content: Files) -> Path:
-        """Write files to a new directory and delete the previous one.
+        """Write files to a new folder and delete the previous one.
 
-        The directory is new each time since a memory-mapped file must not be overwritten.
+        The folder is new each time since a memory-mapped file must not be overwritten.
         """
         for old in self.workspace.iterdir():
             shutil.rmtree(old)
@@ -192,7 +192,7 @@ def load_from_folder(folder: Path, kind: str) -> SigLipVisionModel:
 
 
 def files_in(folder: Path) -> Files:
-    """Read all files in a directory tree."""
+    """Read all files in a folder tree."""
     return {name: path.read_bytes() for name, path in files(folder).items()}
 
 

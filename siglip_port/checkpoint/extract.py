@@ -40,11 +40,11 @@ def extract_model(
 ) -> Extraction:
     """Save a model, verify the files, and move them into place.
 
-    On failure, the output directory is unchanged.
+    On failure, the output folder is unchanged.
 
     Args:
         model: Loaded model.
-        output_dir: Output directory, created if necessary. Files of the same names are replaced.
+        output_dir: Output folder, created if necessary. Files of the same names are replaced.
         format: `hf` for transformers, `timm` for timm.
 
     Raises:
@@ -59,11 +59,11 @@ def extract_model(
 
 
 def write_and_verify(model: SigLipVisionModel, output_dir: Path, format: Format) -> Extraction:
-    """Save a model to a staging directory, read it back, and move it if it is identical."""
-    # Staging must be on the file system of the output; an existing directory may be a mount point.
+    """Save a model to a staging folder, read it back, and move it if it is identical."""
+    # Staging must be on the file system of the output; an existing folder may be a mount point.
     exists = output_dir.exists()
     with staging_dir(output_dir if exists else output_dir.parent) as staging:
-        # A subdirectory gets the default permissions; the temporary directory itself is private.
+        # A subfolder gets the default permissions; the temporary folder itself is private.
         folder = staging / "encoder"
         try:
             if format == "hf":
@@ -71,7 +71,7 @@ def write_and_verify(model: SigLipVisionModel, output_dir: Path, format: Format)
             else:
                 model.save_timm(folder)
             outputs = verify(model, folder)
-        except CheckpointError as error:  # its message names the staging directory
+        except CheckpointError as error:  # its message names the staging folder
             raise CheckpointError(str(error).replace(str(folder), str(output_dir))) from error
         names = sorted(path.name for path in folder.iterdir())
         if exists:

@@ -76,7 +76,7 @@ def load_model(
         config: Architecture, if the checkpoint's is missing or wrong.
         local_files_only: Use only the Hub's local cache, without network access.
         token: Hub token; True for the stored token, False for none.
-        cache_dir: Cache directory, instead of the Hub's default.
+        cache_dir: Cache folder, instead of the Hub's default.
         vision_only: Download only the vision encoder's bytes if they are a small part of the file.
             False to download whole files, which other libraries can reuse from the cache and whose
             hash can be verified.

@@ -64,4 +64,4 @@ def pickle_advice(filenames: Iterable[str]) -> str:
     pickles = [name for name in filenames if name.endswith(PICKLE_SUFFIXES)]
     if not pickles:
         return ""
-    return f". Pickled weights ({', '.join(pickles)}) are refused: {PICKLES_REFUSED}"
+    return f"; pickled weights ({', '.join(pickles)}) are not supported: {PICKLES_REFUSED}"

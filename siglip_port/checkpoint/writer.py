@@ -44,7 +44,7 @@ def save_hf(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
 
     Args:
         model: Model to save.
-        folder: Output directory, created if necessary. Files of the same names are replaced.
+        folder: Output folder, created if necessary. Files of the same names are replaced.
 
     Raises:
         CheckpointError: The parameters do not match the configuration (wrapped, quantized, with
@@ -63,7 +63,7 @@ def save_timm(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
 
     Args:
         model: Model to save.
-        folder: Output directory, created if necessary. Files of the same names are replaced.
+        folder: Output folder, created if necessary. Files of the same names are replaced.
 
     Raises:
         CheckpointError: See `save_hf`.
@@ -84,7 +84,7 @@ def save(
 
     Args:
         model: Model to save.
-        folder: Output directory, created if necessary. Files of the same names are replaced.
+        folder: Output folder, created if necessary. Files of the same names are replaced.
         match: Layout and prefix of the stored tensors.
         documents: Contents of `config.json` and other JSON files.
 
@@ -178,7 +178,7 @@ def write_files(
     metadata: dict[str, str],
     documents: Documents,
 ) -> None:
-    """Write all files to a staging directory, then move them into place.
+    """Write all files to a staging folder, then move them into place.
 
     A reader never sees a partial file, and a model mapped from the old file keeps its weights.
     """

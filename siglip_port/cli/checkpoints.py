@@ -137,9 +137,7 @@ def describe_error(error: Exception) -> str:
 
 def extract(
     source: SourceArgument,
-    output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="Output directory, new or empty.")
-    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Output folder, new or empty.")],
     layout: LayoutOption = None,
     prefix: PrefixOption = None,
     revision: RevisionOption = None,
@@ -187,17 +185,17 @@ def extract(
 
 
 def check_output(output: Path, source: Path, force: bool) -> None:
-    """Raise typer.BadParameter if the output directory must not be written to."""
+    """Raise typer.BadParameter if the output folder must not be written to."""
     if not output.name:
-        raise typer.BadParameter(f"OUTPUT must be a directory name, got {str(output)!r}")
+        raise typer.BadParameter(f"OUTPUT must be a folder name, got {str(output)!r}")
     if not output.parent.is_dir():
-        raise typer.BadParameter(f"{output.parent} does not exist; create it first")
+        raise typer.BadParameter(f"folder {output.parent} does not exist; create it first")
     if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"{output} is a file; pass a directory")
+        raise typer.BadParameter(f"{output} is a file; pass a folder")
     if output.exists() and any(output.iterdir()) and not force:
-        raise typer.BadParameter(f"{output} is not empty; pass another directory, or --force")
+        raise typer.BadParameter(f"{output} is not empty; pass another folder, or --force")
     if source.exists() and output.resolve() in (source.resolve(), *source.resolve().parents):
-        raise typer.BadParameter(f"{output} contains the source; pass another directory")
+        raise typer.BadParameter(f"{output} contains the source; pass another folder")
 
 
 # --- list -----------------------------------------------------------------------------------------

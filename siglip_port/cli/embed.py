@@ -14,7 +14,7 @@ from siglip_port.cli.options import (
     ModelOption,
     OfflineOption,
     RevisionOption,
-    known_engine,
+    check_engine,
     named_dtype,
 )
 from siglip_port.cli.output import fail, print_json
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 InputsArgument = Annotated[
     list[str],
     typer.Argument(
-        metavar="INPUTS", help="Folders, images, quoted patterns, .txt, .tar, .parquet files."
+        metavar="INPUTS", help="Folders, images, quoted globs, .txt, .tar, .parquet files."
     ),
 ]
 OutputOption = Annotated[
     Path,
-    typer.Option("--output", "-o", metavar="DIR", help="Output directory; resumes a run in it."),
+    typer.Option("--output", "-o", metavar="DIR", help="Output folder; resumes a run in it."),
 ]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Compute dtype.", show_default="the checkpoint's"),
+    typer.Option(help="Compute dtype. [default: the checkpoint's]"),
 ]
 DeviceOption = Annotated[
     str, typer.Option(metavar="DEVICE", help="Device of the model: cpu, cuda, cuda:1, ...")
@@ -48,9 +48,8 @@ EngineOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Engine, or 'fastest' to measure all (minutes).",
-        callback=known_engine,
-        show_default="eager, or the resumed run's",
+        help="Engine, or fastest. [default: eager, or the resumed run's]",
+        callback=check_engine,
     ),
 ]
 ThreadsOption = Annotated[
@@ -58,8 +57,7 @@ ThreadsOption = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="CPU threads for the model.",
-        show_default="all cores, or the resumed run's",
+        help="CPU threads. [default: all cores, or the resumed run's]",
     ),
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, metavar="N", help="Images per forward pass.")]
@@ -71,8 +69,7 @@ NumWorkersOption = Annotated[
     typer.Option(
         min=0,
         metavar="N",
-        help="Decoding processes; with --executor ray, models.",
-        show_default="one per CPU core; ray: fills the cluster",
+        help="Decoding processes. [default: one per CPU core]",
     ),
 ]
 TokensOption = Annotated[
@@ -99,12 +96,11 @@ AddressOption = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="Address of the Ray cluster.",
-        show_default="detected, or a new local one",
+        help="Ray cluster. [default: detected, or a new local one]",
     ),
 ]
 EmbeddingsArgument = Annotated[
-    Path, typer.Argument(metavar="EMBEDDINGS", help="Output directory of `embed`.")
+    Path, typer.Argument(metavar="EMBEDDINGS", help="Output folder of `embed`.")
 ]
 ImageArgument = Annotated[Path, typer.Argument(metavar="IMAGE", help="Query image.")]
 TopKOption = Annotated[
@@ -115,8 +111,7 @@ MovedModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="MODEL",
-        help="Hub id, folder or file of the model.",
-        show_default="the one that was used",
+        help="Hub id or path. [default: the model of the embeddings]",
     ),
 ]
 
@@ -204,7 +199,7 @@ def run(
 
     Args:
         inputs: folders, files and patterns.
-        output: output directory.
+        output: output folder.
         model: the model, on the device on which to run it.
         options: keyword arguments of `siglip_port.embed.embed`.
     """

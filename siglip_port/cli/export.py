@@ -21,7 +21,10 @@ from siglip_port.text import format_bytes
 def export(
     source: SourceArgument,
     output: Annotated[
-        Path, typer.Argument(help="Output file, *.onnx or *.pt2; replaced if it exists.")
+        Path,
+        typer.Argument(
+            metavar="OUTPUT", help="Output file, *.onnx or *.pt2; replaced if it exists."
+        ),
     ],
     file_format: Annotated[
         Literal["onnx", "program", "package"],
@@ -49,7 +52,7 @@ def export(
             f"OUTPUT must end in {suffix} with --format {file_format}, got {str(output)!r}"
         )
     if not output.parent.is_dir():
-        raise typer.BadParameter(f"directory {output.parent} does not exist")
+        raise typer.BadParameter(f"folder {output.parent} does not exist; create it first")
     model = SigLipVisionModel.from_hf(
         source,
         revision=revision,
@@ -61,7 +64,7 @@ def export(
     try:
         difference = write(model, output)
     except ExportError as error:
-        fail(str(error), 1)
+        fail(str(error))
     typer.echo(model.provenance)
     print_labeled("written", [f"{output} ({format_bytes(output.stat().st_size)})"])
     sizes = ", ".join(str(size) for size in sorted(BATCH_SIZES))

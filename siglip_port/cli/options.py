@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "google/siglip-base-patch16-224"
 
 
-def known_layout(name: str | None) -> str | None:
+def check_layout(name: str | None) -> str | None:
     """Return the name of a checkpoint layout, or None; reject any other name."""
     from siglip_port.checkpoint.layouts import LAYOUTS
 
     return one_of(name, [layout.name for layout in LAYOUTS])
 
 
-def known_engine(name: str | None) -> str | None:
+def check_engine(name: str | None) -> str | None:
     """Return the name of an engine of `siglip_port.optimize`, `fastest` or None; reject others."""
     from siglip_port.optimize import ENGINES
 
@@ -46,18 +46,16 @@ def named_dtype(name: str | None) -> torch.dtype | None:
 
 SourceArgument = Annotated[
     str,
-    typer.Argument(metavar="SOURCE", help="Hub id, directory, or .safetensors or .npz file."),
+    typer.Argument(metavar="SOURCE", help="Hub id, folder, or .safetensors or .npz file."),
 ]
 ModelOption = Annotated[
     str,
-    typer.Option(
-        "--model", metavar="MODEL", help="Hub id, directory, or .safetensors or .npz file."
-    ),
+    typer.Option("--model", metavar="MODEL", help="Hub id, folder, or .safetensors or .npz file."),
 ]
 LayoutOption = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="Checkpoint layout. [default: detected]", callback=known_layout
+        metavar="NAME", help="Checkpoint layout. [default: detected]", callback=check_layout
     ),
 ]
 PrefixOption = Annotated[

@@ -18,7 +18,7 @@ REWORDINGS = {
     "got {value}",
     r"(?P<value>.+) is not a valid int.*": "must be an integer, got {value}",
     r"Input should be a valid integer.*": "must be an integer, got {value}",
-    r"(?:dir|[Dd]irectory) (?P<value>.+) is a file": "{value} is a file; pass a directory",
+    r"(?:dir|[Dd]irectory) (?P<value>.+) is a file": "{value} is a file; pass a folder",
 }
 """Message of click or pydantic, a pattern -> message of this program."""
 

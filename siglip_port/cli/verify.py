@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from siglip_port.atomic import write_text
+from siglip_port.cli import exit_codes
 from siglip_port.cli.progress import track
 from siglip_port.extras import MissingExtraError, require
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from siglip_port.parity.siglip.verify_options import VerifyOptions
 
-DESCRIPTION = "Compare the port with transformers, before and after the pooling head."
+DESCRIPTION = "Compare the port with transformers, gate by gate."
 
 EPILOG = """\
 weights:
@@ -76,12 +77,12 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "siglip-port verify")
         if not isinstance(error, (ValueError, OSError, RuntimeError, MissingExtraError)):
             kind = f"{type(error).__name__}: "
             if isinstance(error, ImportError):
-                hint = "; run it with `uv run compare_origin.py`"
+                hint = "; run: uv run compare_origin.py"
         print(f"could not compare: {kind}{error}{hint}", file=sys.stderr)
-        return 2
+        return exit_codes.USAGE_ERROR
     except KeyboardInterrupt:
         print("interrupted: no verdict", file=sys.stderr)
-        return 130
+        return exit_codes.INTERRUPTED
 
 
 def run(action: Action, arguments: dict[str, Any]) -> int:
@@ -100,13 +101,13 @@ def run(action: Action, arguments: dict[str, Any]) -> int:
         from siglip_port.parity.siglip.census import recorded_census
 
         print(recorded_census())
-        return 0
+        return exit_codes.SUCCESS
     require("transformers")
     if action == "compare":
         return compare(options, image, baseline)
     selftest = load_selftest()
     check = selftest.calibrate if action == "calibrate" else selftest.run
-    return 0 if check(options, track) else 3
+    return exit_codes.SUCCESS if check(options, track) else exit_codes.INCOMPLETE
 
 
 def compare(options: VerifyOptions, image: Image.Image, baseline: dict[str, Any] | None) -> int:
@@ -132,7 +133,7 @@ def compare(options: VerifyOptions, image: Image.Image, baseline: dict[str, Any]
         files = verify_report.write_reports(options.report, report, case.inputs[0])
         print(f"wrote {', '.join(files)} to {options.report}")
     print(reports.colored(comparison.verdict, comparison.equal, sys.stdout.isatty()))
-    return 0 if comparison.equal else 1
+    return exit_codes.SUCCESS if comparison.equal else exit_codes.FAILURE
 
 
 def load_selftest() -> ModuleType:
@@ -270,7 +271,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
 
 
 def path(text: str) -> Path:
-    """Parse a path; an empty one, which would mean the current directory, is an error."""
+    """Parse a path; an empty one, which would mean the current folder, is an error."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)

@@ -200,7 +200,7 @@ class BatchEncoder:
         for image, vector in zip(images, vectors, strict=True):
             error = image.error
             if not error and not np.isfinite(vector).all():
-                error = "the model returned NaN or infinity"
+                error = "the model returned NaN or Inf"
             errors.append(error)
         vectors[[bool(error) for error in errors]] = np.nan
         return vectors, errors
@@ -238,7 +238,7 @@ class BatchEncoder:
         try:
             if not self.config.naflex and image.pixels.shape != expected:
                 raise ImageError(
-                    f"the image must be {list(expected)} without resizing, got "
+                    f"image must have shape {list(expected)} if do_resize is false, got "
                     f"{list(image.pixels.shape)}"
                 )
             self.processor.batch([torch.from_numpy(image.pixels)])

@@ -183,7 +183,9 @@ def items_of_tar(path: Path) -> Iterator[Item]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.size < 0:  # endless loop over the same member (CVE-2025-8194)
-                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+                    raise tarfile.ReadError(
+                        f"{member.name} has an invalid size of {member.size} bytes"
+                    )
                 if member.isreg() and Path(member.name).suffix.lower() in IMAGE_SUFFIXES:
                     yield Item(member.name, str(path), (member.offset_data, member.size))
     except (OSError, tarfile.TarError) as error:

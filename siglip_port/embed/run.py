@@ -119,7 +119,7 @@ def embed(
 
     Args:
         inputs: folders, files and patterns, see `siglip_port.embed.inputs.find_items`.
-        output_dir: output directory; created if it does not exist.
+        output_dir: output folder; created if it does not exist.
         model: the model, on the device on which to run it.
         dtype: compute dtype; None for the model's own.
         engine: a name of `siglip_port.optimize.ENGINES`; `fastest` for the one chosen by
@@ -147,7 +147,7 @@ def embed(
 
     Raises:
         ValueError: an argument is not supported.
-        EmbedError: the output directory contains rows with other settings, is in use, or cannot be
+        EmbedError: the output folder contains rows with other settings, is in use, or cannot be
             written to.
         siglip_port.extras.MissingExtraError: pyarrow is not installed.
     """
@@ -206,7 +206,7 @@ def complete_options(options: EmbedOptions, previous: Mapping[str, Any]) -> Embe
 
     Args:
         options: options of this run.
-        previous: settings of the rows in the output directory; empty if there are none.
+        previous: settings of the rows in the output folder; empty if there are none.
     """
     threads, engine = options.threads, options.engine
     if threads is None:
@@ -219,7 +219,7 @@ def complete_options(options: EmbedOptions, previous: Mapping[str, Any]) -> Embe
 
 
 def make_encoder(model: SigLipVisionModel, options: EmbedOptions) -> BatchEncoder:
-    """Select the engine and build it, before the output directory is touched.
+    """Select the engine and build it, before the output folder is touched.
 
     Raises:
         EmbedError: the engine is not available on this machine.
@@ -294,10 +294,10 @@ def run_local(
 
 
 class EmbedRun:
-    """The shards of an output directory: which are missing, and how they are written.
+    """The shards of an output folder: which are missing, and how they are written.
 
     Attributes:
-        folder: output directory.
+        folder: output folder.
         items: images of all shards.
         settings: settings of the run.
         on_progress: called after every batch.

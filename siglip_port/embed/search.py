@@ -28,7 +28,7 @@ def embed_query(
     """Embed one image with the model and preprocessing of existing embeddings.
 
     Args:
-        embeddings: output directory of `embed`.
+        embeddings: output folder of `embed`.
         image: path of the image.
         source: Hub id or path of the model; None for the one in the settings of the embeddings.
         local_files_only: use the Hub's local cache only.
@@ -37,7 +37,7 @@ def embed_query(
         Pooled embedding, [D].
 
     Raises:
-        EmbedError: the directory contains no pooled embeddings, or those of other weights.
+        EmbedError: the folder contains no pooled embeddings, or those of other weights.
         siglip_port.image_processing.ImageError: the image cannot be read.
         siglip_port.CheckpointError: the model cannot be loaded.
     """
@@ -75,7 +75,7 @@ def search(
     """Find the images whose embeddings are nearest to a query, by cosine similarity.
 
     Args:
-        embeddings: output directory of `embed`.
+        embeddings: output folder of `embed`.
         query: embedding, [D].
         top_k: maximum number of images.
 
@@ -83,7 +83,7 @@ def search(
         (cosine similarity, id, path) of each image, nearest first.
 
     Raises:
-        EmbedError: the directory contains no embeddings, or those of another format version.
+        EmbedError: the folder contains no embeddings, or those of another format version.
     """
     require("pyarrow")
     read_settings(Path(embeddings))  # refuses other format versions
@@ -103,5 +103,5 @@ def search(
 
 
 def no_embeddings(folder: str | os.PathLike[str]) -> EmbedError:
-    """Return the error of a directory without embeddings."""
+    """Return the error of a folder without embeddings."""
     return EmbedError(f"{folder}: contains no embeddings; write them with siglip-port embed")

@@ -31,7 +31,7 @@ METADATA_KEY = b"siglip_port"
 """Key of the settings in the metadata of a Parquet file."""
 
 FORMAT_VERSION = 2
-"""Version of the settings; directories of other versions are refused."""
+"""Version of the settings; folders of other versions are refused."""
 
 LOCK_SECONDS = 15.0
 """Seconds to wait for another run to end.
@@ -42,7 +42,7 @@ The workers of a killed run hold its lock until they detect that their parent ha
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings that determine the output; one set per output directory.
+    """Settings that determine the output; one set per output folder.
 
     The attributes are the keys of `_run.json` and of the metadata of every Parquet file. Any change
     of them needs a new `FORMAT_VERSION`.
@@ -92,7 +92,7 @@ class Settings:
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Read the `Settings` of an output directory as a dictionary; None if it has none.
+    """Read the `Settings` of an output folder as a dictionary; None if it has none.
 
     Raises:
         EmbedError: the file is damaged, or of another format version.
@@ -104,7 +104,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise EmbedError(
-            f"{path}: cannot be read ({error}); choose another output directory"
+            f"{path}: cannot be read ({error}); choose another output folder"
         ) from error
     validate_settings(path, content)
     return content  # type: ignore[no-any-return]
@@ -115,23 +115,23 @@ def validate_settings(path: Path, content: object) -> None:
     if isinstance(content, dict) and "version" not in content and "store" in content:
         raise EmbedError(
             f"{path.parent}: embeddings were written by an earlier version of siglip-port; use "
-            "that version, or write to another directory"
+            "that version, or write to another folder"
         )
     names = {field.name for field in fields(Settings)}
     if not isinstance(content, dict) or not names <= content.keys():
         raise EmbedError(
-            f"{path}: not a settings file of siglip-port; choose another output directory"
+            f"{path}: not a settings file of siglip-port; choose another output folder"
         )
     if content["version"] != FORMAT_VERSION:
         raise EmbedError(
             f"{path.parent}: embeddings have format version {content['version']!r}, this "
             f"siglip-port reads {FORMAT_VERSION}; use the version that wrote them, or write to "
-            "another directory"
+            "another folder"
         )
 
 
 def read_settings_of_rows(folder: Path) -> dict[str, Any] | None:
-    """Read the settings of the rows in an output directory; None if it has no rows.
+    """Read the settings of the rows in an output folder; None if it has no rows.
 
     Settings without rows are of a run that wrote nothing, and are ignored.
 
@@ -139,23 +139,22 @@ def read_settings_of_rows(folder: Path) -> dict[str, Any] | None:
         EmbedError: there are rows without settings, or `read_settings` fails.
     """
     if folder.exists() and not folder.is_dir():
-        raise EmbedError(f"{folder}: not a directory; choose another output directory")
+        raise EmbedError(f"{folder}: not a folder; choose another output folder")
     if not any(folder.glob("part-*.parquet")):
         return None
     settings = read_settings(folder)
     if settings is None:
         raise EmbedError(
-            f"{folder}: contains Parquet files but no {SETTINGS_FILE}; choose another output "
-            "directory"
+            f"{folder}: contains Parquet files but no {SETTINGS_FILE}; choose another output folder"
         )
     return settings
 
 
 def claim_folder(folder: Path, settings: Settings) -> None:
-    """Write the settings of an output directory, or check that its rows have the same settings.
+    """Write the settings of an output folder, or check that its rows have the same settings.
 
     Raises:
-        EmbedError: the directory contains rows with other settings.
+        EmbedError: the folder contains rows with other settings.
     """
     new = json.loads(json.dumps(asdict(settings)))
     old = read_settings_of_rows(folder)
@@ -172,13 +171,13 @@ def claim_folder(folder: Path, settings: Settings) -> None:
     if differences:
         raise EmbedError(
             f"{folder}: existing embeddings have other settings: {'; '.join(differences)}; use "
-            "the same settings or another output directory"
+            "the same settings or another output folder"
         )
 
 
 @contextlib.contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Create an output directory and lock it against other runs.
+    """Create an output folder and lock it against other runs.
 
     The lock is released when the process ends, however it ends.
 
@@ -193,7 +192,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
             yield
     except TimeoutError as error:
         raise EmbedError(
-            f"{folder}: another run is writing to it; wait for it or choose another directory"
+            f"{folder}: another run is writing to it; wait for it or choose another folder"
         ) from error
 
 
@@ -218,7 +217,7 @@ def write_shard(
     """Write the rows of a shard.
 
     Args:
-        folder: output directory.
+        folder: output folder.
         shard: index of the shard.
         items: images of the shard.
         results: results of its batches, in order.

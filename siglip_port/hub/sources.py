@@ -50,7 +50,7 @@ def find_local(name: str) -> LocalFolder | None:
     """
     try:
         path = Path(name).expanduser()
-        is_folder = bool(name) and path.is_dir()  # Path("") is the working directory
+        is_folder = bool(name) and path.is_dir()  # Path("") is the working folder
         is_file = path.is_file()
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{name!r}: cannot be read ({error})") from error

@@ -53,7 +53,7 @@ def download_with_client(name: str, file: RemoteFile, path: Path, token: str | b
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise RetriesExhaustedError(
-            "the Xet store (cas-server.xethub.hf.co on huggingface.co) failed, too "
+            "the Xet store (cas-server.xethub.hf.co on huggingface.co) failed as well "
             f"({describe_error(error)})"
         ) from error
     finally:

@@ -1,6 +1,6 @@
-"""Cache of `optimize`: choices and compiled files, one directory per model.
+"""Cache of `optimize`: choices and compiled files, one folder per model.
 
-The directory name is a hash of the weights, the configuration, the CPU and the versions of all
+The folder name is a hash of the weights, the configuration, the CPU and the versions of all
 compilers.
 """
 
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 def model_cache_folder(
     model: SigLipVisionModel, cache_dir: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Return the cache directory of one model.
+    """Return the cache folder of one model.
 
     Args:
         model: Model, whose weights are hashed.
-        cache_dir: Cache directory. [default: `siglip_port/engines` in the user's cache directory]
+        cache_dir: Cache folder. [default: `siglip_port/engines` in the user's cache folder]
     """
     if cache_dir is None:
         user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -168,7 +168,7 @@ def load_or_write(
 
     Args:
         program: Name of the runtime, for messages.
-        cache: Cache directory of the model.
+        cache: Cache folder of the model.
         names: Names of all files that `write` creates; the last one is loaded.
         write: Writes the files next to the path of the last one.
         load: Loads the last file.
@@ -194,12 +194,12 @@ def last_line(error: BaseException) -> str:
 
 
 Engine = Callable[[OptimizedModel, Path], None]
-"""Function of the model to change and its cache directory."""
+"""Function of the model to change and its cache folder."""
 
 ENGINES: dict[str, Engine] = {
     "eager": use_eager,
-    "packed": use_prepacked,
-    "packed-gelu": use_prepacked_gelu,
+    "prepacked": use_prepacked,
+    "prepacked-gelu": use_prepacked_gelu,
     "onnxruntime": use_onnxruntime,
     "openvino": use_openvino,
     "compiled": use_compiled,

@@ -78,8 +78,8 @@ def optimize(
             [default: the model's]
         engines: Names in `ENGINES` to try besides `eager`. [default: every engine for `dtype`]
         batch_size: Batch size to optimize for.
-        cache_dir: Cache directory; compiled files in it are executed, so it must not be writable by
-            others. [default: `siglip_port/engines` in the user's cache directory]
+        cache_dir: Cache folder; compiled files in it are executed, so it must not be writable by
+            others. [default: `siglip_port/engines` in the user's cache folder]
 
     Returns:
         Optimized model in `eval()` mode; `print(model.choice)` shows the engine and measurements.
@@ -122,7 +122,7 @@ def with_engine(
         model: Model, unchanged.
         engine: Name in `ENGINES`.
         dtype: Dtype as for `optimize`.
-        cache_dir: Cache directory as for `optimize`.
+        cache_dir: Cache folder as for `optimize`.
 
     Raises:
         ValueError: An argument is not supported, or the parameters do not match the configuration.
@@ -197,7 +197,7 @@ def choose(
         model: Inference copy without an engine.
         names: Engines to try.
         batch_size: Batch size.
-        cache: Cache directory of the model.
+        cache: Cache folder of the model.
         conditions: Conditions for the choice.
         tolerance: Largest accepted relative difference from eager.
     """

@@ -73,7 +73,7 @@ def run_reference(
         attentions: attention implementations whose rounding error counts; None for all of them.
 
     Raises:
-        ValueError: the weights or results contain NaN or infinity, an output is all zeros, or a
+        ValueError: the weights or results contain NaN or Inf, an output is all zeros, or a
             step of the float64 run is in float32.
     """
     inputs = cast_inputs(inputs, dtype)
@@ -104,7 +104,7 @@ def check_weights_finite(reference: nn.Module, dtype: torch.dtype) -> None:
     names = [name for name, weight in reference.named_parameters() if not is_finite(weight)]
     if names:
         raise ValueError(
-            f"the reference's weights contain NaN or infinity in {dtype_name(dtype)} "
+            f"the reference's weights contain NaN or Inf in {dtype_name(dtype)} "
             f"({', '.join(fold_blocks(names))}), expected finite values; use other weights or a "
             "wider dtype"
         )
@@ -115,7 +115,7 @@ def check_comparable(exact: Recording) -> None:
     for name, tensor in {**exact.outputs, **exact.taps}.items():
         if not is_finite(tensor):
             raise ValueError(
-                f"the reference computes NaN or infinity in float64 ({name}), expected finite "
+                f"the reference computes NaN or Inf in float64 ({name}), expected finite "
                 "values; check the inputs, and use smaller weights"
             )
         if not tensor.any():
@@ -162,7 +162,7 @@ def measure_noise(run: ReferenceRun, attention: str) -> None:
     for name, error in rounded.errors.items():
         if not math.isfinite(error.overall):
             raise ValueError(
-                f"the reference computes NaN or infinity in {dtype_name(run.dtype)} ({name}), "
+                f"the reference computes NaN or Inf in {dtype_name(run.dtype)} ({name}), "
                 "expected finite values; use a wider dtype or smaller weights"
             )
         previous = run.noise.get(name, RelativeError(0.0, 0.0))

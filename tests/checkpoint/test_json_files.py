@@ -98,7 +98,7 @@ def test_config_missing(checkpoint: MakeCheckpoint) -> None:
         ),
         (
             {"weight_map": {"head.probe": "pytorch_model-00001-of-00002.bin"}},
-            "Pickled weights .* are refused",
+            "pickled weights .* are not supported",
         ),
     ],
 )
@@ -132,7 +132,7 @@ INDEXES: dict[str, tuple[Callable[[Json], object], str]] = {
     "a zero": (placed("model\0.safetensors"), PLAIN),
     "a pickle": (
         placed("pytorch_model.bin"),
-        f"{PLAIN}: pytorch_model.bin. Pickled weights .* are refused",
+        f"{PLAIN}: pytorch_model.bin; pickled weights .* are not supported",
     ),
     "nothing": (placed(""), PLAIN),
     "too long a name": (placed("a" * 5000 + ".safetensors"), "; unreadable tensors"),

@@ -111,7 +111,7 @@ def test_stored_config(
 def test_other_files(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     (tmp_path / "siglip2-experiments").mkdir()
     source = checkpoint(SHALLOW, name="siglip2-experiments/siglip-small")
-    # The name of the parent directory has no effect.
+    # The name of the parent folder has no effect.
     assert load(source).preprocessor_config["resample"] == 3
     inner = {"image_processor_type": "Gemma3ImageProcessor", "resample": 2, "image_mean": [0.4] * 3}
     # transformers 5 writes and prefers this file.

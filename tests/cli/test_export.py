@@ -37,7 +37,7 @@ def test_export_errors(whole_model: Path, tmp_path: Path, monkeypatch: pytest.Mo
         in run("export", whole_model, "a.onnx", "--format", "package", code=2).output
     )
     missing = run("export", whole_model, tmp_path / "no" / "a.onnx", code=2).output
-    assert "directory " in missing
+    assert "folder " in missing
     assert "does not exist" in missing
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert (

@@ -135,16 +135,16 @@ def test_extract_refused_folders(whole_model: Path, tmp_path: Path) -> None:
     (out / "precious").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for folder, message in (
-        (out, "is not empty; pass another directory, or --force"),
-        (tmp_path / "file", "is a file; pass a directory"),
+        (out, "is not empty; pass another folder, or --force"),
+        (tmp_path / "file", "is a file; pass a folder"),
         (tmp_path / "no" / "where", "does not exist; create it first"),
         (whole_model, "is not empty"),
-        (Path("/"), "OUTPUT must be a directory name, got '/'"),
+        (Path("/"), "OUTPUT must be a folder name, got '/'"),
     ):
         assert message in run("extract", whole_model, folder, code=2).stderr
     for source in (whole_model, whole_model / "model.safetensors"):
         assert (
-            "contains the source; pass another directory"
+            "contains the source; pass another folder"
             in run("extract", source, whole_model, "--force", code=2).stderr
         )
     assert [path.name for path in out.iterdir()] == ["precious"]

@@ -148,7 +148,7 @@ def test_file_in_place_of_a_directory(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     result = run("plot", "a", "-o", file, code=exit_codes.USAGE_ERROR)
-    assert f"'{file}' is a file; pass a directory" in result.stderr
+    assert f"'{file}' is a file; pass a folder" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_file_in_place_of_a_directory(tmp_path: Path) -> None:
         ("0 is not in the range x>=1.", "must be at least 1, got 0"),
         ("'x' is not a valid integer range.", "must be an integer, got 'x'"),
         ("'x' is not a valid integer.", "must be an integer, got 'x'"),
-        ("Directory 'x' is a file.", "'x' is a file; pass a directory"),
+        ("Directory 'x' is a file.", "'x' is a file; pass a folder"),
         ("something else.", "something else."),
     ],
 )

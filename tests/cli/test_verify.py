@@ -165,7 +165,7 @@ def source_tree(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def other_packages(tmp_path: Path) -> Path:
-    """A directory for PYTHONPATH: all installed packages except siglip_port."""
+    """A folder for PYTHONPATH: all installed packages except siglip_port."""
     folder = tmp_path / "packages"
     folder.mkdir()
     for path in Path(torch.__file__).parents[1].iterdir():
@@ -241,8 +241,8 @@ def test_script_without_torch() -> None:
     result = execute("-c", code, PYTHONPATH=str(ROOT))
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(
-        r"could not compare: ModuleNotFoundError: .* torch .*; run it with "
-        r"`uv run compare_origin.py`\n",
+        r"could not compare: ModuleNotFoundError: .* torch .*; run: "
+        r"uv run compare_origin.py\n",
         result.stderr,
     )
 
@@ -282,7 +282,7 @@ def test_script_reports_a_wrong_argument(tmp_path: Path) -> None:
         ),
         (
             ["--json", "no/such/folder/out.json"],
-            "could not compare: --json .*: the directory is missing or not writable; choose",
+            "could not compare: --json .*: the folder is missing or not writable; choose",
         ),
         (
             ["--json", "tests"],
@@ -290,7 +290,7 @@ def test_script_reports_a_wrong_argument(tmp_path: Path) -> None:
         ),
         (
             ["--report", "README.md"],
-            r"could not compare: --report .*: the directory is missing or not writable; choose",
+            r"could not compare: --report .*: the folder is missing or not writable; choose",
         ),
         (
             ["--baseline", "pyproject.toml"],
@@ -573,7 +573,7 @@ def test_weights_not_finite(
     assert call("--checkpoint", folder) == 2
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1] == (
-        "could not compare: the reference's weights contain NaN or infinity in float32 "
+        "could not compare: the reference's weights contain NaN or Inf in float32 "
         "(encoder.layers.{0,2}.mlp.fc1.bias), expected finite values; use other weights or a wider "
         "dtype"
     )
@@ -586,7 +586,7 @@ def test_weights_beyond_float16(
     folder = checkpoint()
     edit_tensors(folder, lambda t: {**t, "post_layernorm.bias": t["post_layernorm.bias"] + 1e5})
     assert call("--checkpoint", folder, "--dtype", "float16") == 2
-    message = "contain NaN or infinity in float16 (post_layernorm.bias), expected finite values"
+    message = "contain NaN or Inf in float16 (post_layernorm.bias), expected finite values"
     assert message in capsys.readouterr().err
 
 
@@ -604,7 +604,7 @@ def test_port_not_finite(
     assert verdict.startswith(
         "DIFFERENT (checkpoint weights): numerics: encoder.layers.0.mlp.fc2:input "
     )
-    assert "looks like: NaN or infinity in the port" in verdict
+    assert "looks like: NaN or Inf in the port" in verdict
     assert (tmp_path / "link.json").is_symlink()
     assert (
         json.loads(report.read_text(), parse_constant=pytest.fail)["findings"][0]["error"] == "nan"
@@ -770,7 +770,7 @@ def test_engine_gates(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     with cases.random_case(cases.ODD, "L7", gates=("rounding",)) as case:
         gates = list(verification.engine_gates(case, SigLipVisionModel.from_hf(case.source)))
     assert [gate.name for gate in gates] == [
-        f"rounding float32, {engine}" for engine in ("packed", "packed-gelu", "onnxruntime")
+        f"rounding float32, {engine}" for engine in ("prepacked", "prepacked-gelu", "onnxruntime")
     ]
     assert all(gate.passed and gate.checked == 2 for gate in gates)
     notes = capsys.readouterr().err

@@ -19,7 +19,7 @@ def model(encoder_folder: Path) -> SigLipVisionModel:
 
 @pytest.fixture(scope="session")
 def embedded(photos: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output directory of an uninterrupted run over the fixture `photos`; read-only."""
+    """Output folder of an uninterrupted run over the fixture `photos`; read-only."""
     folder = tmp_path_factory.mktemp("embedded")
     embed([photos], folder, SigLipVisionModel.from_hf(encoder_folder), **OPTIONS)
     return folder

@@ -78,7 +78,7 @@ def test_unusable_arguments(photos: Path, encoder_folder: Path, tmp_path: Path) 
         "--device cuda:9 is not available: " in run(*arguments, "--device", "cuda:9", code=2).output
     )
     unknown = run(*arguments, "--engine", "quick", code=2).output
-    assert "eager, packed" in " ".join(unknown.replace("│", " ").split())
+    assert "eager, prepacked" in " ".join(unknown.replace("│", " ").split())
     empty = run("search", tmp_path, photos / "x.png", code=1)
     assert (
         empty.stderr == f"{tmp_path}: contains no embeddings; write them with siglip-port embed\n"

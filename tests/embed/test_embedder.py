@@ -112,7 +112,7 @@ def test_weights_load_lazily(encoder_folder: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_pickle(in_memory: bool, encoder_folder: Path, files: list[str]) -> None:
     source = SigLipVisionModel.from_hf(encoder_folder) if in_memory else encoder_folder
-    embedder = Embedder(source, engine="packed")
+    embedder = Embedder(source, engine="prepacked")
     before = pickle.dumps(embedder)
     expected = repr(embedder({"path": files}))
     after = pickle.dumps(embedder)
@@ -158,7 +158,7 @@ def test_nan_embedding_is_an_error(embedder: Embedder) -> None:
         embedder.base_model.transformer.post_layernorm.bias[0] = torch.nan
     black = decode(np.zeros((4, 4, 3), np.uint8), embedder.processor)
     vectors, errors = embedder.encode([black, DecodedImage(None, None, "x", 0)])
-    assert errors == ["the model returned NaN or infinity", "x"]
+    assert errors == ["the model returned NaN or Inf", "x"]
     assert np.isnan(vectors).all()
 
 
@@ -167,9 +167,9 @@ def test_nan_embedding_is_an_error(embedder: Embedder) -> None:
     [
         ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
         ({"threads": True}, "threads must be a positive integer, got True"),
-        ({"engine": "quick"}, "engine must be one of eager, packed"),
-        ({"engine": "fastest"}, "engine must be one of eager, packed"),
-        ({"engine": None}, "engine must be one of eager, packed"),
+        ({"engine": "quick"}, "engine must be one of eager, prepacked"),
+        ({"engine": "fastest"}, "engine must be one of eager, prepacked"),
+        ({"engine": None}, "engine must be one of eager, prepacked"),
         ({"tokens": "all"}, "tokens must be True or False, got 'all'"),
         ({"output_dtype": "int8"}, "output_dtype must be one of float32, float16, got 'int8'"),
         ({"tokens": True, "normalize": True}, "normalize cannot be combined with tokens"),

@@ -168,7 +168,7 @@ def test_nan_embedding_is_an_error(photos: Path, tmp_path: Path) -> None:
         model.transformer.post_layernorm.bias[0] = torch.nan
     summary = embed([photos], tmp_path, model, **OPTIONS)
     assert summary.failed == 50
-    assert "the model returned NaN or infinity" in read_column(tmp_path, "error")
+    assert "the model returned NaN or Inf" in read_column(tmp_path, "error")
 
 
 @pytest.mark.parametrize("naflex", [False, True])
@@ -183,7 +183,9 @@ def test_image_of_wrong_size_without_resizing(naflex: bool, tmp_path: Path) -> N
     errors = read_column(tmp_path / "out", "error")
     assert list(map(bool, errors)) == [False, True, False, True]
     if not naflex:
-        assert errors[1] == "the image must be [3, 16, 16] without resizing, got [3, 61, 40]"
+        assert (
+            errors[1] == "image must have shape [3, 16, 16] if do_resize is false, got [3, 61, 40]"
+        )
 
 
 # --- engines --------------------------------------------------------------------------------------
@@ -195,12 +197,12 @@ def test_fastest_engine(
     def choose(*_: object, batch_size: int, dtype: object) -> OptimizedModel:
         assert (batch_size, dtype) == (4, None)
         fast = optimize(model, engines=[])
-        fast.choice = replace(fast.choice, engine="packed")
+        fast.choice = replace(fast.choice, engine="prepacked")
         return fast
 
     monkeypatch.setattr("siglip_port.embed.run.optimize", choose)
     embed([photos], tmp_path / "fastest", model, **{**OPTIONS, "engine": "fastest"})
-    assert read_settings_file(tmp_path / "fastest")["engine"] == "packed"
+    assert read_settings_file(tmp_path / "fastest")["engine"] == "prepacked"
     embed([photos], tmp_path / "default", model, **{**OPTIONS, "engine": None})
     assert read_settings_file(tmp_path / "default")["engine"] == "eager"
 
@@ -331,7 +333,7 @@ def test_full_disk(
         ({"shard_size": True}, "shard_size must be"),
         ({"tokens": "both"}, "tokens must be True or False, got 'both'"),
         ({"tokens": True, "normalize": True}, "normalize cannot be combined with tokens"),
-        ({"engine": "fast"}, "engine must be one of eager, packed,"),
+        ({"engine": "fast"}, "engine must be one of eager, prepacked,"),
         ({"address": "auto"}, "address requires the executor ray, got 'local'"),
         ({"executor": "spark"}, "executor must be one of local, ray, got 'spark'"),
         ({"format": "csv"}, "format must be one of parquet, npy, got 'csv'"),

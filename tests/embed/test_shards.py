@@ -1,4 +1,4 @@
-"""Files of a run: settings, locks, damage, and directories of other versions."""
+"""Files of a run: settings, locks, damage, and folders of other versions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def recorded_images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(embedded: Path, tmp_path: Path) -> Path:
-    """Output directory of a complete run over the fixture `photos`; tests may change it."""
+    """Output folder of a complete run over the fixture `photos`; tests may change it."""
     return Path(shutil.copytree(embedded, tmp_path / "run"))
 
 
@@ -61,7 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_settings_file_is_unchanged(recorded_images: Path, tmp_path: Path) -> None:
-    """Byte for byte: any other key or hash would refuse existing output directories."""
+    """Byte for byte: any other key or hash would refuse existing output folders."""
     embed([recorded_images], tmp_path / "output", counting_model(), **RECORDED_OPTIONS)
     settings = (tmp_path / "output" / "_run.json").read_text()
     assert settings == (RECORDED / "_run.json").read_text()
@@ -100,7 +100,7 @@ def test_earlier_version_is_refused(recorded_images: Path, tmp_path: Path) -> No
     before = contents(output)
     message = (
         f"{output}: embeddings were written by an earlier version of siglip-port; use that "
-        "version, or write to another directory"
+        "version, or write to another folder"
     )
     with pytest.raises(EmbedError, match=f"^{re.escape(message)}$"):
         embed([recorded_images], output, counting_model(), **RECORDED_OPTIONS)
@@ -129,7 +129,7 @@ def test_later_version_is_refused(photos: Path, model: SigLipVisionModel, run: P
     [
         ({"batch_size": 6}, "batch_size is 4, requested 6"),
         ({"normalize": True}, "normalize is False, requested True"),
-        ({"engine": "packed"}, "engine is 'eager', requested 'packed'"),
+        ({"engine": "prepacked"}, "engine is 'eager', requested 'prepacked'"),
         ({"backend": "torchvision"}, "preprocessing is "),
         ({"output_dtype": "float16"}, "output_dtype is 'float32', requested 'float16'"),
         ({"dtype": torch.bfloat16}, "dtype is 'float32', requested 'bfloat16'"),
@@ -188,14 +188,14 @@ def test_settings_without_rows_are_ignored(
         with pytest.raises(KeyboardInterrupt):
             embed([photos], tmp_path, model, **OPTIONS)
     assert (tmp_path / "_run.json").exists()
-    options = {**OPTIONS, "engine": "packed", "normalize": True}
+    options = {**OPTIONS, "engine": "prepacked", "normalize": True}
     assert embed([photos], tmp_path, model, **options).processed == 50
-    assert read_settings_file(tmp_path)["engine"] == "packed"
+    assert read_settings_file(tmp_path)["engine"] == "prepacked"
 
 
 def test_file_in_place_of_folder(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(EmbedError, match="file: not a directory; choose another output directory"):
+    with pytest.raises(EmbedError, match="file: not a folder; choose another output folder"):
         embed([photos], tmp_path / "file", model, **OPTIONS)
 
 

@@ -49,7 +49,7 @@ def write_raw(path: Path, header: Json | bytes, data: bytes) -> None:
 
 
 class Payload:
-    """Creates a directory when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

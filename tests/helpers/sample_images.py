@@ -102,7 +102,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="Output directory, missing or empty.")
+    parser.add_argument("folder", type=Path, help="Output folder, missing or empty.")
     parser.add_argument("--count", type=int, default=10_000, help="Images. [default: 10000]")
     parser.add_argument(
         "--broken", type=float, default=0.01, help="Share of broken images. [default: 0.01]"
@@ -110,7 +110,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="Seed. [default: 0]")
     args = parser.parse_args()
     if args.folder.exists() and any(args.folder.iterdir()):
-        print(f"{args.folder}: directory is not empty; choose another one", file=sys.stderr)
+        print(f"{args.folder}: folder is not empty; choose another one", file=sys.stderr)
         return 2
     broken = write_images(args.folder, args.count, args.broken, args.seed)
     print(

@@ -167,6 +167,8 @@ def test_interrupted_download(damage: str, hub: Hub, folder: Path, cache: Path) 
 def test_file_cut_on_hub(hub: Hub, folder: Path, cache: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    message = rf"^{NAME}: model.safetensors is not a valid safetensors file \(tensors end at byte \d+"
+    message = (
+        rf"^{NAME}: model.safetensors is not a valid safetensors file \(tensors end at byte \d+"
+    )
     with pytest.raises(CheckpointError, match=message):
         load(NAME, cache_dir=cache)

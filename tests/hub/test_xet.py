@@ -164,7 +164,7 @@ def test_dead_store(hub: Hub, folder: Path, cache: Path) -> None:
     assert_same(load(NAME, cache_dir=cache), folder)  # the CDN suffices
     shutil.rmtree(cache)
     hub.faults = [Fault("reset", "CDN *", times=None)]
-    message = r"no connection to localhost .*; the Xet store \(cas-server.* failed, too"
+    message = r"no connection to localhost .*; the Xet store \(cas-server.* failed as well"
     with pytest.raises(HubUnreachableError, match=message):
         load(NAME, cache_dir=cache)
 

@@ -23,7 +23,7 @@ def model() -> SigLipVisionModel:
 
 @pytest.fixture(scope="session")
 def engine_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shared cache directory, so that engines compile once per session."""
+    """Shared cache folder, so that engines compile once per session."""
     return tmp_path_factory.mktemp("engines")
 
 

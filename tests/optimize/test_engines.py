@@ -101,7 +101,7 @@ def test_save_hf(engine: str, model: SigLipVisionModel, engine_cache: Path, tmp_
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.inference_mode()
 def test_low_precision(dtype: torch.dtype, model: SigLipVisionModel, engine_cache: Path) -> None:
-    engines = ["packed", "packed-gelu"]
+    engines = ["prepacked", "prepacked-gelu"]
     fast = optimize(model, dtype=dtype, engines=engines, cache_dir=engine_cache)
     x = images(model, 2)
     assert fast(x).dtype == fast.embed(x).dtype == dtype
@@ -173,7 +173,9 @@ def test_harness_passes_prepacked_model(engine_cache: Path) -> None:
     """All taps exist in the prepacked model, and a broken layer fails."""
     gates = ("environment", "config", "weights", "sensitivity", "numerics", "interface", "rounding")
     with cases.random_case(cases.ODD, "L7", gates=gates) as case:
-        port = with_engine(SigLipVisionModel.from_hf(case.source), "packed", cache_dir=engine_cache)
+        port = with_engine(
+            SigLipVisionModel.from_hf(case.source), "prepacked", cache_dir=engine_cache
+        )
         assert [str(gate) for gate in case.check(port) if not gate.passed] == []
         block = port.transformer.encoder.encoder_blocks[4]
         assert isinstance(block, EncoderBlock)
@@ -200,8 +202,8 @@ def test_rounding_equals_reference(
 
 ROUGH_ENGINES = [
     "eager",
-    "packed",
-    "packed-gelu",
+    "prepacked",
+    "prepacked-gelu",
     pytest.param("onnxruntime", marks=pytest.mark.slow),
     pytest.param("openvino", marks=pytest.mark.slow),
 ]
@@ -302,7 +304,7 @@ def test_torch_without_onednn(
 ) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(EngineError, match="built without oneDNN"):
-        with_engine(model, "packed", cache_dir=tmp_path)
+        with_engine(model, "prepacked", cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(("engine", "extra"), [("openvino", "openvino"), ("onnxruntime", "onnx")])

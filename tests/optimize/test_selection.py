@@ -44,7 +44,7 @@ def images(model: SigLipVisionModel, batch_size: int = 2) -> Tensor:
 @pytest.fixture
 def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Fake timings: engine -> seconds."""
-    times = {"eager": 5.0, "packed": 2.0, "packed-gelu": 4.0}
+    times = {"eager": 5.0, "prepacked": 2.0, "prepacked-gelu": 4.0}
     engine_of: dict[int, str] = {}
 
     def track(name: str, use_engine: Engine) -> Engine:
@@ -60,24 +60,28 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return times
 
 
-ENGINE_NAMES = ["packed", "packed-gelu"]
+ENGINE_NAMES = ["prepacked", "prepacked-gelu"]
 
 
 def test_fastest_is_chosen(
     seconds: dict[str, float], model: SigLipVisionModel, tmp_path: Path
 ) -> None:
     fast = optimize(model, engines=ENGINE_NAMES, batch_size=2, cache_dir=tmp_path)
-    assert fast.choice.engine == "packed"
-    assert fast.choice.milliseconds == {"eager": 2500.0, "packed": 1000.0, "packed-gelu": 2000.0}
-    assert "packed (float32, batch 2," in str(fast.choice)
-    assert "packed 1000.0, packed-gelu 2000.0, eager 2500.0" in str(fast.choice)
+    assert fast.choice.engine == "prepacked"
+    assert fast.choice.milliseconds == {
+        "eager": 2500.0,
+        "prepacked": 1000.0,
+        "prepacked-gelu": 2000.0,
+    }
+    assert "prepacked (float32, batch 2," in str(fast.choice)
+    assert "prepacked 1000.0, prepacked-gelu 2000.0, eager 2500.0" in str(fast.choice)
     assert is_prepacked(fast)
 
 
 def test_two_percent_faster_is_not_chosen(
     seconds: dict[str, float], model: SigLipVisionModel, tmp_path: Path
 ) -> None:
-    seconds.update({"packed": 4.9, "packed-gelu": 5.0})
+    seconds.update({"prepacked": 4.9, "prepacked-gelu": 5.0})
     fast = optimize(model, engines=ENGINE_NAMES, cache_dir=tmp_path)
     assert fast.choice.engine == "eager"
     assert not is_prepacked(fast)
@@ -93,8 +97,8 @@ def test_unusable_engines_are_skipped(
 
         return use
 
-    monkeypatch.setitem(ENGINES, "packed", scale_by(1.001))
-    monkeypatch.setitem(ENGINES, "packed-gelu", scale_by(torch.nan))
+    monkeypatch.setitem(ENGINES, "prepacked", scale_by(1.001))
+    monkeypatch.setitem(ENGINES, "prepacked-gelu", scale_by(torch.nan))
     for package in ("openvino", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)
     fast = optimize(model, cache_dir=tmp_path)
@@ -108,8 +112,8 @@ def test_unusable_engines_are_skipped(
         skipped["onnxruntime"]
         == "onnxruntime is not installed; run: pip install 'siglip-port[onnx]'"
     )
-    assert skipped["packed"].endswith(", bound 2e-05")
-    assert skipped["packed-gelu"] == "relative difference from eager is inf, bound 2e-05"
+    assert skipped["prepacked"].endswith(", bound 2e-05")
+    assert skipped["prepacked-gelu"] == "relative difference from eager is inf, bound 2e-05"
     assert "compiled skipped: requires a CUDA device" in str(fast.choice)
 
 
@@ -163,7 +167,7 @@ def test_gradients_of_chosen_engine(
     model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SECONDS, prepacked_is_fast)
-    fast = optimize(model, engines=["packed"], cache_dir=tmp_path)
+    fast = optimize(model, engines=["prepacked"], cache_dir=tmp_path)
     assert is_prepacked(fast)
     x = images(model).requires_grad_()
     fast.embed(x).sum().backward()
@@ -177,7 +181,7 @@ def test_gradients_of_chosen_engine(
 def test_choice_is_cached(
     model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"engines": ["packed"], "cache_dir": tmp_path}
+    options: dict[str, Any] = {"engines": ["prepacked"], "cache_dir": tmp_path}
     first = optimize(model, **options)
     x = images(model, 1)
     with monkeypatch.context() as patched:
@@ -200,10 +204,10 @@ def test_choice_is_cached(
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"engine": "none", "conditions": ""}'])
 def test_damaged_choice(content: str, model: SigLipVisionModel, tmp_path: Path) -> None:
-    optimize(model, engines=["packed"], cache_dir=tmp_path)
+    optimize(model, engines=["prepacked"], cache_dir=tmp_path)
     (file,) = tmp_path.glob("*/*.json")
     file.write_text(content)
-    assert optimize(model, engines=["packed"], cache_dir=tmp_path).choice.engine in ENGINES
+    assert optimize(model, engines=["prepacked"], cache_dir=tmp_path).choice.engine in ENGINES
     assert json.loads(file.read_text())["bound"] == TOLERANCES[torch.float32]
 
 
@@ -214,7 +218,7 @@ def test_unwritable_cache(
     (tmp_path / "file").write_text("")
     cache = tmp_path / "file" / "cache"
     with caplog.at_level(logging.WARNING):
-        fast = optimize(model, engines=["packed", "openvino"], cache_dir=cache)
+        fast = optimize(model, engines=["prepacked", "openvino"], cache_dir=cache)
     assert "engine choice not cached, the next process measures again: " in caplog.text
     assert "openvino" in fast.choice.skipped
 
@@ -232,18 +236,18 @@ def test_unwritable_cache(
         ),
         (
             {"engines": ["fast"]},
-            r"engines must be a list of eager, packed, .*, got \['fast'\]",
+            r"engines must be a list of eager, prepacked, .*, got \['fast'\]",
         ),
-        ({"engines": "packed"}, "engines must be a list of"),
+        ({"engines": "prepacked"}, "engines must be a list of"),
         ({"engines": 5}, "engines must be a list of"),
-        ({"engines": [["packed"]]}, "engines must be a list of"),
+        ({"engines": [["prepacked"]]}, "engines must be a list of"),
         (
             {"engines": ["int8"]},
             "engine int8 does not support dtype=None; the engine int8 and dtype=torch.int8 require",
         ),
         (
-            {"engines": ["packed"], "dtype": torch.int8},
-            "engine packed does not support dtype=torch.int8",
+            {"engines": ["prepacked"], "dtype": torch.int8},
+            "engine prepacked does not support dtype=torch.int8",
         ),
         ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
         ({"batch_size": True}, "batch_size must be a positive integer, got True"),

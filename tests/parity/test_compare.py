@@ -201,7 +201,7 @@ def test_reference_weights_must_be_finite(pair: Pair, value: float) -> None:
         for side in (pair.reference, pair.port):
             next(iter(side.parameters())).fill_(value)
     message = (
-        r"the reference's weights contain NaN or infinity in float32 \([a-z_.]+\), expected finite "
+        r"the reference's weights contain NaN or Inf in float32 \([a-z_.]+\), expected finite "
         "values; use other weights or a wider dtype"
     )
     with pytest.raises(ValueError, match=message):
@@ -214,7 +214,7 @@ def test_overflow_in_narrow_dtype_is_an_error(odd_checkpoint: Path) -> None:
     with torch.no_grad():
         for side in (pair.reference, pair.port.transformer):
             side.get_parameter("post_layernorm.weight").fill_(6e4)
-    with pytest.raises(ValueError, match=r"computes NaN or infinity in float16 \(post_layernorm\)"):
+    with pytest.raises(ValueError, match=r"computes NaN or Inf in float16 \(post_layernorm\)"):
         pair.compare()
 
 

@@ -43,7 +43,7 @@ def test_noise_is_the_maximum_over_attentions() -> None:
 
 def test_inputs_must_be_finite() -> None:
     with pytest.raises(
-        ValueError, match=r"the reference computes NaN or infinity in float64 \(output\)"
+        ValueError, match=r"the reference computes NaN or Inf in float64 \(output\)"
     ):
         run_reference(Side(ToyEncoder()), toy_images() * math.nan, POINTS, torch.float32)
 

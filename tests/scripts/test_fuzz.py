@@ -270,7 +270,7 @@ def test_failures_reported(
     assert "MiB since the first mutant; " in errors[6]
     assert errors[7] == "printed: hm\n"
     assert errors[8] == "warned: hm"
-    assert errors[9] == "checkpoint directory modified: files were changed or left behind"
+    assert errors[9] == "checkpoint folder modified: files were changed or left behind"
     assert len(errors) == 8
     printed = capfd.readouterr().out
     assert "FAILED: --seed 3 --hub-share 0.0 --only 5\n" in printed

@@ -78,7 +78,7 @@ def check_outputs(outputs: Mapping[str, Tensor], repeated: Mapping[str, Tensor])
     findings = []
     for name, output in outputs.items():
         if not is_finite(output):
-            findings.append(Finding("contains NaN or infinity", name, name))
+            findings.append(Finding("contains NaN or Inf", name, name))
         elif not tensors_equal(output, repeated[name]):
             error = relative_error(repeated[name], output)
             message = f"differs between two runs (relative difference {error:.1e})"

@@ -16,7 +16,7 @@ from siglip_port.parity.sides import dtype_name
 def explain_pattern(value: Tensor, exact: Tensor) -> str:
     """Return the hint for a value of the same shape as the exact one; empty if there is none."""
     if not is_finite(value):
-        return "NaN or infinity in the port"
+        return "NaN or Inf in the port"
     if not value.any():
         return "all zeros"
     return (

@@ -79,7 +79,7 @@ class Case:
     Attributes:
         name: Name in reports.
         weights: Kind of weights: a recipe with its seed, or `checkpoint weights`.
-        source: Hub id, directory or file of the checkpoint.
+        source: Hub id, folder or file of the checkpoint.
         reference: Reference, loaded from `source`.
         inputs: Images, [B, C, S, S], B > 1.
         gates: Names of the gates to run.
@@ -172,7 +172,7 @@ def engine_gates(
         case: Checkpoint with its reference.
         port: Port, loaded from its source.
         engine: Name in `siglip_port.optimize.ENGINES`.
-        cache_dir: Directory for compiled artifacts.
+        cache_dir: Folder for compiled artifacts.
 
     Yields:
         A result for each dtype of the case that the engine supports.

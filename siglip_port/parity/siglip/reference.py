@@ -166,7 +166,7 @@ def write_random_checkpoint(
     """Write a checkpoint with stress weights, through transformers.
 
     Args:
-        folder: Output directory.
+        folder: Output folder.
         config: Architecture.
         seed: Seed of the weights.
         recipe: Name in `siglip_port.parity.siglip.recipes.RECIPES`.
@@ -191,7 +191,7 @@ def load(
     """Load the reference in `eval()` mode, and check that all its weights are loaded.
 
     Args:
-        source: Hub id, directory, or `.safetensors` file with `config.json` next to it.
+        source: Hub id, folder, or `.safetensors` file with `config.json` next to it.
         pooling_head: Whether the checkpoint has a pooling head. transformers follows `config.json`
             instead and would initialize a missing head randomly.
         dtype: dtype of the parameters.
@@ -243,7 +243,7 @@ def small_reference(
     Args:
         kind: `naflex` for a SigLIP 2 model with packed patches; `resized` for a model of fixed size
             with images of another size.
-        folder: Output directory.
+        folder: Output folder.
         seed: Seed of weights and inputs.
 
     Returns:
@@ -358,7 +358,7 @@ def process_image(processor: HFProcessor, image: object) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def as_folder(source: str | Path) -> Iterator[str | Path]:
-    """Yield a directory that transformers can load, for a `.safetensors` file of any name."""
+    """Yield a folder that transformers can load, for a `.safetensors` file of any name."""
     path = Path(source).expanduser()
     if not path.is_file():
         yield path if path.is_dir() else source

@@ -185,7 +185,7 @@ class SecondReference:
     @classmethod
     @contextlib.contextmanager
     def open(cls, package: str, folder: Path, device: str) -> Iterator[SecondReference]:
-        """Open the results in a directory; tensors are read on demand."""
+        """Open the results in a folder; tensors are read on demand."""
         about = json.loads((folder / "second_reference.json").read_text(encoding="utf-8"))
         with safe_open(folder / "outputs.safetensors", "pt", device=device) as file:
             yield cls(package, **about, read=file.get_tensor)

@@ -30,7 +30,7 @@ DEFAULT_CONFIG = SigLipVisionConfig(pooling_head=True)
 
 UNREACHABLE_REMEDY = (
     "check the spelling (no local path has this name), unset HF_HUB_OFFLINE if it is set, pass a "
-    "local directory, or compare random weights with --weights random and no --checkpoint"
+    "local folder, or compare random weights with --weights random and no --checkpoint"
 )
 
 MEMORY_NOTE_BYTES = 4e9
@@ -46,7 +46,7 @@ class LoadedPort:
 
     Attributes:
         model: Port.
-        source: Hub id, directory or file.
+        source: Hub id, folder or file.
         commit: Commit of a Hub repository.
         is_random: Whether the weights are random, written for this comparison.
     """
@@ -62,7 +62,7 @@ def load_port(options: VerifyOptions, scratch: Path) -> LoadedPort:
 
     Args:
         options: Options of the comparison.
-        scratch: Directory for random weights, which transformers writes.
+        scratch: Folder for random weights, which transformers writes.
 
     Raises:
         siglip_port.CheckpointError: The checkpoint cannot be read or downloaded.
@@ -72,7 +72,7 @@ def load_port(options: VerifyOptions, scratch: Path) -> LoadedPort:
     if isinstance(source, HubRepository) and source.weights is not None:
         raise ValueError(
             f"{options.checkpoint}: transformers cannot load one file of a repository; pass the "
-            "repository or a local directory"
+            "repository or a local folder"
         )
     is_default = is_on_hub and options.checkpoint == DEFAULT_CHECKPOINT
     needs_hub = is_on_hub and not (is_default and options.weights == "random")

@@ -32,7 +32,7 @@ class VerifyOptions:
     """Options of a comparison.
 
     Attributes:
-        checkpoint: Hub id, directory or file.
+        checkpoint: Hub id, folder or file.
         weights: `hub` for the checkpoint's weights; `random` for random weights for its
             architecture; `auto` for the checkpoint's, or random ones if the default checkpoint is
             unavailable.
@@ -44,7 +44,7 @@ class VerifyOptions:
         second_reference: Third implementation, in the form of `second_reference.parse`.
         optimized: Also check every engine of `siglip_port.optimize`.
         json: File for the JSON report.
-        report: Directory for reports in all formats.
+        report: Folder for reports in all formats.
         baseline: Earlier JSON report to compare with.
 
     Raises:
@@ -121,7 +121,7 @@ def check_writable(option: str, path: Path) -> None:
         raise OSError(f"{option} {path}: not a regular file; choose another path")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OSError(
-            f"{option} {path}: the directory is missing or not writable; choose another path"
+            f"{option} {path}: the folder is missing or not writable; choose another path"
         )
 
 

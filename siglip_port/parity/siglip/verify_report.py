@@ -108,7 +108,7 @@ def write_reports(folder: Path, report: Json, pixel_values: Tensor) -> list[str]
     """Write a report in every format; return the file names.
 
     Args:
-        folder: Output directory, created if missing.
+        folder: Output folder, created if missing.
         report: Return value of `make_report`.
         pixel_values: First image of the comparison, [C, S, S].
     """

@@ -64,7 +64,7 @@ def test_equal_models_pass() -> None:
         (repeat_first_image, "same output for every example"),
         (read_ignored_pixel, "positions of input 0 that affect only one side: "),
         (drop_last_token, "positions of input 0 that affect only one side: "),
-        (return_nan, "contains NaN or infinity"),
+        (return_nan, "contains NaN or Inf"),
     ],
 )
 def test_bugs(bug: Bug, message: str) -> None:

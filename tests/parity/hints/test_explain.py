@@ -60,7 +60,7 @@ def test_linear() -> None:
         (right * 1.5, "scaled by 1.5"),
         (right.float().double(), "cast to float32"),
         (right * 0, "all zeros"),
-        (right / 0, "NaN or infinity in the port"),
+        (right / 0, "NaN or Inf in the port"),
         (right[:, :4], "shape [2, 4, 6], expected [2, 5, 6]"),
     ]:
         assert explain_layer(linear, x, value.detach()) == hint

@@ -47,7 +47,7 @@ def triangulate(name: str, config: SigLipVisionConfig, broken: str = "") -> tupl
 
 @pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Directory for temporary files during a test."""
+    """Folder for temporary files during a test."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
