@@ -54,6 +54,35 @@ def checkpoints() -> str:
     return to_markdown(header, rows)
 
 
+def layouts() -> str:
+    """The layouts: what uses them, and the stored names that identify them."""
+    from siglip_port.checkpoint.layouts import LAYOUTS
+
+    rows = []
+    for layout in LAYOUTS:
+        patch_embedding, other = layout.signature_keys
+        dimensions = 2 if layout.square_dims is None else 4
+        names = f"`{patch_embedding}`, {dimensions} dimensions; `{other}`"
+        rows.append((f"`{layout.name}`", layout.used_by, names))
+    return to_markdown(["`layout=`", "used by", "recognized by, under any prefix"], rows)
+
+
+def models() -> str:
+    """The models that contain the encoder, by the layout of their files."""
+    from siglip_port.checkpoint.layouts import LAYOUTS
+
+    rows = []
+    others = []
+    for layout in LAYOUTS:
+        if layout.name in ("huggingface", "huggingface-naflex", "timm", "big_vision"):
+            rows.append((f"`{layout.name}`", layout.used_by))
+        elif not layout.name.endswith(("-naflex", "-scanned")):
+            others.append(layout)
+    names = ", ".join(f"`{layout.name}`" for layout in others)
+    rows.append((names, "; ".join(layout.used_by for layout in others)))
+    return to_markdown(["layout", "used by"], rows)
+
+
 def commands() -> str:
     """The commands of `siglip-port`."""
     import typer.main
@@ -135,8 +164,8 @@ def proof() -> str:
     false_alarms = sum(run["false_alarm"] for run in runs)
     return (
         f"`uv run compare_origin.py --selftest` plants {len(mutants)} bugs in the port, "
-        f"{public} of them with a public source. The gates detect {detected}, each at its place, with "
-        f"{false_alarms} false alarms in {len(runs)} runs of {variants} equivalent variants "
+        f"{public} of them with a public source. The gates detect {detected}, each at its place, "
+        f"with {false_alarms} false alarms in {len(runs)} runs of {variants} equivalent variants "
         "([details](docs/parity.md)).\n"
     )
 
@@ -172,6 +201,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "checkpoints": checkpoints,
     "commands": commands,
     "gates": gates,
+    "layouts": layouts,
+    "models": models,
     "proof": proof,
     "selftest": selftest,
     "verdict": verdict,

@@ -154,6 +154,7 @@ class Layout:
     Attributes:
         name: Value of `layout=`.
         title: Name in messages.
+        used_by: Libraries and models that store the encoder this way, for the docs.
         encoder: Rules of the encoder.
         head: Rules of the pooling head; empty if this layout has none.
         signature_keys: Two stored names, the patch embedding's weight first.
@@ -170,6 +171,7 @@ class Layout:
 
     name: str
     title: str
+    used_by: str
     encoder: tuple[KeyRule, ...]
     head: tuple[KeyRule, ...]
     signature_keys: tuple[str, str]

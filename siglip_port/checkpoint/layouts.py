@@ -107,6 +107,11 @@ HUGGINGFACE_HEAD = table(
 HUGGINGFACE = Layout(
     name="huggingface",
     title="HuggingFace",
+    used_by=(
+        "transformers: SigLIP and SigLIP 2, PaliGemma, ColPali, Gemma 3, LLaVA-OneVision, "
+        "LLaVA-NeXT, Idefics2, Idefics3, SmolVLM, DeepSeek-VL; also MiniCPM-V from 2.5, "
+        "Phi-4-multimodal, the original LLaVA-OneVision and LLaVA-NeXT"
+    ),
     encoder=HUGGINGFACE_ENCODER,
     head=HUGGINGFACE_HEAD,
     signature_keys=(
@@ -132,6 +137,7 @@ HUGGINGFACE_NAFLEX = replace(
     HUGGINGFACE,
     name="huggingface-naflex",
     title="HuggingFace NaFlex",
+    used_by="transformers: SigLIP 2 NaFlex, LFM2-VL",
     encoder=renamed(
         HUGGINGFACE_ENCODER,
         ("embeddings.patch_embedding.*", "embeddings.patch_embedding.*", PATCHES),
@@ -144,6 +150,7 @@ JANUS = replace(
     HUGGINGFACE,
     name="janus",
     title="Janus (HuggingFace)",
+    used_by="transformers: Janus",
     encoder=renamed(
         HUGGINGFACE_ENCODER,
         ("encoder.layers.{}.self_attn.out_proj.*",
@@ -160,6 +167,7 @@ MLX = replace(
     HUGGINGFACE,
     name="mlx",
     title="mlx",
+    used_by="mlx-vlm, mlx-embeddings, not quantized",
     encoder=renamed(
         HUGGINGFACE_ENCODER,
         ("embeddings.patch_embedding.*", "embeddings.patch_embedding.*", CHANNEL_LAST),
@@ -171,6 +179,7 @@ MLX = replace(
 GEMMA_PYTORCH = Layout(
     name="gemma_pytorch",
     title="gemma_pytorch",
+    used_by="google/gemma_pytorch",
     encoder=renamed(
         HUGGINGFACE_ENCODER,
         # HuggingFace                               gemma_pytorch
@@ -227,6 +236,10 @@ TIMM_HEAD = table(
 TIMM = Layout(
     name="timm",
     title="timm",
+    used_by=(
+        "timm, with attention or mean pooling; open_clip; OpenVLA, Prismatic, MiniCPM-V 2.0, "
+        "Janus, JanusFlow and DeepSeek-VL in their original files"
+    ),
     encoder=TIMM_ENCODER,
     head=TIMM_HEAD,
     signature_keys=("patch_embed.proj.weight", "blocks.0.norm1.weight"),
@@ -242,6 +255,7 @@ TIMM_NAFLEX = replace(
     TIMM,
     name="timm-naflex",
     title="timm NaFlex",
+    used_by="timm `naflexvit_*`",
     encoder=renamed(
         TIMM_ENCODER,
         # timm                      timm NaFlex
@@ -257,6 +271,7 @@ TIMM_NAFLEX = replace(
 NANOVLM = Layout(
     name="nanovlm",
     title="nanoVLM",
+    used_by="nanoVLM",
     encoder=renamed(
         TIMM_ENCODER,
         # timm                      nanoVLM
@@ -277,6 +292,7 @@ NANOVLM = Layout(
 MOONDREAM = Layout(
     name="moondream",
     title="Moondream",
+    used_by="Moondream",
     encoder=renamed(
         TIMM_ENCODER,
         # timm                      Moondream
@@ -299,6 +315,7 @@ MOONDREAM_OLD = replace(
     MOONDREAM,
     name="moondream-old",
     title="Moondream before 2025",
+    used_by="Moondream 2 from April 2024",
     encoder=renamed(
         TIMM_ENCODER,
         ("patch_embed.proj.*", "patch_embed.linear.*", PATCHES_CHANNEL_FIRST),
@@ -359,6 +376,7 @@ BIG_VISION_HEAD = table(
 BIG_VISION = Layout(
     name="big_vision",
     title="big_vision",
+    used_by="big_vision (`.npz`)",
     encoder=BIG_VISION_ENCODER,
     head=BIG_VISION_HEAD,
     signature_keys=("embedding/kernel", "Transformer/encoderblock_0/LayerNorm_0/scale"),
@@ -373,6 +391,7 @@ BIG_VISION_NAFLEX = replace(
     BIG_VISION,
     name="big_vision-naflex",
     title="big_vision NaFlex",
+    used_by="big_vision NaFlex (`.npz`)",
     encoder=renamed(
         BIG_VISION_ENCODER,
         ("embedding/kernel",    "embedding/kernel",     PATCHES_TRANSPOSED),
@@ -397,6 +416,7 @@ def scanned(layout: Layout) -> Layout:
         layout,
         name=f"{layout.name}-scanned",
         title=f"{layout.title}, blocks stacked",
+        used_by=f"{layout.used_by} trained with `scan`; PaliGemma's `.npz`",
         encoder=tuple(rules),
         signature_keys=("embedding/kernel", "Transformer/encoderblock/LayerNorm_0/scale"),
     )

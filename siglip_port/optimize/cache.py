@@ -31,7 +31,7 @@ def model_cache_folder(
 
     Args:
         model: Model, whose weights are hashed.
-        cache_dir: Cache folder. [default: `siglip_port/engines` in the user's cache folder]
+        cache_dir: Cache folder. [default: `engines` of siglip_port in the user's cache]
     """
     if cache_dir is None:
         user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -79,7 +79,7 @@ def optimize(
         engines: Names in `ENGINES` to try besides `eager`. [default: every engine for `dtype`]
         batch_size: Batch size to optimize for.
         cache_dir: Cache folder; compiled files in it are executed, so it must not be writable by
-            others. [default: `siglip_port/engines` in the user's cache folder]
+            others. [default: `engines` of siglip_port in the user's cache]
 
     Returns:
         Optimized model in `eval()` mode; `print(model.choice)` shows the engine and measurements.

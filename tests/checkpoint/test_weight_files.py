@@ -70,7 +70,7 @@ def test_pickles_refused(checkpoint: MakeCheckpoint, name: str) -> None:
     for source in (folder, folder / name):
         with pytest.raises(
             CheckpointError,
-            match=rf"pickled weights \({name}\) are not supported: loading a pickle can run arbitrary",
+            match=rf"pickled weights \({name}\) are not supported: loading a pickle can run",
         ):
             load(source)
     (folder / name).rename(folder / "model.safetensors")

@@ -74,7 +74,7 @@ def test_address(address: str, revision: str | None, weights: str | None, hub: H
         ),
         (
             "https://huggingface.co/google/a/blob/v1/a.bin",
-            "'a.bin' is not a weights file in the root folder; .*pickled weights .* are not supported",
+            "'a.bin' is not a weights file in the root folder; .*pickled weights .* are not",
         ),
         (
             "hf://google/a/sub/model.safetensors",
