@@ -60,9 +60,10 @@ def test_no_glossary() -> None:
 
 def test_the_glossary() -> None:
     glossary = read_glossary(GLOSSARY.read_text(encoding="utf-8"))
-    assert glossary.text.search("Pictures of a tower")
-    assert "tower" in glossary.words
-    assert "found" in glossary.names
+    phrase = next(term for term in glossary.terms if not term.startswith("`"))
+    assert glossary.text.search(f"Two {phrase.capitalize()}s of it")
+    assert glossary.words
+    assert glossary.names
 
 
 def test_find_files(tmp_path: Path) -> None:
