@@ -102,16 +102,6 @@ PALIGEMMA_VISION = {
     "vision_use_head": False,
 }
 
-SETUPS = {
-    "docs/training.md": """
-import torch
-from torch import nn
-from siglip_port import SigLipVisionModel
-pixel_values = torch.rand(2, 3, 224, 224) * 2 - 1
-"""
-}
-"""What a document leaves out of its examples, as it says."""
-
 
 def save_paligemma(folder: Path) -> None:
     config = transformers.PaliGemmaConfig(
@@ -143,7 +133,6 @@ def example_folder(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def run_examples(document: str, edit: Callable[[str], str] = str) -> Iterator[str]:
     """Run the Python blocks of a document in one namespace; yield each one after it has run."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    exec(SETUPS.get(document, ""), namespace)
     for block in python_blocks(document):
         if block.reason is None:
             exec(compile(edit(block.text), document, "exec"), namespace)
