@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -164,7 +165,7 @@ def proof() -> str:
     false_alarms = sum(run["false_alarm"] for run in runs)
     return (
         f"`uv run compare_origin.py --selftest` plants {len(mutants)} bugs in the port, "
-        f"{public} of them with a public source. The gates detect {detected}, each at its place, "
+        f"{public} of them with a public source. The gates detect {detected}, each at its location, "
         f"with {false_alarms} false alarms in {len(runs)} runs of {variants} equivalent variants "
         "([details](docs/parity.md)).\n\nEach gate is judged on weights made for it. On the same "
         "weights for every rule, fresh or stressed, the gates still detect the most:\n"
@@ -180,7 +181,8 @@ def acceptance_rules() -> str:
         cells = []
         for name in weights:
             false_alarms = rule["false_alarms"][name]
-            suffix = f" ({false_alarms} false alarms)" if false_alarms else ""
+            noun = "false alarm" if false_alarms == 1 else "false alarms"
+            suffix = f" ({false_alarms} {noun})" if false_alarms else ""
             cells.append(f"{rule['detected'][name]}{suffix}")
         rows.append((rule["rule"], *cells))
     return to_markdown([f"detected, of {recorded['mutants']}", *weights.values()], rows)
@@ -189,10 +191,10 @@ def acceptance_rules() -> str:
 def verdict() -> str:
     """The last lines of the recorded comparison: two gates, and the verdict."""
     lines = (ROOT / "docs" / "verify.txt").read_text(encoding="utf-8").splitlines()
-    gates = [line for line in lines if line.startswith(("gate ", "numerics ", "rounding float32"))]
-    text = "\n".join(
-        ["$ uv run compare_origin.py --weights random", "...", *gates, "...", lines[-1]]
-    )
+    shown = [line for line in lines if line.startswith(("gate ", "numerics ", "rounding float32"))]
+    last = textwrap.fill(lines[-1], 110, subsequent_indent="  ")
+    command = "$ uv run compare_origin.py --weights random"
+    text = "\n".join([command, "...", *shown, "...", last])
     return f"```\n{text}\n```\n"
 
 

@@ -1,6 +1,6 @@
 """Fuzzes checkpoint loading: a damaged checkpoint is refused, or loaded as its files describe it.
 
-    uv run scripts/fuzz/run.py --count 100000      half an hour on 2 cores (Linux)
+    uv run scripts/fuzz/run.py --count 100000      37 minutes on 2 cores (Linux)
 
 A mutant is a damaged checkpoint; seed and number determine it, and a failure is printed with the
 arguments that repeat it. `SigLipVisionModel.from_hf` loads each mutant, in worker processes that
