@@ -165,10 +165,10 @@ def proof() -> str:
     false_alarms = sum(run["false_alarm"] for run in runs)
     return (
         f"`uv run compare_origin.py --selftest` plants {len(mutants)} bugs in the port, "
-        f"{public} of them with a public source. The gates detect {detected}, each at its location, "
-        f"with {false_alarms} false alarms in {len(runs)} runs of {variants} equivalent variants "
-        "([details](docs/parity.md)).\n\nEach gate is judged on weights made for it. On the same "
-        "weights for every rule, fresh or stressed, the gates still detect the most:\n"
+        f"{public} of them with a public source. The gates detect {detected}, each at its "
+        f"location, with {false_alarms} false alarms in {len(runs)} runs of {variants} equivalent "
+        "variants ([details](docs/parity.md)).\n\nEach gate is judged on weights made for it. On "
+        "the same weights for every rule, fresh or stressed, the gates still detect the most:\n"
     )
 
 
