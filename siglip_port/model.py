@@ -134,7 +134,7 @@ class MultiheadAttention(nn.Module):
 
     Args:
         config: Model configuration.
-        dropout: Dropout of attention weights. [default: `config.attention_dropout`]
+        dropout: Dropout of attention weights; None for `config.attention_dropout`.
     """
 
     def __init__(self, config: SigLipVisionConfig, *, dropout: float | None = None) -> None:

@@ -63,7 +63,7 @@ class PrepackedLinear(nn.Linear):
         return F.gelu(output, approximate=self.algorithm)
 
     def can_use_onednn(self, input: Tensor) -> bool:
-        """Whether oneDNN supports the call: on a CPU, without gradients."""
+        """Return whether oneDNN supports the call: on a CPU, without gradients."""
         if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
             return False
         return self.weight.device.type == "cpu" and self.weight.dtype in ONEDNN_DTYPES

@@ -26,12 +26,12 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def tensors_equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of the same shape and dtype are bitwise equal."""
+    """Return whether two tensors of the same shape and dtype are bitwise equal."""
     return torch.equal(bits(first), bits(second))
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor contains neither NaN nor infinity."""
+    """Return whether a tensor contains neither NaN nor infinity."""
     return bool(tensor.isfinite().all())
 
 
@@ -40,7 +40,7 @@ class RelativeError(NamedTuple):
 
     Attributes:
         overall: ||value - exact|| / ||exact|| over all elements.
-        worst: largest ||value - exact|| of one vector [D], divided by the root mean square norm of
+        worst: Largest ||value - exact|| of one vector [D], divided by the root mean square norm of
             the exact vectors.
     """
 
@@ -54,7 +54,7 @@ class ErrorMeter:
     Parts are consecutive along the first axis; the whole tensor may pass several times.
 
     Args:
-        exact: expected tensor.
+        exact: Expected tensor.
     """
 
     def __init__(self, exact: Tensor) -> None:

@@ -12,9 +12,9 @@ class Meaning:
     """Description of a gate.
 
     Attributes:
-        question: question that the gate answers.
-        text: statement that holds if the gate passes.
-        bound: largest difference that passes.
+        question: Question that the gate answers.
+        text: Statement that holds if the gate passes.
+        bound: Largest difference that passes.
     """
 
     question: str

@@ -79,5 +79,5 @@ def explain_cast(value: Tensor, exact: Tensor) -> str:
 
 
 def is_representable(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a dtype represents every element of a tensor exactly."""
+    """Return whether a dtype represents every element of a tensor exactly."""
     return torch.equal(round_to(tensor, dtype), tensor)

@@ -27,8 +27,8 @@ class Recipe:
         purpose: Purpose of the weights.
         attention: Factor on the weights of q and k, for attention far from uniform.
         probe: Factor on the pooling probe.
-        shrink: Scale all outputs to the residual stream by sqrt(eps), so that the variances in the
-            LayerNorms are of the size of eps.
+        shrink: Whether to scale all outputs to the residual stream by sqrt(eps), so that the
+            variances in the LayerNorms are of the size of eps.
         tail: Share of the MLPs' hidden units with inputs near `tail_at`.
         tail_at: Input in the tail of GELU, where its variants differ most.
         amplify: Size of constants that cancel exactly and amplify rounding errors; 0 for none.

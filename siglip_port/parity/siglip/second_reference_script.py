@@ -1,4 +1,4 @@
-"""Runs a second reference on a SigLIP model's weights, in float64.
+"""Run a second reference on a SigLIP model's weights, in float64.
 
     python second_reference_script.py PACKAGE DIR
 
