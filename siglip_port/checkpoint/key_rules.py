@@ -161,7 +161,7 @@ class Layout:
         square_dims: Dimensions of the patch embedding's weight that are the height and width of a
             patch, and therefore equal; None if the weight is a matrix, as in NaFlex models.
         ignored: Other tensors that may occur under the prefix.
-        rejected_keys: Stored names of other models with the same signature -> name of the model.
+        rejected_keys: (stored name, reason) pairs that exclude other models with this signature.
         naflex: Whether the model accepts images of any aspect ratio.
         has_hf_config: Whether transformers' `config.json` describes the architecture.
         layer_norm_eps: LayerNorm epsilon, if fixed by the code that defines the layout.

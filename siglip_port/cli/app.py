@@ -77,7 +77,7 @@ def main_options(
         ),
     ] = False,
 ) -> None:
-    """Take the options that precede the command."""
+    """Declare the options that precede the command."""
 
 
 def verify(ctx: typer.Context) -> None:

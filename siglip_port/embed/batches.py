@@ -35,9 +35,9 @@ class BatchResult:
 
     Attributes:
         number: Number of the batch.
-        sizes: (height, width) of each image in pixels, None where it cannot be read.
-        errors: Error message of each image, empty where there is none.
-        vectors: [B, embedding_dim], NaN where there is an error.
+        sizes: (height, width) of each image in pixels; None on error.
+        errors: Error message of each image; empty on success.
+        vectors: Embeddings, [B, embedding_dim]; NaN on error.
         decode_seconds: Decoding time, summed over the images.
         preprocess_seconds: Preprocessing time, summed over the images.
         model_seconds: Time of the forward pass.

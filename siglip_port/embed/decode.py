@@ -32,9 +32,9 @@ class DecodedImage:
     """Model input of one image, or the reason why there is none.
 
     Attributes:
-        pixels: [3, H, W], float32; None where the image cannot be read.
-        size: (height, width) of the original image in pixels, after EXIF rotation.
-        error: Error message; empty where there is none.
+        pixels: Model input, [3, H, W], float32; None on error.
+        size: (height, width) of the original image in pixels, after EXIF rotation; None on error.
+        error: Error message; empty on success.
         decode_seconds: Time to read and decode.
         preprocess_seconds: Time to resize and normalize.
     """

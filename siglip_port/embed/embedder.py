@@ -98,9 +98,8 @@ class Embedder(BatchEncoder):
 
         Returns:
             The columns of the batch, without the image column unless it contains paths, and
-            `width` and `height` in pixels (int32, 0 where there is an error), `embedding`
-            [B, embedding_dim] (NaN where there is an error) and `error` (empty where there is
-            none).
+            `width` and `height` in pixels (int32, 0 on error), `embedding` [B, embedding_dim]
+            (NaN on error) and `error` (empty on success).
 
         Raises:
             ValueError: The batch has no image column.

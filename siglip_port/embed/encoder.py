@@ -100,7 +100,7 @@ class ModelSource:
 
 
 class BatchEncoder:
-    """Compute embeddings of decoded images.
+    """Encoder of decoded images.
 
     Can be pickled at any time; weights are loaded on first use. Every batch is padded to
     `batch_size` with blank images, so that an embedding does not depend on the number of images
@@ -189,8 +189,8 @@ class BatchEncoder:
             images: B decoded images.
 
         Returns:
-            Embeddings [B, embedding_dim] of dtype `output_dtype`, NaN where there is an error; and
-            the B error messages, empty where there is none.
+            Embeddings [B, embedding_dim] of dtype `output_dtype`, NaN on error; and the B error
+            messages, empty on success.
         """
         if not self.processor.do_resize:
             images = [self.reject_wrong_size(image) for image in images]

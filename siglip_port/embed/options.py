@@ -41,8 +41,8 @@ class EmbedOptions:
             On a Ray cluster: processes that hold the model; None fills the cluster.
         format: `parquet`; or `npy`, which stores embeddings in an array beside each Parquet file.
         executor: `local` for this machine, `ray` for a Ray cluster.
-        address: Address of the Ray cluster; None for the one that Ray detects, or a new one on
-            this machine.
+        address: Address of the Ray cluster; None for a detected one, or else a new one on this
+            machine.
 
     Raises:
         ValueError: An option is not supported.

@@ -48,8 +48,7 @@ def run_on_ray(
         batches: Batches to run.
         num_workers: Processes that hold the model; None fills the cluster, leaving one CPU per
             process for decoding.
-        address: Address of the cluster; None for the one that Ray detects, or a new one on this
-            machine.
+        address: Address of the cluster; None for a detected one, or else a new one on this machine.
 
     Yields:
         Results, in any order.
@@ -156,7 +155,7 @@ def run_dataset(
 
 
 class DecodeStage:
-    """Map a row with the items of a batch to a row with its decoded images."""
+    """Stage that maps a row with the items of a batch to a row with its decoded images."""
 
     def __init__(self, processor: ImageProcessor) -> None:
         self.processor = processor
@@ -169,7 +168,7 @@ class DecodeStage:
 
 
 class ModelStage:
-    """Map a row with the decoded images of a batch to a row with its `BatchResult`."""
+    """Stage that maps a row with decoded images to a row with the `BatchResult` of the batch."""
 
     def __init__(self, encoder_ref: ray.ObjectRef[BatchEncoder]) -> None:
         import ray

@@ -113,9 +113,9 @@ def embed(
 ) -> Progress:
     """Write embeddings of images to Parquet files, `part-000000.parquet` and so on.
 
-    Columns: `id`, `path`, `width`, `height`, `embedding` (a fixed-size list, NaN where there is an
-    error) and `error` (null where there is none). The metadata of each file contains the settings
-    of the run. The same call resumes an interrupted run: complete files are kept.
+    Columns: `id`, `path`, `width`, `height`, `embedding` (a fixed-size list, NaN on error) and
+    `error` (null on success). The metadata of each file contains the settings of the run. The same
+    call resumes an interrupted run: complete files are kept.
 
     Args:
         inputs: Folders, files and patterns, see `siglip_port.embed.inputs.find_items`.
@@ -136,11 +136,11 @@ def embed(
         normalize: Whether to scale embeddings to unit length.
         output_dtype: Dtype of the stored embeddings.
         format: `parquet` for a column `embedding`; `npy` for an array [rows, D] beside each
-            Parquet file, NaN where there is an error.
+            Parquet file, NaN on error.
         backend: Image backend, see `siglip_port.image_processing.ImageProcessor`.
         executor: `local` for this machine, `ray` for a Ray cluster, see `siglip_port.embed.ray`.
-        address: Address of the Ray cluster; None for the one that Ray detects, or a new one on
-            this machine.
+        address: Address of the Ray cluster; None for a detected one, or else a new one on this
+            machine.
         on_progress: Function that is called after every batch.
 
     Returns:

@@ -19,7 +19,7 @@ LISTING_SECONDS = 20.0
 
 
 class RepositoryClient:
-    """Requests the files of a repository from the Hub.
+    """Client that requests the files of a repository from the Hub.
 
     The first file resolves the revision to a commit; all other files are requested from that
     commit, so a push between two requests cannot mix two versions. If the Hub cannot be reached,

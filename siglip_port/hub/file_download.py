@@ -34,7 +34,7 @@ Download = Callable[[RemoteFile, Path], Path]
 
 
 class FileDownloader:
-    """Downloads whole files of a repository.
+    """Downloader of whole files of a repository.
 
     Args:
         client: Client of the repository.

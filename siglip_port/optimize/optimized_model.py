@@ -54,7 +54,7 @@ class EngineTransformer(SigLipVisionTransformer):
     def forward(
         self, pixel_values: Tensor, pixel_attention_mask: Mask = None, spatial_shapes: Shapes = None
     ) -> Tensor:
-        """Images [B, C, S, S] or packed patches [B, N, P * P * C] -> tokens [B, N, D]."""
+        """Encode images [B, C, S, S] or packed patches [B, N, P * P * C] into tokens [B, N, D]."""
         has_patches = pixel_attention_mask is not None or spatial_shapes is not None
         if self.run is None or has_patches or not self.fits_engine(pixel_values):
             return super().forward(pixel_values, pixel_attention_mask, spatial_shapes)

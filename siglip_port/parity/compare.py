@@ -83,7 +83,7 @@ def compare(
 
 
 def parameter_dtype(module: nn.Module) -> torch.dtype:
-    """Dtype of a module's first floating point parameter; float32 without one."""
+    """Return the dtype of a module's first floating point parameter; float32 without one."""
     for parameter in module.parameters():
         if parameter.is_floating_point():
             return parameter.dtype

@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
-    """||value - exact|| / ||exact|| over all elements; not finite if `exact` is all zeros."""
+    """Return ||value - exact|| / ||exact|| over all elements; not finite if `exact` is zero."""
     exact = exact.double()
     return float((value.double() - exact).norm() / exact.norm())
 
 
 def cosine(value: Tensor, exact: Tensor) -> Tensor:
-    """Cosine similarity along the last axis: [..., D], [..., D] -> [...], float64."""
+    """Return the cosine similarity along the last axis: [..., D], [..., D] -> [...], float64."""
     return torch.cosine_similarity(value.double(), exact.double(), dim=-1)
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """Bytes of a tensor as uint8: 0 and -0 differ, and a NaN equals itself."""
+    """Return the bytes of a tensor as uint8: 0 and -0 differ, and a NaN equals itself."""
     return tensor.contiguous().view(torch.uint8)
 
 
@@ -49,7 +49,7 @@ class RelativeError(NamedTuple):
 
 
 class ErrorMeter:
-    """Measure the error of a tensor that arrives in parts.
+    """Meter of the error of a tensor that arrives in parts.
 
     Parts are consecutive along the first axis; the whole tensor may pass several times.
 
@@ -99,7 +99,7 @@ class ErrorMeter:
         return exact
 
     def error(self) -> RelativeError:
-        """Error of all parts; infinite if they do not cover the expected tensor."""
+        """Return the error of all parts; infinite if they do not cover the expected tensor."""
         if not self.is_complete:
             return RelativeError(math.inf, math.inf)
         norm = float(self.exact.double().norm())

@@ -236,7 +236,7 @@ def substitute(value: Tensor, exact: Tensor) -> Tensor:
 
 
 class TapComparison:
-    """Compare the values at the taps of a side with the exact ones.
+    """Comparison of the values at the taps of a side with the exact ones.
 
     Args:
         exact: Exact values by point of the reference.

@@ -86,7 +86,7 @@ class Finding:
     hint: str = ""
 
     def __str__(self) -> str:
-        """Location, message, error and hint in one line."""
+        """Format location, message, error and hint in one line."""
         place = self.reference
         if self.port and self.port != self.reference:
             place = f"{place} (port: {self.port})" if place else f"port: {self.port}"
@@ -213,7 +213,7 @@ class Comparison:
         return text
 
     def __str__(self) -> str:
-        """Findings, one per line, and the verdict."""
+        """Format the findings, one per line, and the verdict."""
         findings = self.findings
         lines = [f"  {gate.name}: {finding}" for _, gate, finding in findings[:MAX_FINDINGS_SHOWN]]
         if len(findings) > MAX_FINDINGS_SHOWN:

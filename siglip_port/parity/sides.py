@@ -63,7 +63,7 @@ class Side:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name of a dtype without `torch.`."""
+    """Return the name of a dtype without `torch.`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -126,7 +126,7 @@ def example(inputs: Inputs, i: int) -> Inputs:
 
 
 def batch_size(inputs: Inputs) -> int:
-    """Length of the first axis of the first tensor in `inputs`."""
+    """Return the length of the first axis of the first tensor in `inputs`."""
     if isinstance(inputs, Tensor):
         return len(inputs)
     values = inputs.values() if isinstance(inputs, Mapping) else inputs

@@ -237,7 +237,7 @@ def confirm_mask(probe: PerturbationProbe, tensor: Tensor, mask: Tensor, expecte
 
 
 class PerturbationProbe:
-    """Run a side repeatedly, each time with one tensor perturbed.
+    """Probe that runs a side repeatedly, each time with one tensor perturbed.
 
     Args:
         side: Side to run.

@@ -129,7 +129,7 @@ def sharpen_attention(weights: Weights, recipe: Recipe) -> None:
 
 
 def park_in_tail(weights: Weights, recipe: Recipe, generator: torch.Generator) -> None:
-    """Give a share of fc1's units inputs from N(tail_at, 0.25^2), and rescale fc2."""
+    """Move the inputs of a share of fc1's units to N(tail_at, 0.25^2), and rescale fc2."""
     sample = recipe.tail_at + TAIL_SPREAD * torch.randn(4096, generator=generator)
     activations = nn.functional.gelu(sample, approximate="tanh")
     size = float(activations.square().mean().sqrt())
