@@ -261,7 +261,7 @@ class ImageProcessor:
 
 
 def as_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
-    """Return one image or several as a list."""
+    """Return images as a list; a single image becomes a list of one."""
     if isinstance(images, (list, tuple)):
         return list(images)
     return [cast("ImageInput", images)]

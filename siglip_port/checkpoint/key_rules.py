@@ -119,7 +119,7 @@ class IgnoredKeys:
     """Stored tensors that the vision encoder does not need.
 
     Attributes:
-        pattern: Regular expression that matches their full names.
+        pattern: Regular expression that matches the full stored names.
         reason: Kind of tensor, for messages.
     """
 

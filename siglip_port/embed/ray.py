@@ -58,7 +58,7 @@ def run_on_ray(
         EmbedError: The cluster cannot be reached or is too small, or its processes keep dying.
     """
     # Ray reads these when it is imported. Nodes have siglip-port installed, so `uv run` need not
-    # copy this folder's environment to them. A cluster started here sends no usage statistics.
+    # copy this folder's environment to them. A local cluster sends no usage statistics.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     require("ray")

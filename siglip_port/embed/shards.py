@@ -1,6 +1,6 @@
 """Files of a run: shards of rows, and the settings that produced them.
 
-A file is complete or absent, however the run ends.
+A file is either complete or absent, even after a crash.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def claim_folder(folder: Path, settings: Settings) -> None:
 def exclusive_lock(folder: Path) -> Iterator[None]:
     """Create an output folder and lock it against other runs.
 
-    The lock is released when the process ends, however it ends.
+    The lock is released when the process ends, even after a crash.
 
     Raises:
         EmbedError: Another run holds the lock.

@@ -270,8 +270,7 @@ class RemoteFile:
         """Yield the bytes of a range from one request.
 
         Raises:
-            TransientError: The request failed, perhaps after some of the bytes; a retry may
-                succeed.
+            TransientError: The request failed, possibly partway; a retry may succeed.
         """
         headers = {"Range": f"bytes={first}-{stop - 1}"}
         with (

@@ -246,7 +246,7 @@ def build_candidates(
 
 
 def median_seconds(models: Mapping[str, OptimizedModel], images: Tensor) -> dict[str, float]:
-    """Time models in turns, so that drift cancels; return nothing for a single model."""
+    """Time models interleaved, so that drift cancels; return nothing for a single model."""
     if len(models) < 2:
         return {}
     times: dict[str, list[float]] = {name: [] for name in models}

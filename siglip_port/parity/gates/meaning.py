@@ -1,4 +1,4 @@
-"""Meaning and bound of each gate. Every gate runs, whatever the result of the gates before it."""
+"""Meaning and bound of each gate. Every gate runs, regardless of earlier results."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def influence_by_perturbation(
 
     Args:
         port: Port to run.
-        inputs: Its inputs.
+        inputs: Inputs of the port.
         suspected: Result for its gradients.
         expected: Result for the reference.
     """
@@ -241,7 +241,7 @@ class PerturbationProbe:
 
     Args:
         side: Side to run.
-        inputs: Its inputs.
+        inputs: Inputs of the side.
     """
 
     def __init__(self, side: Side, inputs: Inputs) -> None:

@@ -50,8 +50,8 @@ def layer_norm_guesses(norm: nn.LayerNorm, x: Tensor, exact: Tensor) -> Iterator
 
     Args:
         norm: The reference's LayerNorm.
-        x: Its input.
-        exact: Its output.
+        x: Input of the LayerNorm, [..., D].
+        exact: Output of the LayerNorm, [..., D].
     """
     eps = norm.eps
     gain = norm.weight
@@ -88,8 +88,8 @@ def fitted_eps(norm: nn.LayerNorm, x: Tensor, value: Tensor) -> str:
 
     Args:
         norm: The reference's LayerNorm.
-        x: Its input.
-        value: The port's output.
+        x: Input of the LayerNorm, [..., D].
+        value: The port's output, [..., D].
 
     Returns:
         The hint; empty if no eps reproduces the port's values.

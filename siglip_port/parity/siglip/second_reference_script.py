@@ -91,7 +91,7 @@ def build_transformers(folder: Path, config: Json, weights: Tensors) -> Implemen
             outputs["pooled"] = output.pooler_output
         return outputs
 
-    # The softmax of the eager attention is float32 whatever the dtype.
+    # The softmax of the eager attention is float32 in every dtype.
     attention = getattr(model.config, "_attn_implementation", "eager")
     label = f"transformers {transformers.__version__}"
     is_float64 = attention != "eager"
