@@ -200,7 +200,7 @@ def run(
     Args:
         inputs: Folders, files and patterns.
         output: Output folder.
-        model: Model, on the device on which to run it.
+        model: SigLIP vision encoder, on the device to use.
         options: Keyword arguments of `siglip_port.embed.embed`.
     """
     from siglip_port.embed import EmbedError

@@ -43,7 +43,7 @@ def run_on_ray(
     Results return to this process, which writes them.
 
     Args:
-        encoder: Model. Each process that holds it reserves `threads` CPUs, and one GPU if the
+        encoder: Encoder of the decoded images. Each process that holds it reserves `threads` CPUs, and one GPU if the
             model is on a GPU.
         batches: Batches to run.
         num_workers: Processes that hold the model; None fills the cluster, leaving one CPU per
@@ -97,7 +97,7 @@ def model_count(encoder: BatchEncoder, num_workers: int | None) -> int:
     """Return the number of processes that hold the model.
 
     Args:
-        encoder: Model.
+        encoder: Encoder of the decoded images.
         num_workers: Requested number; None fills the cluster.
 
     Raises:

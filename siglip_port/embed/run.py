@@ -120,7 +120,7 @@ def embed(
     Args:
         inputs: Folders, files and patterns, see `siglip_port.embed.inputs.find_items`.
         output_dir: Output folder; created if it does not exist.
-        model: Model, on the device on which to run it.
+        model: SigLIP vision encoder, on the device to use.
         dtype: Compute dtype; None for the model's own.
         engine: Name in `siglip_port.optimize.ENGINES`; `fastest` for the one chosen by
             `optimize`, which takes minutes the first time; None for the engine of the run being
@@ -283,7 +283,7 @@ def run_local(
     """Decode in worker processes and run the model in this one.
 
     Args:
-        encoder: Model.
+        encoder: Encoder of the decoded images.
         batches: Batches to run.
         num_workers: Decoding processes; None for one per CPU core.
     """

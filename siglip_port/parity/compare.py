@@ -48,7 +48,7 @@ def compare(
             only.
         call_reference: Function (module, inputs) -> outputs by name; required if the two modules
             name their outputs differently.
-        call_port: The same for the port.
+        call_port: Function like `call_reference`, for the port.
         weights: Function that returns the port's tensors under the names of the reference's
             `state_dict`; None skips the gate `weights`.
         dtype: Dtype of the gate `rounding`; None for that of the reference's parameters.
@@ -117,7 +117,7 @@ def assert_parity(
     """Fail a test if port and reference differ; takes the arguments of `compare`.
 
     Raises:
-        AssertionError: They differ; the message is the findings and the verdict.
+        AssertionError: Port and reference differ; the message is the findings and the verdict.
         ValueError: The inputs, the taps or the reference cannot be used.
     """
     comparison = compare(
