@@ -43,8 +43,8 @@ def run_on_ray(
     Results return to this process, which writes them.
 
     Args:
-        encoder: Encoder of the decoded images. Each process that holds it reserves `threads` CPUs, and one GPU if the
-            model is on a GPU.
+        encoder: Encoder of the decoded images. Each process that holds it reserves `threads` CPUs,
+            and one GPU if the model is on a GPU.
         batches: Batches to run.
         num_workers: Processes that hold the model; None fills the cluster, leaving one CPU per
             process for decoding.
