@@ -1,4 +1,4 @@
-"""A PyTorch SigLIP vision encoder that loads every published checkpoint layout, with its proof."""
+"""PyTorch SigLIP vision encoder that loads every published checkpoint and matches transformers."""
 
 from __future__ import annotations
 

@@ -89,8 +89,8 @@ def commit_files(files: Sequence[Path], folder: Path) -> None:
     """
     for file in files:
         # without fsync, a power failure after the move may lose the contents
-        with file.open("r+b") as opened:
-            os.fsync(opened.fileno())
+        with file.open("r+b") as stream:
+            os.fsync(stream.fileno())
     new_names = {file.name for file in files if not os.path.lexists(folder / file.name)}
     try:
         for file in files:

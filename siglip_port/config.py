@@ -147,10 +147,10 @@ class SigLipVisionConfig:
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Whether a value is an int and not a bool."""
+    """Return whether a value is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is an int or float and not a bool."""
+    """Return whether a value is an int or float and not a bool."""
     return isinstance(value, float) or is_int(value)

@@ -28,10 +28,10 @@ def require(*packages: str) -> None:
     """Check that optional dependencies are installed.
 
     Args:
-        packages: import names, keys of `EXTRAS`.
+        packages: Import names, keys of `EXTRAS`.
 
     Raises:
-        MissingExtraError: one of the packages is not installed.
+        MissingExtraError: One of the packages is not installed.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:

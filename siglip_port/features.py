@@ -1,4 +1,4 @@
-"""Features beside tokens: hidden states, attention weights, and embeddings of image files.
+"""Features other than tokens: hidden states, attention weights, and embeddings of image files.
 
 Free functions behind methods of `SigLipVisionModel`. Blocks after the last requested one do not
 run.
@@ -31,7 +31,7 @@ def hidden_states(
     """Return the hidden states before, between and after the blocks.
 
     Args:
-        model: The model.
+        model: SigLIP vision encoder.
         batch: Input as for `SigLipVisionModel.forward`.
         layers: Indices as in transformers: 0 is the input of the first block, i the output of the
             i-th; L or -1 is the output of the last block.
@@ -71,7 +71,7 @@ def attention_maps(
     Only the requested blocks compute them; the others use fused attention.
 
     Args:
-        model: The model.
+        model: SigLIP vision encoder.
         batch: Input as for `SigLipVisionModel.forward`.
         layers: Block indices from 0 to L - 1; -1 is the last block.
 
@@ -99,7 +99,7 @@ def pooling_attention(
     """Return the attention weights of the pooling head's probe.
 
     Args:
-        model: The model.
+        model: SigLIP vision encoder.
         tokens: Tokens [B, N, D] from `SigLipVisionModel.forward`.
         pixel_attention_mask: Padding mask [B, N] of packed patches.
 
@@ -130,7 +130,7 @@ def embed_images(
     """Embed images: `ImageProcessor`, then `SigLipVisionModel.embed`.
 
     Args:
-        model: The model.
+        model: SigLIP vision encoder.
         images: One or several paths, encoded files (bytes), PIL images, or uint8 arrays or tensors.
         batch_size: Images per batch.
         normalize: Whether to L2-normalize the embeddings.

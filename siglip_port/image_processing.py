@@ -261,7 +261,7 @@ class ImageProcessor:
 
 
 def as_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
-    """Return one image or several as a list."""
+    """Return images as a list; a single image becomes a list of one."""
     if isinstance(images, (list, tuple)):
         return list(images)
     return [cast("ImageInput", images)]
@@ -275,13 +275,13 @@ def move_pixels(pixels: Pixels, device: torch.device, *, pinned: bool = False) -
         device: Target device.
         pinned: Whether to copy asynchronously from pinned memory.
     """
-    moved = {}
+    result = {}
     for name, tensor in pixels.items():
         assert isinstance(tensor, Tensor)
         if pinned:
             tensor = tensor.pin_memory()
-        moved[name] = tensor.to(device, non_blocking=pinned)
-    return cast("Pixels", moved)
+        result[name] = tensor.to(device, non_blocking=pinned)
+    return cast("Pixels", result)
 
 
 def naflex_size(height: int, width: int, patch_size: int, max_num_patches: int) -> tuple[int, int]:
@@ -390,12 +390,12 @@ def parse_rescale_factor(config: Mapping[str, Any]) -> float:
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Whether a value is an integer from 1 to `MAX_SIDE`."""
+    """Return whether a value is an integer from 1 to `MAX_SIDE`."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIDE
 
 
 def is_finite_number(value: object) -> bool:
-    """Whether a value is a number that float32 can represent."""
+    """Return whether a value is a number that float32 can represent."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return abs(value) < 1e30

@@ -125,7 +125,7 @@ class MLP(nn.Module):
             init_normal(linear.bias, std=1e-6)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+        """Apply both layers: [..., D] -> [..., D]."""
         return self.fc2(self.activation(self.fc1(hidden_states)))
 
 
@@ -134,7 +134,7 @@ class MultiheadAttention(nn.Module):
 
     Args:
         config: Model configuration.
-        dropout: Dropout of attention weights. [default: `config.attention_dropout`]
+        dropout: Dropout of attention weights; None for `config.attention_dropout`.
     """
 
     def __init__(self, config: SigLipVisionConfig, *, dropout: float | None = None) -> None:
@@ -177,11 +177,11 @@ class MultiheadAttention(nn.Module):
         )
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, H, N, D/H]."""
+        """Split heads: [B, N, D] -> [B, H, N, D/H]."""
         return x.view(*x.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
 
     def merge_heads(self, x: Tensor) -> Tensor:
-        """[B, H, N, D/H] -> [B, N, D]."""
+        """Merge heads: [B, H, N, D/H] -> [B, N, D]."""
         return x.transpose(1, 2).flatten(2)
 
 
@@ -196,7 +196,7 @@ class EncoderBlock(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, hidden_states: Tensor, mask: Mask = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]; mask [B, 1, 1, N] as in `MultiheadAttention`."""
+        """Run the block: [B, N, D] -> [B, N, D]; mask [B, 1, 1, N] as in `MultiheadAttention`."""
         attended = self.self_attn(self.layer_norm1(hidden_states), mask=mask)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
@@ -217,7 +217,7 @@ class SigLipEncoder(nn.Module):
         self.checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
 
     def forward(self, hidden_states: Tensor, mask: Mask = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]; mask [B, 1, 1, N] as in `MultiheadAttention`."""
+        """Run all blocks: [B, N, D] -> [B, N, D]; mask [B, 1, 1, N] as in `MultiheadAttention`."""
         for block in self.encoder_blocks:
             hidden_states = self.run_block(block, hidden_states, mask)
         return hidden_states
@@ -241,7 +241,7 @@ class SigLipVisionTransformer(nn.Module):
     def forward(
         self, pixel_values: Tensor, pixel_attention_mask: Mask = None, spatial_shapes: Shapes = None
     ) -> Tensor:
-        """Images [B, C, S, S] or packed patches [B, N, P * P * C] -> tokens [B, N, D]."""
+        """Encode images [B, C, S, S] or packed patches [B, N, P * P * C] into tokens [B, N, D]."""
         hidden_states = self.embeddings(pixel_values, spatial_shapes)
         mask = patches.attention_mask(hidden_states, pixel_attention_mask, spatial_shapes)
         return self.post_layernorm(self.encoder(hidden_states, mask))
@@ -272,7 +272,7 @@ class PoolingHead(nn.Module):
         init_lecun_normal(self.attention.out_proj)
 
     def forward(self, tokens: Tensor, mask: Mask = None) -> Tensor:
-        """[B, N, D] -> [B, D]; mask [B, 1, 1, N] as in `MultiheadAttention`."""
+        """Pool tokens: [B, N, D] -> [B, D]; mask [B, 1, 1, N] as in `MultiheadAttention`."""
         query = self.probe.expand(tokens.shape[0], -1, -1)
         pooled = self.attention(tokens, query=query, mask=mask)  # [B, 1, D]
         pooled = pooled + self.mlp(self.layernorm(pooled))

@@ -80,7 +80,7 @@ def pack(images: Sequence[Tensor], patch_size: int, num_patches: int | None = No
     Args:
         images: B tensors [C, H, W] of one dtype.
         patch_size: Patch size P, in pixels.
-        num_patches: Padded number of patches N. [default: that of the largest image]
+        num_patches: Padded number of patches N; None for that of the largest image.
 
     Returns:
         Keyword arguments of `SigLipVisionModel.forward`.

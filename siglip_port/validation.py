@@ -53,7 +53,7 @@ def expected_shape(config: SigLipVisionConfig) -> str:
 
 
 def is_batch_of_images(pixel_values: Tensor, config: SigLipVisionConfig) -> bool:
-    """Whether a tensor has the shape of a batch of images that `config` accepts."""
+    """Return whether a tensor has the shape of a batch of images that `config` accepts."""
     if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
         return False
     height, width = pixel_values.shape[2:]
@@ -104,8 +104,8 @@ def validate_packed_patches(
     if patches.ndim != 3 or patches.shape[2] != width or not patches.is_floating_point():
         raise ValueError(f"{expected}, got {patches.dtype} of shape {list(patches.shape)}")
     count = patches.shape[1]
-    fitting = [height > 0 and width > 0 and height * width <= count for height, width in shapes]
-    if len(shapes) != len(patches) or not all(fitting):
+    fits = [height > 0 and width > 0 and height * width <= count for height, width in shapes]
+    if len(shapes) != len(patches) or not all(fits):
         raise ValueError(
             f"spatial_shapes must be {len(patches)} pairs (height, width) in patches with "
             f"1 <= height * width <= {count}, got {spatial_shapes}"

@@ -192,7 +192,7 @@ def infer_architecture(layout: Layout, sizes: StoredSizes, content: Json) -> Sig
         )
     if math.isqrt(sizes.num_patches) ** 2 != sizes.num_patches:
         raise ValueError(f"number of positions must be a square number, got {sizes.num_patches}")
-    implied = {"vit_ln_eps": layout.layer_norm_eps or SigLipVisionConfig.layer_norm_eps}
+    defaults = {"vit_ln_eps": layout.layer_norm_eps or SigLipVisionConfig.layer_norm_eps}
     return SigLipVisionConfig(
         num_channels=sizes.num_channels,
         embed_dim=sizes.embed_dim,
@@ -201,7 +201,7 @@ def infer_architecture(layout: Layout, sizes: StoredSizes, content: Json) -> Sig
         num_attention_heads=num_heads,
         num_encoder_blocks=sizes.num_encoder_blocks,
         mlp_hidden_dim=sizes.mlp_hidden_dim,
-        layer_norm_eps=first_value([*sections, implied], "vit_ln_eps"),
+        layer_norm_eps=first_value([*sections, defaults], "vit_ln_eps"),
         hidden_act=hidden_act,
         mean_pooling=infer_mean_pooling(sections, published),
         naflex=layout.naflex,
@@ -289,7 +289,7 @@ def infer_activation(
 
 
 def infer_mean_pooling(sections: list[Json], published: SigLipVisionConfig | None) -> bool:
-    """Whether the model pools by the mean of its tokens."""
+    """Return whether the model pools by the mean of its tokens."""
     pool = first_value(sections, "global_pool", "timm_pool")
     if pool is not None:
         return bool(pool == "avg")

@@ -24,7 +24,7 @@ class CheckpointError(ValueError):
 
 
 class HubUnreachableError(CheckpointError):
-    """A file is not cached, and the Hub is unreachable or was not to be used."""
+    """A file is not cached, and the Hub is unreachable or downloads are disabled."""
 
 
 class MultipleEncodersError(CheckpointError):

@@ -120,7 +120,7 @@ def verify(model: SigLipVisionModel, folder: Path) -> list[Tensor]:
 
 
 def is_same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether tensors are bit-identical: NaN equals NaN, and 0 differs from -0."""
+    """Return whether tensors are bit-identical: NaN equals NaN, and 0 differs from -0."""
     if a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -198,7 +198,7 @@ def find_model_type(hf_config: Mapping[str, Any], vision: Mapping[str, Any]) -> 
 
 
 def drops_last_block(hf_config: Mapping[str, Any]) -> bool:
-    """Whether the model's code removes the last block, as MiniCPM-V does."""
+    """Return whether the model's code removes the last block, as MiniCPM-V does."""
     return hf_config.get("model_type") in MINICPM and hf_config.get("drop_vision_last_layer", True)
 
 

@@ -119,8 +119,8 @@ class IgnoredKeys:
     """Stored tensors that the vision encoder does not need.
 
     Attributes:
-        pattern: Regular expression that matches their full names.
-        reason: What they are, for messages.
+        pattern: Regular expression that matches the full stored names.
+        reason: Kind of tensor, for messages.
     """
 
     pattern: str
@@ -161,7 +161,7 @@ class Layout:
         square_dims: Dimensions of the patch embedding's weight that are the height and width of a
             patch, and therefore equal; None if the weight is a matrix, as in NaFlex models.
         ignored: Other tensors that may occur under the prefix.
-        rejected_keys: Stored names of other models with the same signature, and what they are.
+        rejected_keys: (stored name, reason) pairs that exclude other models with this signature.
         naflex: Whether the model accepts images of any aspect ratio.
         has_hf_config: Whether transformers' `config.json` describes the architecture.
         layer_norm_eps: LayerNorm epsilon, if fixed by the code that defines the layout.
@@ -190,7 +190,7 @@ class Layout:
         return any(rule.is_stacked for rule in self.encoder)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether this layout allows this shape for the patch embedding's weight."""
+        """Return whether this layout allows this shape for the patch embedding's weight."""
         if self.square_dims is None:
             return len(shape) == 2
         if len(shape) != 4:

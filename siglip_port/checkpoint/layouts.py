@@ -50,8 +50,8 @@ def table(*rows: Row, port: str = "", stored: str = "") -> tuple[KeyRule, ...]:
     rules = []
     for names, stored_name, *transform in rows:
         port_names = (names,) if isinstance(names, str) else names
-        prefixed = tuple(port + name for name in port_names)
-        rules.append(KeyRule(prefixed, stored + stored_name, *transform))
+        names = tuple(port + name for name in port_names)
+        rules.append(KeyRule(names, stored + stored_name, *transform))
     return tuple(rules)
 
 

@@ -89,10 +89,10 @@ def derive(
 
 
 def is_siglip_processor(config: SigLipVisionConfig, stored: Mapping[str, Any]) -> bool:
-    """Whether a file belongs to the model's SigLIP processor, or names no processor."""
+    """Return whether a file belongs to the model's SigLIP processor, or names no processor."""
     kind = str(stored.get("image_processor_type", stored.get("feature_extractor_type", "")))
-    own = "Siglip2" if config.naflex else "SiglipImage"
-    return not kind or kind.startswith(own)
+    prefix = "Siglip2" if config.naflex else "SiglipImage"
+    return not kind or kind.startswith(prefix)
 
 
 def complete(config: SigLipVisionConfig, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,9 +106,9 @@ def complete(config: SigLipVisionConfig, stored: Mapping[str, Any]) -> dict[str,
 
 
 def is_other_size(size: object) -> bool:
-    """Whether a size is not a height and a width, such as 224 or `{"shortest_edge": 224}`.
+    """Return whether a size is not a height and a width, such as 224 or `{"shortest_edge": 224}`.
 
-    It is kept, so that `ImageProcessor` refuses it.
+    It is kept so that `ImageProcessor` rejects it.
     """
     if isinstance(size, Mapping):
         return not {"height", "width"} <= size.keys()
@@ -137,5 +137,5 @@ def last_part(name: str) -> str:
 
 
 def is_finite_float(value: object) -> bool:
-    """Whether a value is a number that fits any floating-point type."""
+    """Return whether a value is a number that fits any floating-point type."""
     return is_number(value) and abs(value) < 1e30

@@ -18,7 +18,7 @@ Model = TypeVar("Model", bound=SigLipVisionModel)
 
 
 class LoadOptions(TypedDict, total=False):
-    """The keyword arguments of `SigLipVisionModel.from_hf`: see `load_model`."""
+    """Keyword arguments of `SigLipVisionModel.from_hf`: see `load_model`."""
 
     revision: str | None
     dtype: torch.dtype | None
@@ -64,7 +64,7 @@ def load_model(
             `hf://...`, `hf-hub:...`, and the URL of a model or of one of its weights files on the
             Hub.
         revision: Branch, tag or commit of a Hub repository; ignored for a path.
-        dtype: dtype of the parameters; None for the file's.
+        dtype: Dtype of the parameters; None for the file's.
         device: Device of the parameters; None for the CPU, where they are mapped from the file.
         pooling_head: None to load the pooling head if the checkpoint has one, True to require one,
             False to ignore it.
@@ -74,12 +74,12 @@ def load_model(
         layout: Name of one of `siglip_port.checkpoint.layouts.LAYOUTS`; None to recognize it.
         prefix: Prefix of the encoder's names in the file, such as `vision_model.`; None to find it.
         config: Architecture, if the checkpoint's is missing or wrong.
-        local_files_only: Use only the Hub's local cache, without network access.
+        local_files_only: Whether to use only the Hub's local cache, without network access.
         token: Hub token; True for the stored token, False for none.
         cache_dir: Cache folder, instead of the Hub's default.
-        vision_only: Download only the vision encoder's bytes if they are a small part of the file.
-            False to download whole files, which other libraries can reuse from the cache and whose
-            hash can be verified.
+        vision_only: Whether to download only the vision encoder's bytes if they are a small part of
+            the file. Whole files can be reused from the cache by other libraries and verified
+            against the Hub's hash.
 
     Returns:
         The model in `eval()` mode.

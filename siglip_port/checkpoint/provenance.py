@@ -32,8 +32,8 @@ class Provenance:
         bytes_read: Their size in bytes.
         bytes_total: Size in bytes of all weights files, as far as known.
         ignored: Number of ignored stored tensors by reason.
-        stored_dtypes: dtypes of the encoder's stored tensors.
-        dtype: dtype of the parameters.
+        stored_dtypes: Dtypes of the encoder's stored tensors.
+        dtype: Dtype of the parameters.
         origin: Hub id and commit of the weights, `name@commit`, also of a local file that was saved
             from them; None if unknown.
     """

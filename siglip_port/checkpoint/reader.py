@@ -153,7 +153,7 @@ class Checkpoint:
 
         Args:
             shapes: Shapes of all parameters of the model by name.
-            dtype: dtype of the parameters. None for the file's; if its tensors differ, the smallest
+            dtype: Dtype of the parameters. None for the file's; if its tensors differ, the smallest
                 dtype that represents all of them exactly.
             device: Device of the parameters; None for the CPU, where tensors in the file's dtype
                 are mapped, not copied.

@@ -12,7 +12,7 @@ from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.checkpoint.layouts import HUGGINGFACE, LAYOUTS, PREFIX
 from siglip_port.checkpoint.weight_files import WeightFiles
 
-# Prefixes that may be a vision encoder; to check one may require downloading a header.
+# Candidate prefixes of vision encoders; checking one may require downloading a header.
 MAX_CANDIDATES = 100
 MAX_GROUPS_SHOWN = 12
 
@@ -135,7 +135,7 @@ def candidate_prefixes(files: WeightFiles, layout: Layout, prefix: str | None) -
 
 
 def is_plausible(files: WeightFiles, match: Match, matches: list[Match]) -> bool:
-    """Whether the patch embedding fits the layout, or is unreadable and its prefix is new."""
+    """Return whether the patch embedding fits the layout, or is unreadable under a new prefix."""
     weight = files.tensor(match.prefix + match.layout.signature_keys[0])
     if weight is not None:
         return match.layout.fits(weight.shape)

@@ -32,7 +32,7 @@ class CommandGroup(typer.core.TyperGroup):
     """
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 (typer's, which releases name differently)
-        """Run a command; end with an exit code where it fails."""
+        """Run a command; on failure, exit with the code of the error."""
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
@@ -77,7 +77,7 @@ def main_options(
         ),
     ] = False,
 ) -> None:
-    """Take the options that precede the command."""
+    """Declare the options that precede the command."""
 
 
 def verify(ctx: typer.Context) -> None:

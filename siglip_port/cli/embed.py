@@ -198,10 +198,10 @@ def run(
     """Embed images while showing progress on the terminal.
 
     Args:
-        inputs: folders, files and patterns.
-        output: output folder.
-        model: the model, on the device on which to run it.
-        options: keyword arguments of `siglip_port.embed.embed`.
+        inputs: Folders, files and patterns.
+        output: Output folder.
+        model: SigLIP vision encoder, on the device to use.
+        options: Keyword arguments of `siglip_port.embed.embed`.
     """
     from siglip_port.embed import EmbedError
     from siglip_port.embed import embed as embed_images

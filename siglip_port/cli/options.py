@@ -30,7 +30,7 @@ def one_of(value: str | None, choices: list[str]) -> str | None:
     """Return the value of an option if it is one of the choices or None.
 
     Raises:
-        typer.BadParameter: it is neither.
+        typer.BadParameter: The value is neither.
     """
     if value is not None and value not in choices:
         raise typer.BadParameter(f"must be one of {', '.join(choices)}, got {value!r}")

@@ -1,4 +1,4 @@
-"""What commands print: tables, JSON, labeled lines, and the error that ends a command."""
+"""Output of commands: tables, JSON, labeled lines and error messages."""
 
 from __future__ import annotations
 

@@ -22,9 +22,9 @@ def track(items: Iterator[Item], description: str, total: int = 0) -> Iterator[I
     """Yield the items of an iterator and show how many were consumed.
 
     Args:
-        items: items to iterate over.
-        description: description of the work.
-        total: number of items; 0 if unknown.
+        items: Items to iterate over.
+        description: Description of the work.
+        total: Number of items; 0 if unknown.
     """
     progress = new_progress()
     if progress is None:
@@ -84,7 +84,7 @@ def new_status() -> Progress | None:
 
 
 def has_display() -> bool:
-    """Whether stderr is a terminal and rich is installed."""
+    """Return whether stderr is a terminal and rich is installed."""
     return sys.stderr.isatty() and find_spec("rich") is not None
 
 

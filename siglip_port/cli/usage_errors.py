@@ -1,4 +1,4 @@
-"""One wording for values that an option rejects, whichever release of typer checks them.
+"""Uniform messages for rejected option values in every release of typer.
 
 Some releases check values with click, others with pydantic, whose messages differ; those of
 pydantic leave out the rejected value.
@@ -26,12 +26,12 @@ REWORDINGS = {
 def reword(error: typer.BadParameter) -> None:
     """Put the message of an error into the form `must be ..., got ...`."""
     message = error.message.removeprefix("Value error, ").removesuffix(".")
-    for pattern, rewording in REWORDINGS.items():
+    for pattern, template in REWORDINGS.items():
         match = re.fullmatch(pattern, message)
         if match is not None:
             fields = {"value": rejected_value(error), **match.groupdict()}
             fields["choices"] = fields.get("choices", "").replace("'", "")
-            error.message = rewording.format(**fields)
+            error.message = template.format(**fields)
             return
 
 

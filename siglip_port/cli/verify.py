@@ -153,7 +153,7 @@ def load_selftest() -> ModuleType:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Leaves 58 of 80 columns to the help of an option."""
+    """Formatter that leaves 58 of 80 columns to the help of an option."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=20)

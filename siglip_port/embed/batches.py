@@ -19,9 +19,9 @@ class Batch:
     """Images of one forward pass.
 
     Attributes:
-        number: index among the missing batches.
-        shard: index of the output file.
-        items: the images.
+        number: Index among the missing batches.
+        shard: Index of the output file.
+        items: Images of the batch.
     """
 
     number: int
@@ -34,13 +34,13 @@ class BatchResult:
     """Result of a batch.
 
     Attributes:
-        number: number of the batch.
-        sizes: (height, width) of each image in pixels, None where it cannot be read.
-        errors: error message of each image, empty where there is none.
-        vectors: [B, embedding_dim], NaN where there is an error.
-        decode_seconds: decoding time, summed over the images.
-        preprocess_seconds: preprocessing time, summed over the images.
-        model_seconds: time of the forward pass.
+        number: Number of the batch.
+        sizes: (height, width) of each image in pixels; None on error.
+        errors: Error message of each image; empty on success.
+        vectors: Embeddings, [B, embedding_dim]; NaN on error.
+        decode_seconds: Decoding time, summed over the images.
+        preprocess_seconds: Preprocessing time, summed over the images.
+        model_seconds: Time of the forward pass.
     """
 
     number: int

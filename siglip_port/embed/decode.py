@@ -32,11 +32,11 @@ class DecodedImage:
     """Model input of one image, or the reason why there is none.
 
     Attributes:
-        pixels: [3, H, W], float32; None where the image cannot be read.
-        size: (height, width) of the original image in pixels, after EXIF rotation.
-        error: error message; empty where there is none.
-        decode_seconds: time to read and decode.
-        preprocess_seconds: time to resize and normalize.
+        pixels: Model input, [3, H, W], float32; None on error.
+        size: (height, width) of the original image in pixels, after EXIF rotation; None on error.
+        error: Error message; empty on success.
+        decode_seconds: Time to read and decode.
+        preprocess_seconds: Time to resize and normalize.
     """
 
     pixels: NDArray[np.float32] | None
@@ -50,8 +50,8 @@ def decode(image: object, processor: ImageProcessor) -> DecodedImage:
     """Read and preprocess an image; a failure is returned in `error`, never raised.
 
     Args:
-        image: input of `siglip_port.embed.inputs.load_image_input`.
-        processor: image processor of the model.
+        image: Input of `siglip_port.embed.inputs.load_image_input`.
+        processor: Image processor of the model.
     """
     start = time.perf_counter()
     try:
@@ -84,9 +84,9 @@ def decode_batches(
     the image that crashes its worker becomes an error.
 
     Args:
-        batches: images of each batch.
-        processor: image processor of the model.
-        num_workers: worker processes; 0 decodes in this process.
+        batches: Images of each batch.
+        processor: Image processor of the model.
+        num_workers: Worker processes; 0 decodes in this process.
     """
     num_workers = min(num_workers, len(batches))
     if num_workers == 0:
@@ -142,7 +142,7 @@ def start_workers(count: int) -> ProcessPoolExecutor:
     Without the wait, processes that cannot start would look like crashes caused by images.
 
     Raises:
-        EmbedError: the processes cannot be started.
+        EmbedError: The processes cannot be started.
     """
     pool = ProcessPoolExecutor(count, initializer=initialize_worker)
     try:

@@ -18,7 +18,7 @@ from siglip_port.model import SigLipVisionModel
 
 
 class Embedder(BatchEncoder):
-    """A function of a batch of rows: columns in, columns out.
+    """Function of a batch of rows: columns in, columns out.
 
     Can be pickled at any time; weights are loaded on first use. Every batch is padded to
     `batch_size` with blank images, so that an embedding does not depend on the number of images
@@ -27,29 +27,30 @@ class Embedder(BatchEncoder):
     Args:
         source: Hub id or path, as for `from_hf`; the constructor reads only its configuration and
             headers. Or a model, which is pickled with its weights.
-        revision: branch, tag or commit of a Hub repository.
-        local_files_only: use the Hub's local cache only.
-        dtype: compute dtype; None for the model's own.
-        engine: a name of `siglip_port.optimize.ENGINES`.
-        device: device of the model; None for the model's own, or the CPU.
+        revision: Branch, tag or commit of a Hub repository.
+        local_files_only: Whether to use only the Hub's local cache.
+        dtype: Compute dtype; None for the model's own.
+        engine: Name in `siglip_port.optimize.ENGINES`.
+        device: Device of the model; None for the model's own, or the CPU.
         threads: CPU threads for the model; None for torch's setting.
-        batch_size: images per forward pass.
-        tokens: return all tokens of an image, row by row, instead of the pooled embedding.
-        normalize: scale embeddings to unit length.
-        output_dtype: dtype of the returned embeddings.
-        backend: image backend, see `siglip_port.image_processing.ImageProcessor`.
-        column: name of the image column; None for the first of
+        batch_size: Images per forward pass.
+        tokens: Whether to return all tokens of an image, row by row, instead of the pooled
+            embedding.
+        normalize: Whether to scale embeddings to unit length.
+        output_dtype: Dtype of the returned embeddings.
+        backend: Image backend, see `siglip_port.image_processing.ImageProcessor`.
+        column: Name of the image column; None for the first of
             `siglip_port.embed.inputs.IMAGE_COLUMNS` in the batch.
 
     Attributes:
-        config: model configuration.
-        processor: image processor of the model.
+        config: Model configuration.
+        processor: Image processor of the model.
         name: Hub id or path of the model.
-        commit: commit of the Hub repository; None for local files.
+        commit: Commit of the Hub repository; None for local files.
 
     Raises:
-        ValueError: an argument is not supported, or the model does not support the output.
-        siglip_port.CheckpointError: the checkpoint cannot be read.
+        ValueError: An argument is not supported, or the model does not support the output.
+        siglip_port.CheckpointError: The checkpoint cannot be read.
     """
 
     def __init__(
@@ -92,17 +93,16 @@ class Embedder(BatchEncoder):
         """Embed the images of a batch of rows.
 
         Args:
-            batch: columns of equal length. The image column contains paths, file contents, arrays,
+            batch: Columns of equal length. The image column contains paths, file contents, arrays,
                 or structs of `bytes` and `path`.
 
         Returns:
             The columns of the batch, without the image column unless it contains paths, and
-            `width` and `height` in pixels (int32, 0 where there is an error), `embedding`
-            [B, embedding_dim] (NaN where there is an error) and `error` (empty where there is
-            none).
+            `width` and `height` in pixels (int32, 0 on error), `embedding` [B, embedding_dim]
+            (NaN on error) and `error` (empty on success).
 
         Raises:
-            ValueError: the batch has no image column.
+            ValueError: The batch has no image column.
         """
         column = self.image_column(batch)
         images = list(batch[column])

@@ -31,12 +31,12 @@ class ModelSource:
 
     Attributes:
         name: Hub id or path of the checkpoint, for messages and metadata.
-        commit: commit of the Hub repository; None for local files.
-        config: model configuration.
-        preprocessor_config: content of `preprocessor_config.json`.
-        model: the model; None until its weights are loaded.
-        in_memory: the model has no checkpoint to load it from, so its weights are pickled.
-        load_arguments: keyword arguments of `SigLipVisionModel.from_hf`.
+        commit: Commit of the Hub repository; None for local files.
+        config: Model configuration.
+        preprocessor_config: Content of `preprocessor_config.json`.
+        model: Loaded model; None until its weights are loaded.
+        in_memory: Whether the model has no checkpoint to load it from, so its weights are pickled.
+        load_arguments: Keyword arguments of `SigLipVisionModel.from_hf`.
     """
 
     name: str
@@ -100,28 +100,28 @@ class ModelSource:
 
 
 class BatchEncoder:
-    """Computes embeddings of decoded images.
+    """Encoder of decoded images.
 
     Can be pickled at any time; weights are loaded on first use. Every batch is padded to
     `batch_size` with blank images, so that an embedding does not depend on the number of images
     it is batched with.
 
     Args:
-        source: the model.
-        options: options of the run; `engine` must be one of `siglip_port.optimize.ENGINES`.
-        device: device of the model; None for the model's own, or the CPU.
+        source: Source of the model.
+        options: Options of the run; `engine` must be one of `siglip_port.optimize.ENGINES`.
+        device: Device of the model; None for the model's own, or the CPU.
 
     Attributes:
-        options: options of the run.
-        engine: engine of the model.
+        options: Options of the run.
+        engine: Engine of the model.
         threads: CPU threads for the model.
-        config: model configuration.
-        processor: image processor of the model.
+        config: Model configuration.
+        processor: Image processor of the model.
         name: Hub id or path of the model.
-        commit: commit of the Hub repository; None for local files.
+        commit: Commit of the Hub repository; None for local files.
 
     Raises:
-        ValueError: the model does not support the requested output.
+        ValueError: The model does not support the requested output.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class BatchEncoder:
         """Return the model on its engine; build it on the first call.
 
         Raises:
-            siglip_port.optimize.EngineError: the engine is not available on this machine.
+            siglip_port.optimize.EngineError: The engine is not available on this machine.
         """
         if self._optimized is None:
             with torch_threads(self.threads):
@@ -189,8 +189,8 @@ class BatchEncoder:
             images: B decoded images.
 
         Returns:
-            Embeddings [B, embedding_dim] of dtype `output_dtype`, NaN where there is an error; and
-            the B error messages, empty where there is none.
+            Embeddings [B, embedding_dim] of dtype `output_dtype`, NaN on error; and the B error
+            messages, empty on success.
         """
         if not self.processor.do_resize:
             images = [self.reject_wrong_size(image) for image in images]

@@ -59,8 +59,8 @@ class Item:
     """One image.
 
     Attributes:
-        id: id of the output row.
-        path: path of the image file, or of the tar or Parquet file that contains the image.
+        id: Id of the output row.
+        path: Path of the image file, or of the tar or Parquet file that contains the image.
         location: (byte offset, size in bytes) in a tar file, (row group, row) in a Parquet file;
             empty for an image file.
     """
@@ -74,12 +74,12 @@ def find_items(inputs: Sequence[str | os.PathLike[str]]) -> list[Item]:
     """List the images of all inputs in a deterministic order.
 
     Args:
-        inputs: folders, searched recursively; images; `.txt` files with a path per line, relative
+        inputs: Folders, searched recursively; images; `.txt` files with a path per line, relative
             to the file; `.tar` files; `.parquet` files with a column of `IMAGE_COLUMNS` and
             optionally `id`; or patterns of images, tar and Parquet files, such as `photos/*.jpg`.
 
     Raises:
-        ValueError: an input does not exist, is not supported, or contains no images.
+        ValueError: An input does not exist, is not supported, or contains no images.
     """
     items: list[Item] = []
     for entry in inputs:
@@ -144,7 +144,7 @@ def items_of_folder(path: Path) -> Iterator[Item]:
     """List the images of a folder recursively, following links; each folder is listed once.
 
     Raises:
-        ValueError: a folder cannot be listed.
+        ValueError: A folder cannot be listed.
     """
 
     def fail(error: OSError) -> None:
@@ -221,7 +221,7 @@ def read(item: Item) -> bytes:
     """Return the file contents of an image.
 
     Raises:
-        ImageError: the image cannot be read.
+        ImageError: The image cannot be read.
     """
     try:
         if not item.location:
@@ -283,10 +283,10 @@ def load_image_input(image: object) -> ImageInput:
     """Return an input of `siglip_port.image_processing.to_rgb`.
 
     Args:
-        image: an `Item`, or a struct of `bytes` and `path`; anything else is returned unchanged.
+        image: `Item`, or a struct of `bytes` and `path`; anything else is returned unchanged.
 
     Raises:
-        ImageError: the image cannot be read, or is missing.
+        ImageError: The image cannot be read, or is missing.
     """
     if isinstance(image, Item):
         return read(image)

@@ -25,26 +25,27 @@ class EmbedOptions:
     """Options of an embedding run.
 
     Attributes:
-        dtype: compute dtype; None for the model's own.
-        engine: a name of `siglip_port.optimize.ENGINES`, or `FASTEST`; None for the engine of the
+        dtype: Compute dtype; None for the model's own.
+        engine: Name in `siglip_port.optimize.ENGINES`, or `FASTEST`; None for the engine of the
             run being resumed, or else `eager`.
         threads: CPU threads for the model; None for those of the run being resumed, or else
             torch's setting.
-        batch_size: images per forward pass.
-        tokens: store all tokens of an image, row by row, instead of the pooled embedding.
-        normalize: scale embeddings to unit length.
-        output_dtype: dtype of the stored embeddings.
-        backend: image backend, see `siglip_port.image_processing.ImageProcessor`.
-        shard_size: rows per file, rounded up to whole batches.
-        num_workers: decoding processes; 0 decodes in this process, None starts one per CPU core.
+        batch_size: Images per forward pass.
+        tokens: Whether to store all tokens of an image, row by row, instead of the pooled
+            embedding.
+        normalize: Whether to scale embeddings to unit length.
+        output_dtype: Dtype of the stored embeddings.
+        backend: Image backend, see `siglip_port.image_processing.ImageProcessor`.
+        shard_size: Rows per file, rounded up to whole batches.
+        num_workers: Decoding processes; 0 decodes in this process, None starts one per CPU core.
             On a Ray cluster: processes that hold the model; None fills the cluster.
         format: `parquet`; or `npy`, which stores embeddings in an array beside each Parquet file.
         executor: `local` for this machine, `ray` for a Ray cluster.
-        address: address of the Ray cluster; None for the one that Ray detects, or a new one on
-            this machine.
+        address: Address of the Ray cluster; None for a detected one, or else a new one on this
+            machine.
 
     Raises:
-        ValueError: an option is not supported.
+        ValueError: An option is not supported.
     """
 
     dtype: torch.dtype | None = None

@@ -43,23 +43,22 @@ def run_on_ray(
     Results return to this process, which writes them.
 
     Args:
-        encoder: the model. Each process that holds it reserves `threads` CPUs, and one GPU if the
-            model is on a GPU.
-        batches: batches to run.
-        num_workers: processes that hold the model; None fills the cluster, leaving one CPU per
+        encoder: Encoder of the decoded images. Each process that holds it reserves `threads` CPUs,
+            and one GPU if the model is on a GPU.
+        batches: Batches to run.
+        num_workers: Processes that hold the model; None fills the cluster, leaving one CPU per
             process for decoding.
-        address: address of the cluster; None for the one that Ray detects, or a new one on this
-            machine.
+        address: Address of the cluster; None for a detected one, or else a new one on this machine.
 
     Yields:
         Results, in any order.
 
     Raises:
         MissingExtraError: Ray is not installed.
-        EmbedError: the cluster cannot be reached or is too small, or its processes keep dying.
+        EmbedError: The cluster cannot be reached or is too small, or its processes keep dying.
     """
     # Ray reads these when it is imported. Nodes have siglip-port installed, so `uv run` need not
-    # copy this folder's environment to them. A cluster started here sends no usage statistics.
+    # copy this folder's environment to them. A local cluster sends no usage statistics.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     require("ray")
@@ -90,7 +89,7 @@ def run_on_ray(
 
 
 def runs_on_gpu(encoder: BatchEncoder) -> bool:
-    """Whether the model runs on a GPU."""
+    """Return whether the model runs on a GPU."""
     return encoder.base_model.device.type == "cuda"
 
 
@@ -98,11 +97,11 @@ def model_count(encoder: BatchEncoder, num_workers: int | None) -> int:
     """Return the number of processes that hold the model.
 
     Args:
-        encoder: the model.
-        num_workers: requested number; None fills the cluster.
+        encoder: Encoder of the decoded images.
+        num_workers: Requested number; None fills the cluster.
 
     Raises:
-        EmbedError: the cluster is too small.
+        EmbedError: The cluster is too small.
     """
     import ray
 
@@ -156,7 +155,7 @@ def run_dataset(
 
 
 class DecodeStage:
-    """Maps a row with the items of a batch to a row with its decoded images."""
+    """Stage that maps a row with the items of a batch to a row with its decoded images."""
 
     def __init__(self, processor: ImageProcessor) -> None:
         self.processor = processor
@@ -169,7 +168,7 @@ class DecodeStage:
 
 
 class ModelStage:
-    """Maps a row with the decoded images of a batch to a row with its `BatchResult`."""
+    """Stage that maps a row with decoded images to a row with the `BatchResult` of the batch."""
 
     def __init__(self, encoder_ref: ray.ObjectRef[BatchEncoder]) -> None:
         import ray
@@ -186,7 +185,7 @@ def require_cluster(address: str | None) -> None:
     """Check within seconds that a cluster answers; Ray itself times out after minutes.
 
     Raises:
-        EmbedError: the address is malformed, or no cluster answers.
+        EmbedError: The address is malformed, or no cluster answers.
     """
     if address in (None, "auto", "local"):
         return

@@ -1,7 +1,7 @@
 """Embedding runs: images in, Parquet files out, resumable at any point.
 
 Batches are the same in every run: batch b of shard s contains the items from
-`s * shard_size + b * batch_size` on, with blank images for those that cannot be read. So the
+`s * shard_size + b * batch_size` on, with blank images for those that cannot be read, so the
 embeddings do not depend on where a run was interrupted.
 """
 
@@ -45,16 +45,16 @@ class Progress:
     """Progress of a run and, at the end, its summary.
 
     Attributes:
-        total: number of images.
-        done: rows that are written or in memory, including those of earlier runs.
-        failed: rows with an error, including those of earlier runs.
-        processed: rows of this run.
-        seconds: duration of this run.
-        wait_seconds: time spent waiting for images; on a cluster, for results.
-        model_seconds: time of the model; on a cluster, summed over all models.
-        write_seconds: time spent writing files.
-        decode_seconds: time to read and decode, summed over all workers.
-        preprocess_seconds: time to resize and normalize, summed over all workers.
+        total: Number of images.
+        done: Rows that are written or in memory, including those of earlier runs.
+        failed: Rows with an error, including those of earlier runs.
+        processed: Rows of this run.
+        seconds: Duration of this run.
+        wait_seconds: Time spent waiting for images; on a cluster, for results.
+        model_seconds: Time of the model; on a cluster, summed over all models.
+        write_seconds: Time spent writing files.
+        decode_seconds: Time to read and decode, summed over all workers.
+        preprocess_seconds: Time to resize and normalize, summed over all workers.
     """
 
     total: int
@@ -113,41 +113,42 @@ def embed(
 ) -> Progress:
     """Write embeddings of images to Parquet files, `part-000000.parquet` and so on.
 
-    Columns: `id`, `path`, `width`, `height`, `embedding` (a fixed-size list, NaN where there is an
-    error) and `error` (null where there is none). The metadata of each file contains the settings
-    of the run. The same call resumes an interrupted run: complete files are kept.
+    Columns: `id`, `path`, `width`, `height`, `embedding` (a fixed-size list, NaN on error) and
+    `error` (null on success). The metadata of each file contains the settings of the run. The same
+    call resumes an interrupted run: complete files are kept.
 
     Args:
-        inputs: folders, files and patterns, see `siglip_port.embed.inputs.find_items`.
-        output_dir: output folder; created if it does not exist.
-        model: the model, on the device on which to run it.
-        dtype: compute dtype; None for the model's own.
-        engine: a name of `siglip_port.optimize.ENGINES`; `fastest` for the one chosen by
+        inputs: Folders, files and patterns, see `siglip_port.embed.inputs.find_items`.
+        output_dir: Output folder; created if it does not exist.
+        model: SigLIP vision encoder, on the device to use.
+        dtype: Compute dtype; None for the model's own.
+        engine: Name in `siglip_port.optimize.ENGINES`; `fastest` for the one chosen by
             `optimize`, which takes minutes the first time; None for the engine of the run being
             resumed, or else `eager`.
         threads: CPU threads for the model; None for those of the run being resumed, or else
             torch's setting.
-        batch_size: images per forward pass.
-        shard_size: rows per file, rounded up to whole batches.
-        num_workers: decoding processes; 0 decodes in this process, None starts one per CPU core.
+        batch_size: Images per forward pass.
+        shard_size: Rows per file, rounded up to whole batches.
+        num_workers: Decoding processes; 0 decodes in this process, None starts one per CPU core.
             On a Ray cluster: processes that hold the model; None fills the cluster.
-        tokens: store all tokens of an image, row by row, instead of the pooled embedding.
-        normalize: scale embeddings to unit length.
-        output_dtype: dtype of the stored embeddings.
+        tokens: Whether to store all tokens of an image, row by row, instead of the pooled
+            embedding.
+        normalize: Whether to scale embeddings to unit length.
+        output_dtype: Dtype of the stored embeddings.
         format: `parquet` for a column `embedding`; `npy` for an array [rows, D] beside each
-            Parquet file, NaN where there is an error.
-        backend: image backend, see `siglip_port.image_processing.ImageProcessor`.
+            Parquet file, NaN on error.
+        backend: Image backend, see `siglip_port.image_processing.ImageProcessor`.
         executor: `local` for this machine, `ray` for a Ray cluster, see `siglip_port.embed.ray`.
-        address: address of the Ray cluster; None for the one that Ray detects, or a new one on
-            this machine.
-        on_progress: called after every batch.
+        address: Address of the Ray cluster; None for a detected one, or else a new one on this
+            machine.
+        on_progress: Function that is called after every batch.
 
     Returns:
         Summary of the run.
 
     Raises:
-        ValueError: an argument is not supported.
-        EmbedError: the output folder contains rows with other settings, is in use, or cannot be
+        ValueError: An argument is not supported.
+        EmbedError: The output folder contains rows with other settings, is in use, or cannot be
             written to.
         siglip_port.extras.MissingExtraError: pyarrow is not installed.
     """
@@ -205,8 +206,8 @@ def complete_options(options: EmbedOptions, previous: Mapping[str, Any]) -> Embe
     """Fill in engine and threads from the run being resumed, or with their defaults.
 
     Args:
-        options: options of this run.
-        previous: settings of the rows in the output folder; empty if there are none.
+        options: Options of this run.
+        previous: Settings of the rows in the output folder; empty if there are none.
     """
     threads, engine = options.threads, options.engine
     if threads is None:
@@ -222,7 +223,7 @@ def make_encoder(model: SigLipVisionModel, options: EmbedOptions) -> BatchEncode
     """Select the engine and build it, before the output folder is touched.
 
     Raises:
-        EmbedError: the engine is not available on this machine.
+        EmbedError: The engine is not available on this machine.
     """
     source = ModelSource.from_model(model)
     if options.engine == FASTEST:
@@ -282,9 +283,9 @@ def run_local(
     """Decode in worker processes and run the model in this one.
 
     Args:
-        encoder: the model.
-        batches: batches to run.
-        num_workers: decoding processes; None for one per CPU core.
+        encoder: Encoder of the decoded images.
+        batches: Batches to run.
+        num_workers: Decoding processes; None for one per CPU core.
     """
     if num_workers is None:
         num_workers = processor_count()
@@ -297,11 +298,11 @@ class EmbedRun:
     """The shards of an output folder: which are missing, and how they are written.
 
     Attributes:
-        folder: output folder.
-        items: images of all shards.
-        settings: settings of the run.
-        on_progress: called after every batch.
-        progress: progress of the run.
+        folder: Output folder.
+        items: Images of all shards.
+        settings: Settings of the run.
+        on_progress: Function that is called after every batch.
+        progress: Progress of the run.
     """
 
     def __init__(
@@ -350,8 +351,8 @@ class EmbedRun:
         """Collect results in any order; write a shard once all its batches are complete.
 
         Args:
-            batches: the missing batches.
-            results: a result of each batch.
+            batches: Missing batches.
+            results: Result of each batch.
         """
         shard_batches: dict[int, list[Batch]] = {}
         for batch in batches:

@@ -28,18 +28,18 @@ def embed_query(
     """Embed one image with the model and preprocessing of existing embeddings.
 
     Args:
-        embeddings: output folder of `embed`.
-        image: path of the image.
+        embeddings: Output folder of `embed`.
+        image: Path of the image.
         source: Hub id or path of the model; None for the one in the settings of the embeddings.
-        local_files_only: use the Hub's local cache only.
+        local_files_only: Whether to use only the Hub's local cache.
 
     Returns:
         Pooled embedding, [D].
 
     Raises:
-        EmbedError: the folder contains no pooled embeddings, or those of other weights.
-        siglip_port.image_processing.ImageError: the image cannot be read.
-        siglip_port.CheckpointError: the model cannot be loaded.
+        EmbedError: The folder contains no pooled embeddings, or those of other weights.
+        siglip_port.image_processing.ImageError: The image cannot be read.
+        siglip_port.CheckpointError: The model cannot be loaded.
     """
     settings = read_settings(Path(embeddings))
     if settings is None:
@@ -75,15 +75,15 @@ def search(
     """Find the images whose embeddings are nearest to a query, by cosine similarity.
 
     Args:
-        embeddings: output folder of `embed`.
-        query: embedding, [D].
-        top_k: maximum number of images.
+        embeddings: Output folder of `embed`.
+        query: Embedding, [D].
+        top_k: Maximum number of images.
 
     Returns:
         (cosine similarity, id, path) of each image, nearest first.
 
     Raises:
-        EmbedError: the folder contains no embeddings, or those of another format version.
+        EmbedError: The folder contains no embeddings, or those of another format version.
     """
     require("pyarrow")
     read_settings(Path(embeddings))  # refuses other format versions

@@ -1,6 +1,6 @@
 """Files of a run: shards of rows, and the settings that produced them.
 
-A file is complete or absent, however the run ends.
+A file is either complete or absent, even after a crash.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ class Settings:
     of them needs a new `FORMAT_VERSION`.
 
     Attributes:
-        version: format version.
+        version: Format version.
         source: Hub id or path of the model.
-        commit: commit of the Hub repository; None for local files.
-        weights: hash of all parameters.
-        dtype: compute dtype.
-        engine: a name of `siglip_port.optimize.ENGINES`.
+        commit: Commit of the Hub repository; None for local files.
+        weights: Hash of all parameters.
+        dtype: Compute dtype.
+        engine: Name in `siglip_port.optimize.ENGINES`.
         device: `cpu`, `cuda`, ...
         threads: CPU threads for the model.
-        batch_size: images per forward pass.
-        shard_size: rows per file.
-        tokens: rows contain all tokens, [N, D] row by row, instead of the pooled embedding.
-        normalize: embeddings have unit length.
-        output_dtype: dtype of the stored embeddings.
+        batch_size: Images per forward pass.
+        shard_size: Rows per file.
+        tokens: Whether rows contain all tokens, [N, D] row by row, instead of the pooled embedding.
+        normalize: Whether embeddings have unit length.
+        output_dtype: Dtype of the stored embeddings.
         format: `parquet`; or `npy`, with embeddings in arrays beside the Parquet files.
-        preprocessing: hash of `processor`.
-        processor: image processor settings.
-        num_images: number of images.
-        ids: hash of all image ids in order.
+        preprocessing: Hash of `processor`.
+        processor: Image processor settings.
+        num_images: Number of images.
+        ids: Hash of all image ids in order.
     """
 
     version: int = FORMAT_VERSION
@@ -95,7 +95,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     """Read the `Settings` of an output folder as a dictionary; None if it has none.
 
     Raises:
-        EmbedError: the file is damaged, or of another format version.
+        EmbedError: The file is damaged, or of another format version.
     """
     path = folder / SETTINGS_FILE
     try:
@@ -111,7 +111,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def validate_settings(path: Path, content: object) -> None:
-    """Raise EmbedError unless `content`, read from `path`, is that of a `Settings`."""
+    """Raise EmbedError unless `content`, read from `path`, has the fields of `Settings`."""
     if isinstance(content, dict) and "version" not in content and "store" in content:
         raise EmbedError(
             f"{path.parent}: embeddings were written by an earlier version of siglip-port; use "
@@ -136,7 +136,7 @@ def read_settings_of_rows(folder: Path) -> dict[str, Any] | None:
     Settings without rows are of a run that wrote nothing, and are ignored.
 
     Raises:
-        EmbedError: there are rows without settings, or `read_settings` fails.
+        EmbedError: There are rows without settings, or `read_settings` fails.
     """
     if folder.exists() and not folder.is_dir():
         raise EmbedError(f"{folder}: not a folder; choose another output folder")
@@ -154,7 +154,7 @@ def claim_folder(folder: Path, settings: Settings) -> None:
     """Write the settings of an output folder, or check that its rows have the same settings.
 
     Raises:
-        EmbedError: the folder contains rows with other settings.
+        EmbedError: The folder contains rows with other settings.
     """
     new = json.loads(json.dumps(asdict(settings)))
     old = read_settings_of_rows(folder)
@@ -179,10 +179,10 @@ def claim_folder(folder: Path, settings: Settings) -> None:
 def exclusive_lock(folder: Path) -> Iterator[None]:
     """Create an output folder and lock it against other runs.
 
-    The lock is released when the process ends, however it ends.
+    The lock is released when the process ends, even after a crash.
 
     Raises:
-        EmbedError: another run holds the lock.
+        EmbedError: Another run holds the lock.
     """
     from huggingface_hub.utils import WeakFileLock
 
@@ -217,11 +217,11 @@ def write_shard(
     """Write the rows of a shard.
 
     Args:
-        folder: output folder.
-        shard: index of the shard.
-        items: images of the shard.
-        results: results of its batches, in order.
-        settings: settings of the run.
+        folder: Output folder.
+        shard: Index of the shard.
+        items: Images of the shard.
+        results: Results of its batches, in order.
+        settings: Settings of the run.
     """
     from pyarrow import parquet
 
@@ -290,7 +290,7 @@ def count_rows(path: Path) -> tuple[int, int]:
     """Return the number of rows of a shard, and the number of those with an error.
 
     Raises:
-        EmbedError: the file is damaged.
+        EmbedError: The file is damaged.
     """
     import pyarrow as pa
     from pyarrow import parquet

@@ -241,7 +241,7 @@ class RepositoryCache:
     def set_aside(self, commit: str, filename: str, etag: str) -> list[Path]:
         """Rename existing files that a download is about to replace.
 
-        They do not match the ETag, but may be of use to the user, so they are moved to
+        They do not match the ETag, but may be useful to the user, so they are moved to
         `.siglip_port/*.damaged`. Symlinks are not moved.
 
         Args:

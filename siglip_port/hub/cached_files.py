@@ -93,7 +93,7 @@ class CachedFiles:
         return True
 
     def find_by_etag(self, file: RemoteFile) -> Path | None:
-        """Return the path of a blob, perhaps of another commit; None if it is absent or damaged."""
+        """Return the path of a blob of any commit; None if it is absent or damaged."""
         blob = self._cache.blob(file.etag)
         if not blob.is_file():
             return None

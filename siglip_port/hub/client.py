@@ -19,7 +19,7 @@ LISTING_SECONDS = 20.0
 
 
 class RepositoryClient:
-    """Requests the files of a repository from the Hub.
+    """Client that requests the files of a repository from the Hub.
 
     The first file resolves the revision to a commit; all other files are requested from that
     commit, so a push between two requests cannot mix two versions. If the Hub cannot be reached,
@@ -40,7 +40,7 @@ class RepositoryClient:
         self.commit: str | None = None
         self.cache = RepositoryCache(options.cache_root, name)
         self._budget = RetryBudget()
-        self._failure: Exception | None = None  # once a request failed, there are no more
+        self._failure: Exception | None = None  # after a failed request, no more are sent
         self._files: dict[str, RemoteFile] = {}
         self._absent: set[str] = set()
 
@@ -109,7 +109,7 @@ class RepositoryClient:
             )
 
     def request(self, filename: str, max_attempts: int | None = None) -> RemoteFile:
-        """Request the metadata of a file, once; after a failed request, there are no more.
+        """Request the metadata of a file once; after a failed request, send no more.
 
         Raises:
             huggingface_hub.errors.RemoteEntryNotFoundError: The repository has no such file.

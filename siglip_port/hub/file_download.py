@@ -34,7 +34,7 @@ Download = Callable[[RemoteFile, Path], Path]
 
 
 class FileDownloader:
-    """Downloads whole files of a repository.
+    """Downloader of whole files of a repository.
 
     Args:
         client: Client of the repository.
@@ -86,7 +86,7 @@ class FileDownloader:
         return staged.replace(path)
 
     def fetch_weights(self, file: RemoteFile) -> Path:
-        """Download weights, or find their blob in the cache, perhaps of another commit."""
+        """Download weights, or find their blob in the cache, possibly of another commit."""
         path = self._cached.find_by_etag(file)
         if path is not None:
             return path

@@ -205,7 +205,7 @@ class RemoteFile:
     def _prepare_retry_of_range(
         self, error: BadRangeError | AddressExpiredError, metadata: FileMetadata, retry: Retry
     ) -> None:
-        """Like `_prepare_retry`, but if only ranges fail, the whole file may still be available.
+        """Prepare a retry of a range; if only ranges fail, the whole file may be available.
 
         Raises:
             RangesNotSupportedError: All attempts were refused.
@@ -270,8 +270,7 @@ class RemoteFile:
         """Yield the bytes of a range from one request.
 
         Raises:
-            TransientError: The request failed, perhaps after some of the bytes; a retry may
-                succeed.
+            TransientError: The request failed, possibly partway; a retry may succeed.
         """
         headers = {"Range": f"bytes={first}-{stop - 1}"}
         with (

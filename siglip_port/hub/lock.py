@@ -1,4 +1,4 @@
-"""A lock on a file that is being written; a lock of an idle process is ignored."""
+"""Lock on a file that is being written; locks of idle processes are ignored."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ LOGIN = "log in with `hf auth login`, or pass token="
 
 @dataclass(frozen=True)
 class RequestedFile:
-    """A file that was requested, as messages name it.
+    """Requested file, for messages.
 
     Attributes:
         filename: Name in the repository; several names are joined by "and".

@@ -75,7 +75,7 @@ def classify_errors(url: str, address: str | None = None) -> Iterator[None]:
 def classify_refusal(
     error: HfHubHTTPError, url: str
 ) -> TransientError | RetriesExhaustedError | None:
-    """Return the error for an HTTP status; None if the Hub refused the request for good.
+    """Return the error for an HTTP status; None if the refusal is permanent.
 
     Args:
         error: Error with the response.
@@ -128,7 +128,7 @@ class ConnectionFailure:
 
 @dataclass(frozen=True)
 class FailedConnection:
-    """An error of the client's HTTP library, as the checks below need it.
+    """Error of the client's HTTP library, with its host and proxy.
 
     Attributes:
         error: Error that was raised.

@@ -16,11 +16,11 @@ class HubOptions:
 
     Attributes:
         revision: Branch, tag or commit; None for the revision in the address, or `main`.
-        local_files_only: Use the local cache only, never the network.
+        local_files_only: Whether to use only the local cache, never the network.
         token: Hub token; True for the stored token, False for none.
         cache_dir: Cache folder; None for the default of `huggingface_hub`.
-        vision_only: Download only the tensors of the vision encoder, if that is less than the
-            whole file.
+        vision_only: Whether to download only the tensors of the vision encoder, if that is less
+            than the whole file.
 
     Raises:
         ValueError: `token` is not a valid token. The message does not contain it.

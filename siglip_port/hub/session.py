@@ -62,7 +62,7 @@ class Response(Protocol):
 
 @dataclass(frozen=True)
 class FileSession:
-    """Requests for one file, to the Hub or to where it redirects.
+    """Requests for one file, to the Hub or its redirect targets.
 
     Attributes:
         url: URL of the file on the Hub.
@@ -107,7 +107,7 @@ class FileSession:
             headers = {
                 name: value
                 for name, value in response.headers.items()
-                if name.lower() != "content-length"  # that of the one byte
+                if name.lower() != "content-length"  # length of the first byte alone
             }
             size = file_size(response)
             if size:

@@ -31,7 +31,7 @@ def model_cache_folder(
 
     Args:
         model: Model, whose weights are hashed.
-        cache_dir: Cache folder. [default: `engines` of siglip_port in the user's cache]
+        cache_dir: Cache folder; None for `engines` of siglip_port in the user's cache.
     """
     if cache_dir is None:
         user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -67,7 +67,7 @@ def machine_name(device: torch.device) -> str:
 
 
 def processor_info() -> dict[str, str]:
-    """Return the first CPU's entries of /proc/cpuinfo; empty on other systems than Linux."""
+    """Return the first CPU's entries of /proc/cpuinfo; empty except on Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:

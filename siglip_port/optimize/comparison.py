@@ -27,7 +27,7 @@ class ModelOutputs(nn.Module):
             self.names.append("pooled")
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """[B, C, S, S] -> (tokens [B, N, D], pooled [B, D]), or (tokens,)."""
+        """Run the model: [B, C, S, S] -> (tokens [B, N, D], pooled [B, D]), or (tokens,)."""
         tokens = self.model(pixel_values)
         if not self.model.config.has_pooled_output:
             return (tokens,)

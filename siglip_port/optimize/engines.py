@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import onnxruntime
     import openvino
 
-Loaded = TypeVar("Loaded")
+T = TypeVar("T")
 
 
 class EngineError(Exception):
@@ -158,20 +158,20 @@ def dtype_and_device(model: OptimizedModel) -> str:
 
 
 def load_or_write(
-    program: str,
+    runtime: str,
     cache: Path,
     names: Sequence[str],
     write: Callable[[Path], None],
-    load: Callable[[Path], Loaded],
-) -> Loaded:
+    load: Callable[[Path], T],
+) -> T:
     """Load a compiled file from the cache, and write it first if it is missing.
 
     Args:
-        program: Name of the runtime, for messages.
+        runtime: Name of the runtime, for messages.
         cache: Cache folder of the model.
         names: Names of all files that `write` creates; the last one is loaded.
-        write: Writes the files next to the path of the last one.
-        load: Loads the last file.
+        write: Function that writes the files, given the path of the last one.
+        load: Function that loads the last file.
 
     Raises:
         EngineError: The file cannot be written or loaded.
@@ -185,7 +185,7 @@ def load_or_write(
         return load(path)
     except Exception as error:  # the runtimes document no exception types
         advice = f"; delete {path} to export again" if path.exists() else ""
-        raise EngineError(f"{program} failed: {last_line(error)}{advice}") from error
+        raise EngineError(f"{runtime} failed: {last_line(error)}{advice}") from error
 
 
 def last_line(error: BaseException) -> str:

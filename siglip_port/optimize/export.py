@@ -46,8 +46,8 @@ class ExportFormat:
     Attributes:
         suffix: Required suffix of the file name.
         dtypes: Supported dtypes of the model.
-        write: Writes a module to a path.
-        load: Loads a written file.
+        write: Function that writes a module to a path.
+        load: Function that loads a written file.
         packages: Required optional dependencies.
     """
 

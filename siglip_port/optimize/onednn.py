@@ -47,7 +47,7 @@ class PrepackedLinear(nn.Linear):
         return prepacked
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in] -> [..., out], including the fused activation."""
+        """Apply the layer and the fused activation: [..., in] -> [..., out]."""
         if not self.can_use_onednn(input):
             return self.forward_plain(input)
         output: Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -56,14 +56,14 @@ class PrepackedLinear(nn.Linear):
         return output
 
     def forward_plain(self, input: Tensor) -> Tensor:
-        """[..., in] -> [..., out] with torch's public operators."""
+        """Apply both with torch's public operators: [..., in] -> [..., out]."""
         output = super().forward(input)
         if self.activation == "none":
             return output
         return F.gelu(output, approximate=self.algorithm)
 
     def can_use_onednn(self, input: Tensor) -> bool:
-        """Whether oneDNN supports the call: on a CPU, without gradients."""
+        """Return whether oneDNN supports the call: on a CPU, without gradients."""
         if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
             return False
         return self.weight.device.type == "cpu" and self.weight.dtype in ONEDNN_DTYPES

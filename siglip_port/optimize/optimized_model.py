@@ -54,7 +54,7 @@ class EngineTransformer(SigLipVisionTransformer):
     def forward(
         self, pixel_values: Tensor, pixel_attention_mask: Mask = None, spatial_shapes: Shapes = None
     ) -> Tensor:
-        """Images [B, C, S, S] or packed patches [B, N, P * P * C] -> tokens [B, N, D]."""
+        """Encode images [B, C, S, S] or packed patches [B, N, P * P * C] into tokens [B, N, D]."""
         has_patches = pixel_attention_mask is not None or spatial_shapes is not None
         if self.run is None or has_patches or not self.fits_engine(pixel_values):
             return super().forward(pixel_values, pixel_attention_mask, spatial_shapes)
@@ -64,7 +64,10 @@ class EngineTransformer(SigLipVisionTransformer):
         return self.run(inputs.contiguous())
 
     def fits_engine(self, pixel_values: object) -> bool:
-        """Whether an engine supports the input: a nonempty batch of `image_size`, no gradients."""
+        """Return whether an engine supports the input.
+
+        That is a nonempty batch of images of `config.image_size`, without gradients.
+        """
         size = self.embeddings.config.image_size
         if not isinstance(pixel_values, Tensor) or pixel_values.shape[2:] != (size, size):
             return False
@@ -89,7 +92,7 @@ def inference_copy(model: SigLipVisionModel, dtype: torch.dtype | None) -> Optim
 
     Args:
         model: Model, unchanged.
-        dtype: Parameter dtype of the copy. [default: the model's]
+        dtype: Parameter dtype of the copy; None for the model's.
 
     Raises:
         ValueError: The parameters do not match the configuration, or have several or unsupported

@@ -74,12 +74,12 @@ def optimize(
 
     Args:
         model: Model, unchanged. Its parameters are shared: do not modify them afterwards.
-        dtype: float32, bfloat16, float16, or int8 for dynamic quantization with float32 outputs.
-            [default: the model's]
-        engines: Names in `ENGINES` to try besides `eager`. [default: every engine for `dtype`]
+        dtype: float32, bfloat16, float16, or int8 for dynamic quantization with float32 outputs;
+            None for the model's.
+        engines: Names in `ENGINES` to try besides `eager`; None for every engine for `dtype`.
         batch_size: Batch size to optimize for.
         cache_dir: Cache folder; compiled files in it are executed, so it must not be writable by
-            others. [default: `engines` of siglip_port in the user's cache]
+            others. None for `engines` of siglip_port in the user's cache.
 
     Returns:
         Optimized model in `eval()` mode; `print(model.choice)` shows the engine and measurements.
@@ -246,7 +246,7 @@ def build_candidates(
 
 
 def median_seconds(models: Mapping[str, OptimizedModel], images: Tensor) -> dict[str, float]:
-    """Time models in turns, so that drift cancels; return nothing for a single model."""
+    """Time models interleaved, so that drift cancels; return nothing for a single model."""
     if len(models) < 2:
         return {}
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -258,8 +258,8 @@ def median_seconds(models: Mapping[str, OptimizedModel], images: Tensor) -> dict
 
 def seconds_per_batch(model: SigLipVisionModel, images: Tensor) -> float:
     """Time one forward pass in seconds, including the device."""
-    started = time.perf_counter()
+    start = time.perf_counter()
     ModelOutputs(model)(images)
     if images.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - start

@@ -33,5 +33,5 @@ UPCAST_COSINE = 0.5
 
 
 def within_float64_bound(error: float) -> bool:
-    """Whether a relative error can be float64 rounding."""
+    """Return whether a relative error can be float64 rounding."""
     return error <= FLOAT64_BOUND

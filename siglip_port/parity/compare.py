@@ -39,25 +39,25 @@ def compare(
     hides bugs. Both modules are restored afterwards.
 
     Args:
-        reference: module in `eval()` mode; cast to float64, it must compute in float64 throughout.
-        port: module in `eval()` mode.
-        inputs: inputs of both modules: a tensor, a tuple of positional arguments, or a dict of
+        reference: Module in `eval()` mode; cast to float64, it must compute in float64 throughout.
+        port: Module in `eval()` mode.
+        inputs: Inputs of both modules: a tensor, a tuple of positional arguments, or a dict of
             keyword arguments; at least two different examples along the first axis.
-        taps: points to compare, reference -> port: module paths, `path:input` for the input of a
+        taps: Points to compare, reference -> port: module paths, `path:input` for the input of a
             module, `{}` for a block number (see `siglip_port.parity.taps`). None compares outputs
             only.
-        call_reference: function (module, inputs) -> outputs by name; required if the two modules
+        call_reference: Function (module, inputs) -> outputs by name; required if the two modules
             name their outputs differently.
-        call_port: the same for the port.
-        weights: function that returns the port's tensors under the names of the reference's
+        call_port: Function like `call_reference`, for the port.
+        weights: Function that returns the port's tensors under the names of the reference's
             `state_dict`; None skips the gate `weights`.
-        dtype: dtype of the gate `rounding`; None for that of the reference's parameters.
+        dtype: Dtype of the gate `rounding`; None for that of the reference's parameters.
 
     Returns:
         Gates and findings; `print` it for the verdict.
 
     Raises:
-        ValueError: the inputs, the taps or the reference cannot be used.
+        ValueError: The inputs, the taps or the reference cannot be used.
     """
     if batch_size(inputs) < 2:
         raise ValueError(
@@ -83,7 +83,7 @@ def compare(
 
 
 def parameter_dtype(module: nn.Module) -> torch.dtype:
-    """Dtype of a module's first floating point parameter; float32 without one."""
+    """Return the dtype of a module's first floating point parameter; float32 without one."""
     for parameter in module.parameters():
         if parameter.is_floating_point():
             return parameter.dtype
@@ -117,8 +117,8 @@ def assert_parity(
     """Fail a test if port and reference differ; takes the arguments of `compare`.
 
     Raises:
-        AssertionError: they differ; the message is the findings and the verdict.
-        ValueError: the inputs, the taps or the reference cannot be used.
+        AssertionError: Port and reference differ; the message is the findings and the verdict.
+        ValueError: The inputs, the taps or the reference cannot be used.
     """
     comparison = compare(
         reference,

@@ -10,28 +10,28 @@ from torch import Tensor
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
-    """||value - exact|| / ||exact|| over all elements; not finite if `exact` is all zeros."""
+    """Return ||value - exact|| / ||exact|| over all elements; not finite if `exact` is zero."""
     exact = exact.double()
     return float((value.double() - exact).norm() / exact.norm())
 
 
 def cosine(value: Tensor, exact: Tensor) -> Tensor:
-    """Cosine similarity along the last axis: [..., D], [..., D] -> [...], float64."""
+    """Return the cosine similarity along the last axis: [..., D], [..., D] -> [...], float64."""
     return torch.cosine_similarity(value.double(), exact.double(), dim=-1)
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """Bytes of a tensor as uint8: 0 and -0 differ, and a NaN equals itself."""
+    """Return the bytes of a tensor as uint8: 0 and -0 differ, and a NaN equals itself."""
     return tensor.contiguous().view(torch.uint8)
 
 
 def tensors_equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of the same shape and dtype are bitwise equal."""
+    """Return whether two tensors of the same shape and dtype are bitwise equal."""
     return torch.equal(bits(first), bits(second))
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor contains neither NaN nor infinity."""
+    """Return whether a tensor contains neither NaN nor infinity."""
     return bool(tensor.isfinite().all())
 
 
@@ -40,7 +40,7 @@ class RelativeError(NamedTuple):
 
     Attributes:
         overall: ||value - exact|| / ||exact|| over all elements.
-        worst: largest ||value - exact|| of one vector [D], divided by the root mean square norm of
+        worst: Largest ||value - exact|| of one vector [D], divided by the root mean square norm of
             the exact vectors.
     """
 
@@ -49,12 +49,12 @@ class RelativeError(NamedTuple):
 
 
 class ErrorMeter:
-    """Measure the error of a tensor that arrives in parts.
+    """Meter of the error of a tensor that arrives in parts.
 
     Parts are consecutive along the first axis; the whole tensor may pass several times.
 
     Args:
-        exact: expected tensor.
+        exact: Expected tensor.
     """
 
     def __init__(self, exact: Tensor) -> None:
@@ -99,7 +99,7 @@ class ErrorMeter:
         return exact
 
     def error(self) -> RelativeError:
-        """Error of all parts; infinite if they do not cover the expected tensor."""
+        """Return the error of all parts; infinite if they do not cover the expected tensor."""
         if not self.is_complete:
             return RelativeError(math.inf, math.inf)
         norm = float(self.exact.double().norm())

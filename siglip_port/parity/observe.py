@@ -29,13 +29,13 @@ class ReferenceRun:
     """Exact results of the reference, and its rounding error.
 
     Attributes:
-        reference: reference that was run.
-        dtype: dtype to which weights and inputs are rounded in all runs.
-        inputs: inputs in `dtype`.
-        exact: outputs and taps in float64.
-        noise: rounding error of the reference in `dtype` at every tap and output; the largest over
+        reference: Reference that was run.
+        dtype: Dtype to which weights and inputs are rounded in all runs.
+        inputs: Inputs in `dtype`.
+        exact: Outputs and taps in float64.
+        noise: Rounding error of the reference in `dtype` at every tap and output; the largest over
             its attention implementations.
-        outputs: outputs in `dtype`, by attention implementation.
+        outputs: Outputs in `dtype`, by attention implementation.
     """
 
     reference: Side
@@ -66,14 +66,14 @@ def run_reference(
     """Run the reference once in float64, and once in `dtype` with each attention implementation.
 
     Args:
-        reference: side in `eval()` mode.
-        inputs: inputs of any floating point dtype.
-        points: points to record.
-        dtype: dtype to which weights and inputs are rounded.
-        attentions: attention implementations whose rounding error counts; None for all of them.
+        reference: Side in `eval()` mode.
+        inputs: Inputs of any floating point dtype.
+        points: Points to record.
+        dtype: Dtype to which weights and inputs are rounded.
+        attentions: Attention implementations whose rounding error counts; None for all of them.
 
     Raises:
-        ValueError: the weights or results contain NaN or Inf, an output is all zeros, or a
+        ValueError: The weights or results contain NaN or Inf, an output is all zeros, or a
             step of the float64 run is in float32.
     """
     inputs = cast_inputs(inputs, dtype)
@@ -176,12 +176,12 @@ class ComparedRun:
     """Run of one side, compared with the exact results.
 
     Attributes:
-        outputs: outputs by name.
-        errors: error at each tap and output, by the reference's names; infinite for an output of
+        outputs: Outputs by name.
+        errors: Error at each tap and output, by the reference's names; infinite for an output of
             another shape.
-        uncompared: taps that could not be compared -> reason. A port may fuse modules, or call them
+        uncompared: Taps that could not be compared -> reason. A port may fuse modules, or call them
             in parts.
-        values: values at the taps in `capture`.
+        values: Values at the taps in `capture`.
     """
 
     outputs: dict[str, Tensor]
@@ -202,13 +202,13 @@ def compare_run(
     """Run a side and compare it with the exact results.
 
     Args:
-        side: side to run, already cast to its dtype.
-        inputs: inputs in that dtype.
+        side: Side to run, already cast to its dtype.
+        inputs: Inputs in that dtype.
         exact: float64 run of the reference.
-        points: points of this side -> points of the reference.
-        forced: whether to replace the value at each tap with the exact one (teacher forcing), so
+        points: Points of this side -> points of the reference.
+        forced: Whether to replace the value at each tap with the exact one (teacher forcing), so
             that the error of a module is its own.
-        capture: points of the reference at which to return this side's values.
+        capture: Points of the reference at which to return this side's values.
     """
     taps = TapComparison(exact.taps, points, forced=forced, capture=capture)
     with torch.inference_mode(), tap_hooks(side.module, list(points), taps.visit):
@@ -236,13 +236,13 @@ def substitute(value: Tensor, exact: Tensor) -> Tensor:
 
 
 class TapComparison:
-    """Compare the values at the taps of a side with the exact ones.
+    """Comparison of the values at the taps of a side with the exact ones.
 
     Args:
-        exact: exact values by point of the reference.
-        points: points of this side -> points of the reference.
-        forced: whether to replace values with the exact ones.
-        capture: points of the reference at which to save values.
+        exact: Exact values by point of the reference.
+        points: Points of this side -> points of the reference.
+        forced: Whether to replace values with the exact ones.
+        capture: Points of the reference at which to save values.
     """
 
     def __init__(

@@ -27,13 +27,13 @@ class Measurement:
 
     Attributes:
         run: `float64, free-running`, `float64, teacher-forced`, or the dtype.
-        reference: tap or output, by the reference's name.
-        port: the same by the port's name.
+        reference: Tap or output, by the reference's name.
+        port: The same by the port's name.
         error: ||port - exact|| / ||exact||; exact is the reference in float64 on the same weights
             and inputs.
-        bound: largest `error` that passes.
-        noise: the reference's own rounding error in this dtype; 0 in float64.
-        worst: error of the worst vector, relative to its bound (passes up to 1); 0 if unbounded.
+        bound: Largest `error` that passes.
+        noise: The reference's own rounding error in this dtype; 0 in float64.
+        worst: Error of the worst vector, relative to its bound (passes up to 1); 0 if unbounded.
     """
 
     run: str
@@ -72,11 +72,11 @@ class Finding:
     """Failed check, with its location.
 
     Attributes:
-        message: observed and expected result.
-        reference: module, tensor or output by the reference's name; empty if it has none.
-        port: the same by the port's name.
-        error: relative error; NaN if there is none. For numerics, that of the teacher-forced run.
-        hint: known bug that explains the error; empty if none does.
+        message: Observed and expected result.
+        reference: Module, tensor or output by the reference's name; empty if it has none.
+        port: The same by the port's name.
+        error: Relative error; NaN if there is none. For numerics, that of the teacher-forced run.
+        hint: Known bug that explains the error; empty if none does.
     """
 
     message: str
@@ -86,7 +86,7 @@ class Finding:
     hint: str = ""
 
     def __str__(self) -> str:
-        """Location, message, error and hint in one line."""
+        """Format location, message, error and hint in one line."""
         place = self.reference
         if self.port and self.port != self.reference:
             place = f"{place} (port: {self.port})" if place else f"port: {self.port}"
@@ -103,14 +103,14 @@ class GateResult:
     """Result of one gate.
 
     Attributes:
-        name: name of the gate, with the dtype for `rounding`.
-        checked: number of checks; a gate with 0 checks fails.
-        bound: bound, and how it was chosen.
-        findings: failed checks.
-        measurements: errors at taps and outputs, for the gates that measure.
-        uncompared_taps: taps of the reference that could not be compared, because the port does not
+        name: Name of the gate, with the dtype for `rounding`.
+        checked: Number of checks; a gate with 0 checks fails.
+        bound: Bound, and how it was chosen.
+        findings: Failed checks.
+        measurements: Errors at taps and outputs, for the gates that measure.
+        uncompared_taps: Taps of the reference that could not be compared, because the port does not
             call the module, or calls it with other shapes.
-        float32_upcasts: taps that the port computes in float32 even in float64; the gate `rounding`
+        float32_upcasts: Taps that the port computes in float32 even in float64; the gate `rounding`
             judges them.
     """
 
@@ -133,9 +133,9 @@ class Section:
     """Gates of one checkpoint.
 
     Attributes:
-        name: name of the checkpoint.
-        weights: kind of weights.
-        gates: results in the order of the gates.
+        name: Name of the checkpoint.
+        weights: Kind of weights.
+        gates: Results in the order of the gates.
     """
 
     name: str
@@ -148,8 +148,8 @@ class Comparison:
     """All results of a comparison; `print` it for findings and verdict.
 
     Attributes:
-        sections: one per checkpoint.
-        label: kind of weights, for the verdict.
+        sections: One per checkpoint.
+        label: Kind of weights, for the verdict.
     """
 
     sections: tuple[Section, ...]
@@ -213,7 +213,7 @@ class Comparison:
         return text
 
     def __str__(self) -> str:
-        """Findings, one per line, and the verdict."""
+        """Format the findings, one per line, and the verdict."""
         findings = self.findings
         lines = [f"  {gate.name}: {finding}" for _, gate, finding in findings[:MAX_FINDINGS_SHOWN]]
         if len(findings) > MAX_FINDINGS_SHOWN:

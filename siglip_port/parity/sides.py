@@ -28,16 +28,16 @@ def call_module(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         sequence.
     """
     if isinstance(inputs, Mapping):
-        returned = module(**inputs)
+        outputs = module(**inputs)
     elif isinstance(inputs, tuple):
-        returned = module(*inputs)
+        outputs = module(*inputs)
     else:
-        returned = module(inputs)
-    if isinstance(returned, Tensor):
-        return {"output": returned}
-    if not isinstance(returned, Mapping):
-        returned = {f"output.{i}": value for i, value in enumerate(returned)}
-    return {name: value for name, value in returned.items() if isinstance(value, Tensor)}
+        outputs = module(inputs)
+    if isinstance(outputs, Tensor):
+        return {"output": outputs}
+    if not isinstance(outputs, Mapping):
+        outputs = {f"output.{i}": value for i, value in enumerate(outputs)}
+    return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Side:
     """One of the two implementations.
 
     Attributes:
-        module: module in `eval()` mode.
-        call: function that runs it; both sides must name their outputs alike.
-        attentions: names of its attention implementations; the first is float64 throughout.
-        set_attention: function that switches to one of them.
+        module: Module in `eval()` mode.
+        call: Function that runs it; both sides must name their outputs alike.
+        attentions: Names of its attention implementations; the first is float64 throughout.
+        set_attention: Function that switches to one of them.
     """
 
     module: nn.Module
@@ -63,7 +63,7 @@ class Side:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name of a dtype without `torch.`."""
+    """Return the name of a dtype without `torch.`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -126,7 +126,7 @@ def example(inputs: Inputs, i: int) -> Inputs:
 
 
 def batch_size(inputs: Inputs) -> int:
-    """Length of the first axis of the first tensor in `inputs`."""
+    """Return the length of the first axis of the first tensor in `inputs`."""
     if isinstance(inputs, Tensor):
         return len(inputs)
     values = inputs.values() if isinstance(inputs, Mapping) else inputs

@@ -19,9 +19,9 @@ def randomize(module: nn.Module, seed: int = 1234) -> None:
     1.5 N(0, 1) / sqrt(fan_in); everything else N(0, 1).
 
     Args:
-        module: port, reference, or a part of either. Parameters are drawn in the order of
+        module: Port, reference, or a part of either. Parameters are drawn in the order of
             `named_modules` and keep their dtype.
-        seed: seed of a separate generator; the global one is not touched.
+        seed: Seed of a separate generator; the global one is not touched.
     """
     generator = torch.Generator().manual_seed(seed)
     for part in module.modules():

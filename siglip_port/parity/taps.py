@@ -44,7 +44,7 @@ class Point(NamedTuple):
     """Parsed point.
 
     Attributes:
-        path: path of the module.
+        path: Path of the module.
         part: `output`, `input`, or one of `INSIDE_ATTENTION`.
     """
 
@@ -62,7 +62,7 @@ def expand(taps: Mapping[str, str], reference: nn.Module, port: nn.Module) -> li
     """Expand `{}` in taps to the number of every block of the reference.
 
     Raises:
-        ValueError: a point is malformed, or matches no module. (A port without some of the blocks
+        ValueError: A point is malformed, or matches no module. (A port without some of the blocks
             is a finding, not an error.)
     """
     reference_modules = dict(reference.named_modules())
@@ -197,7 +197,7 @@ def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str,
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """Whether no two elements share memory, and the tensor is not a parameter."""
+    """Return whether no two elements share memory, and the tensor is not a parameter."""
     if isinstance(tensor, nn.Parameter):
         return False
     layout = zip(tensor.shape, tensor.stride(), strict=True)
@@ -224,7 +224,7 @@ def inside_attention(
     Supports `batch_first`, a single width and no masks, as in SigLIP.
 
     Args:
-        attention: attention module.
+        attention: Attention module.
         inputs: `query`, `key` and `value`, [B, N, D].
 
     Returns:
@@ -247,8 +247,8 @@ class Recording:
     """Outputs and taps of one run of one side.
 
     Attributes:
-        outputs: outputs by name.
-        taps: tensors by point, in order of computation. Tensors of several calls of a module, such
+        outputs: Outputs by name.
+        taps: Tensors by point, in order of computation. Tensors of several calls of a module, such
             as one per image, are concatenated along the first axis.
     """
 

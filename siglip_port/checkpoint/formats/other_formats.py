@@ -1,4 +1,4 @@
-"""Other formats found under the names of weights files, recognized by their first bytes."""
+"""Other formats that occur under the names of weights files, recognized by their first bytes."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def header_length(first: bytes, size: int) -> int:
     """
     if not first:
         raise ValueError("file is empty")
-    # A possible length is taken as one, even if other formats start with the same bytes.
+    # A plausible length is accepted, even if other formats start with the same bytes.
     length = size
     if len(first) == LENGTH_BYTES:
         (length,) = struct.unpack("<Q", first)

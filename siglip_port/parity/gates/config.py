@@ -12,8 +12,8 @@ def check_config(port: Mapping[str, object], reference: Mapping[str, object]) ->
     """Compare every field of the reference's config.
 
     Args:
-        port: fields of the port's config.
-        reference: fields of the reference's config, under the port's names.
+        port: Fields of the port's config.
+        reference: Fields of the reference's config, under the port's names.
     """
     findings = []
     for name, expected in reference.items():

@@ -15,7 +15,7 @@ def check_environment(sides: Mapping[str, nn.Module]) -> GateResult:
     """Check modes, dtypes, and torch's switches that trade precision for speed.
 
     Args:
-        sides: modules by name, `port` and `reference`.
+        sides: Modules by name, `port` and `reference`.
     """
     findings = []
     for side, module in sides.items():

@@ -21,14 +21,14 @@ PERTURBATIONS = (0.0, 1e-4, 1e-4, 1e-4)
 def all_are_float32_upcasts(
     port: Side, run: ReferenceRun, taps: list[Tap], forced: ComparedRun, names: list[str]
 ) -> bool:
-    """Whether all differences are float32 rounding inside the port.
+    """Return whether all differences are float32 rounding inside the port.
 
     Args:
-        port: port in its own dtype.
-        run: run of the reference.
-        taps: compared taps.
-        forced: the port's teacher-forced run in float64.
-        names: points that differ in it, by the reference's names.
+        port: Port in its own dtype.
+        run: Run of the reference.
+        taps: Compared taps.
+        forced: The port's teacher-forced run in float64.
+        names: Points that differ in it, by the reference's names.
     """
     if not names:
         return False
@@ -60,12 +60,12 @@ def errors_at(
     with cast(port.module, run.dtype, torch.float64):
         points = port_to_reference(taps)
         capture = frozenset(names)
-        compared = compare_run(port, inputs, exact, points, forced=True, capture=capture)
-    return {name: compared.values[name] - exact.taps[name] for name in names}
+        port_run = compare_run(port, inputs, exact, points, forced=True, capture=capture)
+    return {name: port_run.values[name] - exact.taps[name] for name in names}
 
 
 def is_rounding(error: Tensor, perturbed: list[Tensor]) -> bool:
-    """Whether an error changes with the inputs like rounding, unlike the error of a bug."""
+    """Return whether an error changes with the inputs like rounding, unlike the error of a bug."""
     cosines = []
     for other in perturbed:
         cosine = (error * other).sum() / (error.norm() * other.norm())

@@ -1,4 +1,4 @@
-"""Meaning and bound of each gate. Every gate runs, whatever the result of the gates before it."""
+"""Meaning and bound of each gate. Every gate runs, regardless of earlier results."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Meaning:
     """Description of a gate.
 
     Attributes:
-        question: question that the gate answers.
-        text: statement that holds if the gate passes.
-        bound: largest difference that passes.
+        question: Question that the gate answers.
+        text: Statement that holds if the gate passes.
+        bound: Largest difference that passes.
     """
 
     question: str

@@ -6,10 +6,10 @@ from siglip_port.parity.observe import ComparedRun, ReferenceRun
 from siglip_port.parity.results import Finding
 
 
-def find_missing_outputs(run: ReferenceRun, compared: ComparedRun) -> list[Finding]:
+def find_missing_outputs(run: ReferenceRun, port_run: ComparedRun) -> list[Finding]:
     """Find outputs of the reference that the port does not return."""
     findings = []
     for name in run.exact.outputs:
-        if name not in compared.outputs:
+        if name not in port_run.outputs:
             findings.append(Finding("the port does not return this output", name, name))
     return findings

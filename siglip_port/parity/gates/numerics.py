@@ -32,12 +32,12 @@ class Float64Runs:
     """Runs of port and reference in float64.
 
     Attributes:
-        port: port that was run.
-        reference: run of the reference.
-        taps: compared taps.
-        free: free-running run of the port.
-        forced: teacher-forced run of the port.
-        float32_upcasts: points that differ by float32 rounding; empty if any other point differs.
+        port: Port that was run.
+        reference: Run of the reference.
+        taps: Compared taps.
+        free: Free-running run of the port.
+        forced: Teacher-forced run of the port.
+        float32_upcasts: Points that differ by float32 rounding; empty if any other point differs.
     """
 
     port: Side
@@ -70,10 +70,10 @@ def check_numerics(
     """Compare a port with the reference in float64, at every tap and output.
 
     Args:
-        port: port in `eval()` mode.
-        run: run of the reference.
-        taps: taps to compare.
-        max_hints: number of differing taps that get a hint.
+        port: Port in `eval()` mode.
+        run: Run of the reference.
+        taps: Taps to compare.
+        max_hints: Number of differing taps that get a hint.
     """
     runs = run_both_ways(port, run, taps)
     findings = find_missing_outputs(run, runs.free)
@@ -118,11 +118,11 @@ def run_in_float64(
         )
 
 
-def points_outside_bound(run: ReferenceRun, compared: ComparedRun) -> list[str]:
+def points_outside_bound(run: ReferenceRun, port_run: ComparedRun) -> list[str]:
     """List the points that differ, in order of computation."""
     names = []
     for name in run.points:
-        error = compared.errors.get(name)
+        error = port_run.errors.get(name)
         if error is not None and not bounds.within_float64_bound(error.overall):
             names.append(name)
     return names
@@ -137,15 +137,15 @@ def find_suspects(runs: Float64Runs) -> list[str]:
         return []
     points = runs.reference.points
     suspects = set(runs.wrong_steps)
-    differing = points_outside_bound(runs.reference, runs.free)
-    if not differing:
+    differences = points_outside_bound(runs.reference, runs.free)
+    if not differences:
         return [name for name in points if name in suspects]
     suspects.update(uncompared_modules(runs))
-    ordered = [name for name in points if name in suspects]
-    first = differing[0]
-    if not ordered or points.index(ordered[0]) > points.index(first):
-        ordered.insert(0, first)
-    return ordered
+    names = [name for name in points if name in suspects]
+    first = differences[0]
+    if not names or points.index(names[0]) > points.index(first):
+        names.insert(0, first)
+    return names
 
 
 def uncompared_modules(runs: Float64Runs) -> list[str]:
@@ -185,9 +185,9 @@ def uncompared_finding(runs: Float64Runs, name: str, value: Tensor | None) -> Fi
     """Return the finding for a tap that could not be compared.
 
     Args:
-        runs: runs of both sides.
-        name: tap, by the reference's name.
-        value: the port's value there, if the module was called.
+        runs: Runs of both sides.
+        name: Tap, by the reference's name.
+        value: The port's value there, if the module was called.
     """
     message = runs.free.uncompared[name]
     if value is not None:
@@ -200,9 +200,9 @@ def difference_finding(runs: Float64Runs, name: str, value: Tensor | None) -> Fi
     """Return the finding for a point that differs.
 
     Args:
-        runs: runs of both sides.
-        name: tap or output, by the reference's name.
-        value: the port's value at a tap, for the hint.
+        runs: Runs of both sides.
+        name: Tap or output, by the reference's name.
+        value: The port's value at a tap, for the hint.
     """
     exact = runs.reference.exact
     hint = ""
@@ -216,13 +216,13 @@ def difference_finding(runs: Float64Runs, name: str, value: Tensor | None) -> Fi
     return Finding(message, name, runs.port_name(name), error, hint)
 
 
-def measure(runs: Float64Runs, kind: str, compared: ComparedRun) -> Iterator[Measurement]:
+def measure(runs: Float64Runs, kind: str, port_run: ComparedRun) -> Iterator[Measurement]:
     """Yield the error at every point, with its bound."""
     for name in runs.reference.points:
-        if name not in compared.errors:
+        if name not in port_run.errors:
             continue
         bound = bounds.FLOAT64_BOUND
         if runs.float32_upcasts:
             bound = bounds.ROUNDING_FACTOR * runs.reference.noise[name].overall
-        error = compared.errors[name].overall
+        error = port_run.errors[name].overall
         yield Measurement(f"float64, {kind}", name, runs.port_name(name), error, bound)

@@ -15,21 +15,21 @@ def check_rounding(port: Side, run: ReferenceRun, taps: list[Tap]) -> GateResult
     """Compare the port's error against float64 with the reference's, in the dtype of the run.
 
     Args:
-        port: port in `eval()` mode.
-        run: run of the reference.
-        taps: taps to compare.
+        port: Port in `eval()` mode.
+        run: Run of the reference.
+        taps: Taps to compare.
     """
     with cast(port.module, run.dtype):
-        compared = compare_run(port, run.inputs, run.exact, port_to_reference(taps))
+        port_run = compare_run(port, run.inputs, run.exact, port_to_reference(taps))
     port_names = reference_to_port(taps)
     dtype = dtype_name(run.dtype)
     measurements = []
     for name in run.points:
-        if name in compared.errors:
+        if name in port_run.errors:
             tap = Tap(name, port_names.get(name, name))
-            error = compared.errors[name]
+            error = port_run.errors[name]
             measurements.append(measure_rounding(dtype, tap, error, run.noise[name]))
-    findings = find_missing_outputs(run, compared)
+    findings = find_missing_outputs(run, port_run)
     findings += find_excess_rounding(measurements)
     return GateResult(
         f"rounding {dtype}",

@@ -33,8 +33,8 @@ class Influence:
     """Inputs and parameters that affect the outputs of a side.
 
     Attributes:
-        masks: per input tensor [B, C, ...], the positions that affect an output: [B, ...], bool.
-        unused_parameters: names of the parameters that do not affect any output.
+        masks: Positions that affect an output, [B, ...], bool, per input tensor [B, C, ...].
+        unused_parameters: Names of the parameters that do not affect any output.
     """
 
     masks: list[Tensor]
@@ -48,9 +48,9 @@ def check_sensitivity(port: Side, reference: Side, inputs: Inputs) -> GateResult
     in a batch.
 
     Args:
-        port: port in `eval()` mode.
-        reference: reference in `eval()` mode.
-        inputs: at least two examples along the first axis.
+        port: Port in `eval()` mode.
+        reference: Reference in `eval()` mode.
+        inputs: At least two examples along the first axis.
     """
     outputs = port.run(inputs)
     repeated = port.run(inputs)
@@ -113,7 +113,7 @@ def run_one_by_one(port: Side, inputs: Inputs) -> list[dict[str, Tensor]]:
 
 
 def is_constant(output: Tensor) -> bool:
-    """Whether an output is the same for every example of a batch."""
+    """Return whether an output is the same for every example of a batch."""
     return relative_error(output[:1].expand_as(output), output) < bounds.FLOAT64_BOUND
 
 
@@ -202,10 +202,10 @@ def influence_by_perturbation(
     """Check by perturbation what affects the outputs, where gradients differ from the reference.
 
     Args:
-        port: port to run.
-        inputs: its inputs.
-        suspected: result for its gradients.
-        expected: result for the reference.
+        port: Port to run.
+        inputs: Inputs of the port.
+        suspected: Result for its gradients.
+        expected: Result for the reference.
     """
     probe = PerturbationProbe(port, inputs)
     masks = [mask.clone() for mask in suspected.masks]
@@ -237,11 +237,11 @@ def confirm_mask(probe: PerturbationProbe, tensor: Tensor, mask: Tensor, expecte
 
 
 class PerturbationProbe:
-    """Run a side repeatedly, each time with one tensor perturbed.
+    """Probe that runs a side repeatedly, each time with one tensor perturbed.
 
     Args:
-        side: side to run.
-        inputs: its inputs.
+        side: Side to run.
+        inputs: Inputs of the side.
     """
 
     def __init__(self, side: Side, inputs: Inputs) -> None:
@@ -259,11 +259,11 @@ class PerturbationProbe:
         return self.side.run(clone_inputs(self._inputs))
 
     def affects_outputs(self, tensor: Tensor, positions: Tensor | float = 1.0) -> bool:
-        """Whether perturbing a tensor changes any bit of the outputs.
+        """Return whether perturbing a tensor changes any bit of the outputs.
 
         Args:
-            tensor: a leaf of the inputs or a parameter; perturbed in place, then restored.
-            positions: mask of the elements to perturb, broadcast to the shape of `tensor`.
+            tensor: Leaf of the inputs or a parameter; perturbed in place, then restored.
+            positions: Mask of the elements to perturb, broadcast to the shape of `tensor`.
         """
         original = tensor.clone()
         noise = torch.randn(tensor.shape, generator=self._generator).to(tensor)

@@ -19,8 +19,8 @@ def check_weights(port: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -
     """Compare all tensors.
 
     Args:
-        port: the port's tensors, under the reference's names.
-        reference: the reference's `state_dict`.
+        port: The port's tensors, under the reference's names.
+        reference: The reference's `state_dict`.
     """
     missing = names_missing_on_one_side(port, reference)
     findings = []

@@ -24,10 +24,10 @@ class TapContext:
     """The reference around a tap.
 
     Attributes:
-        modules: modules of the reference, by path.
-        point: point of the reference.
-        module_input: input of the module at the tap, if any.
-        taps: exact values at all taps, in order of computation.
+        modules: Modules of the reference, by path.
+        point: Point of the reference.
+        module_input: Input of the module at the tap, if any.
+        taps: Exact values at all taps, in order of computation.
     """
 
     modules: Mapping[str, nn.Module]

@@ -23,14 +23,14 @@ def projection_guesses(attention: nn.MultiheadAttention, part: str, x: Tensor) -
         return
     weights = attention.in_proj_weight.chunk(3)
     biases = attention.in_proj_bias.chunk(3)
-    own = "qkv".index(part)
-    yield from linear_guesses(weights[own], biases[own], x)
+    index = "qkv".index(part)
+    yield from linear_guesses(weights[index], biases[index], x)
     for i, other in enumerate("qkv"):
-        if i != own:
+        if i != index:
             yield f"weight and bias of {other}", F.linear(x, weights[i], biases[i])
-            yield f"bias of {other}", F.linear(x, weights[own], biases[i])
-    interleaved_weight = attention.in_proj_weight[own::3]
-    interleaved_bias = attention.in_proj_bias[own::3]
+            yield f"bias of {other}", F.linear(x, weights[index], biases[i])
+    interleaved_weight = attention.in_proj_weight[index::3]
+    interleaved_bias = attention.in_proj_bias[index::3]
     interleaved = F.linear(x, interleaved_weight, interleaved_bias)
     yield "fused qkv weight read as interleaved", interleaved
 
@@ -50,10 +50,10 @@ class Attention:
     """Variants of attention on the same queries, keys and values.
 
     Args:
-        q: queries, [B, Q, D].
-        k: keys, [B, N, D].
-        v: values, [B, N, D].
-        heads: number of heads.
+        q: Queries, [B, Q, D].
+        k: Keys, [B, N, D].
+        v: Values, [B, N, D].
+        heads: Number of heads.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> None:

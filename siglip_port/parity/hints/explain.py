@@ -21,9 +21,9 @@ def explain_tap(run: ReferenceRun, point: str, value: Tensor) -> str:
     """Return the hint for a tap that differs; empty if no known bug explains it.
 
     Args:
-        run: run of the reference, which is repeated to get the input of its module at the tap.
-        point: tap, by the reference's name.
-        value: the port's value at the tap, teacher-forced.
+        run: Run of the reference, which is repeated to get the input of its module at the tap.
+        point: Tap, by the reference's name.
+        value: The port's value at the tap, teacher-forced.
     """
     model = run.reference.module
     inputs: list[Tensor] = []
@@ -54,11 +54,11 @@ def explain(
     """Return the hint for the port's value at a tap; empty if no known bug explains it.
 
     Args:
-        reference: reference in float64.
-        point: tap, by the reference's name.
-        module_input: input of the reference's module at the tap, if any.
-        taps: exact values at all taps.
-        value: the port's value at the tap, teacher-forced.
+        reference: Reference in float64.
+        point: Tap, by the reference's name.
+        module_input: Input of the reference's module at the tap, if any.
+        taps: Exact values at all taps.
+        value: The port's value at the tap, teacher-forced.
     """
     exact = taps[point]
     if value.shape != exact.shape:

@@ -19,7 +19,7 @@ Guess = tuple[str, Tensor]
 
 
 def matches(candidate: Tensor, value: Tensor) -> bool:
-    """Whether a guess reproduces the port's values."""
+    """Return whether a guess reproduces the port's values."""
     return relative_error(candidate, value) < MATCH
 
 

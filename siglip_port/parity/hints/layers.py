@@ -32,8 +32,8 @@ def activation_guesses(x: Tensor, exact: Tensor) -> Iterator[Guess]:
     """Yield `x` with other activations, or with an activation in a narrower dtype.
 
     Args:
-        x: input of the activation, float64.
-        exact: output of the reference's activation.
+        x: Input of the activation, float64.
+        exact: Output of the reference's activation.
     """
     activations = [(label, function(x)) for label, function in ACTIVATIONS.items()]
     expected = first_match(activations, exact)
@@ -49,9 +49,9 @@ def layer_norm_guesses(norm: nn.LayerNorm, x: Tensor, exact: Tensor) -> Iterator
     """Yield other normalizations of the input of a LayerNorm.
 
     Args:
-        norm: the reference's LayerNorm.
-        x: its input.
-        exact: its output.
+        norm: The reference's LayerNorm.
+        x: Input of the LayerNorm, [..., D].
+        exact: Output of the LayerNorm, [..., D].
     """
     eps = norm.eps
     gain = norm.weight
@@ -87,9 +87,9 @@ def fitted_eps(norm: nn.LayerNorm, x: Tensor, value: Tensor) -> str:
     """Solve a LayerNorm for the eps of the port.
 
     Args:
-        norm: the reference's LayerNorm.
-        x: its input.
-        value: the port's output.
+        norm: The reference's LayerNorm.
+        x: Input of the LayerNorm, [..., D].
+        value: The port's output, [..., D].
 
     Returns:
         The hint; empty if no eps reproduces the port's values.

@@ -1,4 +1,4 @@
-"""Hints for any tensor, whatever computed it: scaled, permuted or cast."""
+"""Hints for tensors of any origin: scaled, permuted or cast."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def explain_permutation(value: Tensor, exact: Tensor) -> str:
 
 
 def permutations(length: int) -> Iterator[tuple[str, list[int]]]:
-    """Yield names and index lists of the orders that bugs leave an axis in."""
+    """Yield the orders that bugs give to an axis: name and index list."""
     indices = list(range(length))
     yield "reversed", indices[::-1]
     for shift in (1, -1):
@@ -79,5 +79,5 @@ def explain_cast(value: Tensor, exact: Tensor) -> str:
 
 
 def is_representable(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a dtype represents every element of a tensor exactly."""
+    """Return whether a dtype represents every element of a tensor exactly."""
     return torch.equal(round_to(tensor, dtype), tensor)

@@ -17,9 +17,9 @@ def explain_weight(value: Tensor, name: str, reference: Mapping[str, Tensor]) ->
     """Return the hint for a tensor; empty if no known bug explains it.
 
     Args:
-        value: the port's tensor, of the same shape as the reference's.
-        name: name in the reference's `state_dict`.
-        reference: the reference's `state_dict`.
+        value: The port's tensor, of the same shape as the reference's.
+        name: Name in the reference's `state_dict`.
+        reference: The reference's `state_dict`.
     """
     exact = reference[name]
     if not value.any():
@@ -39,7 +39,7 @@ def explain_weight(value: Tensor, name: str, reference: Mapping[str, Tensor]) ->
 
 
 def is_square(tensor: Tensor) -> bool:
-    """Whether a tensor is a square matrix."""
+    """Return whether a tensor is a square matrix."""
     return tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
 
 

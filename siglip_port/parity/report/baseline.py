@@ -12,13 +12,13 @@ def against_baseline(report: Json, baseline: Json) -> list[str]:
 
     Args:
         report: JSON report.
-        baseline: earlier JSON report.
+        baseline: Earlier JSON report.
 
     Returns:
         Lines to print: counts, another verdict, and the largest increases, even within the bounds.
 
     Raises:
-        ValueError: the earlier report has another schema.
+        ValueError: The earlier report has another schema.
     """
     if baseline.get("schema") != SCHEMA:
         raise ValueError(

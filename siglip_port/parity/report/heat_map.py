@@ -21,8 +21,8 @@ class Cell:
     """One patch.
 
     Attributes:
-        row: row in the grid.
-        column: column in the grid.
+        row: Row in the grid.
+        column: Column in the grid.
         color: CSS color.
         value: 1 - cosine.
     """
@@ -38,11 +38,11 @@ class HeatMap:
     """One heat map.
 
     Attributes:
-        title: title, with the kind of scale.
-        cells: patches, row by row.
+        title: Title, with the kind of scale.
+        cells: Patches, row by row.
         legend: CSS colors from the lowest value to the highest.
-        low: lowest value of the scale.
-        high: highest value of the scale.
+        low: Lowest value of the scale.
+        high: Highest value of the scale.
     """
 
     title: str
@@ -57,11 +57,11 @@ class Patches:
     """Cosine similarity per patch.
 
     Attributes:
-        mean: mean cosine, formatted.
-        smallest: smallest cosine, formatted.
-        remark: how to read the cosines.
-        side: side of the image in patches; fractional if the image is not a multiple of the patch.
-        maps: heat maps with a fixed scale, and with the scale of this report.
+        mean: Mean cosine, formatted.
+        smallest: Smallest cosine, formatted.
+        remark: Explanation of the cosines.
+        side: Side of the image in patches; fractional if the image is not a multiple of the patch.
+        maps: Heat maps with a fixed scale, and with the scale of this report.
     """
 
     mean: str
@@ -147,7 +147,7 @@ def remark(distances: list[float], equal: bool) -> str:
     if largest >= 1e-3:
         return ""
     digits = -math.ceil(math.log10(largest))
-    rest = "the rest is rounding"
+    explanation = "the rest is rounding"
     if not equal:
-        rest = "yet the models differ: a relative error e lowers a cosine by only e²/2"
-    return f"All cosines are 1 to {digits} digits; {rest}. No gate depends on cosines."
+        explanation = "yet the models differ: a relative error e lowers a cosine by only e²/2"
+    return f"All cosines are 1 to {digits} digits; {explanation}. No gate depends on cosines."

@@ -38,7 +38,7 @@ def image_data_uri(pixel_values: Tensor) -> str:
     """Encode an image as a PNG data URI.
 
     Args:
-        pixel_values: pixels [C, H, W] in [-1, 1]; unless C is 3, the first channel in gray.
+        pixel_values: Pixels [C, H, W] in [-1, 1]; unless C is 3, the first channel in gray.
     """
     from PIL import Image  # optional for all other reports
 
@@ -55,7 +55,7 @@ def render_page(report: Json, image: str) -> str:
 
     Args:
         report: JSON report (see `siglip_port.parity.report.json_report.to_json`).
-        image: data URI of the first image (see `image_data_uri`); empty for none.
+        image: Data URI of the first image (see `image_data_uri`); empty for none.
     """
     gates = [gate for _, gate in section_gates(report)]
     findings = list(map(finding_row, report["findings"]))
@@ -126,9 +126,9 @@ class FirstDifference:
     """First finding, which has the most precise location.
 
     Attributes:
-        place: module, tensor or output.
-        finding: finding of the report.
-        tiles: error, bound, and error / bound.
+        place: Module, tensor or output.
+        finding: Finding of the report.
+        tiles: Error, bound, and error / bound.
     """
 
     place: str
@@ -171,8 +171,8 @@ class FindingRow:
     """Row of the table of findings.
 
     Attributes:
-        finding: finding of the report.
-        error: relative error, formatted; empty if there is none.
+        finding: Finding of the report.
+        error: Relative error, formatted; empty if there is none.
     """
 
     finding: Json
@@ -193,8 +193,8 @@ class LargestError:
     """Largest error of a gate, relative to its bound.
 
     Attributes:
-        bound_ratio: error / bound.
-        measurement: measurement of the report.
+        bound_ratio: Error / bound.
+        measurement: Measurement of the report.
     """
 
     bound_ratio: float
@@ -211,10 +211,10 @@ class GateRow:
     """Row of the table of gates.
 
     Attributes:
-        gate: gate of the report.
-        question: question that the gate answers.
+        gate: Gate of the report.
+        question: Question that the gate answers.
         result: `passed` or `failed`.
-        largest: largest error; None for a gate that does not measure.
+        largest: Largest error; None for a gate that does not measure.
     """
 
     gate: Json

@@ -24,8 +24,8 @@ def to_json(comparison: Comparison, **more: object) -> Json:
     """Convert a comparison to JSON values; NaN and infinity become strings.
 
     Args:
-        comparison: results.
-        more: further keys, such as environment and provenance.
+        comparison: Comparison to convert.
+        more: Further keys, such as environment and provenance.
     """
     findings = []
     for section, gate, finding in comparison.findings:
@@ -114,8 +114,8 @@ def output_metrics(port: Mapping[str, Tensor], reference: Mapping[str, Tensor]) 
     """Compute the usual metrics of every output. No gate depends on them.
 
     Args:
-        port: outputs of the port.
-        reference: outputs of the reference, in the same dtype.
+        port: Outputs of the port.
+        reference: Outputs of the reference, in the same dtype.
     """
     metrics = []
     for name, expected in reference.items():

@@ -25,10 +25,10 @@ class Series:
     """Values of one legend entry.
 
     Attributes:
-        name: name in the legend.
+        name: Name in the legend.
         color: CSS class of the color.
-        kind: kind of marks, one of `DRAWING_ORDER`.
-        values: values by tap.
+        kind: Kind of marks, one of `DRAWING_ORDER`.
+        values: Values by tap.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Label:
     """Text in a plot.
 
     Attributes:
-        x: position of the anchor.
-        y: position of the baseline.
-        text: text.
+        x: Position of the anchor.
+        y: Position of the baseline.
+        text: Text to show.
         anchor: SVG `text-anchor`.
         css: CSS class.
-        angle: rotation in degrees.
+        angle: Rotation in degrees.
     """
 
     x: float
@@ -79,11 +79,11 @@ class Box:
     """Rectangle of full height.
 
     Attributes:
-        x: left edge.
-        width: width.
-        label: label, if any.
-        striped: whether it is filled.
-        text: tooltip.
+        x: Left edge.
+        width: Width.
+        label: Label, if any.
+        striped: Whether the box is filled.
+        text: Tooltip.
     """
 
     x: float
@@ -100,7 +100,7 @@ class Line:
     Attributes:
         css: CSS classes.
         path: SVG `d`.
-        label: label, if any.
+        label: Label, if any.
     """
 
     css: str
@@ -115,16 +115,16 @@ class Plot:
     Attributes:
         legend: CSS classes and text of every series.
         view_box: SVG `viewBox`: left, top, width, height.
-        min_width: minimum width in pixels.
-        top: top of the plotting area.
-        bottom: bottom of the plotting area.
-        blocks: blocks of taps.
-        guides: grid lines at powers of ten.
-        labels: labels of the lanes.
-        lines: paths of the series.
-        arrows: x of the arrows.
-        arrow_label: label of the first arrow.
-        columns: one column per tap, with a tooltip.
+        min_width: Minimum width in pixels.
+        top: Top of the plotting area.
+        bottom: Bottom of the plotting area.
+        blocks: Blocks of taps.
+        guides: Grid lines at powers of ten.
+        labels: Labels of the lanes.
+        lines: Paths of the series.
+        arrows: Horizontal positions of the arrows.
+        arrow_label: Label of the first arrow.
+        columns: One column per tap, with a tooltip.
     """
 
     legend: list[tuple[str, str]]
@@ -147,18 +147,18 @@ def build_plot(
     """Lay out a plot.
 
     Args:
-        series: series to draw; those without values are skipped.
-        hover_texts: tooltip of each tap.
-        marked: taps with an arrow; the first one is labeled.
+        series: Series to draw; those without values are skipped.
+        hover_texts: Tooltip of each tap.
+        marked: Taps with an arrow; the first one is labeled.
     """
     taps = TapAxis(tap_names(series))
-    drawn = [one for one in series if one.values]
-    drawn.sort(key=lambda one: DRAWING_ORDER.index(one.kind))
-    plane = Plane(taps, ErrorAxis.fit(drawn), drawn)
+    curves = [curve for curve in series if curve.values]
+    curves.sort(key=lambda curve: DRAWING_ORDER.index(curve.kind))
+    plane = Plane(taps, ErrorAxis.fit(curves), curves)
     arrows = [name for name in taps.x if name in set(marked)]
     top = 0 if arrows else 20
     return Plot(
-        legend=[legend_entry(one) for one in drawn if one.kind != "bound"],
+        legend=[legend_entry(curve) for curve in curves if curve.kind != "bound"],
         view_box=(0, top, taps.right + 14, plane.bottom + taps.label_height - top),
         min_width=min(taps.right + 14, 1000),
         top=TOP,
@@ -166,7 +166,7 @@ def build_plot(
         blocks=plane.blocks(),
         guides=plane.guides(),
         labels=plane.lane_labels(),
-        lines=[plane.line(one) for one in drawn],
+        lines=[plane.line(curve) for curve in curves],
         arrows=[taps.x[name] for name in arrows],
         arrow_label=arrow_label(taps, arrows),
         columns=columns(taps, hover_texts),
@@ -176,8 +176,8 @@ def build_plot(
 def tap_names(series: list[Series]) -> list[str]:
     """Return the taps of all series, in order of first appearance."""
     names: dict[str, None] = {}
-    for one in series:
-        names |= dict.fromkeys(one.values)
+    for curve in series:
+        names |= dict.fromkeys(curve.values)
     return list(names)
 
 
@@ -186,10 +186,10 @@ class TapAxis:
     """Horizontal axis: taps, block by block.
 
     Attributes:
-        names: names of the taps.
-        x: center of each tap.
-        blocks: label, left and right edge of each block.
-        right: right end of the axis.
+        names: Names of the taps.
+        x: Center of each tap.
+        blocks: Label, left and right edge of each block.
+        right: Right end of the axis.
     """
 
     names: Sequence[str]
@@ -241,9 +241,9 @@ class ErrorAxis:
     """Vertical axis: powers of ten.
 
     Attributes:
-        low: lowest power.
-        high: highest power.
-        decade: height of one power.
+        low: Lowest power.
+        high: Highest power.
+        decade: Height of one power.
     """
 
     low: int
@@ -254,8 +254,8 @@ class ErrorAxis:
     def fit(cls, series: list[Series]) -> ErrorAxis:
         """Return the axis that contains all positive finite values."""
         logs = []
-        for one in series:
-            logs += [math.log10(value) for value in one.values.values() if 0 < value < math.inf]
+        for curve in series:
+            logs += [math.log10(value) for value in curve.values.values() if 0 < value < math.inf]
         low = math.floor(min(logs, default=0.0))
         high = math.floor(max(logs, default=0.0)) + 1
         return cls(low, high, min(260 / (high - low), 60))
@@ -277,17 +277,17 @@ class Plane:
         self.taps = taps
         self.errors = errors
         self.series = series
-        self.lanes = [one for one in series if one.has_zeros]
+        self.lanes = [curve for curve in series if curve.has_zeros]
         self.bottom = errors.bottom
         if self.lanes:
             self.bottom += LANE_HEIGHT * len(self.lanes) + 10
 
-    def y(self, one: Series, value: float) -> float:
+    def y(self, curve: Series, value: float) -> float:
         """Return the position of a value of a series."""
         if not math.isfinite(value):
             return TOP - 8
         if value <= 0:
-            return self.errors.bottom + LANE_HEIGHT * (self.lanes.index(one) + 0.5) + 8
+            return self.errors.bottom + LANE_HEIGHT * (self.lanes.index(curve) + 0.5) + 8
         return self.errors.y(value)
 
     def blocks(self) -> list[Box]:
@@ -316,30 +316,30 @@ class Plane:
         if self.lanes:
             y = (self.errors.bottom + self.bottom) / 2 + 8
             labels.append(Label(LEFT - 8, y, "exactly 0", "end"))
-        if not all(one.is_finite for one in self.series):
+        if not all(curve.is_finite for curve in self.series):
             labels.append(Label(LEFT - 8, TOP - 5, "inf or nan", "end"))
         return labels
 
-    def line(self, one: Series) -> Line:
+    def line(self, curve: Series) -> Line:
         """Return the path of a series; a constant bound or line spans the whole width."""
-        css = f"{one.kind} {one.color}"
-        if one.kind not in ("bound", "line") or not one.is_constant:
-            return Line(css, self.path(one))
-        first = next(iter(one.values.values()))
-        y = self.y(one, first)
+        css = f"{curve.kind} {curve.color}"
+        if curve.kind not in ("bound", "line") or not curve.is_constant:
+            return Line(css, self.path(curve))
+        first = next(iter(curve.values.values()))
+        y = self.y(curve, first)
         label = None
-        if one.kind == "bound":
-            label = Label(LEFT + 6, y - 5, f"{one.name}: {first:.3g}", "start")
+        if curve.kind == "bound":
+            label = Label(LEFT + 6, y - 5, f"{curve.name}: {first:.3g}", "start")
         return Line(css, self.horizontal(y), label)
 
-    def path(self, one: Series) -> str:
+    def path(self, curve: Series) -> str:
         """Return the SVG path through all values, joined between positive finite values."""
         path = ""
         is_drawing = False
-        for name, value in one.values.items():
+        for name, value in curve.values.items():
             has_logarithm = 0 < value < math.inf
-            place = f"{self.taps.x[name]:.1f},{self.y(one, value):.1f}"
-            if is_drawing and has_logarithm and one.kind != "dots":
+            place = f"{self.taps.x[name]:.1f},{self.y(curve, value):.1f}"
+            if is_drawing and has_logarithm and curve.kind != "dots":
                 path += f"L{place}"
             else:
                 path += f"M{place}h0"
@@ -380,10 +380,10 @@ def columns(taps: TapAxis, hover_texts: Mapping[str, str]) -> list[Box]:
     return boxes
 
 
-def legend_entry(one: Series) -> tuple[str, str]:
+def legend_entry(curve: Series) -> tuple[str, str]:
     """Return CSS classes and text of a series in the legend. Bounds are labeled in the plot."""
-    text = one.name
-    zeros = sum(value == 0 for value in one.values.values())
+    text = curve.name
+    zeros = sum(value == 0 for value in curve.values.values())
     if zeros:
-        text += f" ({zeros} of {len(one.values)} exactly 0)"
-    return f"{one.kind} {one.color}", text
+        text += f" ({zeros} of {len(curve.values)} exactly 0)"
+    return f"{curve.kind} {curve.color}", text

@@ -83,7 +83,7 @@ class Case:
         reference: Reference, loaded from `source`.
         inputs: Images, [B, C, S, S], B > 1.
         gates: Names of the gates to run.
-        dtypes: dtypes in which rounding is checked; the first is the dtype of the weights.
+        dtypes: Dtypes in which rounding is checked; the first is the dtype of the weights.
         attentions: Attention implementations of the reference for the rounding bounds.
         reference_runs: Cached runs of the reference, by dtype.
     """
@@ -135,7 +135,7 @@ class Case:
         Args:
             port: Port, loaded from `source`.
             call: Function (port, pixel_values) -> outputs by name.
-            max_hints: How many of the taps that differ get a hint.
+            max_hints: Number of differing taps that get a hint.
 
         Yields:
             The result of each gate; one per dtype for `rounding`.
@@ -229,7 +229,7 @@ def random_case(
         recipe: Name in `siglip_port.parity.siglip.recipes.RECIPES`.
         seed: Seed of weights and inputs.
         gates: Names of the gates to run.
-        dtypes: dtypes in which rounding is checked.
+        dtypes: Dtypes in which rounding is checked.
         attentions: Attention implementations of the reference for the rounding bounds.
         device: Device of the reference and the inputs.
         name: Name in reports.
@@ -257,8 +257,8 @@ def small_cases(
         config: Configuration of the checkpoint.
         device: Device of the models.
         attentions: Attention implementations of the reference for the rounding bounds.
-        full: Run all gates on all recipes, with two seeds and all dtypes, instead of each recipe
-            with its own gates only.
+        full: Whether to run all gates on all recipes, with two seeds and all dtypes, instead of
+            each recipe with its own gates only.
     """
     odd = compute_as(ODD, config)
     mini = compute_as(MINI, config)

@@ -58,7 +58,7 @@ def check_pixels(
         reference_processors: Image processors of the reference, by the same backends.
         image: Image of any size.
         embed: Port's `embed`, for the effect of a difference on embeddings; None without a head.
-        max_hints: How many differences per backend get a hint and a cosine.
+        max_hints: Number of differences per backend that get a hint and a cosine.
     """
     checked = 0
     findings = []

@@ -27,8 +27,8 @@ class Recipe:
         purpose: Purpose of the weights.
         attention: Factor on the weights of q and k, for attention far from uniform.
         probe: Factor on the pooling probe.
-        shrink: Scale all outputs to the residual stream by sqrt(eps), so that the variances in the
-            LayerNorms are of the size of eps.
+        shrink: Whether to scale all outputs to the residual stream by sqrt(eps), so that the
+            variances in the LayerNorms are of the size of eps.
         tail: Share of the MLPs' hidden units with inputs near `tail_at`.
         tail_at: Input in the tail of GELU, where its variants differ most.
         amplify: Size of constants that cancel exactly and amplify rounding errors; 0 for none.
@@ -129,7 +129,7 @@ def sharpen_attention(weights: Weights, recipe: Recipe) -> None:
 
 
 def park_in_tail(weights: Weights, recipe: Recipe, generator: torch.Generator) -> None:
-    """Give a share of fc1's units inputs from N(tail_at, 0.25^2), and rescale fc2."""
+    """Move the inputs of a share of fc1's units to N(tail_at, 0.25^2), and rescale fc2."""
     sample = recipe.tail_at + TAIL_SPREAD * torch.randn(4096, generator=generator)
     activations = nn.functional.gelu(sample, approximate="tanh")
     size = float(activations.square().mean().sqrt())

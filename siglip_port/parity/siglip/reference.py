@@ -35,7 +35,7 @@ from siglip_port.parity.siglip.recipes import fill
 
 Attention = Literal["sdpa", "eager"]
 
-# transformers is untyped here; the aliases document what is expected.
+# transformers is untyped; the aliases document the expected types.
 HFModel = Any
 HFConfig = Any
 HFClass = Any
@@ -111,7 +111,7 @@ class Reference:
 
 
 def is_naflex(model: nn.Module) -> bool:
-    """Whether a model is the reference for NaFlex."""
+    """Return whether a model is the reference for NaFlex."""
     return isinstance(model, Siglip2VisionModel)
 
 
@@ -194,11 +194,11 @@ def load(
         source: Hub id, folder, or `.safetensors` file with `config.json` next to it.
         pooling_head: Whether the checkpoint has a pooling head. transformers follows `config.json`
             instead and would initialize a missing head randomly.
-        dtype: dtype of the parameters.
+        dtype: Dtype of the parameters.
         naflex: Whether it is a NaFlex model.
         device: Device of the model.
         revision: Commit of a Hub repository.
-        local_files_only: Use the Hub's cache only.
+        local_files_only: Whether to use only the Hub's local cache.
 
     Raises:
         BrokenReferenceError: transformers initialized parameters randomly.
@@ -307,7 +307,7 @@ def image_processors(
         source: Checkpoint with a `preprocessor_config.json`; None or a checkpoint without one for
             the defaults.
         revision: Commit of a Hub repository.
-        local_files_only: Use the Hub's cache only.
+        local_files_only: Whether to use only the Hub's local cache.
     """
     folder = source
     if source is not None and Path(source).is_file():

@@ -16,7 +16,7 @@ Sample = str | Image.Image | NDArray[np.uint8] | Tensor
 """Input of an image processor: path, PIL image, array [H, W, C] or tensor [C, H, W]."""
 
 EXIF_ORIENTATION = 0x0112
-QUARTER_TURN = 6  # as phones write it
+QUARTER_TURN = 6  # common in images from phones
 
 
 def sample_images(image: Image.Image) -> Iterator[tuple[str, Sample]]:

@@ -272,7 +272,7 @@ def verdict(distances: Distances, second: str, *, is_float64: bool = True) -> st
 
 
 def agrees(error: float, *, is_coarse: bool) -> bool:
-    """Whether two implementations agree.
+    """Return whether two implementations agree.
 
     Args:
         error: Their relative distance.

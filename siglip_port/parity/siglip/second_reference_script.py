@@ -1,4 +1,4 @@
-"""Runs a second reference on a SigLIP model's weights, in float64.
+"""Run a second reference on a SigLIP model's weights, in float64.
 
     python second_reference_script.py PACKAGE DIR
 
@@ -91,7 +91,7 @@ def build_transformers(folder: Path, config: Json, weights: Tensors) -> Implemen
             outputs["pooled"] = output.pooler_output
         return outputs
 
-    # The softmax of the eager attention is float32 whatever the dtype.
+    # The softmax of the eager attention is float32 in every dtype.
     attention = getattr(model.config, "_attn_implementation", "eager")
     label = f"transformers {transformers.__version__}"
     is_float64 = attention != "eager"
@@ -200,7 +200,7 @@ def to_timm(weights: Tensors) -> Tensors:
     return tensors
 
 
-def listen(model: nn.Module, places: Iterable[str]) -> Tensors:
+def hook_places(model: nn.Module, places: Iterable[str]) -> Tensors:
     """Hook the places that exist in the model; return a dict that is filled when it runs."""
     values: Tensors = {}
 
@@ -247,7 +247,7 @@ def main(package: str, folder: Path) -> None:
     pixels = load_double(folder / "inputs.safetensors")["pixel_values"]
     implementation = BUILDERS[package](folder, config, weights)
     places = {point: implementation.place(point) for point in points}
-    values = listen(implementation.model, places.values())
+    values = hook_places(implementation.model, places.values())
     with torch.inference_mode():
         outputs = implementation.run(pixels)
     places = {point: place for point, place in places.items() if place in values}

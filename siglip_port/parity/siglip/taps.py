@@ -37,7 +37,7 @@ def siglip_taps(pooling_head: bool) -> dict[str, str]:
     Modules with parameters come from the key rules, so the two cannot diverge.
 
     Args:
-        pooling_head: Include the points of the pooling head.
+        pooling_head: Whether to include the points of the pooling head.
     """
     rules = layouts.HUGGINGFACE_ENCODER
     points = dict(UNNAMED_POINTS)

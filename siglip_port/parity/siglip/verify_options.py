@@ -37,12 +37,12 @@ class VerifyOptions:
             architecture; `auto` for the checkpoint's, or random ones if the default checkpoint is
             unavailable.
         image: Path of the input image.
-        dtype: dtype of weights and computation.
+        dtype: Dtype of weights and computation.
         attention: Attention implementation of the reference for the rounding bounds.
         device: `cpu`, `cuda`, `cuda:1`, ...
-        full: Use all weight recipes, two seeds and all dtypes.
+        full: Whether to use all weight recipes, two seeds and all dtypes.
         second_reference: Third implementation, in the form of `second_reference.parse`.
-        optimized: Also check every engine of `siglip_port.optimize`.
+        optimized: Whether to check every engine of `siglip_port.optimize`.
         json: File for the JSON report.
         report: Folder for reports in all formats.
         baseline: Earlier JSON report to compare with.
@@ -83,7 +83,7 @@ class VerifyOptions:
 
     @property
     def rounding_dtypes(self) -> tuple[torch.dtype, ...]:
-        """Return the dtypes for rounding on the checkpoint; `dtype` is the first."""
+        """Dtypes for rounding on the checkpoint; `dtype` is the first."""
         others: list[str] = []
         if self.full:
             others = [name for name in DTYPES if name not in (self.dtype, "float64")]

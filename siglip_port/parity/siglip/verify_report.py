@@ -52,7 +52,7 @@ def make_report(
         environment=describe_environment(options),
         provenance=asdict(model.provenance) if model.provenance else None,
         config=asdict(model.config),
-        outputs=[{"dtype": options.dtype, "attention": attention, **each} for each in metrics],
+        outputs=[{"dtype": options.dtype, "attention": attention, **metric} for metric in metrics],
         reference_shapes=shapes,
         patches=patches,
     )
