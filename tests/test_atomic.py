@@ -84,7 +84,7 @@ def test_blocked_path(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
         assert sorted(path.name for path in place.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_write_text_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+def test_failed_write_text_keeps_old_file(tmp_path: Path) -> None:
     target = tmp_path / "report.json"
     write_text(target, "one")
     with pytest.raises(UnicodeEncodeError):

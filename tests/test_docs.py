@@ -174,7 +174,7 @@ def test_examples(
             assert printed.strip() in read(document)
 
 
-def test_other_ports_example_can_fail(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ports_example_detects_bug(capsys: pytest.CaptureFixture[str]) -> None:
     """With timm's own eps, as the text beside it says, and prints."""
     document = "docs/other_ports.md"
     list(run_examples(document, lambda text: text.replace("module.eps = 1e-12", "pass")))
@@ -188,7 +188,7 @@ def test_examples_exist() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_examples_not_run_say_why(document: str) -> None:
+def test_skipped_examples_give_reason(document: str) -> None:
     """A block without a comment is run; a comment without a block is left over."""
     marked = [block for block in blocks(document) if block.reason is not None]
     assert len(marked) == read(document).count("<!-- not run:")

@@ -268,10 +268,10 @@ COPIES: dict[str, Callable[[SigLipVisionModel], SigLipVisionModel]] = {
 }
 
 
-@pytest.mark.parametrize("way", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("copy_model", COPIES.values(), ids=COPIES.keys())
 @torch.no_grad()
 def test_copies(
-    checkpoint: MakeCheckpoint, way: Callable[[SigLipVisionModel], SigLipVisionModel]
+    checkpoint: MakeCheckpoint, copy_model: Callable[[SigLipVisionModel], SigLipVisionModel]
 ) -> None:
     folder = checkpoint(SHALLOW)
     processor = {"do_resize": True, "size": {"height": 45, "width": 45}, "resample": 3}
@@ -279,7 +279,7 @@ def test_copies(
     model = SigLipVisionModel.from_hf(folder, interpolation="hf")
     x = images(SHALLOW, 31).float()
     expected = model.embed(x)
-    other = way(model)
+    other = copy_model(model)
     assert other.config == model.config
     assert other.provenance == model.provenance is not None
     assert other.preprocessor_config == model.preprocessor_config

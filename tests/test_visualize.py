@@ -271,7 +271,9 @@ def test_model_without_attention_pooling(photo: Path) -> None:
     assert list(plots) == PLOTS[:-1]
 
 
-def test_all_files_or_none(photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draw_writes_all_files_or_none(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / PLOTS[0]).write_text("old")
 
     def save_until_full(_: Figure, file: Path, **options: object) -> None:
@@ -301,7 +303,7 @@ def test_unreadable_image_and_nan_weights(tmp_path: Path) -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def test_command(encoder_folder: Path, photo: Path, tmp_path: Path) -> None:
+def test_plot_command(encoder_folder: Path, photo: Path, tmp_path: Path) -> None:
     """The command writes the same bytes as `draw`, without importing pyplot."""
     result = run("plot", photo, "-o", tmp_path / "out", "--model", encoder_folder, "--offline")
     files = [tmp_path / "out" / name for name in PLOTS]
@@ -359,7 +361,7 @@ def test_command_with_nan_weights(encoder_folder: Path, photo: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_command_output_is_a_file(encoder_folder: Path, photo: Path) -> None:
+def test_command_output_is_file(encoder_folder: Path, photo: Path) -> None:
     result = run("plot", photo, "-o", photo, "--model", encoder_folder, code=2)
     assert "is a file" in result.stderr
 

@@ -87,9 +87,9 @@ def prepare(hub: Hub, row: str, folder: Path, rng: Random, steps: list[str]) -> 
 def fill_cache(hub: Hub, folder: Path, rng: Random) -> None:
     """Load once, in half of the cases over a connection that breaks."""
     if rng.random() < 0.5:
-        works = Fault("none", "CDN RANGE *", times=rng.randrange(1, 8))
-        breaks = Fault("reset", "CDN RANGE *", times=None, after=rng.choice((None, 200)))
-        hub.faults = [works, breaks]
+        intact_requests = Fault("none", "CDN RANGE *", times=rng.randrange(1, 8))
+        broken_requests = Fault("reset", "CDN RANGE *", times=None, after=rng.choice((None, 200)))
+        hub.faults = [intact_requests, broken_requests]
     with contextlib.suppress(CheckpointError):
         load_from_hub(hub, folder)
     hub.reset()

@@ -181,11 +181,11 @@ def summarize(results: Sequence[Result], seconds: float) -> dict[str, Any]:
 
 def count_outcomes(results: Sequence[Result], row: str | None = None) -> dict[str, int]:
     """Count the outcomes of the results of a row, or of all results."""
-    own = [result for result in results if row in (None, result.row)]
-    counts = {"tried": len(own)}
+    selected = [result for result in results if row in (None, result.row)]
+    counts = {"tried": len(selected)}
     for outcome in OUTCOMES:
-        counts[outcome] = sum(result.outcome == outcome for result in own)
-    counts["(unchanged)"] = sum(not result.changed for result in own)
+        counts[outcome] = sum(result.outcome == outcome for result in selected)
+    counts["(unchanged)"] = sum(not result.changed for result in selected)
     return counts
 
 
@@ -251,8 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for result in running:
         results.append(result)
         if result.outcome == "FAILED" or args.only is not None:
-            again = f"--seed {args.seed} --hub-share {args.hub_share} --only {result.number}"
-            print(f"{result.outcome}: {again}\n  {result.mutation}\n  {result.error}", flush=True)
+            arguments = f"--seed {args.seed} --hub-share {args.hub_share} --only {result.number}"
+            print(
+                f"{result.outcome}: {arguments}\n  {result.mutation}\n  {result.error}", flush=True
+            )
     summary = summarize(results, time.monotonic() - start)
     print("\n".join(format_summary(summary)))
     failed = [asdict(result) for result in results if result.outcome == "FAILED"]

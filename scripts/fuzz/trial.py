@@ -200,15 +200,16 @@ def describe_differences(expected: ModelState, actual: ModelState) -> str:
     """Describe how a loaded model differs from what its files describe."""
     differences = []
     for field in fields(ModelState):
-        one = getattr(expected, field.name)
-        two = getattr(actual, field.name)
-        if one == two:
+        expected_value = getattr(expected, field.name)
+        actual_value = getattr(actual, field.name)
+        if expected_value == actual_value:
             continue
         if field.name == "tensors":
-            count = sum(a != b for a, b in zip(one, two, strict=False))
+            count = sum(a != b for a, b in zip(expected_value, actual_value, strict=False))
             differences.append(
-                f"tensors: {count} bytes differ, {len(two)} bytes in all, expected {len(one)}"
+                f"tensors: {count} bytes differ, {len(actual_value)} bytes in all, "
+                f"expected {len(expected_value)}"
             )
         else:
-            differences.append(f"{field.name}: {two}, expected {one}")
+            differences.append(f"{field.name}: {actual_value}, expected {expected_value}")
     return "; ".join(differences)

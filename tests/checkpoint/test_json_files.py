@@ -52,7 +52,7 @@ def test_nested_and_flat_config(checkpoint: MakeCheckpoint) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", '"siglip"', "\x00", "[" * 100_000])
-def test_config_not_an_object(checkpoint: MakeCheckpoint, content: str) -> None:
+def test_config_not_object(checkpoint: MakeCheckpoint, content: str) -> None:
     folder = checkpoint()
     (folder / "config.json").write_text(content)
     with pytest.raises(
@@ -233,45 +233,45 @@ ABSURD: list[tuple[Json, str]] = [
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_damaged_config(case: str, copied: Path) -> None:
+def test_damaged_config(case: str, encoder_copy: Path) -> None:
     edit, message = CONFIGS[case]
-    edited = edit((copied / CONFIG).read_text())
-    (copied / CONFIG).write_bytes(edited if isinstance(edited, bytes) else edited.encode())
-    assert_refused(copied, message)
-    shutil.move(copied / CONFIG, copied / "open_clip_config.json")
-    assert_refused(copied, message)
-    shutil.copy(copied / "open_clip_config.json", copied / "preprocessor_config.json")
-    (copied / "open_clip_config.json").unlink()
-    assert_refused(copied, "has no config.json|" + message)
+    edited = edit((encoder_copy / CONFIG).read_text())
+    (encoder_copy / CONFIG).write_bytes(edited if isinstance(edited, bytes) else edited.encode())
+    assert_refused(encoder_copy, message)
+    shutil.move(encoder_copy / CONFIG, encoder_copy / "open_clip_config.json")
+    assert_refused(encoder_copy, message)
+    shutil.copy(encoder_copy / "open_clip_config.json", encoder_copy / "preprocessor_config.json")
+    (encoder_copy / "open_clip_config.json").unlink()
+    assert_refused(encoder_copy, "has no config.json|" + message)
 
 
 @pytest.mark.parametrize(("changes", "message"), ABSURD, ids=lambda value: str(value)[:40])
-def test_absurd_sizes(changes: Json, message: str, copied: Path) -> None:
-    edit_config(copied, **changes)
-    assert_refused(copied, message)
+def test_absurd_sizes(changes: Json, message: str, encoder_copy: Path) -> None:
+    edit_config(encoder_copy, **changes)
+    assert_refused(encoder_copy, message)
 
 
 @pytest.mark.parametrize("name", [CONFIG, INDEX, "preprocessor_config.json"])
-def test_too_long_files(name: str, sharded: Path) -> None:
+def test_oversized_files(name: str, sharded: Path) -> None:
     with (sharded / name).open("r+b") as file:
         file.truncate(MAX_JSON_BYTES + 1)
     assert_refused(sharded, f"file is {MAX_JSON_BYTES + 1} bytes, limit is {MAX_JSON_BYTES}")
 
 
-def test_byte_order_mark(copied: Path, model: SigLipVisionModel) -> None:
-    (copied / CONFIG).write_text((copied / CONFIG).read_text(), encoding="utf-8-sig")
-    assert_loads(copied, model)
+def test_byte_order_mark(encoder_copy: Path, model: SigLipVisionModel) -> None:
+    (encoder_copy / CONFIG).write_text((encoder_copy / CONFIG).read_text(), encoding="utf-8-sig")
+    assert_loads(encoder_copy, model)
 
 
-def test_remote_code(copied: Path, model: SigLipVisionModel) -> None:
-    marker = copied / "ran"
-    (copied / "modeling_x.py").write_text(
+def test_remote_code(encoder_copy: Path, model: SigLipVisionModel) -> None:
+    marker = encoder_copy / "ran"
+    (encoder_copy / "modeling_x.py").write_text(
         f"import os; os.mkdir({str(marker)!r})\nclass Model: ...\nclass Config: ...\n"
     )
     edit_config(
-        copied, auto_map={"AutoModel": "modeling_x.Model", "AutoConfig": "modeling_x.Config"}
+        encoder_copy, auto_map={"AutoModel": "modeling_x.Model", "AutoConfig": "modeling_x.Config"}
     )
-    assert_loads(copied, model)
+    assert_loads(encoder_copy, model)
     assert not marker.exists()
 
 

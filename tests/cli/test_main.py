@@ -144,7 +144,7 @@ def test_layout_choices() -> None:
     assert re.search(message, result.stderr)
 
 
-def test_file_in_place_of_a_directory(tmp_path: Path) -> None:
+def test_file_in_place_of_directory(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     result = run("plot", "a", "-o", file, code=exit_codes.USAGE_ERROR)
@@ -169,7 +169,7 @@ def test_messages_of_click_are_reworded(message: str, reworded: str) -> None:
     assert error.message == reworded
 
 
-def test_verify_is_a_command(
+def test_verify_is_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Through `main`, without typer, and through the typer application."""

@@ -174,7 +174,7 @@ def other_packages(tmp_path: Path) -> Path:
     return folder
 
 
-def test_source_tree_that_is_not_installed(
+def test_source_tree_without_installation(
     source_tree: Path, other_packages: Path, checkpoint: MakeCheckpoint
 ) -> None:
     """With -S, packages are found on PYTHONPATH only."""
@@ -191,7 +191,7 @@ def test_source_tree_that_is_not_installed(
     assert lines[-1].startswith("EQUAL (checkpoint weights): ")
 
 
-def test_source_tree_beside_an_installed_package(source_tree: Path) -> None:
+def test_source_tree_beside_installed_package(source_tree: Path) -> None:
     """The script imports the package next to it."""
     census_file = source_tree / "siglip_port" / "parity" / "siglip" / census.SUMMARY.name
     summary = json.loads(census_file.read_text())
@@ -247,7 +247,7 @@ def test_script_without_torch() -> None:
     )
 
 
-def test_script_reports_a_wrong_argument(tmp_path: Path) -> None:
+def test_script_reports_wrong_argument(tmp_path: Path) -> None:
     """In one line, with nothing on stdout."""
     result = execute(SCRIPT, "--image", tmp_path / "absent.png", HF_HUB_OFFLINE="1")
     assert (result.returncode, result.stdout) == (2, "")
@@ -374,7 +374,7 @@ finally:
     assert result.stdout.splitlines()[-1] == "imported:"
 
 
-def test_help_shows_the_defaults_of_the_options() -> None:
+def test_help_shows_defaults_of_options() -> None:
     """The parser cannot import VerifyOptions, which would import torch."""
     options = vars(VerifyOptions())
     assert {name: options[name] for name in verify.DEFAULTS} == verify.DEFAULTS
@@ -382,7 +382,7 @@ def test_help_shows_the_defaults_of_the_options() -> None:
     assert choices == (verify.WEIGHTS, verify.DTYPES, verify.ATTENTIONS)
 
 
-def test_options_reach_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_reach_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, VerifyOptions]] = []
 
     def run(action: str, arguments: dict[str, Any]) -> int:
@@ -446,7 +446,7 @@ def test_image_modes(checkpoint: MakeCheckpoint, tmp_path: Path, mode: str) -> N
     assert all(gate.passed for gate in case.check(loaded.model))
 
 
-def test_image_is_resized_by_the_checkpoint(
+def test_image_is_resized_by_checkpoint(
     checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs: list[Tensor] = []
@@ -498,7 +498,7 @@ def test_naflex(checkpoint: MakeCheckpoint, resample: int, monkeypatch: pytest.M
     assert call("--checkpoint", folder, "--attn", "sdpa") == 1
 
 
-def test_layout_that_transformers_cannot_load(
+def test_layout_unsupported_by_transformers(
     checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The message names the way: extract the encoder and compare that."""
@@ -558,7 +558,7 @@ def test_wrong_weights(
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_weights_not_finite(
+def test_non_finite_weights(
     value: float, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One element in each of two blocks: both are named, and there is no verdict."""
@@ -590,7 +590,7 @@ def test_weights_beyond_float16(
     assert message in capsys.readouterr().err
 
 
-def test_port_not_finite(
+def test_non_finite_port_outputs(
     checkpoint: MakeCheckpoint,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -660,7 +660,7 @@ def test_hub(hub: Hub, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture
             )
 
 
-def test_hub_breaks_off(
+def test_default_command_without_hub(
     hub: Hub,
     checkpoint: MakeCheckpoint,
     capsys: pytest.CaptureFixture[str],
@@ -713,7 +713,7 @@ def test_reports_and_baseline(
 
 
 @pytest.mark.parametrize("size", ["tiny", pytest.param("small", marks=pytest.mark.slow)])
-def test_full(
+def test_full_comparison(
     size: str, checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if size == "small":
@@ -795,7 +795,7 @@ def test_without_transformers(
 
 
 @pytest.mark.parametrize("option", ["--selftest", "--calibrate"])
-def test_without_a_clone(
+def test_without_clone(
     option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(name: str) -> None:

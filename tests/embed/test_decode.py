@@ -29,7 +29,7 @@ CRASHING = ("0000009", "0000030", "0000031")
 def test_worker_dies(
     always: bool,
     photos: Path,
-    embedded: Path,
+    finished_run: Path,
     model: SigLipVisionModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -49,7 +49,7 @@ def test_worker_dies(
 
     monkeypatch.setattr("siglip_port.embed.decode.decode", crash)
     embed([photos], tmp_path / "out", model, **{**OPTIONS, "num_workers": 2})
-    for row, expected in zip(read_rows(tmp_path / "out"), read_rows(embedded), strict=True):
+    for row, expected in zip(read_rows(tmp_path / "out"), read_rows(finished_run), strict=True):
         if always and Path(row["id"]).stem in CRASHING:
             assert (row["error"], row["width"]) == (WORKER_DIED, None)
         else:

@@ -124,9 +124,9 @@ def test_refusals(hub: Hub, repository: Repository, tmp_path: Path) -> None:
         revision: str | None = None,
         token: str | None = None,
     ) -> int:
-        with pytest.raises(error) as caught:
+        with pytest.raises(error) as error_info:
             hf_hub_download(name, file, revision=revision, token=token, cache_dir=tmp_path)
-        return caught.value.response.status_code
+        return error_info.value.response.status_code
 
     assert status(RepositoryNotFoundError, name="google/absent") == 404
     assert status(RevisionNotFoundError, revision="v9") == 404
@@ -148,7 +148,7 @@ def test_refusals(hub: Hub, repository: Repository, tmp_path: Path) -> None:
     assert request(at(hub, WEIGHTS))[0] == 403
 
 
-def test_token_is_not_for_cdn(hub: Hub, repository: Repository, tmp_path: Path) -> None:
+def test_cdn_refuses_tokens(hub: Hub, repository: Repository, tmp_path: Path) -> None:
     assert hf_hub_download(NAME, WEIGHTS, token="secret", cache_dir=tmp_path)
     assert hub.authorizations == [(hub.url, "Bearer secret")]
     location = request(at(hub, WEIGHTS))[1]["Location"]
@@ -390,8 +390,8 @@ def test_header_faults(hub: Hub, repository: Repository, cdn: str) -> None:
     names = ("X-Linked-Etag", "X-Linked-Size") if cdn else ("ETag", "Content-Length")
     hub.faults = [Fault("other etag"), Fault("no etag"), Fault("other size"), Fault("no commit")]
     answers = [request(at(hub, WEIGHTS), method="HEAD")[1] for _ in range(5)]
-    good = answers.pop()
-    assert [answer.get(names[0]) == good[names[0]] for answer in answers] == [
+    correct = answers.pop()
+    assert [answer.get(names[0]) == correct[names[0]] for answer in answers] == [
         False,
         False,
         True,
@@ -415,9 +415,9 @@ def test_broken_connection(
     connection = http.client.HTTPConnection(urlsplit(plain).netloc, timeout=10)
     connection.request("GET", urlsplit(plain).path)
     if after is None:
-        with pytest.raises((ConnectionResetError, http.client.RemoteDisconnected)) as caught:
+        with pytest.raises((ConnectionResetError, http.client.RemoteDisconnected)) as error_info:
             connection.getresponse()
-        assert isinstance(caught.value, http.client.RemoteDisconnected) == (kind == "close")
+        assert isinstance(error_info.value, http.client.RemoteDisconnected) == (kind == "close")
     else:
         response = connection.getresponse()
         assert response.headers["Content-Length"] == str(len(CONTENT))
@@ -493,7 +493,7 @@ def test_connection_is_reused(hub: Hub, plain: str) -> None:
     """A body of another length than in its headers would corrupt the next response."""
     connection = http.client.HTTPConnection(urlsplit(plain).netloc, timeout=10)
     connection.connect()
-    used = connection.sock
+    socket_before = connection.sock
     hub.faults = [
         Fault(kind, f"GET {WEIGHTS}") for kind in ("no length", "gzip", "html", "status", "long")
     ]
@@ -512,7 +512,7 @@ def test_connection_is_reused(hub: Hub, plain: str) -> None:
         assert request(plain, method="HEAD", connection=connection)[1]["Content-Length"] == str(
             len(CONTENT)
         )
-        assert connection.sock is used
+        assert connection.sock is socket_before
     connection.close()
     assert hub.max_concurrency == 1
 

@@ -220,7 +220,7 @@ def test_signed_url_expires(uses: int, hub: Hub, folder: Path, cache: Path) -> N
     assert_same(load(NAME, cache_dir=cache), folder)
 
 
-def test_model_does_not_share_cached_weights(hub: Hub, folder: Path, cache: Path) -> None:
+def test_model_does_not_share_memory_with_cache(hub: Hub, folder: Path, cache: Path) -> None:
     """Changing the weights of a model does not change the cache."""
     model = load(NAME, cache_dir=cache)
     with torch.no_grad():

@@ -38,14 +38,14 @@ needs_store = pytest.mark.skipif(
 
 
 @pytest.fixture(params=["encoder", "whole model"])
-def folder(request: pytest.FixtureRequest, hub: Hub, copied: Path, tmp_path: Path) -> Path:
+def folder(request: pytest.FixtureRequest, hub: Hub, encoder_copy: Path, tmp_path: Path) -> Path:
     """Folder of a repository with only a vision encoder, or with a whole model."""
     if request.param == "whole model":
         text_model = torch.ones(TEXT_MODEL_BYTES // 4)
-        edit_tensors(copied, lambda t: {**t, "text_model.embeddings.weight": text_model})
-    hub.repositories |= {NAME: Repository(copied), COPY: Repository(copied)}
-    hub.store_by_xet(tmp_path / "xet", copied / WEIGHTS)
-    return copied
+        edit_tensors(encoder_copy, lambda t: {**t, "text_model.embeddings.weight": text_model})
+    hub.repositories |= {NAME: Repository(encoder_copy), COPY: Repository(encoder_copy)}
+    hub.store_by_xet(tmp_path / "xet", encoder_copy / WEIGHTS)
+    return encoder_copy
 
 
 def download(cache: Path, name: str = NAME) -> Path:

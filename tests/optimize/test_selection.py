@@ -63,7 +63,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 ENGINE_NAMES = ["prepacked", "prepacked-gelu"]
 
 
-def test_fastest_is_chosen(
+def test_fastest_engine_is_chosen(
     seconds: dict[str, float], model: SigLipVisionModel, tmp_path: Path
 ) -> None:
     fast = optimize(model, engines=ENGINE_NAMES, batch_size=2, cache_dir=tmp_path)
@@ -78,7 +78,7 @@ def test_fastest_is_chosen(
     assert is_prepacked(fast)
 
 
-def test_two_percent_faster_is_not_chosen(
+def test_engine_two_percent_faster_is_not_chosen(
     seconds: dict[str, float], model: SigLipVisionModel, tmp_path: Path
 ) -> None:
     seconds.update({"prepacked": 4.9, "prepacked-gelu": 5.0})
@@ -142,7 +142,7 @@ def test_int8_beyond_its_tolerance_is_skipped(
     assert "bound 1e-06" in choice.skipped["int8"]
 
 
-def test_int8_is_not_a_default(model: SigLipVisionModel, own_cache: Path) -> None:
+def test_int8_is_not_default(model: SigLipVisionModel, own_cache: Path) -> None:
     choice = optimize(model, cache_dir=own_cache).choice
     assert "int8" not in choice.milliseconds
     assert "int8" not in choice.skipped

@@ -36,10 +36,10 @@ def swap_head_projections(rules: Rules) -> Rules:
 
 def swap_norms(rules: Rules) -> Rules:
     """Read each LayerNorm of a block from the names of the other."""
-    others = {"layer_norm1": "layer_norm2", "layer_norm2": "layer_norm1"}
+    other_norm = {"layer_norm1": "layer_norm2", "layer_norm2": "layer_norm1"}
     swapped = []
     for rule in rules:
-        stored = re.sub("layer_norm[12]", lambda match: others[match[0]], rule.stored)
+        stored = re.sub("layer_norm[12]", lambda match: other_norm[match[0]], rule.stored)
         swapped.append(dataclasses.replace(rule, stored=stored))
     return tuple(swapped)
 

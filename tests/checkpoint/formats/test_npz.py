@@ -124,7 +124,7 @@ def test_changed_bytes(members: Members, tmp_path: Path) -> None:
     )
 
 
-def test_start_of_archive(tmp_path: Path) -> None:
+def test_damaged_archive_start(tmp_path: Path) -> None:
     """Found by scripts/fuzz/run.py: Python's zipfile checks only the directory at the end."""
     path = tmp_path / "encoder.npz"
     np.savez(path, weight=np.ones(3, np.float32))
@@ -149,13 +149,13 @@ def test_damaged_member(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     write_npz(path, flax(config, SigLipVisionModel(config).state_dict(), scanned=True), "img/")
     content = bytearray(path.read_bytes())
-    at = content.index(b"Transformer/encoder_norm/scale.npy")
+    position = content.index(b"Transformer/encoder_norm/scale.npy")
     if damage == "before":
         content[:0] = b"shell script"
         content[-200:] = bytes(200)
     else:
-        at = content.index(b"NUMPY", at) + (200 if damage == "data" else -1)
-        content[at] ^= 255
+        position = content.index(b"NUMPY", position) + (200 if damage == "data" else -1)
+        content[position] ^= 255
     path.write_bytes(content)
     with pytest.raises(
         CheckpointError, match=r"a.npz.*(download it again|download the file again)"

@@ -71,15 +71,15 @@ OTHERS: dict[str, tuple[Callable[[Payload], bytes], str]] = {
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
 @pytest.mark.parametrize("case", OTHERS)
-def test_other_formats(case: str, suffix: str, copied: Path, tmp_path: Path) -> None:
+def test_other_formats(case: str, suffix: str, encoder_copy: Path, tmp_path: Path) -> None:
     """Other formats are named in the error, and nothing is unpickled."""
     content, message = OTHERS[case]
     if suffix == ".npz":
         message = {"torch.save": PICKLED, "nothing": "not a zip", "seven bytes": "not a zip"}.get(
             case, message
         )
-    (copied / WEIGHTS).unlink()
-    path = copied / f"model{suffix}"
+    (encoder_copy / WEIGHTS).unlink()
+    path = encoder_copy / f"model{suffix}"
     path.write_bytes(content(Payload(tmp_path / "unpickled")))
-    assert_refused(path if suffix == ".npz" else copied, message)
+    assert_refused(path if suffix == ".npz" else encoder_copy, message)
     assert not (tmp_path / "unpickled").exists()

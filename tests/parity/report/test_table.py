@@ -31,7 +31,7 @@ def test_format_table() -> None:
     assert format_table([["a", "bb"], ["ccc", "d"]]) == ["a   | bb", "ccc | d"]
 
 
-def test_color_only_on_a_terminal() -> None:
+def test_color_only_on_terminal() -> None:
     assert colored("EQUAL", True, False) == "EQUAL"
     assert "\033[32" in colored("EQUAL", True, True)
     assert "\033[31" in colored("DIFFERENT", False, True)

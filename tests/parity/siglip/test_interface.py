@@ -82,7 +82,7 @@ def test_embed(
     assert messages(port) == expected
 
 
-def test_shape_of_the_tokens() -> None:
+def test_shape_of_tokens() -> None:
     port = make_port()
     port.transformer.register_forward_hook(lambda _, args, tokens: tokens[:, 1:])
     assert messages(port) == ["shape [2, 3, 24], expected [2, 4, 24]"]
