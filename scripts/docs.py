@@ -1,7 +1,7 @@
-"""Writes the tables and counts of README.md and docs/ from where they are measured or defined.
+"""Updates the generated tables and counts of README.md and docs/.
 
     uv run scripts/docs.py            rewrite every generated block
-    uv run scripts/docs.py --check    fail where a block is out of date
+    uv run scripts/docs.py --check    fail if a block is out of date
 
 A block lies between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is a key of `BLOCKS`.
 """
@@ -33,7 +33,7 @@ def read_json(name: str) -> Any:  # noqa: ANN401 (whatever the file holds)
 
 
 def checkpoints() -> str:
-    """The published checkpoints: a row a size, a column a family, image sizes by patch size."""
+    """The published checkpoints: one row per size, one column per family."""
     from siglip_port.checkpoint.registry import PUBLISHED, SIZES
 
     cells: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -55,7 +55,7 @@ def checkpoints() -> str:
 
 
 def layouts() -> str:
-    """The layouts: what uses them, and the stored names that identify them."""
+    """The layouts: their users, and the stored names that identify them."""
     from siglip_port.checkpoint.layouts import LAYOUTS
 
     rows = []
@@ -97,7 +97,7 @@ def commands() -> str:
 
 
 def gates() -> str:
-    """The gates, what holds if they pass, and their bounds."""
+    """The gates, their meaning, and their bounds."""
     from siglip_port.parity.gates.meaning import MEANING
 
     rows = [(name, meaning.text, meaning.bound) for name, meaning in MEANING.items()]
@@ -105,7 +105,7 @@ def gates() -> str:
 
 
 def bounds() -> str:
-    """The bounds, and what they rest on."""
+    """The bounds and their basis."""
     from siglip_port.parity import bounds as values
 
     calibration = read_json("calibration.json")
@@ -129,7 +129,7 @@ def bounds() -> str:
 
 
 def selftest() -> str:
-    """What the recorded self-test detected, gate by gate."""
+    """The detections of the recorded self-test, by gate."""
     from siglip_port.parity.siglip.census import summarize
 
     recorded = read_json("selftest.json")
@@ -154,7 +154,7 @@ def selftest() -> str:
 
 
 def proof() -> str:
-    """The self-test in a sentence."""
+    """The recorded self-test in one sentence."""
     recorded = read_json("selftest.json")
     mutants = recorded["mutants"]
     public = sum(mutant["source"] != "variant" for mutant in mutants)
@@ -219,7 +219,7 @@ def update(page: str) -> str:
 
 
 def main() -> int:
-    """Update or check the pages; return 1 where a block was out of date and `--check` was given."""
+    """Update or check the pages; return 1 if `--check` finds an outdated block."""
     parser = argparse.ArgumentParser(description="Update the generated blocks of the docs.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if out of date")
     check = parser.parse_args().check

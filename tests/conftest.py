@@ -94,7 +94,7 @@ def checkpoint(tmp_path: Path) -> MakeCheckpoint:
         *,
         dtype: torch.dtype = torch.float32,
         prefix: str = "",
-        name: str = "made",
+        name: str = "random_checkpoint",
     ) -> Path:
         folder = tmp_path / name
         write_random_checkpoint(folder, config)

@@ -57,7 +57,7 @@ NAFLEX = {
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Add noise to the sample image: edges, flat regions, and all values from 0 to 255."""
+    """Return the sample image with noise: edges, flat regions, and all values from 0 to 255."""
     with Image.open(SAMPLE_IMAGE) as image:
         resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(resized).astype(int)

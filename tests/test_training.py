@@ -18,7 +18,8 @@ from torch import Tensor
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
 from siglip_port.patches import interpolate_positions
-from tests.helpers.checkpoints import SHALLOW, MakeCheckpoint, random_model
+from tests.helpers.checkpoints import SHALLOW, MakeCheckpoint
+from tests.helpers.models import random_float64_model
 from tests.helpers.training import (
     GRADIENT_TOLERANCE,
     NAFLEX,
@@ -228,7 +229,7 @@ def runs_of_blocks(model: SigLipVisionModel, run: Callable[[], object]) -> int:
 def test_gradient_checkpointing(
     config: SigLipVisionConfig,
 ) -> None:
-    model = random_model(config).train()
+    model = random_float64_model(config).train()
     batch: dict[str, Any] = packed_images() if config.naflex else {"pixel_values": images(config)}
 
     def step() -> None:
@@ -294,7 +295,7 @@ def test_copies(
 
 @torch.no_grad()
 def test_state_dict(tmp_path: Path) -> None:
-    model = random_model(SHALLOW)
+    model = random_float64_model(SHALLOW)
     fresh = SigLipVisionModel(SHALLOW)
     assigned = SigLipVisionModel(SHALLOW)
     x = images(SHALLOW)
@@ -323,7 +324,7 @@ def test_state_dict(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_interpolated_positions_follow_weights() -> None:
     """No interpolated positions are cached between forward passes."""
-    model = random_model(RESIZED)
+    model = random_float64_model(RESIZED)
     embeddings = model.transformer.embeddings
     for _ in range(2):
         weight = embeddings.position_embedding.weight

@@ -191,7 +191,7 @@ def measure(
         baseline: embeddings to compare with; empty to compare with its own.
     """
     row = Row(peer.name, peer.packages, remark=peer.remark)
-    for _ in range(2):  # the first time fills caches
+    for _ in range(2):  # the first run fills caches
         startup = bench.run(peer, folders["few"])
         if startup.code != 0 or len(startup.vectors) != FEW:
             row.remark = f"does not run: {describe_failure(startup)}"

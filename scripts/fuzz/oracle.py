@@ -1,4 +1,4 @@
-"""The oracle of `run.py`: the model that files describe, read without the readers of siglip_port.
+"""The oracle of `run.py`: the model that files describe, read independently of siglip_port.
 
 The position of every stored element in the model's tensors is determined once per layout, from a
 checkpoint whose elements are all different.

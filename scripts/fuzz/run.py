@@ -251,10 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for result in running:
         results.append(result)
         if result.outcome == "FAILED" or args.only is not None:
-            arguments = f"--seed {args.seed} --hub-share {args.hub_share} --only {result.number}"
-            print(
-                f"{result.outcome}: {arguments}\n  {result.mutation}\n  {result.error}", flush=True
-            )
+            flags = f"--seed {args.seed} --hub-share {args.hub_share} --only {result.number}"
+            print(f"{result.outcome}: {flags}\n  {result.mutation}\n  {result.error}", flush=True)
     summary = summarize(results, time.monotonic() - start)
     print("\n".join(format_summary(summary)))
     failed = [asdict(result) for result in results if result.outcome == "FAILED"]

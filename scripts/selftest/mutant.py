@@ -29,7 +29,7 @@ Edit = Callable[[SigLipVisionModel], object]
 
 @dataclass(frozen=True)
 class Mutant:
-    """A bug of the port, or an equivalent variant: another way to compute the same.
+    """A bug of the port, or an equivalent variant: another way to compute the same result.
 
     Attributes:
         name: Short, unique name.

@@ -1,4 +1,4 @@
-"""big_vision's `.npz` files, written by the transforms of its converters, not by our tables."""
+"""big_vision's `.npz` files, written by the transforms of its converters, not by the key map."""
 
 from __future__ import annotations
 

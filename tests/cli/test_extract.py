@@ -244,7 +244,7 @@ def test_extract_errors(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
         folder, lambda tensors: {name: t for name, t in tensors.items() if "fc1" not in name}
     )
     assert "missing tensors (8):" in run("extract", folder, tmp_path / "out", code=1).stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert [path.name for path in tmp_path.iterdir()] == ["random_checkpoint"]
 
 
 def test_extract_compares_bits() -> None:

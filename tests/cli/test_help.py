@@ -92,7 +92,7 @@ def test_help_text(name: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_exit_codes_in_commands(command: str) -> None:
-    """They are listed once, in the help of the group."""
+    """The help of the group lists them once."""
     assert "exit code" not in COMMANDS[command].help.lower()
 
 
@@ -131,7 +131,7 @@ def test_option_names(command: str) -> None:
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_fast(command: str) -> None:
-    """It imports none of the packages that take seconds."""
+    """`--help` imports no package that takes seconds."""
     code = f"""
 import sys
 from siglip_port.cli.main import main

@@ -163,7 +163,7 @@ def test_file_in_place_of_directory(tmp_path: Path) -> None:
     ],
 )
 def test_messages_of_click_are_reworded(message: str, reworded: str) -> None:
-    """As releases of typer that check values with click report them."""
+    """Some releases of typer check values with click."""
     error = typer.BadParameter(message)
     usage_errors.reword(error)
     assert error.message == reworded

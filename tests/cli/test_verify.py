@@ -63,7 +63,7 @@ def call(*arguments: str | Path) -> int:
     return compare_origin.main([str(argument) for argument in arguments])
 
 
-def execute(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a new process."""
     return subprocess.run(
         [sys.executable, *map(str, command)],
@@ -136,7 +136,7 @@ def test_default_command(
 @pytest.mark.slow
 def test_default_command_full_size(tmp_path: Path) -> None:
     """The command of the README."""
-    result = execute(
+    result = run_python(
         SCRIPT,
         "--json",
         tmp_path / "out.json",
@@ -178,7 +178,7 @@ def test_source_tree_without_installation(
     source_tree: Path, other_packages: Path, checkpoint: MakeCheckpoint
 ) -> None:
     """With -S, packages are found on PYTHONPATH only."""
-    result = execute(
+    result = run_python(
         "-S",
         source_tree / "compare_origin.py",
         "--checkpoint",
@@ -196,7 +196,7 @@ def test_source_tree_beside_installed_package(source_tree: Path) -> None:
     census_file = source_tree / "siglip_port" / "parity" / "siglip" / census.SUMMARY.name
     summary = json.loads(census_file.read_text())
     census_file.write_text(json.dumps({**summary, "machine": "another machine"}))
-    result = execute(source_tree / "compare_origin.py", "--list-gates", PYTHONPATH=str(ROOT))
+    result = run_python(source_tree / "compare_origin.py", "--list-gates", PYTHONPATH=str(ROOT))
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.endswith(" on another machine)\n")
 
@@ -233,12 +233,12 @@ def test_script_exit_codes(
 
 
 def test_script_without_torch() -> None:
-    """A Python without the dependencies."""
+    """The script runs in a Python without the dependencies."""
     code = (
         "import sys; sys.modules['torch'] = None; import compare_origin;"
         "sys.exit(compare_origin.main([]))"
     )
-    result = execute("-c", code, PYTHONPATH=str(ROOT))
+    result = run_python("-c", code, PYTHONPATH=str(ROOT))
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(
         r"could not compare: ModuleNotFoundError: .* torch .*; run: "
@@ -248,8 +248,8 @@ def test_script_without_torch() -> None:
 
 
 def test_script_reports_wrong_argument(tmp_path: Path) -> None:
-    """In one line, with nothing on stdout."""
-    result = execute(SCRIPT, "--image", tmp_path / "absent.png", HF_HUB_OFFLINE="1")
+    """The error is one line on stderr; stdout is empty."""
+    result = run_python(SCRIPT, "--image", tmp_path / "absent.png", HF_HUB_OFFLINE="1")
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(
         r"could not compare: --image .*: .*No such file.*; pass a local JPEG or PNG .*\n",
@@ -369,7 +369,7 @@ finally:
     print("imported:", *{set(packages)} & sys.modules.keys())
 """
     program = [] if "compare_origin" in command else ["verify"]
-    result = execute("-c", code, *program, *arguments, PYTHONPATH=str(ROOT))
+    result = run_python("-c", code, *program, *arguments, PYTHONPATH=str(ROOT))
     assert "usage: " in result.stdout + result.stderr
     assert result.stdout.splitlines()[-1] == "imported:"
 
@@ -501,7 +501,7 @@ def test_naflex(checkpoint: MakeCheckpoint, resample: int, monkeypatch: pytest.M
 def test_layout_unsupported_by_transformers(
     checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The message names the way: extract the encoder and compare that."""
+    """The message suggests to extract the encoder."""
     folder = checkpoint(SMALL, prefix="vision_tower.vision_model.")
     assert call("--checkpoint", folder) == 2
     assert re.search(
@@ -539,7 +539,7 @@ def test_file_and_random_weights(
 def test_wrong_weights(
     checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loader with a wrong bias of the keys, which changes no output."""
+    """The loader changes a key bias, which affects no output."""
     load_state_dict = port.SigLipVisionModel.load_state_dict
 
     def almost(
@@ -561,7 +561,7 @@ def test_wrong_weights(
 def test_non_finite_weights(
     value: float, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One element in each of two blocks: both are named, and there is no verdict."""
+    """NaN in two blocks: the error names both, and there is no verdict."""
     folder = checkpoint()
 
     def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -632,7 +632,7 @@ def test_wrong_activation(
 
 
 def test_hub(hub: Hub, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the Hub, from its cache, and from neither."""
+    """Comparisons from the Hub and from its cache, and an error without both."""
     folder = checkpoint(prefix="vision_model.")
     hub.repositories["google/siglip-served"] = Repository(folder)
     for weights in ("auto", "hub"):

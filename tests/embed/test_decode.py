@@ -61,7 +61,7 @@ def test_worker_dies(
 def test_workers_cannot_start(
     photos: Path, model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error of the run, not of the images."""
+    """The run fails; the images do not become error rows."""
     two_workers = {**OPTIONS, "num_workers": 2}
     with monkeypatch.context() as patched:
         patched.setattr("siglip_port.embed.decode.initialize_worker", lambda: os._exit(1))

@@ -162,7 +162,7 @@ WRONG_BYTES = [
 def test_wrong_bytes(
     key: str, times: int | None, is_full: bool, hub: Hub, folder: Path, tmp_path: Path
 ) -> None:
-    """In whole files and in headers. Partial downloads cannot be verified: see docs/hub.md."""
+    """Wrong bytes are detected in whole files and headers, not in partial downloads."""
     request = BY_KEY[key]
     hub.ranges = request.has_ranges
     size = (folder / request.filename).stat().st_size
@@ -207,7 +207,7 @@ def test_signed_url_is_always_expired(hub: Hub, folder: Path, cache: Path) -> No
 
 
 def test_config_is_too_large(hub: Hub, folder: Path, cache: Path) -> None:
-    """It is not downloaded."""
+    """An oversized configuration is not downloaded."""
     with (folder / "config.json").open("a") as file:
         file.truncate(10**11)
     message = (

@@ -179,7 +179,7 @@ def test_connection_reset(method: str, hub: Hub, vision_folder: Path, cache: Pat
 
 
 def test_no_network(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The load fails soon."""
+    """The load fails within seconds."""
     point_client_at(f"http://127.0.0.1:{silent_port()}", monkeypatch)
     start = time.monotonic()
     message = f"^{NAME}: cannot download config.json: no connection to 127.0.0.1 "
@@ -191,7 +191,7 @@ def test_no_network(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_untrusted_certificate(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As behind a firewall that inspects TLS."""
+    """A firewall that inspects TLS replaces the certificate."""
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
     files = ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "certificate")]
     subprocess.run([*command.split(), *files], check=True, capture_output=True)
@@ -240,7 +240,7 @@ def test_unreachable_reason(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_name_lookup_hangs(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As behind a firewall; timeouts of the client do not apply."""
+    """Timeouts of the client do not cover name lookups."""
     released = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait())
     point_client_at("http://hub.invalid", monkeypatch)

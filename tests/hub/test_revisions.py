@@ -1,4 +1,4 @@
-"""A load reads one commit, whatever is pushed meanwhile."""
+"""A load reads one commit, regardless of concurrent pushes."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_origin_is_saved(hub: Hub, folder: Path, cache: Path, tmp_path: Path) ->
         assert provenance is not None
         assert provenance.origin == origin
         assert str(provenance).startswith(f"source   {tmp_path / name}, saved from {origin}\n")
-    edit_tensors(tmp_path / "hf", lambda t: t)  # written by somebody else
+    edit_tensors(tmp_path / "hf", lambda t: t)  # written by another program
     provenance = load(tmp_path / "hf").provenance
     assert provenance is not None
     assert provenance.origin is None

@@ -144,7 +144,7 @@ def test_pooling_head_is_downloaded_on_demand(
 
 
 def test_long_header(hub: Hub, folder: Path, cache: Path) -> None:
-    """Longer than the first request."""
+    """The header is longer than the first request."""
     names = [f"text_model.{'x' * 50}.{i}" for i in range(2000)]
     edit_tensors(folder, lambda t: {**t, **{name: torch.ones(1) for name in names}})
     assert_same(load(NAME, cache_dir=cache), folder)

@@ -100,7 +100,7 @@ def test_file_of_other_program_is_used(
 def test_damaged_shared_blob(
     vision_only: bool, hub: Hub, folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is downloaded again; the shared blob stays as it is."""
+    """The file is downloaded again; the shared blob is not modified."""
     path = download(cache)
     copy = download(cache, COPY)
     (blob,) = shared_blobs(cache)
@@ -160,7 +160,7 @@ def dead_store(
 
 @pytest.mark.usefixtures("dead_store")
 def test_dead_store(hub: Hub, folder: Path, cache: Path) -> None:
-    """The load does not wait for it."""
+    """The load does not wait for the store."""
     assert_same(load(NAME, cache_dir=cache), folder)  # the CDN suffices
     shutil.rmtree(cache)
     hub.faults = [Fault("reset", "CDN *", times=None)]

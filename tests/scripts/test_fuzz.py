@@ -103,7 +103,7 @@ def skip_size_check(patch: Patch) -> None:
         raise RuntimeError("unable to mmap")
 
     patch.setattr(files, "parse_header", parse_any_size)
-    patch.setattr(files, "safe_open", no_memory)  # it would refuse such files itself
+    patch.setattr(files, "safe_open", no_memory)  # safetensors itself refuses such files
 
 
 def ignore_unknown_keys(patch: Patch) -> None:
@@ -216,7 +216,7 @@ def test_damaged_cache_detected(hub: Hub, tmp_path: Path, monkeypatch: Patch) ->
 
 
 def misbehave(number: int, folder: Path) -> None:
-    """Do what a loader must not do, by the number of the mutant."""
+    """Simulate a faulty loader; the fault depends on the number of the mutant."""
     match number:
         case 1:
             os._exit(3)
@@ -241,7 +241,7 @@ def misbehave(number: int, folder: Path) -> None:
 def test_failures_reported(
     tmp_path: Path, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """With the number of the mutant."""
+    """The report contains the number of the mutant."""
     report = tmp_path / "fuzz.json"
     keep = tmp_path / "keep"
     make_mutant = Fuzzer.mutant

@@ -1,4 +1,4 @@
-"""scripts/messages.py: the texts that a user reads, found in source code."""
+"""scripts/messages.py: the messages in source code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check of the glossary."""
+"""scripts/words.py: the check of the glossary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Edits of a loaded model, and rounding of its numbers."""
+"""Edits of a loaded model, and rounding of tensors."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def set_eps(pattern: str, value: float) -> Edit:
 
 
 def reorder(order: Callable[[int], list[int]]) -> Edit:
-    """Reorder the tensors of the blocks; module names stay."""
+    """Reorder the tensors of the blocks; module names are unchanged."""
 
     def edit(model: SigLipVisionModel) -> None:
         blocks = blocks_of(model)

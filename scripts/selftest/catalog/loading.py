@@ -113,7 +113,7 @@ def change_config(function: Callable[[SigLipVisionConfig], dict[str, Any]]) -> P
     return wrap(hf_config, "config_from_hf", config_from_hf)
 
 
-def lose_one(
+def drop_one_tensor(
     load_state_dict: Callable[..., object],
     model: SigLipVisionModel,
     tensors: Mapping[str, Tensor],
@@ -227,6 +227,6 @@ LOADING = [
         "5.v",
         "weights",
         "keras-style strict=False; nanoVLM loader",
-        patch=wrap(SigLipVisionModel, "load_state_dict", lose_one),
+        patch=wrap(SigLipVisionModel, "load_state_dict", drop_one_tensor),
     ),
 ]

@@ -125,7 +125,7 @@ def test_changed_bytes(members: Members, tmp_path: Path) -> None:
 
 
 def test_damaged_archive_start(tmp_path: Path) -> None:
-    """Found by scripts/fuzz/run.py: Python's zipfile checks only the directory at the end."""
+    """Python's zipfile checks only the directory at the end."""
     path = tmp_path / "encoder.npz"
     np.savez(path, weight=np.ones(3, np.float32))
     assert read_header(path).tensors.keys() == {"weight"}

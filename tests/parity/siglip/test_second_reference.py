@@ -29,7 +29,7 @@ def exact_gelu(package: str, prefix: str = "") -> str:
 
 
 def triangulate(name: str, config: SigLipVisionConfig, broken: str = "") -> tuple[list[str], str]:
-    """Return the table and the sentence; with a wrong eps in the `port` or the `reference`."""
+    """Return the table and the verdict; `broken` is the side with a wrong eps."""
     with random_case(config, "N1") as case:
         port = SigLipVisionModel.from_hf(case.source)
         norms = {
