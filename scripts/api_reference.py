@@ -261,7 +261,7 @@ def string_of(statement: ast.stmt | None) -> str:
 def main() -> int:
     """Write the page, or check it; return 1 if it is out of date."""
     parser = argparse.ArgumentParser(description="Generate docs/api.md from docstrings.")
-    parser.add_argument("--check", action="store_true", help="fail if docs/api.md is out of date")
+    parser.add_argument("--check", action="store_true", help="Change nothing; fail if out of date.")
     check = parser.parse_args().check
     sys.path.insert(0, str(ROOT))
     page = render_page()

@@ -164,7 +164,7 @@ def proof() -> str:
     false_alarms = sum(run["false_alarm"] for run in runs)
     return (
         f"`uv run compare_origin.py --selftest` plants {len(mutants)} bugs in the port, "
-        f"{public} of them with a public source. The gates detect {detected}, each at its place, "
+        f"{public} of them with a public source. The gates detect and locate {detected}, "
         f"with {false_alarms} false alarms in {len(runs)} runs of {variants} equivalent variants "
         "([details](docs/parity.md)).\n"
     )
@@ -221,7 +221,7 @@ def update(page: str) -> str:
 def main() -> int:
     """Update or check the pages; return 1 if `--check` finds an outdated block."""
     parser = argparse.ArgumentParser(description="Update the generated blocks of the docs.")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if out of date")
+    parser.add_argument("--check", action="store_true", help="Change nothing; fail if out of date.")
     check = parser.parse_args().check
     outdated = []
     for path in [

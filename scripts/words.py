@@ -120,7 +120,7 @@ def find_files(paths: Iterable[Path]) -> Iterator[Path]:
 def main() -> int:
     """Check files; return 1 if they contain a term that is ruled out."""
     parser = argparse.ArgumentParser(description="Report words that the glossary rules out.")
-    parser.add_argument("paths", nargs="*", type=Path, help="files and folders [default: all]")
+    parser.add_argument("paths", nargs="*", type=Path, help="Files and folders. [default: all]")
     paths = parser.parse_args().paths or [ROOT / path for path in PATHS]
     glossary = read_glossary(GLOSSARY.read_text(encoding="utf-8"))
     problems = [problem for file in find_files(paths) for problem in check_file(file, glossary)]

@@ -293,18 +293,26 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="folder of images, created if missing")
-    parser.add_argument("--count", type=int, default=2000, help="images to create (%(default)s)")
+    parser.add_argument("folder", type=Path, help="Folder of images; created if missing.")
     parser.add_argument(
-        "--broken", type=float, default=0.01, help="share of broken images (%(default)s)"
+        "--count", type=int, default=2000, help="Images to create. [default: %(default)s]"
     )
     parser.add_argument(
-        "--timeout", type=float, default=3600, help="timeout of a process, s (%(default)s)"
+        "--broken", type=float, default=0.01, help="Share of broken images. [default: %(default)s]"
     )
-    parser.add_argument("--json", type=Path, help="JSON file for all metrics")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=3600,
+        help="Timeout per process in seconds. [default: %(default)s]",
+    )
+    parser.add_argument("--json", type=Path, help="JSON file for the metrics.")
     names = [peer.name for peer in PEERS if peer.name != BASELINE]
     parser.add_argument(
-        "--only", nargs="+", choices=names, help="programs to run besides siglip-port, eager"
+        "--only",
+        nargs="+",
+        choices=names,
+        help="Programs to compare with siglip-port, eager. [default: all]",
     )
     return parser.parse_args()
 

@@ -9,14 +9,14 @@ client of huggingface_hub. Outcomes:
 
 - refused: `CheckpointError`.
 - identical: the tensors and configuration of the intact checkpoint, which the files still describe.
-- as the file says: another model, the one that the files describe according to the libraries of the
+- as described: another model, the one that the files describe according to the libraries of the
   file formats (`oracle.py`).
 - FAILED: anything else: another exception, a timeout, more memory than `trial.MEMORY`, a dead
   process, a warning, output, a loaded pickle, a file changed or left behind, intact files refused,
   invalid files loaded, a model that differs from what the files describe.
 
 Changed bytes in the ranges of a partial download cannot be detected, since the Hub publishes hashes
-of whole files only. Faults on the way from the Hub are therefore limited to headers, files that are
+of whole files only. Faults in transit are therefore limited to headers, files that are
 downloaded whole, and the cache.
 """
 
@@ -44,9 +44,7 @@ from scripts.fuzz.trial import OUTCOMES, Fuzzer, Result
 ADDRESS_SPACE = 4 * 2**30
 """Bytes that a process may reserve beyond its start; a larger allocation fails."""
 
-LIMITS = (
-    "Bytes changed on the way from the Hub: only in headers, files downloaded whole, and the cache."
-)
+LIMITS = "Changed bytes from the Hub: only in headers, files downloaded whole, and the cache."
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ MEMORY = 256 * 2**20
 SECONDS = 20.0
 """Time limit of one load."""
 
-OUTCOMES = ("refused", "identical", "as the file says", "FAILED")
+OUTCOMES = ("refused", "identical", "as described", "FAILED")
 HUB_ROWS = ("hub ranges", "hub faults", "hub cache")
 
 
@@ -170,7 +170,7 @@ class Fuzzer:
             intact = replace(intact, processor=None)
         if actual != expected:
             return f"SILENTLY DIFFERENT: {describe_differences(expected, actual)}"
-        return "identical" if actual == intact else "as the file says"
+        return "identical" if actual == intact else "as described"
 
     def write(self, content: Files) -> Path:
         """Write files to a new folder and delete the previous one.

@@ -221,7 +221,7 @@ def test_int8(photos: Path, finished_run: Path, model: SigLipVisionModel, tmp_pa
 
 
 def test_unavailable_engine(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
-    """Nothing is written."""
+    """The run fails before anything is written."""
     options = {**OPTIONS, "engine": "onnxruntime", "dtype": torch.bfloat16}
     message = "engine onnxruntime is not available: .*float32.*; choose another, or eager"
     with pytest.raises(EmbedError, match=message):
@@ -236,7 +236,7 @@ def test_unavailable_engine(photos: Path, model: SigLipVisionModel, tmp_path: Pa
 def test_embeddings_do_not_depend_on_workers_or_interruptions(
     naflex: bool, photos: Path, tmp_path: Path
 ) -> None:
-    """Bitwise equal to an uninterrupted run when stopped again and again."""
+    """A run that is stopped repeatedly gives the same bits as an uninterrupted one."""
     model = random_model(replace(SMALL, naflex=naflex))
     embed([photos], tmp_path / "whole", model, **OPTIONS)
     embed([photos], tmp_path / "workers", model, **{**OPTIONS, "num_workers": 2})

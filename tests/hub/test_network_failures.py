@@ -119,22 +119,22 @@ def test_every_failure(
         failures = tuple(sample(FAILURES, 8, offset=case + writable))
     for failure in failures:
         hub.requests.clear()
-        refusal: CheckpointError | None = None
+        load_error: CheckpointError | None = None
         with failing(failure, hub):
             try:
                 with nullcontext() if writable else unwritable(cache, errno.EROFS):
                     assert_same(load(NAME, **options), folder)
             except CheckpointError as error:
-                refusal = error
-        assert (refusal is None) == state.startswith("all"), f"{failure}: {refusal}"
-        if refusal is not None:
-            assert NAME in str(refusal), failure
-            assert_no_secrets(refusal, token)
-            names_proxy = "through the proxy http://127.0.0.1:" in str(refusal)
+                load_error = error
+        assert (load_error is None) == state.startswith("all"), f"{failure}: {load_error}"
+        if load_error is not None:
+            assert NAME in str(load_error), failure
+            assert_no_secrets(load_error, token)
+            names_proxy = "through the proxy http://127.0.0.1:" in str(load_error)
             assert names_proxy == (failure == "dead proxy")
         # If everything is cached, requests are not retried. 20 redirects are followed.
         max_requests = 45
-        if refusal is None:
+        if load_error is None:
             max_requests = 20 if failure == "circular redirects" else 2
         assert sum(hub.requests.values()) <= max_requests, failure
         assert before.items() <= read_files(cache).items(), failure
@@ -216,9 +216,9 @@ def test_socks_proxy_without_package(
     monkeypatch.setenv("http_proxy", "socks5://somebody:swordfish@127.0.0.1:1080")
     close_session()
     message = "the SOCKS proxy socks5://127.0.0.1:1080 needs the package socksio; run: pip install"
-    with pytest.raises(HubUnreachableError, match=message) as refusal:
+    with pytest.raises(HubUnreachableError, match=message) as load_error:
         load(NAME, cache_dir=cache, token=token)
-    assert "swordfish" not in full_text(refusal.value)
+    assert "swordfish" not in full_text(load_error.value)
     monkeypatch.undo()
     close_session()
 

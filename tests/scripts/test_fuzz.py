@@ -70,7 +70,7 @@ def run_campaign(count: int, folder: Path) -> dict[str, Any]:
 
 def test_short_campaign(tmp_path: Path) -> None:
     total = run_campaign(40, tmp_path)["rows"]["all"]
-    assert all(total[outcome] > 1 for outcome in ("refused", "identical", "as the file says"))
+    assert all(total[outcome] > 1 for outcome in ("refused", "identical", "as described"))
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_campaign(tmp_path: Path) -> None:
     rows = run_campaign(150, tmp_path)["rows"]
     assert rows.keys() == GROUPS | {"hub ranges", "hub faults", "hub cache", "all"}
     assert rows["all"]["(unchanged)"] < 5
-    outcomes = ("refused", "identical", "as the file says")
+    outcomes = ("refused", "identical", "as described")
     assert all(rows["all"][outcome] > 10 for outcome in outcomes)
 
 

@@ -111,8 +111,8 @@ def test_every_tap_exists_in_timm() -> None:
     trunk = second_reference_script.make_trunk(hf_config(SMALL).to_dict())
     modules = dict(trunk.named_modules())
     for point in siglip_taps(pooling_head=True):
-        place = second_reference_script.rename(point.replace("{}", "2"))
-        assert place.partition(":")[0] in modules, place
+        location = second_reference_script.rename(point.replace("{}", "2"))
+        assert location.partition(":")[0] in modules, location
 
 
 FLOAT32_NOTE = " (W computes the softmax in float32"
@@ -206,9 +206,9 @@ def test_other_release_of_reference(release: str) -> None:
     assert triangulate(name, ODD)[1].startswith("all three agree: at most ")
     _, sentence = triangulate(name, ODD, broken="reference")
     assert sentence.startswith(f"the {REFERENCE} is the odd one out: ")
-    place = "vision_model.encoder.layers.1.layer_norm2"
+    location = "vision_model.encoder.layers.1.layer_norm2"
     assert sentence.endswith(
-        f"first at encoder.layers.1.layer_norm2 (transformers: {place}): "
+        f"first at encoder.layers.1.layer_norm2 (transformers: {location}): "
         "looks like: eps 1e-06 instead of 0.001"
     )
 

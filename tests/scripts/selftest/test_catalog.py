@@ -34,8 +34,8 @@ def test_catalog_is_well_formed() -> None:
         assert mutant.locations, mutant.name
         assert (mutant.patch is None) != (mutant.edit is None), mutant.name
         for word in mutant.locations.split():
-            place = word.rpartition(".")[2]
-            known = place in LOCATIONS or word in ("model", "pooling_head") or word in vars(SMALL)
+            key = word.rpartition(".")[2]
+            known = key in LOCATIONS or word in ("model", "pooling_head") or word in vars(SMALL)
             assert known, (mutant.name, word)
     public = [mutant for mutant in MUTANTS if re.search(r"[\w.-]+/[\w.-]+#\d+", mutant.source)]
     assert len(public) == 137
