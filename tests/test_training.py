@@ -119,7 +119,7 @@ def test_dropout(
     port, reference = load_pair(replace(SHALLOW, attention_dropout=0.3), checkpoint)
     x = images(SHALLOW)
 
-    def both() -> tuple[Tensor, Tensor]:
+    def run_both() -> tuple[Tensor, Tensor]:
         """Return tokens of both; gradients stay in the parameters."""
         torch.manual_seed(0)
         tokens = port(x)
@@ -129,19 +129,19 @@ def test_dropout(
         backward(loss_of(output.last_hidden_state, output.pooler_output))
         return tokens.detach(), output.last_hidden_state.detach()
 
-    without_dropout, expected = both()
+    without_dropout, expected = run_both()
     assert relative_error(without_dropout, expected) <= TOLERANCE
     assert torch.equal(without_dropout, port(x))
-    plain = gradients(port)
+    grads_without_dropout = gradients(port)
     gradients(reference)
     port.train()
     reference.train()
-    dropped, expected = both()
+    dropped, expected = run_both()
     assert relative_error(dropped, without_dropout) > 1e-2
     assert relative_error(dropped, expected) <= TOLERANCE
     assert not torch.equal(dropped, port(x))  # the next draw
     grads = gradients(port)
-    assert worst_error(grads, plain)[0] > 1e-2
+    assert worst_error(grads, grads_without_dropout)[0] > 1e-2
     assert (
         worst_error(to_reference_names(port, grads), gradients(reference))[0] <= GRADIENT_TOLERANCE
     )

@@ -114,7 +114,7 @@ NORM = "vision_model.post_layernorm.bias"
 FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
 
 
-def placed(file: object, name: str = NORM) -> Callable[[Json], Json]:
+def with_file(file: object, name: str = NORM) -> Callable[[Json], Json]:
     return lambda index: {**index, "weight_map": {**index["weight_map"], name: file}}
 
 
@@ -122,43 +122,43 @@ PLAIN = "lists shards that are not plain .safetensors file names"
 
 
 INDEXES: dict[str, tuple[Callable[[Json], object], str]] = {
-    "..": (placed("../model.safetensors"), PLAIN),
-    "../..": (placed("../../../../../../etc/passwd"), PLAIN),
-    "absolute": (placed("/model.safetensors"), PLAIN),
-    "a folder": (placed("folder/model.safetensors"), PLAIN),
-    "a folder of Windows": (placed("..\\model.safetensors"), PLAIN),
-    "an address": (placed("http://127.0.0.1/model.safetensors"), PLAIN),
-    "a line": (placed("model.safetensors\n"), PLAIN),
-    "a zero": (placed("model\0.safetensors"), PLAIN),
-    "a pickle": (
-        placed("pytorch_model.bin"),
+    "..": (with_file("../model.safetensors"), PLAIN),
+    "../..": (with_file("../../../../../../etc/passwd"), PLAIN),
+    "absolute": (with_file("/model.safetensors"), PLAIN),
+    "folder": (with_file("folder/model.safetensors"), PLAIN),
+    "Windows folder": (with_file("..\\model.safetensors"), PLAIN),
+    "URL": (with_file("http://127.0.0.1/model.safetensors"), PLAIN),
+    "newline": (with_file("model.safetensors\n"), PLAIN),
+    "NUL": (with_file("model\0.safetensors"), PLAIN),
+    "pickle": (
+        with_file("pytorch_model.bin"),
         f"{PLAIN}: pytorch_model.bin; pickled weights .* are not supported",
     ),
-    "nothing": (placed(""), PLAIN),
-    "too long a name": (placed("a" * 5000 + ".safetensors"), "; unreadable tensors"),
-    "not there": (
-        placed("elsewhere.safetensors"),
+    "empty": (with_file(""), PLAIN),
+    "long name": (with_file("a" * 5000 + ".safetensors"), "; unreadable tensors"),
+    "missing shard": (
+        with_file("elsewhere.safetensors"),
         "has no file elsewhere.safetensors; unreadable tensors",
     ),
-    "a number": (placed(1), "has no valid weight_map"),
+    "number": (with_file(1), "has no valid weight_map"),
     "null": (lambda index: {**index, "weight_map": None}, "has no valid weight_map"),
-    "a list": (lambda _: [], "must contain a JSON object, got list"),
-    "no map": (lambda _: {}, "has no valid weight_map"),
-    "an empty map": (lambda _: {"weight_map": {}}, "contains no SigLIP vision encoder"),
-    "another shard": (
-        lambda i: placed(next(f for f in i["weight_map"].values() if f != i["weight_map"][NORM]))(
-            i
-        ),
+    "list": (lambda _: [], "must contain a JSON object, got list"),
+    "missing map": (lambda _: {}, "has no valid weight_map"),
+    "empty map": (lambda _: {"weight_map": {}}, "contains no SigLIP vision encoder"),
+    "other shard": (
+        lambda i: with_file(
+            next(f for f in i["weight_map"].values() if f != i["weight_map"][NORM])
+        )(i),
         "missing tensors .1.:\n    vision_model.post_layernorm.bias(.|\n)*tensors in model-0000.-"
         "of-00003.safetensors contrary to the index",
     ),
-    "twice": (
+    "duplicate key": (
         lambda index: json.dumps(index).replace(
             f'"{NORM}"', f'"{NORM}": "model-00001-of-00003.safetensors", "{NORM}"'
         ),
         f"is not valid JSON .key '{NORM}' occurs more than once.; download it again",
     ),
-    "a thousand encoders": (
+    "thousand encoders": (
         rename_in_a_thousand,
         "contains 1000 vision encoders in layout 'huggingface', limit is 100; pass prefix=",
     ),
@@ -175,16 +175,16 @@ def test_damaged_index(case: str, sharded: Path) -> None:
 
 
 CONFIGS: dict[str, tuple[Callable[[str], str | bytes], str]] = {
-    "nothing": (lambda _: "", "is not valid JSON .Expecting value"),
-    "a list": (lambda _: "[]", "must contain a JSON object, got list"),
+    "empty": (lambda _: "", "is not valid JSON .Expecting value"),
+    "list": (lambda _: "[]", "must contain a JSON object, got list"),
     "null": (lambda _: "null", "must contain a JSON object, got NoneType"),
     "zeros": (lambda t: "\0" * len(t), "is not valid JSON"),
-    "a zero": (lambda t: t.replace("{", "{\0"), "is not valid JSON"),
-    "no UTF-8": (
+    "NUL": (lambda t: t.replace("{", "{\0"), "is not valid JSON"),
+    "invalid UTF-8": (
         lambda t: t.encode().replace(b"siglip", b"sigli\xff"),
         "is not valid JSON .'utf-8' codec",
     ),
-    "half a character": (
+    "lone surrogate": (
         lambda t: t.replace("siglip_vision_model", "\\ud800"),
         "surrogates not allowed",
     ),
@@ -193,12 +193,12 @@ CONFIGS: dict[str, tuple[Callable[[str], str | bytes], str]] = {
         "nested more than 100 levels deep",
     ),
     "very deep": (lambda _: '{"a": ' + "[" * 1_000_000, "nested too deep"),
-    "twice": (
+    "duplicate key": (
         lambda t: t.replace("{", '{"hidden_size": 32, ', 1),
         "key 'hidden_size' occurs more than once",
     ),
-    "a long number": (lambda t: t.replace(": 24", ": " + "2" * 5000), "Exceeds the limit"),
-    "cut off": (lambda t: t[: len(t) // 2], "is not valid JSON"),
+    "long number": (lambda t: t.replace(": 24", ": " + "2" * 5000), "Exceeds the limit"),
+    "truncated": (lambda t: t[: len(t) // 2], "is not valid JSON"),
 }
 
 

@@ -340,9 +340,11 @@ PLACES = st.integers(0, 40) | st.integers(0, 6_000) | st.integers(0, 100_000)
 @given(
     st.binary(max_size=64), PLACES, st.sampled_from(["insert", "overwrite", "truncate", "replace"])
 )
-def test_damaged_bytes(whole: tuple[Path, bytes], noise: bytes, position: int, damage: str) -> None:
+def test_damaged_bytes(
+    weights_file: tuple[Path, bytes], noise: bytes, position: int, damage: str
+) -> None:
     """A damaged file raises CheckpointError, unless only weight values are damaged."""
-    path, content = whole
+    path, content = weights_file
     damaged = {
         "insert": content[:position] + noise + content[position:],
         "overwrite": content[:position] + noise + content[position + len(noise) :],
@@ -360,7 +362,7 @@ def test_damaged_bytes(whole: tuple[Path, bytes], noise: bytes, position: int, d
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+def weights_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     references.write_random_checkpoint(folder, SMALL)
     path = folder / "model.safetensors"

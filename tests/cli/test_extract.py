@@ -164,21 +164,21 @@ def test_extract_force(whole_model: Path, tmp_path: Path) -> None:
 def wrong_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     save = SigLipVisionModel.save_hf
 
-    def damaged(self: SigLipVisionModel, folder: Path) -> None:
+    def save_damaged(self: SigLipVisionModel, folder: Path) -> None:
         save(self, folder)
         edit_tensors(folder, lambda tensors: {name: -tensor for name, tensor in tensors.items()})
 
-    monkeypatch.setattr(SigLipVisionModel, "save_hf", damaged)
+    monkeypatch.setattr(SigLipVisionModel, "save_hf", save_damaged)
 
 
 def wrong_config(monkeypatch: pytest.MonkeyPatch) -> None:
     save = SigLipVisionModel.save_hf
 
-    def damaged(self: SigLipVisionModel, folder: Path) -> None:
+    def save_damaged(self: SigLipVisionModel, folder: Path) -> None:
         save(self, folder)
         edit_config(folder, hidden_act="gelu")
 
-    monkeypatch.setattr(SigLipVisionModel, "save_hf", damaged)
+    monkeypatch.setattr(SigLipVisionModel, "save_hf", save_damaged)
 
 
 def wrong_outputs(monkeypatch: pytest.MonkeyPatch) -> None:

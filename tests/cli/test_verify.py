@@ -542,13 +542,13 @@ def test_wrong_weights(
     """The loader changes a key bias, which affects no output."""
     load_state_dict = port.SigLipVisionModel.load_state_dict
 
-    def almost(
+    def load_with_wrong_bias(
         self: port.SigLipVisionModel, state: dict[str, torch.Tensor], **kwargs: bool
     ) -> object:
         name = "transformer.encoder.encoder_blocks.1.self_attn.k_proj.bias"
         return load_state_dict(self, {**state, name: state[name] + 1}, **kwargs)
 
-    monkeypatch.setattr(port.SigLipVisionModel, "load_state_dict", almost)
+    monkeypatch.setattr(port.SigLipVisionModel, "load_state_dict", load_with_wrong_bias)
     assert call("--checkpoint", checkpoint()) == 1
     out = capsys.readouterr().out
     assert "weights: encoder.layers.1.self_attn.k_proj.bias: 24 of 24 elements differ" in out

@@ -251,14 +251,14 @@ def test_failures_reported(
         numbers.append(number)
         return make_mutant(self, number)
 
-    def load_badly(source: Path) -> SigLipVisionModel:
+    def load_with_fault(source: Path) -> SigLipVisionModel:
         if numbers:
             misbehave(numbers[-1], source.parent if source.suffix else source)
         return load(source)
 
     monkeypatch.setattr(trial, "SECONDS", 0.5)
     monkeypatch.setattr(Fuzzer, "mutant", record_number)
-    monkeypatch.setattr(SigLipVisionModel, "from_hf", load_badly)
+    monkeypatch.setattr(SigLipVisionModel, "from_hf", load_with_fault)
     mutants = ["--count", "12", "--seed", "3", "--hub-share", "0"]
     assert run.main([*mutants, "--json", str(report), "--keep", str(keep)]) == 1
     failures = json.loads(report.read_text())["failed"]

@@ -294,14 +294,14 @@ def test_results_do_not_depend_on_number_of_processes(
 def test_ctrl_c_ends_all_processes(
     shorten: Shorten, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def press(*_: object) -> str:
+    def press_ctrl_c(*_: object) -> str:
         os.kill(os.getppid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # a terminal sends SIGINT to every process
         return ""
 
     shorten([], [], ["itself"])
     monkeypatch.setattr(runner, "count_processes", lambda _: 2)
-    monkeypatch.setattr(harness, "examine_harness", press)
+    monkeypatch.setattr(harness, "examine_harness", press_ctrl_c)
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # shells ignore SIGINT in background jobs
