@@ -81,7 +81,7 @@ def render_page() -> str:
 
 
 def page_anchors() -> dict[tuple[str, str], str]:
-    """Return the anchor that GitHub gives each name's heading: (module, name) -> anchor.
+    """Return GitHub's anchor for the heading of each name: (module, name) -> anchor.
 
     Headings that differ in case or dots only are numbered in the order of the page.
     """

@@ -75,8 +75,8 @@ def test_lora_train_merge_save(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         model.save_hf(tmp_path / "wrapped")
     wrapped.save_pretrained(str(tmp_path / "adapter"))
-    again = PeftModel.from_pretrained(random_float64_model(SHALLOW), tmp_path / "adapter")
-    assert relative_error(again.embed(x).detach(), new) <= 1e-6  # peft loads adapters in float32
+    loaded = PeftModel.from_pretrained(random_float64_model(SHALLOW), tmp_path / "adapter")
+    assert relative_error(loaded.embed(x).detach(), new) <= 1e-6  # peft loads adapters in float32
     merged = wrapped.merge_and_unload()
     assert isinstance(merged, SigLipVisionModel)
     assert relative_error(merged.embed(x).detach(), new) <= TOLERANCE

@@ -96,7 +96,7 @@ def fill_cache(hub: Hub, folder: Path, rng: Random) -> None:
 
 
 def cached_files(cache: Path) -> list[Path]:
-    """Return the files of the cache; those of siglip_port four times, since they are few."""
+    """Return the files of the cache; the few of siglip_port count four times."""
     files = []
     for path in sorted(cache.rglob("*")):
         if path.is_file() and not path.is_symlink() and path.suffix != ".lock":

@@ -104,10 +104,11 @@ def test_extract_layouts(kind: str, tmp_path: Path) -> None:
         kind == "idefics3"
     )
     assert (" and embedding [1, 72] of" in printed) == (kind != "idefics3")
-    model, again = load(source), load(tmp_path / "out")
-    assert again.config == replace(model.config, interpolation=None)
+    model, extracted = load(source), load(tmp_path / "out")
+    assert extracted.config == replace(model.config, interpolation=None)
     assert all(
-        torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items()
+        torch.equal(tensor, model.state_dict()[name])
+        for name, tensor in extracted.state_dict().items()
     )
 
 

@@ -82,7 +82,7 @@ TEXTS = dict(help_texts())
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_help_text(name: str) -> None:
-    """Short, capitalized unless it starts with a literal value, and ended by a period or a `]`."""
+    """Help is short, capitalized (except literal values), and ends with a period or `]`."""
     text = TEXTS[name]
     assert 0 < len(text) <= MAX_LENGTH, text
     assert text.endswith((".", "]")), text

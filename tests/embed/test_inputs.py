@@ -95,12 +95,12 @@ def test_embed_parquet_input(
 
 
 def test_ids_of_several_inputs_are_distinct(tmp_path: Path) -> None:
-    one = tmp_path / "one"
-    two = tmp_path / "two"
-    for folder in (one, two):
+    first = tmp_path / "one"
+    second = tmp_path / "two"
+    for folder in (first, second):
         folder.mkdir()
         Image.new("RGB", (4, 4)).save(folder / "a.png")
-    assert ids_of(find_items([one, two])) == [f"{one}/a.png", f"{two}/a.png"]
+    assert ids_of(find_items([first, second])) == [f"{first}/a.png", f"{second}/a.png"]
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_invalid_stored_token(
     message = "the stored Hub token has invalid characters; set HF_TOKEN again"
     with pytest.raises(HubUnreachableError, match=message):
         load(NAME, cache_dir=cache)
-    # huggingface_hub sends this one once per process, whatever is loaded
+    # huggingface_hub sends this request once per process
     assert set(hub.requests) <= {"GET api/agent-harnesses"}
 
 

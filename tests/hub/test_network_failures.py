@@ -57,7 +57,7 @@ FAULTS = {
 
 FAILURES = ("refused", "dead proxy", *FAULTS)
 
-STATES = ("nothing", "a part", "all", "all, by the client")
+STATES = ("empty", "partial", "complete", "complete, by the client")
 
 
 @contextmanager
@@ -80,15 +80,15 @@ def failing(failure: str, hub: Hub) -> Iterator[None]:
 
 
 def fill_cache(state: str, folder: Path, cache: Path, token: str) -> None:
-    """Cache nothing, a part or all of the repository; and the same weights of another one."""
+    """Fill the cache to a state, and cache another repository with the same weights."""
     (weights,) = folder.glob("*.safetensors")
     hf_hub_download(OTHER, weights.name, cache_dir=cache)
-    if state == "all":
+    if state == "complete":
         load(NAME, cache_dir=cache, token=token)
-    if state == "all, by the client":
+    if state == "complete, by the client":
         for path in sorted(folder.iterdir()):
             hf_hub_download(NAME, path.name, cache_dir=cache, token=token)
-    if state == "a part":
+    if state == "partial":
         config = weights.name.replace("model.safetensors", "config.json")
         hf_hub_download(NAME, config, cache_dir=cache, token=token)
 
@@ -126,7 +126,7 @@ def test_every_failure(
                     assert_same(load(NAME, **options), folder)
             except CheckpointError as error:
                 load_error = error
-        assert (load_error is None) == state.startswith("all"), f"{failure}: {load_error}"
+        assert (load_error is None) == state.startswith("complete"), f"{failure}: {load_error}"
         if load_error is not None:
             assert NAME in str(load_error), failure
             assert_no_secrets(load_error, token)

@@ -43,7 +43,7 @@ def test_port_must_be_exact_where_reference_is() -> None:
 
 
 def test_single_vector_outside_its_bound() -> None:
-    """The overall relative error does not show it; that of the worst vector does."""
+    """Only the relative error of the worst vector exceeds its bound."""
 
     def spoil_one_vector(_: nn.Module, args: object, output: Tensor) -> Tensor:
         output = output.clone()

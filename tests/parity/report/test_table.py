@@ -23,8 +23,8 @@ def test_gate_table_of_several_checkpoints() -> None:
 
 
 def test_gate_table_shows_nan() -> None:
-    both = Comparison(make_comparison(1e-9).sections + make_comparison(math.nan).sections)
-    assert gate_table(both)[2][2] == "nan"
+    comparison = Comparison(make_comparison(1e-9).sections + make_comparison(math.nan).sections)
+    assert gate_table(comparison)[2][2] == "nan"
 
 
 def test_format_table() -> None:

@@ -40,13 +40,13 @@ def test_port_passes_all_gates(case: Case, port: SigLipVisionModel) -> None:
 
 
 def test_only_gates_of_case_run(case: Case, port: SigLipVisionModel) -> None:
-    few = replace(case, gates=("config", "weights"))
-    assert [result.name for result in few.check(port)] == ["config", "weights"]
+    subset = replace(case, gates=("config", "weights"))
+    assert [result.name for result in subset.check(port)] == ["config", "weights"]
 
 
 def test_port_is_called_by_function(case: Case, port: SigLipVisionModel) -> None:
-    few = replace(case, gates=("numerics",))
-    (result,) = few.check(port, lambda port, x: {"tokens": port(x)})
+    subset = replace(case, gates=("numerics",))
+    (result,) = subset.check(port, lambda port, x: {"tokens": port(x)})
     assert [finding.message for finding in result.findings] == [
         "the port does not return this output"
     ]
