@@ -282,9 +282,9 @@ def test_failures_reported(
 def test_reproducible_by_number(
     fuzzer: Fuzzer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fuzzer, other_seed = (Fuzzer(seed, tmp_path) for seed in (0, 1))
+    same_seed, other_seed = (Fuzzer(seed, tmp_path) for seed in (0, 1))
     mutants = [fuzzer.mutant(number)[:2] for number in range(30)]
-    assert mutants == [fuzzer.mutant(number)[:2] for number in range(30)]
+    assert mutants == [same_seed.mutant(number)[:2] for number in range(30)]
     assert mutants != [other_seed.mutant(number)[:2] for number in range(30)]
     result = fuzzer.run(7)
     assert run.main(["--only", "7", "--hub-share", "0"]) == (result.outcome == "FAILED")
