@@ -1,1 +1,1 @@
-"""Programs beside the package."""
+"""Development scripts."""

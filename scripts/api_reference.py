@@ -81,7 +81,7 @@ def render_page() -> str:
 
 
 def page_anchors() -> dict[tuple[str, str], str]:
-    """Return the anchor that GitHub gives each name's heading: (module, name) -> anchor.
+    """Return GitHub's anchor for the heading of each name: (module, name) -> anchor.
 
     Headings that differ in case or dots only are numbered in the order of the page.
     """
@@ -97,7 +97,7 @@ def page_anchors() -> dict[tuple[str, str], str]:
 
 
 def resolve(module_name: str, name: str) -> object:
-    """Return what a name stands for; the function, for a package that can be called."""
+    """Return the object with this name; the function of a callable package."""
     value = getattr(importlib.import_module(module_name), name)
     return getattr(value, name) if isinstance(value, types.ModuleType) else value
 
@@ -143,7 +143,7 @@ def render_class(name: str, value: type) -> Iterator[str]:
 
 
 def constructor(value: type) -> str:
-    """Return the parameters of a class, without `self` and what it returns."""
+    """Return the parameters of a class, without `self` and return type."""
     return signature(value).rpartition(" -> ")[0] or signature(value)
 
 
@@ -202,12 +202,12 @@ def format_default(value: object) -> str:
 
 
 def code_block(text: str) -> str:
-    """Return text in a fence."""
+    """Return text as a fenced code block."""
     return f"```\n{text}\n```\n"
 
 
 def render_docstring(docstring: str | None) -> str:
-    """Turn a docstring's sections, as Google writes them, into lists."""
+    """Turn the Google-style sections of a docstring into lists."""
     if not docstring:
         return ""
     lines: list[str] = []
@@ -252,7 +252,7 @@ def constant_docstring(module_name: str, name: str) -> str:
 
 
 def string_of(statement: ast.stmt | None) -> str:
-    """Return the text of a statement that is a string; "" for any other."""
+    """Return the value of a string statement; "" for other statements."""
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
         return inspect.cleandoc(str(statement.value.value))
     return ""
@@ -261,7 +261,7 @@ def string_of(statement: ast.stmt | None) -> str:
 def main() -> int:
     """Write the page, or check it; return 1 if it is out of date."""
     parser = argparse.ArgumentParser(description="Generate docs/api.md from docstrings.")
-    parser.add_argument("--check", action="store_true", help="fail if docs/api.md is out of date")
+    parser.add_argument("--check", action="store_true", help="Change nothing; fail if out of date.")
     check = parser.parse_args().check
     sys.path.insert(0, str(ROOT))
     page = render_page()

@@ -1,7 +1,7 @@
-"""Writes the tables and counts of README.md and docs/ from where they are measured or defined.
+"""Updates the generated tables and counts of README.md and docs/.
 
     uv run scripts/docs.py            rewrite every generated block
-    uv run scripts/docs.py --check    fail where a block is out of date
+    uv run scripts/docs.py --check    fail if a block is out of date
 
 A block lies between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is a key of `BLOCKS`.
 """
@@ -34,7 +34,7 @@ def read_json(name: str) -> Any:  # noqa: ANN401 (whatever the file holds)
 
 
 def checkpoints() -> str:
-    """The published checkpoints: a row a size, a column a family, image sizes by patch size."""
+    """The published checkpoints: one row per size, one column per family."""
     from siglip_port.checkpoint.registry import PUBLISHED, SIZES
 
     cells: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -56,7 +56,7 @@ def checkpoints() -> str:
 
 
 def layouts() -> str:
-    """The layouts: what uses them, and the stored names that identify them."""
+    """The layouts: their users, and the stored names that identify them."""
     from siglip_port.checkpoint.layouts import LAYOUTS
 
     rows = []
@@ -98,7 +98,7 @@ def commands() -> str:
 
 
 def gates() -> str:
-    """The gates, what holds if they pass, and their bounds."""
+    """The gates, their meaning, and their bounds."""
     from siglip_port.parity.gates.meaning import MEANING
 
     rows = [(name, meaning.text, meaning.bound) for name, meaning in MEANING.items()]
@@ -106,7 +106,7 @@ def gates() -> str:
 
 
 def bounds() -> str:
-    """The bounds, and what they rest on."""
+    """The bounds and their basis."""
     from siglip_port.parity import bounds as values
 
     calibration = read_json("calibration.json")
@@ -130,7 +130,7 @@ def bounds() -> str:
 
 
 def selftest() -> str:
-    """What the recorded self-test detected, gate by gate."""
+    """The detections of the recorded self-test, by gate."""
     from siglip_port.parity.siglip.census import summarize
 
     recorded = read_json("selftest.json")
@@ -155,18 +155,19 @@ def selftest() -> str:
 
 
 def proof() -> str:
-    """The self-test in a sentence."""
+    """The recorded self-test in one sentence."""
     recorded = read_json("selftest.json")
     mutants = recorded["mutants"]
     public = sum(mutant["source"] != "variant" for mutant in mutants)
     detected = sum(mutant["gate"] in mutant["detected_by"] for mutant in mutants)
+    located = sum(mutant["located"] for mutant in mutants)
     runs = recorded["equivalent_variants"]
     variants = len({run["name"] for run in runs})
     false_alarms = sum(run["false_alarm"] for run in runs)
     return (
         f"`uv run compare_origin.py --selftest` plants {len(mutants)} bugs in the port, "
-        f"{public} of them with a public source. The gates detect {detected}, each at its "
-        f"location, with {false_alarms} false alarms in {len(runs)} runs of {variants} equivalent "
+        f"{public} of them with a public source. The gates detect {detected} and locate "
+        f"{located}, with {false_alarms} false alarms in {len(runs)} runs of {variants} equivalent "
         "variants ([details](docs/parity.md)).\n\nEach gate is judged on weights made for it. On "
         "the same weights for every rule, fresh or stressed, the gates still detect the most:\n"
     )
@@ -222,9 +223,9 @@ def update(page: str) -> str:
 
 
 def main() -> int:
-    """Update or check the pages; return 1 where a block was out of date and `--check` was given."""
+    """Update or check the pages; return 1 if `--check` finds an outdated block."""
     parser = argparse.ArgumentParser(description="Update the generated blocks of the docs.")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if out of date")
+    parser.add_argument("--check", action="store_true", help="Change nothing; fail if out of date.")
     check = parser.parse_args().check
     outdated = []
     for path in [

@@ -93,7 +93,7 @@ def string_variables(scope: ast.AST) -> dict[str, str]:
 
 
 def called_name(call: ast.Call) -> str:
-    """Return the last part of the name of what is called."""
+    """Return the last part of the name of the called function."""
     return ast.unparse(call.func).rpartition(".")[2]
 
 
@@ -130,7 +130,7 @@ def messages_of_scope(scope: ast.AST, variables: dict[str, str]) -> Iterator[Mes
 
 
 def messages_of_call(call: ast.Call, variables: dict[str, str]) -> Iterator[Message]:
-    """Yield what a call prints or raises, and its help texts."""
+    """Yield the messages that a call prints or raises, and its help texts."""
     texts = [read_text(argument, variables) for argument in call.args]
     text = " ".join(text for text in texts if count_words(text))
     if text and is_message_call(call):

@@ -1,4 +1,4 @@
-"""Draws docs/images/verdict.svg: what `siglip-port verify` prints about a port with a planted bug.
+"""Draws docs/images/verdict.svg: the output of `siglip-port verify` for a planted bug.
 
 uv run scripts/verdict_image.py
 """
@@ -41,7 +41,7 @@ def select_lines(lines: list[str]) -> list[str]:
 
 
 def draw(lines: list[str]) -> str:
-    """Draw lines as a terminal, in SVG without fonts from other servers."""
+    """Draw lines as a terminal in SVG, without web fonts."""
     console = Console(record=True, width=WIDTH, file=io.StringIO(), color_system="truecolor")
     console.print(Text("$ uv run compare_origin.py", style="bold"))
     for line in lines:
@@ -55,7 +55,7 @@ def draw(lines: list[str]) -> str:
 
 
 def main() -> None:
-    """Verify, and draw."""
+    """Verify the port and write the image."""
     IMAGE.write_text(draw(select_lines(run_verify())), encoding="utf-8")
     print(f"written: {IMAGE.name}")
 

@@ -1,8 +1,8 @@
-"""Fails where a word comes back that the glossary of CONTRIBUTING.md rules out.
+"""Reports words that the glossary of CONTRIBUTING.md rules out.
 
     uv run scripts/words.py [PATH ...]
 
-Looks into Python files (names, docstrings, comments, strings), Markdown files and pyproject.toml.
+Checks Python files (names, docstrings, comments, strings), Markdown files and pyproject.toml.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Glossary:
     """The left column of the glossary.
 
     Attributes:
-        text: matches what is ruled out in text.
-        names: what is ruled out as a name.
-        words: what is ruled out as a word of a name.
-        terms: word or phrase -> what to say instead.
+        text: pattern of the terms that are ruled out in text.
+        names: names that are ruled out.
+        words: words that are ruled out within names.
+        terms: term -> replacement.
     """
 
     text: re.Pattern[str]
@@ -43,7 +43,7 @@ def read_glossary(page: str) -> Glossary:
     """Read the table under the heading `Glossary`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the page has no glossary.
     """
     terms: dict[str, str] = {}
     table = page.partition("\n## Glossary\n")[2].partition("\n## ")[0]
@@ -68,7 +68,7 @@ def words_of_name(name: str) -> list[str]:
 
 
 def names_of_module(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield line and name of all that a module binds."""
+    """Yield line and name of each binding of a module."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield node.lineno, node.name
@@ -90,7 +90,7 @@ def texts_of_module(source: str) -> Iterator[tuple[int, str]]:
 
 
 def check_file(path: Path, glossary: Glossary) -> Iterator[str]:
-    """Yield `path:line: problem` for each word that is ruled out."""
+    """Yield `path:line: problem` for each term that is ruled out."""
     source = path.read_text(encoding="utf-8")
     texts: Iterable[tuple[int, str]] = enumerate(source.splitlines(), 1)
     if path.suffix == ".py":
@@ -118,9 +118,9 @@ def find_files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def main() -> int:
-    """Check files; return 1 where a word is ruled out."""
-    parser = argparse.ArgumentParser(description="Look for words that the glossary rules out.")
-    parser.add_argument("paths", nargs="*", type=Path, help="files and folders [default: all]")
+    """Check files; return 1 if they contain a term that is ruled out."""
+    parser = argparse.ArgumentParser(description="Report words that the glossary rules out.")
+    parser.add_argument("paths", nargs="*", type=Path, help="Files and folders. [default: all]")
     paths = parser.parse_args().paths or [ROOT / path for path in PATHS]
     glossary = read_glossary(GLOSSARY.read_text(encoding="utf-8"))
     problems = [problem for file in find_files(paths) for problem in check_file(file, glossary)]

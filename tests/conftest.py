@@ -94,7 +94,7 @@ def checkpoint(tmp_path: Path) -> MakeCheckpoint:
         *,
         dtype: torch.dtype = torch.float32,
         prefix: str = "",
-        name: str = "made",
+        name: str = "random_checkpoint",
     ) -> Path:
         folder = tmp_path / name
         write_random_checkpoint(folder, config)
@@ -118,7 +118,7 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copied(encoder_folder: Path, tmp_path: Path) -> Path:
+def encoder_copy(encoder_folder: Path, tmp_path: Path) -> Path:
     """A copy of `encoder_folder` that a test may change."""
     return Path(shutil.copytree(encoder_folder, tmp_path / "served"))
 

@@ -75,16 +75,19 @@ def test_blocked_path(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """The weights are moved before moving the configuration fails."""
     model = SigLipVisionModel.from_hf(checkpoint())
     for write in (SigLipVisionModel.save_hf, extract_model):
-        place = tmp_path / write.__name__
-        (place / "config.json").mkdir(parents=True)
-        (place / "model.safetensors").write_text("the old ones")
+        target = tmp_path / write.__name__
+        (target / "config.json").mkdir(parents=True)
+        (target / "model.safetensors").write_text("the old ones")
         with pytest.raises(CheckpointError, match="written"):
-            write(model, place)
-        assert (place / "model.safetensors").read_text() == "the old ones"
-        assert sorted(path.name for path in place.iterdir()) == ["config.json", "model.safetensors"]
+            write(model, target)
+        assert (target / "model.safetensors").read_text() == "the old ones"
+        assert sorted(path.name for path in target.iterdir()) == [
+            "config.json",
+            "model.safetensors",
+        ]
 
 
-def test_write_text_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+def test_failed_write_text_keeps_old_file(tmp_path: Path) -> None:
     target = tmp_path / "report.json"
     write_text(target, "one")
     with pytest.raises(UnicodeEncodeError):

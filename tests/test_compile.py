@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
-from tests.helpers.checkpoints import SHALLOW, SMALL, random_model
+from tests.helpers.checkpoints import SHALLOW, SMALL
+from tests.helpers.models import random_float64_model
 from tests.helpers.training import (
     GRADIENT_TOLERANCE,
     NAFLEX,
@@ -73,7 +74,7 @@ BATCHES: dict[str, tuple[SigLipVisionConfig, Callable[[], dict[str, Any]]]] = {
 @torch.no_grad()
 def test_compile(name: str) -> None:
     config, make_batch = BATCHES[name]
-    model = random_model(config)
+    model = random_float64_model(config)
     batch = make_batch()
     tokens = model(**batch)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -90,7 +91,7 @@ def test_compile(name: str) -> None:
 def test_compiled_gradients(name: str) -> None:
     """Also with gradient checkpointing."""
     config, make_batch = BATCHES[name]
-    model = random_model(config).train()
+    model = random_float64_model(config).train()
     batch = make_batch()
     backward(model.embed(**batch).square().mean())
     expected = gradients(model)
@@ -108,7 +109,7 @@ def test_compiled_once_for_all_steps() -> None:
         graphs.append(graph)
         return graph.forward
 
-    model = random_model(RESIZED).train()
+    model = random_float64_model(RESIZED).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for _ in range(3):
@@ -123,7 +124,7 @@ def test_compiled_once_for_all_steps() -> None:
 @torch.no_grad()
 def test_compile_other_shapes() -> None:
     """Each list of shapes compiles a new graph."""
-    model = random_model(PACKED)
+    model = random_float64_model(PACKED)
     embed = torch.compile(model.embed, fullgraph=True, backend="eager")
     for shapes in (SHAPES, [(3, 2), (2, 4), (5, 1)], [(5, 5)] * 3):
         patches = torch.ones(3, 25, 3 * 7 * 7).double()
@@ -135,7 +136,7 @@ def test_compile_other_shapes() -> None:
 @torch.no_grad()
 def test_compile_other_sizes() -> None:
     """Other image sizes recompile without a graph break."""
-    model = random_model(IMAGES_RESIZED)
+    model = random_float64_model(IMAGES_RESIZED)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for side, batch in ((31, 2), (38, 2), (45, 3), (66, 4)):
         x = images(IMAGES, side, batch)
@@ -150,7 +151,7 @@ def test_compile_other_sizes() -> None:
 @torch.no_grad()
 def test_inductor() -> None:
     config = replace(SMALL, num_encoder_blocks=1, pooling_head=False, mean_pooling=True)
-    model = random_model(config)
+    model = random_float64_model(config)
     x = images(config)
     embed = torch.compile(model.embed, fullgraph=True)
     assert relative_error(embed(x), model.embed(x)) <= TOLERANCE
@@ -179,7 +180,7 @@ class Embed(nn.Module):
 @torch.no_grad()
 def test_export(side: int, strict: bool, tmp_path: Path) -> None:
     """Dynamic batch size, with and without interpolated positions."""
-    model = random_model(IMAGES if side == IMAGES.image_size else IMAGES_RESIZED)
+    model = random_float64_model(IMAGES if side == IMAGES.image_size else IMAGES_RESIZED)
     for module in (model, Embed(model)):
         program = torch.export.export(
             module,

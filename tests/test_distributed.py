@@ -15,7 +15,8 @@ from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.siglip import reference as references
 from tests.helpers import two_processes
-from tests.helpers.checkpoints import Tensors, random_model
+from tests.helpers.checkpoints import Tensors
+from tests.helpers.models import random_float64_model
 from tests.helpers.training import (
     GRADIENT_TOLERANCE,
     TOLERANCE,
@@ -61,7 +62,7 @@ def train_one_process(
     config: SigLipVisionConfig, batch: Batch
 ) -> tuple[SigLipVisionModel, Tensors]:
     """Return a model and its gradients for the whole batch."""
-    model = random_model(config)
+    model = random_float64_model(config)
     backward(two_processes.loss(model.embed(**batch)))
     return model, two_processes.full_gradients(model)
 
@@ -119,7 +120,7 @@ def test_fsdp_step_and_save(run: Run) -> None:
 
 @torch.no_grad()
 def test_fsdp_unregistered_methods(run: Run) -> None:
-    model = random_model(CONFIG)
+    model = random_float64_model(CONFIG)
     maps = model.attention_maps(**images(), layers=[0, 2])[1]
     for rank, results in enumerate(run.results):
         # `embed` calls the model, which gathers the parameters; `pool` alone does not.

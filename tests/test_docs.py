@@ -1,4 +1,4 @@
-"""The documents: their examples run, and what they link to and name exists."""
+"""The documents: examples run; links, paths, commands and options exist."""
 
 from __future__ import annotations
 
@@ -141,16 +141,16 @@ def run_examples(document: str, edit: Callable[[str], str] = str) -> Iterator[st
 
 @pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
-)  # peft asks transformers
+)  # peft reads this attribute
 @pytest.mark.parametrize(
     "document", [name for name in DOCUMENTS if python_blocks(name) and name != GENERATED]
 )
 def test_examples(
     document: str, hub: Hub, example_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They run, and print what the comment behind each `print` says."""
+    """The examples run and print what the comment after each `print` states."""
     if document == "docs/vlm.md":
-        # transformers opens a local folder: it asks the Hub for more than the test Hub serves.
+        # transformers opens a local folder; it needs more of the Hub than the test Hub serves.
         save_paligemma(example_folder / "google" / "paligemma-3b-pt-224")
     torch.manual_seed(0)
     for text in run_examples(document):
@@ -163,8 +163,8 @@ def test_examples(
             assert printed.strip() in read(document)
 
 
-def test_other_ports_example_can_fail(capsys: pytest.CaptureFixture[str]) -> None:
-    """With timm's own eps, as the text beside it says, and prints."""
+def test_other_ports_example_detects_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    """With timm's own eps, the example prints the difference that the page shows."""
     document = "docs/other_ports.md"
     list(run_examples(document, lambda text: text.replace("module.eps = 1e-12", "pass")))
     assert capsys.readouterr().out.splitlines()[-1] in read(document)
@@ -177,14 +177,14 @@ def test_examples_exist() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_examples_not_run_say_why(document: str) -> None:
-    """A block without a comment is run; a comment without a block is left over."""
+def test_skipped_examples_give_reason(document: str) -> None:
+    """Every `not run` comment belongs to a block."""
     marked = [block for block in blocks(document) if block.reason is not None]
     assert len(marked) == read(document).count("<!-- not run:")
 
 
 def test_ci_example_fails(tmp_path: Path) -> None:
-    """The pytest file of docs/ci.md passes, and fails with a bug, with its place."""
+    """The pytest file of docs/ci.md passes; with a bug, it fails and locates the bug."""
     (block,) = [block for block in python_blocks("docs/ci.md") if "def test_" in block.text]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_port.py"]
     buggy = block.text.replace("eps=1e-6", "eps=1e-5")
@@ -243,7 +243,7 @@ def test_anchors(tmp_path: Path) -> None:
 
 
 def test_every_page_is_linked() -> None:
-    """From the README, or from a page that is."""
+    """Every page is reachable from the README."""
     reached: set[str] = set()
     pending = ["README.md"]
     while pending:
@@ -318,7 +318,7 @@ def options_in_scripts() -> frozenset[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_options(document: str) -> None:
-    """Options that are named alone, such as `--top-k 3`."""
+    """Options outside of command lines, such as `--top-k 3`."""
     known = OTHER_TOOLS.union(options_in_scripts(), *map(options_of, COMMANDS))
     spans = re.findall(r"(?<!`)`(--[\w-]+)[^`\n]*`", FENCE.sub("", read(document)))
     assert set(spans) <= known

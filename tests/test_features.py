@@ -58,7 +58,7 @@ def test_hidden_states_as_maps() -> None:
         port.hidden_states(**pack(list(x), 7), layers=[2], as_maps=True)
 
 
-def test_later_blocks_not_run() -> None:
+def test_later_blocks_are_not_run() -> None:
     port = SigLipVisionModel(SHALLOW).eval()
     ran: list[int] = []
 

@@ -56,8 +56,8 @@ NAFLEX = {
 }
 
 
-def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Add noise to the sample image: edges, flat regions, and all values from 0 to 255."""
+def noisy_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Return the sample image with noise: edges, flat regions, and all values from 0 to 255."""
     with Image.open(SAMPLE_IMAGE) as image:
         resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(resized).astype(int)
@@ -72,7 +72,7 @@ def with_alpha(image: Image.Image, mode: str) -> Image.Image:
 
 
 def transparent_palette() -> Image.Image:
-    image = photo(60, 50).quantize(16)
+    image = noisy_image(60, 50).quantize(16)
     image.info["transparency"] = 3
     return image
 
@@ -82,27 +82,27 @@ def sixteen_bits() -> Image.Image:
 
 
 MODES: dict[str, Callable[[], Image.Image]] = {
-    "RGB": lambda: photo(97, 61),
-    "tall": lambda: photo(31, 200),
-    "1 pixel": lambda: photo(1, 1),
-    "1 pixel wide": lambda: photo(1, 90),
-    "3 pixels high": lambda: photo(70, 3),
-    "target size": lambda: photo(32, 48),
-    "much larger": lambda: photo(1500, 900),
-    "smaller": lambda: photo(9, 7),
-    "L": lambda: photo(60, 50).convert("L"),
-    "1": lambda: photo(60, 50).convert("1"),
-    "LA": lambda: with_alpha(photo(60, 50), "LA"),
-    "RGBA": lambda: with_alpha(photo(60, 50), "RGBA"),
-    "P": lambda: photo(60, 50).quantize(16),
+    "RGB": lambda: noisy_image(97, 61),
+    "tall": lambda: noisy_image(31, 200),
+    "1 pixel": lambda: noisy_image(1, 1),
+    "1 pixel wide": lambda: noisy_image(1, 90),
+    "3 pixels high": lambda: noisy_image(70, 3),
+    "target size": lambda: noisy_image(32, 48),
+    "much larger": lambda: noisy_image(1500, 900),
+    "smaller": lambda: noisy_image(9, 7),
+    "L": lambda: noisy_image(60, 50).convert("L"),
+    "1": lambda: noisy_image(60, 50).convert("1"),
+    "LA": lambda: with_alpha(noisy_image(60, 50), "LA"),
+    "RGBA": lambda: with_alpha(noisy_image(60, 50), "RGBA"),
+    "P": lambda: noisy_image(60, 50).quantize(16),
     "P, transparent": transparent_palette,
-    "CMYK": lambda: photo(60, 50).convert("CMYK"),
-    "YCbCr": lambda: photo(60, 50).convert("YCbCr"),
-    "HSV": lambda: photo(60, 50).convert("HSV"),
-    "LAB": lambda: Image.fromarray(np.asarray(photo(60, 50)), "LAB"),
+    "CMYK": lambda: noisy_image(60, 50).convert("CMYK"),
+    "YCbCr": lambda: noisy_image(60, 50).convert("YCbCr"),
+    "HSV": lambda: noisy_image(60, 50).convert("HSV"),
+    "LAB": lambda: Image.fromarray(np.asarray(noisy_image(60, 50)), "LAB"),
     "I;16": sixteen_bits,
     "I": lambda: sixteen_bits().convert("I"),
-    "F": lambda: photo(60, 50).convert("F"),
+    "F": lambda: noisy_image(60, 50).convert("F"),
 }
 
 
@@ -165,7 +165,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_configuration_options(option: dict[str, Any]) -> None:
-    images = [photo(64, 32), photo(64, 32, seed=1)]
+    images = [noisy_image(64, 32), noisy_image(64, 32, seed=1)]
     references: list[tuple[Backend, dict[str, Any], Any]] = [
         ("pil", FIXED, SiglipImageProcessorPil),
         ("pil", NAFLEX, Siglip2ImageProcessorPil),
@@ -229,7 +229,7 @@ def test_exif_orientation(orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "rotated.jpg"
-    path.write_bytes(encode(photo(60, 40), "JPEG", exif=exif))
+    path.write_bytes(encode(noisy_image(60, 40), "JPEG", exif=exif))
     processor = ImageProcessor.from_config(FIXED)
     reference = SiglipImageProcessorPil(**FIXED)
     expected = reference(images=ImageOps.exif_transpose(Image.open(path)), return_tensors="pt")
@@ -252,7 +252,7 @@ def test_transparency_becomes_white(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["webp", "png", "gif"])
 def test_first_frame_of_animation(kind: str, tmp_path: Path) -> None:
-    frames = [photo(20, 20).quantize(64), photo(20, 20, seed=5).rotate(90).quantize(64)]
+    frames = [noisy_image(20, 20).quantize(64), noisy_image(20, 20, seed=5).rotate(90).quantize(64)]
     if kind != "gif":
         frames = [frame.convert("RGB") for frame in frames]
     options = {"lossless": True} if kind == "webp" else {}
@@ -321,8 +321,8 @@ def bomb() -> bytes:
     [
         (b"", "cannot be read: not an image format that Pillow supports"),
         (b"GIF89a nothing", "cannot be read"),
-        (encode(photo(60, 40), "JPEG")[:700], "cannot be read: .*truncated"),
-        (encode(photo(60, 40))[:900], "cannot be read: "),
+        (encode(noisy_image(60, 40), "JPEG")[:700], "cannot be read: .*truncated"),
+        (encode(noisy_image(60, 40))[:900], "cannot be read: "),
         (bomb(), "cannot be read: Image size .* exceeds limit"),
         ("/nowhere/a.jpg", r"^/nowhere/a.jpg: the image cannot be read: .*No such file"),
         (Path(__file__).parent, "cannot be read: not a regular file"),
@@ -405,9 +405,9 @@ def test_unusable_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_images_of_different_sizes() -> None:
     processor = ImageProcessor.from_config({**FIXED, "do_resize": False})
     with pytest.raises(ImageError, match=r"must have the same size .*, got \[\(4, 5\), \(5, 5\)\]"):
-        processor([photo(5, 5), photo(5, 4)])
+        processor([noisy_image(5, 5), noisy_image(5, 4)])
     with pytest.raises(ImageError, match="more than num_patches=20"):
-        ImageProcessor.from_config({**NAFLEX, "do_resize": False})(photo(160, 160))
+        ImageProcessor.from_config({**NAFLEX, "do_resize": False})(noisy_image(160, 160))
 
 
 def test_fingerprint_depends_on_every_option() -> None:
@@ -441,10 +441,10 @@ def test_embed_images() -> None:
     config = replace(SMALL, pooling_head=True)
     model = random_model(config)
     images: list[ImageInput] = [
-        photo(30, 20),
-        photo(20, 30),
+        noisy_image(30, 20),
+        noisy_image(20, 30),
         SAMPLE_IMAGE,
-        np.asarray(photo(9, 9)),
+        np.asarray(noisy_image(9, 9)),
     ]
     size = {"height": config.image_size, "width": config.image_size}
     options = {**model.preprocessor_config, "size": size, "do_convert_rgb": True}
@@ -473,5 +473,5 @@ def test_embed_unusable_images() -> None:
 def test_embed_images_naflex() -> None:
     config = replace(SMALL, pooling_head=True, naflex=True)
     assert default_preprocessor_config(config)["max_num_patches"] == config.num_patches
-    images: list[ImageInput] = [photo(30, 20), photo(20, 60)]
+    images: list[ImageInput] = [noisy_image(30, 20), noisy_image(20, 60)]
     assert random_model(config).embed_images(images).shape == (2, config.embed_dim)

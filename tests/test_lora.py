@@ -15,7 +15,8 @@ from torch import nn
 from siglip_port import CheckpointError, SigLipVisionModel
 from siglip_port.checkpoint import layouts
 from siglip_port.parity.metrics import relative_error
-from tests.helpers.checkpoints import SHALLOW, MakeCheckpoint, random_model
+from tests.helpers.checkpoints import SHALLOW, MakeCheckpoint
+from tests.helpers.models import random_float64_model
 from tests.helpers.training import (
     GRADIENT_TOLERANCE,
     TOLERANCE,
@@ -43,7 +44,7 @@ def adapters(model: nn.Module) -> dict[str, Any]:
 
 
 def test_lora_initial_output() -> None:
-    model = random_model(SHALLOW)
+    model = random_float64_model(SHALLOW)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert len(linears) == 6 * (3 + 1)  # three blocks and the pooling head
     x = images(SHALLOW)
@@ -60,7 +61,7 @@ def test_lora_initial_output() -> None:
 
 
 def test_lora_train_merge_save(tmp_path: Path) -> None:
-    model = random_model(SHALLOW)
+    model = random_float64_model(SHALLOW)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     x = images(SHALLOW)
     wrapped = with_lora(model).train()
@@ -74,8 +75,8 @@ def test_lora_train_merge_save(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         model.save_hf(tmp_path / "wrapped")
     wrapped.save_pretrained(str(tmp_path / "adapter"))
-    again = PeftModel.from_pretrained(random_model(SHALLOW), tmp_path / "adapter")
-    assert relative_error(again.embed(x).detach(), new) <= 1e-6  # peft loads adapters in float32
+    loaded = PeftModel.from_pretrained(random_float64_model(SHALLOW), tmp_path / "adapter")
+    assert relative_error(loaded.embed(x).detach(), new) <= 1e-6  # peft loads adapters in float32
     merged = wrapped.merge_and_unload()
     assert isinstance(merged, SigLipVisionModel)
     assert relative_error(merged.embed(x).detach(), new) <= TOLERANCE
@@ -93,7 +94,7 @@ def test_lora_train_merge_save(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
-)  # peft asks transformers
+)  # peft reads this attribute
 def test_lora_gradients_in_blocks(
     checkpoint: MakeCheckpoint,
 ) -> None:

@@ -78,17 +78,17 @@ def test_packed_patches(
 def test_padding_invariance(pair: tuple[SigLipVisionModel, Any]) -> None:
     port, _ = pair
     batch = images(*SHAPES)
-    together = pack(batch, 7, num_patches=53)
-    tokens = port(**together)
-    vectors = port.embed(**together)
+    packed = pack(batch, 7, num_patches=53)
+    tokens = port(**packed)
+    vectors = port.embed(**packed)
     for i, ((h, w), image) in enumerate(zip(SHAPES, batch, strict=True)):
         single = pack([image], 7)
         assert relative_error(tokens[i, : h * w], port(**single)[0]) <= 1e-12
         assert relative_error(vectors[i], port.embed(**single)[0]) <= 1e-12
         assert relative_error(vectors[i], port.embed(image[None])[0]) <= 1e-12  # unpacked
     # Without the mask, tokens attend to padding.
-    everything = torch.ones_like(together["pixel_attention_mask"])
-    wrong = port(together["pixel_values"], everything, together["spatial_shapes"])
+    full_mask = torch.ones_like(packed["pixel_attention_mask"])
+    wrong = port(packed["pixel_values"], full_mask, packed["spatial_shapes"])
     assert relative_error(wrong[0, :36], tokens[0, :36]) > 1e-3
 
 

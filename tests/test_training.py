@@ -18,7 +18,8 @@ from torch import Tensor
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
 from siglip_port.patches import interpolate_positions
-from tests.helpers.checkpoints import SHALLOW, MakeCheckpoint, random_model
+from tests.helpers.checkpoints import SHALLOW, MakeCheckpoint
+from tests.helpers.models import random_float64_model
 from tests.helpers.training import (
     GRADIENT_TOLERANCE,
     NAFLEX,
@@ -118,7 +119,7 @@ def test_dropout(
     port, reference = load_pair(replace(SHALLOW, attention_dropout=0.3), checkpoint)
     x = images(SHALLOW)
 
-    def both() -> tuple[Tensor, Tensor]:
+    def run_both() -> tuple[Tensor, Tensor]:
         """Return tokens of both; gradients stay in the parameters."""
         torch.manual_seed(0)
         tokens = port(x)
@@ -128,19 +129,19 @@ def test_dropout(
         backward(loss_of(output.last_hidden_state, output.pooler_output))
         return tokens.detach(), output.last_hidden_state.detach()
 
-    without_dropout, expected = both()
+    without_dropout, expected = run_both()
     assert relative_error(without_dropout, expected) <= TOLERANCE
     assert torch.equal(without_dropout, port(x))
-    plain = gradients(port)
+    grads_without_dropout = gradients(port)
     gradients(reference)
     port.train()
     reference.train()
-    dropped, expected = both()
+    dropped, expected = run_both()
     assert relative_error(dropped, without_dropout) > 1e-2
     assert relative_error(dropped, expected) <= TOLERANCE
     assert not torch.equal(dropped, port(x))  # the next draw
     grads = gradients(port)
-    assert worst_error(grads, plain)[0] > 1e-2
+    assert worst_error(grads, grads_without_dropout)[0] > 1e-2
     assert (
         worst_error(to_reference_names(port, grads), gradients(reference))[0] <= GRADIENT_TOLERANCE
     )
@@ -228,7 +229,7 @@ def runs_of_blocks(model: SigLipVisionModel, run: Callable[[], object]) -> int:
 def test_gradient_checkpointing(
     config: SigLipVisionConfig,
 ) -> None:
-    model = random_model(config).train()
+    model = random_float64_model(config).train()
     batch: dict[str, Any] = packed_images() if config.naflex else {"pixel_values": images(config)}
 
     def step() -> None:
@@ -268,10 +269,10 @@ COPIES: dict[str, Callable[[SigLipVisionModel], SigLipVisionModel]] = {
 }
 
 
-@pytest.mark.parametrize("way", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("copy_model", COPIES.values(), ids=COPIES.keys())
 @torch.no_grad()
 def test_copies(
-    checkpoint: MakeCheckpoint, way: Callable[[SigLipVisionModel], SigLipVisionModel]
+    checkpoint: MakeCheckpoint, copy_model: Callable[[SigLipVisionModel], SigLipVisionModel]
 ) -> None:
     folder = checkpoint(SHALLOW)
     processor = {"do_resize": True, "size": {"height": 45, "width": 45}, "resample": 3}
@@ -279,7 +280,7 @@ def test_copies(
     model = SigLipVisionModel.from_hf(folder, interpolation="hf")
     x = images(SHALLOW, 31).float()
     expected = model.embed(x)
-    other = way(model)
+    other = copy_model(model)
     assert other.config == model.config
     assert other.provenance == model.provenance is not None
     assert other.preprocessor_config == model.preprocessor_config
@@ -294,7 +295,7 @@ def test_copies(
 
 @torch.no_grad()
 def test_state_dict(tmp_path: Path) -> None:
-    model = random_model(SHALLOW)
+    model = random_float64_model(SHALLOW)
     fresh = SigLipVisionModel(SHALLOW)
     assigned = SigLipVisionModel(SHALLOW)
     x = images(SHALLOW)
@@ -323,7 +324,7 @@ def test_state_dict(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_interpolated_positions_follow_weights() -> None:
     """No interpolated positions are cached between forward passes."""
-    model = random_model(RESIZED)
+    model = random_float64_model(RESIZED)
     embeddings = model.transformer.embeddings
     for _ in range(2):
         weight = embeddings.position_embedding.weight

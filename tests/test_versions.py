@@ -35,7 +35,7 @@ pytestmark = pytest.mark.versions
 
 
 @pytest.fixture(scope="module", params=FLOAT64_TOLERANCE)
-def written(
+def release_checkpoints(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
@@ -73,8 +73,8 @@ def written(
     "kind", ["full", "vision", "headless", "classifier", "llava", "paligemma", "port"]
 )
 @torch.no_grad()
-def test_checkpoint_of_release(written: tuple[str, Path], kind: str) -> None:
-    release, folder = written
+def test_checkpoint_of_release(release_checkpoints: tuple[str, Path], kind: str) -> None:
+    release, folder = release_checkpoints
     if not (folder / kind).exists():
         pytest.skip(f"transformers {release} has no such model")
     expected = load_file(folder / kind / "expected.safetensors")
@@ -88,8 +88,8 @@ def test_checkpoint_of_release(written: tuple[str, Path], kind: str) -> None:
 
 
 @torch.no_grad()
-def test_saved_naflex_in_release(written: tuple[str, Path]) -> None:
-    release, folder = written
+def test_saved_naflex_in_release(release_checkpoints: tuple[str, Path]) -> None:
+    release, folder = release_checkpoints
     if not (folder / "port-naflex" / "expected.safetensors").exists():
         pytest.skip(f"transformers {release} has no Siglip2VisionModel")
     expected = load_file(folder / "port-naflex" / "expected.safetensors")

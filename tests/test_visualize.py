@@ -43,8 +43,8 @@ def random_image(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
 
 
 @pytest.fixture(scope="module")
-def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("photo") / "photo.png"
+def image_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("image") / "image.png"
     Image.fromarray(random_image(30, 50)).save(file)
     return file
 
@@ -264,14 +264,16 @@ def test_location_of_filters() -> None:
     assert (tiles[:8, :8] != 0.5).sum() == 1
 
 
-def test_model_without_attention_pooling(photo: Path) -> None:
+def test_model_without_attention_pooling(image_path: Path) -> None:
     averaged = random_model(replace(SMALL, pooling_head=False, mean_pooling=True))
     with torch.inference_mode():
-        plots = visualize.draw_plots(averaged, visualize.model_view(averaged, photo))
+        plots = visualize.draw_plots(averaged, visualize.model_view(averaged, image_path))
     assert list(plots) == PLOTS[:-1]
 
 
-def test_all_files_or_none(photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draw_writes_all_files_or_none(
+    image_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / PLOTS[0]).write_text("old")
 
     def save_until_full(_: Figure, file: Path, **options: object) -> None:
@@ -281,7 +283,7 @@ def test_all_files_or_none(photo: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Figure, "savefig", save_until_full)
     with pytest.raises(OSError, match="no space left"):
-        visualize.draw(random_model(), photo, tmp_path)
+        visualize.draw(random_model(), image_path, tmp_path)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(PLOTS[0], "old")]
 
 
@@ -301,9 +303,9 @@ def test_unreadable_image_and_nan_weights(tmp_path: Path) -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def test_command(encoder_folder: Path, photo: Path, tmp_path: Path) -> None:
+def test_plot_command(encoder_folder: Path, image_path: Path, tmp_path: Path) -> None:
     """The command writes the same bytes as `draw`, without importing pyplot."""
-    result = run("plot", photo, "-o", tmp_path / "out", "--model", encoder_folder, "--offline")
+    result = run("plot", image_path, "-o", tmp_path / "out", "--model", encoder_folder, "--offline")
     files = [tmp_path / "out" / name for name in PLOTS]
     assert result.stdout.splitlines() == [str(file) for file in files]
     assert result.stderr == ""
@@ -317,7 +319,7 @@ def test_command(encoder_folder: Path, photo: Path, tmp_path: Path) -> None:
         "-c",
         program,
         str(encoder_folder),
-        str(photo),
+        str(image_path),
         str(tmp_path / "again"),
     ]
     other = subprocess.run(arguments, capture_output=True, text=True, check=True)
@@ -325,10 +327,10 @@ def test_command(encoder_folder: Path, photo: Path, tmp_path: Path) -> None:
     assert digests([tmp_path / "again" / name for name in PLOTS]) == digests(files)
 
 
-def test_command_without_pooling_head(photo: Path, tmp_path: Path) -> None:
+def test_command_without_pooling_head(image_path: Path, tmp_path: Path) -> None:
     random_model(replace(SMALL, pooling_head=False)).save_hf(tmp_path / "model")
     out = tmp_path / "out"
-    result = run("plot", photo, "-o", out, "--model", tmp_path / "model")
+    result = run("plot", image_path, "-o", out, "--model", tmp_path / "model")
     assert result.stdout.splitlines() == [str(out / name) for name in PLOTS[:-1]]
     note = "pooling_attention.png skipped: the model has no attention pooling head\n"
     assert result.stderr == note
@@ -347,27 +349,27 @@ def test_command_reads_image_before_model(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_command_with_nan_weights(encoder_folder: Path, photo: Path, tmp_path: Path) -> None:
+def test_command_with_nan_weights(encoder_folder: Path, image_path: Path, tmp_path: Path) -> None:
     def make_nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor * torch.nan for name, tensor in tensors.items()}
 
     SigLipVisionModel.from_hf(encoder_folder).save_hf(tmp_path / "bad")
     edit_tensors(tmp_path / "bad", make_nan)
-    result = run("plot", photo, "-o", tmp_path / "out", "--model", tmp_path / "bad", code=1)
+    result = run("plot", image_path, "-o", tmp_path / "out", "--model", tmp_path / "bad", code=1)
     message = "tokens of this image contain NaN or Inf"
     assert result.stderr.startswith(message)
     assert not (tmp_path / "out").exists()
 
 
-def test_command_output_is_a_file(encoder_folder: Path, photo: Path) -> None:
-    result = run("plot", photo, "-o", photo, "--model", encoder_folder, code=2)
+def test_command_output_is_file(encoder_folder: Path, image_path: Path) -> None:
+    result = run("plot", image_path, "-o", image_path, "--model", encoder_folder, code=2)
     assert "is a file" in result.stderr
 
 
 def test_command_without_matplotlib(
-    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = run("plot", photo, "-o", tmp_path / "out", code=2)
+    result = run("plot", image_path, "-o", tmp_path / "out", code=2)
     message = "matplotlib is not installed; run: pip install 'siglip-port[plot]'\n"
     assert (result.stdout, result.stderr) == ("", message)

@@ -1,1 +1,1 @@
-"""What the benchmarks measure, side by side."""
+"""Benchmarks against other libraries and programs."""

@@ -48,7 +48,7 @@ def embed_command(images: Path, output: Path, model: str, *options: str) -> list
     return [*PROGRAM, "embed", *arguments]
 
 
-def run_to_the_end(command: list[str]) -> dict[str, Any]:
+def run_to_end(command: list[str]) -> dict[str, Any]:
     """Run a command and return its JSON output and exit code."""
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode not in (0, 3):
@@ -122,8 +122,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times")
-    parser.add_argument("--model", help="checkpoint [default: small, random weights]")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the kill times.")
+    parser.add_argument("--model", help="Checkpoint. [default: small, random weights]")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -137,18 +137,16 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         model.save_hf(folder / "model")
         source = str(folder / "model")
     report: dict[str, Any] = {}
-    report["uninterrupted"] = run_to_the_end(embed_command(args.folder, folder / "one", source))
+    report["uninterrupted"] = run_to_end(embed_command(args.folder, folder / "one", source))
     command = embed_command(args.folder, folder / "killed", source)
     chance = random.Random(args.seed)
     report["files after each kill"] = kill_repeatedly(
         command, folder / "killed", args.kills, chance
     )
-    report["killed"] = run_to_the_end(command)
+    report["killed"] = run_to_end(command)
     with ray_cluster() as address:
         options = ["--executor", "ray", "--address", address]
-        report["on Ray"] = run_to_the_end(
-            embed_command(args.folder, folder / "ray", source, *options)
-        )
+        report["on Ray"] = run_to_end(embed_command(args.folder, folder / "ray", source, *options))
     rows = row_hashes(folder / "one")
     report["num_images"] = len(rows)
     report["broken"] = len(json.loads((args.folder / "broken.json").read_text(encoding="utf-8")))

@@ -207,8 +207,8 @@ def read_dinotool(output: Path) -> Vectors:
 def clip_retrieval(weights: Path, images: Path, output: Path) -> Sequence[str]:
     """Return the command line for images only, with one decoding process per CPU core.
 
-    clip-retrieval imports pkg_resources to compare versions, which no setuptools release that
-    works with this torch still contains; a stub replaces it.
+    clip-retrieval imports pkg_resources, which setuptools no longer contains in the releases that
+    work with this torch; a stub replaces it.
     """
     stub = weights / "shim"
     stub.mkdir(exist_ok=True)

@@ -191,27 +191,27 @@ def measure(
         baseline: embeddings to compare with; empty to compare with its own.
     """
     row = Row(peer.name, peer.packages, remark=peer.remark)
-    for _ in range(2):  # the first time fills caches
-        few = bench.run(peer, folders["few"])
-        if few.code != 0 or len(few.vectors) != FEW:
-            row.remark = f"does not run: {describe_failure(few)}"
+    for _ in range(2):  # the first run fills caches
+        startup = bench.run(peer, folders["few"])
+        if startup.code != 0 or len(startup.vectors) != FEW:
+            row.remark = f"does not run: {describe_failure(startup)}"
             return row, {}
-    row.start = few.seconds
-    good = {path.name for path in folders["good"].iterdir()}
+    row.start = startup.seconds
+    intact = {path.name for path in folders["good"].iterdir()}
     row.num_images = len(list(folders["all"].iterdir()))
     run = bench.run(peer, folders["all"])
     row.rows = len(run.vectors)
-    row.broken = describe_outcome(run, good, row.num_images)
-    if not good <= run.vectors.keys():
-        row.num_images = len(good)
+    row.broken = describe_outcome(run, intact, row.num_images)
+    if not intact <= run.vectors.keys():
+        row.num_images = len(intact)
         run = bench.run(peer, folders["good"])
-        row.broken += f"; without them: {describe_outcome(run, good, row.num_images)}"
-    if not good <= run.vectors.keys():
+        row.broken += f"; without them: {describe_outcome(run, intact, row.num_images)}"
+    if not intact <= run.vectors.keys():
         row.num_images = 0
         return row, {}
     row.seconds = run.seconds
     row.rate = (row.num_images - FEW) / (run.seconds - row.start)
-    vectors = {name: run.vectors[name] for name in good}
+    vectors = {name: run.vectors[name] for name in intact}
     row.cosine = compare_vectors(vectors, baseline or vectors)
     return row, vectors
 
@@ -224,11 +224,11 @@ def describe_failure(run: Run) -> str:
     return f"stopped, exit code {run.code}, {rows}: {run.error}"
 
 
-def describe_outcome(run: Run, good: set[str], count: int) -> str:
+def describe_outcome(run: Run, intact: set[str], count: int) -> str:
     """Describe the outcome of a run on all images, in particular the broken ones."""
-    if run.code is None or not good <= run.vectors.keys():
+    if run.code is None or not intact <= run.vectors.keys():
         return describe_failure(run)
-    if count == len(good):
+    if count == len(intact):
         return "runs"
     errors = sum(not np.isfinite(vector).all() for vector in run.vectors.values())
     missing = count - len(run.vectors)
@@ -293,18 +293,26 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="folder of images, created if missing")
-    parser.add_argument("--count", type=int, default=2000, help="images to create (%(default)s)")
+    parser.add_argument("folder", type=Path, help="Folder of images; created if missing.")
     parser.add_argument(
-        "--broken", type=float, default=0.01, help="share of broken images (%(default)s)"
+        "--count", type=int, default=2000, help="Images to create. [default: %(default)s]"
     )
     parser.add_argument(
-        "--timeout", type=float, default=3600, help="timeout of a process, s (%(default)s)"
+        "--broken", type=float, default=0.01, help="Share of broken images. [default: %(default)s]"
     )
-    parser.add_argument("--json", type=Path, help="JSON file for all metrics")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=3600,
+        help="Timeout per process in seconds. [default: %(default)s]",
+    )
+    parser.add_argument("--json", type=Path, help="JSON file for the metrics.")
     names = [peer.name for peer in PEERS if peer.name != BASELINE]
     parser.add_argument(
-        "--only", nargs="+", choices=names, help="programs to run besides siglip-port, eager"
+        "--only",
+        nargs="+",
+        choices=names,
+        help="Programs to compare with siglip-port, eager. [default: all]",
     )
     return parser.parse_args()
 
@@ -337,9 +345,9 @@ def measure_peers(
         broken: broken images: name -> kind of damage.
     """
     all_images = [(name.replace("/", "-"), path) for name, path in images.items()]
-    good = [(name.replace("/", "-"), path) for name, path in images.items() if name not in broken]
+    intact = [(name.replace("/", "-"), path) for name, path in images.items() if name not in broken]
     folders = {}
-    for name, sources in (("all", all_images), ("good", good), ("few", good[:FEW])):
+    for name, sources in (("all", all_images), ("good", intact), ("few", intact[:FEW])):
         folders[name] = link_images(bench.folder / name, sources)
     rows = []
     baseline: Vectors = {}

@@ -73,10 +73,10 @@ def main() -> None:
     constants.HUGGINGFACE_CO_URL_TEMPLATE = url_template(hub.url)
     constants.HF_HUB_OFFLINE = False
     with tempfile.TemporaryDirectory() as scratch:
-        served = Path(scratch, "served")
+        folder = Path(scratch, "served")
         cached = Path(scratch, "cached")
-        serve(served)
-        hub.repositories[NAME] = Repository(served)
+        serve(folder)
+        hub.repositories[NAME] = Repository(folder)
         SigLipVisionModel.from_hf(NAME, cache_dir=cached)
         print("| failure | empty cache | complete cache |\n|---|---|---|")
         for number, failure in enumerate((NO_CONNECTION, *FAULTS)):
@@ -88,7 +88,7 @@ def main() -> None:
             empty = Path(scratch, str(number))
             print(f"| {failure} | {attempt(empty)} | {attempt(cached)} |", flush=True)
             hub.reset()
-            hub.repositories[NAME] = Repository(served)
+            hub.repositories[NAME] = Repository(folder)
             constants.HUGGINGFACE_CO_URL_TEMPLATE = url_template(hub.url)
 
 

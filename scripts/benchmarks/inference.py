@@ -54,7 +54,7 @@ def time_interleaved(
 ) -> dict[str, list[float]]:
     """Time every call once per round, in reverse order in every second round.
 
-    A first round is for warmup.
+    The first round is a warmup, which is not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():

@@ -163,11 +163,11 @@ def write_zeros(path: Path, shapes: Shapes, dtype: str) -> None:
 
 def take_counts(hub: Hub) -> tuple[int, int]:
     """Return the bytes and requests since the previous call."""
-    sent = sum(hub.sent.values())
+    num_bytes = sum(hub.sent.values())
     requests = sum(hub.requests.values())
     hub.sent.clear()
     hub.requests.clear()
-    return sent, requests
+    return num_bytes, requests
 
 
 def measure(hub: Hub, repo: str, folder: Path, caches: Path) -> tuple[str, ...]:

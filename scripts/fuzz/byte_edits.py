@@ -52,7 +52,7 @@ def join(header: bytes, data: bytes) -> bytes:
 
 
 def edit_length(rng: Random, content: bytes) -> bytes:
-    """Change the length of the header, as the file states it."""
+    """Change the header length that the file states."""
     length = len(split(content)[0])
     size = len(content)
     near = (0, 1, 2, length - 1, length + 1, length + 8, size - 8, size - 7, size)

@@ -87,16 +87,16 @@ def prepare(hub: Hub, row: str, folder: Path, rng: Random, steps: list[str]) -> 
 def fill_cache(hub: Hub, folder: Path, rng: Random) -> None:
     """Load once, in half of the cases over a connection that breaks."""
     if rng.random() < 0.5:
-        works = Fault("none", "CDN RANGE *", times=rng.randrange(1, 8))
-        breaks = Fault("reset", "CDN RANGE *", times=None, after=rng.choice((None, 200)))
-        hub.faults = [works, breaks]
+        intact_requests = Fault("none", "CDN RANGE *", times=rng.randrange(1, 8))
+        broken_requests = Fault("reset", "CDN RANGE *", times=None, after=rng.choice((None, 200)))
+        hub.faults = [intact_requests, broken_requests]
     with contextlib.suppress(CheckpointError):
         load_from_hub(hub, folder)
     hub.reset()
 
 
 def cached_files(cache: Path) -> list[Path]:
-    """Return the files of the cache; those of siglip_port four times, since they are few."""
+    """Return the files of the cache; the few of siglip_port count four times."""
     files = []
     for path in sorted(cache.rglob("*")):
         if path.is_file() and not path.is_symlink() and path.suffix != ".lock":

@@ -26,7 +26,7 @@ class Guarded(NamedTuple):
 
     Attributes:
         model: the model; None if it was refused.
-        problem: failure or side effect; empty if the model was loaded or refused as it should be.
+        problem: failure or side effect; empty if there is none.
     """
 
     model: SigLipVisionModel | None

@@ -151,8 +151,8 @@ def edit_document(rng: Random, document: object, places: list[tuple[Any, Any]]) 
             holder[sibling] = value
         case _ if isinstance(document, dict):
             name = rng.choice(list(document))
-            again = rng.choice([*document.values(), None])
-            return f", {json.dumps(name)}: {json.dumps(again)}"
+            value = rng.choice([*document.values(), None])
+            return f", {json.dumps(name)}: {json.dumps(value)}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""The oracle of `run.py`: the model that files describe, read without the readers of siglip_port.
+"""The oracle of `run.py`: the model that files describe, read independently of siglip_port.
 
 The position of every stored element in the model's tensors is determined once per layout, from a
 checkpoint whose elements are all different.
@@ -118,8 +118,10 @@ class Reader:
         missing = set(expected) - stored.keys()
         if missing:
             raise UnusableError(f"missing tensors: {sorted(missing)[:3]}")
-        own = {key for key in stored if key.startswith(self.kind.prefix) and not is_ignored(key)}
-        unknown = own - set(expected)
+        encoder_keys = {
+            key for key in stored if key.startswith(self.kind.prefix) and not is_ignored(key)
+        }
+        unknown = encoder_keys - set(expected)
         if unknown:
             raise UnusableError(f"unknown tensors: {sorted(unknown)[:3]}")
         misshapen = [key for key in expected if stored[key].shape != self.positions[key].shape]
@@ -173,8 +175,8 @@ class Reader:
             values = (section[key] for section in sections if section.get(key) is not None)
             return next(values, None)
 
-        own = self.kind.config
-        num_heads = own.num_attention_heads
+        config = self.kind.config
+        num_heads = config.num_attention_heads
         act = first("act_layer")
         if self.name == "timm":
             num_heads = first("num_heads")
@@ -182,12 +184,12 @@ class Reader:
                 act = "gelu"
         elif act is None:
             act = "gelu_pytorch_tanh"
-        values: dict[str, Any] = {f.name: getattr(own, f.name) for f in fields(own)}
+        values: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(config)}
         values["num_attention_heads"] = num_heads
         values["hidden_act"] = "gelu_pytorch_tanh" if act == "gelu_tanh" else act
-        values["image_size"] = own.grid_size * own.patch_size
+        values["image_size"] = config.grid_size * config.patch_size
         for size in image_sizes(sections):
-            if type(size) is int and size // own.patch_size == own.grid_size:
+            if type(size) is int and size // config.patch_size == config.grid_size:
                 values["image_size"] = size
                 break
         values |= pooling(has_head, first("global_pool") == "avg")
@@ -225,8 +227,8 @@ def model_state(model: SigLipVisionModel, files: Files) -> ModelState:
     processor = None
     if expected_processor(files, model.config) is not None:
         keys = read_object(files[PREPROCESSOR], PREPROCESSOR)
-        own = {key: model.preprocessor_config.get(key) for key in keys}
-        processor = json.dumps(own, sort_keys=True)
+        stored = {key: model.preprocessor_config.get(key) for key in keys}
+        processor = json.dumps(stored, sort_keys=True)
     state = raw_bytes(torch.cat([tensor.flatten() for tensor in tensors]))
     return ModelState(model.config, dtype, state, processor)
 
@@ -240,8 +242,8 @@ def expected_processor(files: Files, config: SigLipVisionConfig) -> str | None:
         return None
     content = read_object(files[PREPROCESSOR], PREPROCESSOR)
     kind = content.get("image_processor_type", content.get("feature_extractor_type"))
-    own = "Siglip2" if config.naflex else "SiglipImage"
-    if not isinstance(kind, str) or not kind.startswith(own):
+    prefix = "Siglip2" if config.naflex else "SiglipImage"
+    if not isinstance(kind, str) or not kind.startswith(prefix):
         return None
     if not config.naflex and "size" in content:
         content["size"] = {"height": config.image_size, "width": config.image_size}

@@ -9,14 +9,14 @@ client of huggingface_hub. Outcomes:
 
 - refused: `CheckpointError`.
 - identical: the tensors and configuration of the intact checkpoint, which the files still describe.
-- as the file says: another model, the one that the files describe according to the libraries of the
+- as described: another model, the one that the files describe according to the libraries of the
   file formats (`oracle.py`).
 - FAILED: anything else: another exception, a timeout, more memory than `trial.MEMORY`, a dead
   process, a warning, output, a loaded pickle, a file changed or left behind, intact files refused,
   invalid files loaded, a model that differs from what the files describe.
 
 Changed bytes in the ranges of a partial download cannot be detected, since the Hub publishes hashes
-of whole files only. Faults on the way from the Hub are therefore limited to headers, files that are
+of whole files only. Faults in transit are therefore limited to headers, files that are
 downloaded whole, and the cache.
 """
 
@@ -44,9 +44,7 @@ from scripts.fuzz.trial import OUTCOMES, Fuzzer, Result
 ADDRESS_SPACE = 4 * 2**30
 """Bytes that a process may reserve beyond its start; a larger allocation fails."""
 
-LIMITS = (
-    "Bytes changed on the way from the Hub: only in headers, files downloaded whole, and the cache."
-)
+LIMITS = "Changed bytes from the Hub: only in headers, files downloaded whole, and the cache."
 
 
 @dataclass(frozen=True)
@@ -181,11 +179,11 @@ def summarize(results: Sequence[Result], seconds: float) -> dict[str, Any]:
 
 def count_outcomes(results: Sequence[Result], row: str | None = None) -> dict[str, int]:
     """Count the outcomes of the results of a row, or of all results."""
-    own = [result for result in results if row in (None, result.row)]
-    counts = {"tried": len(own)}
+    selected = [result for result in results if row in (None, result.row)]
+    counts = {"tried": len(selected)}
     for outcome in OUTCOMES:
-        counts[outcome] = sum(result.outcome == outcome for result in own)
-    counts["(unchanged)"] = sum(not result.changed for result in own)
+        counts[outcome] = sum(result.outcome == outcome for result in selected)
+    counts["(unchanged)"] = sum(not result.changed for result in selected)
     return counts
 
 
@@ -251,8 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for result in running:
         results.append(result)
         if result.outcome == "FAILED" or args.only is not None:
-            again = f"--seed {args.seed} --hub-share {args.hub_share} --only {result.number}"
-            print(f"{result.outcome}: {again}\n  {result.mutation}\n  {result.error}", flush=True)
+            flags = f"--seed {args.seed} --hub-share {args.hub_share} --only {result.number}"
+            print(f"{result.outcome}: {flags}\n  {result.mutation}\n  {result.error}", flush=True)
     summary = summarize(results, time.monotonic() - start)
     print("\n".join(format_summary(summary)))
     failed = [asdict(result) for result in results if result.outcome == "FAILED"]

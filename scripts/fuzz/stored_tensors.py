@@ -64,11 +64,11 @@ def read_shards(files: Files, encoder: Iterable[str]) -> Tensors:
     for shard in {file for name, file in file_of.items() if name in encoder or not encoder}:
         if shard not in files:
             raise UnusableError(f"{shard} is missing")
-        own = read_safetensors(files[shard], shard)
-        for name in own:
+        shard_tensors = read_safetensors(files[shard], shard)
+        for name in shard_tensors:
             if file_of.get(name) != shard:
                 raise UnusableError(f"{shard} contains {name}, which the index does not list there")
-        tensors |= own
+        tensors |= shard_tensors
     unread = [name for name in file_of if name not in tensors and name not in encoder]
     return {**{name: torch.empty(0) for name in unread}, **tensors}
 

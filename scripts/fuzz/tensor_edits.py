@@ -27,12 +27,12 @@ def swap(rng: Random, content: bytes) -> bytes:
             if name[0] != "_":
                 begin, end = entry["data_offsets"][:2]
                 sizes[name] = end - begin
-        one = rng.choice(list(sizes))
-        two = rng.choice([name for name in sizes if sizes[name] == sizes[one]])
+        name_a = rng.choice(list(sizes))
+        name_b = rng.choice([name for name in sizes if sizes[name] == sizes[name_a]])
         part = rng.choice(("data_offsets", "dtype", "shape"))
-        first = document[one][part]
-        document[one][part] = document[two][part]
-        document[two][part] = first
+        first = document[name_a][part]
+        document[name_a][part] = document[name_b][part]
+        document[name_b][part] = first
         names = list(document)
         rng.shuffle(names)
         if rng.random() < 0.1:
@@ -59,11 +59,11 @@ def add(rng: Random, content: bytes) -> bytes:
 
 def without_head(content: bytes) -> bytes:
     """Remove the tensors of the pooling head."""
-    rest = {}
+    remaining = {}
     for name, tensor in load_tensors(content).items():
         if "head." not in name and "attn_pool." not in name:
-            rest[name] = tensor
-    return save(rest)
+            remaining[name] = tensor
+    return save(remaining)
 
 
 def load_tensors(content: bytes) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ MEMORY = 256 * 2**20
 SECONDS = 20.0
 """Time limit of one load."""
 
-OUTCOMES = ("refused", "identical", "as the file says", "FAILED")
+OUTCOMES = ("refused", "identical", "as described", "FAILED")
 HUB_ROWS = ("hub ranges", "hub faults", "hub cache")
 
 
@@ -170,7 +170,7 @@ class Fuzzer:
             intact = replace(intact, processor=None)
         if actual != expected:
             return f"SILENTLY DIFFERENT: {describe_differences(expected, actual)}"
-        return "identical" if actual == intact else "as the file says"
+        return "identical" if actual == intact else "as described"
 
     def write(self, content: Files) -> Path:
         """Write files to a new folder and delete the previous one.
@@ -200,15 +200,16 @@ def describe_differences(expected: ModelState, actual: ModelState) -> str:
     """Describe how a loaded model differs from what its files describe."""
     differences = []
     for field in fields(ModelState):
-        one = getattr(expected, field.name)
-        two = getattr(actual, field.name)
-        if one == two:
+        expected_value = getattr(expected, field.name)
+        actual_value = getattr(actual, field.name)
+        if expected_value == actual_value:
             continue
         if field.name == "tensors":
-            count = sum(a != b for a, b in zip(one, two, strict=False))
+            count = sum(a != b for a, b in zip(expected_value, actual_value, strict=False))
             differences.append(
-                f"tensors: {count} bytes differ, {len(two)} bytes in all, expected {len(one)}"
+                f"tensors: {count} bytes differ, {len(actual_value)} bytes in all, "
+                f"expected {len(expected_value)}"
             )
         else:
-            differences.append(f"{field.name}: {two}, expected {one}")
+            differences.append(f"{field.name}: {actual_value}, expected {expected_value}")
     return "; ".join(differences)

@@ -41,8 +41,8 @@ def calibrate(options: Options, progress: Progress) -> bool:
                     coarsest[gate] = max(coarsest.get(gate, (0.0, "")), share)
     weakest = min(finest.values())
     rows = [["", "error / bound", "mutant"]]
-    for gate, (size, where) in coarsest.items():
-        rows.append([f"largest of equivalent variants, {gate}", f"{size:.2f}", where])
+    for gate, (size, location) in coarsest.items():
+        rows.append([f"largest of equivalent variants, {gate}", f"{size:.2f}", location])
     rows.append(["smallest of bugs", f"{weakest[0]:.2f}", weakest[1]])
     print("\n".join(format_table(rows)))
     if options.json is not None:
@@ -72,6 +72,6 @@ def measure_shares(mutant: Mutant, cases: list[Case]) -> dict[str, Share]:
             with contextlib.suppress(RuntimeError):  # autocast on bfloat16 weights
                 for gate in case.check(port):
                     largest = max(gate.measurements, key=share_of_bound)
-                    where = f"{mutant.name} at {largest.reference}, {case.weights}"
-                    shares[gate.name] = (share_of_bound(largest), where)
+                    location = f"{mutant.name} at {largest.reference}, {case.weights}"
+                    shares[gate.name] = (share_of_bound(largest), location)
     return shares

@@ -91,7 +91,7 @@ def examine(mutant: Mutant, checkpoints: Iterable[Case], max_hints: int = 1) -> 
     Args:
         mutant: Mutant with the subject `port`.
         checkpoints: Checkpoints, each with its reference.
-        max_hints: How many of the taps that differ get a hint.
+        max_hints: Maximum number of taps with a hint.
     """
     result = Result(mutant)
     rounding = []

@@ -29,7 +29,7 @@ Edit = Callable[[SigLipVisionModel], object]
 
 @dataclass(frozen=True)
 class Mutant:
-    """A bug of the port, or an equivalent variant: another way to compute the same.
+    """A bug of the port, or an equivalent variant: another way to compute the same result.
 
     Attributes:
         name: Short, unique name.
@@ -193,8 +193,8 @@ def is_expected_location(location: str, expected: str) -> bool:
     """Whether a point, tensor or output is one of a mutant's locations."""
     module = re.sub(r"[._](weight|bias)$", "", location)
     for word in expected.split():
-        number, _, place = word.rpartition(".")
-        pattern = LOCATIONS.get(place, re.escape(word))
+        number, _, key = word.rpartition(".")
+        pattern = LOCATIONS.get(key, re.escape(word))
         match = re.fullmatch(pattern, module)
         if match and (not number or number == match[1]):
             return True

@@ -121,8 +121,8 @@ class SelfTest:
                 return examine_shapes(mutant)
             if self.full:
                 return examine(mutant, cases)
-            own = cases[1:] if mutant.gate == "rounding" else cases[:1]
-            return examine(mutant, own, max_hints=0)
+            gate_cases = cases[1:] if mutant.gate == "rounding" else cases[:1]
+            return examine(mutant, gate_cases, max_hints=0)
 
         self.report.results += self.follow(judge, catalog.MUTANTS, "mutants")
 

@@ -160,11 +160,13 @@ def describe_no_match(
     files: WeightFiles, layouts: list[Layout], prefix: str | None, refusals: list[str]
 ) -> str:
     """Return the message for a missing vision encoder, with the groups of tensor names."""
-    names = ", ".join(layout.name for layout in layouts)
-    message = f"{files.source.title} contains no SigLIP vision encoder"
+    message = f"{files.source.title} contains no SigLIP vision encoder in "
+    if len(layouts) == 1:
+        message += f"layout {layouts[0].name}"
+    else:
+        message += f"a supported layout ({', '.join(layout.name for layout in layouts)})"
     if prefix is not None:
         message += f" with prefix {prefix!r}"
-    message += f" in a supported layout ({names})"
     groups = Counter(re.split(r"[./]", name)[0] for name in files.file_of)
     counts = [f"{group} ({count})" for group, count in groups.most_common(MAX_GROUPS_SHOWN)]
     message += f"; tensor names start with: {', '.join(counts) or 'nothing'}"

@@ -15,15 +15,15 @@ from tests.helpers.npz_files import Members
 
 @pytest.fixture(scope="session")
 def model(encoder_folder: Path) -> SigLipVisionModel:
-    """The `SMALL` model with random weights that `encoder_folder` and `copied` contain."""
+    """The `SMALL` model with random weights that `encoder_folder` and `encoder_copy` contain."""
     return SigLipVisionModel.from_hf(encoder_folder)
 
 
 @pytest.fixture
-def sharded(copied: Path) -> Path:
+def sharded(encoder_copy: Path) -> Path:
     """A copy of the model's files in three shards."""
-    shard(copied)
-    return copied
+    shard(encoder_copy)
+    return encoder_copy
 
 
 @pytest.fixture(scope="session")

@@ -154,21 +154,21 @@ def test_image_size(sizes: StoredSizes, content: dict[str, Any], image_size: int
     assert infer_architecture(layouts.TIMM, sizes, content).image_size == image_size
 
 
-def test_positions_not_square() -> None:
+def test_non_square_positions() -> None:
     sizes = replace(BASE, num_patches=195, num_attention_heads=12)
     with pytest.raises(ValueError, match="number of positions must be a square number, got 195"):
         infer_architecture(layouts.BIG_VISION, sizes, {})
 
 
 def test_several_names() -> None:
-    two = {"a": "vit_base_patch16_siglip_224", "b": ["vit_base_patch16_siglip_384"]}
+    names = {"a": "vit_base_patch16_siglip_224", "b": ["vit_base_patch16_siglip_384"]}
     with pytest.raises(
         ValueError,
         match=r"names several vision encoders \(vit_base_patch16_siglip_224, .*_384\); pass conf",
     ):
-        infer_architecture(layouts.TIMM, BASE, two)
-    same = {"a": "google/siglip-base-patch16-224", "b": "siglip-base-patch16-224"}
-    assert infer_architecture(layouts.TIMM, BASE, same) == SigLipVisionConfig()
+        infer_architecture(layouts.TIMM, BASE, names)
+    aliases = {"a": "google/siglip-base-patch16-224", "b": "siglip-base-patch16-224"}
+    assert infer_architecture(layouts.TIMM, BASE, aliases) == SigLipVisionConfig()
 
 
 JSON = json_values(st.sampled_from(["gelu", "vit_base_patch16_siglip_224"]))
@@ -231,14 +231,14 @@ def test_published_image_size(tmp_path: Path) -> None:
         {"model_type": "clip_vision_model"},
     ],
 )
-def test_refused_config_not_replaced_by_name(vision: dict[str, Any], tmp_path: Path) -> None:
+def test_refused_config_is_not_replaced_by_name(vision: dict[str, Any], tmp_path: Path) -> None:
     """Most fine-tuned checkpoints name the published model that they started from."""
     write_hf_encoder(tmp_path)
-    own = json.loads((tmp_path / "config.json").read_text())
+    encoder_config = json.loads((tmp_path / "config.json").read_text())
     content = {
         "_name_or_path": "google/siglip-base-patch16-224",
         "model_type": "x",
-        "vision_config": {**own, **vision},
+        "vision_config": {**encoder_config, **vision},
     }
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(
@@ -262,7 +262,7 @@ def test_bagel_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_heads_of_other_parts(tmp_path: Path) -> None:
+def test_audio_heads_are_ignored(tmp_path: Path) -> None:
     config = replace(
         ODD, embed_dim=1152, num_attention_heads=16, pooling_head=False, num_encoder_blocks=1
     )

@@ -1,4 +1,4 @@
-"""big_vision's `.npz` files, written by the transforms of its converters, not by our tables."""
+"""big_vision's `.npz` files, written by the transforms of its converters, not by the key map."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_pickled_arrays(tmp_path: Path) -> None:
         load(tmp_path / "a.npz")
 
 
-def test_beside_timm_config(tmp_path: Path) -> None:
+def test_npz_beside_timm_config(tmp_path: Path) -> None:
     original = SigLipVisionModel(replace(ODD, image_size=42))
     write_npz(
         tmp_path / "encoder.npz",

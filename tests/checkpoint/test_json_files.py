@@ -52,7 +52,7 @@ def test_nested_and_flat_config(checkpoint: MakeCheckpoint) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", '"siglip"', "\x00", "[" * 100_000])
-def test_config_not_an_object(checkpoint: MakeCheckpoint, content: str) -> None:
+def test_config_not_object(checkpoint: MakeCheckpoint, content: str) -> None:
     folder = checkpoint()
     (folder / "config.json").write_text(content)
     with pytest.raises(
@@ -114,7 +114,7 @@ NORM = "vision_model.post_layernorm.bias"
 FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
 
 
-def placed(file: object, name: str = NORM) -> Callable[[Json], Json]:
+def with_file(file: object, name: str = NORM) -> Callable[[Json], Json]:
     return lambda index: {**index, "weight_map": {**index["weight_map"], name: file}}
 
 
@@ -122,43 +122,43 @@ PLAIN = "lists shards that are not plain .safetensors file names"
 
 
 INDEXES: dict[str, tuple[Callable[[Json], object], str]] = {
-    "..": (placed("../model.safetensors"), PLAIN),
-    "../..": (placed("../../../../../../etc/passwd"), PLAIN),
-    "absolute": (placed("/model.safetensors"), PLAIN),
-    "a folder": (placed("folder/model.safetensors"), PLAIN),
-    "a folder of Windows": (placed("..\\model.safetensors"), PLAIN),
-    "an address": (placed("http://127.0.0.1/model.safetensors"), PLAIN),
-    "a line": (placed("model.safetensors\n"), PLAIN),
-    "a zero": (placed("model\0.safetensors"), PLAIN),
-    "a pickle": (
-        placed("pytorch_model.bin"),
+    "..": (with_file("../model.safetensors"), PLAIN),
+    "../..": (with_file("../../../../../../etc/passwd"), PLAIN),
+    "absolute": (with_file("/model.safetensors"), PLAIN),
+    "folder": (with_file("folder/model.safetensors"), PLAIN),
+    "Windows folder": (with_file("..\\model.safetensors"), PLAIN),
+    "URL": (with_file("http://127.0.0.1/model.safetensors"), PLAIN),
+    "newline": (with_file("model.safetensors\n"), PLAIN),
+    "NUL": (with_file("model\0.safetensors"), PLAIN),
+    "pickle": (
+        with_file("pytorch_model.bin"),
         f"{PLAIN}: pytorch_model.bin; pickled weights .* are not supported",
     ),
-    "nothing": (placed(""), PLAIN),
-    "too long a name": (placed("a" * 5000 + ".safetensors"), "; unreadable tensors"),
-    "not there": (
-        placed("elsewhere.safetensors"),
+    "empty": (with_file(""), PLAIN),
+    "long name": (with_file("a" * 5000 + ".safetensors"), "; unreadable tensors"),
+    "missing shard": (
+        with_file("elsewhere.safetensors"),
         "has no file elsewhere.safetensors; unreadable tensors",
     ),
-    "a number": (placed(1), "has no valid weight_map"),
+    "number": (with_file(1), "has no valid weight_map"),
     "null": (lambda index: {**index, "weight_map": None}, "has no valid weight_map"),
-    "a list": (lambda _: [], "must contain a JSON object, got list"),
-    "no map": (lambda _: {}, "has no valid weight_map"),
-    "an empty map": (lambda _: {"weight_map": {}}, "contains no SigLIP vision encoder"),
-    "another shard": (
-        lambda i: placed(next(f for f in i["weight_map"].values() if f != i["weight_map"][NORM]))(
-            i
-        ),
+    "list": (lambda _: [], "must contain a JSON object, got list"),
+    "missing map": (lambda _: {}, "has no valid weight_map"),
+    "empty map": (lambda _: {"weight_map": {}}, "contains no SigLIP vision encoder"),
+    "other shard": (
+        lambda i: with_file(
+            next(f for f in i["weight_map"].values() if f != i["weight_map"][NORM])
+        )(i),
         "missing tensors .1.:\n    vision_model.post_layernorm.bias(.|\n)*tensors in model-0000.-"
         "of-00003.safetensors contrary to the index",
     ),
-    "twice": (
+    "duplicate key": (
         lambda index: json.dumps(index).replace(
             f'"{NORM}"', f'"{NORM}": "model-00001-of-00003.safetensors", "{NORM}"'
         ),
         f"is not valid JSON .key '{NORM}' occurs more than once.; download it again",
     ),
-    "a thousand encoders": (
+    "thousand encoders": (
         rename_in_a_thousand,
         "contains 1000 vision encoders in layout 'huggingface', limit is 100; pass prefix=",
     ),
@@ -175,16 +175,16 @@ def test_damaged_index(case: str, sharded: Path) -> None:
 
 
 CONFIGS: dict[str, tuple[Callable[[str], str | bytes], str]] = {
-    "nothing": (lambda _: "", "is not valid JSON .Expecting value"),
-    "a list": (lambda _: "[]", "must contain a JSON object, got list"),
+    "empty": (lambda _: "", "is not valid JSON .Expecting value"),
+    "list": (lambda _: "[]", "must contain a JSON object, got list"),
     "null": (lambda _: "null", "must contain a JSON object, got NoneType"),
     "zeros": (lambda t: "\0" * len(t), "is not valid JSON"),
-    "a zero": (lambda t: t.replace("{", "{\0"), "is not valid JSON"),
-    "no UTF-8": (
+    "NUL": (lambda t: t.replace("{", "{\0"), "is not valid JSON"),
+    "invalid UTF-8": (
         lambda t: t.encode().replace(b"siglip", b"sigli\xff"),
         "is not valid JSON .'utf-8' codec",
     ),
-    "half a character": (
+    "lone surrogate": (
         lambda t: t.replace("siglip_vision_model", "\\ud800"),
         "surrogates not allowed",
     ),
@@ -193,12 +193,12 @@ CONFIGS: dict[str, tuple[Callable[[str], str | bytes], str]] = {
         "nested more than 100 levels deep",
     ),
     "very deep": (lambda _: '{"a": ' + "[" * 1_000_000, "nested too deep"),
-    "twice": (
+    "duplicate key": (
         lambda t: t.replace("{", '{"hidden_size": 32, ', 1),
         "key 'hidden_size' occurs more than once",
     ),
-    "a long number": (lambda t: t.replace(": 24", ": " + "2" * 5000), "Exceeds the limit"),
-    "cut off": (lambda t: t[: len(t) // 2], "is not valid JSON"),
+    "long number": (lambda t: t.replace(": 24", ": " + "2" * 5000), "Exceeds the limit"),
+    "truncated": (lambda t: t[: len(t) // 2], "is not valid JSON"),
 }
 
 
@@ -233,45 +233,45 @@ ABSURD: list[tuple[Json, str]] = [
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_damaged_config(case: str, copied: Path) -> None:
+def test_damaged_config(case: str, encoder_copy: Path) -> None:
     edit, message = CONFIGS[case]
-    edited = edit((copied / CONFIG).read_text())
-    (copied / CONFIG).write_bytes(edited if isinstance(edited, bytes) else edited.encode())
-    assert_refused(copied, message)
-    shutil.move(copied / CONFIG, copied / "open_clip_config.json")
-    assert_refused(copied, message)
-    shutil.copy(copied / "open_clip_config.json", copied / "preprocessor_config.json")
-    (copied / "open_clip_config.json").unlink()
-    assert_refused(copied, "has no config.json|" + message)
+    edited = edit((encoder_copy / CONFIG).read_text())
+    (encoder_copy / CONFIG).write_bytes(edited if isinstance(edited, bytes) else edited.encode())
+    assert_refused(encoder_copy, message)
+    shutil.move(encoder_copy / CONFIG, encoder_copy / "open_clip_config.json")
+    assert_refused(encoder_copy, message)
+    shutil.copy(encoder_copy / "open_clip_config.json", encoder_copy / "preprocessor_config.json")
+    (encoder_copy / "open_clip_config.json").unlink()
+    assert_refused(encoder_copy, "has no config.json|" + message)
 
 
 @pytest.mark.parametrize(("changes", "message"), ABSURD, ids=lambda value: str(value)[:40])
-def test_absurd_sizes(changes: Json, message: str, copied: Path) -> None:
-    edit_config(copied, **changes)
-    assert_refused(copied, message)
+def test_absurd_sizes(changes: Json, message: str, encoder_copy: Path) -> None:
+    edit_config(encoder_copy, **changes)
+    assert_refused(encoder_copy, message)
 
 
 @pytest.mark.parametrize("name", [CONFIG, INDEX, "preprocessor_config.json"])
-def test_too_long_files(name: str, sharded: Path) -> None:
+def test_oversized_files(name: str, sharded: Path) -> None:
     with (sharded / name).open("r+b") as file:
         file.truncate(MAX_JSON_BYTES + 1)
     assert_refused(sharded, f"file is {MAX_JSON_BYTES + 1} bytes, limit is {MAX_JSON_BYTES}")
 
 
-def test_byte_order_mark(copied: Path, model: SigLipVisionModel) -> None:
-    (copied / CONFIG).write_text((copied / CONFIG).read_text(), encoding="utf-8-sig")
-    assert_loads(copied, model)
+def test_byte_order_mark(encoder_copy: Path, model: SigLipVisionModel) -> None:
+    (encoder_copy / CONFIG).write_text((encoder_copy / CONFIG).read_text(), encoding="utf-8-sig")
+    assert_loads(encoder_copy, model)
 
 
-def test_remote_code(copied: Path, model: SigLipVisionModel) -> None:
-    marker = copied / "ran"
-    (copied / "modeling_x.py").write_text(
+def test_remote_code(encoder_copy: Path, model: SigLipVisionModel) -> None:
+    marker = encoder_copy / "ran"
+    (encoder_copy / "modeling_x.py").write_text(
         f"import os; os.mkdir({str(marker)!r})\nclass Model: ...\nclass Config: ...\n"
     )
     edit_config(
-        copied, auto_map={"AutoModel": "modeling_x.Model", "AutoConfig": "modeling_x.Config"}
+        encoder_copy, auto_map={"AutoModel": "modeling_x.Model", "AutoConfig": "modeling_x.Config"}
     )
-    assert_loads(copied, model)
+    assert_loads(encoder_copy, model)
     assert not marker.exists()
 
 

@@ -109,7 +109,7 @@ def test_source_types(source: object) -> None:
         load(source)  # type: ignore[arg-type]
 
 
-def test_path_like_a_hub_id(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_path_like_hub_id(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     shutil.copytree(checkpoint(), tmp_path / "google" / "siglip")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)

@@ -246,12 +246,14 @@ def test_wrong_tensors(
 ) -> None:
     folder = checkpoint()
     edit_tensors(folder, edit)
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(CheckpointError, match=message) as error:
         load(folder)
-    assert str(folder) in str(caught.value)
+    assert str(folder) in str(error.value)
 
 
-def test_all_problems_at_once(checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_problems_are_reported_at_once(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = checkpoint()
     edit_tensors(
         folder, lambda t: dropping("layer_norm1.bias")({**t, "extra": t[FC1], FC1: t[FC1].T})
@@ -259,9 +261,9 @@ def test_all_problems_at_once(checkpoint: MakeCheckpoint, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         "siglip_port.checkpoint.key_rules.split", lambda *_: pytest.fail("a tensor was read")
     )
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as error:
         load(folder)
-    assert str(caught.value).splitlines() == [
+    assert str(error.value).splitlines() == [
         f"{folder} (layout: HuggingFace, no prefix) does not match its configuration",
         "  missing tensors (3):",
         "    encoder.layers.{0...2}.layer_norm1.bias",
@@ -277,9 +279,9 @@ def test_all_problems_at_once(checkpoint: MakeCheckpoint, monkeypatch: pytest.Mo
 def test_long_message(checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint()
     edit_tensors(folder, lambda t: {**t, **{f"extra_{i}": torch.zeros(1) for i in range(500)}})
-    with pytest.raises(CheckpointError, match=r"\(500\):(?s:.*)\.\.\. and 460 more") as caught:
+    with pytest.raises(CheckpointError, match=r"\(500\):(?s:.*)\.\.\. and 460 more") as error:
         load(folder)
-    assert len(str(caught.value).splitlines()) < 50
+    assert len(str(error.value).splitlines()) < 50
 
 
 @pytest.mark.parametrize(
@@ -338,13 +340,15 @@ PLACES = st.integers(0, 40) | st.integers(0, 6_000) | st.integers(0, 100_000)
 @given(
     st.binary(max_size=64), PLACES, st.sampled_from(["insert", "overwrite", "truncate", "replace"])
 )
-def test_damaged_bytes(whole: tuple[Path, bytes], noise: bytes, at: int, damage: str) -> None:
+def test_damaged_bytes(
+    weights_file: tuple[Path, bytes], noise: bytes, position: int, damage: str
+) -> None:
     """A damaged file raises CheckpointError, unless only weight values are damaged."""
-    path, content = whole
+    path, content = weights_file
     damaged = {
-        "insert": content[:at] + noise + content[at:],
-        "overwrite": content[:at] + noise + content[at + len(noise) :],
-        "truncate": content[:at],
+        "insert": content[:position] + noise + content[position:],
+        "overwrite": content[:position] + noise + content[position + len(noise) :],
+        "truncate": content[:position],
         "replace": noise,
     }[damage]
     path.write_bytes(damaged)
@@ -358,28 +362,28 @@ def test_damaged_bytes(whole: tuple[Path, bytes], noise: bytes, at: int, damage:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+def weights_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     references.write_random_checkpoint(folder, SMALL)
     path = folder / "model.safetensors"
     return path, path.read_bytes()
 
 
-def test_only_encoder_read(
+def test_only_encoder_is_read(
     tmp_path: Path,
     recwarn: pytest.WarningsRecorder,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Other tensors, of any dtype, are not read, and their shards need not exist."""
     tensors = {f"model.vision_tower.{n}": t for n, t in write_hf_encoder(tmp_path).items()}
-    rest = {
+    other_tensors = {
         f"model.language_model.layers.{i}.w": torch.ones(3, dtype=torch.int8) for i in range(5000)
     }
     save_file(tensors, tmp_path / "encoder.safetensors")
     (tmp_path / "model.safetensors").unlink()
     weight_map = {
         **dict.fromkeys(tensors, "encoder.safetensors"),
-        **dict.fromkeys(rest, "absent.safetensors"),
+        **dict.fromkeys(other_tensors, "absent.safetensors"),
     }
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     model = load(tmp_path)
@@ -414,16 +418,16 @@ def test_round_trip_of_layouts(layout: Layout, tmp_path: Path) -> None:
         assert all(t.is_contiguous() for t in other.state_dict().values())
 
 
-def test_too_many_blocks(copied: Path) -> None:
+def test_too_many_blocks(encoder_copy: Path) -> None:
     """Expanding this many blocks would take minutes and all memory."""
-    header, data = read_raw(copied / WEIGHTS)
+    header, data = read_raw(encoder_copy / WEIGHTS)
     header |= {
         f"text_model.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
         for i in range(20_000)
     }
-    write_raw(copied / WEIGHTS, header, data)
-    edit_config(copied, num_hidden_layers=20_000)
-    assert_refused(copied, "config.json has 20000 blocks, limit is 1000")
+    write_raw(encoder_copy / WEIGHTS, header, data)
+    edit_config(encoder_copy, num_hidden_layers=20_000)
+    assert_refused(encoder_copy, "config.json has 20000 blocks, limit is 1000")
 
 
 def test_config_override(checkpoint: MakeCheckpoint) -> None:

@@ -126,7 +126,7 @@ def test_mlx(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
-def test_one_encoder_of_a_thousand(sharded: Path) -> None:
+def test_one_of_a_thousand_encoders(sharded: Path) -> None:
     """Files of the other encoders are not opened."""
     edit_index(sharded, rename_in_a_thousand)
     inspection = inspect_checkpoint(find_source(sharded), prefix="encoder7.vision_model.")

@@ -34,7 +34,7 @@ def test_config_round_trip(published: Published) -> None:
     assert len(short) < 8
 
 
-def test_table() -> None:
+def test_published_table() -> None:
     assert len({published.repo for published in PUBLISHED}) == 28
     by_name = {published.repo.split("/")[1]: published for published in PUBLISHED}
     for name, published in by_name.items():

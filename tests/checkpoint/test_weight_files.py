@@ -101,9 +101,9 @@ def test_missing_and_damaged_shards(checkpoint: MakeCheckpoint) -> None:
     shard(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
     (folder / "model-00003-of-00003.safetensors").write_bytes(b"\x00" * 100)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as error:
         load(folder)
-    message = str(caught.value)
+    message = str(error.value)
     assert re.search(
         r"has no file model-00002-of-00003.safetensors; unreadable tensors \(2[12]\):", message
     )
@@ -132,10 +132,10 @@ def test_tensor_in_two_shards(
     name = min(tensors)
     second = "model-00002-of-00003.safetensors"
     edit_tensors(folder, adding({name: tensors[name] + 1, "extra": tensors[name]}), second)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as error:
         load(folder)
     assert f"tensors in {second} contrary to the index (2):\n    {name}\n    extra\n" in str(
-        caught.value
+        error.value
     )
 
 
@@ -176,13 +176,13 @@ for path in sys.argv[1:2] + sys.argv[1:]:  # the first path twice, to exclude im
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_bounded_memory(copied: Path, members: Members, tmp_path: Path) -> None:
+def test_bounded_memory(encoder_copy: Path, members: Members, tmp_path: Path) -> None:
     """Files that would need gigabytes are refused first; memory is measured in a subprocess."""
-    wide = Path(shutil.copytree(copied, tmp_path / "wide"))
+    wide = Path(shutil.copytree(encoder_copy, tmp_path / "wide"))
     edit_config(wide, hidden_size=10**9, num_attention_heads=1, intermediate_size=10**9)
     header = tmp_path / "header.npz"
     large = tmp_path / "large.npz"
-    lists = Path(shutil.copytree(copied, tmp_path / "lists"))
+    lists = Path(shutil.copytree(encoder_copy, tmp_path / "lists"))
     with zipfile.ZipFile(header, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(BIAS, b"\x93NUMPY\2\0" + struct.pack("<I", 1 << 28) + bytes(1 << 28))
     with zipfile.ZipFile(large, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -202,11 +202,11 @@ def test_bounded_memory(copied: Path, members: Members, tmp_path: Path) -> None:
         check=False,
     )
     assert process.returncode == 0, process.stderr
-    used, messages = zip(
+    memory, messages = zip(
         *(line.split(maxsplit=1) for line in process.stdout.splitlines()[1:]), strict=True
     )
     assert "does not match its configuration" in messages[0]
     assert "EOF: reading array header" in messages[1]
     assert "more than 100 times its size; nothing was loaded" in messages[2]
-    assert max(map(int, used[:3])) < 100
-    assert int(used[3]) < 200
+    assert max(map(int, memory[:3])) < 100
+    assert int(memory[3]) < 200

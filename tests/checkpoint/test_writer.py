@@ -46,12 +46,12 @@ def test_save_and_load(tmp_path: Path, config: SigLipVisionConfig, dtype: torch.
     model = SigLipVisionModel(config).to(dtype).eval()
     randomize(model)
     model.save_hf(tmp_path / "new" / "folder")
-    back = load(tmp_path / "new" / "folder")
-    assert back.config == config
-    assert back.state_dict().keys() == model.state_dict().keys()
+    loaded = load(tmp_path / "new" / "folder")
+    assert loaded.config == config
+    assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(back.state_dict()[name], tensor)
-        assert back.state_dict()[name].dtype == dtype
+        assert torch.equal(loaded.state_dict()[name], tensor)
+        assert loaded.state_dict()[name].dtype == dtype
     reference, info = ReferenceModel.from_pretrained(
         tmp_path / "new" / "folder", output_loading_info=True
     )
@@ -80,7 +80,7 @@ def test_overwrite_own_source(checkpoint: MakeCheckpoint) -> None:
     ]
 
 
-def test_folder_is_a_file(tmp_path: Path) -> None:
+def test_file_in_place_of_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="cannot be written to"):
         SigLipVisionModel(SMALL).save_hf(tmp_path / "file")
@@ -165,14 +165,14 @@ def test_transformers_loads_saved_model(naflex: bool, head: bool, tmp_path: Path
     assert relative_error(port(x), output.last_hidden_state) <= 1e-10
     if head:
         assert relative_error(port.embed(x), output.pooler_output) <= 1e-10
-    written = json.loads((tmp_path / "config.json").read_text())
+    content = json.loads((tmp_path / "config.json").read_text())
     architecture = set(vars(hf_config(config))) & set(type(hf_config(config)).__annotations__)
     assert {
         name: getattr(hf_config(config), name) for name in architecture
-    }.items() <= written.items()
-    again = load(tmp_path)
-    assert again.config == config
-    assert all(torch.equal(t, port.state_dict()[n]) for n, t in again.state_dict().items())
+    }.items() <= content.items()
+    loaded = load(tmp_path)
+    assert loaded.config == config
+    assert all(torch.equal(t, port.state_dict()[n]) for n, t in loaded.state_dict().items())
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
@@ -204,19 +204,19 @@ def test_mixed_files(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     model = SigLipVisionModel.from_hf(checkpoint())
     other = SigLipVisionModel.from_hf(checkpoint(), config=replace(SMALL, hidden_act="gelu"))
     for write in (SigLipVisionModel.save_hf, extract_model):
-        one = tmp_path / f"one {write.__name__}"
-        two = tmp_path / f"two {write.__name__}"
-        write(model, one)
-        write(other, two)
-        assert SigLipVisionModel.from_hf(one).config.hidden_act == "gelu_pytorch_tanh"
-        assert SigLipVisionModel.from_hf(two).config.hidden_act == "gelu"
-        shutil.copy(one / "config.json", two)
+        folder = tmp_path / f"one {write.__name__}"
+        other_folder = tmp_path / f"two {write.__name__}"
+        write(model, folder)
+        write(other, other_folder)
+        assert SigLipVisionModel.from_hf(folder).config.hidden_act == "gelu_pytorch_tanh"
+        assert SigLipVisionModel.from_hf(other_folder).config.hidden_act == "gelu"
+        shutil.copy(folder / "config.json", other_folder)
         with pytest.raises(
             CheckpointError,
             match="the configuration is not the one that the weights were saved with",
         ):
-            SigLipVisionModel.from_hf(two)
-        assert SigLipVisionModel.from_hf(two, config=other.config).config == other.config
+            SigLipVisionModel.from_hf(other_folder)
+        assert SigLipVisionModel.from_hf(other_folder, config=other.config).config == other.config
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_harmless_edits(
     assert_same(SigLipVisionModel.from_hf(tmp_path / "saved"), tmp_path / "saved")
 
 
-def test_same_bytes(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_save_is_deterministic(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     SigLipVisionModel.from_hf(checkpoint()).save_hf(tmp_path / "first")
     first = (tmp_path / "first" / "model.safetensors").read_bytes()
     for i in range(8):  # safetensors writes the metadata in an arbitrary order

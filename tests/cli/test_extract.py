@@ -104,10 +104,11 @@ def test_extract_layouts(kind: str, tmp_path: Path) -> None:
         kind == "idefics3"
     )
     assert (" and embedding [1, 72] of" in printed) == (kind != "idefics3")
-    model, again = load(source), load(tmp_path / "out")
-    assert again.config == replace(model.config, interpolation=None)
+    model, extracted = load(source), load(tmp_path / "out")
+    assert extracted.config == replace(model.config, interpolation=None)
     assert all(
-        torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items()
+        torch.equal(tensor, model.state_dict()[name])
+        for name, tensor in extracted.state_dict().items()
     )
 
 
@@ -164,21 +165,21 @@ def test_extract_force(whole_model: Path, tmp_path: Path) -> None:
 def wrong_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     save = SigLipVisionModel.save_hf
 
-    def damaged(self: SigLipVisionModel, folder: Path) -> None:
+    def save_damaged(self: SigLipVisionModel, folder: Path) -> None:
         save(self, folder)
         edit_tensors(folder, lambda tensors: {name: -tensor for name, tensor in tensors.items()})
 
-    monkeypatch.setattr(SigLipVisionModel, "save_hf", damaged)
+    monkeypatch.setattr(SigLipVisionModel, "save_hf", save_damaged)
 
 
 def wrong_config(monkeypatch: pytest.MonkeyPatch) -> None:
     save = SigLipVisionModel.save_hf
 
-    def damaged(self: SigLipVisionModel, folder: Path) -> None:
+    def save_damaged(self: SigLipVisionModel, folder: Path) -> None:
         save(self, folder)
         edit_config(folder, hidden_act="gelu")
 
-    monkeypatch.setattr(SigLipVisionModel, "save_hf", damaged)
+    monkeypatch.setattr(SigLipVisionModel, "save_hf", save_damaged)
 
 
 def wrong_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +245,7 @@ def test_extract_errors(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
         folder, lambda tensors: {name: t for name, t in tensors.items() if "fc1" not in name}
     )
     assert "missing tensors (8):" in run("extract", folder, tmp_path / "out", code=1).stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert [path.name for path in tmp_path.iterdir()] == ["random_checkpoint"]
 
 
 def test_extract_compares_bits() -> None:

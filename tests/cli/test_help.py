@@ -82,7 +82,7 @@ TEXTS = dict(help_texts())
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_help_text(name: str) -> None:
-    """Short, capitalized unless it starts with a literal value, and ended by a period or a `]`."""
+    """Help is short, capitalized (except literal values), and ends with a period or `]`."""
     text = TEXTS[name]
     assert 0 < len(text) <= MAX_LENGTH, text
     assert text.endswith((".", "]")), text
@@ -92,7 +92,7 @@ def test_help_text(name: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_exit_codes_in_commands(command: str) -> None:
-    """They are listed once, in the help of the group."""
+    """The help of the group lists them once."""
     assert "exit code" not in COMMANDS[command].help.lower()
 
 
@@ -131,7 +131,7 @@ def test_option_names(command: str) -> None:
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_fast(command: str) -> None:
-    """It imports none of the packages that take seconds."""
+    """`--help` imports no package that takes seconds."""
     code = f"""
 import sys
 from siglip_port.cli.main import main

@@ -144,7 +144,7 @@ def test_layout_choices() -> None:
     assert re.search(message, result.stderr)
 
 
-def test_file_in_place_of_a_directory(tmp_path: Path) -> None:
+def test_file_in_place_of_directory(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     result = run("plot", "a", "-o", file, code=exit_codes.USAGE_ERROR)
@@ -163,13 +163,13 @@ def test_file_in_place_of_a_directory(tmp_path: Path) -> None:
     ],
 )
 def test_messages_of_click_are_reworded(message: str, reworded: str) -> None:
-    """As releases of typer that check values with click report them."""
+    """Some releases of typer check values with click."""
     error = typer.BadParameter(message)
     usage_errors.reword(error)
     assert error.message == reworded
 
 
-def test_verify_is_a_command(
+def test_verify_is_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Through `main`, without typer, and through the typer application."""

@@ -77,7 +77,7 @@ def test_track_erases_after_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         assert screen.lines()[-1] == ""
 
 
-def test_status_line_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_line_fits_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrapped lines could not be overwritten."""
     monkeypatch.setattr(progress, "REFRESH_SECONDS", -1.0)
     run = Progress(
@@ -105,7 +105,7 @@ def test_status_line_is_not_drawn_too_often(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(lines) < 50
 
 
-def test_nothing_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_without_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(track(iter("abc"), "loading model")) == list("abc")
     with status_line() as show:
         show("listing images")

@@ -63,7 +63,7 @@ def call(*arguments: str | Path) -> int:
     return compare_origin.main([str(argument) for argument in arguments])
 
 
-def execute(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a new process."""
     return subprocess.run(
         [sys.executable, *map(str, command)],
@@ -136,7 +136,7 @@ def test_default_command(
 @pytest.mark.slow
 def test_default_command_full_size(tmp_path: Path) -> None:
     """The command of the README."""
-    result = execute(
+    result = run_python(
         SCRIPT,
         "--json",
         tmp_path / "out.json",
@@ -174,11 +174,11 @@ def other_packages(tmp_path: Path) -> Path:
     return folder
 
 
-def test_source_tree_that_is_not_installed(
+def test_source_tree_without_installation(
     source_tree: Path, other_packages: Path, checkpoint: MakeCheckpoint
 ) -> None:
     """With -S, packages are found on PYTHONPATH only."""
-    result = execute(
+    result = run_python(
         "-S",
         source_tree / "compare_origin.py",
         "--checkpoint",
@@ -191,12 +191,12 @@ def test_source_tree_that_is_not_installed(
     assert lines[-1].startswith("EQUAL (checkpoint weights): ")
 
 
-def test_source_tree_beside_an_installed_package(source_tree: Path) -> None:
+def test_source_tree_beside_installed_package(source_tree: Path) -> None:
     """The script imports the package next to it."""
     census_file = source_tree / "siglip_port" / "parity" / "siglip" / census.SUMMARY.name
     summary = json.loads(census_file.read_text())
     census_file.write_text(json.dumps({**summary, "machine": "another machine"}))
-    result = execute(source_tree / "compare_origin.py", "--list-gates", PYTHONPATH=str(ROOT))
+    result = run_python(source_tree / "compare_origin.py", "--list-gates", PYTHONPATH=str(ROOT))
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.endswith(" on another machine)\n")
 
@@ -233,12 +233,12 @@ def test_script_exit_codes(
 
 
 def test_script_without_torch() -> None:
-    """A Python without the dependencies."""
+    """The script runs in a Python without the dependencies."""
     code = (
         "import sys; sys.modules['torch'] = None; import compare_origin;"
         "sys.exit(compare_origin.main([]))"
     )
-    result = execute("-c", code, PYTHONPATH=str(ROOT))
+    result = run_python("-c", code, PYTHONPATH=str(ROOT))
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(
         r"could not compare: ModuleNotFoundError: .* torch .*; run: "
@@ -247,9 +247,9 @@ def test_script_without_torch() -> None:
     )
 
 
-def test_script_reports_a_wrong_argument(tmp_path: Path) -> None:
-    """In one line, with nothing on stdout."""
-    result = execute(SCRIPT, "--image", tmp_path / "absent.png", HF_HUB_OFFLINE="1")
+def test_script_reports_wrong_argument(tmp_path: Path) -> None:
+    """The error is one line on stderr; stdout is empty."""
+    result = run_python(SCRIPT, "--image", tmp_path / "absent.png", HF_HUB_OFFLINE="1")
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(
         r"could not compare: --image .*: .*No such file.*; pass a local JPEG or PNG .*\n",
@@ -369,12 +369,12 @@ finally:
     print("imported:", *{set(packages)} & sys.modules.keys())
 """
     program = [] if "compare_origin" in command else ["verify"]
-    result = execute("-c", code, *program, *arguments, PYTHONPATH=str(ROOT))
+    result = run_python("-c", code, *program, *arguments, PYTHONPATH=str(ROOT))
     assert "usage: " in result.stdout + result.stderr
     assert result.stdout.splitlines()[-1] == "imported:"
 
 
-def test_help_shows_the_defaults_of_the_options() -> None:
+def test_help_shows_defaults_of_options() -> None:
     """The parser cannot import VerifyOptions, which would import torch."""
     options = vars(VerifyOptions())
     assert {name: options[name] for name in verify.DEFAULTS} == verify.DEFAULTS
@@ -382,7 +382,7 @@ def test_help_shows_the_defaults_of_the_options() -> None:
     assert choices == (verify.WEIGHTS, verify.DTYPES, verify.ATTENTIONS)
 
 
-def test_options_reach_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_reach_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, VerifyOptions]] = []
 
     def run(action: str, arguments: dict[str, Any]) -> int:
@@ -446,7 +446,7 @@ def test_image_modes(checkpoint: MakeCheckpoint, tmp_path: Path, mode: str) -> N
     assert all(gate.passed for gate in case.check(loaded.model))
 
 
-def test_image_is_resized_by_the_checkpoint(
+def test_image_is_resized_by_checkpoint(
     checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs: list[Tensor] = []
@@ -498,10 +498,10 @@ def test_naflex(checkpoint: MakeCheckpoint, resample: int, monkeypatch: pytest.M
     assert call("--checkpoint", folder, "--attn", "sdpa") == 1
 
 
-def test_layout_that_transformers_cannot_load(
+def test_layout_unsupported_by_transformers(
     checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The message names the way: extract the encoder and compare that."""
+    """The message suggests to extract the encoder."""
     folder = checkpoint(SMALL, prefix="vision_tower.vision_model.")
     assert call("--checkpoint", folder) == 2
     assert re.search(
@@ -539,16 +539,16 @@ def test_file_and_random_weights(
 def test_wrong_weights(
     checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loader with a wrong bias of the keys, which changes no output."""
+    """The loader changes a key bias, which affects no output."""
     load_state_dict = port.SigLipVisionModel.load_state_dict
 
-    def almost(
+    def load_with_wrong_bias(
         self: port.SigLipVisionModel, state: dict[str, torch.Tensor], **kwargs: bool
     ) -> object:
         name = "transformer.encoder.encoder_blocks.1.self_attn.k_proj.bias"
         return load_state_dict(self, {**state, name: state[name] + 1}, **kwargs)
 
-    monkeypatch.setattr(port.SigLipVisionModel, "load_state_dict", almost)
+    monkeypatch.setattr(port.SigLipVisionModel, "load_state_dict", load_with_wrong_bias)
     assert call("--checkpoint", checkpoint()) == 1
     out = capsys.readouterr().out
     assert "weights: encoder.layers.1.self_attn.k_proj.bias: 24 of 24 elements differ" in out
@@ -558,10 +558,10 @@ def test_wrong_weights(
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_weights_not_finite(
+def test_non_finite_weights(
     value: float, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One element in each of two blocks: both are named, and there is no verdict."""
+    """NaN in two blocks: the error names both, and there is no verdict."""
     folder = checkpoint()
 
     def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -590,7 +590,7 @@ def test_weights_beyond_float16(
     assert message in capsys.readouterr().err
 
 
-def test_port_not_finite(
+def test_non_finite_port_outputs(
     checkpoint: MakeCheckpoint,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -632,7 +632,7 @@ def test_wrong_activation(
 
 
 def test_hub(hub: Hub, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the Hub, from its cache, and from neither."""
+    """Comparisons from the Hub and from its cache, and an error without both."""
     folder = checkpoint(prefix="vision_model.")
     hub.repositories["google/siglip-served"] = Repository(folder)
     for weights in ("auto", "hub"):
@@ -660,7 +660,7 @@ def test_hub(hub: Hub, checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture
             )
 
 
-def test_hub_breaks_off(
+def test_default_command_without_hub(
     hub: Hub,
     checkpoint: MakeCheckpoint,
     capsys: pytest.CaptureFixture[str],
@@ -713,7 +713,7 @@ def test_reports_and_baseline(
 
 
 @pytest.mark.parametrize("size", ["tiny", pytest.param("small", marks=pytest.mark.slow)])
-def test_full(
+def test_full_comparison(
     size: str, checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if size == "small":
@@ -795,7 +795,7 @@ def test_without_transformers(
 
 
 @pytest.mark.parametrize("option", ["--selftest", "--calibrate"])
-def test_without_a_clone(
+def test_without_clone(
     option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(name: str) -> None:

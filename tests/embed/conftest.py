@@ -18,8 +18,10 @@ def model(encoder_folder: Path) -> SigLipVisionModel:
 
 
 @pytest.fixture(scope="session")
-def embedded(photos: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(
+    photos: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Output folder of an uninterrupted run over the fixture `photos`; read-only."""
-    folder = tmp_path_factory.mktemp("embedded")
+    folder = tmp_path_factory.mktemp("finished_run")
     embed([photos], folder, SigLipVisionModel.from_hf(encoder_folder), **OPTIONS)
     return folder

@@ -48,9 +48,9 @@ def test_embed(photos: Path, encoder_folder: Path, tmp_path: Path) -> None:
 
 
 def test_embed_without_broken_images(
-    photos: Path, embedded: Path, encoder_folder: Path, tmp_path: Path
+    photos: Path, finished_run: Path, encoder_folder: Path, tmp_path: Path
 ) -> None:
-    image = readable_rows(embedded)[0]
+    image = readable_rows(finished_run)[0]
     images = tmp_path / "images"
     images.mkdir()
     (images / "a.png").write_bytes(Path(image["path"]).read_bytes())
@@ -59,15 +59,15 @@ def test_embed_without_broken_images(
     assert result.stdout.startswith("1 image embedded\n")
 
 
-def test_search(embedded: Path) -> None:
-    query = readable_rows(embedded)[0]
-    nearest = json.loads(run("search", embedded, query["path"], "--top-k", 3, "--json").stdout)[
+def test_search(finished_run: Path) -> None:
+    query = readable_rows(finished_run)[0]
+    nearest = json.loads(run("search", finished_run, query["path"], "--top-k", 3, "--json").stdout)[
         "nearest"
     ]
     assert nearest[0]["id"] == query["id"]
     assert nearest[0]["cosine"] == pytest.approx(1, abs=1e-5)
     assert len(nearest) == 3
-    assert run("search", embedded, query["path"]).stdout.startswith("1.0000  ")
+    assert run("search", finished_run, query["path"]).stdout.startswith("1.0000  ")
 
 
 def test_unusable_arguments(photos: Path, encoder_folder: Path, tmp_path: Path) -> None:

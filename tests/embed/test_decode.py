@@ -29,7 +29,7 @@ CRASHING = ("0000009", "0000030", "0000031")
 def test_worker_dies(
     always: bool,
     photos: Path,
-    embedded: Path,
+    finished_run: Path,
     model: SigLipVisionModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -49,7 +49,7 @@ def test_worker_dies(
 
     monkeypatch.setattr("siglip_port.embed.decode.decode", crash)
     embed([photos], tmp_path / "out", model, **{**OPTIONS, "num_workers": 2})
-    for row, expected in zip(read_rows(tmp_path / "out"), read_rows(embedded), strict=True):
+    for row, expected in zip(read_rows(tmp_path / "out"), read_rows(finished_run), strict=True):
         if always and Path(row["id"]).stem in CRASHING:
             assert (row["error"], row["width"]) == (WORKER_DIED, None)
         else:
@@ -61,7 +61,7 @@ def test_worker_dies(
 def test_workers_cannot_start(
     photos: Path, model: SigLipVisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error of the run, not of the images."""
+    """The run fails; the images do not become error rows."""
     two_workers = {**OPTIONS, "num_workers": 2}
     with monkeypatch.context() as patched:
         patched.setattr("siglip_port.embed.decode.initialize_worker", lambda: os._exit(1))

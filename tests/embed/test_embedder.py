@@ -153,7 +153,7 @@ def test_threads(encoder_folder: Path) -> None:
     assert torch.get_num_threads() == before
 
 
-def test_nan_embedding_is_an_error(embedder: Embedder) -> None:
+def test_nan_embedding_is_error(embedder: Embedder) -> None:
     with torch.no_grad():
         embedder.base_model.transformer.post_layernorm.bias[0] = torch.nan
     black = decode(np.zeros((4, 4, 3), np.uint8), embedder.processor)

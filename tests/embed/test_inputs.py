@@ -86,21 +86,21 @@ def test_items_of_pattern(archives: Path, photos: Path) -> None:
 
 
 def test_embed_parquet_input(
-    archives: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path
+    archives: Path, finished_run: Path, model: SigLipVisionModel, tmp_path: Path
 ) -> None:
     embed([archives / "bytes.parquet"], tmp_path, model, **OPTIONS)
-    assert read_column(tmp_path, "id") == read_column(embedded, "id")
+    assert read_column(tmp_path, "id") == read_column(finished_run, "id")
     vectors = repr(read_column(tmp_path, "embedding"))
-    assert vectors == repr(read_column(embedded, "embedding"))
+    assert vectors == repr(read_column(finished_run, "embedding"))
 
 
 def test_ids_of_several_inputs_are_distinct(tmp_path: Path) -> None:
-    one = tmp_path / "one"
-    two = tmp_path / "two"
-    for folder in (one, two):
+    first = tmp_path / "one"
+    second = tmp_path / "two"
+    for folder in (first, second):
         folder.mkdir()
         Image.new("RGB", (4, 4)).save(folder / "a.png")
-    assert ids_of(find_items([one, two])) == [f"{one}/a.png", f"{two}/a.png"]
+    assert ids_of(find_items([first, second])) == [f"{first}/a.png", f"{second}/a.png"]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_parquet_input_without_ids(tmp_path: Path) -> None:
     assert ids == ["a.parquet:0:0", "a.parquet:0:1", "a.parquet:1:0"]
 
 
-def test_parquet_input_that_changes(tmp_path: Path) -> None:
+def test_changed_parquet_input(tmp_path: Path) -> None:
     table = pa.table({"bytes": [b"x" * 1000] * 4})
     file = tmp_path / "a.parquet"
     parquet.write_table(table, file, row_group_size=2)

@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {
 # --- without a cluster ----------------------------------------------------------------------------
 
 
-def test_stages_match_a_local_run(
+def test_stages_match_local_run(
     photos: Path, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Called as Ray does, with pickled inputs, outputs and model."""
@@ -150,7 +150,7 @@ def test_cluster_resumes_local_run(cluster_run: Path, photos: Path) -> None:
 
 
 @pytest.mark.slow
-def test_image_crashes_every_process_of_cluster(cluster_run: Path) -> None:
+def test_image_that_crashes_every_process_of_cluster(cluster_run: Path) -> None:
     message = "Ray cluster failed: .*died.* with --executor local if an image crashes"
     assert re.match(message, read_report(cluster_run)["deadly"])
 

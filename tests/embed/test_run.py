@@ -65,9 +65,9 @@ def test_row_per_image(photos: Path, model: SigLipVisionModel, tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "_run.json", *files]
 
 
-def test_row_of_image(photos: Path, embedded: Path, model: SigLipVisionModel) -> None:
+def test_row_of_image(photos: Path, finished_run: Path, model: SigLipVisionModel) -> None:
     processor = ImageProcessor.from_config(model.preprocessor_config)
-    for row in read_rows(embedded):
+    for row in read_rows(finished_run):
         path = photos / row["id"]
         assert row["path"] == str(path)
         if row["error"]:
@@ -109,35 +109,37 @@ def test_file_metadata(
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars", "duckdb"])
-def test_other_library_reads_rows(library: str, embedded: Path) -> None:
+def test_other_library_reads_rows(library: str, finished_run: Path) -> None:
     other = pytest.importorskip(library)
     if library == "duckdb":
         query = (
-            f"select id, embedding from read_parquet('{embedded}/part-*.parquet') "
+            f"select id, embedding from read_parquet('{finished_run}/part-*.parquet') "
             "where error is null order by id"
         )
         rows = other.sql(query).fetchall()
     elif library == "polars":
-        table = other.read_parquet(embedded / "part-*.parquet").filter(other.col("error").is_null())
+        table = other.read_parquet(finished_run / "part-*.parquet").filter(
+            other.col("error").is_null()
+        )
         rows = list(zip(table["id"].to_list(), table["embedding"].to_list(), strict=True))
     else:
-        table = other.read_parquet(embedded)  # the folder, by pyarrow
+        table = other.read_parquet(finished_run)  # the folder, by pyarrow
         table = table[table["error"].isna()]
         rows = list(zip(table["id"], table["embedding"], strict=True))
-    for (name, vector), row in zip(rows, readable_rows(embedded), strict=True):
+    for (name, vector), row in zip(rows, readable_rows(finished_run), strict=True):
         assert name == row["id"]
         assert list(vector) == row["embedding"]
 
 
 def test_arrays_beside_parquet_files(
-    photos: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path
+    photos: Path, finished_run: Path, model: SigLipVisionModel, tmp_path: Path
 ) -> None:
     embed([photos], tmp_path, model, format="npy", **OPTIONS)
     parts = sorted(tmp_path.glob("part-*"))
     names = [f"part-{number:06}.{kind}" for number in range(5) for kind in ("npy", "parquet")]
     assert [path.name for path in parts] == names
     vectors = np.concatenate([np.load(path) for path in parts[::2]])
-    expected = read_rows(embedded)
+    expected = read_rows(finished_run)
     expected_vectors = np.array([row.pop("embedding") for row in expected], np.float32)
     assert vectors.dtype == np.float32
     assert np.array_equal(vectors, expected_vectors, equal_nan=True)
@@ -162,7 +164,7 @@ def test_tokens(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
     assert torch.allclose(stored, tokens, rtol=1e-4, atol=1e-4)
 
 
-def test_nan_embedding_is_an_error(photos: Path, tmp_path: Path) -> None:
+def test_nan_embedding_is_error(photos: Path, tmp_path: Path) -> None:
     model = SigLipVisionModel(SMALL).eval()
     with torch.no_grad():
         model.transformer.post_layernorm.bias[0] = torch.nan
@@ -207,11 +209,11 @@ def test_fastest_engine(
     assert read_settings_file(tmp_path / "default")["engine"] == "eager"
 
 
-def test_int8(photos: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
+def test_int8(photos: Path, finished_run: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
     embed([photos], tmp_path, model, **{**OPTIONS, "engine": "int8"})
     assert read_settings_file(tmp_path)["dtype"] == "int8"
     largest = 0.0
-    for row, expected in zip(read_rows(tmp_path), read_rows(embedded), strict=True):
+    for row, expected in zip(read_rows(tmp_path), read_rows(finished_run), strict=True):
         if not expected["error"]:
             difference = np.abs(np.subtract(row["embedding"], expected["embedding"])).max()
             largest = max(largest, difference)
@@ -219,7 +221,7 @@ def test_int8(photos: Path, embedded: Path, model: SigLipVisionModel, tmp_path: 
 
 
 def test_unavailable_engine(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:
-    """Nothing is written."""
+    """The run fails before anything is written."""
     options = {**OPTIONS, "engine": "onnxruntime", "dtype": torch.bfloat16}
     message = "engine onnxruntime is not available: .*float32.*; choose another, or eager"
     with pytest.raises(EmbedError, match=message):
@@ -234,7 +236,7 @@ def test_unavailable_engine(photos: Path, model: SigLipVisionModel, tmp_path: Pa
 def test_embeddings_do_not_depend_on_workers_or_interruptions(
     naflex: bool, photos: Path, tmp_path: Path
 ) -> None:
-    """Bitwise equal to an uninterrupted run when stopped again and again."""
+    """A run that is stopped repeatedly gives the same bits as an uninterrupted one."""
     model = random_model(replace(SMALL, naflex=naflex))
     embed([photos], tmp_path / "whole", model, **OPTIONS)
     embed([photos], tmp_path / "workers", model, **{**OPTIONS, "num_workers": 2})
@@ -273,18 +275,18 @@ def test_resume_after_signal(
     kind: signal.Signals,
     photos: Path,
     encoder_folder: Path,
-    embedded: Path,
+    finished_run: Path,
     model: SigLipVisionModel,
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
     assert embed_until(24, kind, [photos, out, encoder_folder]) == -kind
-    check_resumes(photos, model, out, embedded)
+    check_resumes(photos, model, out, finished_run)
 
 
 @pytest.mark.slow
 def test_resume_after_many_kills(
-    photos: Path, encoder_folder: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path
+    photos: Path, encoder_folder: Path, finished_run: Path, model: SigLipVisionModel, tmp_path: Path
 ) -> None:
     """One run, killed at many points, some of them during a write."""
     out = tmp_path / "out"
@@ -296,7 +298,7 @@ def test_resume_after_many_kills(
         )
         copy = tmp_path / f"copy{number}"
         shutil.copytree(out, copy)
-        check_resumes(photos, model, copy, embedded, unfinished=False)
+        check_resumes(photos, model, copy, finished_run, unfinished=False)
 
 
 def test_full_disk(

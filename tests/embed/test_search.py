@@ -41,12 +41,12 @@ def test_shard_with_only_errors(tmp_path: Path) -> None:
     assert search(tmp_path, torch.tensor([1.0, 0.9]), 2) == []
 
 
-def test_npy_and_parquet_give_the_same(
-    photos: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path
+def test_npy_and_parquet_give_same_results(
+    photos: Path, finished_run: Path, model: SigLipVisionModel, tmp_path: Path
 ) -> None:
     embed([photos], tmp_path, model, format="npy", **OPTIONS)
-    query = torch.tensor(read_rows(embedded)[1]["embedding"])
-    assert search(tmp_path, query, 3) == search(embedded, query, 3)
+    query = torch.tensor(read_rows(finished_run)[1]["embedding"])
+    assert search(tmp_path, query, 3) == search(finished_run, query, 3)
 
 
 def test_folder_without_embeddings(tmp_path: Path) -> None:
@@ -64,18 +64,18 @@ def test_folder_without_embeddings(tmp_path: Path) -> None:
 
 
 def test_query_by_other_model(
-    photos: Path, embedded: Path, model: SigLipVisionModel, tmp_path: Path
+    photos: Path, finished_run: Path, model: SigLipVisionModel, tmp_path: Path
 ) -> None:
     random_model(seed=1).save_hf(tmp_path / "weights")
     message = (
-        r"embedded.*: embeddings were computed with other {} than th(at|ose) of .*{}; pass the"
+        r"finished_run.*: embeddings were computed with other {} than th(at|ose) of .*{}; pass the"
     )
     with pytest.raises(EmbedError, match=message.format("weights", "weights")):
-        embed_query(embedded, photos / "a.png", source=str(tmp_path / "weights"))
+        embed_query(finished_run, photos / "a.png", source=str(tmp_path / "weights"))
     model.preprocessor_config = {**model.preprocessor_config, "image_mean": [0.1, 0.1, 0.1]}
     model.save_hf(tmp_path / "mean")
     with pytest.raises(EmbedError, match=message.format("preprocessing", "mean")):
-        embed_query(embedded, photos / "a.png", source=str(tmp_path / "mean"))
+        embed_query(finished_run, photos / "a.png", source=str(tmp_path / "mean"))
 
 
 def test_query_of_tokens(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:

@@ -48,9 +48,9 @@ def recorded_images(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(embedded: Path, tmp_path: Path) -> Path:
+def run(finished_run: Path, tmp_path: Path) -> Path:
     """Output folder of a complete run over the fixture `photos`; tests may change it."""
-    return Path(shutil.copytree(embedded, tmp_path / "run"))
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from siglip_port import SigLipVisionConfig, SigLipVisionModel
+from siglip_port import SigLipVisionConfig
 from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.checkpoint.source import CONFIG, INDEX, WEIGHTS
-from siglip_port.parity.stress_weights import randomize
 
 # Sizes that expose bugs: head_dim differs from the number of heads, 1/sqrt(head_dim) is inexact,
 # the image is no multiple of the patch, and 11 block indices sort differently as text.
@@ -53,15 +52,6 @@ Json = dict[str, Any]
 def config_for(layout: Layout, config: SigLipVisionConfig = SMALL) -> SigLipVisionConfig:
     """Return `config` with the pooling head and NaFlex setting that a layout supports."""
     return replace(config, pooling_head=bool(layout.head), naflex=layout.naflex)
-
-
-def random_model(
-    config: SigLipVisionConfig = SMALL, dtype: torch.dtype = torch.float64
-) -> SigLipVisionModel:
-    """Return a model in `eval()` mode with random weights, none of them zero or one."""
-    model = SigLipVisionModel(config).to(dtype).eval()
-    randomize(model)
-    return model
 
 
 def pixels(config: SigLipVisionConfig, batch: int = 2, seed: int = 0) -> Tensor:

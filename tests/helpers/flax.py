@@ -1,4 +1,4 @@
-"""Arrays of big_vision, by the transforms of its converters, not by our tables."""
+"""Arrays of big_vision, by the transforms of its converters, not by the key map."""
 
 from __future__ import annotations
 

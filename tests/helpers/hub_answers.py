@@ -127,7 +127,7 @@ class Answer:
         return answer
 
     def _disturb(self, fault: Fault) -> Answer:
-        more = fault.after or 1
+        num_bytes = fault.after or 1
         match fault.kind:
             case "status":
                 return Answer(fault.status, {}, b"A fault of the test")
@@ -137,12 +137,12 @@ class Answer:
                 half = (self.stop - self.first) // 2
                 self.send(self.first, self.first + (half if fault.after is None else fault.after))
             case "long":
-                self.send(self.first, self.stop + more)
+                self.send(self.first, self.stop + num_bytes)
             case "other range":
                 self.status = 206
-                self.send(self.first + more, self.stop + more)
+                self.send(self.first + num_bytes, self.stop + num_bytes)
             case "other size":
-                self._enlarge(more)
+                self._enlarge(num_bytes)
             case "wrong bytes":
                 self.wrong_byte = self.first + (fault.after or 0)
             case "gzip":
@@ -157,12 +157,12 @@ class Answer:
                 self.headers.pop("X-Repo-Commit", None)
         return self
 
-    def _enlarge(self, more: int) -> None:
-        self.size += more
+    def _enlarge(self, num_bytes: int) -> None:
+        self.size += num_bytes
         self.send(self.first, self.stop)
         size = self.headers.get("X-Linked-Size")
         if size is not None:
-            self.headers["X-Linked-Size"] = str(int(size) + more)
+            self.headers["X-Linked-Size"] = str(int(size) + num_bytes)
 
     def _compress(self) -> None:
         """Compress the body; Content-Range stays that of the uncompressed body."""
@@ -190,8 +190,8 @@ def parse_range(header: str, size: int) -> tuple[int, int] | None:
 
 def refuse(status: int, code: str, message: str, **headers: str) -> Answer:
     """Return an error of the Hub; `code` determines the exception of the client."""
-    sent = {name.replace("_", "-"): value for name, value in headers.items()}
-    sent["X-Error-Message"] = message
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    fields["X-Error-Message"] = message
     if code:
-        sent["X-Error-Code"] = code
-    return Answer(status, sent, message.encode())
+        fields["X-Error-Code"] = code
+    return Answer(status, fields, message.encode())

@@ -194,10 +194,10 @@ class Hub:
         refusal = refusal_of(repository, token, for_files="file" in request)
         if refusal:
             return refusal
-        place = repository.find(request.get("revision", "main"))
-        if place is None:
+        snapshot = repository.find(request.get("revision", "main"))
+        if snapshot is None:
             return refuse(404, "RevisionNotFound", "Revision not found")
-        commit, folder = place
+        commit, folder = snapshot
         if "file" in request:
             return self._resolve(
                 request["name"], repository, commit, folder / request["file"], folder
@@ -378,9 +378,9 @@ class Handler(BaseHTTPRequestHandler):
             answer = self.server.respond(self.path, authorization)
             if method == "RANGE" and content_range is not None and hub.ranges and answer.file:
                 answer = answer.part(content_range)
-            then = hub.after.pop(key, None)
-            if then is not None:
-                then()
+            callback = hub.after.pop(key, None)
+            if callback is not None:
+                callback()
             transfer = Transfer(self, answer.disturbed(exchange.fault), exchange, progress)
             if not transfer.run():
                 self.close_connection = True

@@ -33,7 +33,7 @@ import torch
 
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint import extract_model
-from siglip_port.parity.stress_weights import randomize
+from tests.helpers.models import random_model
 
 # NEW equals timm's vit_base_patch16_siglip_224 in everything but sizes; OLD differs only in the
 # activation.
@@ -70,13 +70,6 @@ class Outcome(NamedTuple):
     disturbance: str
     code: int
     state: str
-
-
-def random_model(config: SigLipVisionConfig, seed: int) -> SigLipVisionModel:
-    """Return a model with random parameters."""
-    model = SigLipVisionModel(config).eval()
-    randomize(model, seed=seed)
-    return model
 
 
 def writer(name: str, model: SigLipVisionModel) -> Callable[[Path], object]:
@@ -190,7 +183,7 @@ class Save:
         self.room = room
         self.stride = stride
         self.folder = room / "checkpoint"
-        self.models = {"old": random_model(OLD, 1), "new": random_model(NEW, 2)}
+        self.models = {"old": random_model(OLD, seed=1), "new": random_model(NEW, seed=2)}
         self.write = writer(name, self.models["new"])
         self.before = room / "before"
         writer(name, self.models["old"])(self.before)

@@ -29,7 +29,7 @@ class Download:
     """A load of a repository into a cache, in separate processes."""
 
     name: str
-    served: Path
+    folder: Path
     cache: Path
 
     def load(self, *, local_files_only: bool = False) -> None:
@@ -37,7 +37,7 @@ class Download:
         model = SigLipVisionModel.from_hf(
             self.name, cache_dir=self.cache, local_files_only=local_files_only
         )
-        expected = SigLipVisionModel.from_hf(self.served).state_dict()
+        expected = SigLipVisionModel.from_hf(self.folder).state_dict()
         for key, tensor in model.state_dict().items():
             if not torch.equal(tensor, expected[key]):
                 os._exit(97)
@@ -71,17 +71,17 @@ class Download:
         return run_disturbed(self.load_offline_and_online, undisturbed) == 0
 
 
-def kill_downloads(name: str, served: Path, room: Path, interval: int) -> None:
+def kill_downloads(name: str, folder: Path, room: Path, interval: int) -> None:
     """Print JSON: number of steps, number of kills, and the steps with a wrong result.
 
     Args:
         name: Hub id.
-        served: Folder of the repository.
+        folder: Folder of the repository.
         room: Empty folder.
         interval: Interval of the steps at which loads are killed; includes the first and the last.
     """
     chunked_download.CHUNK_BYTES = 32768
-    download = Download(name, served, room / "cache")
+    download = Download(name, folder, room / "cache")
     steps = download.count_steps()
     killed = sample_ends(range(steps), interval)
     wrong = [step for step in killed if not download.is_right_after_kill(step)]

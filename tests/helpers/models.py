@@ -1,19 +1,27 @@
-"""Small models for tests."""
+"""Small models, and images for them."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.parity import randomize
-from tests.helpers.checkpoints import SMALL
+from tests.helpers.checkpoints import SMALL, pixels
 
 
-def random_model(config: SigLipVisionConfig = SMALL, seed: int = 0) -> SigLipVisionModel:
+def random_model(
+    config: SigLipVisionConfig = SMALL, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> SigLipVisionModel:
     """Build a model with reproducible random parameters, none of them 0 or 1."""
-    model = SigLipVisionModel(config).eval()
+    model = SigLipVisionModel(config).to(dtype).eval()
     randomize(model, seed=seed)
     return model
+
+
+def random_float64_model(config: SigLipVisionConfig) -> SigLipVisionModel:
+    """Build `random_model` in float64."""
+    return random_model(config, dtype=torch.float64)
 
 
 def counting_model(config: SigLipVisionConfig = SMALL) -> SigLipVisionModel:
@@ -24,3 +32,8 @@ def counting_model(config: SigLipVisionConfig = SMALL) -> SigLipVisionModel:
             numbers = torch.arange(parameter.numel()) % 17 - 8
             parameter.copy_(numbers.reshape(parameter.shape) / 64)
     return model
+
+
+def images_for(model: SigLipVisionModel, batch_size: int = 2) -> Tensor:
+    """Draw random `pixel_values` of the size that a model takes, float32, [B, C, H, W]."""
+    return pixels(model.config, batch_size).float()

@@ -56,8 +56,8 @@ def mode_writes(mode: str = "r", *_: object, **__: object) -> bool:
 @contextmanager
 def refused_operation(name: str, code: int) -> Iterator[None]:
     """Let one operation fail in `.siglip_port`, except for headers."""
-    place: Any = os if name == "posix_fallocate" else Path
-    function: Function = getattr(place, name)
+    owner: Any = os if name == "posix_fallocate" else Path
+    function: Function = getattr(owner, name)
 
     def refuse(path: object, *arguments: object, **options: object) -> object:
         is_reading = name == "open" and (not arguments or arguments[0] == "rb")
@@ -67,5 +67,5 @@ def refused_operation(name: str, code: int) -> Iterator[None]:
         return function(path, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, name, refuse)
+        patch.setattr(owner, name, refuse)
         yield

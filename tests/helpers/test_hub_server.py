@@ -74,15 +74,15 @@ def request(
             opened.close()
 
 
-def at(hub: Hub, file: str, revision: str = "main") -> str:
+def url_of(hub: Hub, file: str, revision: str = "main") -> str:
     return f"{hub.url}/{NAME}/resolve/{revision}/{file}"
 
 
 @pytest.fixture
-def plain(hub: Hub, repository: Repository) -> str:
+def plain_url(hub: Hub, repository: Repository) -> str:
     """URL of the weights in a repository without CDN."""
     repository.cdn = ""
-    return at(hub, WEIGHTS)
+    return url_of(hub, WEIGHTS)
 
 
 # --- the real client ------------------------------------------------------------------------------
@@ -124,9 +124,9 @@ def test_refusals(hub: Hub, repository: Repository, tmp_path: Path) -> None:
         revision: str | None = None,
         token: str | None = None,
     ) -> int:
-        with pytest.raises(error) as caught:
+        with pytest.raises(error) as error_info:
             hf_hub_download(name, file, revision=revision, token=token, cache_dir=tmp_path)
-        return caught.value.response.status_code
+        return error_info.value.response.status_code
 
     assert status(RepositoryNotFoundError, name="google/absent") == 404
     assert status(RevisionNotFoundError, revision="v9") == 404
@@ -145,13 +145,13 @@ def test_refusals(hub: Hub, repository: Repository, tmp_path: Path) -> None:
     hub.repositories[NAME] = Repository(repository.folder, disabled=True)
     with pytest.raises(DisabledRepoError):
         HfApi().model_info(NAME)
-    assert request(at(hub, WEIGHTS))[0] == 403
+    assert request(url_of(hub, WEIGHTS))[0] == 403
 
 
-def test_token_is_not_for_cdn(hub: Hub, repository: Repository, tmp_path: Path) -> None:
+def test_cdn_refuses_tokens(hub: Hub, repository: Repository, tmp_path: Path) -> None:
     assert hf_hub_download(NAME, WEIGHTS, token="secret", cache_dir=tmp_path)
     assert hub.authorizations == [(hub.url, "Bearer secret")]
-    location = request(at(hub, WEIGHTS))[1]["Location"]
+    location = request(url_of(hub, WEIGHTS))[1]["Location"]
     connection = http.client.HTTPConnection(urlsplit(location).netloc)
     connection.request(
         "GET", location.removeprefix(hub.cdn_url), headers={"Authorization": "Bearer secret"}
@@ -199,14 +199,16 @@ def test_client_retries_after_429(hub: Hub, repository: Repository, tmp_path: Pa
 
 
 def test_large_file_redirects_to_cdn(hub: Hub, repository: Repository) -> None:
-    status, headers, body = request(at(hub, WEIGHTS), method="HEAD")
+    status, headers, body = request(url_of(hub, WEIGHTS), method="HEAD")
     assert (status, body) == (302, b"")
     assert (headers["X-Linked-Etag"], headers["X-Linked-Size"]) == (
         f'"{SHA256}"',
         str(len(CONTENT)),
     )
     assert headers["X-Repo-Commit"] == repository.commit
-    assert int(headers["Content-Length"]) == len(request(at(hub, WEIGHTS))[2]) < 1000  # a message
+    assert (
+        int(headers["Content-Length"]) == len(request(url_of(hub, WEIGHTS))[2]) < 1000
+    )  # a message
     assert (
         urlsplit(headers["Location"]).netloc
         == urlsplit(hub.cdn_url).netloc
@@ -217,11 +219,11 @@ def test_large_file_redirects_to_cdn(hub: Hub, repository: Repository) -> None:
     assert cdn_headers["ETag"] != headers["X-Linked-Etag"]
     assert "X-Repo-Commit" not in cdn_headers
     repository.cdn = "*"
-    assert request(at(hub, "config.json"))[0] == 302
+    assert request(url_of(hub, "config.json"))[0] == 302
 
 
 def test_small_file_is_served_by_hub(hub: Hub, repository: Repository) -> None:
-    status, headers, body = request(at(hub, "config.json"))
+    status, headers, body = request(url_of(hub, "config.json"))
     assert (status, body, headers["Content-Length"], headers["Accept-Ranges"]) == (
         200,
         b"{}",
@@ -232,14 +234,14 @@ def test_small_file_is_served_by_hub(hub: Hub, repository: Repository) -> None:
         headers["ETag"] == '"9e26dfeeb6e641a33dae4961196235bdb965b21b"'
     )  # echo -n {} | git hash-object --stdin
     (repository.folder / "config.json").write_text("[]")
-    after = request(at(hub, "config.json"))[1]
+    after = request(url_of(hub, "config.json"))[1]
     assert after["ETag"] != headers["ETag"]
     assert after["X-Repo-Commit"] == repository.commit != headers["X-Repo-Commit"]
 
 
 def test_signed_url_expires(hub: Hub, repository: Repository) -> None:
     def location() -> str:
-        return request(at(hub, WEIGHTS))[1]["Location"]
+        return request(url_of(hub, WEIGHTS))[1]["Location"]
 
     lasting = location()
     assert [request(lasting)[0] for _ in range(3)] == [200] * 3
@@ -271,9 +273,9 @@ def test_signed_url_expires(hub: Hub, repository: Repository) -> None:
     ],
 )
 def test_ranges(
-    hub: Hub, plain: str, span: str, expected: bytes | None, content_range: str | None
+    hub: Hub, plain_url: str, span: str, expected: bytes | None, content_range: str | None
 ) -> None:
-    status, headers, body = request(plain, span)
+    status, headers, body = request(plain_url, span)
     if content_range is None:
         assert status == 200
     else:
@@ -286,7 +288,7 @@ def test_ranges(
         assert hub.sent[WEIGHTS] == int(headers["Content-Length"]) == len(expected)
     assert hub.requests == {f"RANGE {WEIGHTS}": 1}
     hub.ranges = False
-    status, headers, body = request(plain, span)
+    status, headers, body = request(plain_url, span)
     assert (status, body) == (200, CONTENT)
     assert not {"Accept-Ranges", "Content-Range"} & headers.keys()
 
@@ -298,7 +300,7 @@ def test_huge_file_is_not_read(hub: Hub, repository: Repository) -> None:
         opened.seek(size - 3)
         opened.write(b"end")
     start = time.monotonic()
-    headers = request(at(hub, "huge.safetensors"), method="HEAD")[1]
+    headers = request(url_of(hub, "huge.safetensors"), method="HEAD")[1]
     assert headers["X-Linked-Size"] == str(size)
     assert len(headers["X-Linked-Etag"].strip('"')) == 46  # not a SHA-256
     assert request(headers["Location"], f"{size - 100}-")[2] == b"\0" * 97 + b"end"
@@ -311,11 +313,11 @@ def test_huge_file_is_not_read(hub: Hub, repository: Repository) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 416, 429, 500, 503])
-def test_status_fault(hub: Hub, plain: str, status: int) -> None:
+def test_status_fault(hub: Hub, plain_url: str, status: int) -> None:
     hub.faults = [Fault("status", status=status, headers={"Retry-After": "7"})]
-    actual, headers, _ = request(plain)
+    actual, headers, _ = request(plain_url)
     assert (actual, headers["Retry-After"]) == (status, "7")
-    assert request(plain)[2] == CONTENT
+    assert request(plain_url)[2] == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -362,7 +364,7 @@ def test_changed_response(
     expected: bytes | None,
 ) -> None:
     repository.cdn = cdn
-    address = request(at(hub, WEIGHTS))[1]["Location"] if cdn else at(hub, WEIGHTS)
+    address = request(url_of(hub, WEIGHTS))[1]["Location"] if cdn else url_of(hub, WEIGHTS)
     hub.faults = [fault]
     actual, headers, body = request(address, span)
     assert (actual, headers.get("Content-Range")) == (
@@ -376,10 +378,10 @@ def test_changed_response(
     assert request(address, "10-19")[2] == CONTENT[10:20]
 
 
-def test_gzip_fault(hub: Hub, plain: str) -> None:
+def test_gzip_fault(hub: Hub, plain_url: str) -> None:
     hub.faults = [Fault("gzip", times=2)]
     for span in ("", "10-19"):
-        _, headers, body = request(plain, span)
+        _, headers, body = request(plain_url, span)
         assert headers["Content-Encoding"] == "gzip"
         assert gzip.decompress(body) == (CONTENT[10:20] if span else CONTENT)
 
@@ -389,9 +391,9 @@ def test_header_faults(hub: Hub, repository: Repository, cdn: str) -> None:
     repository.cdn = cdn
     names = ("X-Linked-Etag", "X-Linked-Size") if cdn else ("ETag", "Content-Length")
     hub.faults = [Fault("other etag"), Fault("no etag"), Fault("other size"), Fault("no commit")]
-    answers = [request(at(hub, WEIGHTS), method="HEAD")[1] for _ in range(5)]
-    good = answers.pop()
-    assert [answer.get(names[0]) == good[names[0]] for answer in answers] == [
+    answers = [request(url_of(hub, WEIGHTS), method="HEAD")[1] for _ in range(5)]
+    correct = answers.pop()
+    assert [answer.get(names[0]) == correct[names[0]] for answer in answers] == [
         False,
         False,
         True,
@@ -409,15 +411,15 @@ def test_header_faults(hub: Hub, repository: Repository, cdn: str) -> None:
     ("kind", "error"), [("reset", ConnectionResetError), ("close", http.client.HTTPException)]
 )
 def test_broken_connection(
-    hub: Hub, plain: str, kind: str, error: type[Exception], after: int | None
+    hub: Hub, plain_url: str, kind: str, error: type[Exception], after: int | None
 ) -> None:
     hub.faults = [Fault("reset" if kind == "reset" else "close", after=after)]
-    connection = http.client.HTTPConnection(urlsplit(plain).netloc, timeout=10)
-    connection.request("GET", urlsplit(plain).path)
+    connection = http.client.HTTPConnection(urlsplit(plain_url).netloc, timeout=10)
+    connection.request("GET", urlsplit(plain_url).path)
     if after is None:
-        with pytest.raises((ConnectionResetError, http.client.RemoteDisconnected)) as caught:
+        with pytest.raises((ConnectionResetError, http.client.RemoteDisconnected)) as error_info:
             connection.getresponse()
-        assert isinstance(caught.value, http.client.RemoteDisconnected) == (kind == "close")
+        assert isinstance(error_info.value, http.client.RemoteDisconnected) == (kind == "close")
     else:
         response = connection.getresponse()
         assert response.headers["Content-Length"] == str(len(CONTENT))
@@ -427,16 +429,16 @@ def test_broken_connection(
         response.close()
     connection.close()
     assert hub.sent[WEIGHTS] == (after or 0)
-    assert request(plain)[2] == CONTENT
+    assert request(plain_url)[2] == CONTENT
 
 
-def test_reset_after_sent_bytes(hub: Hub, plain: str, repository: Repository) -> None:
+def test_reset_after_sent_bytes(hub: Hub, plain_url: str, repository: Repository) -> None:
     """Even if the client reads slowly."""
     with (repository.folder / WEIGHTS).open("wb") as opened:
         opened.truncate(8_000_000)
     hub.faults = [Fault("reset", after=6_000_000)]
-    connection = http.client.HTTPConnection(urlsplit(plain).netloc, timeout=10)
-    connection.request("GET", urlsplit(plain).path)
+    connection = http.client.HTTPConnection(urlsplit(plain_url).netloc, timeout=10)
+    connection.request("GET", urlsplit(plain_url).path)
     time.sleep(0.1)
     with connection.getresponse() as response:
         assert response.read(6_000_000) == bytes(6_000_000)
@@ -446,13 +448,13 @@ def test_reset_after_sent_bytes(hub: Hub, plain: str, repository: Repository) ->
 
 
 @pytest.mark.parametrize("after", [None, 1000])
-def test_stall_fault(hub: Hub, plain: str, after: int | None) -> None:
+def test_stall_fault(hub: Hub, plain_url: str, after: int | None) -> None:
     hub.faults = [Fault("stall", seconds=0.2, after=after), Fault("stall", after=after)]
     start = time.monotonic()
-    assert request(plain)[2] == CONTENT
+    assert request(plain_url)[2] == CONTENT
     assert time.monotonic() - start >= 0.2
-    connection = http.client.HTTPConnection(urlsplit(plain).netloc, timeout=0.1)
-    connection.request("GET", urlsplit(plain).path)
+    connection = http.client.HTTPConnection(urlsplit(plain_url).netloc, timeout=0.1)
+    connection.request("GET", urlsplit(plain_url).path)
     with pytest.raises(TimeoutError):  # the second stall has no end
         connection.getresponse().read()
     assert hub.max_concurrency == 1
@@ -465,15 +467,15 @@ def test_stall_fault(hub: Hub, plain: str, after: int | None) -> None:
     assert not hub.sent
 
 
-def test_slow_fault(hub: Hub, plain: str) -> None:
+def test_slow_fault(hub: Hub, plain_url: str) -> None:
     hub.faults = [Fault("slow", after=50_000, seconds=0.02)]
     start = time.monotonic()
-    assert request(plain)[2] == CONTENT
+    assert request(plain_url)[2] == CONTENT
     assert time.monotonic() - start >= 50_000 // SLOW_CHUNK * 0.02
 
 
 def test_faults_are_used_up_in_order(hub: Hub, repository: Repository) -> None:
-    config, weights = at(hub, "config.json"), at(hub, WEIGHTS)
+    config, weights = url_of(hub, "config.json"), url_of(hub, WEIGHTS)
     hub.faults = [
         Fault("status", "HEAD config.json", status=500, times=2),
         Fault("status", f"GET {WEIGHTS}", status=501),
@@ -489,40 +491,40 @@ def test_faults_are_used_up_in_order(hub: Hub, repository: Repository) -> None:
 # --- connections ----------------------------------------------------------------------------------
 
 
-def test_connection_is_reused(hub: Hub, plain: str) -> None:
+def test_connection_is_reused(hub: Hub, plain_url: str) -> None:
     """A body of another length than in its headers would corrupt the next response."""
-    connection = http.client.HTTPConnection(urlsplit(plain).netloc, timeout=10)
+    connection = http.client.HTTPConnection(urlsplit(plain_url).netloc, timeout=10)
     connection.connect()
-    used = connection.sock
+    socket_before = connection.sock
     hub.faults = [
         Fault(kind, f"GET {WEIGHTS}") for kind in ("no length", "gzip", "html", "status", "long")
     ]
     for _ in range(7):
-        assert request(plain, "10-19", connection=connection)[2] == CONTENT[10:20]
-        request(plain, connection=connection)
+        assert request(plain_url, "10-19", connection=connection)[2] == CONTENT[10:20]
+        request(plain_url, connection=connection)
         for absent in (
-            at(hub, "absent"),
-            at(hub, WEIGHTS, "v9"),
+            url_of(hub, "absent"),
+            url_of(hub, WEIGHTS, "v9"),
             f"{hub.url}/nothing",
             f"{hub.url}/api/models/{NAME}",
         ):
             for method in ("HEAD", "GET"):
                 request(absent, method=method, connection=connection)
-        assert request(plain, "100000-", connection=connection)[0] == 416
-        assert request(plain, method="HEAD", connection=connection)[1]["Content-Length"] == str(
+        assert request(plain_url, "100000-", connection=connection)[0] == 416
+        assert request(plain_url, method="HEAD", connection=connection)[1]["Content-Length"] == str(
             len(CONTENT)
         )
-        assert connection.sock is used
+        assert connection.sock is socket_before
     connection.close()
     assert hub.max_concurrency == 1
 
 
-def test_concurrent_requests(hub: Hub, plain: str) -> None:
+def test_concurrent_requests(hub: Hub, plain_url: str) -> None:
     hub.faults = [Fault("slow", seconds=0.02, times=None)]
     bodies: list[bytes] = []
 
     def run() -> None:
-        bodies.append(request(plain, "0-49999")[2])
+        bodies.append(request(plain_url, "0-49999")[2])
 
     threads = [threading.Thread(target=run) for _ in range(16)]
     for thread in threads:

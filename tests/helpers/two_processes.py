@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from siglip_port import SigLipVisionModel
-from tests.helpers.checkpoints import SMALL, random_model
+from tests.helpers.checkpoints import SMALL
+from tests.helpers.models import random_float64_model
 
 WORLD_SIZE = 2
 LEARNING_RATE = 0.5
@@ -100,11 +101,11 @@ def message_of(run: Callable[[], object]) -> str:
 
 def run_ddp(rows: slice) -> Results:
     """Run DDP with `embed`, and bypassing DDP, which averages no gradients."""
-    model = DistributedDataParallel(Embedder(random_model(CONFIG)))
+    model = DistributedDataParallel(Embedder(random_float64_model(CONFIG)))
     loss(model(**images(rows))).backward()
-    naflex = DistributedDataParallel(Embedder(random_model(NAFLEX)))
+    naflex = DistributedDataParallel(Embedder(random_float64_model(NAFLEX)))
     loss(naflex(**packed_images(rows))).backward()
-    bypassed = DistributedDataParallel(Embedder(random_model(CONFIG)))
+    bypassed = DistributedDataParallel(Embedder(random_float64_model(CONFIG)))
     loss(bypassed.module.model.embed(**images(rows))).backward()
     return {
         "ddp": full_gradients(model),
@@ -115,7 +116,7 @@ def run_ddp(rows: slice) -> Results:
 
 def run_fsdp(rows: slice, folder: Path) -> Results:
     """Run FSDP2: gradients, an optimizer step, images of another size, and saving."""
-    model = fsdp(random_model(CONFIG))
+    model = fsdp(random_float64_model(CONFIG))
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     with torch.no_grad():
         before = model.embed(**images(side=32))
@@ -139,16 +140,16 @@ def run_fsdp(rows: slice, folder: Path) -> Results:
 
 def run_fsdp_otherwise(rows: slice) -> Results:
     """Run FSDP2 with checkpointed blocks, unregistered methods, and attention maps."""
-    naflex = fsdp(random_model(NAFLEX)).train()
+    naflex = fsdp(random_float64_model(NAFLEX)).train()
     naflex.gradient_checkpointing_enable()
     loss(naflex.embed(**packed_images(rows))).backward()
     # `embed` works unregistered: it calls the model, whose `forward` gathers.
-    vectors = fsdp(random_model(CONFIG), methods=()).embed(**images(rows))
+    vectors = fsdp(random_float64_model(CONFIG), methods=()).embed(**images(rows))
     loss(vectors).backward()
-    unregistered = fsdp(random_model(CONFIG), methods=())
+    unregistered = fsdp(random_float64_model(CONFIG), methods=())
     tokens = torch.zeros(1, 4, CONFIG.embed_dim, dtype=torch.float64)
     message = message_of(lambda: unregistered.pool(tokens))
-    maps = fsdp(random_model(CONFIG), methods=("attention_maps",))
+    maps = fsdp(random_float64_model(CONFIG), methods=("attention_maps",))
     sharded_message = message_of(lambda: maps.attention_maps(**images(), layers=[0, 2]))
     for block in maps.transformer.encoder.encoder_blocks:
         block.unshard()  # type: ignore[operator]

@@ -76,19 +76,21 @@ def no_sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def vision_folder(hub: Hub, copied: Path) -> Path:
+def vision_folder(hub: Hub, encoder_copy: Path) -> Path:
     """Folder of a repository with only a vision encoder."""
-    hub.repositories[NAME] = Repository(copied)
-    return copied
+    hub.repositories[NAME] = Repository(encoder_copy)
+    return encoder_copy
 
 
 @pytest.fixture(params=["transformers", "open_clip"])
-def private_folder(request: pytest.FixtureRequest, hub: Hub, copied: Path, token: str) -> Path:
+def private_folder(
+    request: pytest.FixtureRequest, hub: Hub, encoder_copy: Path, token: str
+) -> Path:
     """Folder of a private repository with a whole model."""
     text_model = torch.ones(TEXT_MODEL_BYTES // 4)
-    edit_tensors(copied, lambda t: {**t, "text_model.embeddings.weight": text_model})
+    edit_tensors(encoder_copy, lambda t: {**t, "text_model.embeddings.weight": text_model})
     if request.param == "open_clip":
-        (copied / "config.json").rename(copied / "open_clip_config.json")
-        (copied / "model.safetensors").rename(copied / "open_clip_model.safetensors")
-    hub.repositories[NAME] = Repository(copied, private=True, readers=(token,))
-    return copied
+        (encoder_copy / "config.json").rename(encoder_copy / "open_clip_config.json")
+        (encoder_copy / "model.safetensors").rename(encoder_copy / "open_clip_model.safetensors")
+    hub.repositories[NAME] = Repository(encoder_copy, private=True, readers=(token,))
+    return encoder_copy

@@ -88,9 +88,9 @@ def test_address(address: str, revision: str | None, weights: str | None, hub: H
     ],
 )
 def test_invalid_address(address: str, message: str, hub: Hub) -> None:
-    with pytest.raises(CheckpointError, match=message) as refusal:
+    with pytest.raises(CheckpointError, match=message) as error:
         find_source(address, HubOptions(revision="v1"))
-    assert "secret" not in str(refusal.value)
+    assert "secret" not in str(error.value)
 
 
 def test_address_of_file(hub: Hub, vision_folder: Path, cache: Path) -> None:

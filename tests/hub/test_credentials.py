@@ -33,9 +33,9 @@ def test_token_is_sent_to_hub_only(
 
 @pytest.mark.parametrize("invalid", ["hf_one\nhf_two", "", "hf_ü", "hf a", "Bearer hf_x"])
 def test_invalid_token(invalid: str, hub: Hub, folder: Path, cache: Path) -> None:
-    with pytest.raises(ValueError, match="token must be a Hub token: printable ASCII w") as refusal:
+    with pytest.raises(ValueError, match="token must be a Hub token: printable ASCII w") as error:
         load(NAME, cache_dir=cache, token=invalid)
-    assert not invalid or invalid not in str(refusal.value)
+    assert not invalid or invalid not in str(error.value)
     assert not hub.requests
 
 
@@ -47,7 +47,7 @@ def test_invalid_stored_token(
     message = "the stored Hub token has invalid characters; set HF_TOKEN again"
     with pytest.raises(HubUnreachableError, match=message):
         load(NAME, cache_dir=cache)
-    # huggingface_hub sends this one once per process, whatever is loaded
+    # huggingface_hub sends this request once per process
     assert set(hub.requests) <= {"GET api/agent-harnesses"}
 
 
@@ -63,9 +63,9 @@ def test_expired_token(hub: Hub, folder: Path, cache: Path, token: str) -> None:
     message = (
         rf"{NAME}@v1: the Hub rejected the token, .* \(HTTP 401: {text}\); log in .* token=False"
     )
-    with pytest.raises(CheckpointError, match=message) as refusal:
+    with pytest.raises(CheckpointError, match=message) as error:
         load(NAME, cache_dir=cache, token=token, revision="v1")
-    assert token not in full_text(refusal.value)
+    assert token not in full_text(error.value)
 
 
 GATED = (
@@ -84,9 +84,9 @@ def test_closed_repository(
     kind: str, message: str, has_token: bool, hub: Hub, folder: Path, cache: Path, token: str
 ) -> None:
     setattr(hub.repositories[NAME], kind, True)
-    with pytest.raises(CheckpointError, match=message) as refusal:
+    with pytest.raises(CheckpointError, match=message) as error:
         load(NAME, cache_dir=cache, token=token if has_token else None)
-    assert token not in str(refusal.value)
+    assert token not in str(error.value)
 
 
 def test_disabled_repository(hub: Hub, folder: Path, cache: Path) -> None:

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("small_chunks")
 DAMAGED_OFFLINE = "damaged, and downloads are disabled by local_files_only=True"
 
 
-def flip_bit(content: bytes, at: int) -> bytes:
-    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+def flip_bit(content: bytes, index: int) -> bytes:
+    return content[:index] + bytes([content[index] ^ 1]) + content[index + 1 :]
 
 
 def damages(content: bytes) -> Iterator[tuple[str, bytes]]:
@@ -37,8 +37,8 @@ def damages(content: bytes) -> Iterator[tuple[str, bytes]]:
     size = len(content)
     digest = content.index(b"sha256") + 12
     padding = content.index(b"}} ") + 1
-    for at in (0, 3, 20, 200, digest, padding, size // 2, size - 1):
-        yield f"byte {at}", flip_bit(content, at)
+    for index in (0, 3, 20, 200, digest, padding, size // 2, size - 1):
+        yield f"byte {index}", flip_bit(content, index)
     for shorter in (0, 7, 8, 1000, size - 1):
         yield f"cut to {shorter}", content[:shorter]
     yield "longer", content + b"\0"
@@ -46,7 +46,7 @@ def damages(content: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 @sweep
-def test_vision_encoder(is_full: bool, hub: Hub, folder: Path, cache: Path) -> None:
+def test_damaged_vision_encoder(is_full: bool, hub: Hub, folder: Path, cache: Path) -> None:
     load(NAME, cache_dir=cache)
     (path,) = own_files(cache)
     cases = list(damages(path.read_bytes()))
@@ -60,7 +60,7 @@ def test_vision_encoder(is_full: bool, hub: Hub, folder: Path, cache: Path) -> N
         load(NAME, cache_dir=cache, local_files_only=True)
 
 
-def test_header(hub: Hub, folder: Path, cache: Path) -> None:
+def test_damaged_header(hub: Hub, folder: Path, cache: Path) -> None:
     load(NAME, cache_dir=cache)
     (path,) = cache.rglob("model.safetensors.header")
     intact = path.read_bytes()
@@ -76,7 +76,7 @@ def test_header(hub: Hub, folder: Path, cache: Path) -> None:
 @sweep
 @pytest.mark.usefixtures("links")
 @pytest.mark.parametrize("vision_only", [False, True])
-def test_whole_file(
+def test_damaged_whole_file(
     vision_only: bool,
     is_full: bool,
     hub: Hub,
@@ -100,12 +100,12 @@ def test_whole_file(
         message = f"{path}: damaged or modified after it was downloaded; downloading it again"
         assert message in caplog.text
         assert path.read_bytes() == (content if vision_only else intact)
-        aside = [copy.read_bytes() for copy in own_files(cache, "*.damaged")]
-        assert aside == ([] if vision_only else [content])
+        set_aside = [copy.read_bytes() for copy in own_files(cache, "*.damaged")]
+        assert set_aside == ([] if vision_only else [content])
 
 
 @pytest.mark.parametrize("in_parts", [True, False])
-def test_whole_file_in_transit(in_parts: bool, hub: Hub, folder: Path, cache: Path) -> None:
+def test_whole_file_damaged_in_transit(in_parts: bool, hub: Hub, folder: Path, cache: Path) -> None:
     hub.ranges = in_parts
     request = WEIGHTS if in_parts else "CDN GET model.safetensors"
     hub.faults = [Fault("wrong bytes", request, times=None, after=1000)]
@@ -122,7 +122,7 @@ def test_whole_file_in_transit(in_parts: bool, hub: Hub, folder: Path, cache: Pa
     assert_same(load(NAME, cache_dir=cache, vision_only=False), folder)  # downloaded a second time
 
 
-def test_config(hub: Hub, folder: Path, cache: Path) -> None:
+def test_modified_config(hub: Hub, folder: Path, cache: Path) -> None:
     """A modified configuration is refused: the change may be intended."""
     load(NAME, cache_dir=cache)
     (path,) = cache.rglob("config.json")
@@ -164,7 +164,7 @@ def test_interrupted_download(damage: str, hub: Hub, folder: Path, cache: Path) 
     assert hub.sent["model.safetensors"] == encoder_bytes(folder)
 
 
-def test_file_cut_on_hub(hub: Hub, folder: Path, cache: Path) -> None:
+def test_file_truncated_on_hub(hub: Hub, folder: Path, cache: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     message = (

@@ -27,7 +27,7 @@ load = SigLipVisionModel.from_hf
 def test_full_disk_before_download(
     hub: Hub, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is detected before the download."""
+    """The error is raised before the download."""
     load(NAME, cache_dir=cache, pooling_head=False)
     before = read_files(cache)
     hub.sent.clear()

@@ -34,7 +34,7 @@ STATUS = (400, 401, 403, 404, 408, 410, 416, 418, 429, 451, 500, 502, 503, 504)
 
 BREAKS: tuple[Kind, ...] = ("reset", "close", "stall", "short")
 CHANGES: tuple[Kind, ...] = ("other range", "other size")
-SPOILED: tuple[Kind, ...] = (
+WRONG_RESPONSES: tuple[Kind, ...] = (
     "html",
     "gzip",
     "no length",
@@ -49,13 +49,13 @@ FAULTS = [
     Fault("slow", after=0, seconds=0.001),
     *(Fault("long", after=after) for after in (None, 1000)),
     *(Fault(kind, after=after) for kind in CHANGES for after in (None, -1, 1000)),
-    *(Fault(kind) for kind in SPOILED),
+    *(Fault(kind) for kind in WRONG_RESPONSES),
 ]
 
-FINAL = (400, 401, 403, 404, 410, 416, 418, 451)
+NOT_RETRIED = (400, 401, 403, 404, 410, 416, 418, 451)
 """Statuses that are not retried; from the CDN, most of them mean an expired URL, and are."""
 
-ALIKE = (400, 410, 418, 451, 408, 502, 504)
+SIMILAR_STATUSES = (400, 410, 418, 451, 408, 502, 504)
 """Statuses that are handled like others; the sweep with permanent faults skips them."""
 
 
@@ -64,7 +64,7 @@ class Request:
     """A kind of request, the options of the load, and the statuses that are not retried."""
 
     key: str
-    final: Iterable[int] = FINAL
+    not_retried: Iterable[int] = NOT_RETRIED
     options: dict[str, Any] = field(default_factory=dict)
     has_ranges: bool = True
 
@@ -74,14 +74,14 @@ class Request:
         return self.key.split()[-1]
 
 
-WHOLE = {"vision_only": False}
+WHOLE_FILE = {"vision_only": False}
 REQUESTS = [
     Request("HEAD config.json"),
     Request("GET config.json"),
     Request("HEAD preprocessor_config.json"),
     Request("HEAD model.safetensors"),
     Request("CDN RANGE model.safetensors", (418, 451)),  # 416: the whole file is downloaded
-    Request("CDN GET model.safetensors", (416, 418, 451), WHOLE, has_ranges=False),
+    Request("CDN GET model.safetensors", (416, 418, 451), WHOLE_FILE, has_ranges=False),
 ]
 BY_KEY = {request.key: request for request in REQUESTS}
 
@@ -109,7 +109,7 @@ def test_fault(
     hub.repositories[NAME].private = True
     hub.ranges = request.has_ranges
     expected = load(folder).state_dict()
-    faults = [fault for fault in FAULTS if times == 1 or not is_alike(fault)]
+    faults = [fault for fault in FAULTS if times == 1 or not has_similar_status(fault)]
     if not is_full:
         faults = sample(faults, len(REQUESTS), offset=REQUESTS.index(request))
     failed: set[int | str] = set()
@@ -129,19 +129,19 @@ def test_fault(
         models.append(load(NAME, **options, local_files_only=True))
         for model in models:
             state = model.state_dict()
-            same = [torch.equal(tensor, state[name]) for name, tensor in expected.items()]
-            assert all(same), describe(fault)
+            is_equal = [torch.equal(tensor, state[name]) for name, tensor in expected.items()]
+            assert all(is_equal), describe(fault)
             assert token not in f"{model.provenance!r}"
     assert not [address for address, _ in hub.authorizations if address == hub.cdn_url]
-    survived = len(faults) - len(failed)
-    print(f"{key}, {'once' if times else 'always'}: {survived} of {len(faults)} survived")
+    num_loaded = len(faults) - len(failed)
+    print(f"{key}, {'once' if times else 'always'}: {num_loaded} of {len(faults)} loaded")
     if times == 1:
         statuses = {fault.status for fault in faults if fault.kind == "status"}
-        assert failed == statuses.intersection(request.final)
+        assert failed == statuses.intersection(request.not_retried)
 
 
-def is_alike(fault: Fault) -> bool:
-    return fault.kind == "status" and fault.status in ALIKE
+def has_similar_status(fault: Fault) -> bool:
+    return fault.kind == "status" and fault.status in SIMILAR_STATUSES
 
 
 def assert_harmless(message: str, token: str) -> None:
@@ -162,7 +162,7 @@ WRONG_BYTES = [
 def test_wrong_bytes(
     key: str, times: int | None, is_full: bool, hub: Hub, folder: Path, tmp_path: Path
 ) -> None:
-    """In whole files and in headers. Partial downloads cannot be verified: see docs/hub.md."""
+    """Wrong bytes are detected in whole files and headers, not in partial downloads."""
     request = BY_KEY[key]
     hub.ranges = request.has_ranges
     size = (folder / request.filename).stat().st_size
@@ -171,19 +171,19 @@ def test_wrong_bytes(
             continue
         hub.faults = [Fault("wrong bytes", key, times=times, after=offset)]
         options = {"cache_dir": tmp_path / f"{offset}", **request.options}
-        refusal = ""
+        message = ""
         try:
             assert_same(load(NAME, **options), folder)
         except CheckpointError as error:
-            refusal = str(error)
-        if refusal:
+            message = str(error)
+        if message:
             reasons = (
                 "do not match the Hub's hash",
                 "safetensors file",
                 "not hold",
                 "does not match",
             )
-            assert any(reason in refusal for reason in reasons)
+            assert any(reason in message for reason in reasons)
             assert times != 1 or "RANGE" in key  # whole files are downloaded again
         hub.faults = []
         assert_same(load(NAME, **options), folder)
@@ -207,7 +207,7 @@ def test_signed_url_is_always_expired(hub: Hub, folder: Path, cache: Path) -> No
 
 
 def test_config_is_too_large(hub: Hub, folder: Path, cache: Path) -> None:
-    """It is not downloaded."""
+    """An oversized configuration is not downloaded."""
     with (folder / "config.json").open("a") as file:
         file.truncate(10**11)
     message = (

@@ -27,7 +27,7 @@ CACHED_ADDRESS = re.compile(
 def redirecting(
     hub: Hub, new_path: Callable[[str], str], *, absolute: bool = False
 ) -> Iterator[None]:
-    """The Hub redirects to other paths of its own, `/api/resolve-cache/` among them."""
+    """Let the Hub redirect to other paths, and serve `/api/resolve-cache/`."""
     respond = hub.api.respond
 
     def redirect(target: str, authorization: str | None) -> Answer:
@@ -36,10 +36,10 @@ def redirecting(
         if cached is not None:
             own_path = "/{name}/resolve/{commit}/{file}".format(**cached.groupdict())
             return respond(own_path, authorization)
-        place = new_path(path)
-        if place == path:
+        location = new_path(path)
+        if location == path:
             return respond(target, authorization)
-        return Answer(307, {"Location": (hub.url if absolute else "") + place})
+        return Answer(307, {"Location": (hub.url if absolute else "") + location})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hub.api, "respond", redirect)

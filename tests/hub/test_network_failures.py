@@ -57,7 +57,7 @@ FAULTS = {
 
 FAILURES = ("refused", "dead proxy", *FAULTS)
 
-STATES = ("nothing", "a part", "all", "all, by the client")
+STATES = ("empty", "partial", "complete", "complete, by the client")
 
 
 @contextmanager
@@ -80,15 +80,15 @@ def failing(failure: str, hub: Hub) -> Iterator[None]:
 
 
 def fill_cache(state: str, folder: Path, cache: Path, token: str) -> None:
-    """Cache nothing, a part or all of the repository; and the same weights of another one."""
+    """Fill the cache to a state, and cache another repository with the same weights."""
     (weights,) = folder.glob("*.safetensors")
     hf_hub_download(OTHER, weights.name, cache_dir=cache)
-    if state == "all":
+    if state == "complete":
         load(NAME, cache_dir=cache, token=token)
-    if state == "all, by the client":
+    if state == "complete, by the client":
         for path in sorted(folder.iterdir()):
             hf_hub_download(NAME, path.name, cache_dir=cache, token=token)
-    if state == "a part":
+    if state == "partial":
         config = weights.name.replace("model.safetensors", "config.json")
         hf_hub_download(NAME, config, cache_dir=cache, token=token)
 
@@ -119,22 +119,22 @@ def test_every_failure(
         failures = tuple(sample(FAILURES, 8, offset=case + writable))
     for failure in failures:
         hub.requests.clear()
-        refusal: CheckpointError | None = None
+        load_error: CheckpointError | None = None
         with failing(failure, hub):
             try:
                 with nullcontext() if writable else unwritable(cache, errno.EROFS):
                     assert_same(load(NAME, **options), folder)
             except CheckpointError as error:
-                refusal = error
-        assert (refusal is None) == state.startswith("all"), f"{failure}: {refusal}"
-        if refusal is not None:
-            assert NAME in str(refusal), failure
-            assert_no_secrets(refusal, token)
-            names_proxy = "through the proxy http://127.0.0.1:" in str(refusal)
+                load_error = error
+        assert (load_error is None) == state.startswith("complete"), f"{failure}: {load_error}"
+        if load_error is not None:
+            assert NAME in str(load_error), failure
+            assert_no_secrets(load_error, token)
+            names_proxy = "through the proxy http://127.0.0.1:" in str(load_error)
             assert names_proxy == (failure == "dead proxy")
         # If everything is cached, requests are not retried. 20 redirects are followed.
         max_requests = 45
-        if refusal is None:
+        if load_error is None:
             max_requests = 20 if failure == "circular redirects" else 2
         assert sum(hub.requests.values()) <= max_requests, failure
         assert before.items() <= read_files(cache).items(), failure
@@ -179,7 +179,7 @@ def test_connection_reset(method: str, hub: Hub, vision_folder: Path, cache: Pat
 
 
 def test_no_network(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The load fails soon."""
+    """The load fails within seconds."""
     point_client_at(f"http://127.0.0.1:{silent_port()}", monkeypatch)
     start = time.monotonic()
     message = f"^{NAME}: cannot download config.json: no connection to 127.0.0.1 "
@@ -191,7 +191,7 @@ def test_no_network(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_untrusted_certificate(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As behind a firewall that inspects TLS."""
+    """A firewall that inspects TLS replaces the certificate."""
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
     files = ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "certificate")]
     subprocess.run([*command.split(), *files], check=True, capture_output=True)
@@ -216,9 +216,9 @@ def test_socks_proxy_without_package(
     monkeypatch.setenv("http_proxy", "socks5://somebody:swordfish@127.0.0.1:1080")
     close_session()
     message = "the SOCKS proxy socks5://127.0.0.1:1080 needs the package socksio; run: pip install"
-    with pytest.raises(HubUnreachableError, match=message) as refusal:
+    with pytest.raises(HubUnreachableError, match=message) as load_error:
         load(NAME, cache_dir=cache, token=token)
-    assert "swordfish" not in full_text(refusal.value)
+    assert "swordfish" not in full_text(load_error.value)
     monkeypatch.undo()
     close_session()
 
@@ -240,7 +240,7 @@ def test_unreachable_reason(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_name_lookup_hangs(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As behind a firewall; timeouts of the client do not apply."""
+    """Timeouts of the client do not cover name lookups."""
     released = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait())
     point_client_at("http://hub.invalid", monkeypatch)

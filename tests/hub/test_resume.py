@@ -88,8 +88,10 @@ def test_resume_after_kill(requests: int, hub: Hub, folder: Path, cache: Path) -
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 @sweep
-def test_killed_anywhere(is_full: bool, hub: Hub, folder: Path, tmp_path: Path) -> None:
-    """Before any step: an offline load is right or fails; an online load is right."""
+def test_resume_after_kill_at_any_step(
+    is_full: bool, hub: Hub, folder: Path, tmp_path: Path
+) -> None:
+    """After the kill, an offline load is right or fails; an online load is right."""
     child = ForkedProcess(kill_downloads, NAME, folder, tmp_path, 1 if is_full else 16)
     code, printed = child.wait(600)
     assert code == 0, printed
@@ -100,7 +102,7 @@ def test_killed_anywhere(is_full: bool, hub: Hub, folder: Path, tmp_path: Path) 
 
 
 def test_interrupt(hub: Hub, folder: Path, cache: Path) -> None:
-    """Ctrl-C ends the download soon."""
+    """Ctrl-C ends the download promptly."""
     hub.faults = [Fault("none", WEIGHTS, times=5), Fault("slow", WEIGHTS, times=None, seconds=0.5)]
     child = ForkedProcess(load_in_chunks, NAME, cache)
     hub.wait_for_requests(WEIGHTS, 5 + MAX_CONCURRENCY)
@@ -151,10 +153,10 @@ def test_threads_at_once(hub: Hub, folder: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("repeats", [2, pytest.param(5, marks=pytest.mark.slow)])
-def test_locks_do_not_hold(
+def test_ineffective_locks(
     repeats: int, hub: Hub, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on some network file systems."""
+    """Locks have no effect on some network file systems."""
     monkeypatch.setattr(
         huggingface_hub.utils, "WeakFileLock", lambda *_, **__: contextlib.nullcontext()
     )

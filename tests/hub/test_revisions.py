@@ -1,4 +1,4 @@
-"""A load reads one commit, whatever is pushed meanwhile."""
+"""A load reads one commit, regardless of concurrent pushes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ load = SigLipVisionModel.from_hf
 
 
 @pytest.fixture
-def pushed(folder: Path, tmp_path: Path) -> Path:
+def new_folder(folder: Path, tmp_path: Path) -> Path:
     """A copy of the repository with other weights, not yet pushed."""
-    pushed = Path(shutil.copytree(folder, tmp_path / "pushed"))
-    edit_tensors(pushed, lambda t: {name: tensor + 1 for name, tensor in t.items()})
-    return pushed
+    new_folder = Path(shutil.copytree(folder, tmp_path / "pushed"))
+    edit_tensors(new_folder, lambda t: {name: tensor + 1 for name, tensor in t.items()})
+    return new_folder
 
 
 def commit_of(model: SigLipVisionModel) -> str | None:
@@ -61,22 +61,24 @@ def test_pinned_to_commit_of_first_file(
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("moment", ["HEAD config.json", "HEAD model.safetensors", WEIGHTS])
 def test_push_between_requests(
-    moment: str, hub: Hub, folder: Path, cache: Path, pushed: Path
+    moment: str, hub: Hub, folder: Path, cache: Path, new_folder: Path
 ) -> None:
     first = hub.repositories[NAME].commit
-    hub.after[moment] = lambda: hub.repositories[NAME].push(pushed)
+    hub.after[moment] = lambda: hub.repositories[NAME].push(new_folder)
     model = load(NAME, cache_dir=cache)
-    assert_same(model, folder if commit_of(model) == first else pushed)
-    assert_same(load(NAME, cache_dir=cache), pushed)
+    assert_same(model, folder if commit_of(model) == first else new_folder)
+    assert_same(load(NAME, cache_dir=cache), new_folder)
 
 
-def test_push_between_metadata_and_file(hub: Hub, folder: Path, cache: Path, pushed: Path) -> None:
+def test_push_between_metadata_and_file(
+    hub: Hub, folder: Path, cache: Path, new_folder: Path
+) -> None:
     """The metadata is that of `main`; the file is requested from the commit of the metadata."""
     config = (folder / "config.json").read_text()
     assert "1e-06" in config
-    (pushed / "config.json").write_text(config.replace("1e-06", "1e-05"))
+    (new_folder / "config.json").write_text(config.replace("1e-06", "1e-05"))
     first = hub.repositories[NAME].commit
-    hub.after["HEAD config.json"] = lambda: hub.repositories[NAME].push(pushed)
+    hub.after["HEAD config.json"] = lambda: hub.repositories[NAME].push(new_folder)
     model = load(NAME, cache_dir=cache)
     assert commit_of(model) == first
     assert hub.repositories[NAME].commit != first
@@ -88,9 +90,9 @@ def test_push_of_other_files(hub: Hub, folder: Path, cache: Path, tmp_path: Path
     """If the weights are unchanged, only their header is downloaded."""
     load(NAME, cache_dir=cache)
     first = hub.repositories[NAME].commit
-    pushed = Path(shutil.copytree(folder, tmp_path / "pushed"))
-    (pushed / "README.md").write_text("new")
-    hub.repositories[NAME].push(pushed)
+    new_folder = Path(shutil.copytree(folder, tmp_path / "pushed"))
+    (new_folder / "README.md").write_text("new")
+    hub.repositories[NAME].push(new_folder)
     hub.sent.clear()
     assert commit_of(load(NAME, cache_dir=cache)) == hub.repositories[NAME].commit != first
     assert hub.sent["model.safetensors"] == HEADER_BYTES
@@ -113,7 +115,7 @@ def test_origin_is_saved(hub: Hub, folder: Path, cache: Path, tmp_path: Path) ->
         assert provenance is not None
         assert provenance.origin == origin
         assert str(provenance).startswith(f"source   {tmp_path / name}, saved from {origin}\n")
-    edit_tensors(tmp_path / "hf", lambda t: t)  # written by somebody else
+    edit_tensors(tmp_path / "hf", lambda t: t)  # written by another program
     provenance = load(tmp_path / "hf").provenance
     assert provenance is not None
     assert provenance.origin is None

@@ -88,19 +88,21 @@ def test_every_layout(
         f"some{separator}where{separator}",
     )
     # 4.8 MB; the encoder has 2.7
-    others = {f"some{separator}thing{separator}{i}": torch.ones(400_000) for i in range(3)}
-    tensors = {name: tensor.contiguous() for name, tensor in (stored | others).items()}
-    served = tmp_path / "served"
-    served.mkdir()
-    save_file(tensors, served / "model.safetensors")
+    other_tensors = {f"some{separator}thing{separator}{i}": torch.ones(400_000) for i in range(3)}
+    tensors = {name: tensor.contiguous() for name, tensor in (stored | other_tensors).items()}
+    served_folder = tmp_path / "served"
+    served_folder.mkdir()
+    save_file(tensors, served_folder / "model.safetensors")
     if in_shards:
-        shard(served)
-    hub.repositories[NAME] = Repository(served)
+        shard(served_folder)
+    hub.repositories[NAME] = Repository(served_folder)
     model = load(NAME, cache_dir=cache, config=config)
     assert_equal_tensors(model, original)
-    sent = {name: count for name, count in hub.sent.items() if name.endswith(".safetensors")}
+    bytes_by_file = {
+        name: count for name, count in hub.sent.items() if name.endswith(".safetensors")
+    }
     encoder = sum(tensor.nbytes for tensor in stored.values())
-    assert sum(sent.values()) <= encoder + len(sent) * HEADER_BYTES
+    assert sum(bytes_by_file.values()) <= encoder + len(bytes_by_file) * HEADER_BYTES
     whole_requests = [key for key in hub.requests if key.startswith("GET model")]
     assert not [key for key in whole_requests if ".json" not in key]
     assert len(own_files(cache)) == 1
@@ -144,7 +146,7 @@ def test_pooling_head_is_downloaded_on_demand(
 
 
 def test_long_header(hub: Hub, folder: Path, cache: Path) -> None:
-    """Longer than the first request."""
+    """The header is longer than the first request."""
     names = [f"text_model.{'x' * 50}.{i}" for i in range(2000)]
     edit_tensors(folder, lambda t: {**t, **{name: torch.ones(1) for name in names}})
     assert_same(load(NAME, cache_dir=cache), folder)
@@ -220,7 +222,7 @@ def test_signed_url_expires(uses: int, hub: Hub, folder: Path, cache: Path) -> N
     assert_same(load(NAME, cache_dir=cache), folder)
 
 
-def test_model_does_not_share_cached_weights(hub: Hub, folder: Path, cache: Path) -> None:
+def test_model_does_not_share_memory_with_cache(hub: Hub, folder: Path, cache: Path) -> None:
     """Changing the weights of a model does not change the cache."""
     model = load(NAME, cache_dir=cache)
     with torch.no_grad():

@@ -38,14 +38,14 @@ needs_store = pytest.mark.skipif(
 
 
 @pytest.fixture(params=["encoder", "whole model"])
-def folder(request: pytest.FixtureRequest, hub: Hub, copied: Path, tmp_path: Path) -> Path:
+def folder(request: pytest.FixtureRequest, hub: Hub, encoder_copy: Path, tmp_path: Path) -> Path:
     """Folder of a repository with only a vision encoder, or with a whole model."""
     if request.param == "whole model":
         text_model = torch.ones(TEXT_MODEL_BYTES // 4)
-        edit_tensors(copied, lambda t: {**t, "text_model.embeddings.weight": text_model})
-    hub.repositories |= {NAME: Repository(copied), COPY: Repository(copied)}
-    hub.store_by_xet(tmp_path / "xet", copied / WEIGHTS)
-    return copied
+        edit_tensors(encoder_copy, lambda t: {**t, "text_model.embeddings.weight": text_model})
+    hub.repositories |= {NAME: Repository(encoder_copy), COPY: Repository(encoder_copy)}
+    hub.store_by_xet(tmp_path / "xet", encoder_copy / WEIGHTS)
+    return encoder_copy
 
 
 def download(cache: Path, name: str = NAME) -> Path:
@@ -100,7 +100,7 @@ def test_file_of_other_program_is_used(
 def test_damaged_shared_blob(
     vision_only: bool, hub: Hub, folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is downloaded again; the shared blob stays as it is."""
+    """The file is downloaded again; the shared blob is not modified."""
     path = download(cache)
     copy = download(cache, COPY)
     (blob,) = shared_blobs(cache)
@@ -160,7 +160,7 @@ def dead_store(
 
 @pytest.mark.usefixtures("dead_store")
 def test_dead_store(hub: Hub, folder: Path, cache: Path) -> None:
-    """The load does not wait for it."""
+    """The load does not wait for the store."""
     assert_same(load(NAME, cache_dir=cache), folder)  # the CDN suffices
     shutil.rmtree(cache)
     hub.faults = [Fault("reset", "CDN *", times=None)]

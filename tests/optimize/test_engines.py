@@ -21,7 +21,7 @@ from siglip_port.optimize.comparison import TOLERANCES, relative_difference
 from siglip_port.optimize.onednn import PrepackedLinear, fuse_gelu, prepack_linears
 from siglip_port.optimize.optimized_model import EngineTransformer, inference_copy
 from siglip_port.parity.siglip import cases
-from tests.helpers.checkpoints import pixels
+from tests.helpers.models import images_for
 
 CPU_ENGINES = [name for name in ENGINES if name not in ("compiled", "int8")]
 TOLERANCE = TOLERANCES[torch.float32]
@@ -38,10 +38,6 @@ def difference(output: Tensor, expected: Tensor) -> float:
     return relative_difference([output], [expected])
 
 
-def images(model: SigLipVisionModel, batch_size: int) -> Tensor:
-    return pixels(model.config, batch_size).float()
-
-
 # --- the same results -----------------------------------------------------------------------------
 
 
@@ -50,7 +46,7 @@ def images(model: SigLipVisionModel, batch_size: int) -> Tensor:
 def test_forward_and_embed(engine: str, model: SigLipVisionModel, engine_cache: Path) -> None:
     fast = with_engine(model, engine, cache_dir=engine_cache)
     for batch_size in (1, 2, 5):
-        x = images(model, batch_size)
+        x = images_for(model, batch_size)
         assert difference(fast(x), model(x)) <= TOLERANCE
         vectors = fast.embed(x, normalize=True)
         assert difference(vectors, model.embed(x, normalize=True)) <= TOLERANCE
@@ -62,7 +58,7 @@ def test_forward_and_embed(engine: str, model: SigLipVisionModel, engine_cache: 
 @torch.inference_mode()
 def test_other_methods(engine: str, model: SigLipVisionModel, engine_cache: Path) -> None:
     fast = with_engine(model, engine, cache_dir=engine_cache)
-    x = images(model, 2)
+    x = images_for(model, 2)
     size = model.config.image_size
     wide = torch.rand(1, 3, size, 2 * size)
     packed = pack([wide[0], x[0]], model.config.patch_size)
@@ -84,7 +80,7 @@ def test_other_methods(engine: str, model: SigLipVisionModel, engine_cache: Path
 @pytest.mark.parametrize("engine", CPU_ENGINES)
 def test_wrong_input(engine: str, model: SigLipVisionModel, engine_cache: Path) -> None:
     fast = with_engine(model, engine, cache_dir=engine_cache)
-    x = images(model, 2)
+    x = images_for(model, 2)
     for wrong in (x[0], x.int(), x[:, :2], "x"):
         with pytest.raises(ValueError, match="pixel_values must be"):
             fast(wrong)
@@ -103,7 +99,7 @@ def test_save_hf(engine: str, model: SigLipVisionModel, engine_cache: Path, tmp_
 def test_low_precision(dtype: torch.dtype, model: SigLipVisionModel, engine_cache: Path) -> None:
     engines = ["prepacked", "prepacked-gelu"]
     fast = optimize(model, dtype=dtype, engines=engines, cache_dir=engine_cache)
-    x = images(model, 2)
+    x = images_for(model, 2)
     assert fast(x).dtype == fast.embed(x).dtype == dtype
     cosine = torch.cosine_similarity(fast.embed(x).float(), model.embed(x), dim=-1)
     assert cosine.min() > 0.999
@@ -130,7 +126,7 @@ def test_threads(engine: str, model: SigLipVisionModel, engine_cache: Path) -> N
 @torch.inference_mode()
 def test_copies_and_casts(engine: str, model: SigLipVisionModel, engine_cache: Path) -> None:
     fast = with_engine(model, engine, cache_dir=engine_cache)
-    x = images(model, 2)
+    x = images_for(model, 2)
     assert difference(copy.deepcopy(fast)(x), model(x)) <= TOLERANCE
     assert difference(pickle.loads(pickle.dumps(fast))(x), model(x)) <= TOLERANCE
     expected = copy.deepcopy(model).double()(x)
@@ -143,7 +139,7 @@ def test_gradients_for_pixels(engine: str, model: SigLipVisionModel, engine_cach
     fast = with_engine(model, engine, cache_dir=engine_cache)
     gradients = []
     for each in (fast, model):
-        x = images(model, 2).requires_grad_()
+        x = images_for(model, 2).requires_grad_()
         each.embed(x).square().sum().backward()
         assert x.grad is not None
         gradients.append(x.grad)
@@ -154,7 +150,7 @@ def test_prepacked_weights_are_updated(model: SigLipVisionModel) -> None:
     fast = inference_copy(model, None)
     prepack_linears(fast)
     fuse_gelu(fast)
-    x = images(model, 2)
+    x = images_for(model, 2)
     with torch.inference_mode():
         before = fast(x)
     with torch.no_grad():
@@ -258,7 +254,7 @@ def test_file_is_cached_by_weights(
     engine_cache: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    x = images(model, 3)
+    x = images_for(model, 3)
     with_engine(model, engine, cache_dir=engine_cache)
     files = set(engine_cache.glob(f"*/{file}"))
     monkeypatch.setattr(writer, None)  # not called again

@@ -101,7 +101,7 @@ def test_package(model: SigLipVisionModel, images: Tensor, tmp_path: Path) -> No
         pytest.param(export_onnx, "model.onnx", marks=pytest.mark.slow),
     ],
 )
-def test_wrong_file_is_not_written(
+def test_file_with_wrong_outputs_is_not_written(
     write: Export,
     name: str,
     model: SigLipVisionModel,

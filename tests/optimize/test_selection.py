@@ -17,7 +17,7 @@ from siglip_port.optimize import ENGINES, OptimizedModel
 from siglip_port.optimize.comparison import TOLERANCES, relative_difference
 from siglip_port.optimize.engines import Engine
 from siglip_port.optimize.onednn import PrepackedLinear
-from tests.helpers.checkpoints import pixels
+from tests.helpers.models import images_for
 
 SECONDS = "siglip_port.optimize.selection.seconds_per_batch"
 
@@ -32,10 +32,6 @@ def prepacked_is_fast(model: torch.nn.Module, images: Tensor) -> float:
 
 def quantized_is_fast(model: torch.nn.Module, images: Tensor) -> float:
     return 2.0 if any(type(part) is torch.nn.Linear for part in model.modules()) else 1.0
-
-
-def images(model: SigLipVisionModel, batch_size: int = 2) -> Tensor:
-    return pixels(model.config, batch_size).float()
 
 
 # --- the choice -----------------------------------------------------------------------------------
@@ -63,7 +59,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 ENGINE_NAMES = ["prepacked", "prepacked-gelu"]
 
 
-def test_fastest_is_chosen(
+def test_fastest_engine_is_chosen(
     seconds: dict[str, float], model: SigLipVisionModel, tmp_path: Path
 ) -> None:
     fast = optimize(model, engines=ENGINE_NAMES, batch_size=2, cache_dir=tmp_path)
@@ -78,7 +74,7 @@ def test_fastest_is_chosen(
     assert is_prepacked(fast)
 
 
-def test_two_percent_faster_is_not_chosen(
+def test_engine_two_percent_faster_is_not_chosen(
     seconds: dict[str, float], model: SigLipVisionModel, tmp_path: Path
 ) -> None:
     seconds.update({"prepacked": 4.9, "prepacked-gelu": 5.0})
@@ -121,7 +117,7 @@ def test_int8(
     model: SigLipVisionModel, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SECONDS, quantized_is_fast)
-    x = images(model)
+    x = images_for(model)
     fast = optimize(model, dtype=torch.int8, cache_dir=own_cache)
     assert fast.choice.engine == "int8"
     assert 1e-4 < fast.choice.difference <= fast.choice.bound == TOLERANCES[torch.int8]
@@ -142,7 +138,7 @@ def test_int8_beyond_its_tolerance_is_skipped(
     assert "bound 1e-06" in choice.skipped["int8"]
 
 
-def test_int8_is_not_a_default(model: SigLipVisionModel, own_cache: Path) -> None:
+def test_int8_is_not_default(model: SigLipVisionModel, own_cache: Path) -> None:
     choice = optimize(model, cache_dir=own_cache).choice
     assert "int8" not in choice.milliseconds
     assert "int8" not in choice.skipped
@@ -169,7 +165,7 @@ def test_gradients_of_chosen_engine(
     monkeypatch.setattr(SECONDS, prepacked_is_fast)
     fast = optimize(model, engines=["prepacked"], cache_dir=tmp_path)
     assert is_prepacked(fast)
-    x = images(model).requires_grad_()
+    x = images_for(model).requires_grad_()
     fast.embed(x).sum().backward()
     assert x.grad is not None
     assert x.grad.any()
@@ -183,7 +179,7 @@ def test_choice_is_cached(
 ) -> None:
     options: dict[str, Any] = {"engines": ["prepacked"], "cache_dir": tmp_path}
     first = optimize(model, **options)
-    x = images(model, 1)
+    x = images_for(model, 1)
     with monkeypatch.context() as patched:
         patched.setattr("siglip_port.optimize.selection.choose", None)  # not called a second time
         second = optimize(model, **options)
@@ -214,7 +210,7 @@ def test_damaged_choice(content: str, model: SigLipVisionModel, tmp_path: Path) 
 def test_unwritable_cache(
     model: SigLipVisionModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Only a warning: the next process measures again."""
+    """A warning is logged; the next process measures again."""
     (tmp_path / "file").write_text("")
     cache = tmp_path / "file" / "cache"
     with caplog.at_level(logging.WARNING):

@@ -176,7 +176,7 @@ def test_two_bugs_are_located(pair: Pair) -> None:
     ]
 
 
-def test_key_bias_is_compared_although_no_output_depends_on_it(pair: Pair) -> None:
+def test_key_bias_without_effect_on_outputs_is_compared(pair: Pair) -> None:
     with torch.no_grad():
         pair.block().self_attn.k_proj.bias.add_(1)
     assert pair.compare_outputs().equal
@@ -208,7 +208,7 @@ def test_reference_weights_must_be_finite(pair: Pair, value: float) -> None:
         pair.compare()
 
 
-def test_overflow_in_narrow_dtype_is_an_error(odd_checkpoint: Path) -> None:
+def test_overflow_in_narrow_dtype_raises(odd_checkpoint: Path) -> None:
     """If both overflow, infinity is not within an infinite bound."""
     pair = Pair(odd_checkpoint, torch.float16)
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_overflow_in_narrow_dtype_is_an_error(odd_checkpoint: Path) -> None:
         pair.compare()
 
 
-def test_reference_with_zero_outputs_is_an_error(pair: Pair) -> None:
+def test_reference_with_zero_outputs_raises(pair: Pair) -> None:
     with torch.no_grad():
         for parameter in [*pair.port.parameters(), *pair.reference.parameters()]:
             parameter.zero_()
@@ -248,7 +248,7 @@ def test_reference_must_be_float64_throughout(odd_checkpoint: Path) -> None:
         pair.compare()
 
 
-def test_single_example_is_an_error(pair: Pair) -> None:
+def test_single_example_raises(pair: Pair) -> None:
     with pytest.raises(
         ValueError, match="inputs must hold at least two examples along the first axis"
     ):
@@ -263,7 +263,7 @@ def test_output_names_must_agree(pair: Pair) -> None:
         compare(pair.reference, pair.port, pixels(ODD).float())
 
 
-def test_unknown_tap_is_an_error(pair: Pair) -> None:
+def test_unknown_tap_raises(pair: Pair) -> None:
     message = r"tap 'post_layernorm': 'post_ln': the port has no module 'post_ln'"
     with pytest.raises(ValueError, match=message):
         compare(pair.reference, pair.port, pixels(ODD).float(), {"post_layernorm": "post_ln"})
@@ -275,7 +275,7 @@ def test_missing_output(odd_checkpoint: Path) -> None:
     assert "pooled: the port does not return this output" in str(pair.compare_outputs())
 
 
-def test_output_with_another_shape(pair: Pair) -> None:
+def test_output_with_other_shape(pair: Pair) -> None:
     assert pair.port.pooling_head is not None
     pair.port.pooling_head.register_forward_hook(lambda _, inputs, output: output[:, :-1])
     comparison = pair.compare()
@@ -289,7 +289,7 @@ def without_modules(mlp: MLP, x: Tensor) -> Tensor:
     return hidden @ mlp.fc2.weight.T + mlp.fc2.bias
 
 
-def test_fused_modules_are_equal_and_listed_in_the_verdict(
+def test_fused_modules_are_equal_and_listed_in_verdict(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MLP, "forward", without_modules)
@@ -299,7 +299,7 @@ def test_fused_modules_are_equal_and_listed_in_the_verdict(
     assert message in comparison.verdict
 
 
-def test_float32_step_differs_from_a_bug_of_its_size(pair: Pair) -> None:
+def test_float32_step_differs_from_bug_of_its_size(pair: Pair) -> None:
     norm = pair.block().layer_norm1
     norm.register_forward_hook(lambda _, args, output: output.float().to(output.dtype))
     comparison = pair.compare()

@@ -65,7 +65,7 @@ def test_error_meter_with_parts_and_passes() -> None:
     assert meter.error() == (math.inf, math.inf)
 
 
-def test_error_meter_with_another_shape() -> None:
+def test_error_meter_with_other_shape() -> None:
     meter = ErrorMeter(EXACT)
     assert meter.add(VALUE[:, :1]) is None
     assert meter.error() == (math.inf, math.inf)

@@ -21,7 +21,7 @@ def test_reference_run() -> None:
     assert all(1e-4 < error.overall < 1e-1 for error in run.noise.values())
 
 
-def test_noise_is_the_maximum_over_attentions() -> None:
+def test_noise_is_maximum_over_attentions() -> None:
     model = ToyEncoder()
     current = [""]
 
@@ -48,7 +48,7 @@ def test_inputs_must_be_finite() -> None:
         run_reference(Side(ToyEncoder()), toy_images() * math.nan, POINTS, torch.float32)
 
 
-def test_float32_step_in_the_reference() -> None:
+def test_float32_step_in_reference() -> None:
     model = ToyEncoder()
     model.norm.register_forward_hook(lambda _, args, output: output.float().to(output.dtype))
     with pytest.raises(ValueError, match="does not compute in float64 throughout"):

@@ -22,7 +22,7 @@ def test_measurement_passes_within_its_bounds(error: float, worst: float, passed
     assert measurement(error, worst=worst).passed == passed
 
 
-def test_infinity_is_not_within_an_infinite_bound() -> None:
+def test_infinite_error_exceeds_infinite_bound() -> None:
     assert not measurement(math.inf, bound=math.inf).passed
 
 
@@ -67,7 +67,7 @@ def test_gate_without_checks_fails() -> None:
     )
 
 
-def test_verdict_has_the_most_precise_location() -> None:
+def test_verdict_has_most_precise_location() -> None:
     comparison = make_comparison(
         GateResult("sensitivity", 1, "", (Finding("constant"),)),
         GateResult("numerics", 1, "", (Finding("differs", "a"),)),

@@ -49,7 +49,7 @@ def test_batch_size() -> None:
     assert [batch_size(inputs) for inputs in (A, *ALL_INPUTS)] == [2, 2, 2]
 
 
-def test_example_is_a_batch_of_one() -> None:
+def test_example_is_batch_of_one() -> None:
     for inputs in ALL_INPUTS:
         assert batch_size(example(inputs, 1)) == 1
     assert torch.equal(call_module(nn.Identity(), example(A, 1))["output"], A[1:])
@@ -66,7 +66,7 @@ def test_map_tensors_skips_other_dtypes() -> None:
     assert by_name["flag"] is True
 
 
-def test_cast_restores_the_same_memory() -> None:
+def test_cast_restores_original_memory() -> None:
     linear = nn.Linear(4, 4)
     address = linear.weight.data_ptr()
     exact = linear.weight.detach().clone()

@@ -43,7 +43,7 @@ def test_distributions() -> None:
     assert 0.07 < (norm.weight < 0).float().mean() < 0.13
 
 
-def test_weights_depend_on_the_seed_only() -> None:
+def test_weights_depend_only_on_seed() -> None:
     models = [SigLipVisionModel(ODD) for _ in range(3)]
     random_state = torch.get_rng_state()
     for model, seed in zip(models, (7, 7, 8), strict=True):

@@ -70,7 +70,7 @@ def run_campaign(count: int, folder: Path) -> dict[str, Any]:
 
 def test_short_campaign(tmp_path: Path) -> None:
     total = run_campaign(40, tmp_path)["rows"]["all"]
-    assert all(total[outcome] > 1 for outcome in ("refused", "identical", "as the file says"))
+    assert all(total[outcome] > 1 for outcome in ("refused", "identical", "as described"))
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_campaign(tmp_path: Path) -> None:
     rows = run_campaign(150, tmp_path)["rows"]
     assert rows.keys() == GROUPS | {"hub ranges", "hub faults", "hub cache", "all"}
     assert rows["all"]["(unchanged)"] < 5
-    outcomes = ("refused", "identical", "as the file says")
+    outcomes = ("refused", "identical", "as described")
     assert all(rows["all"][outcome] > 10 for outcome in outcomes)
 
 
@@ -103,7 +103,7 @@ def skip_size_check(patch: Patch) -> None:
         raise RuntimeError("unable to mmap")
 
     patch.setattr(files, "parse_header", parse_any_size)
-    patch.setattr(files, "safe_open", no_memory)  # it would refuse such files itself
+    patch.setattr(files, "safe_open", no_memory)  # safetensors itself refuses such files
 
 
 def ignore_unknown_keys(patch: Patch) -> None:
@@ -216,7 +216,7 @@ def test_damaged_cache_detected(hub: Hub, tmp_path: Path, monkeypatch: Patch) ->
 
 
 def misbehave(number: int, folder: Path) -> None:
-    """Do what a loader must not do, by the number of the mutant."""
+    """Simulate a faulty loader; the fault depends on the number of the mutant."""
     match number:
         case 1:
             os._exit(3)
@@ -241,7 +241,7 @@ def misbehave(number: int, folder: Path) -> None:
 def test_failures_reported(
     tmp_path: Path, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """With the number of the mutant."""
+    """The report contains the number of the mutant."""
     report = tmp_path / "fuzz.json"
     keep = tmp_path / "keep"
     make_mutant = Fuzzer.mutant
@@ -251,14 +251,14 @@ def test_failures_reported(
         numbers.append(number)
         return make_mutant(self, number)
 
-    def load_badly(source: Path) -> SigLipVisionModel:
+    def load_with_fault(source: Path) -> SigLipVisionModel:
         if numbers:
             misbehave(numbers[-1], source.parent if source.suffix else source)
         return load(source)
 
     monkeypatch.setattr(trial, "SECONDS", 0.5)
     monkeypatch.setattr(Fuzzer, "mutant", record_number)
-    monkeypatch.setattr(SigLipVisionModel, "from_hf", load_badly)
+    monkeypatch.setattr(SigLipVisionModel, "from_hf", load_with_fault)
     mutants = ["--count", "12", "--seed", "3", "--hub-share", "0"]
     assert run.main([*mutants, "--json", str(report), "--keep", str(keep)]) == 1
     failures = json.loads(report.read_text())["failed"]
@@ -282,10 +282,10 @@ def test_failures_reported(
 def test_reproducible_by_number(
     fuzzer: Fuzzer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    again, other = (Fuzzer(seed, tmp_path) for seed in (0, 1))
+    same_seed, other_seed = (Fuzzer(seed, tmp_path) for seed in (0, 1))
     mutants = [fuzzer.mutant(number)[:2] for number in range(30)]
-    assert mutants == [again.mutant(number)[:2] for number in range(30)]
-    assert mutants != [other.mutant(number)[:2] for number in range(30)]
+    assert mutants == [same_seed.mutant(number)[:2] for number in range(30)]
+    assert mutants != [other_seed.mutant(number)[:2] for number in range(30)]
     result = fuzzer.run(7)
     assert run.main(["--only", "7", "--hub-share", "0"]) == (result.outcome == "FAILED")
     assert (

@@ -1,4 +1,4 @@
-"""scripts/messages.py: the texts that a user reads, found in source code."""
+"""scripts/messages.py: the messages in source code."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_main(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "empty.py" not in printed
 
 
-def test_default_is_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+def test_default_is_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert messages.main([]) == 0
     printed = capsys.readouterr().out
     assert "\nsiglip_port/extras.py\n" in printed

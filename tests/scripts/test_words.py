@@ -1,4 +1,4 @@
-"""The check of the glossary."""
+"""scripts/words.py: the check of the glossary."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_no_glossary() -> None:
         read_glossary("# Contributing\n")
 
 
-def test_the_glossary() -> None:
+def test_glossary_of_contributing() -> None:
     glossary = read_glossary(GLOSSARY.read_text(encoding="utf-8"))
     phrase = next(term for term in glossary.terms if not term.startswith("`"))
     assert glossary.text.search(f"Two {phrase.capitalize()}s of it")

@@ -1,4 +1,4 @@
-"""Edits of a loaded model, and rounding of its numbers."""
+"""Edits of a loaded model, and rounding of tensors."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def clear(*patterns: str) -> Edit:
     return change(torch.zeros_like, *patterns)
 
 
-def swap_parameters(one: nn.Module, other: nn.Module, *kinds: str) -> None:
+def swap_parameters(first_module: nn.Module, second_module: nn.Module, *kinds: str) -> None:
     """Swap parameters of two modules: those of these names, or all."""
-    for kind in kinds or [name for name, _ in one.named_parameters()]:
-        first = one.get_parameter(kind)
-        second = other.get_parameter(kind)
+    for kind in kinds or [name for name, _ in first_module.named_parameters()]:
+        first = first_module.get_parameter(kind)
+        second = second_module.get_parameter(kind)
         data = first.data
         first.data = second.data
         second.data = data
@@ -74,9 +74,9 @@ def swap(first: str, second: str, *kinds: str) -> Edit:
     def edit(model: SigLipVisionModel) -> None:
         count = len(blocks_of(model)) if "{}" in first else 1
         for number in range(count):
-            one = model.get_submodule(first.format(number))
-            other = model.get_submodule(second.format(number))
-            swap_parameters(one, other, *kinds)
+            first_module = model.get_submodule(first.format(number))
+            second_module = model.get_submodule(second.format(number))
+            swap_parameters(first_module, second_module, *kinds)
 
     return edit
 
@@ -101,30 +101,30 @@ def change_input(function: Callable[[Tensor], Tensor]) -> Edit:
     return edit
 
 
-def set_activation(where: str, function: Callable[[Tensor], Tensor]) -> Edit:
+def set_activation(pattern: str, function: Callable[[Tensor], Tensor]) -> Edit:
     """Set the activation of MLPs whose path contains a match."""
 
     def edit(model: SigLipVisionModel) -> None:
         for name, module in model.named_modules():
-            if isinstance(module, MLP) and re.search(where, name):
+            if isinstance(module, MLP) and re.search(pattern, name):
                 module.activation = function
 
     return edit
 
 
-def set_eps(where: str, value: float) -> Edit:
+def set_eps(pattern: str, value: float) -> Edit:
     """Set the eps of LayerNorms whose path contains a match."""
 
     def edit(model: SigLipVisionModel) -> None:
         for name, module in model.named_modules():
-            if isinstance(module, nn.LayerNorm) and re.search(where, name):
+            if isinstance(module, nn.LayerNorm) and re.search(pattern, name):
                 module.eps = value
 
     return edit
 
 
 def reorder(order: Callable[[int], list[int]]) -> Edit:
-    """Reorder the tensors of the blocks; module names stay."""
+    """Reorder the tensors of the blocks; module names are unchanged."""
 
     def edit(model: SigLipVisionModel) -> None:
         blocks = blocks_of(model)

@@ -1,4 +1,4 @@
-"""Equivalent variants: other ways to compute the same, which no gate may detect."""
+"""Equivalent variants: other ways to compute the same result, which no gate may detect."""
 
 from __future__ import annotations
 

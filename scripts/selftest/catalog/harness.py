@@ -25,8 +25,8 @@ def run_reference_instead(
     run_both_ways: Callable[..., object], port: Side, run: ReferenceRun, pairs: list[Tap]
 ) -> object:
     """Run the reference instead of the port."""
-    own = [Tap(tap.reference, tap.reference) for tap in pairs]
-    return run_both_ways(run.reference, run, own)
+    reference_taps = [Tap(tap.reference, tap.reference) for tap in pairs]
+    return run_both_ways(run.reference, run, reference_taps)
 
 
 def bound_by_own_error(

@@ -82,10 +82,10 @@ def resize_without_antialias(
 
     resize = functional.resize
 
-    def resize_plainly(*args: object, **options: object) -> Tensor:
+    def resize_without_option(*args: object, **options: object) -> Tensor:
         return resize(*args, **{**options, "antialias": False})
 
-    with mock.patch.object(functional, "resize", resize_plainly):
+    with mock.patch.object(functional, "resize", resize_without_option):
         return original(processor, rgb, size)
 
 

@@ -36,10 +36,10 @@ def swap_head_projections(rules: Rules) -> Rules:
 
 def swap_norms(rules: Rules) -> Rules:
     """Read each LayerNorm of a block from the names of the other."""
-    others = {"layer_norm1": "layer_norm2", "layer_norm2": "layer_norm1"}
+    other_norm = {"layer_norm1": "layer_norm2", "layer_norm2": "layer_norm1"}
     swapped = []
     for rule in rules:
-        stored = re.sub("layer_norm[12]", lambda match: others[match[0]], rule.stored)
+        stored = re.sub("layer_norm[12]", lambda match: other_norm[match[0]], rule.stored)
         swapped.append(dataclasses.replace(rule, stored=stored))
     return tuple(swapped)
 
@@ -113,7 +113,7 @@ def change_config(function: Callable[[SigLipVisionConfig], dict[str, Any]]) -> P
     return wrap(hf_config, "config_from_hf", config_from_hf)
 
 
-def lose_one(
+def drop_one_tensor(
     load_state_dict: Callable[..., object],
     model: SigLipVisionModel,
     tensors: Mapping[str, Tensor],
@@ -227,6 +227,6 @@ LOADING = [
         "5.v",
         "weights",
         "keras-style strict=False; nanoVLM loader",
-        patch=wrap(SigLipVisionModel, "load_state_dict", lose_one),
+        patch=wrap(SigLipVisionModel, "load_state_dict", drop_one_tensor),
     ),
 ]

@@ -25,7 +25,7 @@ def run_in_text_order(encoder: SigLipEncoder, hidden_states: Tensor) -> Tensor:
     return run([encoder.encoder_blocks[number] for number in numbers], hidden_states)
 
 
-def run_last_for_nothing(encoder: SigLipEncoder, hidden_states: Tensor) -> Tensor:
+def discard_last_block(encoder: SigLipEncoder, hidden_states: Tensor) -> Tensor:
     """Run all blocks and return the last one's input."""
     before = hidden_states
     for block in encoder.encoder_blocks:
@@ -152,7 +152,7 @@ STACK = [
         "10.block post-in post tokens",
         "sensitivity",
         "vllm-project/vllm#13514",
-        patch=seams.run_blocks(run_last_for_nothing),
+        patch=seams.run_blocks(discard_last_block),
     ),
     Mutant(
         "first_token_dropped",

@@ -30,7 +30,7 @@ TENSORS = (
 HEAD_Q = f"{HEAD}.attention.q_proj"
 HEAD_K = f"{HEAD}.attention.k_proj"
 HEAD_V = f"{HEAD}.attention.v_proj"
-LAST = 99  # more blocks than there are: `block_of` takes the last one
+LAST = 99  # beyond the last block: `block_of` returns the last one
 
 
 def reset_block(model: SigLipVisionModel) -> None:

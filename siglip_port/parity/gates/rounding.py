@@ -55,7 +55,7 @@ def find_excess_rounding(measurements: list[Measurement]) -> list[Finding]:
         if not measurement.passed:
             factor = max(measurement.ratio, bounds.WORST_FACTOR * measurement.worst)
             message = (
-                f"rounding error in {measurement.run} is {factor:.1f}x the reference's, bound "
+                f"rounding error in {measurement.run} is {factor:.3g}x the reference's, bound "
                 f"{bounds.ROUNDING_FACTOR:g}x"
             )
             hint = "narrower dtype or different formula in this step (first outside its bound)"

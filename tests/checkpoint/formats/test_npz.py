@@ -22,8 +22,8 @@ from tests.helpers.npz_files import BIAS, Members, describe_array, npy, npy_head
 load = SigLipVisionModel.from_hf
 
 MEMBERS: dict[str, tuple[bytes, str]] = {
-    "a pickle": (b"", "expected one of F64, F32, F16, BF16, got a pickle"),
-    "nothing": (b"", "EOF: reading magic string"),
+    "pickle": (b"", "expected one of F64, F32, F16, BF16, got a pickle"),
+    "empty": (b"", "EOF: reading magic string"),
     "no magic": (b"0" * 200, "the magic string is not correct"),
     "negative": (
         npy_header(describe_array("(-24,)")) + b"\0" * 96,
@@ -39,21 +39,21 @@ MEMBERS: dict[str, tuple[bytes, str]] = {
         "is 225 bytes, expected 224 from its header",
     ),
     "truncated": (npy(np.ones(24, np.float32))[:-1], "is 223 bytes, expected 224 from its header"),
-    "another shape": (
+    "other shape": (
         npy(np.ones(23, np.float32)),
         r"shape: expected \[24\] from the architecture, got \[23\]",
     ),
-    "a structure": (npy(np.zeros(24, [("a", "<f4")])), "got \\[\\('a', '<f4'\\)\\]"),
+    "structured dtype": (npy(np.zeros(24, [("a", "<f4")])), "got \\[\\('a', '<f4'\\)\\]"),
     "integers": (npy(np.zeros(24, np.int32)), "got int32"),
-    "a bool for a size": (
+    "bool in shape": (
         npy_header(describe_array("(True, 24)")) + b"\0" * 96,
         "has invalid shape",
     ),
-    "of Python 2": (
+    "Python 2": (
         npy_header(describe_array("(24L,)")) + b"\0" * 96,
         "is not a valid npz file .Reading `.npy` or `.npz` file required",
     ),
-    "a header of 4 GB": (
+    "4 GB header": (
         b"\x93NUMPY\2\0\xff\xff\xff\xff" + b" " * 999,
         "EOF: reading array header",
     ),
@@ -68,7 +68,7 @@ def test_invalid_arrays(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     content, message = MEMBERS[case]
-    if case == "a pickle":
+    if case == "pickle":
         content = npy(np.array([Payload(tmp_path / "unpickled")] * 24, dtype=object))
     write_zip(tmp_path / "a.npz", {**members, BIAS: content})
     assert_refused(tmp_path / "a.npz", message)
@@ -124,8 +124,8 @@ def test_changed_bytes(members: Members, tmp_path: Path) -> None:
     )
 
 
-def test_start_of_archive(tmp_path: Path) -> None:
-    """Found by scripts/fuzz/run.py: Python's zipfile checks only the directory at the end."""
+def test_damaged_archive_start(tmp_path: Path) -> None:
+    """Python's zipfile checks only the directory at the end."""
     path = tmp_path / "encoder.npz"
     np.savez(path, weight=np.ones(3, np.float32))
     assert read_header(path).tensors.keys() == {"weight"}
@@ -149,13 +149,13 @@ def test_damaged_member(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     write_npz(path, flax(config, SigLipVisionModel(config).state_dict(), scanned=True), "img/")
     content = bytearray(path.read_bytes())
-    at = content.index(b"Transformer/encoder_norm/scale.npy")
+    position = content.index(b"Transformer/encoder_norm/scale.npy")
     if damage == "before":
         content[:0] = b"shell script"
         content[-200:] = bytes(200)
     else:
-        at = content.index(b"NUMPY", at) + (200 if damage == "data" else -1)
-        content[at] ^= 255
+        position = content.index(b"NUMPY", position) + (200 if damage == "data" else -1)
+        content[position] ^= 255
     path.write_bytes(content)
     with pytest.raises(
         CheckpointError, match=r"a.npz.*(download it again|download the file again)"

@@ -15,7 +15,7 @@ from siglip_port.checkpoint.source import WEIGHTS
 from tests.helpers.damaged_files import Payload, assert_refused
 
 
-def zipped(payload: Payload) -> bytes:
+def zip_payload(payload: Payload) -> bytes:
     file = io.BytesIO()
     torch.save({"a": payload}, file)
     return file.getvalue()
@@ -28,13 +28,13 @@ PICKLED = (
 
 
 OTHERS: dict[str, tuple[Callable[[Payload], bytes], str]] = {
-    "nothing": (lambda _: b"", "file is empty"),
+    "empty": (lambda _: b"", "file is empty"),
     "seven bytes": (lambda _: b"\0" * 7, "header is 7 bytes, file is 7"),
     "torch.save": (
-        zipped,
+        zip_payload,
         r"found a zip archive, such as a torch\.save pickle or an \.npz file.*arbitrary code",
     ),
-    "a page": (
+    "HTML page": (
         lambda _: b"\n<!DOCTYPE html><html>Log in",
         "found a web page, such as a login or error page.*; download it again, l",
     ),
@@ -71,15 +71,15 @@ OTHERS: dict[str, tuple[Callable[[Payload], bytes], str]] = {
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
 @pytest.mark.parametrize("case", OTHERS)
-def test_other_formats(case: str, suffix: str, copied: Path, tmp_path: Path) -> None:
+def test_other_formats(case: str, suffix: str, encoder_copy: Path, tmp_path: Path) -> None:
     """Other formats are named in the error, and nothing is unpickled."""
     content, message = OTHERS[case]
     if suffix == ".npz":
-        message = {"torch.save": PICKLED, "nothing": "not a zip", "seven bytes": "not a zip"}.get(
+        message = {"torch.save": PICKLED, "empty": "not a zip", "seven bytes": "not a zip"}.get(
             case, message
         )
-    (copied / WEIGHTS).unlink()
-    path = copied / f"model{suffix}"
+    (encoder_copy / WEIGHTS).unlink()
+    path = encoder_copy / f"model{suffix}"
     path.write_bytes(content(Payload(tmp_path / "unpickled")))
-    assert_refused(path if suffix == ".npz" else copied, message)
+    assert_refused(path if suffix == ".npz" else encoder_copy, message)
     assert not (tmp_path / "unpickled").exists()

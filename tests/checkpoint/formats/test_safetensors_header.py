@@ -30,24 +30,24 @@ NORM = "vision_model.post_layernorm.bias"
 FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
 
 
-def changed(name: str, **values: object) -> Callable[[Json], Json]:
+def change_entry(name: str, **values: object) -> Callable[[Json], Json]:
     return lambda header: {**header, name: {**header[name], **values}}
 
 
-def moved(by: int) -> Callable[[Json], Json]:
+def shift_offsets(num_bytes: int) -> Callable[[Json], Json]:
     def move(header: Json) -> Json:
         begin, end = header[NORM]["data_offsets"]
-        return changed(NORM, data_offsets=[begin + by, end + by])(header)
+        return change_entry(NORM, data_offsets=[begin + num_bytes, end + num_bytes])(header)
 
     return move
 
 
 def leave_gap(path: Path) -> None:
     header, data = read_raw(path)
-    write_raw(path, moved(4)(header), data)
+    write_raw(path, shift_offsets(4)(header), data)
 
 
-def text(old: str, new: str) -> Callable[[Json], bytes]:
+def replace_text(old: str, new: str) -> Callable[[Json], bytes]:
     """Return an edit that replaces a part of the header's JSON."""
 
     def replaced(header: Json) -> bytes:
@@ -59,29 +59,29 @@ def text(old: str, new: str) -> Callable[[Json], bytes]:
 
 
 HEADERS: dict[str, tuple[Callable[[Json], Json | bytes], str]] = {
-    "a list": (lambda _: b"[]", "header is not a JSON object"),
-    "no JSON": (lambda _: b"{", "Expecting property name"),
-    "no UTF-8": (text("F32", "F\udcff2"), "'utf-8' codec can't decode byte 0xff"),
+    "list": (lambda _: b"[]", "header is not a JSON object"),
+    "invalid JSON": (lambda _: b"{", "Expecting property name"),
+    "invalid UTF-8": (replace_text("F32", "F\udcff2"), "'utf-8' codec can't decode byte 0xff"),
     "UTF-16": (lambda h: json.dumps(h).encode("utf-16"), "'utf-8' codec can't decode"),
     "byte order mark": (lambda h: b"\xef\xbb\xbf" + json.dumps(h).encode(), "Unexpected UTF-8 BOM"),
-    "half a character": (text("{", '{"\\ud800": 1, '), "surrogates not allowed"),
+    "lone surrogate": (replace_text("{", '{"\\ud800": 1, '), "surrogates not allowed"),
     "deep": (
         lambda _: b'{"a":' * 2000 + b"1" + b"}" * 2000,
         "nested more than 100 levels deep|nested too deep",
     ),
     "very deep": (lambda _: b"[" * 1_000_000, "nested more than 100 levels deep|nested too deep"),
-    "a long number": (text("[0", "[" + "9" * 5000), "Exceeds the limit"),
-    "NaN": (changed(NORM, shape=[float("nan")]), r"has invalid shape \[nan\]"),
-    "a name twice": (
-        lambda h: text("{", f'{{"{NORM}": {json.dumps(h[FC1])}, ')(h),
+    "long number": (replace_text("[0", "[" + "9" * 5000), "Exceeds the limit"),
+    "NaN": (change_entry(NORM, shape=[float("nan")]), r"has invalid shape \[nan\]"),
+    "duplicate name": (
+        lambda h: replace_text("{", f'{{"{NORM}": {json.dumps(h[FC1])}, ')(h),
         f"key '{NORM}' occurs more than once",
     ),
-    "metadata twice": (
-        text("{", '{"__metadata__": {}, '),
+    "duplicate metadata": (
+        replace_text("{", '{"__metadata__": {}, '),
         "key '__metadata__' occurs more than once",
     ),
-    "a key twice": (
-        text('"dtype"', '"dtype": "F16", "dtype"'),
+    "duplicate key": (
+        replace_text('"dtype"', '"dtype": "F16", "dtype"'),
         "key 'dtype' occurs more than once",
     ),
     "metadata: list": (
@@ -92,7 +92,7 @@ HEADERS: dict[str, tuple[Callable[[Json], Json | bytes], str]] = {
         lambda h: {**h, "__metadata__": {"a": 1}},
         "__metadata__ must map strings to strings",
     ),
-    "a number": (
+    "number": (
         lambda h: {**h, NORM: 1},
         "must have exactly the keys dtype, shape and data_offsets",
     ),
@@ -101,56 +101,65 @@ HEADERS: dict[str, tuple[Callable[[Json], Json | bytes], str]] = {
         "must have exactly the keys dtype, shape and data_off",
     ),
     "three offsets": (
-        changed(NORM, data_offsets=[0, 1, 2]),
+        change_entry(NORM, data_offsets=[0, 1, 2]),
         "must have a dtype, a shape and two data_offsets",
     ),
-    "shape: text": (changed(NORM, shape="24"), "must have a dtype, a shape and two data_offsets"),
-    "shape: float": (changed(NORM, shape=[24.0]), r"has invalid shape \[24.0\]"),
+    "shape: text": (
+        change_entry(NORM, shape="24"),
+        "must have a dtype, a shape and two data_offsets",
+    ),
+    "shape: float": (change_entry(NORM, shape=[24.0]), r"has invalid shape \[24.0\]"),
     "shape: bool": (
-        changed(NORM, shape=[True, 24]),
+        change_entry(NORM, shape=[True, 24]),
         r"has invalid shape \[True, 24\]",
     ),
-    "shape: negative": (changed(NORM, shape=[-24]), r"has invalid shape \[-24\]"),
+    "shape: negative": (change_entry(NORM, shape=[-24]), r"has invalid shape \[-24\]"),
     "shape: both negative": (
-        changed(NORM, shape=[-1, -24]),
+        change_entry(NORM, shape=[-1, -24]),
         r"has invalid shape \[-1, -24\]",
     ),
-    "shape: enormous": (changed(NORM, shape=[10**30]), r"has invalid shape \[10+\]"),
-    "shape: enormous and empty": (changed(NORM, shape=[0, 2**62, 2**62]), "has invalid shape"),
-    "shape: a hundred": (changed(NORM, shape=[1] * 99 + [24]), "has invalid shape"),
-    "shape: too many": (
-        changed(NORM, shape=[25]),
+    "shape: enormous": (change_entry(NORM, shape=[10**30]), r"has invalid shape \[10+\]"),
+    "shape: enormous and empty": (change_entry(NORM, shape=[0, 2**62, 2**62]), "has invalid shape"),
+    "shape: 100 dimensions": (change_entry(NORM, shape=[1] * 99 + [24]), "has invalid shape"),
+    "shape: too large": (
+        change_entry(NORM, shape=[25]),
         r"is 96 bytes, which does not match F32 of shape \[25\]",
     ),
     "dtype: too wide": (
-        changed(NORM, dtype="F64"),
+        change_entry(NORM, dtype="F64"),
         r"is 96 bytes, which does not match F64 of shape \[24\]",
     ),
-    "dtype: a number": (changed(NORM, dtype=32), "must have a dtype, a shape and two data_offsets"),
+    "dtype: number": (
+        change_entry(NORM, dtype=32),
+        "must have a dtype, a shape and two data_offsets",
+    ),
     "dtype: unknown": (
-        changed(NORM, dtype="Q4_K"),
+        change_entry(NORM, dtype="Q4_K"),
         "expected one of F64, F32, F16, BF16, got Q4_K",
     ),
     "offsets: float": (
-        lambda h: changed(NORM, data_offsets=[0.0, 96.0])(h),
+        lambda h: change_entry(NORM, data_offsets=[0.0, 96.0])(h),
         "has invalid data_offsets .0.0, 96.0.",
     ),
     "offsets: bool": (
-        lambda h: changed(NORM, data_offsets=[False, 96])(h),
+        lambda h: change_entry(NORM, data_offsets=[False, 96])(h),
         "has invalid data_offsets .False, 96.",
     ),
     "offsets: negative": (
-        changed(NORM, data_offsets=[-96, 0]),
+        change_entry(NORM, data_offsets=[-96, 0]),
         "has invalid data_offsets .-96, 0.",
     ),
-    "offsets: backwards": (changed(NORM, data_offsets=[96, 0]), "has invalid data_offsets .96, 0."),
-    "offsets: overlap": (moved(-4), "starts at byte [0-9]+ of the data, expected [0-9]+"),
-    "offsets: a gap": (moved(4), "starts at byte [0-9]+ of the data, expected [0-9]+"),
+    "offsets: reversed": (
+        change_entry(NORM, data_offsets=[96, 0]),
+        "has invalid data_offsets .96, 0.",
+    ),
+    "offsets: overlap": (shift_offsets(-4), "starts at byte [0-9]+ of the data, expected [0-9]+"),
+    "offsets: gap": (shift_offsets(4), "starts at byte [0-9]+ of the data, expected [0-9]+"),
     "offsets: enormous": (
-        moved(10**30),
+        shift_offsets(10**30),
         "starts at byte [0-9]+ of the data, expected [0-9]+",
     ),
-    "nothing": (lambda _: {}, "tensors end at byte [0-9]+, file is"),
+    "empty": (lambda _: {}, "tensors end at byte [0-9]+, file is"),
     "one tensor less": (
         lambda h: dict(sorted(h.items(), key=offsets)[:-1]),
         "tensors end at byte [0-9]+, file is",
@@ -163,14 +172,14 @@ def offsets(item: tuple[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_invalid_headers(case: str, copied: Path) -> None:
+def test_invalid_headers(case: str, encoder_copy: Path) -> None:
     edit, message = HEADERS[case]
-    header, data = read_raw(copied / WEIGHTS)
-    write_raw(copied / WEIGHTS, edit(header), data)
-    assert_refused(copied, message)
+    header, data = read_raw(encoder_copy / WEIGHTS)
+    write_raw(encoder_copy / WEIGHTS, edit(header), data)
+    assert_refused(encoder_copy, message)
     # safetensors keeps the last of duplicate keys, and accepts more dimensions than PyTorch.
-    if case not in ("a name twice", "shape: a hundred"):
-        with pytest.raises(SafetensorError), safe_open(copied / WEIGHTS, framework="pt"):
+    if case not in ("duplicate name", "shape: 100 dimensions"):
+        with pytest.raises(SafetensorError), safe_open(encoder_copy / WEIGHTS, framework="pt"):
             pass
 
 
@@ -188,20 +197,20 @@ def test_invalid_headers(case: str, copied: Path) -> None:
         lambda h: {**h, "text_model.none": {"dtype": "Q4_K", "shape": [7], "data_offsets": [0, 0]}},
     ],
     ids=[
-        "another order",
+        "other order",
         "spaces",
         "no metadata",
-        "null for metadata",
-        "an empty tensor",
-        "an unknown dtype",
+        "null metadata",
+        "empty tensor",
+        "unknown dtype",
     ],
 )
 def test_valid_headers(
-    edit: Callable[[Json], Json | bytes], copied: Path, model: SigLipVisionModel
+    edit: Callable[[Json], Json | bytes], encoder_copy: Path, model: SigLipVisionModel
 ) -> None:
-    header, data = read_raw(copied / WEIGHTS)
-    write_raw(copied / WEIGHTS, edit(header), data)
-    assert_loads(copied, model)
+    header, data = read_raw(encoder_copy / WEIGHTS)
+    write_raw(encoder_copy / WEIGHTS, edit(header), data)
+    assert_loads(encoder_copy, model)
 
 
 BITS = {"F64": 64, "F32": 32, "BF16": 16, "F8_E4M3": 8, "F4": 4, "BOOL": 8}
@@ -219,11 +228,11 @@ WRONG = st.sampled_from([0] * 12 + [1, -1, 4, True, 0.0])
     st.sampled_from([0, 0, 0, 1]),
 )
 @settings(max_examples=200)
-def test_agrees_with_safetensors(
+def test_headers_agree_with_safetensors(
     tmp_path_factory: pytest.TempPathFactory,
     dtypes: list[str],
     tensors: list[tuple[list[int], float, float]],
-    more: int,
+    num_extra: int,
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     at = 0
@@ -236,7 +245,7 @@ def test_agrees_with_safetensors(
             "data_offsets": [at + wrong[0], end + wrong[1]],
         }
         at = end
-    write_raw(path, dict(sorted(header.items())), bytes(at + more))
+    write_raw(path, dict(sorted(header.items())), bytes(at + num_extra))
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -247,15 +256,15 @@ def test_agrees_with_safetensors(
         assert read_header(path).tensors.keys() == names
 
 
-def test_length_like_a_pickle(copied: Path, model: SigLipVisionModel) -> None:
+def test_header_length_like_pickle_magic(encoder_copy: Path, model: SigLipVisionModel) -> None:
     """A header of 0x280 or 0x480 bytes starts like a pickle."""
-    header, data = read_raw(copied / WEIGHTS)
+    header, data = read_raw(encoder_copy / WEIGHTS)
     length = len(json.dumps(header)) // 256 * 256 + 0x180
     for protocol in range(2, 6):
         size = 0x80 + 256 * protocol + length // 2048 * 2048 + 2048
-        write_raw(copied / WEIGHTS, json.dumps(header).encode().ljust(size), data)
-        assert (copied / WEIGHTS).read_bytes()[0] == 0x80
-        assert_loads(copied, model)
+        write_raw(encoder_copy / WEIGHTS, json.dumps(header).encode().ljust(size), data)
+        assert (encoder_copy / WEIGHTS).read_bytes()[0] == 0x80
+        assert_loads(encoder_copy, model)
 
 
 @pytest.mark.parametrize(
@@ -271,14 +280,14 @@ def test_length_like_a_pickle(copied: Path, model: SigLipVisionModel) -> None:
             "starts at byte [0-9]+ of the data, expected",
         ),
     ],
-    ids=["LFS", "truncated", "a gap"],
+    ids=["LFS", "truncated", "gap"],
 )
 def test_invalid_remote_headers(
-    edit: Callable[[Path], object], message: str, copied: Path, hub: Hub, tmp_path: Path
+    edit: Callable[[Path], object], message: str, encoder_copy: Path, hub: Hub, tmp_path: Path
 ) -> None:
     """On the Hub only the header is read, so safetensors never checks it."""
-    edit(copied / WEIGHTS)
-    hub.repositories["google/a"] = Repository(copied)
+    edit(encoder_copy / WEIGHTS)
+    hub.repositories["google/a"] = Repository(encoder_copy)
     with pytest.raises(
         CheckpointError, match=f"google/a: model.safetensors is not a valid .*{message}"
     ):
@@ -295,7 +304,7 @@ TENSORS = {
 }
 
 
-def test_header(tmp_path: Path) -> None:
+def test_header_values(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file(TENSORS, path, {"format": "pt"})
     header = read_header(path).tensors
@@ -309,8 +318,8 @@ def test_header(tmp_path: Path) -> None:
 
 @given(st.integers(0, 400), st.binary(min_size=1, max_size=3))
 def test_damaged_header(position: int, damage: bytes) -> None:
-    with tempfile.TemporaryDirectory() as copied:
-        path = Path(copied, "a.safetensors")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.safetensors")
         save_file(TENSORS, path)
         content = bytearray(path.read_bytes())
         content[position : position + len(damage)] = damage

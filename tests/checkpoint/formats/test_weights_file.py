@@ -16,7 +16,7 @@ from siglip_port.hub import find_source
 from tests.helpers.checkpoints import SMALL, MakeCheckpoint
 
 
-def test_larger_than_memory(
+def test_file_larger_than_memory(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sparse file of 60 GB is loaded, whether or not the machine can map it."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 from siglip_port.parity.gates import check_config
 
 
-def test_extra_fields_of_the_port_are_ignored() -> None:
+def test_extra_fields_of_port_are_ignored() -> None:
     assert check_config({"eps": 1e-6, "more": 1}, {"eps": 1e-6}).passed
 
 

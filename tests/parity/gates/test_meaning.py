@@ -4,7 +4,7 @@ from siglip_port.parity.gates import MEANING
 from siglip_port.parity.results import GATE_PRECEDENCE
 
 
-def test_every_gate_has_a_meaning() -> None:
+def test_every_gate_has_meaning() -> None:
     assert list(MEANING) == [
         "pixels",
         "environment",
@@ -18,5 +18,5 @@ def test_every_gate_has_a_meaning() -> None:
     assert all(meaning.question.endswith("?") for meaning in MEANING.values())
 
 
-def test_every_gate_has_a_precedence() -> None:
+def test_every_gate_has_precedence() -> None:
     assert sorted(GATE_PRECEDENCE) == sorted(MEANING)

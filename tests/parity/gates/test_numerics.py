@@ -35,7 +35,7 @@ def test_equal_models_pass() -> None:
     assert runs == ["float64, free-running"] * 4 + ["float64, teacher-forced"] * 4
 
 
-def test_only_the_wrong_step_is_reported() -> None:
+def test_only_wrong_step_is_reported() -> None:
     """Later steps agree in the teacher-forced run."""
     port = ToyEncoder()
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_max_hints() -> None:
     assert check(port, max_hints=0).findings[0].hint == ""
 
 
-def test_difference_after_the_last_tap() -> None:
+def test_difference_after_last_tap() -> None:
     port = ToyEncoder()
     port.register_forward_hook(lambda _, args, output: output * 2)
     gate = check(port)
@@ -101,7 +101,7 @@ def test_missing_output() -> None:
     assert gate.findings[0].message == "the port does not return this output"
 
 
-def test_float32_step_differs_from_a_bug_of_its_size() -> None:
+def test_float32_step_differs_from_bug_of_its_size() -> None:
     port = ToyEncoder()
     port.norm.register_forward_hook(lambda _, args, output: output.float().to(output.dtype))
     gate = check(port)

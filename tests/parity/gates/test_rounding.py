@@ -13,7 +13,7 @@ from tests.parity.toy_models import ToyEncoder, float_noise, toy_images
 TAPS = [Tap("conv", "conv"), Tap("norm", "norm")]
 
 
-def test_rounding_is_bounded_by_that_of_the_reference() -> None:
+def test_rounding_bound_comes_from_reference() -> None:
     reference = Side(ToyEncoder())
     run = run_reference(reference, toy_images(), ["conv", "norm"], torch.float32)
     assert check_rounding(reference, run, TAPS).passed
@@ -24,7 +24,7 @@ def test_rounding_is_bounded_by_that_of_the_reference() -> None:
     assert gate.measurements[0].ratio > 100
 
 
-def test_port_must_be_exact_where_the_reference_is() -> None:
+def test_port_must_be_exact_where_reference_is() -> None:
     """The bound is 0 if the reference does not round."""
 
     def round_up(_: nn.Module, args: object, output: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def test_port_must_be_exact_where_the_reference_is() -> None:
 
 
 def test_single_vector_outside_its_bound() -> None:
-    """The overall relative error does not show it; that of the worst vector does."""
+    """Only the relative error of the worst vector exceeds its bound."""
 
     def spoil_one_vector(_: nn.Module, args: object, output: Tensor) -> Tensor:
         output = output.clone()

@@ -88,12 +88,12 @@ def test_port_without_gradients_passes() -> None:
     assert check(Side(ToyEncoder(), call_without_gradients)).passed
 
 
-def test_bugs_of_a_port_without_gradients() -> None:
+def test_bugs_of_port_without_gradients() -> None:
     model = broken_model(drop_last_token)
     model.surplus = nn.Linear(3, 3)
     findings = check(Side(model, call_without_gradients)).findings
-    places = {finding.port for finding in findings}
-    assert places == {"surplus.weight", "surplus.bias", "inputs"}
+    locations = {finding.port for finding in findings}
+    assert locations == {"surplus.weight", "surplus.bias", "inputs"}
 
 
 def test_requires_grad_is_restored() -> None:

@@ -29,7 +29,7 @@ def test_equal_weights_pass(port: Tensors, reference: Tensors) -> None:
     assert check_weights(port, reference).passed
 
 
-def test_single_bit(port: Tensors, reference: Tensors) -> None:
+def test_single_bit_difference_fails(port: Tensors, reference: Tensors) -> None:
     port["a"][0] = -0.0
     assert messages(port, reference) == {"a": "1 of 2 elements differ"}
 
@@ -47,13 +47,13 @@ def test_shared_memory(port: Tensors, reference: Tensors) -> None:
     assert messages(port, reference) == {"b": "tensors share memory: b, c"}
 
 
-def test_another_dtype(port: Tensors, reference: Tensors) -> None:
+def test_other_dtype(port: Tensors, reference: Tensors) -> None:
     port["b"] = reference["b"].double()
     expected = "torch.float64 [1, 1] in the port, torch.float32 [1, 1] in the reference"
     assert messages(port, reference) == {"b": expected}
 
 
-def test_another_shape(port: Tensors, reference: Tensors) -> None:
+def test_other_shape(port: Tensors, reference: Tensors) -> None:
     port["b"] = reference["b"][0].clone()
     expected = "torch.float32 [1] in the port, torch.float32 [1, 1] in the reference"
     assert messages(port, reference) == {"b": expected}

@@ -68,7 +68,7 @@ def test_context_of_swapped_heads() -> None:
     assert first_match(guesses, permuted) == f"heads split and merged as {swapped}"
 
 
-def test_no_guesses_if_heads_do_not_divide_the_width() -> None:
+def test_no_hint_if_heads_do_not_divide_width() -> None:
     assert not list(attention_guesses(Q, K, V, 5))
 
 

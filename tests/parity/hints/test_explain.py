@@ -39,7 +39,7 @@ def test_eps_is_fitted(eps: float) -> None:
 
 
 @pytest.mark.parametrize("layer", [make_layer_norm(), make_linear(32)], ids=["norm", "linear"])
-def test_no_hint_for_a_value_that_is_merely_close(layer: nn.Module) -> None:
+def test_close_value_gets_no_hint(layer: nn.Module) -> None:
     x = double_noise(2, 5, 32)
     value = layer(x) * (1 + 1e-3 * double_noise(2, 5, 32, seed=1))
     assert explain_layer(layer, x, value) == ""
@@ -66,7 +66,7 @@ def test_linear() -> None:
         assert explain_layer(linear, x, value.detach()) == hint
 
 
-def test_weights_of_another_layer() -> None:
+def test_weights_of_other_layer() -> None:
     layers = nn.ModuleDict({"one": nn.Linear(6, 6), "other": nn.Linear(6, 6)}).double()
     randomize(layers)
     x = double_noise(2, 5, 6)
@@ -75,14 +75,14 @@ def test_weights_of_another_layer() -> None:
     assert hint == "weights of other"
 
 
-def test_value_of_another_tap() -> None:
+def test_value_of_other_tap() -> None:
     layers = nn.ModuleDict({"a": make_layer_norm(), "b": make_layer_norm()})
     taps = {"a": double_noise(2, 5, 32, seed=1), "b": double_noise(2, 5, 32, seed=2)}
     hint = explain(layers, "b", double_noise(2, 5, 32), taps, taps["a"])
     assert hint == "same as the reference at a"
 
 
-def test_tap_is_explained_with_the_input_of_its_module() -> None:
+def test_hint_uses_input_of_module() -> None:
     model = ToyEncoder()
     run = run_reference(Side(model), toy_images(), ["conv", "norm"], torch.float32)
     norm = model.norm

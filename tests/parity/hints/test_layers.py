@@ -36,7 +36,7 @@ def test_activations(function: object, hint: str) -> None:
     assert first_match(activation_guesses(x, tanh_gelu(x)), function(x)) == hint
 
 
-def test_activation_instead_of_an_unknown_one() -> None:
+def test_activation_instead_of_unknown_one() -> None:
     x = double_noise(2, 5, 32)
     assert first_match(activation_guesses(x, torch.tanh(x)), F.gelu(x)) == "exact (erf) GELU"
 

@@ -36,6 +36,6 @@ def test_residual_connections() -> None:
         assert first_match(residual_guesses(taps, exact), value) == hint
 
 
-def test_no_guesses_without_summands() -> None:
+def test_no_hint_without_summands() -> None:
     taps = {name: double_noise(2, 5, 8, seed=seed) for seed, name in enumerate("abc")}
     assert not list(residual_guesses(taps, double_noise(2, 5, 8, seed=9)))

@@ -16,13 +16,13 @@ def test_increased_errors() -> None:
     assert len(against_baseline(before, now)) == 1
 
 
-def test_another_verdict() -> None:
+def test_other_verdict() -> None:
     before = to_json(make_comparison(1e-12))
     lines = against_baseline(to_json(make_comparison()), before)
     assert "  verdict of the baseline: EQUAL" in lines[1]
 
 
-def test_another_schema() -> None:
+def test_other_schema() -> None:
     report = to_json(make_comparison())
     message = "the baseline has schema 2, expected 3; write it again with --json"
     with pytest.raises(ValueError, match=message):

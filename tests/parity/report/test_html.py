@@ -259,7 +259,7 @@ def test_cosines_of_patches(cosine: list[float | str], text: str) -> None:
     assert ("the rest is rounding" in page_text) == ("digits" in text)
 
 
-def test_image_is_not_a_multiple_of_its_patches() -> None:
+def test_image_is_not_multiple_of_its_patches() -> None:
     page = render_page(make_report(), "data:")
     assert 'viewBox="0 0 2.07143 2.07143"' in page  # 29 pixels, patches of 14
     assert page.count("row 1, column 1:") == 2

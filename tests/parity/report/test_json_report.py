@@ -62,5 +62,5 @@ def test_output_metrics() -> None:
     assert metrics["norm_ratio"] == 0.5
 
 
-def test_output_metrics_with_another_shape() -> None:
+def test_output_metrics_with_other_shape() -> None:
     assert output_metrics({"a": torch.ones(1, 2)}, {"a": torch.ones(1, 3)}) == []

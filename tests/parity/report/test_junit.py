@@ -6,7 +6,7 @@ from siglip_port.parity.report import to_json, to_junit
 from tests.parity.report.comparisons import make_comparison
 
 
-def test_junit_of_a_difference() -> None:
+def test_junit_of_difference() -> None:
     suite = ElementTree.fromstring(to_junit(to_json(make_comparison())))
     assert suite.get("tests") == "2"
     assert suite.get("failures") == "1"

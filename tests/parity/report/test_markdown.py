@@ -4,7 +4,7 @@ from siglip_port.parity.report import to_json, to_markdown
 from tests.parity.report.comparisons import make_comparison
 
 
-def test_markdown_of_a_difference() -> None:
+def test_markdown_of_difference() -> None:
     text = to_markdown(to_json(make_comparison()))
     assert text.startswith("# Parity: DIFFERENT\n")
     row = (

@@ -23,15 +23,15 @@ def test_gate_table_of_several_checkpoints() -> None:
 
 
 def test_gate_table_shows_nan() -> None:
-    both = Comparison(make_comparison(1e-9).sections + make_comparison(math.nan).sections)
-    assert gate_table(both)[2][2] == "nan"
+    comparison = Comparison(make_comparison(1e-9).sections + make_comparison(math.nan).sections)
+    assert gate_table(comparison)[2][2] == "nan"
 
 
 def test_format_table() -> None:
     assert format_table([["a", "bb"], ["ccc", "d"]]) == ["a   | bb", "ccc | d"]
 
 
-def test_color_only_on_a_terminal() -> None:
+def test_color_only_on_terminal() -> None:
     assert colored("EQUAL", True, False) == "EQUAL"
     assert "\033[32" in colored("EQUAL", True, True)
     assert "\033[31" in colored("DIFFERENT", False, True)

@@ -39,14 +39,14 @@ def test_port_passes_all_gates(case: Case, port: SigLipVisionModel) -> None:
     assert [result.name for result in results if not result.passed] == []
 
 
-def test_only_the_gates_of_the_case_run(case: Case, port: SigLipVisionModel) -> None:
-    few = replace(case, gates=("config", "weights"))
-    assert [result.name for result in few.check(port)] == ["config", "weights"]
+def test_only_gates_of_case_run(case: Case, port: SigLipVisionModel) -> None:
+    subset = replace(case, gates=("config", "weights"))
+    assert [result.name for result in subset.check(port)] == ["config", "weights"]
 
 
-def test_port_is_called_by_a_function(case: Case, port: SigLipVisionModel) -> None:
-    few = replace(case, gates=("numerics",))
-    (result,) = few.check(port, lambda port, x: {"tokens": port(x)})
+def test_port_is_called_by_function(case: Case, port: SigLipVisionModel) -> None:
+    subset = replace(case, gates=("numerics",))
+    (result,) = subset.check(port, lambda port, x: {"tokens": port(x)})
     assert [finding.message for finding in result.findings] == [
         "the port does not return this output"
     ]

@@ -57,7 +57,7 @@ def never_normalize(embed: Embed, x: Tensor, normalize: bool = False) -> Tensor:
     return embed(x)
 
 
-def drop_a_feature(embed: Embed, x: Tensor, normalize: bool = False) -> Tensor:
+def drop_feature(embed: Embed, x: Tensor, normalize: bool = False) -> Tensor:
     return embed(x, normalize=normalize)[:, 1:]
 
 
@@ -70,7 +70,7 @@ NOT_NORMALIZED = "embed(normalize=True) differs from pooled / ||pooled||"
     [
         (double_embeddings, [NOT_POOLED, NOT_NORMALIZED]),
         (never_normalize, [NOT_NORMALIZED]),
-        (drop_a_feature, [NOT_POOLED, NOT_NORMALIZED]),
+        (drop_feature, [NOT_POOLED, NOT_NORMALIZED]),
     ],
 )
 def test_embed(
@@ -82,7 +82,7 @@ def test_embed(
     assert messages(port) == expected
 
 
-def test_shape_of_the_tokens() -> None:
+def test_shape_of_tokens() -> None:
     port = make_port()
     port.transformer.register_forward_hook(lambda _, args, tokens: tokens[:, 1:])
     assert messages(port) == ["shape [2, 3, 24], expected [2, 4, 24]"]

@@ -52,7 +52,7 @@ def test_equal_pixels_pass(config: SigLipVisionConfig) -> None:
     assert gate.checked == 42  # 21 images, by both backends
 
 
-def test_no_processors_do_not_pass() -> None:
+def test_gate_without_processors_fails() -> None:
     assert not check_pixels({}, image_processors(SMALL), IMAGE).passed
 
 
@@ -67,7 +67,7 @@ def test_no_processors_do_not_pass() -> None:
         {"max_num_patches": 9, "do_rescale": None, "size": {"height": 99, "width": 9}},
     ],
 )
-def test_both_sides_read_the_same_from_a_checkpoint(
+def test_processors_of_checkpoint_are_equal(
     config: SigLipVisionConfig, name: str, content: dict[str, Any] | None, tmp_path: Path
 ) -> None:
     folder = tmp_path / name
@@ -133,7 +133,7 @@ def test_differences_are_in_levels(change: dict[str, Any]) -> None:
     assert "differs by up to 2 of 255 levels, in 100%" in gate.findings[0].message
 
 
-def test_effect_on_the_embeddings() -> None:
+def test_effect_on_embeddings() -> None:
     model = SigLipVisionModel(SMALL).eval()
     randomize(model, seed=0)
     changed = replace(port_processors(SMALL)["pil"], resample=0)
@@ -142,7 +142,7 @@ def test_effect_on_the_embeddings() -> None:
     assert 0 < float(message.rpartition(" ")[2]) < 0.9999
 
 
-def test_image_that_one_side_rejects() -> None:
+def test_image_rejected_by_one_side() -> None:
     def refuse(image: object) -> dict[str, Tensor]:
         raise TypeError("no")
 
@@ -162,7 +162,7 @@ def test_image_that_one_side_rejects() -> None:
         ({"pixel_values": torch.zeros(1, 3, 16, 16)}, "differs by up to "),
     ],
 )
-def test_pixels_of_another_kind(pixels: dict[str, Tensor], message: str) -> None:
+def test_pixels_of_other_type(pixels: dict[str, Tensor], message: str) -> None:
     processors: Processors = {"pil": port_processors(SMALL)["pil"]}
     gate = check_pixels(processors, {"pil": lambda image: pixels}, IMAGE)
     assert message in gate.findings[0].message
@@ -222,7 +222,7 @@ def test_fewer_patches_are_detected() -> None:
     assert check_broken(ImageProcessor, NAFLEX).passed
 
 
-def test_no_other_gate_sees_pixels_that_differ() -> None:
+def test_pixel_differences_fail_no_other_gate() -> None:
     """The port uses another resampling filter."""
     with random_case(SMALL, "N1") as case:
         port = SigLipVisionModel.from_hf(case.source)

@@ -31,11 +31,11 @@ def taps_of(recipe: str) -> dict[str, Tensor]:
         "post_layernorm:input",
     ],
 )
-def test_s1_brings_variances_down_to_eps(point: str) -> None:
+def test_s1_variances_are_near_eps(point: str) -> None:
     assert 0.1e-6 < float(taps_of("S1")[point].var(-1).median()) < 100e-6
 
 
-def test_s1_brings_half_of_the_units_into_the_tail_of_gelu() -> None:
+def test_s1_half_of_units_are_in_gelu_tail() -> None:
     hidden = taps_of("S1")["encoder.layers.3.mlp.fc1"]
     is_in_tail = (hidden > -4.2) & (hidden < -2.2)
     assert 0.45 < is_in_tail.double().mean() < 0.6
@@ -50,19 +50,19 @@ def test_l7_adds_large_constants(point: str) -> None:
 
 
 @pytest.mark.parametrize("point", ["self_attn.q_proj", "mlp.fc1", "self_attn"])
-def test_l7_takes_the_constants_out_again(point: str) -> None:
+def test_l7_removes_large_constants(point: str) -> None:
     name = f"encoder.layers.0.{point}"
     assert taps_of("L7")[name].std() < 3 * taps_of("S1")[name].std()
 
 
-def test_l8_lifts_the_last_layer_norm() -> None:
+def test_l8_scales_last_layer_norm() -> None:
     l7 = taps_of("L7")
     l8 = taps_of("L8")
     assert l8["post_layernorm:input"].std() > 3 * l7["post_layernorm:input"].std()
     assert l8["post_layernorm"].std() < l7["post_layernorm"].std()
 
 
-def test_default_is_what_the_constructor_leaves() -> None:
+def test_default_is_constructor_initialization() -> None:
     model = SiglipVisionModel(hf_config(checkpoints.ODD))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fill(model, "default")
@@ -76,5 +76,5 @@ def test_unknown_recipe() -> None:
         fill(model, "N2")
 
 
-def test_every_recipe_has_a_purpose() -> None:
+def test_every_recipe_has_purpose() -> None:
     assert all(recipe is None or recipe.purpose for recipe in RECIPES.values())

@@ -16,7 +16,7 @@ from siglip_port.parity.siglip.recipes import RECIPES
 from tests.helpers.checkpoints import ODD, SMALL, MakeCheckpoint, edit_config, edit_tensors, pixels
 
 
-def test_reference_with_random_parameters_is_an_error(checkpoint: MakeCheckpoint) -> None:
+def test_reference_with_random_parameters_raises(checkpoint: MakeCheckpoint) -> None:
     folder = checkpoint()
     edit_tensors(folder, lambda t: {k: v for k, v in t.items() if k != "head.probe"})
     message = r"initialized 1 parameters randomly, the first is head.probe; check that"
@@ -24,7 +24,7 @@ def test_reference_with_random_parameters_is_an_error(checkpoint: MakeCheckpoint
         reference.load(folder, pooling_head=True, dtype=torch.float32)
 
 
-def test_headless_checkpoint_gives_a_headless_reference(checkpoint: MakeCheckpoint) -> None:
+def test_headless_checkpoint_gives_headless_reference(checkpoint: MakeCheckpoint) -> None:
     """`vision_use_head` in `config.json` is ignored."""
     folder = checkpoint(replace(SMALL, pooling_head=False))
     edit_config(folder, vision_use_head=True)
@@ -43,7 +43,7 @@ def test_only_sdpa_computes_in_float64(odd_checkpoint: Path) -> None:
     assert 1e-9 < relative_error(tokens["eager"], tokens["sdpa"]) < 1e-5
 
 
-def test_config_is_read_without_the_table_of_the_port(odd_checkpoint: Path) -> None:
+def test_config_is_read_without_port_table(odd_checkpoint: Path) -> None:
     fields = reference.load(odd_checkpoint, pooling_head=True, dtype=torch.float32).config()
     expected = dict(vars(ODD))
     for name in ("mean_pooling", "naflex", "interpolation"):  # not in SiglipVisionConfig
@@ -52,7 +52,7 @@ def test_config_is_read_without_the_table_of_the_port(odd_checkpoint: Path) -> N
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_random_checkpoint_depends_only_on_the_seed(tmp_path: Path, recipe: str) -> None:
+def test_random_checkpoint_depends_only_on_seed(tmp_path: Path, recipe: str) -> None:
     random_state = torch.get_rng_state()
     contents = {}
     for name, seed in (("one", 3), ("same", 3), ("other", 4)):
@@ -103,7 +103,7 @@ def test_images_are_resized_by_default(tmp_path: Path) -> None:
     assert torch.equal(process(tmp_path), pixel_values)  # no preprocessor_config.json there
 
 
-def test_images_are_resized_as_the_checkpoint_says(tmp_path: Path) -> None:
+def test_images_are_resized_by_checkpoint_settings(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(
         '{"image_processor_type": "SiglipImageProcessor", "resample": 2, "do_convert_rgb": null, '
         '"size": {"height": 99, "width": 99}}'

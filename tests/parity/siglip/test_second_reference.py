@@ -29,7 +29,7 @@ def exact_gelu(package: str, prefix: str = "") -> str:
 
 
 def triangulate(name: str, config: SigLipVisionConfig, broken: str = "") -> tuple[list[str], str]:
-    """Return the table and the sentence; with a wrong eps in the `port` or the `reference`."""
+    """Return the table and the verdict; `broken` is the side with a wrong eps."""
     with random_case(config, "N1") as case:
         port = SigLipVisionModel.from_hf(case.source)
         norms = {
@@ -65,7 +65,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(second_reference, "run_script", run_script)
 
 
-def test_timm_is_the_odd_one_out_and_its_gelu_is_named(scratch: Path) -> None:
+def test_timm_gelu_is_located(scratch: Path) -> None:
     table, sentence = triangulate("timm", ODD)
     assert table[0].split() == ["in", "float64", "tokens", "pooled"]
     assert [line.split("  ")[0].split(" 1.0")[0] for line in table[1:]] == [
@@ -83,14 +83,14 @@ def test_timm_is_the_odd_one_out_and_its_gelu_is_named(scratch: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_broken_port_is_named() -> None:
+def test_broken_port_is_identified() -> None:
     _, sentence = triangulate("timm", ERF, broken="port")
     assert sentence.startswith("the port is the odd one out: tokens ")
     assert sentence.endswith(" from both others")
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_broken_reference_is_named_with_its_place() -> None:
+def test_broken_reference_is_identified_and_located() -> None:
     _, sentence = triangulate("timm", ERF, broken="reference")
     assert sentence.startswith(f"the {REFERENCE} is the odd one out: tokens ")
     assert sentence.endswith(
@@ -101,18 +101,18 @@ def test_broken_reference_is_named_with_its_place() -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("pooling_head", [True, False])
-def test_all_three_agree(pooling_head: bool) -> None:
+def test_agreement_of_all_three(pooling_head: bool) -> None:
     table, sentence = triangulate("timm", replace(ERF, pooling_head=pooling_head))
     assert re.fullmatch(r"all three agree: at most \d\.\de-1[3-6] apart", sentence)
     assert ("pooled" in table[0]) == pooling_head
 
 
-def test_timm_has_a_place_for_every_tap() -> None:
+def test_every_tap_exists_in_timm() -> None:
     trunk = second_reference_script.make_trunk(hf_config(SMALL).to_dict())
     modules = dict(trunk.named_modules())
     for point in siglip_taps(pooling_head=True):
-        place = second_reference_script.rename(point.replace("{}", "2"))
-        assert place.partition(":")[0] in modules, place
+        location = second_reference_script.rename(point.replace("{}", "2"))
+        assert location.partition(":")[0] in modules, location
 
 
 FLOAT32_NOTE = " (W computes the softmax in float32"
@@ -161,7 +161,7 @@ def test_unknown_second_reference(name: str) -> None:
         second_reference.parse(name)
 
 
-def test_script_that_fails(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_script(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "script.py"
     script.write_text("raise SystemExit('no such encoder')")
     monkeypatch.setattr(second_reference, "SCRIPT", script)
@@ -174,9 +174,7 @@ def test_script_that_fails(scratch: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(scratch.iterdir())
 
 
-def test_script_that_takes_too_long(
-    scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_script_timeout(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "script.py"
     script.write_text("import time; time.sleep(99)")
     monkeypatch.setattr(second_reference, "SCRIPT", script)
@@ -203,20 +201,20 @@ def test_open_clip() -> None:
 
 @pytest.mark.versions
 @pytest.mark.parametrize("release", ["4.57.6", "5.5.4"])
-def test_another_release_of_the_reference(release: str) -> None:
+def test_other_release_of_reference(release: str) -> None:
     name = f"transformers=={release}"
     assert triangulate(name, ODD)[1].startswith("all three agree: at most ")
     _, sentence = triangulate(name, ODD, broken="reference")
     assert sentence.startswith(f"the {REFERENCE} is the odd one out: ")
-    place = "vision_model.encoder.layers.1.layer_norm2"
+    location = "vision_model.encoder.layers.1.layer_norm2"
     assert sentence.endswith(
-        f"first at encoder.layers.1.layer_norm2 (transformers: {place}): "
+        f"first at encoder.layers.1.layer_norm2 (transformers: {location}): "
         "looks like: eps 1e-06 instead of 0.001"
     )
 
 
 @pytest.mark.versions
-def test_release_whose_softmax_is_always_float32() -> None:
+def test_release_with_float32_softmax() -> None:
     _, sentence = triangulate("transformers==4.40.2", ODD)
     assert re.match(
         r"all three agree, transformers 4\.40\.2 to \d\.\de-0[78] "
@@ -226,7 +224,7 @@ def test_release_whose_softmax_is_always_float32() -> None:
 
 
 @pytest.mark.versions
-def test_release_that_does_not_exist() -> None:
+def test_nonexistent_release() -> None:
     message = r"--second-ref timm==0\.0\.99: .* exited with code 1"
     with pytest.raises(RuntimeError, match=message):
         triangulate("timm==0.0.99", SMALL)

@@ -14,7 +14,7 @@ def taps_of_port(port: SigLipVisionModel) -> list[Tap]:
     return expand({point: point for point in siglip_taps(True).values()}, port, port)
 
 
-def test_every_module_with_parameters_has_a_tap() -> None:
+def test_every_module_with_parameters_has_tap() -> None:
     port = SigLipVisionModel(ODD)
     modules = {name.rpartition(".")[0] for name, _ in port.named_parameters()}
     tapped = {tap.port.partition(":")[0] for tap in taps_of_port(port)}
@@ -23,7 +23,7 @@ def test_every_module_with_parameters_has_a_tap() -> None:
     assert len(layouts.HUGGINGFACE_ENCODER) + len(layouts.HUGGINGFACE_HEAD) < len(siglip_taps(True))
 
 
-def test_no_taps_of_the_head_without_one() -> None:
+def test_headless_model_has_no_head_taps() -> None:
     assert not any(point.startswith("head") for point in siglip_taps(False))
 
 

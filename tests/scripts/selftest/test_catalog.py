@@ -23,7 +23,7 @@ from tests.helpers.checkpoints import SMALL
 ALL: list[Mutant | HarnessMutant] = [*MUTANTS, *EQUIVALENT, *HARNESS]
 
 
-def test_the_catalog_is_well_formed() -> None:
+def test_catalog_is_well_formed() -> None:
     assert (len(MUTANTS), len(EQUIVALENT), len(HARNESS)) == (261, 28, 18)
     names = [mutant.name for mutant in ALL]
     assert len(set(names)) == len(names)
@@ -34,8 +34,8 @@ def test_the_catalog_is_well_formed() -> None:
         assert mutant.locations, mutant.name
         assert (mutant.patch is None) != (mutant.edit is None), mutant.name
         for word in mutant.locations.split():
-            place = word.rpartition(".")[2]
-            known = place in LOCATIONS or word in ("model", "pooling_head") or word in vars(SMALL)
+            key = word.rpartition(".")[2]
+            known = key in LOCATIONS or word in ("model", "pooling_head") or word in vars(SMALL)
             assert known, (mutant.name, word)
     public = [mutant for mutant in MUTANTS if re.search(r"[\w.-]+/[\w.-]+#\d+", mutant.source)]
     assert len(public) == 137
@@ -113,7 +113,7 @@ def test_edits_change_something(mutant: Mutant, model: SigLipVisionModel) -> Non
     assert describe(edited) != before
 
 
-def test_rounding_matches_the_format() -> None:
+def test_rounding_matches_format() -> None:
     x = torch.tensor([1 + 2**-10, 1 + 2**-12, -3.0, 1e-30])
     rounded = round_to_tf32(x)
     assert torch.equal(rounded[:3], torch.tensor([1 + 2**-10, 1.0, -3.0]))

@@ -38,7 +38,7 @@ def test_replace(owner: SimpleNamespace) -> None:
         assert owner.bound == 7
 
 
-def test_replace_an_inherited_method() -> None:
+def test_replace_inherited_method() -> None:
     class Base:
         def name(self) -> str:
             return "base"
@@ -68,7 +68,7 @@ def test_combine(owner: SimpleNamespace) -> None:
         assert (owner.bound, owner.double(1)) == (7, 16)
 
 
-def test_a_patch_is_undone_after_an_error(owner: SimpleNamespace) -> None:
+def test_patch_is_undone_after_error(owner: SimpleNamespace) -> None:
     with pytest.raises(ZeroDivisionError), applied(replace(owner, "bound", 0)):
         print(1 // owner.bound)
     broken = combine(replace(owner, "bound", 0), replace(owner, "missing", 0))
@@ -76,7 +76,7 @@ def test_a_patch_is_undone_after_an_error(owner: SimpleNamespace) -> None:
         pass
 
 
-def test_a_patch_of_a_missing_name_is_an_error(owner: SimpleNamespace) -> None:
+def test_patch_of_missing_name_raises(owner: SimpleNamespace) -> None:
     """An outdated mutant raises an error instead of changing nothing."""
     for patch in (
         replace(owner, "missing", 0),

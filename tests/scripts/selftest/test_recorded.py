@@ -19,7 +19,7 @@ def read(name: str) -> dict[str, Any]:
     return content
 
 
-def test_recorded_selftest_covers_the_catalog() -> None:
+def test_recorded_selftest_covers_catalog() -> None:
     recorded = read("selftest.json")
     assert recorded["schema"] == SCHEMA
     assert recorded["passed"] is True
@@ -37,7 +37,7 @@ def test_recorded_selftest_covers_the_catalog() -> None:
     assert all(recorded["harness_mutants"].values())
 
 
-def test_recorded_acceptance_rules_cover_the_catalog() -> None:
+def test_recorded_acceptance_rules_cover_catalog() -> None:
     recorded = read("acceptance_rules.json")
     port = {mutant.name for mutant in MUTANTS if mutant.subject == "port"}
     assert recorded["mutants"] == len(port)

@@ -76,7 +76,7 @@ def test_mutants_are_judged(cases: list[Case], name: str) -> None:
     assert result.passed, result
 
 
-def test_a_mutant_does_not_leak_into_the_next(cases: list[Case]) -> None:
+def test_mutant_does_not_leak_into_next(cases: list[Case]) -> None:
     first = cases[:1]
     for name in ("rows_norms_swapped", "act_ignored", "ln_gain_missing", "pooled_half"):
         assert examine(BY_NAME[name], first).passed
@@ -104,7 +104,7 @@ def test_equivalent_variants_pass_with_each_attention(name: str, attention: str)
 @pytest.mark.parametrize(
     "name", ["naflex_mask_ignored", "naflex_positions_swapped", "interp_antialias"]
 )
-def test_images_of_other_shapes(name: str) -> None:
+def test_shape_mutants_are_detected(name: str) -> None:
     assert examine_shapes(BY_NAME[name]).passed
     assert not examine_shapes(replace(BY_NAME[name], patch=None)).detected
 
@@ -117,7 +117,7 @@ def test_images_of_other_shapes(name: str) -> None:
         pytest.param("image_palette_alpha", marks=pytest.mark.slow),
     ],
 )
-def test_images(name: str) -> None:
+def test_preprocessing_mutants_are_detected(name: str) -> None:
     """The mutants with the smallest effect."""
     assert examine_images(BY_NAME[name]).passed
     assert not examine_images(replace(BY_NAME[name], patch=None)).detected
@@ -135,28 +135,28 @@ GATES = {
 
 
 @pytest.mark.parametrize("gate", ALL_GATES)
-def test_a_disabled_gate_is_detected(
+def test_disabled_gate_is_detected(
     cases: list[Case], gate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each gate has mutants of its own; detection by other gates does not count."""
-    own = next(m for m in catalog.MUTANTS if m.gate == gate and m.subject == "port")
-    judged = cases[1:2] if gate == "rounding" else cases[:1]
-    assert examine(own, judged).passed
+    mutant = next(m for m in catalog.MUTANTS if m.gate == gate and m.subject == "port")
+    gate_cases = cases[1:2] if gate == "rounding" else cases[:1]
+    assert examine(mutant, gate_cases).passed
     monkeypatch.setattr(*GATES[gate], lambda *_, **__: GateResult(gate, 1, "off"))
-    result = examine(own, judged)
+    result = examine(mutant, gate_cases)
     assert not result.passed
     failure = Report([result]).failures[0]
-    assert failure.startswith(f"{own.name}: expected detection by {gate}, got ")
+    assert failure.startswith(f"{mutant.name}: expected detection by {gate}, got ")
 
 
-def test_a_false_location_is_a_failure(cases: list[Case]) -> None:
+def test_false_location_is_failure(cases: list[Case]) -> None:
     result = examine(replace(BY_NAME["ln_eps_once"], locations="4.ln2"), cases[:1])
     assert result.detected
     assert not result.located
     assert "false locations: numerics: encoder.layers.5.layer_norm2" in Report([result]).failures[0]
 
 
-def test_a_false_alarm_is_a_failure(cases: list[Case]) -> None:
+def test_false_alarm_is_failure(cases: list[Case]) -> None:
     result = examine(replace(BY_NAME["ln_eps_once"], is_equivalent=True), cases)
     assert Report(variant_runs=[("seed 1", result)]).failures == [
         "false alarm: ln_eps_once (seed 1): numerics, rounding"
@@ -171,7 +171,7 @@ def test_harness_mutants_are_detected(name: str) -> None:
     assert examine_harness(HARNESS[name], SMALL)
 
 
-def test_a_harmless_change_of_the_harness_is_missed() -> None:
+def test_harmless_harness_mutant_is_missed() -> None:
     harmless = HarnessMutant(
         "harmless",
         "a bound twice as wide",
@@ -183,7 +183,7 @@ def test_a_harmless_change_of_the_harness_is_missed() -> None:
 
 
 @pytest.mark.slow
-def test_an_intact_harness_judges_all_probes_correctly() -> None:
+def test_intact_harness_judges_probes_correctly() -> None:
     probes = {name: None for mutant in catalog.HARNESS for name in mutant.probes}
     intact = HarnessMutant("intact", "no change", tuple(probes), lambda stack: None)
     assert examine_harness(intact, SMALL) == ""
@@ -208,7 +208,7 @@ def shorten(monkeypatch: pytest.MonkeyPatch, cases: list[Case]) -> Shorten:
 
 @multi_threaded
 @pytest.mark.fresh_process
-def test_the_command(
+def test_selftest_command(
     shorten: Shorten,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -240,7 +240,7 @@ def test_the_command(
 @pytest.mark.slow
 @multi_threaded
 @pytest.mark.fresh_process
-def test_in_full(
+def test_full_selftest(
     shorten: Shorten, cases: list[Case], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     shorten(["gelu_exact", "ln_bf16"], ["as_it_is"], ["one_output"])
@@ -264,7 +264,7 @@ def test_in_full(
 @multi_threaded
 @pytest.mark.fresh_process
 @pytest.mark.slow
-def test_results_do_not_depend_on_the_number_of_processes(
+def test_results_do_not_depend_on_number_of_processes(
     shorten: Shorten, cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Results are in catalog order, and a monkeypatched gate is patched in every process."""
@@ -277,13 +277,13 @@ def test_results_do_not_depend_on_the_number_of_processes(
         descriptions.append(f"{description}: {total}")
         return items
 
-    one = SelfTest("cpu", False, progress, 1).run()
-    two = SelfTest("cpu", False, progress, 2).run()
-    assert to_json(one) == to_json(two)
-    assert repr(one) == repr(two)  # as text, since NaN is not equal to itself
-    assert [result.mutant for result in two.results] == catalog.MUTANTS
-    assert [result.mutant.edit for result in two.results] == [m.edit for m in catalog.MUTANTS]
-    assert [failure.split(":")[0] for failure in two.failures] == ["eps_ignored"]
+    serial = SelfTest("cpu", False, progress, 1).run()
+    parallel = SelfTest("cpu", False, progress, 2).run()
+    assert to_json(serial) == to_json(parallel)
+    assert repr(serial) == repr(parallel)  # as text, since NaN is not equal to itself
+    assert [result.mutant for result in parallel.results] == catalog.MUTANTS
+    assert [result.mutant.edit for result in parallel.results] == [m.edit for m in catalog.MUTANTS]
+    assert [failure.split(":")[0] for failure in parallel.failures] == ["eps_ignored"]
     expected = ["mutants: 5", "equivalent variants, seed 1234: 1", "harness mutants: 1"]
     assert descriptions == expected * 2
 
@@ -294,14 +294,14 @@ def test_results_do_not_depend_on_the_number_of_processes(
 def test_ctrl_c_ends_all_processes(
     shorten: Shorten, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def press(*_: object) -> str:
+    def press_ctrl_c(*_: object) -> str:
         os.kill(os.getppid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # a terminal sends SIGINT to every process
         return ""
 
     shorten([], [], ["itself"])
     monkeypatch.setattr(runner, "count_processes", lambda _: 2)
-    monkeypatch.setattr(harness, "examine_harness", press)
+    monkeypatch.setattr(harness, "examine_harness", press_ctrl_c)
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # shells ignore SIGINT in background jobs
@@ -313,13 +313,13 @@ def test_ctrl_c_ends_all_processes(
     assert not multiprocessing.active_children()
 
 
-def test_recorded_census_is_that_of_the_recorded_selftest() -> None:
+def test_recorded_census_matches_recorded_selftest() -> None:
     """`python -m siglip_port.parity.siglip.census docs/selftest.json` writes it."""
     recorded = json.loads((ROOT / "docs" / "selftest.json").read_text())
     assert json.loads(SUMMARY.read_text()) == summarize(recorded)
 
 
-def test_the_census() -> None:
+def test_census() -> None:
     report = Report([Result(BY_NAME["ln_eps_once"], {"numerics": Finding("differs")})])
     text = census(summarize(to_json(report)))
     assert [line.split(":")[0] for line in text.splitlines()[:-1:3]] == list(gates.MEANING)
