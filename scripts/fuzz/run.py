@@ -39,7 +39,7 @@ from typing import Any
 import torch
 
 from scripts.fuzz import trial
-from scripts.fuzz.trial import OUTCOMES, Fuzzer, Result
+from scripts.fuzz.trial import OUTCOMES, Fuzzer, TrialResult
 
 ADDRESS_SPACE = 4 * 2**30
 """Bytes that a process may reserve beyond its start; a larger allocation fails."""
@@ -122,7 +122,7 @@ class Campaign:
         sender.close()
         self.workers[receiver] = Worker(process, numbers, time.monotonic())
 
-    def results(self) -> Iterator[Result]:
+    def results(self) -> Iterator[TrialResult]:
         """Yield results in the order in which they arrive."""
         while self.workers:
             for pipe in wait(list(self.workers), timeout=1):
@@ -135,18 +135,18 @@ class Campaign:
                 if time.monotonic() - worker.last_heard > 60 + 3 * trial.SECONDS:
                     worker.process.kill()
 
-    def receive(self, pipe: Connection) -> Result | None:
+    def receive(self, pipe: Connection) -> TrialResult | None:
         """Receive the next result of a process; None if there are no more."""
         worker = self.workers[pipe]
         try:
-            result: Result | None = pipe.recv()
+            result: TrialResult | None = pipe.recv()
         except EOFError:
             del self.workers[pipe]
             number, *rest = worker.numbers
             if rest:
                 self.start(rest)
             error = f"process died: {worker.cause_of_death()}"
-            return Result(number, "(dead)", "FAILED", True, 0, "", error)
+            return TrialResult(number, "(dead)", "FAILED", True, 0, "", error)
         worker.last_heard = time.monotonic()
         if result is None:
             worker.process.join()
@@ -156,7 +156,7 @@ class Campaign:
         return result
 
 
-def run_one(number: int, options: Options) -> Result:
+def run_one(number: int, options: Options) -> TrialResult:
     """Run one mutant in this process."""
     with tempfile.TemporaryDirectory() as scratch:
         workspace = Path(scratch, "workspace")
@@ -164,7 +164,7 @@ def run_one(number: int, options: Options) -> Result:
         return Fuzzer(options.seed, workspace, options.hub_share, options.keep).run(number)
 
 
-def summarize(results: Sequence[Result], seconds: float) -> dict[str, Any]:
+def summarize(results: Sequence[TrialResult], seconds: float) -> dict[str, Any]:
     """Count mutants and outcomes for each row of the summary table."""
     rows = {name: count_outcomes(results, name) for name in sorted({r.row for r in results})}
     rows["all"] = count_outcomes(results)
@@ -177,7 +177,7 @@ def summarize(results: Sequence[Result], seconds: float) -> dict[str, Any]:
     }
 
 
-def count_outcomes(results: Sequence[Result], row: str | None = None) -> dict[str, int]:
+def count_outcomes(results: Sequence[TrialResult], row: str | None = None) -> dict[str, int]:
     """Count the outcomes of the results of a row, or of all results."""
     selected = [result for result in results if row in (None, result.row)]
     counts = {"tried": len(selected)}

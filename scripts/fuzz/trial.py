@@ -30,7 +30,7 @@ HUB_ROWS = ("hub ranges", "hub faults", "hub cache")
 
 
 @dataclass(frozen=True)
-class Result:
+class TrialResult:
     """The result of a mutant.
 
     Attributes:
@@ -99,7 +99,7 @@ class Fuzzer:
         name = rng.choice(("whole", "sharded") if row == "hub cache" else names)
         return row, Mutant(name, row, (), self.intact[name], changed=True), rng
 
-    def run(self, number: int) -> Result:
+    def run(self, number: int) -> TrialResult:
         """Load a mutant and return its result."""
         row, mutant, rng = self.mutant(number)
         steps = list(mutant.steps)
@@ -121,7 +121,7 @@ class Fuzzer:
                 target = self.keep / str(number)
                 shutil.copytree(folder.parent, target, symlinks=True, dirs_exist_ok=True)
         mutation = f"{mutant.kind}: {', '.join(steps)}"
-        return Result(number, row, outcome, mutant.changed, peak, mutation, error)
+        return TrialResult(number, row, outcome, mutant.changed, peak, mutation, error)
 
     def outcome(self, row: str, mutant: Mutant, folder: Path, rng: Random, steps: list[str]) -> str:
         """Load a mutant; return one of `OUTCOMES`, or a description of the failure."""

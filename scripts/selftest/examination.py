@@ -29,7 +29,7 @@ from siglip_port.parity.taps import expand
 
 
 @dataclass
-class Result:
+class MutantResult:
     """Outcome of one mutant.
 
     Attributes:
@@ -85,7 +85,7 @@ class Result:
         self.detections.setdefault("run", Finding(self.error))
 
 
-def examine(mutant: Mutant, checkpoints: Iterable[Case], max_hints: int = 1) -> Result:
+def examine(mutant: Mutant, checkpoints: Iterable[Case], max_hints: int = 1) -> MutantResult:
     """Run a mutant through the gates of several checkpoints.
 
     Args:
@@ -93,7 +93,7 @@ def examine(mutant: Mutant, checkpoints: Iterable[Case], max_hints: int = 1) -> 
         checkpoints: Checkpoints, each with its reference.
         max_hints: Maximum number of taps with a hint.
     """
-    result = Result(mutant)
+    result = MutantResult(mutant)
     rounding = []
     with mutant.applied():
         for case in checkpoints:
@@ -160,10 +160,10 @@ def make_cases(
 # --- other shapes, other images -------------------------------------------------------------------
 
 
-def examine_shapes(mutant: Mutant) -> Result:
+def examine_shapes(mutant: Mutant) -> MutantResult:
     """Run a mutant on packed patches, or on images of another size than the checkpoint's."""
     assert mutant.subject in ("naflex", "resized")
-    result = Result(mutant)
+    result = MutantResult(mutant)
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
         side, inputs = reference.small_reference(mutant.subject, Path(folder))
         interpolation = None if mutant.subject == "naflex" else "hf"
@@ -209,9 +209,9 @@ def call_with_shapes(port: SigLipVisionModel, inputs: Mapping[str, Tensor]) -> d
     return {"tokens": tokens, "pooled": port.pool(tokens, inputs.get("pixel_attention_mask"))}
 
 
-def examine_images(mutant: Mutant) -> Result:
+def examine_images(mutant: Mutant) -> MutantResult:
     """Run a mutant on images of all modes, with SigLIP and NaFlex preprocessing."""
-    result = Result(mutant)
+    result = MutantResult(mutant)
     for config in (
         SigLipVisionConfig(image_size=64),
         SigLipVisionConfig(image_size=64, naflex=True),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from scripts.selftest.examination import Result
+from scripts.selftest.examination import MutantResult
 from siglip_port.parity.siglip import reference
 from siglip_port.parity.siglip.cases import ALL_GATES
 
@@ -26,8 +26,8 @@ class Report:
         full: Whether every mutant went through all gates and got hints.
     """
 
-    results: list[Result] = field(default_factory=list)
-    variant_runs: list[tuple[str, Result]] = field(default_factory=list)
+    results: list[MutantResult] = field(default_factory=list)
+    variant_runs: list[tuple[str, MutantResult]] = field(default_factory=list)
     harness: dict[str, str] = field(default_factory=dict)
     full: bool = False
 
@@ -76,7 +76,7 @@ class Report:
         )
 
 
-def describe_failure(result: Result) -> str:
+def describe_failure(result: MutantResult) -> str:
     """Describe a mutant that is missed by its gate, or mislocated, in one line."""
     detected_by = ", ".join(result.detections) or "no gate"
     line = f"{result.mutant.name}: expected detection by {result.mutant.gate}, got {detected_by}"
@@ -85,7 +85,7 @@ def describe_failure(result: Result) -> str:
     return line
 
 
-def has_hint(result: Result) -> bool:
+def has_hint(result: MutantResult) -> bool:
     """Whether a finding for a mutant has a hint."""
     return any(finding.hint for finding in result.detections.values())
 

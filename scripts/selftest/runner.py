@@ -15,7 +15,7 @@ import torch
 
 from scripts.selftest import catalog, harness
 from scripts.selftest.examination import (
-    Result,
+    MutantResult,
     examine,
     examine_images,
     examine_shapes,
@@ -114,7 +114,7 @@ class SelfTest:
     def run_mutants(self, cases: list[Case]) -> None:
         """Run the mutants of the port."""
 
-        def judge(mutant: Mutant) -> Result:
+        def judge(mutant: Mutant) -> MutantResult:
             if mutant.subject == "images":
                 return examine_images(mutant)
             if mutant.subject != "port":
@@ -129,7 +129,7 @@ class SelfTest:
     def run_variants(self, cases: list[Case], seed: int) -> None:
         """Run the equivalent variants; in full, with 1 and 2 threads and each attention."""
 
-        def judge(mutant: Mutant) -> Result:
+        def judge(mutant: Mutant) -> MutantResult:
             return examine(mutant, cases)
 
         def run(settings: str, label: str) -> None:
@@ -159,8 +159,8 @@ class SelfTest:
             self.report.harness[mutant.name] = text
 
     def follow(
-        self, judge: Callable[[Mutant], Result], mutants: Sequence[Mutant], description: str
-    ) -> Iterator[Result]:
+        self, judge: Callable[[Mutant], MutantResult], mutants: Sequence[Mutant], description: str
+    ) -> Iterator[MutantResult]:
         """Yield the results of mutants, in order."""
         for mutant, result in zip(mutants, self.work(judge, mutants, description), strict=True):
             result.mutant = mutant  # the one from a worker lacks its functions

@@ -12,7 +12,7 @@ MEANINGS = {
     SUCCESS: "success",
     FAILURE: "failure",
     USAGE_ERROR: "usage error or missing extra",
-    INCOMPLETE: "incomplete: some images failed (embed), or the self-test failed (verify)",
+    INCOMPLETE: "incomplete: images failed (embed), or the self-test failed (verify)",
     INTERRUPTED: "interrupted; embed resumes when the command is repeated",
 }
 """Exit code -> its meaning."""

@@ -19,7 +19,7 @@ import pytest
 
 from scripts.fuzz import fuzz_hub, run, trial
 from scripts.fuzz.mutants import Mutant
-from scripts.fuzz.trial import Fuzzer, Result
+from scripts.fuzz.trial import Fuzzer, TrialResult
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint.formats import Header, parse_header
 from siglip_port.checkpoint.formats import weights_file as files
@@ -35,7 +35,7 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Fuzzer:
     return Fuzzer(0, tmp_path_factory.mktemp("workspace"))
 
 
-def run_row(fuzzer: Fuzzer, row: str, count: int) -> Iterator[Result]:
+def run_row(fuzzer: Fuzzer, row: str, count: int) -> Iterator[TrialResult]:
     """Run the first mutants of a row."""
     numbers = (number for number in range(10_000) if fuzzer.mutant(number)[0] == row)
     return (fuzzer.run(next(numbers)) for _ in range(count))

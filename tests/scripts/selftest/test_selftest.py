@@ -19,7 +19,7 @@ import torch
 import compare_origin
 from scripts.selftest import catalog, harness, runner
 from scripts.selftest.examination import (
-    Result,
+    MutantResult,
     examine,
     examine_images,
     examine_shapes,
@@ -320,7 +320,7 @@ def test_recorded_census_matches_recorded_selftest() -> None:
 
 
 def test_census() -> None:
-    report = Report([Result(BY_NAME["ln_eps_once"], {"numerics": Finding("differs")})])
+    report = Report([MutantResult(BY_NAME["ln_eps_once"], {"numerics": Finding("differs")})])
     text = census(summarize(to_json(report)))
     assert [line.split(":")[0] for line in text.splitlines()[:-1:3]] == list(gates.MEANING)
     assert "  detected 1 of 1 mutants; by this gate only: ln_eps_once" in text
