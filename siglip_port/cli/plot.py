@@ -13,8 +13,10 @@ from siglip_port.extras import require
 
 
 def plot(
-    image: Annotated[Path, typer.Argument(help="Image file.")],
-    output: Annotated[Path, typer.Option("-o", "--output", file_okay=False, help="Output folder.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", file_okay=False, help="Output folder.")
+    ],
     source: ModelOption = DEFAULT_MODEL,
     revision: RevisionOption = None,
     offline: OfflineOption = False,

@@ -11,7 +11,7 @@ import argparse
 import importlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -195,7 +195,8 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--weights",
-        choices=WEIGHTS,
+        type=one_of(WEIGHTS),
+        metavar=f"{{{','.join(WEIGHTS)}}}",
         help=with_default("Weights to compare, see below.", "weights"),
     )
     group.add_argument(
@@ -211,13 +212,15 @@ def add_comparison_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("comparison")
     group.add_argument(
         "--dtype",
-        choices=DTYPES,
+        type=one_of(DTYPES),
+        metavar=f"{{{','.join(DTYPES)}}}",
         help=with_default("dtype of weights and computation.", "dtype"),
     )
     group.add_argument(
         "--attn",
         dest="attention",
-        choices=ATTENTIONS,
+        type=one_of(ATTENTIONS),
+        metavar=f"{{{','.join(ATTENTIONS)}}}",
         help=with_default("Reference attention for rounding.", "attention"),
     )
     group.add_argument("--device", help=with_default("Device: cpu, cuda, cuda:1, ...", "device"))
@@ -268,6 +271,17 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
             default="compare",
             help=text,
         )
+
+
+def one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    """Return a parser of one of these values, whose error reads like those of other commands."""
+
+    def parse_choice(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices)}, got {text!r}")
+        return text
+
+    return parse_choice
 
 
 def path(text: str) -> Path:

@@ -179,6 +179,7 @@ def test_verify_is_command(
     assert exit_.value.code == exit_codes.USAGE_ERROR
     usage = capsys.readouterr().err
     assert usage.startswith("usage: siglip-port verify [options]")
+    assert usage.endswith("--attn: must be one of both, sdpa, eager, got 'flash'\n")
     assert run("verify", "--attn", "flash", code=2).stderr == usage
     assert run("verify", "--help").stdout.startswith("usage: siglip-port verify [options]")
     assert run("verify", "--image", "absent.png", code=2).stderr.startswith("could not compare: ")
