@@ -170,4 +170,7 @@ def describe_no_match(
     groups = Counter(re.split(r"[./]", name)[0] for name in files.file_of)
     counts = [f"{group} ({count})" for group, count in groups.most_common(MAX_GROUPS_SHOWN)]
     message += f"; tensor names start with: {', '.join(counts) or 'nothing'}"
-    return message + "".join(f"; refused: {refusal}" for refusal in refusals)
+    message += "".join(f"; refused: {refusal}" for refusal in refusals)
+    if len(layouts) == 1 or prefix is not None:
+        message += "; omit layout= and prefix= to detect them"
+    return message
