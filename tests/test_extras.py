@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -27,6 +28,6 @@ def test_extras_match_pyproject() -> None:
     content = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))
     extras = content["project"]["optional-dependencies"]
     for package, extra in EXTRAS.items():
-        assert any(requirement.startswith(package) for requirement in extras[extra])
+        assert any(re.match(rf"{package}\b", requirement) for requirement in extras[extra])
     assert set(EXTRAS.values()) == set(extras)
     assert extras["parity"] == content["dependency-groups"]["reference"]
