@@ -2,7 +2,7 @@
 
     uv run scripts/words.py [PATH ...]
 
-Checks Python files (names, docstrings, comments, strings), Markdown files and pyproject.toml.
+Checks Python files (names, docstrings, comments, strings) and Markdown files.
 """
 
 from __future__ import annotations
