@@ -27,7 +27,13 @@ from siglip_port.checkpoint.errors import (
 )
 from siglip_port.checkpoint.formats import DTYPES, TensorInfo
 from siglip_port.checkpoint.json_files import read_config, read_preprocessor_config
-from siglip_port.checkpoint.provenance import FINGERPRINT, ORIGIN, Provenance, fingerprint
+from siglip_port.checkpoint.provenance import (
+    FINGERPRINT,
+    ORIGIN,
+    Evidence,
+    Provenance,
+    fingerprint,
+)
 from siglip_port.checkpoint.recognize import recognize
 from siglip_port.checkpoint.source import CONFIG, OPEN_CLIP_CONFIG, Source
 from siglip_port.checkpoint.weight_files import WeightFiles
@@ -113,6 +119,20 @@ class Checkpoint:
         )
 
     @property
+    def evidence(self) -> Evidence:
+        """Where the architecture, the pooling and the preprocessing come from."""
+        pooling = "none"
+        if self.config.pooling_head:
+            pooling = "attention pooling head"
+        elif self.config.mean_pooling:
+            pooling = "mean of the tokens"
+        return Evidence(
+            architecture=self._described_by,
+            pooling=pooling,
+            preprocessing=preprocessor_config.PREPROCESSOR,
+        )
+
+    @property
     def ignored(self) -> Mapping[str, int]:
         """Number of ignored stored tensors by reason."""
         return self._other_keys().ignored
@@ -180,6 +200,7 @@ class Checkpoint:
             commit=self._source.commit,
             files=tuple(dict.fromkeys(paths[filename] for filename in groups)),
             layout=self.match.title,
+            evidence=self.evidence,
             tensors_read=len(stored),
             bytes_read=sum(info.nbytes for info in stored.values()),
             bytes_total=max(self.files.index_bytes, size),
