@@ -30,7 +30,7 @@ from tests.helpers.strategies import JSON
 
 load = SigLipVisionModel.from_hf
 
-# Keys in the published files of models with other computations, and some that nobody uses yet.
+# Keys in the published files of models with other computations, and made-up ones.
 OTHER_COMPUTATIONS: list[dict[str, Any]] = [
     {"use_rope": True},
     {"use_windows_attn": True, "window_size": 112, "full_attention_indexes": [7, 15]},
