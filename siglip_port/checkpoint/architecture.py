@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 
 from siglip_port.checkpoint.errors import CheckpointError
-from siglip_port.checkpoint.hf_config import UnknownModelError, refuse_other_models, section_at
+from siglip_port.checkpoint.hf_config import UnknownModelError, refuse_other_models
 from siglip_port.checkpoint.key_rules import KeyRule, Layout
 from siglip_port.checkpoint.layouts import BLOCK, MOONDREAM_OLD
 from siglip_port.checkpoint.recognize import Match
 from siglip_port.checkpoint.registry import PUBLISHED, SIZES, config_of_name
 from siglip_port.checkpoint.source import CONFIG
-from siglip_port.checkpoint.timm_config import refuse_unknown_args
 from siglip_port.checkpoint.transforms import PATCHES_TRANSPOSED, TRANSPOSED
+from siglip_port.checkpoint.vision_keys import refuse_unknown_sections, section_at
 from siglip_port.checkpoint.weight_files import WeightFiles
 from siglip_port.config import SigLipVisionConfig, is_int
 
@@ -225,7 +225,7 @@ def infer_architecture(layout: Layout, sizes: StoredSizes, content: Json) -> Arc
             something that SigLIP does not have.
     """
     refuse_other_models(content)
-    refuse_unknown_args(content)
+    refuse_unknown_sections(content)
     if math.isqrt(sizes.num_patches) ** 2 != sizes.num_patches:
         raise ValueError(f"number of positions must be a square number, got {sizes.num_patches}")
     named = find_published(content)

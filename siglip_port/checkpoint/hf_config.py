@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from siglip_port.checkpoint.vision_keys import refuse_unknown_keys, unknown_keys
+from siglip_port.checkpoint.vision_keys import refuse_unknown_keys, section_at, unknown_keys
 from siglip_port.config import SigLipVisionConfig, is_int, is_number
 
 NAVIT = {"pooling_head": False, "interpolation": "navit"}
@@ -249,13 +249,6 @@ def list_vision_sections(
         if sections and part is hf_config:
             break
     return sections
-
-
-def section_at(content: object, path: tuple[str, ...]) -> Mapping[str, Any] | None:
-    """Return the object at a path of keys; None if there is none."""
-    for key in path:
-        content = content.get(key) if isinstance(content, Mapping) else None
-    return content if isinstance(content, Mapping) else None
 
 
 def with_implied_values(

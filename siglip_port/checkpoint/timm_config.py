@@ -6,75 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from siglip_port.checkpoint.preprocessor_config import RESAMPLE
-from siglip_port.checkpoint.registry import TIMM_NAME
-from siglip_port.checkpoint.vision_keys import settings_outside
 from siglip_port.config import SigLipVisionConfig
-
-# fmt: off
-HARMLESS_ARGS = frozenset({
-    "act_layer", "attn_drop_rate", "checkpoint_path", "depth", "device", "drop_path_rate",
-    "drop_rate", "dtype", "dynamic_img_size", "embed_dim", "features_only", "fix_init",
-    "global_pool", "img_size", "in_chans", "mlp_ratio", "no_embed_class", "num_classes",
-    "num_heads", "patch_drop_rate", "patch_size", "pos_drop_rate", "pos_embed_grid_size",
-    "pretrained", "proj_drop_rate", "weight_init",
-})
-# fmt: on
-"""Arguments of timm's models that the port reads, that the tensor shapes show, or without effect in
-`eval()`. `no_embed_class` has none without a class token."""
-
-NEUTRAL_ARGS: dict[str, Any] = {
-    "class_token": False,
-    "dynamic_img_pad": False,
-    "enable_patch_interpolator": False,
-    "fc_norm": False,
-    "final_norm": True,
-    "norm_layer": "layernorm",
-    "patchify_channels_last": True,
-    "pool_include_prefix": False,
-    "pos_embed_align_corners": False,
-    "pos_embed_antialias": True,
-    "pos_embed_ar_preserving": False,
-    "pos_embed_interp_mode": "bilinear",
-    "pos_embed_use_grid_sample": False,
-    "pre_norm": False,
-    "proj_bias": True,
-    "qk_norm": False,
-    "qkv_bias": True,
-    "qkv_fused": True,
-    "reg_tokens": 0,
-    "rope_type": "",
-    "scale_attn_inner_norm": False,
-    "scale_attn_norm": False,
-    "scale_mlp_norm": False,
-    "swiglu_mlp": False,
-}
-"""Arguments of timm's models that change the computation -> their value in SigLIP."""
-
-POSITION_EMBEDDINGS = ("learn", "learned")
-
-
-def refuse_unknown_args(content: Mapping[str, Any]) -> None:
-    """Raise ValueError if timm or OpenVLA would build something else than a SigLIP model.
-
-    Args:
-        content: Contents of a configuration file; those of other libraries pass.
-    """
-    architecture = content.get("architecture")
-    if isinstance(architecture, str) and TIMM_NAME.fullmatch(architecture) is None:
-        raise ValueError(f"architecture must be one of timm's SigLIP models, got {architecture!r}")
-    args = content.get("model_args")
-    if isinstance(args, Mapping):
-        unknown = settings_outside(args, HARMLESS_ARGS, NEUTRAL_ARGS)
-        if args.get("pos_embed") in POSITION_EMBEDDINGS:
-            unknown = [setting for setting in unknown if not setting.startswith("pos_embed=")]
-        if unknown:
-            raise ValueError(
-                f"model_args {', '.join(unknown)} are not SigLIP's, so the model may compute "
-                "something else; if not, pass config="
-            )
-    activations = content.get("timm_override_act_layers")
-    if isinstance(activations, list) and any(name is not None for name in activations):
-        raise ValueError(f"timm_override_act_layers must be null, got {activations}; pass config=")
 
 
 def config_to_timm(config: SigLipVisionConfig, preprocessor: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Keys of a vision section that change nothing, and refusal of those that might.
 
 transformers ignores keys that its classes do not know. Models with their own code use such keys for
-rotary positions, window attention and the like, under a `model_type` of SigLIP. Only keys known to
-leave the computation unchanged are accepted.
+rotary positions, window attention and the like, under a `model_type` of SigLIP; timm builds other
+models from other arguments. Only keys known to leave the computation unchanged are accepted.
 
 Sources: transformers 4.37 to 5.23 `configuration_utils.py` and the configurations of the models in
 `siglip_port.checkpoint.hf_config`; published files of models with their own code; timm 1.0.31
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
+
+from siglip_port.checkpoint.registry import TIMM_NAME
 
 # fmt: off
 TRANSFORMERS_KEYS = frozenset({
@@ -69,6 +71,42 @@ OWN_KEYS = frozenset({
 })
 """Keys that `hf_config` reads. `mlp_ratio` is only read for Janus; tensor shapes show the width."""
 
+TIMM_KEYS = frozenset({
+    "act_layer", "attn_drop_rate", "checkpoint_path", "depth", "device", "drop_path_rate",
+    "drop_rate", "dtype", "dynamic_img_size", "embed_dim", "features_only", "fix_init",
+    "global_pool", "img_size", "in_chans", "mlp_ratio", "no_embed_class", "num_classes",
+    "num_heads", "patch_drop_rate", "patch_size", "pos_drop_rate", "pos_embed_grid_size",
+    "pretrained", "proj_drop_rate", "weight_init",
+})
+"""Arguments of timm's models that the port reads, that tensor shapes show, or without effect in
+`eval()`. `no_embed_class` has none without a class token."""
+
+OPEN_CLIP_KEYS = frozenset({
+    "act_layer", "head_width", "heads", "image_size", "layers", "mlp_ratio", "num_heads",
+    "output_tokens", "patch_dropout", "patch_size", "timm_drop", "timm_drop_path",
+    "timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "width",
+})
+"""Keys of open_clip's `vision_cfg` of a timm model. Tensors show the projection."""
+
+NANOVLM_KEYS = frozenset({
+    "vit_architecture", "vit_dropout", "vit_hidden_dim", "vit_img_size", "vit_inter_dim",
+    "vit_ln_eps", "vit_model_type", "vit_n_blocks", "vit_n_heads", "vit_patch_size",
+})
+"""nanoVLM's keys of the vision encoder, which it stores beside those of the language model."""
+
+MOONDREAM_KEYS = frozenset({
+    "crop_size", "enc_dim", "enc_ff_dim", "enc_n_heads", "enc_n_layers", "enc_patch_size",
+    "in_channels", "max_crops", "overlap_margin", "proj_inner_dim", "proj_out_dim",
+})
+"""Keys of Moondream's `config.vision`."""
+
+JANUS_KEYS = frozenset({
+    "ckpt_path", "concat_type", "freeze_high", "freeze_low", "high_res_cfg", "image_size",
+    "low_res_cfg", "model_name", "pixel_mean", "pixel_std", "select_feature", "select_layer",
+    "select_layers",
+})
+"""Keys of `vision_config.params` in the original files of Janus and DeepSeek-VL."""
+
 # fmt: on
 HARMLESS_KEYS = TRANSFORMERS_KEYS | OTHER_COMPONENT_KEYS | TRAINING_KEYS | BACKEND_KEYS | OWN_KEYS
 
@@ -108,6 +146,35 @@ SWITCHES: dict[str, Any] = {
 }
 """Keys that change the computation -> their value in SigLIP."""
 
+TIMM_SWITCHES: dict[str, Any] = {
+    "class_token": False,
+    "dynamic_img_pad": False,
+    "enable_patch_interpolator": False,
+    "fc_norm": False,
+    "final_norm": True,
+    "norm_layer": "layernorm",
+    "patchify_channels_last": True,
+    "pool_include_prefix": False,
+    "pos_embed": "learn",
+    "pos_embed_align_corners": False,
+    "pos_embed_antialias": True,
+    "pos_embed_ar_preserving": False,
+    "pos_embed_interp_mode": "bilinear",
+    "pos_embed_use_grid_sample": False,
+    "pre_norm": False,
+    "proj_bias": True,
+    "qk_norm": False,
+    "qkv_bias": True,
+    "qkv_fused": True,
+    "reg_tokens": 0,
+    "rope_type": "",
+    "scale_attn_inner_norm": False,
+    "scale_attn_norm": False,
+    "scale_mlp_norm": False,
+    "swiglu_mlp": False,
+}
+"""Arguments of timm's models that change the computation -> their value in SigLIP."""
+
 DEPENDENT_KEYS = {
     "full_attention_indexes": ("use_windows_attn", "use_window_attn"),
     "fullatt_block_indexes": ("use_windows_attn", "use_window_attn"),
@@ -117,6 +184,15 @@ DEPENDENT_KEYS = {
     "rope_theta": ("use_rope", "rope", "use_rotary"),
 }
 """Keys without effect where one of these switches is off."""
+
+
+OTHER_SECTIONS: tuple[tuple[tuple[str, ...], frozenset[str], dict[str, Any]], ...] = (
+    (("model_args",), TIMM_KEYS, TIMM_SWITCHES),
+    (("model_cfg", "vision_cfg"), OPEN_CLIP_KEYS, {}),
+    (("config", "vision"), MOONDREAM_KEYS, {}),
+    (("vision_config", "params"), JANUS_KEYS, {}),
+)
+"""Paths of the vision encoder's section in other libraries, their harmless keys and switches."""
 
 
 def refuse_unknown_keys(vision: Mapping[str, Any]) -> None:
@@ -131,6 +207,41 @@ def refuse_unknown_keys(vision: Mapping[str, Any]) -> None:
             f"vision settings {', '.join(unknown)} are not SigLIP's, so the model may compute "
             "something else"
         )
+
+
+def refuse_unknown_sections(content: Mapping[str, Any]) -> None:
+    """Raise ValueError if another library would build something else than a SigLIP encoder.
+
+    Args:
+        content: Contents of a configuration file of timm, open_clip, nanoVLM, Moondream, Janus,
+            OpenVLA or Prismatic; those of other libraries pass.
+    """
+    architecture = content.get("architecture")
+    if isinstance(architecture, str) and TIMM_NAME.fullmatch(architecture) is None:
+        raise ValueError(f"architecture must be one of timm's SigLIP models, got {architecture!r}")
+    activations = content.get("timm_override_act_layers")
+    if isinstance(activations, list) and any(name is not None for name in activations):
+        raise ValueError(f"timm_override_act_layers must be null, got {activations}; pass config=")
+    nanovlm = {key: value for key, value in content.items() if key.startswith("vit_")}
+    switches: dict[str, Any] = {"vit_cls_flag": False}
+    unknown = {"the configuration": settings_outside(nanovlm, NANOVLM_KEYS, switches)}
+    for path, harmless, switches in OTHER_SECTIONS:
+        section = section_at(content, path)
+        if section is not None:
+            unknown[".".join(path)] = settings_outside(section, harmless, switches)
+    for name, settings in unknown.items():
+        if settings:
+            raise ValueError(
+                f"{name}: settings {', '.join(settings)} are not SigLIP's, so the model may "
+                "compute something else; if not, pass config="
+            )
+
+
+def section_at(content: object, path: tuple[str, ...]) -> Mapping[str, Any] | None:
+    """Return the object at a path of keys; None if there is none."""
+    for key in path:
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content if isinstance(content, Mapping) else None
 
 
 def unknown_keys(vision: Mapping[str, Any]) -> list[str]:

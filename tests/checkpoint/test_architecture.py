@@ -384,12 +384,22 @@ def timm_content(**args: object) -> dict[str, Any]:
         (timm_content(img_size=256), r"model_args has images of 256 pixels, but .* 14 x 14 pos"),
         ({"model_cfg": {"vision_cfg": {"image_size": 384}}}, "model_cfg.vision_cfg has images of"),
         ({"act_layer": "gelu", "input_size": [3, 112, 448]}, "input_size must be square"),
-        (timm_content(rope_type="axial"), "model_args rope_type='axial' are not SigLIP's"),
+        (
+            timm_content(rope_type="axial"),
+            "model_args: settings rope_type='axial' are not",
+        ),
         (timm_content(pos_embed_interp_mode="bicubic"), "pos_embed_interp_mode='bicubic' are not"),
         (timm_content(pos_embed_ar_preserving=True), "pos_embed_ar_preserving=True are not"),
         (timm_content(qk_norm=True, init_values=1e-5), "qk_norm=True, init_values=1e-05 are not"),
         (timm_content(pos_embed="sincos"), "pos_embed='sincos' are not"),
         ({"architecture": "vit_base_patch16_gap_224"}, "architecture must be one of timm's SigLIP"),
+        ({"vit_cls_flag": True}, "settings vit_cls_flag=True are not SigLIP's"),
+        ({"config": {"vision": {"use_rope": True}}}, "config.vision: settings use_rope=True are"),
+        (
+            {"model_cfg": {"vision_cfg": {"qk_norm": True}}},
+            "model_cfg.vision_cfg: settings qk",
+        ),
+        ({"vision_config": {"params": {"rope": True}}}, "vision_config.params: settings rope=True"),
         ({"timm_override_act_layers": ["quick_gelu"]}, "timm_override_act_layers must be null"),
     ],
 )
