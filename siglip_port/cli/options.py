@@ -64,6 +64,14 @@ PrefixOption = Annotated[
         metavar="PREFIX", help="Key prefix, e.g. vision_model. or ''. [default: detected]"
     ),
 ]
+PreprocessingOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WORD",
+        help="siglip (bicubic), siglip2 (bilinear), or a preprocessor_config.json. "
+        "[default: the checkpoint's]",
+    ),
+]
 RevisionOption = Annotated[
     str | None,
     typer.Option(metavar="REV", help="Hub branch, tag or commit. [default: main]"),
