@@ -66,11 +66,7 @@ PrefixOption = Annotated[
 ]
 PreprocessingOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="WORD",
-        help="siglip (bicubic), siglip2 (bilinear), or a preprocessor_config.json. "
-        "[default: the checkpoint's]",
-    ),
+    typer.Option(metavar="WORD", help="Pixels as siglip, siglip2, or a preprocessor_config.json."),
 ]
 RevisionOption = Annotated[
     str | None,
