@@ -244,30 +244,42 @@ def complete(config: SigLipVisionConfig, name: str, stored: StoredProcessor) -> 
     Raises:
         CheckpointError: A field has an invalid value.
     """
-    defaults = default(config)
-    if config.naflex:
-        defaults["max_num_patches"] = 256
-    content = {**defaults, **stored.content}
-    source = stored.filename
+    content = {**class_defaults(config), **stored.content}
+    if not stored.kind:
+        content["image_processor_type"] = default(config)["image_processor_type"]
     try:
         assumption = read_assumption(content.pop(ASSUMED, None))
         options = parse_options(for_three_channels(config, content))
     except UnsupportedOptionsError as error:
-        supported = {**content, "do_center_crop": False, "do_pad": False, "size": defaults["size"]}
-        return Preprocessing(supported, "unknown", f"{source}: {error}", name)
+        supported = {**with_model_size(config, content), "do_center_crop": False, "do_pad": False}
+        return Preprocessing(supported, "unknown", f"{stored.filename}: {error}", name)
     except ValueError as error:
         raise CheckpointError(
             f"{name}: {stored.filename}: {error}; download the file again, or pass preprocessing= "
             "to from_hf"
         ) from error
-    if not config.naflex:
-        content["size"] = defaults["size"]
-        side = config.image_size
-        if options.size != (side, side):
-            source += f", with the model's size {side} instead of {options.size}"
+    content = with_model_size(config, content)
     if assumption is not None:
         return Preprocessing(content, assumption.status, assumption.reason, name)
+    source = stored.filename
+    if options.size not in (None, (config.image_size, config.image_size)):
+        source += f", with the model's size {config.image_size} instead of {options.size}"
     return Preprocessing(content, "stored", source, name)
+
+
+def class_defaults(config: SigLipVisionConfig) -> dict[str, Any]:
+    """Return the values that a processor's file may omit."""
+    defaults = default(config)
+    if config.naflex:
+        defaults["max_num_patches"] = 256
+    return defaults
+
+
+def with_model_size(config: SigLipVisionConfig, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with the model's image size; NaFlex processors have none."""
+    if config.naflex:
+        return dict(content)
+    return {**content, "size": default(config)["size"]}
 
 
 def for_three_channels(config: SigLipVisionConfig, content: Mapping[str, Any]) -> dict[str, Any]:
