@@ -168,7 +168,7 @@ def read_word(
         The word or the options; None for None.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: It is another value.
         CheckpointError: The file cannot be read.
     """
     if preprocessing is None:

@@ -31,6 +31,7 @@ from siglip_port.embed import Embedder, embed
 from siglip_port.image_processing import ImageProcessor
 from tests.helpers.checkpoints import SHALLOW, SMALL, MakeCheckpoint
 from tests.helpers.damaged_files import Json, assert_loads
+from tests.helpers.hub_server import Hub, Repository
 from tests.helpers.strategies import JSON
 
 load = SigLipVisionModel.from_hf
@@ -192,6 +193,13 @@ def test_published_origin(tmp_path: Path) -> None:
         preprocessing = load(tmp_path / name).preprocessing
         assert (preprocessing.config["resample"], preprocessing.status) == (resample, "fixed")
         assert str(preprocessing).startswith(f"the published one of google/{name}")
+
+
+def test_published_repository(hub: Hub, whole_model: Path, cache: Path) -> None:
+    for name, resample in (("siglip-base-patch16-224", 3), ("siglip2-base-patch16-224", 2)):
+        hub.repositories[f"google/{name}"] = Repository(whole_model)
+        preprocessing = load(f"google/{name}", cache_dir=cache).preprocessing
+        assert (preprocessing.config["resample"], preprocessing.status) == (resample, "fixed")
 
 
 def test_models_with_other_processors(checkpoint: MakeCheckpoint) -> None:
