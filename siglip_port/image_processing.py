@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, NotRequired, TypedDict, TypeGuard, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from siglip_port.checkpoint.preprocessor_config import RESAMPLE
 from siglip_port.extras import require
+from siglip_port.image_options import RESAMPLE, ImageOptions, parse_options
 from siglip_port.image_reading import Backend, ImageError, ImageInput, to_rgb
 from siglip_port.patches import pack
 
@@ -37,9 +37,6 @@ __all__ = [
     "naflex_size",
     "to_rgb",
 ]
-
-MAX_SIDE = 65536
-"""Upper limit on image sides in pixels and on patches per image."""
 
 RULES_VERSION = 1
 """Part of the fingerprint; increase it when a rule outside the configuration changes."""
@@ -57,7 +54,7 @@ class Pixels(TypedDict):
 
 
 @dataclass(frozen=True)
-class ImageProcessor:
+class ImageProcessor(ImageOptions):
     """Image processor, created by `from_config`; small and picklable.
 
     Attributes:
@@ -73,14 +70,6 @@ class ImageProcessor:
             instruction set; results differ by up to 1 of 255 levels.
     """
 
-    size: tuple[int, int] | None
-    patch_size: int | None
-    max_num_patches: int | None
-    do_resize: bool
-    resample: int
-    rescale_factor: float | None
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
     backend: Backend = "pil"
 
     @classmethod
@@ -92,49 +81,12 @@ class ImageProcessor:
             backend: `pil`, or `torchvision` (needs the extra).
 
         Raises:
-            ValueError: A field has an unsupported value.
+            ValueError: A field has an invalid or unsupported value.
             siglip_port.extras.MissingExtraError: torchvision is not installed.
         """
-        kind = str(config.get("image_processor_type", "SiglipImageProcessor"))
-        if not kind.startswith(("Siglip2", "SiglipImage")):
-            raise ValueError(
-                "image_processor_type must be that of a SigLIP or SigLIP 2 image processor, got "
-                f"{kind}"
-            )
-        naflex = kind.startswith("Siglip2")
-        size = None if naflex else parse_size(config.get("size", (224, 224)))
-        if config.get("do_center_crop") or config.get("do_pad"):
-            raise ValueError(
-                "do_center_crop and do_pad are not supported for SigLIP; set them to false"
-            )
-        resample = parse_resample(config, "bilinear" if naflex else "bicubic")
-        check_backend(backend, resample)
-        do_normalize = parse_flag(config, "do_normalize")
-        patch_size: int | None = None
-        max_num_patches: int | None = None
-        rescale_factor: float | None = None
-        mean: tuple[float, ...] | None = None
-        std: tuple[float, ...] | None = None
-        if naflex:
-            patch_size = parse_count(config, "patch_size", 16)
-            max_num_patches = parse_count(config, "max_num_patches", 256)
-        do_resize = parse_flag(config, "do_resize")
-        if parse_flag(config, "do_rescale"):
-            rescale_factor = parse_rescale_factor(config)
-        if do_normalize:
-            mean = parse_channel_values(config, "image_mean")
-            std = parse_channel_values(config, "image_std")
-        return cls(
-            size=size,
-            patch_size=patch_size,
-            max_num_patches=max_num_patches,
-            do_resize=do_resize,
-            resample=resample,
-            rescale_factor=rescale_factor,
-            mean=mean,
-            std=std,
-            backend=backend,
-        )
+        options = parse_options(config)
+        check_backend(backend, options.resample)
+        return cls(**vars(options), backend=backend)
 
     @property
     def factor(self) -> float:
@@ -309,9 +261,6 @@ def naflex_size(height: int, width: int, patch_size: int, max_num_patches: int) 
     return scaled(smallest, height), scaled(smallest, width)
 
 
-# --- the configuration ----------------------------------------------------------------------------
-
-
 def check_backend(backend: str, resample: int) -> None:
     """Raise ValueError or MissingExtraError unless the backend supports the resampling filter."""
     if backend not in ("pil", "torchvision"):
@@ -326,76 +275,3 @@ def check_backend(backend: str, resample: int) -> None:
             f"resample={resample} (Lanczos) needs torchvision 0.27 or newer, got {installed}; "
             "upgrade it or use backend='pil'"
         )
-
-
-def parse_size(size: object) -> tuple[int, int]:
-    """Parse `size` as (height, width); a single number would mean the shorter side."""
-    sides: list[object] = []
-    if isinstance(size, Mapping):
-        sides = [size.get("height"), size.get("width")]
-    elif isinstance(size, (list, tuple)):
-        sides = list(size)
-    if len(sides) == 2:
-        height, width = sides
-        if is_count(height) and is_count(width):
-            return height, width
-    raise ValueError(
-        f"size must be {{'height': H, 'width': W}} with integers from 1 to {MAX_SIDE}, got "
-        f"{size!r}; resizing with a fixed aspect ratio is not supported"
-    )
-
-
-def parse_resample(config: Mapping[str, Any], default: str) -> int:
-    """Parse `resample`, the number of a Pillow filter."""
-    value = config.get("resample", RESAMPLE[default])
-    filters = sorted(RESAMPLE.values())
-    if value not in filters or isinstance(value, bool):
-        raise ValueError(f"resample must be one of {filters} (Pillow's filters), got {value!r}")
-    return int(value)
-
-
-def parse_flag(config: Mapping[str, Any], name: str) -> bool:
-    """Parse a flag; null means false, as in transformers."""
-    value = config.get(name, True)
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
-    return bool(value)
-
-
-def parse_count(config: Mapping[str, Any], name: str, default: int) -> int:
-    """Parse a number of pixels or patches."""
-    value = config.get(name, default)
-    if not is_count(value):
-        raise ValueError(f"{name} must be an integer from 1 to {MAX_SIDE}, got {value!r}")
-    return value
-
-
-def parse_channel_values(config: Mapping[str, Any], name: str) -> tuple[float, ...]:
-    """Parse one number per channel; a single number applies to all three."""
-    value = config.get(name, [0.5] * 3)
-    numbers = value if isinstance(value, (list, tuple)) else [value] * 3
-    if len(numbers) != 3 or not all(is_finite_number(number) for number in numbers):
-        raise ValueError(f"{name} must be three numbers, got {value!r}")
-    if name == "image_std" and 0 in np.array(numbers, dtype=np.float32):
-        raise ValueError(f"image_std must be three nonzero numbers, got {value!r}")
-    return tuple(float(number) for number in numbers)
-
-
-def parse_rescale_factor(config: Mapping[str, Any]) -> float:
-    """Parse `rescale_factor`."""
-    value = config.get("rescale_factor", 1 / 255)
-    if not is_finite_number(value) or not value:
-        raise ValueError(f"rescale_factor must be a nonzero number, got {value!r}")
-    return float(value)
-
-
-def is_count(value: object) -> TypeGuard[int]:
-    """Return whether a value is an integer from 1 to `MAX_SIDE`."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIDE
-
-
-def is_finite_number(value: object) -> bool:
-    """Return whether a value is a number that float32 can represent."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return abs(value) < 1e30

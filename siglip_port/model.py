@@ -31,7 +31,7 @@ from siglip_port.config import SigLipVisionConfig
 from siglip_port.patches import ImageBatch, Mask, Shapes
 
 if TYPE_CHECKING:  # files and images are imported by the methods that need them
-    from siglip_port.checkpoint import LoadOptions, Provenance
+    from siglip_port.checkpoint import LoadOptions, Preprocessing, Provenance
     from siglip_port.image_processing import Backend, ImageInput
 
 # hidden_act -> function. SigLIP was trained with the tanh approximation; `gelu` is the exact one.
@@ -297,7 +297,7 @@ class SigLipVisionModel(nn.Module):
         validation.validate_config(config)
         self.config = config
         self.provenance: Provenance | None = None
-        self._preprocessor_config: dict[str, Any] | None = None
+        self._preprocessing: Preprocessing | None = None
         self.transformer = SigLipVisionTransformer(config)
         self.pooling_head = PoolingHead(config) if config.pooling_head else None
 
@@ -411,17 +411,29 @@ class SigLipVisionModel(nn.Module):
         return self.transformer.post_layernorm.weight.dtype
 
     @property
+    def preprocessing(self) -> Preprocessing:
+        """Preprocessing of images, and how it is known; of a new model, that of SigLIP."""
+        if self._preprocessing is None:
+            from siglip_port.checkpoint import Preprocessing, default_preprocessor_config
+
+            config = default_preprocessor_config(self.config)
+            self._preprocessing = Preprocessing(config, "stated", "a new model", "model")
+        return self._preprocessing
+
+    @preprocessing.setter
+    def preprocessing(self, value: Preprocessing) -> None:
+        self._preprocessing = value
+
+    @property
     def preprocessor_config(self) -> dict[str, Any]:
         """Preprocessing configuration, which `save_hf` writes as `preprocessor_config.json`."""
-        if self._preprocessor_config is None:
-            from siglip_port.checkpoint import default_preprocessor_config
-
-            self._preprocessor_config = default_preprocessor_config(self.config)
-        return self._preprocessor_config
+        return self.preprocessing.config
 
     @preprocessor_config.setter
     def preprocessor_config(self, value: dict[str, Any]) -> None:
-        self._preprocessor_config = value
+        from siglip_port.checkpoint import Preprocessing
+
+        self._preprocessing = Preprocessing(value, "stated", "set by the program", "model")
 
     @classmethod
     def from_hf(cls, source: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Self:

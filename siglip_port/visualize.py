@@ -70,9 +70,10 @@ def model_view(model: SigLipVisionModel, image: ImageInput) -> ModelView:
 
     Raises:
         siglip_port.image_processing.ImageError: The image cannot be read or has no patch.
-        ValueError: The model's `preprocessor_config` is not supported.
+        ValueError: The model's preprocessing is unknown, or its `preprocessor_config` is not
+            supported.
     """
-    processor = ImageProcessor.from_config(model.preprocessor_config)
+    processor = ImageProcessor.from_config(model.preprocessing.checked_config())
     patch_size = model.config.patch_size
     values = processor.one(image)  # [3, H, W]
     pixels = processor.batch([values])

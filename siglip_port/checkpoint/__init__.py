@@ -8,6 +8,7 @@ from siglip_port.checkpoint.errors import (
 from siglip_port.checkpoint.extract import Extraction, extract_model
 from siglip_port.checkpoint.inspect import Inspection, inspect_checkpoint
 from siglip_port.checkpoint.layouts import LAYOUTS
+from siglip_port.checkpoint.preprocessing import Preprocessing
 from siglip_port.checkpoint.preprocessor_config import default as default_preprocessor_config
 from siglip_port.checkpoint.pretrained import LoadOptions, build_on_meta, load_model
 from siglip_port.checkpoint.provenance import Provenance
@@ -26,6 +27,7 @@ __all__ = [
     "Inspection",
     "LoadOptions",
     "MultipleEncodersError",
+    "Preprocessing",
     "Provenance",
     "Published",
     "Source",

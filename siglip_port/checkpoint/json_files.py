@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import codecs
 import logging
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from siglip_port.checkpoint.errors import CheckpointError, HubUnreachableError
 from siglip_port.checkpoint.formats import MAX_JSON_BYTES, parse_json
-from siglip_port.checkpoint.preprocessor_config import PREPROCESSOR, PROCESSOR
+from siglip_port.checkpoint.preprocessor_config import (
+    PREPROCESSOR,
+    PROCESSOR,
+    WORDS,
+    StoredProcessor,
+)
 from siglip_port.checkpoint.source import CONFIG, OPEN_CLIP_CONFIG, Source, pickle_advice
 
 log = logging.getLogger(__name__)
+
+PROCESSOR_FOLDERS = ("feature_extractor", "image_processor", "processor")
+"""Folders in which diffusers and others store image processors, beside the encoder's folder."""
 
 
 class Index(NamedTuple):
@@ -74,7 +83,7 @@ def read_config(
     return None
 
 
-def read_preprocessor_config(source: Source) -> dict[str, Any] | None:
+def read_preprocessor_config(source: Source) -> StoredProcessor | None:
     """Read the checkpoint's image processor; None if there is no file, or none is cached.
 
     Raises:
@@ -89,19 +98,94 @@ def read_preprocessor_config(source: Source) -> dict[str, Any] | None:
             continue
         if path is None:
             continue
-        content = read_json(path)
-        if filename == PREPROCESSOR:
-            return content
-        image_processor = content.get("image_processor")
-        if isinstance(image_processor, dict):
-            return image_processor
-    if not_cached is not None:  # not needed to load the model
+        content = read_processor(path)
+        if content is not None:
+            return StoredProcessor(filename, content)
+    try:
+        sibling = read_sibling_processor(source)
+    except HubUnreachableError as error:
+        sibling = None
+        not_cached = not_cached or error
+    if sibling is None and not_cached is not None:  # not needed to load the model
         log.warning(
             "%s is not available, using SigLIP's default preprocessing: %s",
             PREPROCESSOR,
             not_cached,
         )
+    return sibling
+
+
+def read_processor(path: Path) -> dict[str, Any] | None:
+    """Read an image processor from its own file, or from that of a processor.
+
+    Returns:
+        Options of the image processor; None if a `processor_config.json` has none.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    content = read_json(path)
+    if path.name != PROCESSOR:
+        return content
+    image_processor = content.get("image_processor")
+    if image_processor is not None and not isinstance(image_processor, dict):
+        raise CheckpointError(
+            f"{path}: image_processor must be a JSON object, got {image_processor!r}; download it "
+            "again"
+        )
+    return image_processor
+
+
+def read_sibling_processor(source: Source) -> StoredProcessor | None:
+    """Read a SigLIP processor in a folder beside the encoder's, as diffusers stores it.
+
+    Processors of other models there may belong to other encoders, and are not used.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+        HubUnreachableError: The file is not cached, and the Hub cannot be reached.
+    """
+    for folder in PROCESSOR_FOLDERS:
+        path = source.get_sibling(folder, PREPROCESSOR)
+        if path is None:
+            continue
+        stored = StoredProcessor(f"../{folder}/{PREPROCESSOR}", read_json(path))
+        if stored.kind.startswith("Siglip"):
+            return stored
     return None
+
+
+def read_word(
+    preprocessing: str | os.PathLike[str] | Mapping[str, Any] | None,
+) -> str | StoredProcessor | None:
+    """Read the argument `preprocessing` of `from_hf`.
+
+    Args:
+        preprocessing: One of `siglip_port.checkpoint.preprocessor_config.WORDS`, the options of a
+            SigLIP processor, or the path of their file; or None.
+
+    Returns:
+        The word or the options; None for None.
+
+    Raises:
+        ValueError: It is another value.
+        CheckpointError: The file cannot be read.
+    """
+    if preprocessing is None:
+        return None
+    if isinstance(preprocessing, Mapping):
+        return StoredProcessor("preprocessing=", preprocessing)
+    if isinstance(preprocessing, str) and preprocessing in WORDS:
+        return preprocessing
+    if isinstance(preprocessing, (str, os.PathLike)):
+        path = Path(preprocessing)
+        content = read_processor(path) if path.is_file() else None
+        if content is not None:
+            return StoredProcessor(str(path), content)
+    raise ValueError(
+        f"preprocessing must be {', '.join(map(repr, WORDS))}, a mapping, or the path of a "
+        f"{PREPROCESSOR}, got {preprocessing!r}"
+    )
 
 
 def read_index(path: Path) -> Index:

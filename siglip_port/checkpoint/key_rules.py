@@ -145,6 +145,25 @@ OUTSIDE_PREFIX = (
 
 
 @dataclass(frozen=True)
+class CodePreprocessing:
+    """How the code that defines a layout preprocesses images: resized without cropping.
+
+    Attributes:
+        resample: Pillow's resampling filter, a value of `siglip_port.image_options.RESAMPLE`.
+        do_normalize: True for pixels in [-1, 1], mean and std 0.5; False for [0, 1].
+        only_for: Restriction to some images or releases, for messages; empty if there is none.
+        tiled_by: Key of the configuration of later releases, which divide images into tiles.
+        difference: What the code does that is not supported; empty if results are the same.
+    """
+
+    resample: int
+    do_normalize: bool = True
+    only_for: str = ""
+    tiled_by: str | None = None
+    difference: str = ""
+
+
+@dataclass(frozen=True)
 class Layout:
     """A published way to store the vision encoder, under any prefix.
 
@@ -167,7 +186,8 @@ class Layout:
         layer_norm_eps: LayerNorm epsilon, if fixed by the code that defines the layout.
         hidden_act: Activation, if fixed by that code.
         head_dim: Width of an attention head, if fixed by that code.
-        image_size: Image size in pixels that this code resizes images to, if fixed.
+        image_size: Image size in pixels, if fixed by that code.
+        preprocessing: Preprocessing of that code; None if configuration files describe it.
     """
 
     name: str
@@ -185,6 +205,7 @@ class Layout:
     hidden_act: str | None = None
     head_dim: int | None = None
     image_size: int | None = None
+    preprocessing: CodePreprocessing | None = None
 
     @property
     def is_stacked(self) -> bool:

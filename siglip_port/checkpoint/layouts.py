@@ -10,13 +10,18 @@ releases 4.37 to 5.23; timm 1.0.31 `models/vision_transformer.py` and `models/na
 big_vision `models/vit.py`; gemma_pytorch `gemma/siglip_vision`; mlx-vlm
 `mlx_vlm/models/*/vision.py`; nanoVLM `models/vision_transformer.py`; moondream
 `moondream/torch/vision.py`.
+
+Sources of the preprocessing: gemma_pytorch `gemma/siglip_vision/preprocessor.py`; nanoVLM
+`data/processors.py`; moondream `moondream/torch/image_crops.py` and, in 2024,
+`moondream/vision_encoder.py`; big_vision `pp/ops_image.py`; transformers
+`models/janus/image_processing_janus.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from siglip_port.checkpoint.key_rules import IgnoredKeys, KeyRule, Layout
+from siglip_port.checkpoint.key_rules import CodePreprocessing, IgnoredKeys, KeyRule, Layout
 from siglip_port.checkpoint.transforms import (
     BATCHED,
     BATCHED_GRID,
@@ -32,6 +37,7 @@ from siglip_port.checkpoint.transforms import (
     TRANSPOSED,
     Transform,
 )
+from siglip_port.image_options import RESAMPLE
 
 BLOCK = "transformer.encoder.encoder_blocks.{}."
 CLASS_TOKEN = "a class token, which SigLIP does not have"
@@ -161,6 +167,9 @@ JANUS = replace(
         "embeddings.patch_embedding.weight",
         "encoder.layers.0.self_attn.projection_layer.weight",
     ),
+    preprocessing=CodePreprocessing(
+        RESAMPLE["bicubic"], difference="Janus pads images to a square"
+    ),
 )
 
 MLX = replace(
@@ -200,6 +209,7 @@ GEMMA_PYTORCH = Layout(
     layer_norm_eps=1e-6,
     hidden_act="gelu_pytorch_tanh",
     head_dim=72,
+    preprocessing=CodePreprocessing(RESAMPLE["bilinear"]),
 )
 
 # --- timm -----------------------------------------------------------------------------------------
@@ -287,6 +297,9 @@ NANOVLM = Layout(
     signature_keys=("patch_embedding.conv.weight", "blocks.0.ln1.weight"),
     rejected_keys=(("patch_embedding.cls_token", CLASS_TOKEN),),
     hidden_act="gelu_pytorch_tanh",
+    preprocessing=CodePreprocessing(
+        RESAMPLE["bilinear"], do_normalize=False, tiled_by="max_img_size"
+    ),
 )
 
 MOONDREAM = Layout(
@@ -309,6 +322,7 @@ MOONDREAM = Layout(
     layer_norm_eps=1e-5,
     hidden_act="gelu_pytorch_tanh",
     image_size=378,
+    preprocessing=CodePreprocessing(RESAMPLE["lanczos"], only_for="the whole image, not its crops"),
 )
 
 MOONDREAM_OLD = replace(
@@ -322,6 +336,9 @@ MOONDREAM_OLD = replace(
     ),
     signature_keys=("patch_embed.linear.weight", "blocks.0.norm1.weight"),
     ignored=(),
+    preprocessing=CodePreprocessing(
+        RESAMPLE["bicubic"], only_for="releases and images that are not divided into tiles"
+    ),
 )
 
 # --- big_vision -----------------------------------------------------------------------------------
@@ -385,6 +402,9 @@ BIG_VISION = Layout(
     rejected_keys=(("cls", CLASS_TOKEN),),
     layer_norm_eps=1e-6,
     hidden_act="gelu_pytorch_tanh",
+    preprocessing=CodePreprocessing(
+        RESAMPLE["bilinear"], difference="big_vision resizes without antialiasing"
+    ),
 )
 
 BIG_VISION_NAFLEX = replace(
@@ -399,6 +419,9 @@ BIG_VISION_NAFLEX = replace(
     ),
     square_dims=None,
     naflex=True,
+    preprocessing=CodePreprocessing(
+        RESAMPLE["bilinear"], difference="big_vision truncates resized pixels instead of rounding"
+    ),
 )
 # fmt: on
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 
 from siglip_port.checkpoint.errors import CheckpointError
 from siglip_port.checkpoint.formats import DTYPES
+from siglip_port.checkpoint.json_files import read_word
 from siglip_port.checkpoint.reader import Checkpoint
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.model import SigLipVisionModel
@@ -28,6 +30,7 @@ class LoadOptions(TypedDict, total=False):
     layout: str | None
     prefix: str | None
     config: SigLipVisionConfig | None
+    preprocessing: str | os.PathLike[str] | Mapping[str, Any] | None
     local_files_only: bool
     token: str | bool | None
     cache_dir: str | os.PathLike[str] | None
@@ -46,6 +49,7 @@ def load_model(
     layout: str | None = None,
     prefix: str | None = None,
     config: SigLipVisionConfig | None = None,
+    preprocessing: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -74,6 +78,9 @@ def load_model(
         layout: Name of one of `siglip_port.checkpoint.layouts.LAYOUTS`; None to recognize it.
         prefix: Prefix of the encoder's names in the file, such as `vision_model.`; None to find it.
         config: Architecture, if the checkpoint's is missing or wrong.
+        preprocessing: Preprocessing, if the checkpoint's is missing or wrong: `siglip` (bicubic
+            filter) or `siglip2` (bilinear filter) for that of the published checkpoints, or a
+            `preprocessor_config.json` as a mapping or path.
         local_files_only: Whether to use only the Hub's local cache, without network access.
         token: Hub token; True for the stored token, False for none.
         cache_dir: Cache folder, instead of the Hub's default.
@@ -87,12 +94,14 @@ def load_model(
     Raises:
         CheckpointError: The checkpoint does not exist, or does not contain exactly one SigLIP
             vision encoder.
-        ValueError: `dtype`, `device`, `interpolation` or `layout` is not supported.
+        ValueError: `dtype`, `device`, `interpolation`, `layout` or `preprocessing` is not
+            supported.
     """
     from siglip_port.hub import HubOptions, find_source
 
     validate_placement(dtype, device)
     validate_overrides(config, prefix)
+    word = read_word(preprocessing)
     options = HubOptions(
         revision=revision,
         local_files_only=local_files_only,
@@ -103,13 +112,18 @@ def load_model(
     replace(config or SigLipVisionConfig(), interpolation=interpolation)  # raises for unknown rules
     files = find_source(source, options)
     checkpoint = Checkpoint(
-        files, pooling_head=pooling_head, layout=layout, prefix=prefix, config=config
+        files,
+        pooling_head=pooling_head,
+        layout=layout,
+        prefix=prefix,
+        config=config,
+        preprocessing=word,
     )
     rule = interpolation or checkpoint.config.interpolation
     model, shapes = build_on_meta(replace(checkpoint.config, interpolation=rule), files.title, cls)
     tensors, model.provenance = checkpoint.read(shapes, dtype=dtype, device=device)
     model.load_state_dict(tensors, strict=True, assign=True)
-    model.preprocessor_config = checkpoint.preprocessor_config
+    model.preprocessing = checkpoint.preprocessing
     return model.eval()
 
 

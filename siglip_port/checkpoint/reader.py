@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from siglip_port.checkpoint import preprocessor_config
 from siglip_port.checkpoint.architecture import read_architecture
 from siglip_port.checkpoint.errors import (
     CheckpointError,
@@ -29,6 +28,8 @@ from siglip_port.checkpoint.formats import DTYPES, TensorInfo
 from siglip_port.checkpoint.hf_config import unknown_settings
 from siglip_port.checkpoint.json_files import read_config, read_preprocessor_config
 from siglip_port.checkpoint.layouts import PREFIX
+from siglip_port.checkpoint.preprocessing import Preprocessing
+from siglip_port.checkpoint.preprocessor_config import Clues, StoredProcessor, derive, from_word
 from siglip_port.checkpoint.provenance import (
     FINGERPRINT,
     ORIGIN,
@@ -72,18 +73,20 @@ class Checkpoint:
         layout: Name of one of `siglip_port.checkpoint.layouts.LAYOUTS`; None to recognize it.
         prefix: Prefix of the encoder's names; None to find it.
         config: Architecture, instead of the checkpoint's.
+        preprocessing: Preprocessing, instead of the checkpoint's: result of
+            `siglip_port.checkpoint.json_files.read_word`.
 
     Attributes:
         files: Weights files.
         match: Layout and prefix of the encoder.
         config: Architecture, with a pooling head if the checkpoint has one and it is not ignored.
-        preprocessor_config: Contents of the encoder's `preprocessor_config.json`.
+        preprocessing: Contents of the encoder's `preprocessor_config.json`, and their source.
         mappings: Name of every stored tensor of the encoder -> the parameters that it contains.
 
     Raises:
         CheckpointError: The checkpoint does not exist, or has no SigLIP vision encoder.
         MultipleEncodersError: It has several; `layout` and `prefix` select one.
-        ValueError: The layout does not exist.
+        ValueError: The layout does not exist, or `preprocessing` does not fit the model.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Checkpoint:
         layout: str | None = None,
         prefix: str | None = None,
         config: SigLipVisionConfig | None = None,
+        preprocessing: str | StoredProcessor | None = None,
     ) -> None:
         self._source = source
         content = read_config_unless(config, source)
@@ -112,9 +116,7 @@ class Checkpoint:
         self._check_naflex(config)
         self._head_keys = self._find_head(required=bool(pooling_head))
         self.config = self._with_pooling(config, pooling_head)
-        self.preprocessor_config = preprocessor_config.derive(
-            self.config, read_preprocessor_config(source), content or {}, source.name
-        )
+        self.preprocessing = self._find_preprocessing(preprocessing, content or {})
         self._check_block_count()
         rules = self.match.layout.rules(self.config.pooling_head)
         self.mappings = self.match.layout.mappings(
@@ -134,7 +136,7 @@ class Checkpoint:
         return Evidence(
             architecture=self._architecture_source,
             pooling=pooling,
-            preprocessing=preprocessor_config.PREPROCESSOR,
+            preprocessing=str(self.preprocessing),
         )
 
     @property
@@ -257,6 +259,21 @@ class Checkpoint:
         layout, prefix = self.match
         name = f"{prefix.removesuffix(PREFIX)}classifier.weight"
         return layout.has_hf_config and name in self.files.file_of
+
+    def _find_preprocessing(
+        self, word: str | StoredProcessor | None, content: Mapping[str, Any]
+    ) -> Preprocessing:
+        """Return the preprocessing that the user states, or else that of the files."""
+        title = self._source.title
+        if word is not None:
+            return from_word(self.config, word, title)
+        stored = read_preprocessor_config(self._source)
+        origins = self.files.metadata(ORIGIN)
+        if self._source.commit is not None:
+            origins = {self._source.name}
+        origin = "".join(origins).partition("@")[0] if len(origins) == 1 else None
+        clues = Clues(title, self.match.layout, stored, content, origin)
+        return derive(self.config, clues)
 
     def _check_block_count(self) -> None:
         """Raise CheckpointError if the number of blocks is impossible.

@@ -39,6 +39,12 @@ class Source(Protocol):
     def get(self, filename: str) -> Path | None:
         """Return the local path of a file, downloaded if necessary; None if it does not exist."""
 
+    def get_sibling(self, folder: str, filename: str) -> Path | None:
+        """Return the local path of a file in a folder beside this one; None if there is none.
+
+        Nothing is beside the root of a repository.
+        """
+
     def header(self, filename: str) -> Header | None:
         """Read the header of a weights file; None if the file does not exist."""
 

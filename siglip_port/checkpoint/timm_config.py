@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from siglip_port.checkpoint.preprocessor_config import RESAMPLE
 from siglip_port.config import SigLipVisionConfig
+from siglip_port.image_options import RESAMPLE
 
 
 def config_to_timm(config: SigLipVisionConfig, preprocessor: Mapping[str, Any]) -> dict[str, Any]:

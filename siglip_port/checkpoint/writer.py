@@ -29,6 +29,7 @@ from siglip_port.checkpoint.provenance import FINGERPRINT, ORIGIN, fingerprint
 from siglip_port.checkpoint.recognize import Match
 from siglip_port.checkpoint.source import CONFIG, WEIGHTS
 from siglip_port.checkpoint.timm_config import config_to_timm
+from siglip_port.image_options import UnsupportedOptionsError, parse_options
 from siglip_port.model import SigLipVisionModel
 
 Documents = Mapping[str, Mapping[str, Any]]
@@ -51,7 +52,8 @@ def save_hf(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
             adapters), or the files cannot be written.
     """
     layout = HUGGINGFACE_NAFLEX if model.config.naflex else HUGGINGFACE
-    documents = {CONFIG: model.config.to_hf(), PREPROCESSOR: model.preprocessor_config}
+    processor = {**checked_processor(model), **model.preprocessing.assumption()}
+    documents = {CONFIG: model.config.to_hf(), PREPROCESSOR: processor}
     save(model, folder, Match(layout, PREFIX), documents)
 
 
@@ -70,7 +72,8 @@ def save_timm(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
         ValueError: timm does not support this architecture.
     """
     layout = TIMM_NAFLEX if model.config.naflex else TIMM
-    documents = {CONFIG: config_to_timm(model.config, model.preprocessor_config)}
+    content = config_to_timm(model.config, checked_processor(model))
+    documents = {CONFIG: {**content, **model.preprocessing.assumption()}}
     save(model, folder, Match(layout, ""), documents)
 
 
@@ -114,6 +117,21 @@ def save(
         raise CheckpointError(
             f"the checkpoint cannot be written to {os.fspath(folder)}: {error}"
         ) from error
+
+
+def checked_processor(model: SigLipVisionModel) -> dict[str, Any]:
+    """Return `model.preprocessor_config`.
+
+    Raises:
+        CheckpointError: A field has an invalid value.
+    """
+    try:
+        parse_options(model.preprocessor_config)
+    except UnsupportedOptionsError:
+        pass  # transformers supports it
+    except ValueError as error:
+        raise CheckpointError(f"model.preprocessor_config cannot be saved: {error}") from error
+    return model.preprocessor_config
 
 
 def find_problems(state_dict: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> list[Problem]:

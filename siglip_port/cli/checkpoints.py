@@ -242,7 +242,7 @@ def list_published(as_json: JsonOption = False) -> None:
 
 def describe_published(published: Published) -> dict[str, Any]:
     """Return the row of a published checkpoint."""
-    from siglip_port.checkpoint.preprocessor_config import RESAMPLE
+    from siglip_port.image_options import RESAMPLE
 
     config = published.config
     filters = {number: name for name, number in RESAMPLE.items()}

@@ -13,6 +13,7 @@ from siglip_port.cli.options import (
     JsonOption,
     ModelOption,
     OfflineOption,
+    PreprocessingOption,
     RevisionOption,
     check_engine,
     named_dtype,
@@ -133,6 +134,7 @@ def embed(
     source: ModelOption = DEFAULT_MODEL,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
+    preprocessing: PreprocessingOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     engine: EngineOption = None,
@@ -170,7 +172,11 @@ def embed(
     from siglip_port.model import SigLipVisionModel
 
     model = SigLipVisionModel.from_hf(
-        source, revision=revision, local_files_only=offline, device=device
+        source,
+        revision=revision,
+        local_files_only=offline,
+        preprocessing=preprocessing,
+        device=device,
     )
     summary = run(inputs, output, model, options)
     if as_json:

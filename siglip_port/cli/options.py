@@ -64,6 +64,10 @@ PrefixOption = Annotated[
         metavar="PREFIX", help="Key prefix, e.g. vision_model. or ''. [default: detected]"
     ),
 ]
+PreprocessingOption = Annotated[
+    str | None,
+    typer.Option(metavar="WORD", help="Pixels as siglip, siglip2, or a preprocessor_config.json."),
+]
 RevisionOption = Annotated[
     str | None,
     typer.Option(metavar="REV", help="Hub branch, tag or commit. [default: main]"),

@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-from siglip_port.cli.options import DEFAULT_MODEL, ModelOption, OfflineOption, RevisionOption
+from siglip_port.cli.options import (
+    DEFAULT_MODEL,
+    ModelOption,
+    OfflineOption,
+    PreprocessingOption,
+    RevisionOption,
+)
 from siglip_port.cli.output import fail
 from siglip_port.extras import require
 
@@ -20,6 +26,7 @@ def plot(
     source: ModelOption = DEFAULT_MODEL,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
+    preprocessing: PreprocessingOption = None,
 ) -> None:
     """Plot weights, and features of an image, as PNG files.
 
@@ -38,7 +45,11 @@ def plot(
     except ImageError as error:
         fail(f"{image}: {error}")
     model = SigLipVisionModel.from_hf(
-        source, revision=revision, local_files_only=offline, dtype=torch.float32
+        source,
+        revision=revision,
+        local_files_only=offline,
+        preprocessing=preprocessing,
+        dtype=torch.float32,
     )
     for file in visualize.draw(model, rgb, output):
         typer.echo(file)

@@ -29,6 +29,7 @@ class Embedder(BatchEncoder):
             headers. Or a model, which is pickled with its weights.
         revision: Branch, tag or commit of a Hub repository.
         local_files_only: Whether to use only the Hub's local cache.
+        preprocessing: Preprocessing of a checkpoint, as for `from_hf`.
         dtype: Compute dtype; None for the model's own.
         engine: Name in `siglip_port.optimize.ENGINES`.
         device: Device of the model; None for the model's own, or the CPU.
@@ -49,7 +50,8 @@ class Embedder(BatchEncoder):
         commit: Commit of the Hub repository; None for local files.
 
     Raises:
-        ValueError: An argument is not supported, or the model does not support the output.
+        ValueError: An argument is not supported, the model does not support the output, or its
+            preprocessing is unknown.
         siglip_port.CheckpointError: The checkpoint cannot be read.
     """
 
@@ -59,6 +61,7 @@ class Embedder(BatchEncoder):
         *,
         revision: str | None = None,
         local_files_only: bool = False,
+        preprocessing: str | os.PathLike[str] | Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
         engine: str = "eager",
         device: str | None = None,
@@ -84,7 +87,11 @@ class Embedder(BatchEncoder):
             model_source = ModelSource.from_model(source)
         else:
             model_source = ModelSource.from_checkpoint(
-                source, revision=revision, local_files_only=local_files_only, device=device
+                source,
+                revision=revision,
+                local_files_only=local_files_only,
+                device=device,
+                preprocessing=preprocessing,
             )
         super().__init__(model_source, options, device)
         self.column = column

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from siglip_port.checkpoint.json_files import read_word
+from siglip_port.checkpoint.preprocessing import Preprocessing
 from siglip_port.checkpoint.reader import Checkpoint
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.embed.decode import DecodedImage
@@ -33,7 +35,7 @@ class ModelSource:
         name: Hub id or path of the checkpoint, for messages and metadata.
         commit: Commit of the Hub repository; None for local files.
         config: Model configuration.
-        preprocessor_config: Content of `preprocessor_config.json`.
+        preprocessing: Content of `preprocessor_config.json`, and its source.
         model: Loaded model; None until its weights are loaded.
         in_memory: Whether the model has no checkpoint to load it from, so its weights are pickled.
         load_arguments: Keyword arguments of `SigLipVisionModel.from_hf`.
@@ -42,7 +44,7 @@ class ModelSource:
     name: str
     commit: str | None
     config: SigLipVisionConfig
-    preprocessor_config: Mapping[str, Any]
+    preprocessing: Preprocessing
     model: SigLipVisionModel | None = None
     in_memory: bool = False
     load_arguments: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +59,7 @@ class ModelSource:
         name, commit = "in-memory model", None
         if model.provenance is not None:
             name, commit = model.provenance.source, model.provenance.commit
-        return cls(name, commit, model.config, model.preprocessor_config, model, in_memory=True)
+        return cls(name, commit, model.config, model.preprocessing, model, in_memory=True)
 
     @classmethod
     def from_checkpoint(
@@ -67,22 +69,26 @@ class ModelSource:
         revision: str | None,
         local_files_only: bool,
         device: str | None,
+        preprocessing: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     ) -> ModelSource:
         """Read the configuration and headers of a checkpoint, given as for `from_hf`."""
+        word = read_word(preprocessing)
         files = find_source(
             source, HubOptions(revision=revision, local_files_only=local_files_only)
         )
-        checkpoint = Checkpoint(files)
-        load_arguments = {
+        checkpoint = Checkpoint(files, preprocessing=word)
+        load_arguments: dict[str, Any] = {
             "revision": files.commit or revision,
             "local_files_only": local_files_only,
             "device": device,
         }
+        if word is not None:  # its file may not exist where the weights are loaded
+            load_arguments["preprocessing"] = checkpoint.preprocessing.config
         return cls(
             files.name,
             files.commit,
             checkpoint.config,
-            checkpoint.preprocessor_config,
+            checkpoint.preprocessing,
             load_arguments=load_arguments,
         )
 
@@ -121,7 +127,8 @@ class BatchEncoder:
         commit: Commit of the Hub repository; None for local files.
 
     Raises:
-        ValueError: The model does not support the requested output.
+        ValueError: The model does not support the requested output, or its preprocessing is
+            unknown.
     """
 
     def __init__(
@@ -136,7 +143,8 @@ class BatchEncoder:
         self.config = source.config
         self.name = source.name
         self.commit = source.commit
-        self.processor = ImageProcessor.from_config(source.preprocessor_config, options.backend)
+        preprocessor_config = source.preprocessing.checked_config()
+        self.processor = ImageProcessor.from_config(preprocessor_config, options.backend)
         self._optimized: OptimizedModel | None = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -41,6 +41,11 @@ class LocalFolder:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
         return path if is_file else None
 
+    def get_sibling(self, folder: str, filename: str) -> Path | None:
+        """Return the path of a file in a folder beside this one; None if it does not exist."""
+        path = self.folder.absolute().parent / folder / filename
+        return path if path.is_file() else None
+
     def header(self, filename: str) -> Header | None:
         """Read the header of a weights file; None if the file does not exist."""
         path = self.get(filename)

@@ -83,6 +83,10 @@ class HubRepository:
         """
         return self._with_explained_errors(filename, lambda: self._get(filename))
 
+    def get_sibling(self, folder: str, filename: str) -> Path | None:
+        """Return None: nothing is beside the root of a repository."""
+        return None
+
     def header(self, filename: str) -> Header | None:
         """Return the header of a weights file; None if the repository has no such file.
 

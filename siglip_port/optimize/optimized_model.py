@@ -116,5 +116,5 @@ def inference_copy(model: SigLipVisionModel, dtype: torch.dtype | None) -> Optim
             f"{', '.join(sorted(map(str, dtypes)))}; pass dtype="
         )
     copy.provenance = model.provenance
-    copy.preprocessor_config = model.preprocessor_config
+    copy.preprocessing = model.preprocessing
     return copy.requires_grad_(False).eval()

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
-from siglip_port.checkpoint import layouts, preprocessor_config
+from siglip_port.checkpoint import layouts
 from siglip_port.checkpoint.architecture import StoredSizes, infer_architecture, read_sizes
 from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.checkpoint.layouts import LAYOUTS
+from siglip_port.checkpoint.preprocessor_config import Clues, StoredProcessor, derive
 from siglip_port.checkpoint.source import CONFIG
 from tests.helpers.checkpoints import (
     EXACT,
@@ -200,7 +201,13 @@ KEYS = st.sampled_from(
 def test_any_json(content: dict[str, Any]) -> None:
     try:
         config = infer_architecture(layouts.TIMM, BASE, content).config
-        preprocessor_config.derive(config, content, content, "model")
+        stored = StoredProcessor("preprocessor_config.json", content)
+        for clues in (
+            Clues("model", layouts.TIMM, stored, content, None),
+            Clues("model", layouts.TIMM, None, content, None),
+            Clues("model", layouts.HUGGINGFACE, None, content, None),
+        ):
+            derive(config, clues)
     except ValueError:
         return
     assert config.num_patches == BASE.num_patches

@@ -32,10 +32,10 @@ OPTIONS = {
     | {
         "--output", "-o", "--model", "--dtype", "--device", "--engine", "--threads", "--batch-size",
         "--shard-size", "--num-workers", "--tokens", "--normalize", "--output-dtype", "--format",
-        "--backend", "--executor", "--address", "--json",
+        "--backend", "--executor", "--address", "--json", "--preprocessing",
     },
     "search": {"--top-k", "-k", "--model", "--offline", "--json"},
-    "plot": SHARED_OPTIONS | {"--output", "-o", "--model"},
+    "plot": SHARED_OPTIONS | {"--output", "-o", "--model", "--preprocessing"},
     "list": {"--json"},
 }  # fmt: skip
 """Options that a command has at least."""

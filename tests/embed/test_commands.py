@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.helpers.commands import run
 from tests.helpers.embedding import broken_images, readable_rows
@@ -83,3 +84,18 @@ def test_unusable_arguments(photos: Path, encoder_folder: Path, tmp_path: Path) 
     assert (
         empty.stderr == f"{tmp_path}: contains no embeddings; write them with siglip-port embed\n"
     )
+
+
+def test_unknown_preprocessing(encoder_copy: Path, tmp_path: Path) -> None:
+    (encoder_copy / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "SmolVLMImageProcessor"}'
+    )
+    image = tmp_path / "a.png"
+    Image.new("RGB", (20, 30), "red").save(image)
+    options = [image, "-o", tmp_path / "output", "--model", encoder_copy]
+    for command in (["embed", "--num-workers", 0], ["plot"]):
+        error = run(*command, *options, code=1).stderr
+        assert "unknown (preprocessor_config.json is of SmolVLMImageProcessor)" in error
+        assert "--preprocessing to the command" in error
+        run(*command, *options, "--preprocessing", "siglip2", code=0)
+    assert readable_rows(tmp_path / "output")

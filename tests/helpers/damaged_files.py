@@ -29,9 +29,11 @@ def assert_refused(source: Path, message: str) -> None:
     assert inspection.problem is not None
 
 
-def assert_loads(source: Path, model: SigLipVisionModel) -> None:
+def assert_loads(
+    source: Path, model: SigLipVisionModel, *, preprocessing: str | None = None
+) -> None:
     """Assert that a checkpoint contains the weights of a model."""
-    state = SigLipVisionModel.from_hf(source).state_dict()
+    state = SigLipVisionModel.from_hf(source, preprocessing=preprocessing).state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 

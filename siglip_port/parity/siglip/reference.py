@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -323,13 +324,35 @@ def image_processors(
                 processor = processor_class(**default_options(config, folder))
             except ImportError:
                 continue
-            if folder is not None:
+            for candidate in processor_folders(folder):
                 with contextlib.suppress(OSError):  # No preprocessor_config.json.
-                    processor = processor_class.from_pretrained(folder, **options)
+                    processor = processor_class.from_pretrained(candidate, **options)
+                    break
         # As in transformers' pipelines; without it, modes other than RGB are rejected.
         processor.do_convert_rgb = True
         processors[backend] = functools.partial(process_image, processor)
     return processors
+
+
+def processor_folders(source: str | Path | None) -> list[str | Path]:
+    """Return where a checkpoint's processor may be: diffusers stores it beside the encoder."""
+    if source is None:
+        return []
+    if not Path(source).is_dir():
+        return [source]
+    parent = Path(source).absolute().parent
+    return [source, parent / "feature_extractor", parent / "image_processor"]
+
+
+def is_siglip2(source: str | Path | None) -> bool:
+    """Return whether a checkpoint is of SigLIP 2: by its Hub id, or by its vocabulary."""
+    if source is None:
+        return False
+    config = Path(source) / "config.json"
+    if not config.is_file():
+        return not Path(source).exists() and "siglip2" in Path(source).name.lower()
+    text_config = json.loads(config.read_text(encoding="utf-8-sig")).get("text_config") or {}
+    return bool(text_config.get("vocab_size") == 256_000)
 
 
 def default_options(config: SigLipVisionConfig, folder: str | Path | None) -> dict[str, Any]:
@@ -339,7 +362,7 @@ def default_options(config: SigLipVisionConfig, folder: str | Path | None) -> di
         options = {"patch_size": config.patch_size, "max_num_patches": config.num_patches}
     else:
         options = {"size": {"height": config.image_size, "width": config.image_size}}
-    if "siglip2" in Path(folder or "").name.lower():
+    if is_siglip2(folder):
         # `convert_siglip2_to_hf.py` writes this for all of them.
         options["resample"] = BILINEAR
     return options
