@@ -16,7 +16,7 @@ from siglip_port.checkpoint.key_rules import KeyRule, Layout
 from siglip_port.checkpoint.layouts import BLOCK
 from siglip_port.checkpoint.recognize import Match
 from siglip_port.checkpoint.registry import PUBLISHED, config_of_name
-from siglip_port.checkpoint.source import CONFIG
+from siglip_port.checkpoint.source import CONFIG, subfolder_advice
 from siglip_port.checkpoint.transforms import PATCHES_TRANSPOSED, TRANSPOSED
 from siglip_port.checkpoint.weight_files import WeightFiles
 from siglip_port.config import SigLipVisionConfig, is_int
@@ -60,6 +60,7 @@ def read_architecture(files: WeightFiles, match: Match, content: Json | None) ->
             raise CheckpointError(
                 f"{title} has no {CONFIG}, which layout {match.layout.name!r} needs; put the "
                 "checkpoint's file beside the weights, or pass config="
+                + subfolder_advice(files.source)
             )
         try:
             return SigLipVisionConfig.from_hf(content)

@@ -83,7 +83,8 @@ class Inspection:
     """Contents of a checkpoint.
 
     Attributes:
-        source: Hub id or path.
+        source: Hub id or path, without the subfolder.
+        subfolder: Subfolder of the files; empty for none.
         commit: Hub commit; None for a local path.
         files: Weights files.
         unread: Weights files whose header cannot be read.
@@ -100,6 +101,7 @@ class Inspection:
     """
 
     source: str
+    subfolder: str
     commit: str | None
     files: tuple[str, ...]
     unread: tuple[str, ...]
@@ -156,6 +158,7 @@ def inspect_checkpoint(
     matches = find_all_matches(checkpoint)
     return Inspection(
         source=source.name,
+        subfolder=source.subfolder,
         commit=source.commit,
         files=tuple(headers),
         unread=tuple(filename for filename, header in headers.items() if header is None),

@@ -21,6 +21,7 @@ class LoadOptions(TypedDict, total=False):
     """Keyword arguments of `SigLipVisionModel.from_hf`: see `load_model`."""
 
     revision: str | None
+    subfolder: str | None
     dtype: torch.dtype | None
     device: torch.device | str | None
     pooling_head: bool | None
@@ -39,6 +40,7 @@ def load_model(
     source: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    subfolder: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     pooling_head: bool | None = None,
@@ -61,9 +63,11 @@ def load_model(
         cls: Class of the model.
         source: Hub id, folder, `.safetensors` file with its configuration beside it, or `.npz`
             file. An existing path takes precedence over a Hub id. Also accepts `name@revision`,
-            `hf://...`, `hf-hub:...`, and the URL of a model or of one of its weights files on the
-            Hub.
+            `hf://...`, `hf-hub:...`, and the URL of a model, or of one of its folders or weights
+            files on the Hub.
         revision: Branch, tag or commit of a Hub repository; ignored for a path.
+        subfolder: Folder in the local folder or repository that contains the configuration and the
+            weights, such as `image_encoder`; None for none.
         dtype: Dtype of the parameters; None for the file's.
         device: Device of the parameters; None for the CPU, where they are mapped from the file.
         pooling_head: None to load the pooling head if the checkpoint has one, True to require one,
@@ -101,7 +105,7 @@ def load_model(
         vision_only=vision_only,
     )
     replace(config or SigLipVisionConfig(), interpolation=interpolation)  # raises for unknown rules
-    files = find_source(source, options)
+    files = find_source(source, options, subfolder)
     checkpoint = Checkpoint(
         files, pooling_head=pooling_head, layout=layout, prefix=prefix, config=config
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from siglip_port.config import SigLipVisionConfig
+from siglip_port.text import with_subfolder
 
 # Metadata keys of saved files.
 ORIGIN = "origin"  # see `Provenance.origin`
@@ -24,7 +25,8 @@ class Provenance:
     """Origin of a model's weights, and a summary of loading. `print` it.
 
     Attributes:
-        source: Hub id or path that was loaded.
+        source: Hub id or path that was loaded, without the subfolder.
+        subfolder: Subfolder that was loaded; empty for none.
         commit: Hub commit; None for a local path.
         files: Files that were read.
         layout: Recognized layout and prefix.
@@ -49,9 +51,10 @@ class Provenance:
     stored_dtypes: tuple[torch.dtype, ...]
     dtype: torch.dtype
     origin: str | None
+    subfolder: str = ""
 
     def __str__(self) -> str:
-        source = self.source
+        source = with_subfolder(self.source, self.subfolder)
         if self.commit:
             source += f" at commit {self.commit}"
         elif self.origin:

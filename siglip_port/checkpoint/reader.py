@@ -187,6 +187,7 @@ class Checkpoint:
             stored_dtypes=stored_dtypes,
             dtype=dtype,
             origin=self._origin(groups),
+            subfolder=self._source.subfolder,
         )
 
     # --- steps of the constructor -----------------------------------------------------------------

@@ -13,6 +13,7 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHTS_FILES = (WEIGHTS, INDEX, "open_clip_model.safetensors")
+MAX_SUBFOLDERS_SHOWN = 12
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -23,10 +24,12 @@ class Source(Protocol):
         name: Path or Hub id that the user passed.
         title: Name for messages, with the revision if the user passed one.
         weights: Name of the weights file if the user passed one; else None.
+        subfolder: Subfolder that contains the files; empty for none.
     """
 
     name: str
     weights: str | None
+    subfolder: str
 
     @property
     def commit(self) -> str | None:
@@ -38,6 +41,12 @@ class Source(Protocol):
 
     def get(self, filename: str) -> Path | None:
         """Return the local path of a file, downloaded if necessary; None if it does not exist."""
+
+    def get_sibling(self, folder: str, filename: str) -> Path | None:
+        """Return the local path of a file in a folder beside this one; None if there is none.
+
+        Nothing is beside the root of a repository.
+        """
 
     def header(self, filename: str) -> Header | None:
         """Read the header of a weights file; None if the file does not exist."""
@@ -58,6 +67,9 @@ class Source(Protocol):
     def listing(self) -> list[str]:
         """Return the known file names of the source, for messages."""
 
+    def subfolders(self) -> list[str]:
+        """Return the known subfolders that contain a checkpoint's weights, for messages."""
+
 
 def pickle_advice(filenames: Iterable[str]) -> str:
     """Return why pickled weights are refused and what to do; empty if there are none."""
@@ -65,3 +77,24 @@ def pickle_advice(filenames: Iterable[str]) -> str:
     if not pickles:
         return ""
     return f"; pickled weights ({', '.join(pickles)}) are not supported: {PICKLES_REFUSED}"
+
+
+def subfolder_advice(source: Source) -> str:
+    """Return which `subfolder=` to pass; empty if no subfolder contains a checkpoint's weights."""
+    names = source.subfolders()
+    if not names:
+        return ""
+    if len(names) == 1:
+        return f"; weights are in its folder {names[0]}: pass subfolder={names[0]!r}"
+    shown = ", ".join(names[:MAX_SUBFOLDERS_SHOWN])
+    return f"; weights are in its folders {shown}: pass one of them as subfolder="
+
+
+def parents_of_weights(filenames: Iterable[str]) -> list[str]:
+    """Return the subfolders that contain one of `WEIGHTS_FILES`, from names in a repository."""
+    folders = set()
+    for filename in filenames:
+        folder, _, name = filename.rpartition("/")
+        if folder and name in WEIGHTS_FILES:
+            folders.add(folder)
+    return sorted(folders)

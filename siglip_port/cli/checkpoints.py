@@ -19,7 +19,7 @@ from siglip_port.cli.options import (
     named_dtype,
 )
 from siglip_port.cli.output import plain_table, print_json, print_labeled, print_table
-from siglip_port.text import format_bytes
+from siglip_port.text import format_bytes, with_subfolder
 
 if TYPE_CHECKING:
     from siglip_port.checkpoint.inspect import Entry, Inspection
@@ -80,7 +80,7 @@ def print_inspection(inspection: Inspection) -> None:
     ignored = [f"{reason} ({count})" for reason, count in inspection.ignored.items()]
     match = "match" if inspection.problem is None else "do not match"
     config = asdict(inspection.config)
-    print_labeled("source", [f"{inspection.source}{commit}"])
+    print_labeled("source", [f"{with_subfolder(inspection.source, inspection.subfolder)}{commit}"])
     print_labeled("files", [", ".join(inspection.files)])
     print_labeled("encoders", [encoder_options(*match) for match in inspection.encoders])
     print_labeled("layout", [inspection.title])

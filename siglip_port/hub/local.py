@@ -8,6 +8,7 @@ from pathlib import Path
 
 from siglip_port.checkpoint.errors import CheckpointError
 from siglip_port.checkpoint.formats import Header
+from siglip_port.checkpoint.source import WEIGHTS_FILES, parents_of_weights
 from siglip_port.checkpoint.weight_files import read_weights_header
 
 
@@ -20,12 +21,14 @@ class LocalFolder:
         name: Path that the user passed.
         weights: Name of the weights file; None for the default names.
         commit: Always None; only Hub repositories have one.
+        subfolder: Always empty; `siglip_port.hub.subfolder.Subfolder` has one.
     """
 
     folder: Path
     name: str
     weights: str | None = None
     commit: str | None = field(default=None, init=False)
+    subfolder: str = field(default="", init=False)
 
     @property
     def title(self) -> str:
@@ -40,6 +43,11 @@ class LocalFolder:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
         return path if is_file else None
+
+    def get_sibling(self, folder: str, filename: str) -> Path | None:
+        """Return the path of a file in a folder beside this one; None if it does not exist."""
+        path = self.folder.absolute().parent / folder / filename
+        return path if path.is_file() else None
 
     def header(self, filename: str) -> Header | None:
         """Read the header of a weights file; None if the file does not exist."""
@@ -57,3 +65,11 @@ class LocalFolder:
     def listing(self) -> list[str]:
         """Return the names of the files in the folder."""
         return sorted(path.name for path in self.folder.iterdir() if path.is_file())
+
+    def subfolders(self) -> list[str]:
+        """Return the folders up to two levels down that contain a checkpoint's weights."""
+        paths: list[Path] = []
+        for name in WEIGHTS_FILES:
+            paths += self.folder.glob(f"*/{name}")
+            paths += self.folder.glob(f"*/*/{name}")
+        return parents_of_weights(path.relative_to(self.folder).as_posix() for path in paths)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from siglip_port.checkpoint.errors import CheckpointError
 from siglip_port.checkpoint.formats import Header, UnreadableFileError, read_header
+from siglip_port.checkpoint.source import parents_of_weights
 from siglip_port.checkpoint.weight_files import read_weights_header
 from siglip_port.hub.cache import CachedHeader, RepositoryCache
 from siglip_port.hub.cached_files import CachedFiles
@@ -49,6 +50,7 @@ class HubRepository:
         self.name = name
         self.options = options or HubOptions()
         self.weights = weights
+        self.subfolder = ""
         self._client = RepositoryClient(name, self.options)
         self._cached = CachedFiles(self._client)
         self._downloader = FileDownloader(self._client, self._cached)
@@ -83,6 +85,10 @@ class HubRepository:
         """
         return self._with_explained_errors(filename, lambda: self._get(filename))
 
+    def get_sibling(self, folder: str, filename: str) -> Path | None:
+        """Return None: nothing is beside the root of a repository."""
+        return None
+
     def header(self, filename: str) -> Header | None:
         """Return the header of a weights file; None if the repository has no such file.
 
@@ -116,6 +122,10 @@ class HubRepository:
     def listing(self) -> list[str]:
         """Return the names of the files in the repository; empty if the request fails."""
         return self._client.listing()
+
+    def subfolders(self) -> list[str]:
+        """Return the known folders that contain a checkpoint's weights."""
+        return parents_of_weights(self.listing())
 
     def _with_explained_errors(self, filename: str, call: Callable[[], T]) -> T:
         """Call a function, and turn its errors into `CheckpointError`.
