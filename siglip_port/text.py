@@ -52,10 +52,3 @@ def format_table(rows: Iterable[list[str]]) -> list[str]:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append(" | ".join(cells).rstrip())
     return lines
-
-
-def with_subfolder(source: str, subfolder: str) -> str:
-    """Return a Hub id or path with a subfolder, for messages; without one, the source itself."""
-    if not subfolder:
-        return source
-    return f"{source.rstrip('/')}/{subfolder}"

@@ -111,7 +111,17 @@ def load_model(
     )
     rule = interpolation or checkpoint.config.interpolation
     model, shapes = build_on_meta(replace(checkpoint.config, interpolation=rule), files.title, cls)
-    tensors, model.provenance = checkpoint.read(shapes, dtype=dtype, device=device)
+    tensors, provenance = checkpoint.read(shapes, dtype=dtype, device=device)
+    options_to_repeat = {
+        "dtype": dtype,
+        "pooling_head": pooling_head,
+        "interpolation": interpolation,
+        "layout": layout,
+        "prefix": prefix,
+        "config": config,
+    }
+    passed = {name: value for name, value in options_to_repeat.items() if value is not None}
+    model.provenance = replace(provenance, options=passed)
     model.load_state_dict(tensors, strict=True, assign=True)
     model.preprocessor_config = checkpoint.preprocessor_config
     return model.eval()

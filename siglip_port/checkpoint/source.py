@@ -22,18 +22,22 @@ class Source(Protocol):
 
     Attributes:
         name: Path or Hub id that the user passed.
+        address: Text that `siglip_port.hub.find_source` resolves to the same files; without the
+            revision.
         title: Name for messages, with the revision if the user passed one.
         weights: Name of the weights file if the user passed one; else None.
-        subfolder: Subfolder that contains the files; empty for none.
     """
 
     name: str
     weights: str | None
-    subfolder: str
 
     @property
     def commit(self) -> str | None:
         """Commit of a Hub repository, known after the first download; else None."""
+
+    @property
+    def address(self) -> str:
+        """Path, Hub id or `hf://` address."""
 
     @property
     def title(self) -> str:

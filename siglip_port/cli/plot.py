@@ -7,19 +7,25 @@ from typing import Annotated
 
 import typer
 
-from siglip_port.cli.options import DEFAULT_MODEL, ModelOption, OfflineOption, RevisionOption
+from siglip_port.cli.options import (
+    DEFAULT_MODEL,
+    LoadArguments,
+    ModelOption,
+    with_checkpoint_options,
+)
 from siglip_port.cli.output import fail
 from siglip_port.extras import require
 
 
+@with_checkpoint_options
 def plot(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", file_okay=False, help="Output folder.")
     ],
     source: ModelOption = DEFAULT_MODEL,
-    revision: RevisionOption = None,
-    offline: OfflineOption = False,
+    *,
+    load: LoadArguments,
 ) -> None:
     """Plot weights, and features of an image, as PNG files.
 
@@ -37,9 +43,7 @@ def plot(
         rgb = to_rgb(image)  # before the model is downloaded
     except ImageError as error:
         fail(f"{image}: {error}")
-    model = SigLipVisionModel.from_hf(
-        source, revision=revision, local_files_only=offline, dtype=torch.float32
-    )
+    model = SigLipVisionModel.from_hf(source, **load, dtype=torch.float32)
     for file in visualize.draw(model, rgb, output):
         typer.echo(file)
     if model.pooling_head is None:

@@ -22,6 +22,9 @@ from siglip_port.model import SigLipVisionModel
 from siglip_port.optimize import OptimizedModel, with_engine
 from siglip_port.threads import torch_threads
 
+IN_MEMORY = "in-memory model"
+"""Name of a model that was not loaded from a checkpoint."""
+
 
 @dataclass
 class ModelSource:
@@ -54,7 +57,7 @@ class ModelSource:
             raise ValueError(
                 "model is already optimized; pass the original model and select an engine= instead"
             )
-        name, commit = "in-memory model", None
+        name, commit = IN_MEMORY, None
         if model.provenance is not None:
             name, commit = model.provenance.source, model.provenance.commit
         return cls(name, commit, model.config, model.preprocessor_config, model, in_memory=True)
@@ -65,21 +68,27 @@ class ModelSource:
         source: str | os.PathLike[str],
         *,
         revision: str | None,
+        subfolder: str | None,
+        layout: str | None,
+        prefix: str | None,
+        config: SigLipVisionConfig | None,
         local_files_only: bool,
         device: str | None,
     ) -> ModelSource:
         """Read the configuration and headers of a checkpoint, given as for `from_hf`."""
-        files = find_source(
-            source, HubOptions(revision=revision, local_files_only=local_files_only)
-        )
-        checkpoint = Checkpoint(files)
+        options = HubOptions(revision=revision, local_files_only=local_files_only)
+        files = find_source(source, options, subfolder)
+        checkpoint = Checkpoint(files, layout=layout, prefix=prefix, config=config)
         load_arguments = {
             "revision": files.commit or revision,
+            "layout": layout,
+            "prefix": prefix,
+            "config": config,
             "local_files_only": local_files_only,
             "device": device,
         }
         return cls(
-            files.name,
+            files.address,
             files.commit,
             checkpoint.config,
             checkpoint.preprocessor_config,

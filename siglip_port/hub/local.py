@@ -21,14 +21,17 @@ class LocalFolder:
         name: Path that the user passed.
         weights: Name of the weights file; None for the default names.
         commit: Always None; only Hub repositories have one.
-        subfolder: Always empty; `siglip_port.hub.subfolder.Subfolder` has one.
     """
 
     folder: Path
     name: str
     weights: str | None = None
     commit: str | None = field(default=None, init=False)
-    subfolder: str = field(default="", init=False)
+
+    @property
+    def address(self) -> str:
+        """Path that the user passed."""
+        return self.name
 
     @property
     def title(self) -> str:

@@ -50,11 +50,15 @@ class HubRepository:
         self.name = name
         self.options = options or HubOptions()
         self.weights = weights
-        self.subfolder = ""
         self._client = RepositoryClient(name, self.options)
         self._cached = CachedFiles(self._client)
         self._downloader = FileDownloader(self._client, self._cached)
         self._headers: dict[str, CachedHeader] = {}  # of files that are not cached whole
+
+    @property
+    def address(self) -> str:
+        """Hub id, or the address of the weights file."""
+        return self.name if self.weights is None else f"hf://{self.name}/{self.weights}"
 
     @property
     def title(self) -> str:

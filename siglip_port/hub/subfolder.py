@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from siglip_port.checkpoint.errors import CheckpointError
 from siglip_port.checkpoint.formats import Header
 from siglip_port.checkpoint.source import Source, subfolder_advice
-from siglip_port.text import with_subfolder
+from siglip_port.hub.local import LocalFolder
 
 
 class Subfolder:
@@ -32,9 +32,17 @@ class Subfolder:
         return self.root.commit
 
     @property
+    def address(self) -> str:
+        """Path or `hf://` address of the subfolder or its weights file."""
+        address = f"{self.root.address.rstrip('/')}/{self.subfolder}"
+        if isinstance(self.root, LocalFolder):
+            return address
+        return f"hf://{address}" if self.weights is None else f"hf://{address}/{self.weights}"
+
+    @property
     def title(self) -> str:
         """The checkpoint in messages."""
-        return with_subfolder(self.root.title, self.subfolder)
+        return f"{self.root.title.rstrip('/')}/{self.subfolder}"
 
     def get(self, filename: str) -> Path | None:
         """Return the local path of a file, downloaded if necessary; None if it does not exist."""

@@ -37,7 +37,6 @@ def test_inspect_whole_model(whole_model: Path) -> None:
     assert inspection.keys() == {
         *(
             "source",
-            "subfolder",
             "commit",
             "files",
             "unread",

@@ -11,6 +11,7 @@ import torch
 from siglip_port import CheckpointError, SigLipVisionModel
 from siglip_port.checkpoint.layouts import LAYOUTS
 from siglip_port.hub import HubOptions, HubRepository, find_source
+from siglip_port.hub.subfolder import Subfolder
 from tests.helpers.checkpoints import SMALL
 from tests.helpers.hub_cache import NAME
 from tests.helpers.hub_server import Hub
@@ -111,9 +112,10 @@ def test_invalid_address(address: str, message: str, hub: Hub) -> None:
     ],
 )
 def test_address_of_subfolder(address: str, subfolder: str, weights: str | None) -> None:
-    source = find_source(address)
-    assert (source.name, source.subfolder, source.weights) == ("google/a", subfolder, weights)
-    assert find_source(address, subfolder=subfolder).subfolder == subfolder
+    for passed in (None, subfolder):
+        source = find_source(address, subfolder=passed)
+        assert isinstance(source, Subfolder)
+        assert (source.name, source.subfolder, source.weights) == ("google/a", subfolder, weights)
     with pytest.raises(
         CheckpointError,
         match=f"folder '{subfolder}' in the address conflicts with subfolder='x'; pass only one",
@@ -127,7 +129,8 @@ def test_address_of_file(hub: Hub, vision_folder: Path, cache: Path) -> None:
     model = load(address, cache_dir=cache)
     assert model.config == SMALL
     assert model.provenance is not None
-    assert model.provenance.source == NAME
+    assert model.provenance.source == f"hf://{NAME}/Model.safetensors"
+    assert load(model.provenance.source, cache_dir=cache).config == SMALL
 
 
 def test_revision_in_address(hub: Hub, vision_folder: Path, cache: Path) -> None:

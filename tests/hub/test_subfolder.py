@@ -64,10 +64,8 @@ def test_local(subfolder: str, local: Path) -> None:
     model = load(local, subfolder=subfolder)
     assert_loaded(model, local)
     assert model.provenance is not None
-    assert (model.provenance.source, model.provenance.subfolder) == (str(local), SUBFOLDER)
     assert str(model.provenance).startswith(f"source   {local}/{SUBFOLDER}\n")
-    again = load(model.provenance.source, subfolder=model.provenance.subfolder)
-    assert_loaded(again, local)
+    assert_loaded(load(model.provenance.source), local)
 
 
 def test_other_files_are_not_read(local: Path) -> None:
@@ -174,7 +172,8 @@ def test_hub(
     assert_loaded(model, served)
     assert model.provenance is not None
     commit = hub.repositories[NAME].commit
-    assert str(model.provenance).startswith(f"source   {NAME}/{SUBFOLDER} at commit {commit}\n")
+    source = f"hf://{NAME}/{SUBFOLDER}"
+    assert str(model.provenance).startswith(f"source   {source} at commit {commit}\n")
     assert model.provenance.origin == f"{NAME}@{commit}"
     assert len(own_files(cache)) == vision_only
     assert "HEAD config.json" not in hub.requests  # nothing at the root
@@ -187,7 +186,7 @@ def test_hub(
     assert_loaded(load(NAME, **options, local_files_only=True), served)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert_loaded(load(NAME, **options), served)
-    assert_loaded(load(f"hf://{NAME}/{SUBFOLDER}", cache_dir=cache), served)
+    assert_loaded(load(source, cache_dir=cache), served)
 
 
 def test_only_vision_encoder_is_downloaded(hub: Hub, served: Path, cache: Path) -> None:
@@ -224,6 +223,9 @@ def test_weights_file_in_subfolder(hub: Hub, served: Path, cache: Path) -> None:
     model = load(address, cache_dir=cache)
     assert model.config == SMALL
     assert model.preprocessor_config["image_mean"] == PREPROCESSOR["image_mean"]
+    assert model.provenance is not None
+    assert model.provenance.source == f"hf://{NAME}/{SUBFOLDER}/a.safetensors"
+    assert load(model.provenance.source, cache_dir=cache).config == SMALL
 
 
 def test_read_only_cache(
@@ -275,5 +277,5 @@ def test_sibling_on_hub(hub: Hub, served: Path, cache: Path) -> None:
 def test_inspect(hub: Hub, served: Path, cache: Path) -> None:
     result = inspect_checkpoint(find_source(NAME, HubOptions(cache_dir=cache), SUBFOLDER))
     assert result.problem is None
-    assert (result.source, result.subfolder) == (NAME, SUBFOLDER)
+    assert result.source == f"hf://{NAME}/{SUBFOLDER}"
     assert result.files == ("model.safetensors",)
