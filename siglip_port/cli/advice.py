@@ -58,7 +58,7 @@ PYTHON_ONLY = (
 )
 """Arguments that no command has as an option."""
 
-_VALUE = r"'[^']*'|\"[^\"]*\"|[A-Za-z_]\w*(?:\(\.\.\.\))?|-?\d[\d.e-]*"
+_VALUE = r"'[^']*'|\"[^\"]*\"|[A-Za-z_][\w.]*(?:\(\.\.\.\))?|-?\d[\d.e-]*"
 _MENTION = re.compile(
     r"(?:\b(?P<verb>pass|use|set) )?(?<![^\s(])"
     rf"(?P<name>{'|'.join([*OPTIONS, *PYTHON_ONLY])})=(?P<value>{_VALUE})?(?P<comma>, (?=\w+=))?"
@@ -100,4 +100,6 @@ def option_values(option: str, value: str) -> list[str]:
         return []
     if option == "--config":
         return ["FILE"]
-    return [shlex.quote(value.strip("'\""))] if value else []
+    if not value:
+        return []
+    return [shlex.quote(value.strip("'\"").removeprefix("torch."))]
