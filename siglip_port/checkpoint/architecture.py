@@ -16,7 +16,7 @@ from siglip_port.checkpoint.key_rules import KeyRule, Layout
 from siglip_port.checkpoint.layouts import BLOCK, MOONDREAM_OLD
 from siglip_port.checkpoint.recognize import Match
 from siglip_port.checkpoint.registry import PUBLISHED, SIZES, config_of_name
-from siglip_port.checkpoint.source import CONFIG
+from siglip_port.checkpoint.source import CONFIG, subfolder_advice
 from siglip_port.checkpoint.transforms import PATCHES_TRANSPOSED, TRANSPOSED
 from siglip_port.checkpoint.vision_keys import refuse_unknown_sections, section_at
 from siglip_port.checkpoint.weight_files import WeightFiles
@@ -95,6 +95,7 @@ def read_architecture(files: WeightFiles, match: Match, content: Json | None) ->
             raise CheckpointError(
                 f"{title}: {reason}, and the tensor shapes are not those of a published encoder; "
                 f"put the encoder's {CONFIG} beside the weights, or pass config="
+                + subfolder_advice(files.source)
             ) from error
         raise CheckpointError(f"{title} (layout: {match.title}): {error}") from error
     except ValueError as error:

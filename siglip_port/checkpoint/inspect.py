@@ -84,7 +84,7 @@ class Inspection:
     """Contents of a checkpoint.
 
     Attributes:
-        source: Hub id or path.
+        source: Path, Hub id or `hf://` address.
         commit: Hub commit; None for a local path.
         files: Weights files.
         unread: Weights files whose header cannot be read.
@@ -124,7 +124,11 @@ class Inspection:
 
 
 def inspect_checkpoint(
-    source: Source, *, layout: str | None = None, prefix: str | None = None
+    source: Source,
+    *,
+    layout: str | None = None,
+    prefix: str | None = None,
+    config: SigLipVisionConfig | None = None,
 ) -> Inspection:
     """Inspect a checkpoint by its configuration and headers.
 
@@ -135,6 +139,7 @@ def inspect_checkpoint(
         source: Source of the files.
         layout: Name of one of `siglip_port.checkpoint.layouts.LAYOUTS`; None to recognize it.
         prefix: Prefix of the encoder's names; None to find it.
+        config: Architecture, instead of the checkpoint's.
 
     Raises:
         CheckpointError: The checkpoint does not exist, or contains no vision encoder whose
@@ -142,7 +147,7 @@ def inspect_checkpoint(
         MultipleEncodersError: It contains several; `layout` and `prefix` select one.
         ValueError: The layout does not exist.
     """
-    checkpoint = Checkpoint(source, layout=layout, prefix=prefix)
+    checkpoint = Checkpoint(source, layout=layout, prefix=prefix, config=config)
     _, shapes = build_on_meta(checkpoint.config, source.title, SigLipVisionModel)
     problem = None
     counts = None
@@ -158,7 +163,7 @@ def inspect_checkpoint(
             tensors |= header.tensors
     matches = find_all_matches(checkpoint)
     return Inspection(
-        source=source.name,
+        source=source.address,
         commit=source.commit,
         files=tuple(headers),
         unread=tuple(filename for filename, header in headers.items() if header is None),

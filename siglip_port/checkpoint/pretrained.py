@@ -23,6 +23,7 @@ class LoadOptions(TypedDict, total=False):
     """Keyword arguments of `SigLipVisionModel.from_hf`: see `load_model`."""
 
     revision: str | None
+    subfolder: str | None
     dtype: torch.dtype | None
     device: torch.device | str | None
     pooling_head: bool | None
@@ -42,6 +43,7 @@ def load_model(
     source: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    subfolder: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     pooling_head: bool | None = None,
@@ -65,9 +67,11 @@ def load_model(
         cls: Class of the model.
         source: Hub id, folder, `.safetensors` file with its configuration beside it, or `.npz`
             file. An existing path takes precedence over a Hub id. Also accepts `name@revision`,
-            `hf://...`, `hf-hub:...`, and the URL of a model or of one of its weights files on the
-            Hub.
+            `hf://...`, `hf-hub:...`, and the URL of a model, or of one of its folders or weights
+            files on the Hub.
         revision: Branch, tag or commit of a Hub repository; ignored for a path.
+        subfolder: Folder in the local folder or repository that contains the configuration and the
+            weights, such as `image_encoder`; None for none.
         dtype: Dtype of the parameters; None for the file's.
         device: Device of the parameters; None for the CPU, where they are mapped from the file.
         pooling_head: None to load the pooling head if the checkpoint has one, True to require one,
@@ -110,7 +114,7 @@ def load_model(
         vision_only=vision_only,
     )
     replace(config or SigLipVisionConfig(), interpolation=interpolation)  # raises for unknown rules
-    files = find_source(source, options)
+    files = find_source(source, options, subfolder)
     checkpoint = Checkpoint(
         files,
         pooling_head=pooling_head,
@@ -121,7 +125,17 @@ def load_model(
     )
     rule = interpolation or checkpoint.config.interpolation
     model, shapes = build_on_meta(replace(checkpoint.config, interpolation=rule), files.title, cls)
-    tensors, model.provenance = checkpoint.read(shapes, dtype=dtype, device=device)
+    tensors, provenance = checkpoint.read(shapes, dtype=dtype, device=device)
+    options_to_repeat = {
+        "dtype": dtype,
+        "pooling_head": pooling_head,
+        "interpolation": interpolation,
+        "layout": layout,
+        "prefix": prefix,
+        "config": config,
+    }
+    passed = {name: value for name, value in options_to_repeat.items() if value is not None}
+    model.provenance = replace(provenance, options=passed)
     model.load_state_dict(tensors, strict=True, assign=True)
     model.preprocessing = checkpoint.preprocessing
     return model.eval()

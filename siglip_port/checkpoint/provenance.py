@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ class Provenance:
     """Origin of a model's weights, and a summary of loading. `print` it.
 
     Attributes:
-        source: Hub id or path that was loaded.
+        source: Path, Hub id or `hf://` address that was loaded.
         commit: Hub commit; None for a local path.
         files: Files that were read.
         layout: Recognized layout and prefix.
@@ -54,6 +55,8 @@ class Provenance:
         dtype: Dtype of the parameters.
         origin: Hub id and commit of the weights, `name@commit`, also of a local file that was saved
             from them; None if unknown.
+        options: Keyword arguments that, beside `revision=commit`, load the same model again by
+            `SigLipVisionModel.from_hf(source)`.
     """
 
     source: str
@@ -68,6 +71,7 @@ class Provenance:
     stored_dtypes: tuple[torch.dtype, ...]
     dtype: torch.dtype
     origin: str | None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         source = self.source

@@ -203,7 +203,7 @@ class Checkpoint:
                 tensors[port_name] = part.to(device, dtype)
         size = sum(self.files.header(filename).size for filename in groups)
         return tensors, Provenance(
-            source=self._source.name,
+            source=self._source.address,
             commit=self._source.commit,
             files=tuple(dict.fromkeys(paths[filename] for filename in groups)),
             layout=self.match.title,

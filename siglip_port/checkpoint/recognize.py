@@ -10,6 +10,7 @@ from typing import NamedTuple
 from siglip_port.checkpoint.errors import CheckpointError, MultipleEncodersError
 from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.checkpoint.layouts import HUGGINGFACE, LAYOUTS, PREFIX
+from siglip_port.checkpoint.source import subfolder_advice
 from siglip_port.checkpoint.weight_files import WeightFiles
 
 # Candidate prefixes of vision encoders; checking one may require downloading a header.
@@ -173,4 +174,4 @@ def describe_no_match(
     message += "".join(f"; refused: {refusal}" for refusal in refusals)
     if len(layouts) == 1 or prefix is not None:
         message += "; omit layout= and prefix= to detect them"
-    return message
+    return message + subfolder_advice(files.source)

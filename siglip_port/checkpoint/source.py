@@ -13,6 +13,7 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHTS_FILES = (WEIGHTS, INDEX, "open_clip_model.safetensors")
+MAX_SUBFOLDERS_SHOWN = 12
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -21,6 +22,8 @@ class Source(Protocol):
 
     Attributes:
         name: Path or Hub id that the user passed.
+        address: Text that `siglip_port.hub.find_source` resolves to the same files; without the
+            revision.
         title: Name for messages, with the revision if the user passed one.
         weights: Name of the weights file if the user passed one; else None.
     """
@@ -31,6 +34,10 @@ class Source(Protocol):
     @property
     def commit(self) -> str | None:
         """Commit of a Hub repository, known after the first download; else None."""
+
+    @property
+    def address(self) -> str:
+        """Path, Hub id or `hf://` address."""
 
     @property
     def title(self) -> str:
@@ -64,6 +71,9 @@ class Source(Protocol):
     def listing(self) -> list[str]:
         """Return the known file names of the source, for messages."""
 
+    def subfolders(self) -> list[str]:
+        """Return the known subfolders that contain a checkpoint's weights, for messages."""
+
 
 def pickle_advice(filenames: Iterable[str]) -> str:
     """Return why pickled weights are refused and what to do; empty if there are none."""
@@ -71,3 +81,24 @@ def pickle_advice(filenames: Iterable[str]) -> str:
     if not pickles:
         return ""
     return f"; pickled weights ({', '.join(pickles)}) are not supported: {PICKLES_REFUSED}"
+
+
+def subfolder_advice(source: Source) -> str:
+    """Return which `subfolder=` to pass; empty if no subfolder contains a checkpoint's weights."""
+    names = source.subfolders()
+    if not names:
+        return ""
+    if len(names) == 1:
+        return f"; weights are in its folder {names[0]}: pass subfolder={names[0]!r}"
+    shown = ", ".join(names[:MAX_SUBFOLDERS_SHOWN])
+    return f"; weights are in its folders {shown}: pass one of them as subfolder="
+
+
+def parents_of_weights(filenames: Iterable[str]) -> list[str]:
+    """Return the subfolders that contain one of `WEIGHTS_FILES`, from names in a repository."""
+    folders = set()
+    for filename in filenames:
+        folder, _, name = filename.rpartition("/")
+        if folder and name in WEIGHTS_FILES:
+            folders.add(folder)
+    return sorted(folders)

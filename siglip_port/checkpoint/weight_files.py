@@ -18,7 +18,14 @@ from siglip_port.checkpoint.formats import (
     read_header,
 )
 from siglip_port.checkpoint.json_files import read_index
-from siglip_port.checkpoint.source import INDEX, WEIGHTS, WEIGHTS_FILES, Source, pickle_advice
+from siglip_port.checkpoint.source import (
+    INDEX,
+    WEIGHTS,
+    WEIGHTS_FILES,
+    Source,
+    pickle_advice,
+    subfolder_advice,
+)
 
 MAX_DECOMPRESSION_RATIO = 100
 """Maximum ratio of a model's size to its file's size.
@@ -143,12 +150,13 @@ class WeightFiles:
         if not_cached is not None:
             raise not_cached
         listing = self.source.listing()
-        weights = [name for name in listing if name.endswith(SUFFIXES)]
+        weights = [name for name in listing if name.endswith(SUFFIXES) and "/" not in name]
         raise CheckpointError(
             f"{self.source.title} contains neither {WEIGHTS} nor {INDEX}; found: "
             f"{', '.join(listing) or 'nothing'}"
             + pickle_advice(listing)
             + "".join(f"; pass the file {name} itself" for name in weights)
+            + subfolder_advice(self.source)
         )
 
     def _list_tensors_of(self, filename: str) -> dict[str, str] | None:

@@ -11,8 +11,8 @@ import typer
 import typer.core
 
 from siglip_port import __version__
-from siglip_port.cli import checkpoints, embed, exit_codes, export, plot, usage_errors
-from siglip_port.cli.output import fail
+from siglip_port.cli import advice, checkpoints, embed, exit_codes, export, plot, usage_errors
+from siglip_port.cli.output import CommandError
 from siglip_port.extras import MissingExtraError
 
 # click keeps the line breaks of a paragraph that starts with \b.
@@ -37,17 +37,30 @@ class CommandGroup(typer.core.TyperGroup):
             return super().invoke(ctx)
         except typer.BadParameter as error:
             usage_errors.reword(error)
+            error.message = self.in_options(ctx, error.message)
             raise
         except BrokenPipeError:  # the reader closed the pipe, as in `siglip-port list | head`
             # Flushing the rest at exit would raise again.
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
             raise typer.Exit from None
         except MissingExtraError as error:
-            fail(str(error), exit_codes.USAGE_ERROR)
+            message, code = str(error), exit_codes.USAGE_ERROR
+        except CommandError as error:
+            message, code = str(error), error.code
         except (ValueError, OSError) as error:  # CheckpointError is a ValueError
-            fail(checkpoints.describe_error(error), exit_codes.FAILURE)
+            message, code = checkpoints.describe_error(error), exit_codes.FAILURE
         except KeyboardInterrupt:
-            fail("interrupted", exit_codes.INTERRUPTED)
+            message, code = "interrupted", exit_codes.INTERRUPTED
+        typer.echo(self.in_options(ctx, message), err=True)
+        raise typer.Exit(code)
+
+    def in_options(self, ctx: Any, message: str) -> str:  # noqa: ANN401 (as in `invoke`)
+        """Return a message with the options of the invoked command for arguments in Python."""
+        if ctx.invoked_subcommand is None:
+            return message
+        command = self.commands[ctx.invoked_subcommand]
+        options = [name for parameter in command.params for name in parameter.opts]
+        return advice.in_options(message, options)
 
 
 app = typer.Typer(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from siglip_port.cli import advice
 from siglip_port.cli.options import (
+    CHECKPOINT_OPTIONS,
     JsonOption,
-    LayoutOption,
-    OfflineOption,
-    PrefixOption,
-    RevisionOption,
+    LoadArguments,
     SourceArgument,
     named_dtype,
+    with_checkpoint_options,
 )
 from siglip_port.cli.output import plain_table, print_json, print_labeled, print_table
 from siglip_port.text import format_bytes
@@ -28,13 +28,12 @@ if TYPE_CHECKING:
 # --- inspect --------------------------------------------------------------------------------------
 
 
+@with_checkpoint_options
 def inspect(
     source: SourceArgument,
     as_json: JsonOption = False,
-    layout: LayoutOption = None,
-    prefix: PrefixOption = None,
-    revision: RevisionOption = None,
-    offline: OfflineOption = False,
+    *,
+    load: LoadArguments,
 ) -> None:
     """Show a checkpoint's contents and check that it loads.
 
@@ -47,9 +46,12 @@ def inspect(
     from siglip_port.checkpoint.inspect import inspect_checkpoint
     from siglip_port.hub import HubOptions, find_source
 
-    files = find_source(source, HubOptions(revision=revision, local_files_only=offline))
+    options = HubOptions(load["revision"], local_files_only=load["local_files_only"])
+    files = find_source(source, options, load["subfolder"])
     try:
-        inspection = inspect_checkpoint(files, layout=layout, prefix=prefix)
+        inspection = inspect_checkpoint(
+            files, layout=load["layout"], prefix=load["prefix"], config=load["config"]
+        )
     except MultipleEncodersError as error:
         if as_json:
             encoders = [
@@ -57,13 +59,17 @@ def inspect(
             ]
             print_json(
                 {
-                    "source": files.name,
+                    "source": files.address,
                     "commit": files.commit,
                     "encoders": encoders,
-                    "problem": str(error),
+                    "problem": describe_error(error),
                 }
             )
         raise
+    if inspection.problem is not None:
+        names = [f"--{name}" for name in CHECKPOINT_OPTIONS]
+        problem = advice.in_options(inspection.problem, names)
+        inspection = replace(inspection, problem=problem)
     if as_json:
         print_json(inspection.to_json())
     else:
@@ -138,13 +144,10 @@ def describe_error(error: Exception) -> str:
 # --- extract --------------------------------------------------------------------------------------
 
 
+@with_checkpoint_options
 def extract(
     source: SourceArgument,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Output folder, new or empty.")],
-    layout: LayoutOption = None,
-    prefix: PrefixOption = None,
-    revision: RevisionOption = None,
-    offline: OfflineOption = False,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16", "float64"] | None,
         typer.Option(help="Stored dtype. [default: the checkpoint's]"),
@@ -156,20 +159,15 @@ def extract(
         bool,
         typer.Option("--force", help="Replace files of the same names in OUTPUT."),
     ] = False,
+    *,
+    load: LoadArguments,
 ) -> None:
     """Save only the vision encoder, verified bit for bit."""
     from siglip_port.checkpoint.extract import extract_model
     from siglip_port.model import SigLipVisionModel
 
     check_output(output, Path(source), force)
-    model = SigLipVisionModel.from_hf(
-        source,
-        revision=revision,
-        dtype=named_dtype(dtype),
-        layout=layout,
-        prefix=prefix,
-        local_files_only=offline,
-    )
+    model = SigLipVisionModel.from_hf(source, **load, dtype=named_dtype(dtype))
     extraction = extract_model(model, output, format=format)
     outputs = f"tokens {list(extraction.tokens)}"
     if extraction.pooled:

@@ -11,12 +11,12 @@ from siglip_port.cli.exit_codes import INCOMPLETE
 from siglip_port.cli.options import (
     DEFAULT_MODEL,
     JsonOption,
+    LoadArguments,
     ModelOption,
-    OfflineOption,
     PreprocessingOption,
-    RevisionOption,
     check_engine,
     named_dtype,
+    with_checkpoint_options,
 )
 from siglip_port.cli.output import fail, print_json
 from siglip_port.cli.progress import status_line
@@ -118,6 +118,8 @@ MovedModelOption = Annotated[
 
 # --- embed ----------------------------------------------------------------------------------------
 
+MAX_ERRORS_SHOWN = 3
+
 PHASES = {
     "model": "model_seconds",
     "waiting": "wait_seconds",
@@ -128,12 +130,11 @@ PHASES = {
 """Phases of a run -> attributes of `Progress`; the last two overlap with the others."""
 
 
+@with_checkpoint_options
 def embed(
     inputs: InputsArgument,
     output: OutputOption,
     source: ModelOption = DEFAULT_MODEL,
-    revision: RevisionOption = None,
-    offline: OfflineOption = False,
     preprocessing: PreprocessingOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
@@ -150,6 +151,8 @@ def embed(
     executor: ExecutorOption = "local",
     address: AddressOption = None,
     as_json: JsonOption = False,
+    *,
+    load: LoadArguments,
 ) -> None:
     """Write embeddings of images to Parquet files."""
     options: dict[str, Any] = {
@@ -171,18 +174,14 @@ def embed(
     check_device(device)
     from siglip_port.model import SigLipVisionModel
 
-    model = SigLipVisionModel.from_hf(
-        source,
-        revision=revision,
-        local_files_only=offline,
-        preprocessing=preprocessing,
-        device=device,
-    )
+    model = SigLipVisionModel.from_hf(source, **load, preprocessing=preprocessing, device=device)
     summary = run(inputs, output, model, options)
     if as_json:
         print_json({"output": str(output), **summary.to_json()})
     else:
         print_summary(summary, output)
+    if summary.failed == summary.done:
+        print_first_errors(output)
     if summary.failed:
         raise typer.Exit(INCOMPLETE)
 
@@ -260,16 +259,27 @@ def print_summary(summary: Progress, output: Path) -> None:
     typer.echo(f"time: {', '.join(seconds[:3])}; all workers: {', '.join(seconds[3:])}")
 
 
+def print_first_errors(output: Path) -> None:
+    """Print to stderr why the first images failed."""
+    from siglip_port.embed.shards import first_errors
+
+    typer.echo("all images failed; the first errors:", err=True)
+    for error in first_errors(output, MAX_ERRORS_SHOWN):
+        typer.echo(error, err=True)
+
+
 # --- search ---------------------------------------------------------------------------------------
 
 
+@with_checkpoint_options
 def search(
     embeddings: EmbeddingsArgument,
     image: ImageArgument,
     top_k: TopKOption = 10,
     source: MovedModelOption = None,
-    offline: OfflineOption = False,
     as_json: JsonOption = False,
+    *,
+    load: LoadArguments,
 ) -> None:
     """Find the images most similar to a query image."""
     require("pyarrow")
@@ -278,7 +288,7 @@ def search(
     from siglip_port.embed.search import search as search_embeddings
 
     try:
-        query = embed_query(embeddings, image, source=source, local_files_only=offline)
+        query = embed_query(embeddings, image, source=source, **load)
         nearest = search_embeddings(embeddings, query, top_k)
     except EmbedError as error:
         fail(str(error))

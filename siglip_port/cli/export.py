@@ -7,17 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from siglip_port.cli.options import (
-    LayoutOption,
-    OfflineOption,
-    PrefixOption,
-    RevisionOption,
-    SourceArgument,
-)
+from siglip_port.cli.options import LoadArguments, SourceArgument, with_checkpoint_options
 from siglip_port.cli.output import fail, print_labeled
 from siglip_port.text import format_bytes
 
 
+@with_checkpoint_options
 def export(
     source: SourceArgument,
     output: Annotated[
@@ -30,10 +25,8 @@ def export(
         Literal["onnx", "program", "package"],
         typer.Option("--format", help="ONNX, torch.export program or AOTInductor package."),
     ] = "onnx",
-    layout: LayoutOption = None,
-    prefix: PrefixOption = None,
-    revision: RevisionOption = None,
-    offline: OfflineOption = False,
+    *,
+    load: LoadArguments,
 ) -> None:
     """Export to ONNX, torch.export or AOTInductor.
 
@@ -53,14 +46,7 @@ def export(
         )
     if not output.parent.is_dir():
         raise typer.BadParameter(f"folder {output.parent} does not exist; create it first")
-    model = SigLipVisionModel.from_hf(
-        source,
-        revision=revision,
-        layout=layout,
-        prefix=prefix,
-        local_files_only=offline,
-        dtype=torch.float32,
-    )
+    model = SigLipVisionModel.from_hf(source, **load, dtype=torch.float32)
     try:
         difference = write(model, output)
     except ExportError as error:

@@ -19,10 +19,25 @@ LABEL_WIDTH = 9
 """Columns of the labels that `print_labeled` prints."""
 
 
+class CommandError(Exception):
+    """A command cannot do its work.
+
+    Attributes:
+        code: Exit code.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def fail(message: str, code: int = FAILURE) -> NoReturn:
-    """Print an error message to stderr and end the command with an exit code."""
-    typer.echo(message, err=True)
-    raise typer.Exit(code)
+    """End the command with an exit code and a message on stderr.
+
+    Raises:
+        CommandError: Always; `siglip_port.cli.app` prints it.
+    """
+    raise CommandError(message, code)
 
 
 def print_json(content: Mapping[str, Any]) -> None:

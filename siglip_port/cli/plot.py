@@ -9,24 +9,25 @@ import typer
 
 from siglip_port.cli.options import (
     DEFAULT_MODEL,
+    LoadArguments,
     ModelOption,
-    OfflineOption,
     PreprocessingOption,
-    RevisionOption,
+    with_checkpoint_options,
 )
 from siglip_port.cli.output import fail
 from siglip_port.extras import require
 
 
+@with_checkpoint_options
 def plot(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", file_okay=False, help="Output folder.")
     ],
     source: ModelOption = DEFAULT_MODEL,
-    revision: RevisionOption = None,
-    offline: OfflineOption = False,
     preprocessing: PreprocessingOption = None,
+    *,
+    load: LoadArguments,
 ) -> None:
     """Plot weights, and features of an image, as PNG files.
 
@@ -45,11 +46,7 @@ def plot(
     except ImageError as error:
         fail(f"{image}: {error}")
     model = SigLipVisionModel.from_hf(
-        source,
-        revision=revision,
-        local_files_only=offline,
-        preprocessing=preprocessing,
-        dtype=torch.float32,
+        source, **load, preprocessing=preprocessing, dtype=torch.float32
     )
     for file in visualize.draw(model, rgb, output):
         typer.echo(file)

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from siglip_port.atomic import write_text
-from siglip_port.cli import exit_codes
+from siglip_port.cli import advice, exit_codes
 from siglip_port.cli.progress import track
 from siglip_port.extras import MissingExtraError, require
 
@@ -54,6 +54,12 @@ DEFAULTS = {
     "device": "cpu",
 }
 
+OPTIONS = (
+    "--checkpoint", "--device", "--dtype", "--layout", "--offline", "--prefix", "--revision",
+    "--subfolder",
+)  # fmt: skip
+"""Options that messages may name."""
+
 Action = Literal["compare", "list-gates", "selftest", "calibrate"]
 
 
@@ -78,7 +84,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "siglip-port verify")
             kind = f"{type(error).__name__}: "
             if isinstance(error, ImportError):
                 hint = "; run: uv run compare_origin.py"
-        print(f"could not compare: {kind}{error}{hint}", file=sys.stderr)
+        message = advice.in_options(f"could not compare: {kind}{error}{hint}", OPTIONS)
+        print(message, file=sys.stderr)
         return exit_codes.USAGE_ERROR
     except KeyboardInterrupt:
         print("interrupted: no verdict", file=sys.stderr)
@@ -193,6 +200,17 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         metavar="ID|PATH",
         help=with_default("Hub id or path.", "checkpoint"),
     )
+    group.add_argument("--layout", metavar="NAME", help="Checkpoint layout. [default: detected]")
+    group.add_argument("--prefix", help="Key prefix of the encoder. [default: detected]")
+    group.add_argument(
+        "--subfolder",
+        metavar="FOLDER",
+        help="Folder in the checkpoint, e.g. image_encoder.",
+    )
+    group.add_argument(
+        "--revision", metavar="REV", help="Hub branch, tag or commit. [default: main]"
+    )
+    group.add_argument("--offline", action="store_true", help="Use only the Hub's local cache.")
     group.add_argument(
         "--weights",
         type=one_of(WEIGHTS),

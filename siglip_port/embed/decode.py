@@ -150,7 +150,7 @@ def start_workers(count: int) -> ProcessPoolExecutor:
     except (BrokenProcessPool, OSError) as error:
         pool.shutdown()
         raise EmbedError(
-            f"decoding processes cannot start ({error}); reduce --num-workers (0 decodes in the "
+            f"decoding processes cannot start ({error}); reduce num_workers= (0 decodes in the "
             "main process), and in scripts call embed() under `if __name__ == '__main__':`"
         ) from error
     return pool

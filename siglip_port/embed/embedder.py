@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from siglip_port.config import SigLipVisionConfig
 from siglip_port.embed.decode import decode
 from siglip_port.embed.encoder import BatchEncoder, ModelSource
 from siglip_port.embed.inputs import IMAGE_COLUMNS
@@ -28,6 +29,10 @@ class Embedder(BatchEncoder):
         source: Hub id or path, as for `from_hf`; the constructor reads only its configuration and
             headers. Or a model, which is pickled with its weights.
         revision: Branch, tag or commit of a Hub repository.
+        subfolder: Folder of the checkpoint in the folder or repository; None for none.
+        layout: Layout of the checkpoint; None to recognize it.
+        prefix: Prefix of the encoder's names; None to find it.
+        config: Architecture, if the checkpoint's is missing or wrong.
         local_files_only: Whether to use only the Hub's local cache.
         preprocessing: Preprocessing of a checkpoint, as for `from_hf`.
         dtype: Compute dtype; None for the model's own.
@@ -60,6 +65,10 @@ class Embedder(BatchEncoder):
         source: str | os.PathLike[str] | SigLipVisionModel,
         *,
         revision: str | None = None,
+        subfolder: str | None = None,
+        layout: str | None = None,
+        prefix: str | None = None,
+        config: SigLipVisionConfig | None = None,
         local_files_only: bool = False,
         preprocessing: str | os.PathLike[str] | Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
@@ -89,6 +98,10 @@ class Embedder(BatchEncoder):
             model_source = ModelSource.from_checkpoint(
                 source,
                 revision=revision,
+                subfolder=subfolder,
+                layout=layout,
+                prefix=prefix,
+                config=config,
                 local_files_only=local_files_only,
                 device=device,
                 preprocessing=preprocessing,

@@ -24,6 +24,9 @@ from siglip_port.model import SigLipVisionModel
 from siglip_port.optimize import OptimizedModel, with_engine
 from siglip_port.threads import torch_threads
 
+IN_MEMORY = "in-memory model"
+"""Name of a model that was not loaded from a checkpoint."""
+
 
 @dataclass
 class ModelSource:
@@ -56,7 +59,7 @@ class ModelSource:
             raise ValueError(
                 "model is already optimized; pass the original model and select an engine= instead"
             )
-        name, commit = "in-memory model", None
+        name, commit = IN_MEMORY, None
         if model.provenance is not None:
             name, commit = model.provenance.source, model.provenance.commit
         return cls(name, commit, model.config, model.preprocessing, model, in_memory=True)
@@ -67,25 +70,33 @@ class ModelSource:
         source: str | os.PathLike[str],
         *,
         revision: str | None,
+        subfolder: str | None,
+        layout: str | None,
+        prefix: str | None,
+        config: SigLipVisionConfig | None,
         local_files_only: bool,
         device: str | None,
         preprocessing: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     ) -> ModelSource:
         """Read the configuration and headers of a checkpoint, given as for `from_hf`."""
         word = read_word(preprocessing)
-        files = find_source(
-            source, HubOptions(revision=revision, local_files_only=local_files_only)
+        options = HubOptions(revision=revision, local_files_only=local_files_only)
+        files = find_source(source, options, subfolder)
+        checkpoint = Checkpoint(
+            files, layout=layout, prefix=prefix, config=config, preprocessing=word
         )
-        checkpoint = Checkpoint(files, preprocessing=word)
         load_arguments: dict[str, Any] = {
             "revision": files.commit or revision,
+            "layout": layout,
+            "prefix": prefix,
+            "config": config,
             "local_files_only": local_files_only,
             "device": device,
         }
         if word is not None:  # its file may not exist where the weights are loaded
             load_arguments["preprocessing"] = checkpoint.preprocessing.config
         return cls(
-            files.name,
+            files.address,
             files.commit,
             checkpoint.config,
             checkpoint.preprocessing,

@@ -114,6 +114,5 @@ def validate_output(options: EmbedOptions, config: SigLipVisionConfig) -> None:
         raise ValueError("normalize cannot be combined with tokens: it scales pooled embeddings")
     if not options.tokens and not config.has_pooled_output:
         raise ValueError(
-            "the model has no pooling head, so there is no pooled embedding; "
-            "pass tokens=True (--tokens)"
+            "the model has no pooling head, so there is no pooled embedding; pass tokens=True"
         )

@@ -81,7 +81,7 @@ def run_on_ray(
     except (ConnectionError, ray.exceptions.RayError) as error:
         raise EmbedError(
             f"Ray cluster failed: {failure_reason(error)}; run the same command again to resume, "
-            "with --executor local if an image crashes the process that decodes it"
+            "with executor='local' if an image crashes the process that decodes it"
         ) from error
     finally:
         if is_own_cluster:
@@ -108,12 +108,12 @@ def model_count(encoder: BatchEncoder, num_workers: int | None) -> int:
     resources = ray.cluster_resources()
     if runs_on_gpu(encoder):
         kind, need = "GPU", "1 per model"
-        remedy = "reduce --num-workers or use --device cpu"
+        remedy = "reduce num_workers= or use device='cpu'"
         capacity = int(resources.get("GPU", 0))
     else:
         cpus = encoder.threads + 1
         kind, need = "CPU", f"{cpus} per model ({encoder.threads} threads, 1 for decoding)"
-        remedy = "reduce --num-workers or --threads"
+        remedy = "reduce num_workers= or threads="
         capacity = int(resources.get("CPU", 0) // cpus)
     requested = num_workers or 1
     if capacity < requested:

@@ -32,6 +32,7 @@ from siglip_port.embed.shards import (
     shard_files,
     write_shard,
 )
+from siglip_port.embed.stored_model import describe_model
 from siglip_port.extras import require
 from siglip_port.image_processing import Backend
 from siglip_port.model import SigLipVisionModel
@@ -183,13 +184,14 @@ def embed_with_options(
     require("pyarrow")
     if not isinstance(model, SigLipVisionModel):
         raise ValueError(f"model must be a SigLipVisionModel, got {type(model).__name__}")
+    check_output(folder, inputs, model)
     items = find_items(inputs)
     options = complete_options(options, read_settings_of_rows(folder) or {})
     encoder = make_encoder(model, options)
     settings = make_settings(encoder, items)
     try:
         with exclusive_lock(folder):
-            claim_folder(folder, settings)
+            claim_folder(folder, settings, describe_model(model))
             run = EmbedRun(folder, items, settings, on_progress)
             batches = run.missing_batches()
             with contextlib.closing(run_batches(encoder, batches)) as results:
@@ -200,6 +202,30 @@ def embed_with_options(
             f"{folder}: cannot be written to ({error.strerror or error}); complete files are kept, "
             "run the same command again to resume"
         ) from error
+
+
+def check_output(
+    folder: Path, inputs: Sequence[str | os.PathLike[str]], model: SigLipVisionModel
+) -> None:
+    """Raise EmbedError if the output folder is an input folder, or in the checkpoint's folder.
+
+    It may be in an input folder, since nothing that is written is listed as an image.
+    """
+    output = folder.expanduser().resolve()
+    for entry in inputs:
+        if output == Path(entry).resolve():
+            raise EmbedError(f"{folder}: is an input; choose another output folder")
+    if model.provenance is None:
+        return
+    source = model.provenance.source
+    for file in model.provenance.files:
+        checkpoint = file.parent.resolve()
+        is_inside = checkpoint in output.parents and Path(source).expanduser().is_dir()
+        if output == checkpoint or is_inside:
+            raise EmbedError(
+                f"{folder}: is in the folder of the checkpoint {source}; choose an output folder "
+                "outside of it"
+            )
 
 
 def complete_options(options: EmbedOptions, previous: Mapping[str, Any]) -> EmbedOptions:

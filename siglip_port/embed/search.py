@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name the field uses)
 from torch import Tensor
 
+from siglip_port.config import SigLipVisionConfig
 from siglip_port.embed.errors import EmbedError
-from siglip_port.embed.shards import read_settings, read_vectors
+from siglip_port.embed.shards import count_rows, read_settings, read_vectors
+from siglip_port.embed.stored_model import PASS_SOURCE, load_model, stored_processor
 from siglip_port.extras import require
-from siglip_port.image_processing import ImageProcessor
-from siglip_port.model import SigLipVisionModel
 from siglip_port.optimize.cache import weights_hash
 
 
@@ -23,6 +23,11 @@ def embed_query(
     image: str | os.PathLike[str],
     *,
     source: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    layout: str | None = None,
+    prefix: str | None = None,
+    config: SigLipVisionConfig | None = None,
     local_files_only: bool = False,
 ) -> Tensor:
     """Embed one image with the model and preprocessing of existing embeddings.
@@ -31,13 +36,20 @@ def embed_query(
         embeddings: Output folder of `embed`.
         image: Path of the image.
         source: Hub id or path of the model; None for the one in the settings of the embeddings.
+        revision: Branch, tag or commit of a Hub repository; None for the stored commit, or, with
+            `source`, for `main`.
+        subfolder: Folder of the checkpoint in `source`; None for none.
+        layout: Layout of the checkpoint; None for the stored one, or to recognize it.
+        prefix: Prefix of the encoder's names; None for the stored one, or to find it.
+        config: Architecture; None for the stored one, or the checkpoint's.
         local_files_only: Whether to use only the Hub's local cache.
 
     Returns:
         Pooled embedding, [D].
 
     Raises:
-        EmbedError: The folder contains no pooled embeddings, or those of other weights.
+        EmbedError: The folder contains no pooled embeddings, or those of other weights, or the
+            stored model cannot be loaded.
         siglip_port.image_processing.ImageError: The image cannot be read.
         siglip_port.CheckpointError: The model cannot be loaded.
     """
@@ -49,21 +61,22 @@ def embed_query(
             f"{embeddings}: contains tokens, search needs pooled embeddings; run siglip-port embed "
             "without --tokens"
         )
-    source = source or settings["source"]
-    model = SigLipVisionModel.from_hf(
-        source, revision=settings["commit"], local_files_only=local_files_only
+    processor = stored_processor(Path(embeddings), settings)
+    options = {
+        "revision": revision,
+        "subfolder": subfolder,
+        "layout": layout,
+        "prefix": prefix,
+        "config": config,
+    }
+    passed = {name: value for name, value in options.items() if value is not None}
+    model = load_model(
+        Path(embeddings), settings, source=source, passed=passed, local_files_only=local_files_only
     )
     if weights_hash(model)[:16] != settings["weights"]:
         raise EmbedError(
-            f"{embeddings}: embeddings were computed with other weights than those of {source}; "
-            "pass the model with --model"
-        )
-    backend = settings["processor"]["backend"]
-    processor = ImageProcessor.from_config(model.preprocessor_config, backend)
-    if processor.fingerprint != settings["preprocessing"]:
-        raise EmbedError(
-            f"{embeddings}: embeddings were computed with other preprocessing than that of "
-            f"{source}; pass the model with --model"
+            f"{embeddings}: embeddings were computed with other weights than those of "
+            f"{source or settings['source']}; {PASS_SOURCE}"
         )
     with torch.inference_mode():
         return model.embed(**processor(image))[0]
@@ -83,7 +96,8 @@ def search(
         (cosine similarity, id, path) of each image, nearest first.
 
     Raises:
-        EmbedError: The folder contains no embeddings, or those of another format version.
+        EmbedError: The folder contains no embeddings, only rows with an error, or embeddings of
+            another format version.
     """
     require("pyarrow")
     read_settings(Path(embeddings))  # refuses other format versions
@@ -99,7 +113,18 @@ def search(
         nearest += zip(cosines.tolist(), ids, paths, strict=True)
         nearest.sort(key=lambda row: -row[0])
         del nearest[top_k:]
+    if not nearest:
+        raise EmbedError(
+            f"{embeddings}: contains no embeddings: all {sum(map(num_rows, shards))} rows have an "
+            "error; see column error"
+        )
     return nearest
+
+
+def num_rows(shard: Path) -> int:
+    """Return the number of rows of a shard."""
+    rows, _ = count_rows(shard)
+    return rows
 
 
 def no_embeddings(folder: str | os.PathLike[str]) -> EmbedError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +45,7 @@ class Settings:
     """Settings that determine the output; one set per output folder.
 
     The attributes are the keys of `_run.json` and of the metadata of every Parquet file. Any change
-    of them needs a new `FORMAT_VERSION`.
+    of them needs a new `FORMAT_VERSION`. `_run.json` may also have the key `model`.
 
     Attributes:
         version: Format version.
@@ -117,16 +117,17 @@ def validate_settings(path: Path, content: object) -> None:
             f"{path.parent}: embeddings were written by an earlier version of siglip-port; use "
             "that version, or write to another folder"
         )
-    names = {field.name for field in fields(Settings)}
-    if not isinstance(content, dict) or not names <= content.keys():
-        raise EmbedError(
-            f"{path}: not a settings file of siglip-port; choose another output folder"
-        )
-    if content["version"] != FORMAT_VERSION:
+    # Before the fields, which other versions may have changed.
+    if isinstance(content, dict) and content.get("version", FORMAT_VERSION) != FORMAT_VERSION:
         raise EmbedError(
             f"{path.parent}: embeddings have format version {content['version']!r}, this "
             f"siglip-port reads {FORMAT_VERSION}; use the version that wrote them, or write to "
             "another folder"
+        )
+    names = {field.name for field in fields(Settings)}
+    if not isinstance(content, dict) or not names <= content.keys():
+        raise EmbedError(
+            f"{path}: not a settings file of siglip-port; choose another output folder"
         )
 
 
@@ -150,8 +151,14 @@ def read_settings_of_rows(folder: Path) -> dict[str, Any] | None:
     return settings
 
 
-def claim_folder(folder: Path, settings: Settings) -> None:
+def claim_folder(folder: Path, settings: Settings, model: Mapping[str, Any]) -> None:
     """Write the settings of an output folder, or check that its rows have the same settings.
+
+    Args:
+        folder: Output folder.
+        settings: Settings of the run.
+        model: What loads the model again, see `siglip_port.embed.stored_model`; stored with the
+            settings, if it is not empty, and not compared.
 
     Raises:
         EmbedError: The folder contains rows with other settings.
@@ -161,7 +168,8 @@ def claim_folder(folder: Path, settings: Settings) -> None:
     if old is None:
         with atomic.staging_dir(folder) as staging:
             file = staging / SETTINGS_FILE
-            file.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
+            content = {**new, "model": model} if model else new
+            file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             atomic.commit_files([file], folder)
         return
     differences = []
@@ -321,3 +329,22 @@ def read_vectors(path: Path) -> tuple[list[str], list[str], NDArray[np.float32]]
         numbers = column.filter(readable).flatten().to_numpy(zero_copy_only=False)
         vectors = numbers.reshape(len(ids), column.type.list_size)
     return ids, paths, vectors.astype(np.float32)
+
+
+def first_errors(folder: Path, limit: int) -> list[str]:
+    """Return the errors of the first rows that have one, with their ids.
+
+    Args:
+        folder: Output folder.
+        limit: Maximum number of errors.
+    """
+    from pyarrow import parquet
+
+    errors: list[str] = []
+    for path in sorted(folder.glob("part-*.parquet")):
+        table = parquet.read_table(path, columns=["id", "error"])
+        for row in table.filter(table.column("error").is_valid()).to_pylist():
+            errors.append(f"{row['id']}: {row['error']}")
+            if len(errors) == limit:
+                return errors
+    return errors

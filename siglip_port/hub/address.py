@@ -14,25 +14,28 @@ from siglip_port.hub.redact import redact
 
 _ID = r"(?P<name>[\w-][\w.-]*/[\w.-]+)"
 _BARE_ID = re.compile(rf"{_ID}(?:@(?P<revision>[^\s@]+))?")
-_URI_PATH = re.compile(rf"(?:models/)?{_ID}(?:@(?P<revision>[^/\s]+))?(?:/(?P<file>.+))?")
+_URI_PATH = re.compile(rf"(?:models/)?{_ID}(?:@(?P<revision>[^/\s]+))?(?:/(?P<path>.+))?(?P<page>)")
 _PAGE_PATH = re.compile(
-    rf"/(?:models/)?{_ID}(?:/(?:tree|blob|resolve|raw)/(?P<revision>[^/]+)(?:/(?P<file>.+))?)?"
+    rf"/(?:models/)?{_ID}"
+    r"(?:/(?P<page>tree|blob|resolve|raw)/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?"
 )
 _PAGE_WITHOUT_SCHEME = re.compile(r"((www\.)?huggingface\.co|hf\.co)/[^/]+/")
 
 _URI_SCHEMES = ("hf", "hf-hub", "hf_hub")
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
+_FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")  # not that of a folder such as v1.0
 _FILE_SUFFIXES = (*SUFFIXES, ".json", *PICKLE_SUFFIXES)
 
 
 @dataclass(frozen=True)
 class HubAddress:
-    """A repository, with the revision and the file that the address names, if any."""
+    """A repository, with the revision, subfolder and file that the address names, if any."""
 
     name: str
     revision: str | None = None
     filename: str | None = None
+    subfolder: str | None = None
 
 
 def parse_address(source: str) -> HubAddress | None:
@@ -106,7 +109,27 @@ def parse_path(pattern: re.Pattern[str], path: str, *, kind: str, address: str) 
             f"{redact(address)}: no model id in this address; pass a Hub id such as "
             "'google/siglip-base-patch16-224'"
         )
-    return HubAddress(match["name"], _unquoted(match["revision"]), _unquoted(match["file"]))
+    folder, filename = split_path(_unquoted(match["path"]), match["page"])
+    return HubAddress(match["name"], _unquoted(match["revision"]), filename, folder)
+
+
+def split_path(path: str | None, page: str | None) -> tuple[str | None, str | None]:
+    """Return folder and file of a path in a repository; None for what it does not name.
+
+    Args:
+        path: Path in the repository; None for its root.
+        page: `tree` for the page of a folder, another word for that of a file; empty or None if
+            only the suffix of the path distinguishes them.
+    """
+    if path is None:
+        return None, None
+    is_file = page != "tree"
+    if not page:
+        is_file = _FILE_SUFFIX.fullmatch(Path(path).suffix) is not None
+    if not is_file:
+        return path, None
+    folder, _, filename = path.rpartition("/")
+    return folder or None, filename
 
 
 def _unquoted(text: str | None) -> str | None:

@@ -123,11 +123,18 @@ class RepositoryCache:
 
     def has_weights(self, commit: str) -> bool:
         """Return whether weights of the commit are cached, whole or partial."""
-        for path in list_folder(self.folder / "snapshots" / commit):
-            if path.suffix in SUFFIXES:
-                return True
-        has_header = any(path.suffix == ".header" for path in list_folder(self.own_folder / commit))
+        if any(name.endswith(SUFFIXES) for name in self.files(commit)):
+            return True
+        has_header = any((self.own_folder / commit).rglob("*.header"))
         return has_header and any(self.own_folder.glob(VISION_FILES))
+
+    def files(self, commit: str) -> list[str]:
+        """Return the names of the cached whole files of a commit."""
+        if not COMMIT.fullmatch(commit):
+            return []
+        folder = self.folder / "snapshots" / commit
+        paths = [path for path in folder.rglob("*") if not path.is_dir()]
+        return sorted(path.relative_to(folder).as_posix() for path in paths)
 
     def snapshot(self, commit: str, filename: str) -> Path:
         """Return the path of a file of a commit, cached or not."""

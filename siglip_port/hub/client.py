@@ -153,11 +153,14 @@ class RepositoryClient:
             self.cache.set_commit(self.branch, self.commit)
 
     def listing(self) -> list[str]:
-        """Return the names of the files in the repository; empty if the request fails."""
+        """Return the names of the files in the repository; those in the cache if offline.
+
+        Empty if the request fails.
+        """
         from huggingface_hub import HfApi
 
         if self.options.is_offline or self._failure is not None:
-            return []
+            return self.cache.files(self.known_commit or "")
         api = HfApi(token=self.options.token)
         revision = self.commit or self.options.revision
         try:

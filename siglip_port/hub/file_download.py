@@ -69,9 +69,8 @@ class FileDownloader:
             if path is not None:
                 return path
             self._cache.own_folder.mkdir(parents=True, exist_ok=True)
-            return self._fetch_into_cache(
-                file, self._cache.own_folder / file.filename, self._download_json
-            )
+            target = self._cache.own_folder / Path(file.filename).name
+            return self._fetch_into_cache(file, target, self._download_json)
         except OSError as error:
             if error.errno is None:
                 raise
@@ -82,6 +81,7 @@ class FileDownloader:
                 error,
             )
         path = self._scratch_folder() / file.filename
+        path.parent.mkdir(parents=True, exist_ok=True)
         _, staged = self._download_verified(file, path, self._download_json)
         return staged.replace(path)
 

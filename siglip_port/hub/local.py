@@ -8,6 +8,7 @@ from pathlib import Path
 
 from siglip_port.checkpoint.errors import CheckpointError
 from siglip_port.checkpoint.formats import Header
+from siglip_port.checkpoint.source import WEIGHTS_FILES, parents_of_weights
 from siglip_port.checkpoint.weight_files import read_weights_header
 
 
@@ -26,6 +27,11 @@ class LocalFolder:
     name: str
     weights: str | None = None
     commit: str | None = field(default=None, init=False)
+
+    @property
+    def address(self) -> str:
+        """Path that the user passed."""
+        return self.name
 
     @property
     def title(self) -> str:
@@ -62,3 +68,11 @@ class LocalFolder:
     def listing(self) -> list[str]:
         """Return the names of the files in the folder."""
         return sorted(path.name for path in self.folder.iterdir() if path.is_file())
+
+    def subfolders(self) -> list[str]:
+        """Return the folders up to two levels down that contain a checkpoint's weights."""
+        paths: list[Path] = []
+        for name in WEIGHTS_FILES:
+            paths += self.folder.glob(f"*/{name}")
+            paths += self.folder.glob(f"*/*/{name}")
+        return parents_of_weights(path.relative_to(self.folder).as_posix() for path in paths)

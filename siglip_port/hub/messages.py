@@ -91,7 +91,7 @@ def explain_not_cached(error: NotCachedError, request: RequestedFile) -> str:
 def describe_offline(options: HubOptions) -> str:
     """Return which setting disables downloads."""
     if options.local_files_only:
-        return "downloads are disabled by local_files_only=True (--offline)"
+        return "downloads are disabled by local_files_only=True"
     return "downloads are disabled by HF_HUB_OFFLINE"
 
 

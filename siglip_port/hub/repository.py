@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from siglip_port.checkpoint.errors import CheckpointError
 from siglip_port.checkpoint.formats import Header, UnreadableFileError, read_header
+from siglip_port.checkpoint.source import parents_of_weights
 from siglip_port.checkpoint.weight_files import read_weights_header
 from siglip_port.hub.cache import CachedHeader, RepositoryCache
 from siglip_port.hub.cached_files import CachedFiles
@@ -53,6 +54,11 @@ class HubRepository:
         self._cached = CachedFiles(self._client)
         self._downloader = FileDownloader(self._client, self._cached)
         self._headers: dict[str, CachedHeader] = {}  # of files that are not cached whole
+
+    @property
+    def address(self) -> str:
+        """Hub id, or the address of the weights file."""
+        return self.name if self.weights is None else f"hf://{self.name}/{self.weights}"
 
     @property
     def title(self) -> str:
@@ -120,6 +126,10 @@ class HubRepository:
     def listing(self) -> list[str]:
         """Return the names of the files in the repository; empty if the request fails."""
         return self._client.listing()
+
+    def subfolders(self) -> list[str]:
+        """Return the known folders that contain a checkpoint's weights."""
+        return parents_of_weights(self.listing())
 
     def _with_explained_errors(self, filename: str, call: Callable[[], T]) -> T:
         """Call a function, and turn its errors into `CheckpointError`.

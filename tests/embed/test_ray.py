@@ -70,7 +70,7 @@ def test_cluster_too_small(encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 5.0})
     message = (
         "Ray cluster is too small for 2 model processes: it has 5 CPUs, needs 3 per model (2 "
-        "threads, 1 for decoding); reduce --num-workers or --threads"
+        "threads, 1 for decoding); reduce num_workers= or threads="
     )
     with pytest.raises(EmbedError, match=re.escape(message)):
         model_count(Embedder(encoder_folder, threads=2), 2)
@@ -79,7 +79,7 @@ def test_cluster_too_small(encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_cluster_without_gpus(encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 5.0})
     monkeypatch.setattr("siglip_port.embed.ray.runs_on_gpu", lambda encoder: True)
-    message = "it has 0 GPUs, needs 1 per model; reduce --num-workers or use --device cpu"
+    message = "it has 0 GPUs, needs 1 per model; reduce num_workers= or use device='cpu'"
     with pytest.raises(EmbedError, match=message):
         model_count(Embedder(encoder_folder), None)
 
@@ -151,7 +151,7 @@ def test_cluster_resumes_local_run(cluster_run: Path, photos: Path) -> None:
 
 @pytest.mark.slow
 def test_image_that_crashes_every_process_of_cluster(cluster_run: Path) -> None:
-    message = "Ray cluster failed: .*died.* with --executor local if an image crashes"
+    message = "Ray cluster failed: .*died.* with executor='local' if an image crashes"
     assert re.match(message, read_report(cluster_run)["deadly"])
 
 

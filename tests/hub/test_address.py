@@ -11,6 +11,7 @@ import torch
 from siglip_port import CheckpointError, SigLipVisionModel
 from siglip_port.checkpoint.layouts import LAYOUTS
 from siglip_port.hub import HubOptions, HubRepository, find_source
+from siglip_port.hub.subfolder import Subfolder
 from tests.helpers.checkpoints import SMALL
 from tests.helpers.hub_cache import NAME
 from tests.helpers.hub_server import Hub
@@ -53,9 +54,14 @@ def test_address(address: str, revision: str | None, weights: str | None, hub: H
     [
         (
             "models/google/a",
-            "'models/google/a' is neither a local path nor a Hub id; pass a folder",
+            "'models/google/a' is neither a local path nor a Hub id; pass a folder.*"
+            "; if it is on the Hub, pass 'google/a'$",
         ),
-        ("google/a/b", "is neither a local path nor a Hub id"),
+        (
+            "google/a/b/c",
+            "is neither a local path nor a Hub id; .*; if it is a folder on the Hub, pass "
+            "'google/a' with subfolder='b/c'$",
+        ),
         ("google", "is neither a local path nor a Hub id"),
         ("a\0b", "cannot be read|neither a local path"),
         (
@@ -70,15 +76,15 @@ def test_address(address: str, revision: str | None, weights: str | None, hub: H
         ("https://huggingface.co/google", "/google: no model id in this address; pass a Hub id"),
         (
             "https://huggingface.co/google/a/blob/v1/README.md",
-            r"v1/README.md: 'README.md' is not a weights file in the root folder; pass the repos",
+            r"v1/README.md: 'README.md' is not a weights file; pass the repository or a folder",
         ),
         (
             "https://huggingface.co/google/a/blob/v1/a.bin",
-            "'a.bin' is not a weights file in the root folder; .*pickled weights .* are not",
+            "'a.bin' is not a weights file; .*pickled weights .* are not",
         ),
         (
-            "hf://google/a/sub/model.safetensors",
-            "'sub/model.safetensors' is not a weights file in the root folder; pass the repository",
+            "hf://google/a/sub/..%2F..%2Fb",
+            r"subfolder must be the relative path of a folder, .*, got 'sub/../../b'",
         ),
         (
             "google/a@v2",
@@ -93,13 +99,38 @@ def test_invalid_address(address: str, message: str, hub: Hub) -> None:
     assert "secret" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("address", "subfolder", "weights"),
+    [
+        ("hf://google/a/encoder", "encoder", None),
+        ("hf://google/a@v1/b/v1.0/", "b/v1.0", None),
+        ("hf://google/a/encoder/config.json", "encoder", None),
+        ("hf://google/a/b/c/a.safetensors", "b/c", "a.safetensors"),
+        ("https://huggingface.co/google/a/tree/main/b/c.d", "b/c.d", None),
+        ("https://huggingface.co/google/a/blob/main/b/a%20b.npz", "b", "a b.npz"),
+        ("hf.co/google/a/resolve/main/b/config.json", "b", None),
+    ],
+)
+def test_address_of_subfolder(address: str, subfolder: str, weights: str | None) -> None:
+    for passed in (None, subfolder):
+        source = find_source(address, subfolder=passed)
+        assert isinstance(source, Subfolder)
+        assert (source.name, source.subfolder, source.weights) == ("google/a", subfolder, weights)
+    with pytest.raises(
+        CheckpointError,
+        match=f"folder '{subfolder}' in the address conflicts with subfolder='x'; pass only one",
+    ):
+        find_source(address, subfolder="x")
+
+
 def test_address_of_file(hub: Hub, vision_folder: Path, cache: Path) -> None:
     (vision_folder / "model.safetensors").rename(vision_folder / "Model.safetensors")
     address = f"https://huggingface.co/{NAME}/blob/main/Model.safetensors"
     model = load(address, cache_dir=cache)
     assert model.config == SMALL
     assert model.provenance is not None
-    assert model.provenance.source == NAME
+    assert model.provenance.source == f"hf://{NAME}/Model.safetensors"
+    assert load(model.provenance.source, cache_dir=cache).config == SMALL
 
 
 def test_revision_in_address(hub: Hub, vision_folder: Path, cache: Path) -> None:

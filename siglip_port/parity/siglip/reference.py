@@ -187,6 +187,7 @@ def load(
     naflex: bool = False,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    subfolder: str = "",
     local_files_only: bool = False,
 ) -> Reference:
     """Load the reference in `eval()` mode, and check that all its weights are loaded.
@@ -199,13 +200,18 @@ def load(
         naflex: Whether it is a NaFlex model.
         device: Device of the model.
         revision: Commit of a Hub repository.
+        subfolder: Subfolder of a Hub repository; empty for none.
         local_files_only: Whether to use only the Hub's local cache.
 
     Raises:
         BrokenReferenceError: transformers initialized parameters randomly.
         OSError: transformers cannot find or read the checkpoint.
     """
-    options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    options: dict[str, Any] = {
+        "revision": revision,
+        "subfolder": subfolder,
+        "local_files_only": local_files_only,
+    }
     with quiet_transformers(), as_folder(source) as folder:
         config = config_class(naflex).from_pretrained(folder, **options)
         config.vision_use_head = pooling_head
@@ -297,6 +303,7 @@ def image_processors(
     source: str | Path | None = None,
     *,
     revision: str | None = None,
+    subfolder: str = "",
     local_files_only: bool = False,
 ) -> dict[Backend, Callable[[Any], dict[str, Tensor]]]:
     """Return the reference's image processors: for Pillow and, if installed, torchvision.
@@ -308,12 +315,17 @@ def image_processors(
         source: Checkpoint with a `preprocessor_config.json`; None or a checkpoint without one for
             the defaults.
         revision: Commit of a Hub repository.
+        subfolder: Subfolder of a Hub repository; empty for none.
         local_files_only: Whether to use only the Hub's local cache.
     """
     folder = source
     if source is not None and Path(source).is_file():
         folder = Path(source).parent
-    options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    options: dict[str, Any] = {
+        "revision": revision,
+        "subfolder": subfolder,
+        "local_files_only": local_files_only,
+    }
     if not config.naflex:  # NaFlex models take the size from the file.
         options["size"] = {"height": config.image_size, "width": config.image_size}
     classes = NAFLEX_PROCESSORS if config.naflex else PROCESSORS

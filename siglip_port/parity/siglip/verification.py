@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from siglip_port.checkpoint import CheckpointError, HubUnreachableError
 from siglip_port.checkpoint.json_files import read_config
+from siglip_port.checkpoint.source import Source
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.extras import MissingExtraError
 from siglip_port.hub import HubOptions, HubRepository, find_source, unreachable_reason
+from siglip_port.hub.subfolder import Subfolder
 from siglip_port.image_processing import ImageProcessor
 from siglip_port.model import SigLipVisionModel
 from siglip_port.parity.results import Comparison, GateResult, Section
@@ -48,13 +51,20 @@ class LoadedPort:
         model: Port.
         source: Hub id, folder or file.
         commit: Commit of a Hub repository.
+        subfolder: Subfolder of a Hub repository; empty for none.
         is_random: Whether the weights are random, written for this comparison.
     """
 
     model: SigLipVisionModel
     source: str
     commit: str | None = None
+    subfolder: str = ""
     is_random: bool = False
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Arguments that, beside the source, select the files for transformers."""
+        return {"revision": self.commit, "subfolder": self.subfolder, "local_files_only": True}
 
 
 def load_port(options: VerifyOptions, scratch: Path) -> LoadedPort:
@@ -67,24 +77,26 @@ def load_port(options: VerifyOptions, scratch: Path) -> LoadedPort:
     Raises:
         siglip_port.CheckpointError: The checkpoint cannot be read or downloaded.
     """
-    source = find_source(options.checkpoint)
-    is_on_hub = isinstance(source, HubRepository)
-    if isinstance(source, HubRepository) and source.weights is not None:
+    source = open_source(options)
+    repository = source.root if isinstance(source, Subfolder) else source
+    is_on_hub = isinstance(repository, HubRepository)
+    if is_on_hub and source.weights is not None:
         raise ValueError(
             f"{options.checkpoint}: transformers cannot load one file of a repository; pass the "
             "repository or a local folder"
         )
-    is_default = is_on_hub and options.checkpoint == DEFAULT_CHECKPOINT
+    is_default = is_on_hub and options.checkpoint == DEFAULT_CHECKPOINT and source is repository
     needs_hub = is_on_hub and not (is_default and options.weights == "random")
+    needs_hub = needs_hub and not options.offline
     silence = unreachable_reason(source.name) if needs_hub else None
     offline = not needs_hub or silence is not None
     try:
         if options.weights != "random":
-            return load_checkpoint(options, source.name, offline)
-        config = DEFAULT_CONFIG if is_default else read_architecture(options.checkpoint, offline)
+            return load_checkpoint(options, source, offline)
+        config = DEFAULT_CONFIG if is_default else read_architecture(options, offline)
     except HubUnreachableError as error:
         reason = str(error)
-        if offline:
+        if silence is not None:
             reason = (
                 f"{options.checkpoint} is not in the local cache, and the Hub cannot be reached "
                 f"({silence})"
@@ -94,45 +106,47 @@ def load_port(options: VerifyOptions, scratch: Path) -> LoadedPort:
         note(f"{reason}; comparing random weights of the same architecture instead")
         config = DEFAULT_CONFIG
     reference.write_random_checkpoint(scratch, config)
-    return LoadedPort(load_model(str(scratch), options), str(scratch), is_random=True)
+    model = SigLipVisionModel.from_hf(scratch, dtype=options.torch_dtype, device=options.device)
+    return LoadedPort(model, str(scratch), is_random=True)
 
 
-def load_checkpoint(options: VerifyOptions, source: str, offline: bool) -> LoadedPort:
+def open_source(options: VerifyOptions, offline: bool = False) -> Source:
+    """Return the files of the checkpoint."""
+    hub_options = HubOptions(options.revision, local_files_only=offline or options.offline)
+    return find_source(options.checkpoint, hub_options, options.subfolder)
+
+
+def load_checkpoint(options: VerifyOptions, source: Source, offline: bool) -> LoadedPort:
     """Load a checkpoint's weights from whole files, which the reference reads too."""
-    model = load_model(options.checkpoint, options, local_files_only=offline, vision_only=False)
-    commit = model.provenance.commit if model.provenance else None
-    return LoadedPort(model, source, commit)
-
-
-def load_model(
-    source: str,
-    options: VerifyOptions,
-    *,
-    local_files_only: bool = False,
-    vision_only: bool = True,
-) -> SigLipVisionModel:
-    """Load a checkpoint in the dtype and on the device of the comparison."""
-    return SigLipVisionModel.from_hf(
-        source,
+    model = SigLipVisionModel.from_hf(
+        options.checkpoint,
+        revision=options.revision,
+        subfolder=options.subfolder,
+        layout=options.layout,
+        prefix=options.prefix,
         dtype=options.torch_dtype,
         device=options.device,
-        local_files_only=local_files_only,
-        vision_only=vision_only,
+        local_files_only=offline,
+        vision_only=False,
     )
+    commit = model.provenance.commit if model.provenance else None
+    if commit is None or not isinstance(source, Subfolder):
+        return LoadedPort(model, source.address, commit)
+    return LoadedPort(model, source.name, commit, source.subfolder)
 
 
-def read_architecture(checkpoint: str, offline: bool) -> SigLipVisionConfig:
+def read_architecture(options: VerifyOptions, offline: bool) -> SigLipVisionConfig:
     """Read the architecture of a checkpoint from its `config.json`."""
-    contents = read_config(find_source(checkpoint, HubOptions(local_files_only=offline)))
+    contents = read_config(open_source(options, offline))
     if contents is None:
-        raise ValueError(f"{checkpoint}: config.json is missing; --weights random needs it")
+        raise ValueError(f"{options.checkpoint}: config.json is missing; --weights random needs it")
     return SigLipVisionConfig.from_hf(contents)
 
 
 def checkpoint_case(options: VerifyOptions, port: LoadedPort, image: Image.Image) -> Case:
     """Return the checkpoint at full size; its inputs are the image and a noise image."""
     warn_of_memory(port.model, options.torch_dtype)
-    check_layout(options.checkpoint, port.model)
+    check_layout(options, port.model)
     config = port.model.config
     model = reference.load(
         port.source,
@@ -140,12 +154,11 @@ def checkpoint_case(options: VerifyOptions, port: LoadedPort, image: Image.Image
         dtype=options.torch_dtype,
         naflex=config.naflex,
         device=options.device,
-        revision=port.commit,
-        local_files_only=True,
+        **port.place,
     )
     # NaFlex models get whole images; the gate `pixels` covers their preprocessing.
     processors = reference.image_processors(
-        replace(config, naflex=False), port.source, revision=port.commit, local_files_only=True
+        replace(config, naflex=False), port.source, **port.place
     )
     inputs = with_noise(processors["pil"](image)["pixel_values"])
     return Case(
@@ -160,8 +173,9 @@ def checkpoint_case(options: VerifyOptions, port: LoadedPort, image: Image.Image
     )
 
 
-def check_layout(checkpoint: str, model: SigLipVisionModel) -> None:
+def check_layout(options: VerifyOptions, model: SigLipVisionModel) -> None:
     """Raise ValueError unless transformers can load the model's checkpoint."""
+    checkpoint = options.checkpoint
     if model.provenance is None:
         raise CheckpointError(f"{checkpoint}: not loaded from files")
     layout = model.provenance.layout
@@ -170,7 +184,8 @@ def check_layout(checkpoint: str, model: SigLipVisionModel) -> None:
     if name not in ("HuggingFace", "HuggingFace NaFlex") or not is_flat:
         raise ValueError(
             f"{checkpoint} (layout: {layout}): transformers cannot load it as a SigLIP vision "
-            f"encoder; run `siglip-port extract {checkpoint} DIR` and pass --checkpoint DIR"
+            f"encoder; run `siglip-port extract {checkpoint} DIR{options.selection}` and pass "
+            "--checkpoint DIR"
         )
 
 
@@ -197,9 +212,7 @@ def with_noise(pixel_values: Tensor) -> Tensor:
 def compare_pixels(port: LoadedPort, image: Image.Image) -> GateResult:
     """Compare the image processors of port and reference, configured by the checkpoint."""
     model = port.model
-    reference_processors = reference.image_processors(
-        model.config, port.source, revision=port.commit, local_files_only=True
-    )
+    reference_processors = reference.image_processors(model.config, port.source, **port.place)
     port_processors = {
         backend: ImageProcessor.from_config(model.preprocessor_config, backend)
         for backend in reference_processors

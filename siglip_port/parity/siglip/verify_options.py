@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +34,11 @@ class VerifyOptions:
 
     Attributes:
         checkpoint: Hub id, folder or file.
+        layout: Layout of the checkpoint; None to recognize it.
+        prefix: Prefix of the encoder's names; None to find it.
+        subfolder: Folder of the checkpoint in the folder or repository; None for none.
+        revision: Branch, tag or commit of a Hub repository.
+        offline: Whether to use only the Hub's local cache.
         weights: `hub` for the checkpoint's weights; `random` for random weights for its
             architecture; `auto` for the checkpoint's, or random ones if the default checkpoint is
             unavailable.
@@ -52,6 +58,11 @@ class VerifyOptions:
     """
 
     checkpoint: str = DEFAULT_CHECKPOINT
+    layout: str | None = None
+    prefix: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+    offline: bool = False
     weights: Weights = "auto"
     image: Path = SAMPLE_IMAGE
     dtype: str = DTYPES[0]
@@ -68,6 +79,16 @@ class VerifyOptions:
         validate_choice("weights", self.weights, WEIGHTS)
         validate_choice("dtype", self.dtype, DTYPES)
         validate_choice("attention", self.attention, ATTENTIONS)
+
+    @property
+    def selection(self) -> str:
+        """The options that select one encoder of the checkpoint, as they are typed."""
+        options = ""
+        for name in ("layout", "prefix", "subfolder", "revision"):
+            value = getattr(self, name)
+            if value is not None:
+                options += f" --{name} {shlex.quote(value)}"
+        return options
 
     @property
     def attentions(self) -> tuple[str, ...]:
