@@ -119,7 +119,7 @@ def pooling_attention(
     return attention_weights(head.attention, query, tokens, mask)[:, :, 0]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, whose results can never be trained on
 def embed_images(
     model: SigLipVisionModel,
     images: Sequence[ImageInput],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TypedDict, TypeVar
 
@@ -13,6 +15,7 @@ from siglip_port.checkpoint.formats import DTYPES
 from siglip_port.checkpoint.reader import Checkpoint
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.model import SigLipVisionModel
+from siglip_port.validation import parse_dtype
 
 Model = TypeVar("Model", bound=SigLipVisionModel)
 
@@ -21,7 +24,7 @@ class LoadOptions(TypedDict, total=False):
     """Keyword arguments of `SigLipVisionModel.from_hf`: see `load_model`."""
 
     revision: str | None
-    dtype: torch.dtype | None
+    dtype: torch.dtype | str | None
     device: torch.device | str | None
     pooling_head: bool | None
     interpolation: str | None
@@ -34,12 +37,27 @@ class LoadOptions(TypedDict, total=False):
     vision_only: bool
 
 
+TRANSFORMERS_OPTIONS = {
+    "torch_dtype": "use dtype=",
+    "device_map": "use device=",
+    "use_auth_token": "use token=",
+    "attn_implementation": "omit it, attention always runs in scaled_dot_product_attention",
+    "quantization_config": "omit it, and quantize with siglip_port.optimize(model, dtype='int8')",
+    "trust_remote_code": "omit it, no code of a checkpoint is ever run",
+    "use_safetensors": "omit it, pickles are never read",
+    "low_cpu_mem_usage": "omit it, weights are mapped from the file",
+    "ignore_mismatched_sizes": "omit it, or pass config=SigLipVisionConfig(...)",
+}
+"""Option of transformers' `from_pretrained` -> what to do instead."""
+
+
+@torch.inference_mode(False)  # parameters made in inference mode could never be trained
 def load_model(
     cls: type[Model],
     source: str | os.PathLike[str],
     *,
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     pooling_head: bool | None = None,
     interpolation: str | None = None,
@@ -64,7 +82,8 @@ def load_model(
             `hf://...`, `hf-hub:...`, and the URL of a model or of one of its weights files on the
             Hub.
         revision: Branch, tag or commit of a Hub repository; ignored for a path.
-        dtype: Dtype of the parameters; None for the file's.
+        dtype: Dtype of the parameters or its name, such as `"bfloat16"`; None or `"auto"` for the
+            file's.
         device: Device of the parameters; None for the CPU, where they are mapped from the file.
         pooling_head: None to load the pooling head if the checkpoint has one, True to require one,
             False to ignore it.
@@ -91,7 +110,8 @@ def load_model(
     """
     from siglip_port.hub import HubOptions, find_source
 
-    validate_placement(dtype, device)
+    dtype = parse_dtype(dtype, DTYPES.values())
+    validate_device(device)
     validate_overrides(config, prefix)
     options = HubOptions(
         revision=revision,
@@ -113,12 +133,23 @@ def load_model(
     return model.eval()
 
 
-def validate_placement(dtype: torch.dtype | None, device: torch.device | str | None) -> None:
-    """Raise ValueError unless the dtype and device of the parameters are supported."""
-    if dtype is not None and dtype not in DTYPES.values():
-        raise ValueError(
-            f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}"
+def validate_option_names(names: Collection[str]) -> None:
+    """Raise TypeError for the first name that is not an option of `from_hf`."""
+    options = list(LoadOptions.__annotations__)
+    for name in names:
+        if name in options:
+            continue
+        nearest = difflib.get_close_matches(name, options, n=1)
+        advice = f"choose one of {', '.join(options)}"
+        if nearest:
+            advice = f"use {nearest[0]}="
+        raise TypeError(
+            f"from_hf(...) has no option {name}; {TRANSFORMERS_OPTIONS.get(name, advice)}"
         )
+
+
+def validate_device(device: torch.device | str | None) -> None:
+    """Raise ValueError unless this machine has the device and it holds data."""
     try:
         is_meta = torch.empty(0, device=device).is_meta
     except (RuntimeError, AssertionError, TypeError) as error:

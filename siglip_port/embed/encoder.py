@@ -167,6 +167,7 @@ class BatchEncoder:
         """The model on its engine."""
         return self.load()
 
+    @torch.inference_mode(False)  # `encode` calls it, and the model may be trained later
     def load(self) -> OptimizedModel:
         """Return the model on its engine; build it on the first call.
 

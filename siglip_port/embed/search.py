@@ -65,7 +65,7 @@ def embed_query(
             f"{embeddings}: embeddings were computed with other preprocessing than that of "
             f"{source}; pass the model with --model"
         )
-    with torch.inference_mode():
+    with torch.no_grad():
         return model.embed(**processor(image))[0]
 
 
