@@ -141,11 +141,12 @@ def embed_images(
 
     Raises:
         siglip_port.image_processing.ImageError: An image cannot be read; the message names it.
-        ValueError: The model has no pooling head, or its `preprocessor_config` is not supported.
+        ValueError: The model has no pooling head or takes other images than RGB, or its
+            `preprocessor_config` is not supported.
     """
     from siglip_port.image_processing import ImageProcessor, as_list, move_pixels
 
-    processor = ImageProcessor.from_config(model.preprocessor_config, backend)
+    processor = ImageProcessor.for_model(model.config, model.preprocessor_config, backend)
     image_list = as_list(images)
     validation.validate_positive_int("batch_size", batch_size)
     embeddings = []

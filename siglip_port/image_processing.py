@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from siglip_port.checkpoint.preprocessor_config import RESAMPLE
+from siglip_port.config import SigLipVisionConfig
 from siglip_port.extras import require
 from siglip_port.image_reading import Backend, ImageError, ImageInput, to_rgb
 from siglip_port.patches import pack
@@ -135,6 +136,29 @@ class ImageProcessor:
             std=std,
             backend=backend,
         )
+
+    @classmethod
+    def for_model(
+        cls, config: SigLipVisionConfig, preprocessor: Mapping[str, Any], backend: Backend = "pil"
+    ) -> ImageProcessor:
+        """Build the processor of a model: `from_config`, if the model takes RGB images.
+
+        Args:
+            config: Configuration of the model.
+            preprocessor: Its `preprocessor_config`.
+            backend: As for `from_config`.
+
+        Raises:
+            ValueError: The model takes images of another number of channels, for which no mean and
+                std are defined, or see `from_config`.
+        """
+        if config.num_channels != 3:
+            raise ValueError(
+                f"images are read with 3 channels (RGB), but the model has {config.num_channels} "
+                f"channels; pass pixel_values [B, {config.num_channels}, {config.image_size}, "
+                f"{config.image_size}] to model.embed yourself"
+            )
+        return cls.from_config(preprocessor, backend)
 
     @property
     def factor(self) -> float:

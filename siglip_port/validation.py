@@ -100,7 +100,7 @@ def validate_pixel_range(pixel_values: Tensor) -> None:
     if torch.compiler.is_compiling() or not has_readable_values(pixel_values):
         return
     lowest, highest = (value.item() for value in pixel_values.detach().aminmax())
-    if -MAX_PIXEL <= lowest and highest <= MAX_PIXEL:
+    if lowest >= -MAX_PIXEL and highest <= MAX_PIXEL:
         return
     found = f"values from {lowest:g} to {highest:g}"
     if not pixel_values.isfinite().all():
@@ -115,7 +115,9 @@ def has_readable_values(tensor: Tensor) -> bool:
     """Return whether the values of a tensor can be read now, and are meant to be constant."""
     if type(tensor) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
-    return tensor.device.type == "cpu" and tensor.numel() > 0 and not tensor.requires_grad
+    if tensor.device.type != "cpu" or tensor.requires_grad:
+        return False
+    return tensor.numel() > 0 and tensor.element_size() > 1  # torch cannot compare float8
 
 
 def expected_shape(config: SigLipVisionConfig) -> str:

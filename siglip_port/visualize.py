@@ -72,7 +72,7 @@ def model_view(model: SigLipVisionModel, image: ImageInput) -> ModelView:
         siglip_port.image_processing.ImageError: The image cannot be read or has no patch.
         ValueError: The model's `preprocessor_config` is not supported.
     """
-    processor = ImageProcessor.from_config(model.preprocessor_config)
+    processor = ImageProcessor.for_model(model.config, model.preprocessor_config)
     patch_size = model.config.patch_size
     values = processor.one(image)  # [3, H, W]
     pixels = processor.batch([values])

@@ -15,6 +15,8 @@ from siglip_port.embed.inputs import IMAGE_COLUMNS
 from siglip_port.embed.options import EmbedOptions, OutputDtype
 from siglip_port.image_processing import Backend
 from siglip_port.model import SigLipVisionModel
+from siglip_port.optimize.comparison import TOLERANCES
+from siglip_port.validation import parse_dtype
 
 
 class Embedder(BatchEncoder):
@@ -29,7 +31,7 @@ class Embedder(BatchEncoder):
             headers. Or a model, which is pickled with its weights.
         revision: Branch, tag or commit of a Hub repository.
         local_files_only: Whether to use only the Hub's local cache.
-        dtype: Compute dtype; None for the model's own.
+        dtype: Compute dtype or its name; None for the model's own.
         engine: Name in `siglip_port.optimize.ENGINES`.
         device: Device of the model; None for the model's own, or the CPU.
         threads: CPU threads for the model; None for torch's setting.
@@ -59,7 +61,7 @@ class Embedder(BatchEncoder):
         *,
         revision: str | None = None,
         local_files_only: bool = False,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         engine: str = "eager",
         device: str | None = None,
         threads: int | None = None,
@@ -71,7 +73,7 @@ class Embedder(BatchEncoder):
         column: str | None = None,
     ) -> None:
         options = EmbedOptions(
-            dtype=dtype,
+            dtype=parse_dtype(dtype, TOLERANCES),
             engine=engine,
             threads=threads,
             batch_size=batch_size,
@@ -80,7 +82,11 @@ class Embedder(BatchEncoder):
             output_dtype=output_dtype,
             backend=backend,
         )
+        if column is not None and not isinstance(column, str):
+            raise ValueError(f"column must be the name of a column, got {column!r}")
         if isinstance(source, SigLipVisionModel):
+            if revision is not None:
+                raise ValueError(f"revision requires a Hub id, got {revision!r} with a model")
             model_source = ModelSource.from_model(source)
         else:
             model_source = ModelSource.from_checkpoint(

@@ -15,7 +15,12 @@ from torch import Tensor
 from siglip_port.checkpoint.reader import Checkpoint
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.embed.decode import DecodedImage
-from siglip_port.embed.options import EmbedOptions, validate_engine, validate_output
+from siglip_port.embed.options import (
+    EmbedOptions,
+    validate_device_name,
+    validate_engine,
+    validate_output,
+)
 from siglip_port.hub import HubOptions, find_source
 from siglip_port.image_processing import ImageError, ImageProcessor, Pixels, move_pixels
 from siglip_port.model import SigLipVisionModel
@@ -121,13 +126,14 @@ class BatchEncoder:
         commit: Commit of the Hub repository; None for local files.
 
     Raises:
-        ValueError: The model does not support the requested output.
+        ValueError: The model does not support the requested output, or an argument is wrong.
     """
 
     def __init__(
         self, source: ModelSource, options: EmbedOptions, device: str | None = None
     ) -> None:
         self.engine = validate_engine(options.engine)
+        validate_device_name(device)
         validate_output(options, source.config)
         self.source = source
         self.options = options
@@ -136,7 +142,9 @@ class BatchEncoder:
         self.config = source.config
         self.name = source.name
         self.commit = source.commit
-        self.processor = ImageProcessor.from_config(source.preprocessor_config, options.backend)
+        self.processor = ImageProcessor.for_model(
+            source.config, source.preprocessor_config, options.backend
+        )
         self._optimized: OptimizedModel | None = None
 
     def __getstate__(self) -> dict[str, Any]:

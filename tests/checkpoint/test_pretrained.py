@@ -28,7 +28,10 @@ def test_dtype_and_device(checkpoint: MakeCheckpoint) -> None:
     assert all(
         torch.equal(tensor, exact[name].bfloat16()) for name, tensor in model.state_dict().items()
     )
-    for bad in ("bfloat16", torch.int8, "auto", torch.float8_e4m3fn):
+    for name in ("bfloat16", "auto"):
+        dtype = {"bfloat16": torch.bfloat16}.get(name, torch.float32)
+        assert {p.dtype for p in load(folder, dtype=name).parameters()} == {dtype}
+    for bad in ("bf16", torch.int8, "torch.bfloat16", torch.float8_e4m3fn, 16):
         with pytest.raises(
             ValueError, match=r"^dtype must be one of torch.float64, torch.float32, .*, got "
         ):
