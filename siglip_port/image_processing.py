@@ -154,9 +154,8 @@ class ImageProcessor:
         """
         if config.num_channels != 3:
             raise ValueError(
-                f"images are read with 3 channels (RGB), but the model has {config.num_channels} "
-                f"channels; pass pixel_values [B, {config.num_channels}, {config.image_size}, "
-                f"{config.image_size}] to model.embed yourself"
+                "num_channels of the model must be 3 (RGB channels) to read images, got "
+                f"{config.num_channels}; pass pixel_values to model.embed yourself"
             )
         return cls.from_config(preprocessor, backend)
 

@@ -82,7 +82,8 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         status = Path(path).stat()
         if stat.S_ISDIR(status.st_mode):
             raise ImageError(
-                "the image cannot be read: it is a folder; pass its files, or use siglip-port embed"
+                "the image cannot be read: not a regular file but a folder; pass its files, or use "
+                "siglip-port embed"
             )
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("the image cannot be read: not a regular file")

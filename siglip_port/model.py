@@ -462,26 +462,28 @@ class SigLipVisionModel(nn.Module):
 
     @classmethod
     def from_hf(cls, source: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Self:
-        """Load a checkpoint strictly: see `siglip_port.checkpoint.load_model` for the options.
-
-        Also called `from_pretrained`, as in transformers.
-        """
+        """Load a checkpoint strictly: see `siglip_port.checkpoint.load_model` for the options."""
         from siglip_port.checkpoint import load_model, validate_option_names
 
         validate_option_names(options)
         return load_model(cls, source, **options)
 
     def save_hf(self, folder: str | os.PathLike[str]) -> None:
-        """Save in transformers format: see `siglip_port.checkpoint.save_hf`.
-
-        Also called `save_pretrained`, as in transformers.
-        """
+        """Save in transformers format: see `siglip_port.checkpoint.save_hf`."""
         from siglip_port.checkpoint import save_hf
 
         save_hf(self, folder)
 
-    from_pretrained = from_hf
-    save_pretrained = save_hf
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], **options: Unpack[LoadOptions]
+    ) -> Self:
+        """Do as `from_hf`, under its name in transformers."""
+        return cls.from_hf(source, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Do as `save_hf`, under its name in transformers."""
+        self.save_hf(folder)
 
     def save_timm(self, folder: str | os.PathLike[str]) -> None:
         """Save in timm format: see `siglip_port.checkpoint.save_timm`."""

@@ -149,7 +149,7 @@ def remedy_for(pixel_values: Tensor, config: SigLipVisionConfig) -> str:
             return "add a batch dimension: pixel_values[None]"
         return "packed patches require spatial_shapes"
     if pixel_values.ndim == 4 and pixel_values.shape[1] != channels:
-        return f"the model expects images of {channels} channels"
+        return f"the number of channels must be {channels}"
     remedy = "resize and normalize the images"
     if config.resize_rule is None and pixel_values.ndim == 4:
         remedy += f", or {INTERPOLATION_HINT.format('hf')}"

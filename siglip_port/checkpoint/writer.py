@@ -120,7 +120,9 @@ def save(
     if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
         raise CheckpointError(f"folder must be a path, got {folder!r}")
     if Path(folder).is_file():
-        raise CheckpointError(f"folder must be a folder, got the file {os.fspath(folder)}")
+        raise CheckpointError(
+            f"folder must be a folder, got the file {folder}; choose another path"
+        )
     stored = match.layout.to_stored(
         state_dict,
         model.config.num_encoder_blocks,

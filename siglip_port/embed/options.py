@@ -135,7 +135,7 @@ def validate_engine_dtype(engine: str | None, dtype: torch.dtype | None) -> None
     if dtype is not None and dtype not in TOLERANCES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, TOLERANCES))}, got {dtype!r}")
     if engine == "int8" and dtype not in (None, torch.int8):
-        raise ValueError(f"the engine int8 requires dtype int8 or None, got {dtype}")
+        raise ValueError(f"the engine int8 computes in int8, got dtype {dtype}; omit the dtype")
     if dtype == torch.int8 and engine not in (None, "int8"):
         raise ValueError(f"dtype int8 requires the engine int8, got {engine!r}")
 
