@@ -119,7 +119,8 @@ def pooling_attention(
     return attention_weights(head.attention, query, tokens, mask)[:, :, 0]
 
 
-@torch.no_grad()  # not inference_mode, whose results can never be trained on
+@torch.inference_mode(False)  # its results could never be trained on
+@torch.no_grad()
 def embed_images(
     model: SigLipVisionModel,
     images: Sequence[ImageInput],

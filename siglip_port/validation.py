@@ -102,11 +102,11 @@ def validate_pixel_range(pixel_values: Tensor) -> None:
     lowest, highest = (value.item() for value in pixel_values.detach().aminmax())
     if lowest >= -MAX_PIXEL and highest <= MAX_PIXEL:
         return
-    found = f"values from {lowest:g} to {highest:g}"
+    values = f"values from {lowest:g} to {highest:g}"
     if not pixel_values.isfinite().all():
-        found = "NaN or Inf"
+        values = "NaN or Inf"
     raise ValueError(
-        f"pixel_values must be normalized to about [-1, 1], got {found}; pass images to "
+        f"pixel_values must be normalized to about [-1, 1], got {values}; pass images to "
         "embed_images or siglip_port.image_processing.ImageProcessor, which normalize them"
     )
 

@@ -105,14 +105,16 @@ def test_invalid_layers(layers: Any, message: str) -> None:  # noqa: ANN401
 def test_embeddings_of_images_can_be_trained_on() -> None:
     model = random_model()
     images = [np.full((9, 9, 3), value, np.uint8) for value in (0, 99, 255)]
-    embeddings = model.embed_images(images, batch_size=2)
-    assert not embeddings.requires_grad
-    probe = torch.nn.Linear(embeddings.shape[1], 2)
-    backward(probe(embeddings).square().sum())
-    assert probe.weight.grad is not None
-    assert probe.weight.grad.any()
-    expected = embeddings * 2
-    assert torch.equal(embeddings.mul_(2), expected)
+    with torch.inference_mode():
+        in_inference_mode = model.embed_images(images)
+    for embeddings in (model.embed_images(images, batch_size=2), in_inference_mode):
+        assert not embeddings.requires_grad
+        probe = torch.nn.Linear(embeddings.shape[1], 2)
+        backward(probe(embeddings).square().sum())
+        assert probe.weight.grad is not None
+        assert probe.weight.grad.any()
+        expected = embeddings * 2
+        assert torch.equal(embeddings.mul_(2), expected)
 
 
 @pytest.mark.parametrize("channels", [1, 4])

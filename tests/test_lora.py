@@ -75,7 +75,7 @@ def test_lora_train_merge_save(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         model.save_hf(tmp_path / "wrapped")
     with pytest.raises(CheckpointError, match=r"got PeftModel; .*merge_and_unload\(\)"):
-        save_hf(wrapped, tmp_path / "wrapped")  # type: ignore[arg-type]
+        save_hf(wrapped, tmp_path / "wrapped")
     assert not (tmp_path / "wrapped").exists()
     wrapped.save_pretrained(str(tmp_path / "adapter"))
     loaded = PeftModel.from_pretrained(random_float64_model(SHALLOW), tmp_path / "adapter")

@@ -251,7 +251,7 @@ def test_invalid_tokens() -> None:
 )
 @torch.no_grad()
 def test_pixels_out_of_range(factor: float, message: str) -> None:
-    """Pixels that nobody normalized are refused in every method, and noise is not."""
+    """Pixels that were not normalized are refused in every method, and noise is not."""
     model = SigLipVisionModel(SMALL).eval()
     noise = pixels(SMALL, batch=64).float()
     assert noise.abs().max() > 4

@@ -253,7 +253,7 @@ def test_gradient_checkpointing(
 
 
 @pytest.mark.parametrize("trained", ["blocks", "last block", "pooling head", "everything"])
-def test_reentrant_checkpointing_of_frozen_model(trained: str) -> None:
+def test_reentrant_checkpointing_of_parts(trained: str) -> None:
     """Torch's reentrant checkpointing alone gives no gradients if no input requires one."""
     model = random_float64_model(SHALLOW).train()
     parts = {

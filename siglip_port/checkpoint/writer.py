@@ -121,7 +121,7 @@ def save(
         raise CheckpointError(f"folder must be a path, got {folder!r}")
     if Path(folder).is_file():
         raise CheckpointError(
-            f"folder must be a folder, got the file {folder}; choose another path"
+            f"the checkpoint cannot be written to {folder}: it is a file; choose another folder"
         )
     stored = match.layout.to_stored(
         state_dict,

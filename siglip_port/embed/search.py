@@ -68,7 +68,7 @@ def embed_query(
             f"{embeddings}: embeddings were computed with other preprocessing than that of "
             f"{source}; pass the model with --model"
         )
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         return model.embed(**processor(image))[0]
 
 

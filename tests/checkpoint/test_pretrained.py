@@ -57,9 +57,9 @@ def test_dtype_and_device(checkpoint: MakeCheckpoint) -> None:
 )
 def test_unknown_option(name: str, advice: str, checkpoint: MakeCheckpoint) -> None:
     options: dict[str, Any] = {name: None}
-    for load_model in (load, SigLipVisionModel.from_pretrained):
+    for method in (load, SigLipVisionModel.from_pretrained):
         with pytest.raises(TypeError, match=rf"^from_hf\(...\) has no option {name}; {advice}$"):
-            load_model(checkpoint(), **options)
+            method(checkpoint(), **options)
 
 
 def test_options_are_those_of_load_model() -> None:

@@ -86,7 +86,9 @@ def test_overwrite_own_source(checkpoint: MakeCheckpoint) -> None:
 
 def test_file_in_place_of_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(CheckpointError, match="cannot be written to"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be written to .*/file: it is a file; choose"
+    ):
         SigLipVisionModel(SMALL).save_hf(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -258,8 +260,7 @@ def wrap_transformer(model: Any) -> None:  # noqa: ANN401 (wrapped parts have an
 
 
 def parametrize_layer(model: SigLipVisionModel) -> None:
-    linear = model.transformer.encoder.encoder_blocks[0].mlp.fc1
-    parametrize.register_parametrization(linear, "weight", Doubled())
+    parametrize.register_parametrization(model.transformer.post_layernorm, "weight", Doubled())
 
 
 @pytest.mark.parametrize(
@@ -288,13 +289,6 @@ def test_wrapped_model_is_named(tmp_path: Path) -> None:
     for save in (save_hf, save_timm):
         with pytest.raises(CheckpointError, match=r"got DataParallel; pass .*, \.module of a"):
             save(wrapped, tmp_path)
-    torch.compile(wrapped.module).save_hf(tmp_path / "compiled")
+    compiled: Any = torch.compile(wrapped.module)
+    compiled.save_hf(tmp_path / "compiled")
     assert load(tmp_path / "compiled").config == SMALL
-
-
-def test_save_onto_file(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("kept")
-    message = rf"^folder must be a folder, got the file {tmp_path}/file; choose another path$"
-    with pytest.raises(CheckpointError, match=message):
-        SigLipVisionModel(SMALL).save_hf(tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "kept"

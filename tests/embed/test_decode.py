@@ -100,10 +100,9 @@ def test_daemonic_process(
 ) -> None:
     """Workers of `multiprocessing.Pool`, Celery and DataLoaders are daemonic."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        arguments = (photos, encoder_folder, tmp_path / "default", None)
-        assert pool.apply(embed_in_daemon, arguments) == ""
-        arguments = (photos, encoder_folder, tmp_path / "workers", 2)
-        error = pool.apply(embed_in_daemon, arguments)
+        no_error = pool.apply(embed_in_daemon, (photos, encoder_folder, tmp_path / "default", None))
+        error = pool.apply(embed_in_daemon, (photos, encoder_folder, tmp_path / "workers", 2))
+    assert no_error == ""
     assert row_texts(tmp_path / "default") == row_texts(finished_run)
     assert error == (
         "num_workers must be 0 in a daemonic process, which may not start processes, got 2; pass "

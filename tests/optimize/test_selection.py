@@ -310,7 +310,7 @@ def test_dtype_by_name(model: SigLipVisionModel, tmp_path: Path) -> None:
     assert optimize(model, dtype="bfloat16", engines=[], cache_dir=tmp_path).dtype == torch.bfloat16
     assert with_engine(model, "eager", dtype="float16").dtype == torch.float16
     assert with_engine(model, "eager", dtype="auto").dtype == torch.float32
-    with pytest.raises(ValueError, match="dtype must be one of torch.float32, .*, got 'half'"):
+    with pytest.raises(ValueError, match=r"dtype must be one of torch.float32, .*, got 'half'"):
         with_engine(model, "eager", dtype="half")
 
 
