@@ -463,7 +463,7 @@ class SigLipVisionModel(nn.Module):
     @classmethod
     def from_hf(cls, source: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Self:
         """Load a checkpoint strictly: see `siglip_port.checkpoint.load_model` for the options."""
-        from siglip_port.checkpoint import load_model, validate_option_names
+        from siglip_port.checkpoint.pretrained import load_model, validate_option_names
 
         validate_option_names(options)
         return load_model(cls, source, **options)

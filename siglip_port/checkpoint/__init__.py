@@ -9,12 +9,7 @@ from siglip_port.checkpoint.extract import Extraction, extract_model
 from siglip_port.checkpoint.inspect import Inspection, inspect_checkpoint
 from siglip_port.checkpoint.layouts import LAYOUTS
 from siglip_port.checkpoint.preprocessor_config import default as default_preprocessor_config
-from siglip_port.checkpoint.pretrained import (
-    LoadOptions,
-    build_on_meta,
-    load_model,
-    validate_option_names,
-)
+from siglip_port.checkpoint.pretrained import LoadOptions, build_on_meta, load_model
 from siglip_port.checkpoint.provenance import Provenance
 from siglip_port.checkpoint.reader import Checkpoint
 from siglip_port.checkpoint.registry import PUBLISHED, Published
@@ -41,5 +36,4 @@ __all__ = [
     "load_model",
     "save_hf",
     "save_timm",
-    "validate_option_names",
 ]

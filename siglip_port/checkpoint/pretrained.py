@@ -162,7 +162,10 @@ def validate_device(device: torch.device | str | None) -> None:
 def validate_overrides(config: SigLipVisionConfig | None, prefix: str | None) -> None:
     """Raise ValueError unless `config` and `prefix` have the right type."""
     if config is not None and not isinstance(config, SigLipVisionConfig):
-        raise ValueError(f"config must be a SigLipVisionConfig, got {type(config).__name__}")
+        raise ValueError(
+            f"config must be a SigLipVisionConfig, got {type(config).__name__}; read the contents "
+            "of a config.json with SigLipVisionConfig.from_hf"
+        )
     if prefix is not None and not isinstance(prefix, str):
         raise ValueError(f"prefix must be a string, got {prefix!r}")
 
