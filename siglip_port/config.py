@@ -6,9 +6,12 @@ Defaults are those of google/siglip-base-patch16-224, as in transformers' `Sigli
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
+
+T = TypeVar("T")
 
 HIDDEN_ACTS = ("gelu_pytorch_tanh", "gelu")
 """Supported MLP activations: GELU's tanh approximation (all Google checkpoints) or exact (erf)."""
@@ -17,6 +20,39 @@ INTERPOLATIONS = ("hf", "timm", "naflex", "big_vision", "navit")
 """How position embeddings are resized for other grids: see `siglip_port.patches`."""
 
 
+def name_unknown_fields(cls: type[T]) -> type[T]:
+    """Let the constructor of a configuration name the field that a key of transformers stands for.
+
+    Args:
+        cls: Dataclass with the fields of `siglip_port.checkpoint.hf_config.HF_KEYS`.
+    """
+    constructor = cls.__init__
+
+    @functools.wraps(constructor)
+    def checked_init(self: T, *args: Any, **values: Any) -> None:  # noqa: ANN401 (the fields' own)
+        for name in values:
+            if name not in cls.__annotations__:
+                raise TypeError(describe_unknown_field(name))
+        constructor(self, *args, **values)
+
+    type.__setattr__(cls, "__init__", checked_init)
+    return cls
+
+
+def describe_unknown_field(name: str) -> str:
+    """Describe a keyword argument that is no field of `SigLipVisionConfig`."""
+    from siglip_port.checkpoint.hf_config import HF_KEYS
+
+    for field, key in HF_KEYS.items():
+        if name == key:
+            return f"SigLipVisionConfig has no field {name}; use {field}="
+    return (
+        f"SigLipVisionConfig has no field {name}; to read a config.json of transformers, use "
+        "SigLipVisionConfig.from_hf"
+    )
+
+
+@name_unknown_fields
 @dataclass(frozen=True)
 class SigLipVisionConfig:
     """Architecture of a SigLIP vision encoder; immutable and validated on creation.

@@ -119,7 +119,8 @@ def pooling_attention(
     return attention_weights(head.attention, query, tokens, mask)[:, :, 0]
 
 
-@torch.inference_mode()
+@torch.inference_mode(False)  # its results could never be trained on
+@torch.no_grad()
 def embed_images(
     model: SigLipVisionModel,
     images: Sequence[ImageInput],
@@ -141,12 +142,14 @@ def embed_images(
 
     Raises:
         siglip_port.image_processing.ImageError: An image cannot be read; the message names it.
-        ValueError: The model has no pooling head, its preprocessing is unknown, or its
-            `preprocessor_config` is not supported.
+        ValueError: The model has no pooling head or takes other images than RGB, or its
+            preprocessing is unknown or not supported.
     """
     from siglip_port.image_processing import ImageProcessor, as_list, move_pixels
 
-    processor = ImageProcessor.from_config(model.preprocessing.checked_config(), backend)
+    processor = ImageProcessor.for_model(
+        model.config, model.preprocessing.checked_config(), backend
+    )
     image_list = as_list(images)
     validation.validate_positive_int("batch_size", batch_size)
     embeddings = []

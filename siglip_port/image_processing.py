@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from siglip_port.config import SigLipVisionConfig
 from siglip_port.extras import require
 from siglip_port.image_options import RESAMPLE, ImageOptions, parse_options
 from siglip_port.image_reading import Backend, ImageError, ImageInput, to_rgb
@@ -87,6 +88,28 @@ class ImageProcessor(ImageOptions):
         options = parse_options(config)
         check_backend(backend, options.resample)
         return cls(**vars(options), backend=backend)
+
+    @classmethod
+    def for_model(
+        cls, config: SigLipVisionConfig, preprocessor: Mapping[str, Any], backend: Backend = "pil"
+    ) -> ImageProcessor:
+        """Build the processor of a model: `from_config`, if the model takes RGB images.
+
+        Args:
+            config: Configuration of the model.
+            preprocessor: Its `preprocessor_config`.
+            backend: As for `from_config`.
+
+        Raises:
+            ValueError: The model takes images of another number of channels, for which no mean and
+                std are defined, or see `from_config`.
+        """
+        if config.num_channels != 3:
+            raise ValueError(
+                "num_channels of the model must be 3 (RGB channels) to read images, got "
+                f"{config.num_channels}; pass pixel_values to model.embed yourself"
+            )
+        return cls.from_config(preprocessor, backend)
 
     @property
     def factor(self) -> float:

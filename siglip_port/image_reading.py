@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,9 @@ Arrays and tensors are [H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4.
 """
 
 Backend = Literal["pil", "torchvision"]
+
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/|data:", re.ASCII | re.IGNORECASE)
+"""Start of a URL, also after `Path` has removed a slash; drives of Windows have only one letter."""
 
 MAX_FILE_BYTES = 4 << 30
 """Limit on file size; larger than any uncompressed image that Pillow opens."""
@@ -67,11 +71,20 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """Read a file.
 
     Raises:
-        ImageError: The file does not exist, is not readable, or is not a regular file (a pipe or
-            device may never end).
+        ImageError: The file does not exist, is not readable, is a URL or a folder, or is not a
+            regular file (a pipe or device may never end).
     """
     try:
+        if is_url(path):
+            raise ImageError(
+                "the image cannot be read: it is a URL; download it first, or pass its bytes"
+            )
         status = Path(path).stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise ImageError(
+                "the image cannot be read: not a regular file but a folder; pass its files, or use "
+                "siglip-port embed"
+            )
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("the image cannot be read: not a regular file")
         check_file_size(status.st_size)
@@ -81,6 +94,11 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: the path contains a null byte
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"the image cannot be read: {reason}") from error
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a URL, such as `https://...` or `s3://...`, and no existing file."""
+    return URL.match(os.fspath(path)) is not None and not Path(path).exists()
 
 
 def check_file_size(size: int) -> None:

@@ -224,9 +224,12 @@ class SigLipEncoder(nn.Module):
 
     def run_block(self, block: nn.Module, hidden_states: Tensor, mask: Mask) -> Tensor:
         """Run one block, checkpointed if enabled: [B, N, D] -> [B, N, D]."""
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return recompute(block, hidden_states, mask, **self.checkpointing_kwargs)
-        return block(hidden_states, mask)
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return block(hidden_states, mask)
+        if self.checkpointing_kwargs["use_reentrant"] and not hidden_states.requires_grad:
+            # Reentrant checkpointing computes no gradients at all unless an input requires one.
+            hidden_states = hidden_states.detach().requires_grad_()
+        return recompute(block, hidden_states, mask, **self.checkpointing_kwargs)
 
 
 class SigLipVisionTransformer(nn.Module):
@@ -292,6 +295,7 @@ class SigLipVisionModel(nn.Module):
         provenance: Source of the weights; None for a freshly initialized model.
     """
 
+    @torch.inference_mode(False)  # parameters made in inference mode could never be trained
     def __init__(self, config: SigLipVisionConfig) -> None:
         super().__init__()
         validation.validate_config(config)
@@ -302,12 +306,18 @@ class SigLipVisionModel(nn.Module):
         self.pooling_head = PoolingHead(config) if config.pooling_head else None
 
     def forward(
-        self, pixel_values: Tensor, pixel_attention_mask: Mask = None, spatial_shapes: Shapes = None
+        self,
+        pixel_values: Tensor,
+        pixel_attention_mask: Mask = None,
+        spatial_shapes: Shapes = None,
+        **unsupported: object,
     ) -> Tensor:
         """Encode images [B, C, S, S] or packed patches [B, N, P * P * C] into tokens [B, N, D].
 
-        The tokens have passed the final LayerNorm: `last_hidden_state` in transformers.
+        The tokens have passed the final LayerNorm: `last_hidden_state` in transformers, whose other
+        arguments raise TypeError with the method that replaces them.
         """
+        validation.refuse_arguments(unsupported)
         return self.transformer(pixel_values, pixel_attention_mask, spatial_shapes)
 
     def pool(self, tokens: Tensor, pixel_attention_mask: Mask = None) -> Tensor:
@@ -388,17 +398,44 @@ class SigLipVisionModel(nn.Module):
 
         return features.pooling_attention(self, tokens, pixel_attention_mask)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
-        """Recompute blocks in the backward pass to save memory, as in transformers."""
-        kwargs = gradient_checkpointing_kwargs or {}
+        """Recompute blocks in the backward pass to save memory, as in transformers.
+
+        Only the defaults of `every_n_layers` and `offload`, which its Trainer passes, are accepted.
+        """
+        validation.validate_checkpointing(every_n_layers, offload)
+        kwargs = activation_checkpointing_kwargs or {}
         self.transformer.encoder.checkpointing_kwargs = {"use_reentrant": False, **kwargs}
         self.transformer.encoder.gradient_checkpointing = True
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Store activations of blocks again."""
         self.transformer.encoder.gradient_checkpointing = False
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Do as `activation_checkpointing_enable`, under its name in older transformers."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
+
+    gradient_checkpointing_disable = activation_checkpointing_disable
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether blocks are recomputed in the backward pass; peft reads this."""
+        return self.transformer.encoder.gradient_checkpointing
+
+    def get_input_embeddings(self) -> nn.Conv2d:
+        """Return the patch embedding, as transformers' `SiglipVisionModel` does."""
+        return self.transformer.embeddings.patch_embedding
 
     @property
     def device(self) -> torch.device:
@@ -438,8 +475,9 @@ class SigLipVisionModel(nn.Module):
     @classmethod
     def from_hf(cls, source: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Self:
         """Load a checkpoint strictly: see `siglip_port.checkpoint.load_model` for the options."""
-        from siglip_port.checkpoint import load_model
+        from siglip_port.checkpoint.pretrained import load_model, validate_option_names
 
+        validate_option_names(options)
         return load_model(cls, source, **options)
 
     def save_hf(self, folder: str | os.PathLike[str]) -> None:
@@ -447,6 +485,17 @@ class SigLipVisionModel(nn.Module):
         from siglip_port.checkpoint import save_hf
 
         save_hf(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], **options: Unpack[LoadOptions]
+    ) -> Self:
+        """Do as `from_hf`, under its name in transformers."""
+        return cls.from_hf(source, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Do as `save_hf`, under its name in transformers."""
+        self.save_hf(folder)
 
     def save_timm(self, folder: str | os.PathLike[str]) -> None:
         """Save in timm format: see `siglip_port.checkpoint.save_timm`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+import torch
 from torch import Tensor
 
 from siglip_port.config import SigLipVisionConfig
@@ -13,8 +14,51 @@ NO_POOLING_HEAD = (
     "or pool the tokens yourself, for example tokens.mean(dim=1)"
 )
 
-INTERPOLATION_HINT = "interpolation='{}' in from_hf or SigLipVisionConfig"
+INTERPOLATION_HINT = 'load the model with from_hf(..., interpolation="{}")'
 """Enables other image sizes; the value is one of `siglip_port.config.INTERPOLATIONS`."""
+
+MAX_PIXEL = 10.0
+"""Limit on the absolute value of a pixel: 1 as SigLIP normalizes images, up to about 3 with other
+mean and std, 6 for Gaussian noise, and 255 in images that were not normalized."""
+
+FORWARD_ARGUMENTS = {
+    "output_hidden_states": "call hidden_states(pixel_values, layers)",
+    "output_attentions": "call attention_maps(pixel_values, layers)",
+    "return_dict": "it returns the tokens (last_hidden_state); embed returns pooler_output",
+    "interpolate_pos_encoding": INTERPOLATION_HINT.format("hf"),
+    "attention_mask": "pass pixel_attention_mask and spatial_shapes, as from siglip_port.pack",
+}
+"""Argument of transformers' `forward` -> what to do instead."""
+
+
+def refuse_arguments(arguments: Collection[str]) -> None:
+    """Raise TypeError for keyword arguments that `SigLipVisionModel.forward` does not have."""
+    for name in arguments:
+        advice = FORWARD_ARGUMENTS.get(name, "omit it")
+        raise TypeError(f"model(...) has no argument {name}; {advice}")
+
+
+def validate_checkpointing(every_n_layers: int, offload: bool) -> None:
+    """Raise ValueError unless every block is to be recomputed and nothing is to be offloaded."""
+    if every_n_layers != 1 or offload:
+        raise ValueError(
+            "every_n_layers must be 1 and offload must be False, since every block is recomputed, "
+            f"got {every_n_layers!r} and {offload!r}"
+        )
+
+
+def parse_dtype(dtype: object, choices: Collection[torch.dtype]) -> torch.dtype | None:
+    """Return a dtype that may be given by name, such as `"bfloat16"`; None for None and `"auto"`.
+
+    Raises:
+        ValueError: It is not one of the choices.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    for choice in choices:
+        if dtype in (choice, str(choice).removeprefix("torch.")):
+            return choice
+    raise ValueError(f"dtype must be one of {', '.join(map(str, choices))}, got {dtype!r}")
 
 
 def validate_positive_int(name: str, value: object) -> None:
@@ -37,12 +81,43 @@ def validate_images(pixel_values: Tensor, config: SigLipVisionConfig) -> None:
     expected = f"pixel_values must be a floating point tensor of shape {expected_shape(config)}"
     if not isinstance(pixel_values, Tensor):
         raise ValueError(f"{expected}, got {type(pixel_values).__name__}")
-    if is_batch_of_images(pixel_values, config) and pixel_values.is_floating_point():
+    if not is_batch_of_images(pixel_values, config) or not pixel_values.is_floating_point():
+        raise ValueError(
+            f"{expected}, got {pixel_values.dtype} of shape {list(pixel_values.shape)}; "
+            f"{remedy_for(pixel_values, config)}"
+        )
+    validate_pixel_range(pixel_values)
+
+
+def validate_pixel_range(pixel_values: Tensor) -> None:
+    """Raise ValueError for NaN, Inf, and pixels that were not normalized, such as 0 to 255.
+
+    The reference accepts them and computes a wrong embedding. Only plain tensors on a CPU are
+    checked, in less than 0.1 % of the time of a forward pass: on a GPU the check would have to wait
+    for the device, and compilers, exporters and `vmap` cannot branch on values. Pixels that require
+    gradients are being optimized, and may leave the range.
+    """
+    if torch.compiler.is_compiling() or not has_readable_values(pixel_values):
         return
+    lowest, highest = (value.item() for value in pixel_values.detach().aminmax())
+    if lowest >= -MAX_PIXEL and highest <= MAX_PIXEL:
+        return
+    values = f"values from {lowest:g} to {highest:g}"
+    if not pixel_values.isfinite().all():
+        values = "NaN or Inf"
     raise ValueError(
-        f"{expected}, got {pixel_values.dtype} of shape {list(pixel_values.shape)}; "
-        f"{remedy_for(pixel_values, config)}"
+        f"pixel_values must be normalized to about [-1, 1], got {values}; pass images to "
+        "embed_images or siglip_port.image_processing.ImageProcessor, which normalize them"
     )
+
+
+def has_readable_values(tensor: Tensor) -> bool:
+    """Return whether the values of a tensor can be read now, and are meant to be constant."""
+    if type(tensor) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    if tensor.device.type != "cpu" or tensor.requires_grad:
+        return False
+    return tensor.numel() > 0 and tensor.element_size() > 1  # torch cannot compare float8
 
 
 def expected_shape(config: SigLipVisionConfig) -> str:
@@ -73,10 +148,11 @@ def remedy_for(pixel_values: Tensor, config: SigLipVisionConfig) -> str:
         if pixel_values.shape[0] == channels and pixel_values.shape[1] > 1:
             return "add a batch dimension: pixel_values[None]"
         return "packed patches require spatial_shapes"
+    if pixel_values.ndim == 4 and pixel_values.shape[1] != channels:
+        return f"the number of channels must be {channels}"
     remedy = "resize and normalize the images"
-    has_other_size = pixel_values.ndim == 4 and pixel_values.shape[1] == channels
-    if config.resize_rule is None and has_other_size:
-        remedy += f", or set {INTERPOLATION_HINT.format('hf')}"
+    if config.resize_rule is None and pixel_values.ndim == 4:
+        remedy += f", or {INTERPOLATION_HINT.format('hf')}"
     return remedy
 
 
@@ -113,9 +189,10 @@ def validate_packed_patches(
     grid = (config.grid_size, config.grid_size)
     if config.resize_rule is None and any(shape != grid for shape in shapes):
         raise ValueError(
-            f"spatial_shapes must all be {grid} for this model, got {shapes}; to use other "
-            f"shapes, set {INTERPOLATION_HINT.format('naflex')}"
+            f"spatial_shapes must all be {grid} for this model, got {shapes}; for other shapes, "
+            f"{INTERPOLATION_HINT.format('naflex')}"
         )
+    validate_pixel_range(patches)
 
 
 def validate_images_to_pack(

@@ -73,7 +73,7 @@ def model_view(model: SigLipVisionModel, image: ImageInput) -> ModelView:
         ValueError: The model's preprocessing is unknown, or its `preprocessor_config` is not
             supported.
     """
-    processor = ImageProcessor.from_config(model.preprocessing.checked_config())
+    processor = ImageProcessor.for_model(model.config, model.preprocessing.checked_config())
     patch_size = model.config.patch_size
     values = processor.one(image)  # [3, H, W]
     pixels = processor.batch([values])

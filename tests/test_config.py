@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, replace
+import copy
+import inspect
+import pickle
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
@@ -13,6 +16,33 @@ def test_derived_sizes() -> None:
         embed_dim=1152, image_size=384, patch_size=14, num_attention_heads=16
     )
     assert (so400m.head_dim, so400m.grid_size, so400m.num_patches) == (72, 27, 729)
+
+
+@pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        ("hidden_size", "use embed_dim="),
+        ("num_hidden_layers", "use num_encoder_blocks="),
+        ("intermediate_size", "use mlp_hidden_dim="),
+        ("vision_use_head", "use pooling_head="),
+        ("num_classes", "to read a config.json of transformers, use SigLipVisionConfig.from_hf"),
+    ],
+)
+def test_names_of_transformers(key: str, advice: str) -> None:
+    values: dict[str, Any] = {key: 8}
+    with pytest.raises(TypeError, match=f"^SigLipVisionConfig has no field {key}; {advice}$"):
+        SigLipVisionConfig(**values)
+    with pytest.raises(TypeError, match=f"has no field {key}; {advice}"):
+        replace(SigLipVisionConfig(), **values)
+
+
+def test_copies_and_signature() -> None:
+    config = SigLipVisionConfig(24, num_attention_heads=2)
+    assert config.num_channels == 24
+    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), replace(config)):
+        assert other == config
+    names = list(inspect.signature(SigLipVisionConfig).parameters)
+    assert names == [field.name for field in fields(config)]
 
 
 def test_immutable() -> None:

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import SiglipVisionModel
 
 from siglip_port import SigLipVisionModel, pack
 from siglip_port.parity.metrics import relative_error
-from tests.helpers.checkpoints import SHALLOW, MakeCheckpoint, pixels
+from tests.helpers.checkpoints import SHALLOW, SMALL, MakeCheckpoint, pixels
+from tests.helpers.models import random_model
+from tests.helpers.training import backward
 
 load = SigLipVisionModel.from_hf
 
@@ -94,6 +97,38 @@ def test_later_blocks_are_not_run() -> None:
 def test_invalid_layers(layers: Any, message: str) -> None:  # noqa: ANN401
     with pytest.raises(ValueError, match=message):
         SigLipVisionModel(SHALLOW).hidden_states(pixels(SHALLOW).float(), layers)
+
+
+# --- embeddings of images -------------------------------------------------------------------------
+
+
+def test_embeddings_of_images_can_be_trained_on() -> None:
+    model = random_model()
+    images = [np.full((9, 9, 3), value, np.uint8) for value in (0, 99, 255)]
+    with torch.inference_mode():
+        in_inference_mode = model.embed_images(images)
+    for embeddings in (model.embed_images(images, batch_size=2), in_inference_mode):
+        assert not embeddings.requires_grad
+        probe = torch.nn.Linear(embeddings.shape[1], 2)
+        backward(probe(embeddings).square().sum())
+        assert probe.weight.grad is not None
+        assert probe.weight.grad.any()
+        expected = embeddings * 2
+        assert torch.equal(embeddings.mul_(2), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_model_without_rgb(channels: int) -> None:
+    model = random_model(replace(SMALL, num_channels=channels))
+    message = (
+        rf"^num_channels of the model must be 3 \(RGB channels\) to read images, got {channels}; "
+        "pass pixel_values to model.embed yourself$"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.embed_images([np.zeros((9, 9, 3), np.uint8)])
+    assert model.embed(pixels(model.config).float()).shape == (2, 24)
+    with pytest.raises(ValueError, match=f"the number of channels must be {channels}$"):
+        model.embed(pixels(SMALL).float())
 
 
 # --- attention maps -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from siglip_port import CheckpointError, SigLipVisionModel
-from siglip_port.checkpoint import layouts
+from siglip_port.checkpoint import layouts, save_hf
 from siglip_port.parity.metrics import relative_error
 from tests.helpers.checkpoints import SHALLOW, MakeCheckpoint
 from tests.helpers.models import random_float64_model
@@ -71,9 +71,12 @@ def test_lora_train_merge_save(tmp_path: Path) -> None:
     optimizer.step()
     new = wrapped.eval().embed(x).detach()
     assert relative_error(new, old) > 1e-3
-    message = "the model to be saved does not match its configuration"
+    message = r"the model to be saved has adapters; call merge_and_unload\(\) first and save its"
     with pytest.raises(CheckpointError, match=message):
         model.save_hf(tmp_path / "wrapped")
+    with pytest.raises(CheckpointError, match=r"got PeftModel; .*merge_and_unload\(\)"):
+        save_hf(wrapped, tmp_path / "wrapped")
+    assert not (tmp_path / "wrapped").exists()
     wrapped.save_pretrained(str(tmp_path / "adapter"))
     loaded = PeftModel.from_pretrained(random_float64_model(SHALLOW), tmp_path / "adapter")
     assert relative_error(loaded.embed(x).detach(), new) <= 1e-6  # peft loads adapters in float32
@@ -120,6 +123,36 @@ def test_lora_gradients_in_blocks(
                 getattr(a, part)["default"].weight.grad for a in (adapter, others[name])
             )
             assert relative_error(port_grad, reference_grad) <= GRADIENT_TOLERANCE, (name, part)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_lora_with_reentrant_checkpointing(order: str) -> None:
+    model = random_float64_model(SHALLOW)
+    x = images(SHALLOW)
+    if order == "before":
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    wrapped = with_lora(model, fresh=False, targets=ENCODER).train()
+    if order == "after":
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    backward(wrapped.embed(x).sin().mean())
+    recomputed = trained_gradients(wrapped)
+    model.gradient_checkpointing_disable()
+    backward(wrapped.embed(x).sin().mean())
+    plain = trained_gradients(wrapped)
+    assert len(plain) == 6 * 3 * 2
+    assert all(grad.any() for grad in plain.values())
+    assert all(torch.equal(recomputed[name], grad) for name, grad in plain.items())
+
+
+def trained_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the gradients of all parameters that require one, and reset them."""
+    grads = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            grads[name] = parameter.grad
+    model.zero_grad()
+    return grads
 
 
 def test_lora_gradients(

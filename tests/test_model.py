@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from siglip_port import (
     MLP,
     EncoderBlock,
     MultiheadAttention,
+    OptimizedModel,
     PoolingHead,
     SigLipEncoder,
     SigLipVisionConfig,
     SigLipVisionModel,
     SigLipVisionTransformer,
     VisionEmbeddings,
+    pack,
 )
 from siglip_port.checkpoint import layouts
 from siglip_port.parity.metrics import relative_error
@@ -235,6 +238,87 @@ def test_invalid_tokens() -> None:
         headless.pool(torch.zeros(1, 4, 24))
     with pytest.raises(ValueError, match=no_head):
         headless.embed(pixels(SMALL).float())
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (255.0, r"values from -?\d.* to \d"),
+        (-20.0, r"values from -\d.* to "),
+        (torch.nan, "NaN or Inf"),
+        (torch.inf, "NaN or Inf"),
+    ],
+)
+@torch.no_grad()
+def test_pixels_out_of_range(factor: float, message: str) -> None:
+    """Pixels that were not normalized are refused in every method, and noise is not."""
+    model = SigLipVisionModel(SMALL).eval()
+    noise = pixels(SMALL, batch=64).float()
+    assert noise.abs().max() > 4
+    assert model(noise).isfinite().all()
+    wrong = noise[:2] * factor
+    calls: list[Callable[[Tensor], object]] = [
+        model,
+        model.embed,
+        lambda x: model.hidden_states(x, [0]),
+        lambda x: model.attention_maps(x, [0]),
+        lambda x: model(**pack(list(x), SMALL.patch_size)),
+    ]
+    expected = rf"^pixel_values must be normalized to about \[-1, 1\], got {message}.*; pass images"
+    for call in calls:
+        call(noise[:2])
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            with pytest.raises(ValueError, match=expected):
+                call(wrong.to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # attention under vmap
+def test_pixels_whose_range_is_not_checked() -> None:
+    """Optimized pixels, transforms of `torch.func`, compilers and other devices."""
+    model = SigLipVisionModel(SMALL).eval()
+    wrong = pixels(SMALL).float() * 255
+    with pytest.raises(ValueError, match="pixel_values must be normalized"):
+        model(wrong)
+    model(wrong.clone().requires_grad_())
+    with torch.no_grad():
+        torch.func.vmap(lambda image: model(image[None]))(wrong)
+    torch.compile(model, backend="eager", fullgraph=True)(wrong)
+    torch.export.export(model, (wrong,))
+    copy.deepcopy(model).to("meta")(wrong.to("meta"))
+    model(wrong[:0])
+    model(pixels(SMALL).to(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("output_hidden_states", r"call hidden_states\(pixel_values, layers\)"),
+        ("output_attentions", r"call attention_maps\(pixel_values, layers\)"),
+        ("return_dict", "it returns the tokens .*; embed returns pooler_output"),
+        ("interpolate_pos_encoding", r'load the model with from_hf\(..., interpolation="hf"\)'),
+        ("labels", "omit it"),
+    ],
+)
+def test_arguments_of_transformers(name: str, advice: str) -> None:
+    arguments: dict[str, Any] = {name: True}
+    message = rf"^model\(...\) has no argument {name}; {advice}$"
+    with pytest.raises(TypeError, match=message):
+        SigLipVisionModel(SMALL)(pixels(SMALL).float(), **arguments)
+
+
+def test_names_of_transformers(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = checkpoint()
+    model = SigLipVisionModel.from_pretrained(folder)
+    assert type(model) is SigLipVisionModel
+    assert type(OptimizedModel.from_pretrained(folder)) is OptimizedModel
+    reference = ReferenceModel.from_pretrained(folder)
+    assert model.device == reference.device
+    assert model.dtype == reference.dtype
+    weight = reference.get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, weight)
+    model.save_pretrained(tmp_path / "saved")
+    state = SigLipVisionModel.from_hf(tmp_path / "saved").state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_token_dtype() -> None:

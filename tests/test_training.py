@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from siglip_port import SigLipVisionConfig, SigLipVisionModel
+from siglip_port import SigLipVisionConfig, SigLipVisionModel, optimize
+from siglip_port.embed import Embedder
 from siglip_port.parity.metrics import relative_error
 from siglip_port.patches import interpolate_positions
 from tests.helpers.checkpoints import SHALLOW, MakeCheckpoint
@@ -248,6 +250,95 @@ def test_gradient_checkpointing(
     assert runs_of_blocks(model.eval(), step) == 3
     model.train().gradient_checkpointing_disable()
     assert runs_of_blocks(model, step) == 3
+
+
+@pytest.mark.parametrize("trained", ["blocks", "last block", "pooling head", "everything"])
+def test_reentrant_checkpointing_of_parts(trained: str) -> None:
+    """Torch's reentrant checkpointing alone gives no gradients if no input requires one."""
+    model = random_float64_model(SHALLOW).train()
+    parts = {
+        "blocks": model.transformer.encoder,
+        "last block": model.transformer.encoder.encoder_blocks[-1],
+        "pooling head": model.pooling_head,
+        "everything": model,
+    }
+    part = parts[trained]
+    assert part is not None
+    model.requires_grad_(False)
+    part.requires_grad_(True)
+
+    def step() -> None:
+        backward(model.embed(images(SHALLOW)).square().mean())
+
+    step()
+    plain = gradients(part)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert model.is_gradient_checkpointing
+    assert runs_of_blocks(model, step) == 6
+    recomputed = gradients(part)
+    errors = [relative_error(recomputed[name], grad) for name, grad in plain.items()]
+    assert max(errors) <= GRADIENT_TOLERANCE  # sums may be in another order
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_names_of_gradient_checkpointing() -> None:
+    """As transformers' Trainer calls them, before and since 5.23."""
+    model = SigLipVisionModel(SHALLOW)
+    model.activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": True}, every_n_layers=1, offload=False
+    )
+    assert model.transformer.encoder.checkpointing_kwargs == {"use_reentrant": True}
+    assert model.is_gradient_checkpointing
+    model.activation_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=None, every_n_layers=1)
+    assert model.transformer.encoder.checkpointing_kwargs == {"use_reentrant": False}
+    assert model.is_gradient_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+    for wrong in ({"every_n_layers": 2}, {"offload": True}):
+        with pytest.raises(ValueError, match="every_n_layers must be 1 and offload must be False"):
+            model.gradient_checkpointing_enable(None, **wrong)
+
+
+# --- inference mode -------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def made_in_inference_mode(folder: Path) -> dict[str, SigLipVisionModel]:
+    """Return models made in inference mode: new, loaded, cast, and from an `Embedder`."""
+    embedder = Embedder(folder)
+    embedder({"image": [np.zeros((9, 9, 3), np.uint8)]})
+    return {
+        "new": SigLipVisionModel(SHALLOW),
+        "loaded": SigLipVisionModel.from_hf(folder),
+        "cast": SigLipVisionModel.from_hf(folder, dtype=torch.float64),
+        "Embedder": embedder.base_model,
+    }
+
+
+def test_models_made_in_inference_mode_can_be_trained(checkpoint: MakeCheckpoint) -> None:
+    for name, model in made_in_inference_mode(checkpoint(SHALLOW)).items():
+        backward(model.train().embed(images(SHALLOW)).square().mean())
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        assert all(grad.any() for grad in gradients(model).values()), name
+
+
+@torch.no_grad()
+def test_loaded_without_gradients(checkpoint: MakeCheckpoint) -> None:
+    model = SigLipVisionModel.from_hf(checkpoint(SHALLOW))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not torch.is_grad_enabled()
+
+
+def test_gradient_of_pixels_in_optimized_model(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    model = SigLipVisionModel.from_hf(checkpoint(SHALLOW))
+    with torch.inference_mode():
+        optimized = optimize(model, dtype=torch.bfloat16, engines=[], cache_dir=tmp_path)
+    x = images(SHALLOW).requires_grad_()
+    backward(optimized.embed(x).square().mean())
+    assert x.grad is not None
+    assert x.grad.any()
 
 
 # --- copies and dtypes ----------------------------------------------------------------------------

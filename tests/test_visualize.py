@@ -300,6 +300,13 @@ def test_unreadable_image_and_nan_weights(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_model_without_rgb(image_path: Path, tmp_path: Path) -> None:
+    model = random_model(replace(SMALL, num_channels=1))
+    with pytest.raises(ValueError, match=r"num_channels of the model must be 3 .* got 1"):
+        visualize.draw(model, image_path, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 

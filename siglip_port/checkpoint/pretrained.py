@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, TypedDict, TypeVar
 
@@ -15,6 +16,7 @@ from siglip_port.checkpoint.json_files import read_word
 from siglip_port.checkpoint.reader import Checkpoint
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.model import SigLipVisionModel
+from siglip_port.validation import parse_dtype
 
 Model = TypeVar("Model", bound=SigLipVisionModel)
 
@@ -24,7 +26,7 @@ class LoadOptions(TypedDict, total=False):
 
     revision: str | None
     subfolder: str | None
-    dtype: torch.dtype | None
+    dtype: torch.dtype | str | None
     device: torch.device | str | None
     pooling_head: bool | None
     interpolation: str | None
@@ -38,13 +40,28 @@ class LoadOptions(TypedDict, total=False):
     vision_only: bool
 
 
+TRANSFORMERS_OPTIONS = {
+    "torch_dtype": "use dtype=",
+    "device_map": "use device=",
+    "use_auth_token": "use token=",
+    "attn_implementation": "omit it, attention always runs in scaled_dot_product_attention",
+    "quantization_config": "omit it, and quantize with siglip_port.optimize(model, dtype='int8')",
+    "trust_remote_code": "omit it, no code of a checkpoint is ever run",
+    "use_safetensors": "omit it, pickles are never read",
+    "low_cpu_mem_usage": "omit it, weights are mapped from the file",
+    "ignore_mismatched_sizes": "omit it, or pass config=SigLipVisionConfig(...)",
+}
+"""Option of transformers' `from_pretrained` -> what to do instead."""
+
+
+@torch.inference_mode(False)  # parameters made in inference mode could never be trained
 def load_model(
     cls: type[Model],
     source: str | os.PathLike[str],
     *,
     revision: str | None = None,
     subfolder: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     pooling_head: bool | None = None,
     interpolation: str | None = None,
@@ -72,7 +89,8 @@ def load_model(
         revision: Branch, tag or commit of a Hub repository; ignored for a path.
         subfolder: Folder in the local folder or repository that contains the configuration and the
             weights, such as `image_encoder`; None for none.
-        dtype: Dtype of the parameters; None for the file's.
+        dtype: Dtype of the parameters or its name, such as `"bfloat16"`; None or `"auto"` for the
+            file's.
         device: Device of the parameters; None for the CPU, where they are mapped from the file.
         pooling_head: None to load the pooling head if the checkpoint has one, True to require one,
             False to ignore it.
@@ -103,7 +121,8 @@ def load_model(
     """
     from siglip_port.hub import HubOptions, find_source
 
-    validate_placement(dtype, device)
+    dtype = parse_dtype(dtype, DTYPES.values())
+    validate_device(device)
     validate_overrides(config, prefix)
     word = read_word(preprocessing)
     options = HubOptions(
@@ -141,12 +160,23 @@ def load_model(
     return model.eval()
 
 
-def validate_placement(dtype: torch.dtype | None, device: torch.device | str | None) -> None:
-    """Raise ValueError unless the dtype and device of the parameters are supported."""
-    if dtype is not None and dtype not in DTYPES.values():
-        raise ValueError(
-            f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}"
+def validate_option_names(names: Collection[str]) -> None:
+    """Raise TypeError for the first name that is not an option of `from_hf`."""
+    options = list(LoadOptions.__annotations__)
+    for name in names:
+        if name in options:
+            continue
+        nearest = difflib.get_close_matches(name, options, n=1)
+        advice = f"choose one of {', '.join(options)}"
+        if nearest:
+            advice = f"use {nearest[0]}="
+        raise TypeError(
+            f"from_hf(...) has no option {name}; {TRANSFORMERS_OPTIONS.get(name, advice)}"
         )
+
+
+def validate_device(device: torch.device | str | None) -> None:
+    """Raise ValueError unless this machine has the device and it holds data."""
     try:
         is_meta = torch.empty(0, device=device).is_meta
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -159,7 +189,10 @@ def validate_placement(dtype: torch.dtype | None, device: torch.device | str | N
 def validate_overrides(config: SigLipVisionConfig | None, prefix: str | None) -> None:
     """Raise ValueError unless `config` and `prefix` have the right type."""
     if config is not None and not isinstance(config, SigLipVisionConfig):
-        raise ValueError(f"config must be a SigLipVisionConfig, got {type(config).__name__}")
+        raise ValueError(
+            f"config must be a SigLipVisionConfig, got {type(config).__name__}; read the contents "
+            "of a config.json with SigLipVisionConfig.from_hf"
+        )
     if prefix is not None and not isinstance(prefix, str):
         raise ValueError(f"prefix must be a string, got {prefix!r}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,22 @@ Documents = Mapping[str, Mapping[str, Any]]
 """Contents of the JSON files beside the weights, by name."""
 
 
+ADAPTERS = "has adapters; call merge_and_unload() first and save its result"
+WRAPPED = "has a wrapped part; put the module inside the wrapper back first"
+WRAPPERS = {
+    "base_layer": ADAPTERS,
+    "lora_A": ADAPTERS,
+    "lora_B": ADAPTERS,
+    "modules_to_save": ADAPTERS,
+    "_orig_mod": "has a compiled part; put its _orig_mod back first, or use part.compile()",
+    "module": WRAPPED,
+    "_fsdp_wrapped_module": WRAPPED,
+    "_checkpoint_wrapped_module": WRAPPED,
+    "parametrizations": "has a parametrized weight; remove the parametrization first",
+}
+"""Part of a parameter's name -> why the model cannot be saved, and what to do."""
+
+
 def save_hf(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
     """Save a model for transformers: `SiglipVisionModel`, or `Siglip2VisionModel` for NaFlex.
 
@@ -51,6 +67,7 @@ def save_hf(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
         CheckpointError: The parameters do not match the configuration (wrapped, quantized, with
             adapters), or the files cannot be written.
     """
+    require_plain_model(model)
     layout = HUGGINGFACE_NAFLEX if model.config.naflex else HUGGINGFACE
     processor = {**checked_processor(model), **model.preprocessing.assumption()}
     documents = {CONFIG: model.config.to_hf(), PREPROCESSOR: processor}
@@ -71,6 +88,7 @@ def save_timm(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
         CheckpointError: See `save_hf`.
         ValueError: timm does not support this architecture.
     """
+    require_plain_model(model)
     layout = TIMM_NAFLEX if model.config.naflex else TIMM
     content = config_to_timm(model.config, checked_processor(model))
     documents = {CONFIG: {**content, **model.preprocessing.assumption()}}
@@ -99,9 +117,15 @@ def save(
     state_dict = model.state_dict()
     problems = find_problems(state_dict, shapes)
     if problems:
-        raise CheckpointError(describe_problems("the model to be saved", problems))
+        raise CheckpointError(
+            wrapper_problem(state_dict) or describe_problems("the model to be saved", problems)
+        )
     if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
         raise CheckpointError(f"folder must be a path, got {folder!r}")
+    if Path(folder).is_file():
+        raise CheckpointError(
+            f"the checkpoint cannot be written to {folder}: it is a file; choose another folder"
+        )
     stored = match.layout.to_stored(
         state_dict,
         model.config.num_encoder_blocks,
@@ -132,6 +156,16 @@ def checked_processor(model: SigLipVisionModel) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"model.preprocessor_config cannot be saved: {error}") from error
     return model.preprocessor_config
+
+
+def require_plain_model(model: object) -> None:
+    """Raise CheckpointError unless `model` is a SigLipVisionModel, and no wrapper around one."""
+    if not isinstance(model, SigLipVisionModel):
+        raise CheckpointError(
+            f"model must be a SigLipVisionModel, got {type(model).__name__}; pass the model inside "
+            "it: the result of merge_and_unload() of a PeftModel, .module of a "
+            "DistributedDataParallel, ._orig_mod of a compiled model"
+        )
 
 
 def find_problems(state_dict: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> list[Problem]:
@@ -171,6 +205,15 @@ def find_problems(state_dict: Mapping[str, Any], shapes: Mapping[str, torch.Size
         ("sharded or quantized tensors; gather or dequantize them first", subclasses),
     ]
     return [(problem, names) for problem, names in problems if names]
+
+
+def wrapper_problem(names: Iterable[str]) -> str:
+    """Describe the wrapper that parameter names belong to; empty if there is none."""
+    for name in names:
+        for part in name.split("."):
+            if part in WRAPPERS:
+                return f"the model to be saved {WRAPPERS[part]} (it has a parameter {name})"
+    return ""
 
 
 def with_dtype(documents: Documents, stored: Mapping[str, torch.Tensor]) -> Documents:

@@ -172,6 +172,7 @@ def embed(
     }
     require("pyarrow")
     check_device(device)
+    check_options(options)
     from siglip_port.model import SigLipVisionModel
 
     model = SigLipVisionModel.from_hf(source, **load, preprocessing=preprocessing, device=device)
@@ -195,6 +196,16 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise typer.BadParameter(f"--device {device} is not available: {reason}") from error
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise BadParameter if options of `embed` conflict."""
+    from siglip_port.embed import EmbedOptions
+
+    try:
+        EmbedOptions(**options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def run(

@@ -147,7 +147,7 @@ def start_workers(count: int) -> ProcessPoolExecutor:
     pool = ProcessPoolExecutor(count, initializer=initialize_worker)
     try:
         pool.submit(os.getpid).result()
-    except (BrokenProcessPool, OSError) as error:
+    except (BrokenProcessPool, OSError, AssertionError) as error:  # AssertionError: a daemon
         pool.shutdown()
         raise EmbedError(
             f"decoding processes cannot start ({error}); reduce num_workers= (0 decodes in the "
@@ -176,6 +176,27 @@ def exit_with_parent() -> None:
     while parent is not None and os.getppid() == parent.pid:
         time.sleep(PARENT_POLL_SECONDS)
     os._exit(1)
+
+
+def worker_count(num_workers: int | None) -> int:
+    """Return the number of decoding processes.
+
+    Args:
+        num_workers: Requested number; None for one per CPU core, or 0 in a daemonic process (of a
+            `multiprocessing.Pool`, a DataLoader or Celery), which may not start processes.
+
+    Raises:
+        EmbedError: Processes are requested in a daemonic process.
+    """
+    is_daemonic = multiprocessing.current_process().daemon
+    if num_workers is None:
+        return 0 if is_daemonic else processor_count()
+    if is_daemonic and num_workers > 0:
+        raise EmbedError(
+            "num_workers must be 0 in a daemonic process, which may not start processes, got "
+            f"{num_workers}; pass num_workers=0, or None to decode in this process"
+        )
+    return num_workers
 
 
 def processor_count() -> int:

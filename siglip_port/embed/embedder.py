@@ -16,6 +16,8 @@ from siglip_port.embed.inputs import IMAGE_COLUMNS
 from siglip_port.embed.options import EmbedOptions, OutputDtype
 from siglip_port.image_processing import Backend
 from siglip_port.model import SigLipVisionModel
+from siglip_port.optimize.comparison import TOLERANCES
+from siglip_port.validation import parse_dtype
 
 
 class Embedder(BatchEncoder):
@@ -35,7 +37,7 @@ class Embedder(BatchEncoder):
         config: Architecture, if the checkpoint's is missing or wrong.
         local_files_only: Whether to use only the Hub's local cache.
         preprocessing: Preprocessing of a checkpoint, as for `from_hf`.
-        dtype: Compute dtype; None for the model's own.
+        dtype: Compute dtype or its name; None for the model's own.
         engine: Name in `siglip_port.optimize.ENGINES`.
         device: Device of the model; None for the model's own, or the CPU.
         threads: CPU threads for the model; None for torch's setting.
@@ -71,7 +73,7 @@ class Embedder(BatchEncoder):
         config: SigLipVisionConfig | None = None,
         local_files_only: bool = False,
         preprocessing: str | os.PathLike[str] | Mapping[str, Any] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         engine: str = "eager",
         device: str | None = None,
         threads: int | None = None,
@@ -83,7 +85,7 @@ class Embedder(BatchEncoder):
         column: str | None = None,
     ) -> None:
         options = EmbedOptions(
-            dtype=dtype,
+            dtype=parse_dtype(dtype, TOLERANCES),
             engine=engine,
             threads=threads,
             batch_size=batch_size,
@@ -92,7 +94,11 @@ class Embedder(BatchEncoder):
             output_dtype=output_dtype,
             backend=backend,
         )
+        if column is not None and not isinstance(column, str):
+            raise ValueError(f"column must be the name of a column, got {column!r}")
         if isinstance(source, SigLipVisionModel):
+            if revision is not None:
+                raise ValueError(f"revision requires a Hub id, got {revision!r} with a model")
             model_source = ModelSource.from_model(source)
         else:
             model_source = ModelSource.from_checkpoint(

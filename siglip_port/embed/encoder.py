@@ -17,7 +17,12 @@ from siglip_port.checkpoint.preprocessing import Preprocessing
 from siglip_port.checkpoint.reader import Checkpoint
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.embed.decode import DecodedImage
-from siglip_port.embed.options import EmbedOptions, validate_engine, validate_output
+from siglip_port.embed.options import (
+    EmbedOptions,
+    validate_device_name,
+    validate_engine,
+    validate_output,
+)
 from siglip_port.hub import HubOptions, find_source
 from siglip_port.image_processing import ImageError, ImageProcessor, Pixels, move_pixels
 from siglip_port.model import SigLipVisionModel
@@ -139,13 +144,14 @@ class BatchEncoder:
 
     Raises:
         ValueError: The model does not support the requested output, or its preprocessing is
-            unknown.
+            unknown, or an argument is wrong.
     """
 
     def __init__(
         self, source: ModelSource, options: EmbedOptions, device: str | None = None
     ) -> None:
         self.engine = validate_engine(options.engine)
+        validate_device_name(device)
         validate_output(options, source.config)
         self.source = source
         self.options = options
@@ -155,7 +161,9 @@ class BatchEncoder:
         self.name = source.name
         self.commit = source.commit
         preprocessor_config = source.preprocessing.checked_config()
-        self.processor = ImageProcessor.from_config(preprocessor_config, options.backend)
+        self.processor = ImageProcessor.for_model(
+            source.config, preprocessor_config, options.backend
+        )
         self._optimized: OptimizedModel | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,6 +194,7 @@ class BatchEncoder:
         """The model on its engine."""
         return self.load()
 
+    @torch.inference_mode(False)  # `encode` calls it, and the model may be trained later
     def load(self) -> OptimizedModel:
         """Return the model on its engine; build it on the first call.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from siglip_port.image_reading import ImageError, ImageInput, check_file_size, read_file
+from siglip_port.image_reading import ImageError, ImageInput, check_file_size, is_url, read_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,11 +79,13 @@ def find_items(inputs: Sequence[str | os.PathLike[str]]) -> list[Item]:
             optionally `id`; or patterns of images, tar and Parquet files, such as `photos/*.jpg`.
 
     Raises:
-        ValueError: An input does not exist, is not supported, or contains no images.
+        ValueError: An input does not exist, is a URL, is not supported, or contains no images.
     """
     items: list[Item] = []
     for entry in inputs:
         name = os.fspath(entry)
+        if is_url(name):
+            raise ValueError(f"{name} is a URL; download the images first and pass their folder")
         listed = list(items_of_input(name))
         if not listed:
             raise ValueError(
@@ -173,6 +175,8 @@ def items_of_list(path: Path) -> Iterator[Item]:
         raise ValueError(f"{path}: cannot be read as a list of paths ({error})") from error
     for line in text.split("\n"):
         name = line.strip()
+        if is_url(name):
+            raise ValueError(f"{path}: {name} is a URL; download the images first, list the files")
         if name:
             yield Item(name, str(path.parent / name))
 
@@ -260,6 +264,8 @@ def read_parquet_row(item: Item) -> bytes:
         image = bytes_or_path(cell)
         if isinstance(image, bytes):
             return image
+        if image is not None and is_url(image):
+            return read_file(image)
         if image is not None:
             return read_file(Path(item.path).parent / image)
     raise ImageError("the row contains neither bytes nor a path")

@@ -10,6 +10,7 @@ import torch
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.image_processing import Backend
 from siglip_port.optimize import ENGINES
+from siglip_port.optimize.comparison import TOLERANCES
 from siglip_port.validation import validate_positive_int
 
 OutputDtype = Literal["float32", "float16"]
@@ -37,7 +38,8 @@ class EmbedOptions:
         output_dtype: Dtype of the stored embeddings.
         backend: Image backend, see `siglip_port.image_processing.ImageProcessor`.
         shard_size: Rows per file, rounded up to whole batches.
-        num_workers: Decoding processes; 0 decodes in this process, None starts one per CPU core.
+        num_workers: Decoding processes; 0 decodes in this process, as does None in a daemonic
+            process; elsewhere None starts one per CPU core.
             On a Ray cluster: processes that hold the model; None fills the cluster.
         format: `parquet`; or `npy`, which stores embeddings in an array beside each Parquet file.
         executor: `local` for this machine, `ray` for a Ray cluster.
@@ -71,13 +73,23 @@ class EmbedOptions:
             validate_num_workers(self.num_workers)
         if self.engine is not None:
             validate_choice("engine", self.engine, (*ENGINES, FASTEST))
-        if not isinstance(self.tokens, bool):
-            raise ValueError(f"tokens must be True or False, got {self.tokens!r}")
+        validate_engine_dtype(self.engine, self.dtype)
+        for name in ("tokens", "normalize"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
+        if self.tokens and self.normalize:
+            raise ValueError(
+                "normalize cannot be combined with tokens: it scales pooled embeddings"
+            )
         validate_choice("output_dtype", self.output_dtype, get_args(OutputDtype))
         validate_choice("format", self.format, get_args(FileFormat))
         validate_choice("executor", self.executor, get_args(Executor))
         if self.address is not None and self.executor != "ray":
-            raise ValueError(f"address requires the executor ray, got {self.executor!r}")
+            raise ValueError(
+                f"address requires the executor ray, got {self.executor!r}; pass executor='ray' "
+                "(--executor ray)"
+            )
 
     @property
     def batches_per_shard(self) -> int:
@@ -104,14 +116,36 @@ def validate_engine(engine: str | None) -> str:
     return engine
 
 
+def validate_device_name(device: str | None) -> None:
+    """Raise ValueError unless torch knows the device; another machine may be the one to have it."""
+    if device is None:
+        return
+    try:
+        is_meta = torch.device(device).type == "meta"
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device must be the name of a device, such as 'cpu' or 'cuda:1', got {device!r}"
+        ) from error
+    if is_meta:
+        raise ValueError("device must hold data, got 'meta'")
+
+
+def validate_engine_dtype(engine: str | None, dtype: torch.dtype | None) -> None:
+    """Raise ValueError unless an engine supports a compute dtype: only `int8` runs in int8."""
+    if dtype is not None and dtype not in TOLERANCES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, TOLERANCES))}, got {dtype!r}")
+    if engine == "int8" and dtype not in (None, torch.int8):
+        raise ValueError(f"the engine int8 computes in int8, got dtype {dtype}; omit the dtype")
+    if dtype == torch.int8 and engine not in (None, "int8"):
+        raise ValueError(f"dtype int8 requires the engine int8, got {engine!r}")
+
+
 def validate_output(options: EmbedOptions, config: SigLipVisionConfig) -> None:
     """Raise ValueError unless a model of this configuration supports the requested output."""
     if options.tokens and config.naflex:
         raise ValueError(
             "tokens of a NaFlex model cannot be stored: their number differs between images"
         )
-    if options.tokens and options.normalize:
-        raise ValueError("normalize cannot be combined with tokens: it scales pooled embeddings")
     if not options.tokens and not config.has_pooled_output:
         raise ValueError(
             "the model has no pooling head, so there is no pooled embedding; pass tokens=True"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from siglip_port.embed.batches import Batch, BatchResult, run_batch
-from siglip_port.embed.decode import decode_batches, processor_count
+from siglip_port.embed.decode import decode_batches, worker_count
 from siglip_port.embed.encoder import BatchEncoder, ModelSource
 from siglip_port.embed.errors import EmbedError
 from siglip_port.embed.inputs import Item, find_items, ids_digest
@@ -38,7 +38,9 @@ from siglip_port.image_processing import Backend
 from siglip_port.model import SigLipVisionModel
 from siglip_port.optimize import EngineError, optimize
 from siglip_port.optimize.cache import weights_hash
+from siglip_port.optimize.comparison import TOLERANCES
 from siglip_port.threads import torch_threads
+from siglip_port.validation import parse_dtype
 
 
 @dataclass
@@ -97,7 +99,7 @@ def embed(
     output_dir: str | os.PathLike[str],
     model: SigLipVisionModel,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     engine: str | None = None,
     threads: int | None = None,
     batch_size: int = 16,
@@ -122,7 +124,7 @@ def embed(
         inputs: Folders, files and patterns, see `siglip_port.embed.inputs.find_items`.
         output_dir: Output folder; created if it does not exist.
         model: SigLIP vision encoder, on the device to use.
-        dtype: Compute dtype; None for the model's own.
+        dtype: Compute dtype or its name; None for the model's own.
         engine: Name in `siglip_port.optimize.ENGINES`; `fastest` for the one chosen by
             `optimize`, which takes minutes the first time; None for the engine of the run being
             resumed, or else `eager`.
@@ -130,7 +132,8 @@ def embed(
             torch's setting.
         batch_size: Images per forward pass.
         shard_size: Rows per file, rounded up to whole batches.
-        num_workers: Decoding processes; 0 decodes in this process, None starts one per CPU core.
+        num_workers: Decoding processes; 0 decodes in this process, as does None in a daemonic
+            process; elsewhere None starts one per CPU core.
             On a Ray cluster: processes that hold the model; None fills the cluster.
         tokens: Whether to store all tokens of an image, row by row, instead of the pooled
             embedding.
@@ -154,7 +157,7 @@ def embed(
         siglip_port.extras.MissingExtraError: pyarrow is not installed.
     """
     options = EmbedOptions(
-        dtype=dtype,
+        dtype=parse_dtype(dtype, TOLERANCES),
         engine=engine,
         threads=threads,
         batch_size=batch_size,
@@ -229,11 +232,14 @@ def check_output(
 
 
 def complete_options(options: EmbedOptions, previous: Mapping[str, Any]) -> EmbedOptions:
-    """Fill in engine and threads from the run being resumed, or with their defaults.
+    """Fill in engine and threads from the run being resumed, and the number of processes.
 
     Args:
         options: Options of this run.
         previous: Settings of the rows in the output folder; empty if there are none.
+
+    Raises:
+        EmbedError: Decoding processes are requested where none can be started.
     """
     threads, engine = options.threads, options.engine
     if threads is None:
@@ -242,7 +248,10 @@ def complete_options(options: EmbedOptions, previous: Mapping[str, Any]) -> Embe
         engine = previous.get("engine", "eager")
     elif engine == FASTEST:
         engine = previous.get("engine", FASTEST)
-    return replace(options, threads=threads, engine=engine)
+    num_workers = options.num_workers
+    if options.executor == "local":
+        num_workers = worker_count(num_workers)
+    return replace(options, threads=threads, engine=engine, num_workers=num_workers)
 
 
 def make_encoder(model: SigLipVisionModel, options: EmbedOptions) -> BatchEncoder:
@@ -300,21 +309,19 @@ def run_batches(encoder: BatchEncoder, batches: Sequence[Batch]) -> Generator[Ba
         from siglip_port.embed.ray import run_on_ray
 
         return run_on_ray(encoder, batches, options.num_workers, options.address)
-    return run_local(encoder, batches, options.num_workers)
+    return run_local(encoder, batches, options.num_workers or 0)
 
 
 def run_local(
-    encoder: BatchEncoder, batches: Sequence[Batch], num_workers: int | None
+    encoder: BatchEncoder, batches: Sequence[Batch], num_workers: int
 ) -> Generator[BatchResult]:
     """Decode in worker processes and run the model in this one.
 
     Args:
         encoder: Encoder of the decoded images.
         batches: Batches to run.
-        num_workers: Decoding processes; None for one per CPU core.
+        num_workers: Decoding processes; 0 decodes in this process.
     """
-    if num_workers is None:
-        num_workers = processor_count()
     decoded = decode_batches([batch.items for batch in batches], encoder.processor, num_workers)
     for batch, images in zip(batches, decoded, strict=True):
         yield run_batch(encoder, batch.number, images)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name the field uses)
+from numpy.typing import NDArray
 from torch import Tensor
 
 from siglip_port.config import SigLipVisionConfig
@@ -16,6 +18,7 @@ from siglip_port.embed.shards import count_rows, read_settings, read_vectors
 from siglip_port.embed.stored_model import PASS_SOURCE, load_model, stored_processor
 from siglip_port.extras import require
 from siglip_port.optimize.cache import weights_hash
+from siglip_port.validation import validate_positive_int
 
 
 def embed_query(
@@ -78,18 +81,18 @@ def embed_query(
             f"{embeddings}: embeddings were computed with other weights than those of "
             f"{source or settings['source']}; {PASS_SOURCE}"
         )
-    with torch.inference_mode():
+    with torch.inference_mode(False), torch.no_grad():
         return model.embed(**processor(image))[0]
 
 
 def search(
-    embeddings: str | os.PathLike[str], query: Tensor, top_k: int = 10
+    embeddings: str | os.PathLike[str], query: Tensor | NDArray[Any], top_k: int = 10
 ) -> list[tuple[float, str, str]]:
     """Find the images whose embeddings are nearest to a query, by cosine similarity.
 
     Args:
         embeddings: Output folder of `embed`.
-        query: Embedding, [D].
+        query: Embedding [D] or [1, D], a tensor or an array.
         top_k: Maximum number of images.
 
     Returns:
@@ -98,16 +101,24 @@ def search(
     Raises:
         EmbedError: The folder contains no embeddings, only rows with an error, or embeddings of
             another format version.
+        ValueError: `query` is not one finite embedding of the length of those in the folder.
     """
     require("pyarrow")
+    validate_positive_int("top_k", top_k)
+    vector = query_vector(query)
     read_settings(Path(embeddings))  # refuses other format versions
     shards = sorted(Path(embeddings).glob("part-*.parquet"))
     if not shards:
         raise no_embeddings(embeddings)
-    unit_query = F.normalize(query.float().flatten(), dim=0).numpy()
+    unit_query = F.normalize(vector, dim=0).numpy()
     nearest: list[tuple[float, str, str]] = []
     for shard in shards:
         ids, paths, vectors = read_vectors(shard)
+        if vectors.shape[1] != len(vector):
+            raise ValueError(
+                f"query must have the length of the embeddings, {vectors.shape[1]}, got "
+                f"{len(vector)}; embed it with embed_query(embeddings, image)"
+            )
         lengths = np.maximum(np.linalg.norm(vectors, axis=1), 1e-30)
         cosines = vectors @ unit_query / lengths
         nearest += zip(cosines.tolist(), ids, paths, strict=True)
@@ -125,6 +136,27 @@ def num_rows(shard: Path) -> int:
     """Return the number of rows of a shard."""
     rows, _ = count_rows(shard)
     return rows
+
+
+def query_vector(query: object) -> Tensor:
+    """Return a query [D] or [1, D] as a float32 tensor [D] on the CPU.
+
+    Raises:
+        ValueError: It is not one embedding, or contains NaN or Inf, or only zeros.
+    """
+    if not isinstance(query, (Tensor, np.ndarray)):
+        raise ValueError(f"query must be a tensor or an array, got {type(query).__name__}")
+    vector = torch.as_tensor(query).detach().cpu().float()
+    if vector.ndim == 2 and len(vector) == 1:
+        vector = vector[0]
+    if vector.ndim != 1:
+        raise ValueError(
+            f"query must be one embedding [D], got shape {list(vector.shape)}; search for one "
+            "image at a time"
+        )
+    if not vector.isfinite().all() or not vector.any():
+        raise ValueError("query must be an embedding, got NaN, Inf or only zeros")
+    return vector
 
 
 def no_embeddings(folder: str | os.PathLike[str]) -> EmbedError:

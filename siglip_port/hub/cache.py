@@ -58,7 +58,7 @@ class RepositoryCache:
     """The folder of a repository in the Hub's cache.
 
     Args:
-        root: Cache folder; `~` is expanded.
+        root: Cache folder.
         name: Hub id.
 
     Attributes:
@@ -67,7 +67,7 @@ class RepositoryCache:
     """
 
     def __init__(self, root: Path, name: str) -> None:
-        self.folder = root.expanduser() / f"models--{name.replace('/', '--')}"
+        self.folder = root / f"models--{name.replace('/', '--')}"
         self.own_folder = self.folder / ".siglip_port"
 
     # --- commits ----------------------------------------------------------------------------------

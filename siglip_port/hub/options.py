@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from siglip_port.checkpoint.errors import CheckpointError
+
 _TOKEN = re.compile(r"[!-~]+")
 
 
@@ -47,7 +49,18 @@ class HubOptions:
 
     @property
     def cache_root(self) -> Path:
-        """The cache folder, shared by all repositories."""
+        """The cache folder, shared by all repositories; `~` is expanded.
+
+        Raises:
+            CheckpointError: It is in the home folder of a user who has none.
+        """
         from huggingface_hub import constants
 
-        return Path(self.cache_dir or constants.HF_HUB_CACHE)
+        root = Path(self.cache_dir or constants.HF_HUB_CACHE)
+        try:
+            return root.expanduser()
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the Hub's cache {root} needs a home folder, which this user does not have; set "
+                "HF_HOME to a folder"
+            ) from error

@@ -6,11 +6,13 @@ compilers.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
 import platform
+import tempfile
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,9 +36,28 @@ def model_cache_folder(
         cache_dir: Cache folder; None for `engines` of siglip_port in the user's cache.
     """
     if cache_dir is None:
-        user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache_dir = Path(user_cache) / "siglip_port" / "engines"
+        cache_dir = user_cache() / "siglip_port" / "engines"
     return Path(cache_dir) / model_fingerprint(model)
+
+
+def user_cache() -> Path:
+    """Return the user's cache folder; for a user without a home folder, one of this process."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"])
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # HOME is not set, and the user has no account
+        return Path(temporary_cache().name)
+
+
+@functools.cache
+def temporary_cache() -> tempfile.TemporaryDirectory[str]:
+    """Create a cache folder that is deleted when this process ends."""
+    log.warning(
+        "engines are not cached, since this user has no home folder; set XDG_CACHE_HOME to a "
+        "folder, or pass cache_dir="
+    )
+    return tempfile.TemporaryDirectory(prefix="siglip_port-")
 
 
 def model_fingerprint(model: SigLipVisionModel) -> str:

@@ -87,6 +87,7 @@ class EngineTransformer(SigLipVisionTransformer):
         return {**self.__dict__, "run": None}
 
 
+@torch.inference_mode(False)  # gradients of pixels need parameters that are not inference tensors
 def inference_copy(model: SigLipVisionModel, dtype: torch.dtype | None) -> OptimizedModel:
     """Copy a model for inference; parameters are shared unless cast.
 

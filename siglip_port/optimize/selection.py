@@ -34,7 +34,7 @@ from siglip_port.optimize.comparison import (
 )
 from siglip_port.optimize.engines import ENGINES, EngineError, last_line
 from siglip_port.optimize.optimized_model import OptimizedModel, inference_copy
-from siglip_port.validation import validate_positive_int
+from siglip_port.validation import parse_dtype, validate_positive_int
 
 MAX_RELATIVE_TIME = 0.97
 """Largest accepted time of an engine, relative to eager; else eager is chosen."""
@@ -61,7 +61,7 @@ class Candidates:
 def optimize(
     model: SigLipVisionModel,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     engines: Sequence[str] | None = None,
     batch_size: int = 1,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -74,8 +74,8 @@ def optimize(
 
     Args:
         model: Model, unchanged. Its parameters are shared: do not modify them afterwards.
-        dtype: float32, bfloat16, float16, or int8 for dynamic quantization with float32 outputs;
-            None for the model's.
+        dtype: float32, bfloat16, float16, or int8 for dynamic quantization with float32 outputs,
+            as a dtype or its name; None for the model's.
         engines: Names in `ENGINES` to try besides `eager`; None for every engine for `dtype`.
         batch_size: Batch size to optimize for.
         cache_dir: Cache folder; compiled files in it are executed, so it must not be writable by
@@ -87,6 +87,7 @@ def optimize(
     Raises:
         ValueError: An argument is not supported, or the parameters do not match the configuration.
     """
+    dtype = parse_dtype(dtype, TOLERANCES)
     names = validate_arguments(model, dtype, engines, batch_size, cache_dir)
     copy = inference_copy(model, parameter_dtype(dtype))
     folder = model_cache_folder(copy, cache_dir)
@@ -113,7 +114,7 @@ def with_engine(
     model: SigLipVisionModel,
     engine: str,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> OptimizedModel:
     """Run a model in a given engine, without timing it or comparing results.
@@ -129,9 +130,11 @@ def with_engine(
         EngineError: The engine is not available for this dtype or device.
         siglip_port.extras.MissingExtraError: A required package is not installed.
     """
+    dtype = parse_dtype(dtype, TOLERANCES)
     validate_arguments(model, dtype, [engine], 1, cache_dir)
     copy = inference_copy(model, parameter_dtype(dtype))
-    ENGINES[engine](copy, model_cache_folder(copy, cache_dir))
+    if engine != "eager":  # it changes nothing and needs no cache
+        ENGINES[engine](copy, model_cache_folder(copy, cache_dir))
     return copy
 
 
@@ -156,8 +159,6 @@ def validate_arguments(
         raise ValueError(f"model must be a SigLipVisionModel, got {type(model).__name__}")
     if isinstance(model, OptimizedModel):
         raise ValueError("model is already optimized; pass the original model")
-    if dtype is not None and dtype not in TOLERANCES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, TOLERANCES))}, got {dtype!r}")
     if cache_dir is not None and not isinstance(cache_dir, (str, os.PathLike)):
         raise ValueError(f"cache_dir must be a path, got {cache_dir!r}")
     validate_positive_int("batch_size", batch_size)

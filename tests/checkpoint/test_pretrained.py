@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from siglip_port import CheckpointError, SigLipVisionModel
+from siglip_port.checkpoint import LoadOptions, load_model
 from tests.helpers.checkpoints import (
     SMALL,
     MakeCheckpoint,
@@ -28,7 +30,10 @@ def test_dtype_and_device(checkpoint: MakeCheckpoint) -> None:
     assert all(
         torch.equal(tensor, exact[name].bfloat16()) for name, tensor in model.state_dict().items()
     )
-    for bad in ("bfloat16", torch.int8, "auto", torch.float8_e4m3fn):
+    for name in ("bfloat16", "auto"):
+        dtype = {"bfloat16": torch.bfloat16}.get(name, torch.float32)
+        assert {p.dtype for p in load(folder, dtype=name).parameters()} == {dtype}
+    for bad in ("bf16", torch.int8, "torch.bfloat16", torch.float8_e4m3fn, 16):
         with pytest.raises(
             ValueError, match=r"^dtype must be one of torch.float64, torch.float32, .*, got "
         ):
@@ -37,6 +42,29 @@ def test_dtype_and_device(checkpoint: MakeCheckpoint) -> None:
         load(folder, device="meta")
     with pytest.raises(ValueError, match="device 'abacus' is not available on this machine"):
         load(folder, device="abacus")
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("torch_dtype", "use dtype="),
+        ("device_map", "use device="),
+        ("attn_implementation", "omit it, attention always runs in scaled_dot_product_attention"),
+        ("trust_remote_code", "omit it, no code of a checkpoint is ever run"),
+        ("revison", "use revision="),
+        ("quux", "choose one of revision, dtype, device, .*, vision_only"),
+    ],
+)
+def test_unknown_option(name: str, advice: str, checkpoint: MakeCheckpoint) -> None:
+    options: dict[str, Any] = {name: None}
+    for method in (load, SigLipVisionModel.from_pretrained):
+        with pytest.raises(TypeError, match=rf"^from_hf\(...\) has no option {name}; {advice}$"):
+            method(checkpoint(), **options)
+
+
+def test_options_are_those_of_load_model() -> None:
+    arguments = inspect.signature(load_model).parameters
+    assert list(LoadOptions.__annotations__) == list(arguments)[2:]
 
 
 def test_provenance(checkpoint: MakeCheckpoint) -> None:

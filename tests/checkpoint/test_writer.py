@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ import timm
 import torch
 import transformers
 from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import (
     SiglipVisionModel,
 )
 from transformers import SiglipVisionModel as ReferenceModel
 
 from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel, pack
+from siglip_port.checkpoint import save_hf, save_timm
 from siglip_port.checkpoint.extract import extract_model
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.siglip.reference import hf_config
@@ -82,7 +86,8 @@ def test_overwrite_own_source(checkpoint: MakeCheckpoint) -> None:
 
 def test_file_in_place_of_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(CheckpointError, match="cannot be written to"):
+    message = r"cannot be written to .*/file: it is a file; choose another folder$"
+    with pytest.raises(CheckpointError, match=message):
         SigLipVisionModel(SMALL).save_hf(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -236,3 +241,53 @@ def test_save_is_deterministic(checkpoint: MakeCheckpoint, tmp_path: Path) -> No
     for i in range(8):  # safetensors writes the metadata in an arbitrary order
         SigLipVisionModel.from_hf(checkpoint(name=f"{i}")).save_hf(tmp_path / f"again {i}")
         assert (tmp_path / f"again {i}" / "model.safetensors").read_bytes() == first
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+def compile_transformer(model: Any) -> None:  # noqa: ANN401 (compiled parts have another type)
+    model.transformer = torch.compile(model.transformer)
+
+
+def wrap_transformer(model: Any) -> None:  # noqa: ANN401 (wrapped parts have another type)
+    model.transformer = nn.DataParallel(model.transformer)
+
+
+def parametrize_layer(model: SigLipVisionModel) -> None:
+    parametrize.register_parametrization(model.transformer.post_layernorm, "weight", Doubled())
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (compile_transformer, "has a compiled part; put its _orig_mod back first, or use part.com"),
+        (wrap_transformer, "has a wrapped part; put the module inside the wrapper back first"),
+        (parametrize_layer, "has a parametrized weight; remove the parametrization first"),
+    ],
+)
+def test_wrapped_part_is_named(
+    wrap: Callable[[SigLipVisionModel], None], message: str, tmp_path: Path
+) -> None:
+    model = SigLipVisionModel(SMALL)
+    wrap(model)
+    for save in (model.save_hf, model.save_timm):
+        with pytest.raises(
+            CheckpointError, match=rf"^the model to be saved {message}.*transformer"
+        ):
+            save(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_wrapped_model_is_named(tmp_path: Path) -> None:
+    wrapped: Any = nn.DataParallel(SigLipVisionModel(SMALL))
+    for save in (save_hf, save_timm):
+        with pytest.raises(CheckpointError, match=r"got DataParallel; pass .*, \.module of a"):
+            save(wrapped, tmp_path)
+    compiled: Any = torch.compile(wrapped.module)
+    compiled.save_hf(tmp_path / "compiled")
+    assert load(tmp_path / "compiled").config == SMALL

@@ -80,6 +80,14 @@ def test_unusable_arguments(photos: Path, encoder_folder: Path, tmp_path: Path) 
     )
     unknown = run(*arguments, "--engine", "quick", code=2).output
     assert "eager, prepacked" in " ".join(unknown.replace("│", " ").split())
+    conflicts = {
+        "normalize cannot be combined with tokens": ["--tokens", "--normalize"],
+        "address requires the executor ray, got 'local'": ["--address", "host:1"],
+        "the engine int8 computes in int8": ["--engine", "int8", "--dtype", "bfloat16"],
+    }
+    for message, options in conflicts.items():
+        output = run("embed", photos, "-o", tmp_path / "x", *options, code=2).output
+        assert message in " ".join(output.replace("│", " ").split())
     empty = run("search", tmp_path, photos / "x.png", code=1)
     assert (
         empty.stderr == f"{tmp_path}: contains no embeddings; write them with siglip-port embed\n"

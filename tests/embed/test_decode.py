@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,7 @@ from siglip_port.embed.decode import WORKER_DIED, DecodedImage, decode
 from siglip_port.embed.inputs import Item
 from siglip_port.image_processing import ImageProcessor
 from tests.helpers.checkpoints import SMALL
-from tests.helpers.embedding import OPTIONS, read_rows
+from tests.helpers.embedding import OPTIONS, read_rows, row_texts
 from tests.helpers.processes import EMBED_PROGRAM, process_ids_naming
 
 CRASHING = ("0000009", "0000030", "0000031")
@@ -80,6 +82,33 @@ def test_workers_cannot_start(
         with pytest.raises(EmbedError, match=message):
             embed([photos], tmp_path, model, **two_workers)
     assert embed([photos], tmp_path, model, **OPTIONS).processed == 50
+
+
+def embed_in_daemon(photos: Path, encoder: Path, output: Path, num_workers: int | None) -> str:
+    """Run `embed` in a process that may not start processes; return its error, if any."""
+    options: dict[str, Any] = {**OPTIONS, "num_workers": num_workers}
+    try:
+        embed([photos], output, SigLipVisionModel.from_hf(encoder), **options)
+    except EmbedError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.fresh_process
+def test_daemonic_process(
+    photos: Path, encoder_folder: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    """Workers of `multiprocessing.Pool`, Celery and DataLoaders are daemonic."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        no_error = pool.apply(embed_in_daemon, (photos, encoder_folder, tmp_path / "default", None))
+        error = pool.apply(embed_in_daemon, (photos, encoder_folder, tmp_path / "workers", 2))
+    assert no_error == ""
+    assert row_texts(tmp_path / "default") == row_texts(finished_run)
+    assert error == (
+        "num_workers must be 0 in a daemonic process, which may not start processes, got 2; pass "
+        "num_workers=0, or None to decode in this process"
+    )
+    assert not (tmp_path / "workers").exists()
 
 
 def test_workers_end_with_killed_parent(photos: Path, tmp_path: Path) -> None:

@@ -173,7 +173,18 @@ def test_nan_embedding_is_error(embedder: Embedder) -> None:
         ({"tokens": "all"}, "tokens must be True or False, got 'all'"),
         ({"output_dtype": "int8"}, "output_dtype must be one of float32, float16, got 'int8'"),
         ({"tokens": True, "normalize": True}, "normalize cannot be combined with tokens"),
+        ({"normalize": 1}, "normalize must be True or False, got 1"),
         ({"backend": "cv2"}, "backend must be"),
+        ({"dtype": "bf16"}, "dtype must be one of torch.float32, .*, got 'bf16'"),
+        ({"dtype": torch.float64}, "dtype must be one of .*, got torch.float64"),
+        ({"dtype": torch.int8}, "dtype int8 requires the engine int8, got 'eager'"),
+        (
+            {"engine": "int8", "dtype": "float16"},
+            "the engine int8 computes in int8, got dtype torch.float16; omit the dtype",
+        ),
+        ({"device": "abacus"}, "device must be the name of a device, such as .*, got 'abacus'"),
+        ({"device": "meta"}, "device must hold data, got 'meta'"),
+        ({"column": 3}, "column must be the name of a column, got 3"),
     ],
 )
 def test_wrong_option(options: dict[str, Any], message: str, encoder_folder: Path) -> None:
@@ -181,11 +192,36 @@ def test_wrong_option(options: dict[str, Any], message: str, encoder_folder: Pat
         Embedder(encoder_folder, **options)
 
 
+def test_dtype_by_name(encoder_folder: Path, files: list[str]) -> None:
+    named = Embedder(encoder_folder, dtype="bfloat16")
+    assert named.model.dtype == torch.bfloat16
+    rows = Embedder(encoder_folder, dtype=torch.bfloat16)({"path": files})
+    assert repr(named({"path": files})["embedding"]) == repr(rows["embedding"])
+    assert Embedder(encoder_folder, dtype="auto").dtype is None
+
+
+def test_device_of_another_machine(encoder_folder: Path) -> None:
+    assert Embedder(encoder_folder, device="cuda:7").device == "cuda:7"
+
+
+def test_url_and_folder(embedder: Embedder, tmp_path: Path) -> None:
+    errors = embedder({"path": ["https://example.org/a.jpg", str(tmp_path)]})["error"]
+    assert errors.tolist() == [
+        "the image cannot be read: it is a URL; download it first, or pass its bytes",
+        "the image cannot be read: not a regular file but a folder; pass its files, or use "
+        "siglip-port embed",
+    ]
+
+
 def test_unusable_model(encoder_folder: Path) -> None:
     with pytest.raises(ValueError, match="model is already optimized; pass the original model"):
         Embedder(optimize(SigLipVisionModel.from_hf(encoder_folder), engines=[]))
     with pytest.raises(ValueError, match="no pooling head"):
         Embedder(SigLipVisionModel(replace(SMALL, pooling_head=False)))
+    with pytest.raises(ValueError, match=r"num_channels of the model must be 3 .* got 1"):
+        Embedder(SigLipVisionModel(replace(SMALL, num_channels=1)))
+    with pytest.raises(ValueError, match="revision requires a Hub id, got 'main' with a model"):
+        Embedder(SigLipVisionModel(SMALL), revision="main")
     with pytest.raises(ValueError, match="tokens of a NaFlex model cannot be stored"):
         Embedder(SigLipVisionModel(replace(SMALL, naflex=True)), tokens=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,3 +246,26 @@ def test_file_name_that_is_not_unicode(model: SigLipVisionModel, tmp_path: Path)
     (row,) = read_rows(tmp_path / "out")
     assert row["id"] == "\\xff.png"
     assert row["embedding"]
+
+
+def test_urls(tmp_path: Path, model: SigLipVisionModel) -> None:
+    """A URL ends the run before any work; in a Parquet file it is the error of its row."""
+    url = "https://example.org/a.jpg?size=1"
+    message = f"{url} is a URL; download the images first and pass their folder"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        find_items([url])
+    (tmp_path / "list.txt").write_text(f"a.png\n{url}\n")
+    message = f"list.txt: {url} is a URL; download the images first, list the files"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        find_items([tmp_path / "list.txt"])
+    parquet.write_table(pa.table({"path": [url]}), tmp_path / "urls.parquet")
+    embed([tmp_path / "urls.parquet"], tmp_path / "out", model, **OPTIONS)
+    (error,) = read_column(tmp_path / "out", "error")
+    assert error == "the image cannot be read: it is a URL; download it first, or pass its bytes"
+
+
+def test_file_named_like_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("https:/host").mkdir(parents=True)
+    Image.new("RGB", (3, 3)).save("https:/host/a.png")
+    assert ids_of(find_items(["https:/host/a.png"])) == ["a.png"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,42 @@ def test_nearest_by_cosine(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "part-000000.parquet", vectors, [None, None, None, "no"])
     nearest = search(tmp_path, torch.tensor([1.0, 0.9]), 2)
     assert [name for _, name, _ in nearest] == ["b", "a"]
+
+
+def test_kinds_of_query(tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "part-000000.parquet", [[3.0, 0.0], [1.0, 1.0]], [None, None])
+    query = torch.tensor([1.0, 0.9])
+    expected = search(tmp_path, query)
+    for other in (query[None], query.numpy(), query.clone().requires_grad_(), query.double()):
+        assert search(tmp_path, other) == expected
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (
+            torch.ones(3),
+            "query must have the length of the embeddings, 2, got 3; embed",
+        ),
+        (
+            torch.ones(2, 2),
+            r"query must be one embedding \[D\], got shape \[2, 2\]; search",
+        ),
+        (torch.ones(2, 1), r"query must be one embedding \[D\], got shape \[2, 1\]"),
+        (torch.tensor([1, torch.nan]), "query must be an embedding, got NaN, Inf or only zeros"),
+        (torch.zeros(2), "query must be an embedding, got NaN, Inf or only zeros"),
+        ("cat.png", "query must be a tensor or an array, got str"),
+    ],
+)
+def test_unusable_query(query: Any, message: str, tmp_path: Path) -> None:  # noqa: ANN401
+    write_embeddings(tmp_path / "part-000000.parquet", [[3.0, 0.0], [1.0, 1.0]], [None, None])
+    with pytest.raises(ValueError, match=message):
+        search(tmp_path, query)
+
+
+def test_count_of_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="top_k must be a positive integer, got 0"):
+        search(tmp_path, torch.ones(2), 0)
 
 
 def test_shard_with_only_errors(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import pwd
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from huggingface_hub import hf_hub_download, scan_cache_dir
+from huggingface_hub import constants, hf_hub_download, scan_cache_dir
 
 from siglip_port import CheckpointError, SigLipVisionModel
 from tests.helpers.checkpoints import edit_tensors
@@ -51,6 +52,22 @@ def test_prune_after_deleted_revision(hub: Hub, folder: Path, cache: Path, tmp_p
     assert folders == [hub.repositories[NAME].commit]
     # the deleted commit can be downloaded again
     assert_same(load(NAME, cache_dir=cache, revision=first), folder)
+
+
+def test_user_without_home_folder(
+    hub: Hub, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_account(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", no_account)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    message = r"^the Hub's cache ~/.cache/.* needs a home folder, .*; set HF_HOME to a folder$"
+    with pytest.raises(CheckpointError, match=message):
+        load(NAME)
+    assert_same(load(NAME, cache_dir=cache), folder)
+    assert_same(load(folder), folder)
 
 
 def test_read_only_cache(hub: Hub, folder: Path, cache: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pwd
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from siglip_port import CheckpointError, SigLipVisionModel, optimize
-from siglip_port.optimize import ENGINES, OptimizedModel
+from siglip_port.optimize import ENGINES, OptimizedModel, cache, with_engine
 from siglip_port.optimize.comparison import TOLERANCES, relative_difference
 from siglip_port.optimize.engines import Engine
 from siglip_port.optimize.onednn import PrepackedLinear
@@ -271,3 +272,53 @@ def test_unusable_model(model: SigLipVisionModel, tmp_path: Path) -> None:
     model.pooling_head = None
     with pytest.raises(ValueError, match="the parameters do not match the model's configuration"):
         optimize(model, cache_dir=tmp_path)
+
+
+# --- users and processes --------------------------------------------------------------------------
+
+
+def test_user_without_home_folder(
+    model: SigLipVisionModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in containers that run with any user id: no HOME, and no account."""
+
+    def no_account(user: int) -> None:
+        raise KeyError(user)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(pwd, "getpwuid", no_account)
+    cache.temporary_cache.cache_clear()
+    with pytest.raises(RuntimeError, match="Could not determine home directory"):
+        Path.home()
+    x = images_for(model)
+    with torch.inference_mode():
+        assert torch.equal(with_engine(model, "eager").embed(x), model.embed(x))
+    assert not caplog.records
+    optimized = optimize(model, engines=["prepacked"])
+    assert optimized.choice.engine in ("eager", "prepacked")
+    folder = cache.user_cache()
+    assert list(folder.rglob("*.json"))
+    assert cache.user_cache() == folder
+    (record,) = caplog.records
+    assert "no home folder; set XDG_CACHE_HOME to a folder, or pass cache_dir=" in record.message
+    cache.temporary_cache().cleanup()
+    cache.temporary_cache.cache_clear()
+
+
+def test_dtype_by_name(model: SigLipVisionModel, tmp_path: Path) -> None:
+    assert optimize(model, dtype="bfloat16", engines=[], cache_dir=tmp_path).dtype == torch.bfloat16
+    assert with_engine(model, "eager", dtype="float16").dtype == torch.float16
+    assert with_engine(model, "eager", dtype="auto").dtype == torch.float32
+    with pytest.raises(ValueError, match=r"dtype must be one of torch.float32, .*, got 'half'"):
+        with_engine(model, "eager", dtype="half")
+
+
+def test_parameters_made_in_inference_mode(model: SigLipVisionModel, tmp_path: Path) -> None:
+    with torch.inference_mode():
+        copies = [
+            optimize(model, engines=["prepacked"], cache_dir=tmp_path),
+            with_engine(model, "prepacked", dtype=torch.bfloat16, cache_dir=tmp_path),
+        ]
+    for optimized in copies:
+        assert not any(parameter.is_inference() for parameter in optimized.parameters())

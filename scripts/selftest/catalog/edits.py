@@ -93,10 +93,11 @@ def hook(pattern: str, function: Callable[[Tensor, Tensor], Tensor]) -> Edit:
 
 
 def change_input(function: Callable[[Tensor], Tensor]) -> Edit:
-    """Replace the model's input with a function of it."""
+    """Replace the model's input with a function of it, after the model has checked its range."""
 
     def edit(model: SigLipVisionModel) -> None:
-        model.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
+        patch_embedding = model.transformer.embeddings.patch_embedding
+        patch_embedding.register_forward_pre_hook(lambda _, args: (function(args[0]),))
 
     return edit
 

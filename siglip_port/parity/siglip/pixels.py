@@ -161,8 +161,11 @@ def describe_cost(embed: Embed | None, pixels: Pixels, expected: Pixels) -> str:
     """Describe the effect of a difference in pixels on the port's embeddings."""
     if embed is None or shapes_of(pixels) != shapes_of(expected):
         return ""
-    with torch.inference_mode():
-        similarity = cosine(embed(**pixels), embed(**expected))
+    try:
+        with torch.inference_mode():
+            similarity = cosine(embed(**pixels), embed(**expected))
+    except ValueError as error:  # the model refuses pixels that are far out of range
+        return f"; {error}"
     return f"; cosine of the two embeddings {float(similarity.min()):.6f}"
 
 

@@ -140,6 +140,9 @@ def test_effect_on_embeddings() -> None:
     message = first_finding(changed, embed=model.embed).message
     assert "; cosine of the two embeddings " in message
     assert 0 < float(message.rpartition(" ")[2]) < 0.9999
+    not_rescaled = replace(changed, rescale_factor=None)
+    message = first_finding(not_rescaled, embed=model.embed).message
+    assert "; pixel_values must be normalized to about [-1, 1], got values from " in message
 
 
 def test_image_rejected_by_one_side() -> None:
