@@ -6,18 +6,19 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from siglip_port.checkpoint.errors import CheckpointError
 from siglip_port.checkpoint.hf_config import UnknownModelError, refuse_other_models
 from siglip_port.checkpoint.key_rules import KeyRule, Layout
-from siglip_port.checkpoint.layouts import BLOCK
+from siglip_port.checkpoint.layouts import BLOCK, MOONDREAM_OLD
 from siglip_port.checkpoint.recognize import Match
-from siglip_port.checkpoint.registry import PUBLISHED, config_of_name
+from siglip_port.checkpoint.registry import PUBLISHED, SIZES, config_of_name
 from siglip_port.checkpoint.source import CONFIG
 from siglip_port.checkpoint.transforms import PATCHES_TRANSPOSED, TRANSPOSED
+from siglip_port.checkpoint.vision_keys import refuse_unknown_sections, section_at
 from siglip_port.checkpoint.weight_files import WeightFiles
 from siglip_port.config import SigLipVisionConfig, is_int
 
@@ -27,6 +28,11 @@ NOT_SIGLIP = (
 )
 
 Json = Mapping[str, Any]
+
+BUILT_FROM = (("model_args",), ("model_cfg", "vision_cfg"))
+"""Paths of the arguments from which timm and open_clip build the model."""
+
+IMAGE_SIZE_KEYS = ("img_size", "image_size", "vit_img_size", "input_size", "crop_size")
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,23 @@ class StoredSizes:
     num_attention_heads: int | None = None
 
 
-def read_architecture(files: WeightFiles, match: Match, content: Json | None) -> SigLipVisionConfig:
+class UnknownValuesError(ValueError):
+    """Neither shapes nor a configuration give the number of heads or the activation."""
+
+
+class Architecture(NamedTuple):
+    """The architecture of a checkpoint.
+
+    Attributes:
+        config: The architecture, without the pooling that the tensors show.
+        source: Where it comes from, and what was assumed, for `Evidence.architecture`.
+    """
+
+    config: SigLipVisionConfig
+    source: str
+
+
+def read_architecture(files: WeightFiles, match: Match, content: Json | None) -> Architecture:
     """Read the architecture from transformers' configuration, or infer it.
 
     Args:
@@ -54,26 +76,47 @@ def read_architecture(files: WeightFiles, match: Match, content: Json | None) ->
         CheckpointError: The configuration describes another model, or a value is unknown.
     """
     title = files.source.title
-    refusal: UnknownModelError | None = None
-    if match.layout.has_hf_config:
-        if content is None:
-            raise CheckpointError(
-                f"{title} has no {CONFIG}, which layout {match.layout.name!r} needs; put the "
-                "checkpoint's file beside the weights, or pass config="
-            )
+    reason = f"has no {CONFIG}"
+    if match.layout.has_hf_config and content is not None:
         try:
-            return SigLipVisionConfig.from_hf(content)
+            return Architecture(SigLipVisionConfig.from_hf(content), CONFIG)
         except UnknownModelError as error:
-            refusal = error  # It may name its encoder, as the first LLaVA releases do.
+            # It may name its encoder, as the first LLaVA releases do, or the shapes may be known.
+            reason = str(error)
         except ValueError as error:
             raise CheckpointError(f"{title}: {error}; {NOT_SIGLIP}") from error
     try:
         sizes = read_sizes(match.layout, files.shapes(match.prefix), match.prefix)
+        if match.layout is MOONDREAM_OLD:
+            refuse_unknown_release(files, sizes)
         return infer_architecture(match.layout, sizes, content or {})
-    except ValueError as error:
-        if refusal is not None:
-            raise CheckpointError(f"{title}: {refusal}; {NOT_SIGLIP}") from error
+    except UnknownValuesError as error:
+        if match.layout.has_hf_config:
+            raise CheckpointError(
+                f"{title}: {reason}, and the tensor shapes are not those of a published encoder; "
+                f"put the encoder's {CONFIG} beside the weights, or pass config="
+            ) from error
         raise CheckpointError(f"{title} (layout: {match.title}): {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{title} (layout: {match.title}): {error}") from error
+
+
+def refuse_unknown_release(files: WeightFiles, sizes: StoredSizes) -> None:
+    """Raise ValueError unless a Moondream file is known to have the approximate GELU.
+
+    Releases until March 2024 had the exact one, with the same names. From May 2024 on, the
+    projection takes tokens of two resolutions, so that its inputs are twice the encoder's width.
+    """
+    for name in files.file_of:
+        if name.endswith("projection.mlp.fc1.weight"):
+            info = files.tensor(name)
+            if info is not None and info.shape[-1:] == (2 * sizes.embed_dim,):
+                return
+    raise ValueError(
+        "Moondream releases before April 2024 have the exact GELU, and this file does not show its "
+        "release (projection.mlp.fc1.weight of later ones has twice the encoder's width as "
+        "inputs); pass config=SigLipVisionConfig(...) with its hidden_act"
+    )
 
 
 # --- from shapes ----------------------------------------------------------------------------------
@@ -104,6 +147,9 @@ def read_sizes(
     extra_dims = int(layout.is_stacked)  # dimension of the blocks
     if not layout.fits(patch) or len(fc1) != 2 + extra_dims or len(positions) < 2:
         raise ValueError(f"tensor shapes are impossible in layout {layout.name!r}")
+    grid = positions[:-1][-2:]
+    if len(positions) > 2 and grid[0] not in (1, grid[1]):
+        raise ValueError(f"grid of positions must be square, got {grid[0]} x {grid[1]}")
     channels, patch_size = patch_sizes(layout, patch_rule, patch)
     embed_dim = positions[-1]
     num_heads = None
@@ -162,12 +208,12 @@ def count_blocks(rule: KeyRule, shapes: Mapping[str, tuple[int, ...]], prefix: s
 # --- from other configuration files ---------------------------------------------------------------
 
 
-def infer_architecture(layout: Layout, sizes: StoredSizes, content: Json) -> SigLipVisionConfig:
+def infer_architecture(layout: Layout, sizes: StoredSizes, content: Json) -> Architecture:
     """Infer the architecture of a model without a configuration file of transformers.
 
     Shapes determine most sizes, and in some layouts the number of heads. The other values come from
-    the configuration file, from the layout, or from the name of a published model in the
-    configuration file, in this order.
+    the configuration file, from the layout, from the name of a published model in the
+    configuration file, or from the published model of the same width, in this order.
 
     Args:
         layout: Layout of the weights.
@@ -175,37 +221,65 @@ def infer_architecture(layout: Layout, sizes: StoredSizes, content: Json) -> Sig
         content: Contents of the configuration file; empty if there is none.
 
     Raises:
-        ValueError: A value is unknown, or the configuration names several models.
+        ValueError: A value is unknown, or the configuration names several models or describes
+            something that SigLIP does not have.
     """
     refuse_other_models(content)
-    published = find_published(content)
+    refuse_unknown_sections(content)
+    if math.isqrt(sizes.num_patches) ** 2 != sizes.num_patches:
+        raise ValueError(f"number of positions must be a square number, got {sizes.num_patches}")
+    named = find_published(content)
     sections = vision_sections(content)
-    num_heads = infer_heads(sizes, sections, published)
-    hidden_act = infer_activation(layout, sections, published)
+    num_heads = infer_heads(sizes, sections, named)
+    hidden_act = infer_activation(layout, sections, named)
+    source = "tensor shapes"
+    if content:
+        source += " and the configuration file"
+    size = published_size(layout, sizes)
+    if size is not None and named is None and (num_heads is None or hidden_act is None):
+        config = SIZES[size]
+        num_heads = num_heads or config.num_attention_heads
+        if layout.has_hf_config:  # Other layouts exist with either activation.
+            hidden_act = hidden_act or config.hidden_act
+        source += f"; assumed from the published {size} size: {num_heads} heads, {hidden_act}"
     if num_heads is None or hidden_act is None:
         values = {"num_attention_heads": num_heads, "hidden_act": hidden_act}
         unknown = [name for name, value in values.items() if value is None]
-        raise ValueError(
+        raise UnknownValuesError(
             f"cannot infer {' and '.join(unknown)} from the configuration or the tensor shapes; "
             "put the checkpoint's configuration beside the weights, or pass "
             "config=SigLipVisionConfig(...)"
         )
-    if math.isqrt(sizes.num_patches) ** 2 != sizes.num_patches:
-        raise ValueError(f"number of positions must be a square number, got {sizes.num_patches}")
     defaults = {"vit_ln_eps": layout.layer_norm_eps or SigLipVisionConfig.layer_norm_eps}
-    return SigLipVisionConfig(
+    config = SigLipVisionConfig(
         num_channels=sizes.num_channels,
         embed_dim=sizes.embed_dim,
-        image_size=infer_image_size(layout, sizes, sections, published),
+        image_size=infer_image_size(layout, sizes, content, named),
         patch_size=sizes.patch_size,
         num_attention_heads=num_heads,
         num_encoder_blocks=sizes.num_encoder_blocks,
         mlp_hidden_dim=sizes.mlp_hidden_dim,
         layer_norm_eps=first_value([*sections, defaults], "vit_ln_eps"),
         hidden_act=hidden_act,
-        mean_pooling=infer_mean_pooling(sections, published),
+        mean_pooling=infer_mean_pooling(sections, named),
         naflex=layout.naflex,
     )
+    return Architecture(config, source)
+
+
+def published_size(layout: Layout, sizes: StoredSizes) -> str | None:
+    """Return the published size with these widths; None if there is none.
+
+    The number of blocks may differ, since vision-language models drop the last ones. A NaFlex
+    encoder must have the published positions, since other models store such a matrix, too.
+    """
+    if layout.naflex and (sizes.num_patches, sizes.patch_size) != (256, 16):
+        return None
+    for name, config in SIZES.items():
+        widths = (config.embed_dim, config.mlp_hidden_dim)
+        if widths == (sizes.embed_dim, sizes.mlp_hidden_dim):
+            return name
+    return None
 
 
 def find_published(content: Json) -> SigLipVisionConfig | None:
@@ -241,18 +315,16 @@ def texts_in(content: object) -> Iterator[str]:
 def vision_sections(content: Json) -> list[Json]:
     """Return the sections where timm, open_clip, Janus, nanoVLM and others describe the encoder."""
     paths = (
-        ("model_args",),
-        ("model_cfg", "vision_cfg"),
+        *BUILT_FROM,
+        ("config", "vision"),
         ("vision_config", "params"),
         ("pretrained_cfg",),
         (),
     )
     sections = []
     for path in paths:
-        section: object = content
-        for key in path:
-            section = section.get(key) if isinstance(section, Mapping) else None
-        if isinstance(section, Mapping):
+        section = section_at(content, path)
+        if section is not None:
             sections.append(section)
     return sections
 
@@ -270,7 +342,9 @@ def infer_heads(
     sizes: StoredSizes, sections: list[Json], published: SigLipVisionConfig | None
 ) -> Any:  # noqa: ANN401 (a value of JSON, which SigLipVisionConfig checks)
     """Return the number of attention heads; None if unknown."""
-    num_heads = sizes.num_attention_heads or first_value(sections, "num_heads", "vit_n_heads")
+    num_heads = sizes.num_attention_heads or first_value(
+        sections, "num_heads", "vit_n_heads", "enc_n_heads"
+    )
     if num_heads is None and published is not None and published.embed_dim == sizes.embed_dim:
         return published.num_attention_heads
     return num_heads
@@ -297,31 +371,51 @@ def infer_mean_pooling(sections: list[Json], published: SigLipVisionConfig | Non
 
 
 def infer_image_size(
-    layout: Layout,
-    sizes: StoredSizes,
-    sections: list[Json],
-    published: SigLipVisionConfig | None,
+    layout: Layout, sizes: StoredSizes, content: Json, named: SigLipVisionConfig | None
 ) -> int:
-    """Return the image size in pixels: the first known size with the stored number of patches."""
+    """Return the image size in pixels: the first known size with the stored number of patches.
+
+    Raises:
+        ValueError: The model is built for images that are not square, or that have another number
+            of patches.
+    """
     grid_size = math.isqrt(sizes.num_patches)
-    if not layout.naflex:
-        candidates = [*image_sizes(sections)]
-        if published is not None:
-            candidates.append(published.image_size)
-        candidates += published_image_sizes(sizes)
-        for image_size in candidates:
-            if image_size // sizes.patch_size == grid_size:
-                return image_size
+    if layout.naflex:
+        return grid_size * sizes.patch_size
+    for path in BUILT_FROM:
+        section = section_at(content, path) or {}
+        for image_size in image_sizes([section]):
+            if image_size // sizes.patch_size != grid_size:
+                raise ValueError(
+                    f"{'.'.join(path)} has images of {image_size} pixels, but the weights have "
+                    f"{grid_size} x {grid_size} positions of patches of {sizes.patch_size} pixels; "
+                    "to resize the positions, correct the image size and pass interpolation="
+                )
+    candidates = [*image_sizes(vision_sections(content))]
+    if named is not None:
+        candidates.append(named.image_size)
+    if layout.image_size is not None:
+        candidates.append(layout.image_size)
+    candidates += published_image_sizes(sizes)
+    for image_size in candidates:
+        if image_size // sizes.patch_size == grid_size:
+            return image_size
     return grid_size * sizes.patch_size
 
 
 def image_sizes(sections: list[Json]) -> Iterator[int]:
-    """Yield the image sizes in a configuration; of a list, its last value, the width."""
+    """Yield the image sizes in a configuration.
+
+    Raises:
+        ValueError: An image is not square.
+    """
     for section in sections:
-        for key in ("img_size", "image_size", "vit_img_size", "input_size"):
+        for key in IMAGE_SIZE_KEYS:
             size = section.get(key)
-            if isinstance(size, list) and size:
-                size = size[-1]
+            if isinstance(size, list) and all(is_int(side) for side in size[-2:]):
+                if len(set(size[-2:])) > 1:
+                    raise ValueError(f"{key} must be square, got {size}")
+                size = size[-1] if size else None
             if is_int(size):
                 yield size
 

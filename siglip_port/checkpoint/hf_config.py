@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from siglip_port.checkpoint.vision_keys import refuse_unknown_keys, section_at, unknown_keys
 from siglip_port.config import SigLipVisionConfig, is_int, is_number
 
 NAVIT = {"pooling_head": False, "interpolation": "navit"}
@@ -61,19 +62,41 @@ ENCODER_OF = {
     "lfm2-vl": "siglip2_vision_model",
     "janus": "janus_vision_model",
     "deepseek_vl": "siglip_vision_model",
+    "bagel": "siglip_vision_model",
 }
 
 MINICPM = ("minicpmv", "minicpmo")
 
+ROTARY = "its vision encoder has rotary positions"
+
 REFUSED_TYPES = {
     "minicpmv4_6": "its vision encoder merges tokens between blocks",
     "minicpmv4_6_vision": "its vision encoder merges tokens between blocks",
-    "youtu_vl": "its vision encoder has rotary positions and window attention",
-    "bagel": "its configuration does not say whether positions are learned or rotary",
+    "youtu_vl": f"{ROTARY} and window attention",
+    "Keye": ROTARY,
+    "KeyeVL1_5": ROTARY,
+    "paddleocr_vl": ROTARY,
     "phi3_v": "its vision encoder is CLIP",
     "clip": "CLIP is a different architecture",
     "clip_vision_model": "CLIP is a different architecture",
 }
+
+# Values of a vision section that a model's own code assumes where its configuration omits them.
+IMPLIED_VALUES: dict[str, dict[str, Any]] = {
+    "eagle_2_5_vl": {"use_rope": True, "use_windows_attn": True},
+}
+
+CLASSIFIERS = ("SiglipForImageClassification", "Siglip2ForImageClassification")
+"""Architectures that pool by the mean of the tokens; the pooling head in their files is unused."""
+
+HIDDEN_ACT_SYNONYMS = {
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
+    "gelu_accurate": "gelu_pytorch_tanh",
+    "gelu_python_tanh": "gelu_pytorch_tanh",
+    "gelu_python": "gelu",
+}
+"""transformers' other names of the two activations, equal to them within 1e-12."""
 
 # Field of SigLipVisionConfig <- key of transformers.
 HF_KEYS = {
@@ -91,39 +114,65 @@ HF_KEYS = {
 }
 
 
+VISION_SECTIONS = (
+    ("vision_config",),
+    ("vit_config",),
+    ("vision_encoder_config",),
+    ("vision_tower_cfg",),
+    ("visual_tokenizer_config", "backbone_config"),
+)
+"""Paths of the vision encoder's section: transformers, BAGEL, VILA and NVILA, Ovis."""
+
+
+NO_ENCODER = "configuration describes no vision encoder"
+
+
 class UnknownModelError(ValueError):
-    """A configuration without a vision section has an unknown `model_type`."""
+    """A configuration does not describe a vision encoder, or one of an unknown `model_type`."""
 
 
 def config_from_hf(hf_config: Mapping[str, Any]) -> SigLipVisionConfig:
     """Read the contents of a transformers `config.json`: see `SigLipVisionConfig.from_hf`.
 
     Raises:
-        ValueError: The model is not supported, or a value is invalid.
-        UnknownModelError: The `model_type` is unknown, and there is no vision section.
+        ValueError: The model is not supported, a value is invalid, or a key of the vision section
+            is unknown.
+        UnknownModelError: There is no vision section, and the `model_type` is unknown or missing.
     """
     if not isinstance(hf_config, Mapping):
         raise ValueError(f"configuration must be a JSON object, got {hf_config!r}")
     refuse_other_models(hf_config)
-    hf_config = vision_language_part(hf_config)
-    vision = vision_part(hf_config)
+    hf_config, vision = find_vision_section(hf_config)
     model_type = find_model_type(hf_config, vision)
+    refuse_unknown_keys(vision)
     defaults = MODEL_TYPES[model_type]
     values = {field: vision[key] for field, key in HF_KEYS.items() if key in vision}
     for name in ("image_size", "patch_size"):
         if name in values:
             values[name] = square_side(name, values[name])
+    hidden_act = values.get("hidden_act")
+    if isinstance(hidden_act, str):
+        values["hidden_act"] = HIDDEN_ACT_SYNONYMS.get(hidden_act, hidden_act)
     if defaults.get("naflex"):
         values["image_size"] = naflex_image_size(vision, values)
     if model_type == "janus_vision_model":
         embed_dim = values.get("embed_dim", 1024)
         values["mlp_hidden_dim"] = janus_mlp_width(embed_dim, vision.get("mlp_ratio", 4.0))
-    if vision.get("mean_pooling") is True:
+    if vision.get("mean_pooling") is True or is_classifier(hf_config):
         values |= {"mean_pooling": True, "pooling_head": False}
     if drops_last_block(hf_config):
         blocks = values.get("num_encoder_blocks", SigLipVisionConfig.num_encoder_blocks)
         values["num_encoder_blocks"] = blocks - 1 if is_int(blocks) else blocks
     return SigLipVisionConfig(**{"pooling_head": True, **defaults, **values})
+
+
+def unknown_settings(hf_config: Mapping[str, Any]) -> list[str]:
+    """Return the settings `key=value` for which `config_from_hf` refuses a configuration."""
+    try:
+        _, vision = find_vision_section(hf_config)
+    except ValueError:
+        return []
+    return unknown_keys(vision)
 
 
 def config_to_hf(config: SigLipVisionConfig) -> dict[str, Any]:
@@ -151,30 +200,63 @@ def refuse_other_models(hf_config: Mapping[str, Any]) -> None:
             raise ValueError(f"model_type {model_type!r} is not supported: {reason}")
 
 
-def vision_language_part(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the section that contains `vision_config`.
+def find_vision_section(
+    hf_config: Mapping[str, Any],
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the model's configuration and the section of its vision encoder.
 
-    In a model around a vision-language model, such as ColPali, that is one level down.
+    In a model around a vision-language model, such as ColPali, both are one level down. Without a
+    section, both are the whole configuration if it is flat, that is, the vision encoder's own.
+
+    Raises:
+        ValueError: There are several sections, or `vision_config` is not an object.
+        UnknownModelError: The configuration does not describe a vision encoder.
     """
-    if "vision_config" in hf_config:
-        return hf_config
-    parts = {}
-    for key, value in hf_config.items():
-        if isinstance(value, Mapping) and isinstance(value.get("vision_config"), Mapping):
-            parts[key] = value
-    if len(parts) > 1:
-        raise ValueError(f"vision_config must occur once, found in {', '.join(parts)}")
-    return next(iter(parts.values()), hf_config)
+    if hf_config.get("vision_config") is not None:
+        vision = hf_config["vision_config"]
+        if not isinstance(vision, Mapping):
+            raise ValueError(f"vision_config must be an object, got {vision!r}")
+        return hf_config, with_implied_values(hf_config, vision)
+    sections = list_vision_sections(hf_config)
+    if len(sections) > 1:
+        raise ValueError(f"vision section must occur once, found {', '.join(sections)}")
+    for part, section in sections.values():
+        return part, with_implied_values(part, section)
+    model_type = hf_config.get("model_type")
+    if model_type == "bagel":
+        raise ValueError("configuration has no vit_config; BAGEL stores it in vit_config.json")
+    if model_type == "phi4mm" or isinstance(hf_config.get("text_config"), Mapping):
+        return hf_config, {}  # The section is omitted: all values are those of its class.
+    if model_type is None and hf_config.keys().isdisjoint(HF_KEYS.values()):
+        raise UnknownModelError(NO_ENCODER)
+    return hf_config, hf_config
 
 
-def vision_part(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the section of the vision encoder; the whole configuration if it is flat."""
-    vision = hf_config.get("vision_config")
-    if vision is None:  # Phi-4's own files have no vision section; its code has the values.
-        return {} if hf_config.get("model_type") == "phi4mm" else hf_config
-    if not isinstance(vision, Mapping):
-        raise ValueError(f"vision_config must be an object, got {vision!r}")
-    return vision
+def list_vision_sections(
+    hf_config: Mapping[str, Any],
+) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Return the model's configuration and vision section by the path of the section.
+
+    Looks at the top level and, if there is none, one level down.
+    """
+    parts = {"": hf_config, **{f"{name}.": part for name, part in hf_config.items()}}
+    sections = {}
+    for name, part in parts.items():
+        for path in VISION_SECTIONS:
+            section = section_at(part, path)
+            if section is not None:
+                sections[name + ".".join(path)] = (part, section)
+        if sections and part is hf_config:
+            break
+    return sections
+
+
+def with_implied_values(
+    hf_config: Mapping[str, Any], vision: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Add the values that the model's own code assumes where its section omits them."""
+    implied = IMPLIED_VALUES.get(str(hf_config.get("model_type")), {})
+    return {**implied, **vision}
 
 
 def find_model_type(hf_config: Mapping[str, Any], vision: Mapping[str, Any]) -> str:
@@ -195,6 +277,12 @@ def find_model_type(hf_config: Mapping[str, Any], vision: Mapping[str, Any]) -> 
     if is_section:
         raise ValueError(message)
     raise UnknownModelError(message)
+
+
+def is_classifier(hf_config: Mapping[str, Any]) -> bool:
+    """Return whether the model classifies the mean of the tokens: see `CLASSIFIERS`."""
+    architectures = hf_config.get("architectures")
+    return isinstance(architectures, list) and any(name in CLASSIFIERS for name in architectures)
 
 
 def drops_last_block(hf_config: Mapping[str, Any]) -> bool:

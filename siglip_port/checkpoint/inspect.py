@@ -14,6 +14,7 @@ from siglip_port.checkpoint.formats import TensorInfo
 from siglip_port.checkpoint.key_rules import KeyMapping
 from siglip_port.checkpoint.layouts import LAYOUTS
 from siglip_port.checkpoint.pretrained import build_on_meta
+from siglip_port.checkpoint.provenance import Evidence
 from siglip_port.checkpoint.reader import Checkpoint
 from siglip_port.checkpoint.recognize import Match, find_matches
 from siglip_port.checkpoint.source import Source
@@ -92,6 +93,7 @@ class Inspection:
         prefix: Prefix of its names.
         title: Layout and prefix, for messages.
         config: Architecture.
+        evidence: Source of the architecture, the pooling and the preprocessing.
         encoder: Stored size of the encoder.
         total: Stored size of all readable files.
         entries: Tensors of the encoder.
@@ -108,6 +110,7 @@ class Inspection:
     prefix: str
     title: str
     config: SigLipVisionConfig
+    evidence: Evidence
     encoder: Size
     total: Size
     entries: tuple[Entry, ...]
@@ -164,6 +167,7 @@ def inspect_checkpoint(
         prefix=checkpoint.match.prefix,
         title=checkpoint.match.title,
         config=checkpoint.config,
+        evidence=checkpoint.evidence,
         encoder=Size.of([tensors[name] for name in checkpoint.mappings if name in tensors]),
         total=Size.of(tensors.values()),
         entries=tuple(list_entries(checkpoint, tensors, counts)),

@@ -167,6 +167,7 @@ class Layout:
         layer_norm_eps: LayerNorm epsilon, if fixed by the code that defines the layout.
         hidden_act: Activation, if fixed by that code.
         head_dim: Width of an attention head, if fixed by that code.
+        image_size: Image size in pixels that this code resizes images to, if fixed.
     """
 
     name: str
@@ -183,6 +184,7 @@ class Layout:
     layer_norm_eps: float | None = None
     hidden_act: str | None = None
     head_dim: int | None = None
+    image_size: int | None = None
 
     @property
     def is_stacked(self) -> bool:

@@ -308,14 +308,14 @@ MOONDREAM = Layout(
     ignored=(IgnoredKeys(r"proj_mlp\..+", "projector"),),
     layer_norm_eps=1e-5,
     hidden_act="gelu_pytorch_tanh",
-    head_dim=72,
+    image_size=378,
 )
 
 MOONDREAM_OLD = replace(
     MOONDREAM,
     name="moondream-old",
     title="Moondream before 2025",
-    used_by="Moondream 2 from April 2024",
+    used_by="Moondream 2 from May 2024",
     encoder=renamed(
         TIMM_ENCODER,
         ("patch_embed.proj.*", "patch_embed.linear.*", PATCHES_CHANNEL_FIRST),

@@ -20,6 +20,23 @@ UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """Where the properties of a model come from that its tensors do not show.
+
+    Each is a file name or a rule, followed by what was assumed.
+
+    Attributes:
+        architecture: Source of the configuration, such as `config.json`.
+        pooling: How the model pools, and why.
+        preprocessing: Source of the `preprocessor_config.json`.
+    """
+
+    architecture: str
+    pooling: str
+    preprocessing: str
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Origin of a model's weights, and a summary of loading. `print` it.
 
@@ -28,6 +45,7 @@ class Provenance:
         commit: Hub commit; None for a local path.
         files: Files that were read.
         layout: Recognized layout and prefix.
+        evidence: Source of the architecture, the pooling and the preprocessing.
         tensors_read: Number of stored tensors of the encoder.
         bytes_read: Their size in bytes.
         bytes_total: Size in bytes of all weights files, as far as known.
@@ -42,6 +60,7 @@ class Provenance:
     commit: str | None
     files: tuple[Path, ...]
     layout: str
+    evidence: Evidence
     tensors_read: int
     bytes_read: int
     bytes_total: int
@@ -67,6 +86,9 @@ class Provenance:
                 f"source   {source}",
                 f"files    {files}",
                 f"layout   {self.layout}",
+                f"config   {self.evidence.architecture}",
+                f"pooling  {self.evidence.pooling}",
+                f"pixels   {self.evidence.preprocessing}",
                 f"read     {self.amount_read()}, {self.tensors_read} tensors",
                 f"ignored  {ignored or 'nothing'}",
                 f"dtype    {dtype}",

@@ -26,8 +26,16 @@ from siglip_port.checkpoint.errors import (
     describe_problems,
 )
 from siglip_port.checkpoint.formats import DTYPES, TensorInfo
+from siglip_port.checkpoint.hf_config import unknown_settings
 from siglip_port.checkpoint.json_files import read_config, read_preprocessor_config
-from siglip_port.checkpoint.provenance import FINGERPRINT, ORIGIN, Provenance, fingerprint
+from siglip_port.checkpoint.layouts import PREFIX
+from siglip_port.checkpoint.provenance import (
+    FINGERPRINT,
+    ORIGIN,
+    Evidence,
+    Provenance,
+    fingerprint,
+)
 from siglip_port.checkpoint.recognize import recognize
 from siglip_port.checkpoint.source import CONFIG, OPEN_CLIP_CONFIG, Source
 from siglip_port.checkpoint.weight_files import WeightFiles
@@ -95,8 +103,9 @@ class Checkpoint:
             content = {**read_open_clip_config(source), **content}
         self._config_of_files: SigLipVisionConfig | None = None
         self._described_by = "the architecture"
+        self._architecture_source = describe_override(content)
         if config is None:
-            config = read_architecture(self.files, self.match, content)
+            config, self._architecture_source = read_architecture(self.files, self.match, content)
             self._config_of_files = config
             if self.match.layout.has_hf_config:
                 self._described_by = CONFIG
@@ -110,6 +119,22 @@ class Checkpoint:
         rules = self.match.layout.rules(self.config.pooling_head)
         self.mappings = self.match.layout.mappings(
             config.num_encoder_blocks, rules, self.match.prefix
+        )
+
+    @property
+    def evidence(self) -> Evidence:
+        """Where the architecture, the pooling and the preprocessing come from."""
+        pooling = "none"
+        if self.config.pooling_head:
+            pooling = "attention pooling head"
+        elif self.config.mean_pooling:
+            pooling = "mean of the tokens"
+            if self._head_keys:
+                pooling += ", of a classifier; pooling_head=True loads its unused pooling head"
+        return Evidence(
+            architecture=self._architecture_source,
+            pooling=pooling,
+            preprocessing=preprocessor_config.PREPROCESSOR,
         )
 
     @property
@@ -180,6 +205,7 @@ class Checkpoint:
             commit=self._source.commit,
             files=tuple(dict.fromkeys(paths[filename] for filename in groups)),
             layout=self.match.title,
+            evidence=self.evidence,
             tensors_read=len(stored),
             bytes_read=sum(info.nbytes for info in stored.values()),
             bytes_total=max(self.files.index_bytes, size),
@@ -222,10 +248,15 @@ class Checkpoint:
         """Return the architecture with the pooling of the file, or as requested."""
         if pooling_head is not None:
             return replace(config, pooling_head=pooling_head, mean_pooling=False)
-        has_head = bool(self._head_keys)
-        return replace(
-            config, pooling_head=has_head, mean_pooling=config.mean_pooling and not has_head
-        )
+        if config.mean_pooling or self._is_classifier():
+            return replace(config, pooling_head=False, mean_pooling=True)
+        return replace(config, pooling_head=bool(self._head_keys))
+
+    def _is_classifier(self) -> bool:
+        """Return whether the file has transformers' classifier, which pools by the mean."""
+        layout, prefix = self.match
+        name = f"{prefix.removesuffix(PREFIX)}classifier.weight"
+        return layout.has_hf_config and name in self.files.file_of
 
     def _check_block_count(self) -> None:
         """Raise CheckpointError if the number of blocks is impossible.
@@ -341,6 +372,15 @@ def read_config_unless(config: SigLipVisionConfig | None, source: Source) -> dic
         if config is None:
             raise
         return None
+
+
+def describe_override(content: Mapping[str, Any] | None) -> str:
+    """Describe an architecture passed as `config=`, and what it overrides in the file."""
+    source = "config="
+    unknown = unknown_settings(content or {})
+    if unknown:
+        source += f"; not applied: {', '.join(unknown)} in {CONFIG}"
+    return source
 
 
 def read_open_clip_config(source: Source) -> dict[str, Any]:

@@ -119,14 +119,17 @@ PRISMATIC_NAME = re.compile(r"(?:dino)?siglip-vit-(so400m|so|b16)(?:-(\d+)px)?")
 def config_of_name(name: str) -> SigLipVisionConfig | None:
     """Return the architecture of a published vision encoder by name.
 
-    Accepts Hub ids and the names in timm, Janus and Prismatic. Janus (a copy of timm's code) and
-    Prismatic (which uses timm) have the exact GELU.
+    Accepts Hub ids, local paths that end in their last part, and the names in timm, Janus and
+    Prismatic. Janus (a copy of timm's code) and Prismatic (which uses timm) have the exact GELU.
 
     Returns:
         The architecture; None if the name is unknown.
     """
+    path = name.replace("\\", "/").rstrip("/")
+    is_local = path.startswith((".", "~", "/")) or path.count("/") > 1
     for published in PUBLISHED:
-        if name in (published.repo, published.repo.split("/")[1]):
+        last_part = published.repo.split("/")[1]
+        if path in (published.repo, last_part) or (is_local and path.endswith(f"/{last_part}")):
             return published.config
     timm = TIMM_NAME.fullmatch(name)
     if timm:

@@ -84,6 +84,9 @@ def print_inspection(inspection: Inspection) -> None:
     print_labeled("files", [", ".join(inspection.files)])
     print_labeled("encoders", [encoder_options(*match) for match in inspection.encoders])
     print_labeled("layout", [inspection.title])
+    print_labeled("config", [inspection.evidence.architecture])
+    print_labeled("pooling", [inspection.evidence.pooling])
+    print_labeled("pixels", [inspection.evidence.preprocessing])
     print_labeled("encoder", [f"{encoder.parameters:,} parameters, {format_bytes(encoder.bytes)}"])
     print_labeled(
         "total", [f"{total.parameters:,} parameters, {format_bytes(total.bytes)}{unread}"]
@@ -91,7 +94,7 @@ def print_inspection(inspection: Inspection) -> None:
     print_labeled("ignored", [", ".join(ignored) or "nothing"])
     print_labeled("headers", [f"{match} the configuration"])
     print_labeled("values", [describe_values(inspection)])
-    print_labeled("config", [f"{field}={value!r}" for field, value in config.items()])
+    print_labeled("fields", [f"{field}={value!r}" for field, value in config.items()])
     typer.echo()
     print_entries(inspection.entries)
 

@@ -6,11 +6,15 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import SiglipVisionConfig
+from transformers.activations import ACT2FN
 
 from siglip_port import SigLipVisionConfig
+from siglip_port.checkpoint.hf_config import HIDDEN_ACT_SYNONYMS
+from siglip_port.model import ACTIVATIONS
 from tests.helpers.strategies import JSON
 
 SIZES = st.integers(1, 512)
@@ -41,7 +45,8 @@ CONFIGS = st.builds(
 
 def test_defaults() -> None:
     reference = SiglipVisionConfig().to_dict()
-    assert SigLipVisionConfig.from_hf({}) == SigLipVisionConfig(pooling_head=True)
+    default = {"model_type": "siglip"}
+    assert SigLipVisionConfig.from_hf(default) == SigLipVisionConfig(pooling_head=True)
     for key, value in SigLipVisionConfig(pooling_head=True).to_hf().items():
         if key != "architectures":
             assert reference[key] == value, key
@@ -73,20 +78,70 @@ def test_missing_keys(config: SigLipVisionConfig, omitted: set[str]) -> None:
     ],
 )
 def test_other_keys(extra: dict[str, Any]) -> None:
-    for content in (extra, {"model_type": "siglip", "vision_config": extra}):
+    flat = {"model_type": "siglip_vision_model", **extra}
+    for content in (flat, {"model_type": "siglip", "vision_config": extra}):
         assert SigLipVisionConfig.from_hf(content) == SigLipVisionConfig(pooling_head=True)
+
+
+SECTION = {"model_type": "siglip_vision_model", "image_size": 448}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"vision_config": SECTION},
+        {"model_type": "bagel", "vit_config": {**SECTION, "rope": False}},
+        {"vision_encoder_config": SECTION},
+        {"model_type": "llava_llama", "vision_tower_cfg": SECTION, "llm_cfg": {"hidden_size": 1}},
+        {"visual_tokenizer_config": {"backbone_config": SECTION, "tau": 1.0}},
+        {"model_type": "colpali", "vlm_config": {"model_type": "x", "vision_config": SECTION}},
+        {"vision_config": SECTION, "vit_config": {"model_type": "clip_vision_model"}},
+    ],
+    ids=lambda content: ", ".join(content),
+)
+def test_sections(content: dict[str, Any]) -> None:
+    config = SigLipVisionConfig(image_size=448, pooling_head=True)
+    assert SigLipVisionConfig.from_hf(content) == config
+
+
+@pytest.mark.parametrize("name", sorted(HIDDEN_ACT_SYNONYMS))
+def test_hidden_act_synonyms(name: str) -> None:
+    config = SigLipVisionConfig.from_hf({"model_type": "siglip", "hidden_act": name})
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    torch.testing.assert_close(
+        ACTIVATIONS[config.hidden_act](x), ACT2FN[name](x), atol=1e-12, rtol=0
+    )
+    other = {"gelu": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu"}[config.hidden_act]
+    assert (ACTIVATIONS[other](x) - ACT2FN[name](x)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["SiglipForImageClassification", "Siglip2ForImageClassification"])
+def test_classifier(name: str) -> None:
+    config = SigLipVisionConfig.from_hf({"model_type": "siglip", "architectures": [name]})
+    assert (config.mean_pooling, config.pooling_head) == (True, False)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ({}, "configuration describes no vision encoder"),
+        ({"type": "smolvla"}, "configuration describes no vision encoder"),
+        ({"dtype": "float32", "architectures": ["X"]}, "configuration describes no vision encoder"),
+        (
+            {"vit_config": SECTION, "vision_tower_cfg": SECTION},
+            "vision section must occur once, found vit_config, vision_tower_cfg",
+        ),
+        ({"model_type": "bagel", "vit_config": {**SECTION, "rope": True}}, "vision settings rope"),
+        ({"model_type": "Keye", "vision_config": SECTION}, "'Keye' is not supported: .* rotary"),
+        ({"model_type": "paddleocr_vl", "vision_config": {}}, "not supported: .* rotary"),
+        ({"model_type": "siglip", "hidden_act": "quick_gelu"}, "hidden_act must be one of"),
         (
             {"model_type": "dinov2"},
             "model_type must be one of siglip, siglip_vision_model, .*, got 'dinov2'",
         ),
         (
-            {"model_type": "bagel"},
-            "model_type .bagel. is not supported: its configuration does not say",
+            {"model_type": "bagel", "vit_path": "google/siglip-so400m-patch14-384"},
+            "configuration has no vit_config; BAGEL stores it in vit_config.json",
         ),
         (
             {"model_type": "youtu_vl", "vision_config": {"model_type": "siglip2_vision_model"}},
@@ -103,7 +158,7 @@ def test_other_keys(extra: dict[str, Any]) -> None:
         ),
         (
             {"a": {"vision_config": {}}, "b": {"vision_config": {}}},
-            "vision_config must occur once, found in a, b",
+            "vision section must occur once, found a.vision_config, b.vision_config",
         ),
         ([], r"configuration must be a JSON object, got \[\]"),
         (

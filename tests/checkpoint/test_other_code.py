@@ -150,9 +150,17 @@ GEMMA = {
             "patch_emb",
             True,
             1e-5,
-            {"model_type": "moondream1", "config": {}},
+            {"model_type": "moondream1", "config": {"vision": {"enc_n_heads": 2, "crop_size": 42}}},
         ),
-        ("Moondream", "vision.", MOONDREAM, "patch_emb", True, 1e-5, None),
+        (
+            "Moondream",
+            "vision.",
+            MOONDREAM,
+            "patch_emb",
+            True,
+            1e-5,
+            {"config": {"vision": {"enc_n_heads": 2}}},
+        ),
         (
             "Moondream before 2025",
             "vision_encoder.encoder.model.visual.",
@@ -160,7 +168,7 @@ GEMMA = {
             "patch_embed.linear",
             True,
             1e-5,
-            {"model_type": "moondream1"},
+            {"model_type": "moondream1", "num_heads": 2},
         ),
         (
             "nanoVLM",
@@ -192,7 +200,12 @@ def test_stored_names(
 ) -> None:
     shape = (WIDTH, 3 * P * P) if flat else (WIDTH, 3, P, P)
     tensors = draw_tensors(names, (patch, shape), prefix)
-    rest = {f"{prefix}proj_mlp.fc1.weight": torch.ones(2)} if title == "Moondream" else {}
+    rest = {
+        "Moondream": {f"{prefix}proj_mlp.fc1.weight": torch.ones(2)},
+        "Moondream before 2025": {
+            "vision_encoder.projection.mlp.fc1.weight": torch.ones(2, 2 * WIDTH)
+        },
+    }.get(title, {})
     save_file({**tensors, **rest, "text_model.x": torch.ones(2)}, tmp_path / "model.safetensors")
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))

@@ -16,14 +16,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    Siglip2Config,
+    Siglip2ForImageClassification,
+    Siglip2VisionConfig,
     SiglipForImageClassification,
     SiglipModel,
 )
 
-from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
+from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel, pack
 from siglip_port.checkpoint import layouts
 from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.checkpoint.source import WEIGHTS
+from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.siglip import reference as references
 from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import (
@@ -49,7 +53,7 @@ load = SigLipVisionModel.from_hf
     ("kind", "ignored"),
     [
         (SiglipModel, {"logit scale and bias": 2, "text encoder": 22}),
-        (SiglipForImageClassification, {"image classifier": 2}),
+        (SiglipForImageClassification, {"image classifier": 2, "pooling head": 11}),
     ],
 )
 @pytest.mark.parametrize("in_shards", [False, True], ids=["one file", "shards"])
@@ -64,11 +68,57 @@ def test_whole_models(
     reference = references.load(tmp_path, pooling_head=True, dtype=torch.float32)
     expected = reference.side().run(pixels(SMALL).float())
     torch.testing.assert_close(model(pixels(SMALL)), expected["tokens"])
-    torch.testing.assert_close(model.embed(pixels(SMALL)), expected["pooled"])
+    is_classifier = kind is SiglipForImageClassification
+    pooled = expected["tokens"].mean(1) if is_classifier else expected["pooled"]
+    torch.testing.assert_close(model.embed(pixels(SMALL)), pooled)
     assert model.provenance is not None
     assert model.provenance.ignored == ignored
-    assert model.provenance.tensors_read == 16 * SMALL.num_encoder_blocks + 16
+    head = 0 if is_classifier else 11
+    assert model.provenance.tensors_read == 16 * SMALL.num_encoder_blocks + 5 + head
     assert len(model.provenance.files) == (3 if in_shards else 1)
+
+
+@pytest.mark.parametrize("with_architectures", [True, False])
+@torch.no_grad()
+def test_classifier(tmp_path: Path, with_architectures: bool) -> None:
+    """It classifies the mean of the tokens, and the pooling head in its file is not trained."""
+    write_two_encoders(tmp_path, SiglipForImageClassification)
+    if not with_architectures:
+        edit_config(tmp_path, architectures=None)
+    model = load(tmp_path)
+    assert model.provenance is not None
+    assert model.provenance.evidence.pooling == (
+        "mean of the tokens, of a classifier; pooling_head=True loads its unused pooling head"
+    )
+    reference = SiglipForImageClassification.from_pretrained(tmp_path)
+    head = torch.nn.functional.linear(
+        model.embed(pixels(SMALL)), reference.classifier.weight, reference.classifier.bias
+    )
+    torch.testing.assert_close(head, reference(pixels(SMALL)).logits)
+    by_head = load(tmp_path, pooling_head=True).embed(pixels(SMALL))
+    assert relative_error(by_head, model.embed(pixels(SMALL))) > 0.1
+
+
+@torch.no_grad()
+def test_naflex_classifier(tmp_path: Path) -> None:
+    """Its mean leaves out the padding."""
+    vision = Siglip2VisionConfig(
+        hidden_size=24,
+        intermediate_size=30,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_patches=9,
+        patch_size=4,
+    )
+    reference = Siglip2ForImageClassification(Siglip2Config(vision_config=vision.to_dict()))
+    randomize(reference)
+    reference.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    images = pack([torch.rand(3, 8, 16), torch.rand(3, 12, 12)], 4)
+    logits = torch.nn.functional.linear(
+        model.embed(**images), reference.classifier.weight, reference.classifier.bias
+    )
+    torch.testing.assert_close(logits, reference.eval()(**images).logits)
 
 
 @pytest.mark.parametrize("prefix", ["", "vision_model."])
