@@ -16,7 +16,7 @@ T = TypeVar("T")
 HIDDEN_ACTS = ("gelu_pytorch_tanh", "gelu")
 """Supported MLP activations: GELU's tanh approximation (all Google checkpoints) or exact (erf)."""
 
-INTERPOLATIONS = ("hf", "timm", "naflex", "big_vision", "navit")
+INTERPOLATIONS = ("hf", "timm", "naflex", "big_vision", "navit", "minicpm", "vila", "crop")
 """How position embeddings are resized for other grids: see `siglip_port.patches`."""
 
 

@@ -2,7 +2,8 @@
 
 Sources: transformers 5.23 `models/siglip`, `models/siglip2` and `models/idefics2`; timm 1.0.31
 `layers/pos_embed.py`; big_vision `models/vit.py` (`resample_posemb`) and
-`models/proj/image_text/naflex_vit.py`.
+`models/proj/image_text/naflex_vit.py`; MiniCPM-V `modeling_navit_siglip.py`; VILA
+`multimodal_encoder/siglip/modeling_siglip.py`; BAGEL `data/data_utils.py`.
 """
 
 from __future__ import annotations
@@ -215,25 +216,81 @@ def interpolate_as_big_vision(grid: Tensor, size: tuple[int, int]) -> Tensor:
     return resize_grid(grid, size, "bilinear", align_corners=True, antialias=False)
 
 
-def interpolate_as_navit(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """Take the nearest position, as NaViT models do.
+def interpolate_as_vila(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize as VILA, vLLM and transformers 4.43: bicubic, scaled by (H + 0.1) / h.
 
-    These are Idefics2, Idefics3, SmolVLM, MiniCPM-V and Phi-4. Coordinates are float32, computed in
-    the same order as in transformers 5, because rounding decides ties. Releases before 5.0 round
-    differently.
+    The 0.1 keeps the output from being one row short; it also moves every sampling point.
     """
-    rows = nearest_indices(size[0], grid.shape[0], grid.device)
-    columns = nearest_indices(size[1], grid.shape[1], grid.device)
+    scales = ((size[0] + 0.1) / grid.shape[0], (size[1] + 0.1) / grid.shape[1])
+    resized = F.interpolate(grid.permute(2, 0, 1)[None], scale_factor=scales, mode="bicubic")
+    return resized[0].permute(1, 2, 0)
+
+
+def interpolate_as_crop(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """Take the top left corner, as BAGEL does.
+
+    Raises:
+        ValueError: The new grid is larger than the learned one.
+    """
+    height, width = grid.shape[:2]
+    if size[0] > height or size[1] > width:
+        raise ValueError(
+            f"with interpolation='crop', images must have at most {height} x {width} patches, got "
+            f"{size[0]} x {size[1]}; pass smaller images, or another interpolation= to from_hf or "
+            "SigLipVisionConfig"
+        )
+    return grid[: size[0], : size[1]]
+
+
+def interpolate_as_navit(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """Take the nearest position, as NaViT models of transformers do.
+
+    These are Idefics2, Idefics3, SmolVLM and Phi-4. Coordinates are float32, computed in the same
+    order as in transformers 5, because rounding decides ties.
+    """
+    rows = nearest_indices(navit_coordinates(size[0], grid.device), grid.shape[0])
+    columns = nearest_indices(navit_coordinates(size[1], grid.device), grid.shape[1])
     return grid[rows[:, None], columns]
 
 
-def nearest_indices(count: int, table_size: int, device: torch.device) -> Tensor:
-    """Map `count` coordinates along an axis to indices into `table_size` positions: [count]."""
+def interpolate_as_minicpm(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """Take the nearest position, as MiniCPM-V's own code does, and transformers 4.40 to 4.52.
+
+    Ties are rounded differently than by `interpolate_as_navit`. MiniCPM-V computes the indices on
+    the CPU.
+    """
+    rows = nearest_indices(minicpm_coordinates(size[0]), grid.shape[0]).to(grid.device)
+    columns = nearest_indices(minicpm_coordinates(size[1]), grid.shape[1]).to(grid.device)
+    return grid[rows[:, None], columns]
+
+
+def nearest_indices(coordinates: Tensor, table_size: int) -> Tensor:
+    """Map coordinates in [0, 1) along an axis to indices into `table_size` positions."""
+    width = 1 / table_size
+    boundaries = torch.arange(width, 1.0, width, device=coordinates.device, dtype=torch.float32)
+    return torch.bucketize(coordinates, boundaries, right=True)
+
+
+def navit_coordinates(count: int, device: torch.device) -> Tensor:
+    """Return the relative places of `count` patches along an axis: [count], float32."""
     step = 1.0 / torch.tensor(count, device=device)
     coordinates = torch.arange(count, device=device, dtype=torch.float32) * step
-    width = 1 / table_size
-    boundaries = torch.arange(width, 1.0, width, device=device, dtype=torch.float32)
-    return torch.bucketize(coordinates.clamp(max=1.0 - 1e-6), boundaries, right=True)
+    return coordinates.clamp(max=1.0 - 1e-6)
+
+
+def minicpm_coordinates(count: int) -> Tensor:
+    """Return what `torch.arange(0, 1 - 1e-6, step)` returns on a CPU, step = 1 / count in float32.
+
+    It computes vectors of 8 elements from a first element that it rounds to float32, and the
+    elements after the last two vectors one by one. A compiled `arange` rounds differently, so this
+    function does not call it.
+    """
+    step = (1.0 / torch.tensor(count)).double()
+    index = torch.arange(count)
+    start = index // 8 * 8
+    in_vectors = (start * step).float().double() + (index - start) * step
+    vectorized = index < count // 16 * 16
+    return torch.where(vectorized, in_vectors, index * step).float()
 
 
 INTERPOLATION_RULES: dict[str, Callable[[Tensor, tuple[int, int]], Tensor]] = {
@@ -242,5 +299,8 @@ INTERPOLATION_RULES: dict[str, Callable[[Tensor, tuple[int, int]], Tensor]] = {
     "naflex": interpolate_as_naflex,
     "big_vision": interpolate_as_big_vision,
     "navit": interpolate_as_navit,
+    "minicpm": interpolate_as_minicpm,
+    "vila": interpolate_as_vila,
+    "crop": interpolate_as_crop,
 }
 """Name in `siglip_port.config.INTERPOLATIONS` -> function [h, w, D], (H, W) -> [H, W, D]."""

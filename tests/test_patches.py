@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 from typing import Any, cast
 
@@ -268,6 +270,51 @@ def test_interpolation_naflex(size: tuple[int, int]) -> None:
     assert torch.equal(interpolate_positions(table, size, "naflex"), expected[0])
 
 
+def bicubic_weights(length: int, count: int, scale: float) -> Tensor:
+    """Sampling weights [count, length] of a cubic kernel (a = -0.75), borders repeated."""
+    weights = torch.zeros(count, length, dtype=torch.float64)
+    for i in range(count):
+        center = (i + 0.5) / scale - 0.5
+        first = math.floor(center) - 1
+        for j in range(first, first + 4):
+            distance = abs(center - j)
+            if distance <= 1:
+                weight = 1.25 * distance**3 - 2.25 * distance**2 + 1
+            else:
+                weight = -0.75 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+            weights[i, min(max(j, 0), length - 1)] += weight
+    return weights
+
+
+@pytest.mark.parametrize("size", [(8, 12), (3, 10), (7, 7), (2, 2)])
+def test_interpolation_vila(size: tuple[int, int]) -> None:
+    """VILA's `interpolate_pos_encoding`: sampling points are scaled by (H + 0.1) / h."""
+    table = torch.randn(36, 24, dtype=torch.float64)
+    rows = bicubic_weights(6, size[0], (size[0] + 0.1) / 6)
+    columns = bicubic_weights(6, size[1], (size[1] + 0.1) / 6)
+    expected = torch.einsum("ia,jb,abd->ijd", rows, columns, table.view(6, 6, 24)).flatten(0, 1)
+    positions = interpolate_positions(table, size, "vila")
+    assert relative_error(positions, expected) <= 1e-10
+    assert relative_error(interpolate_positions(table, size, "hf"), expected) > 1e-3
+    in_float32 = interpolate_positions(table.float(), size, "vila")
+    assert relative_error(in_float32, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("size", [(6, 1), (3, 5), (2, 6)])
+def test_interpolation_crop(size: tuple[int, int]) -> None:
+    """BAGEL's position of a patch is row * side + column."""
+    table = torch.randn(36, 24)
+    ids = [6 * row + column for row in range(size[0]) for column in range(size[1])]
+    assert torch.equal(interpolate_positions(table, size, "crop"), table[ids])
+
+
+@pytest.mark.parametrize("size", [(7, 2), (2, 7), (9, 9)])
+def test_crop_of_larger_images_refused(size: tuple[int, int]) -> None:
+    message = rf"at most 6 x 6 patches, got {size[0]} x {size[1]}; pass smaller images, or another"
+    with pytest.raises(ValueError, match=message):
+        interpolate_positions(torch.randn(36, 2), size, "crop")
+
+
 @given(side=st.integers(1, 9), rule=st.sampled_from(INTERPOLATIONS))
 def test_interpolation_to_own_grid(side: int, rule: str) -> None:
     table = torch.randn(side**2, 3)
@@ -276,6 +323,8 @@ def test_interpolation_to_own_grid(side: int, rule: str) -> None:
 
 @given(height=st.integers(1, 12), width=st.integers(1, 12), rule=st.sampled_from(INTERPOLATIONS))
 def test_interpolation_shapes(height: int, width: int, rule: str) -> None:
+    if rule == "crop":
+        height, width = min(height, 6), min(width, 6)
     ramp = torch.arange(6.0).repeat_interleave(6)[:, None].expand(-1, 2)  # increases by row
     fitted = interpolate_positions(ramp, (height, width), rule).view(height, width, 2)
     assert fitted.isfinite().all()
@@ -285,7 +334,8 @@ def test_interpolation_shapes(height: int, width: int, rule: str) -> None:
 
 def test_interpolation_rules_differ() -> None:
     table = torch.randn(36, 8)
-    fitted = [interpolate_positions(table, (9, 4), rule) for rule in INTERPOLATIONS]
+    rules = [rule for rule in INTERPOLATIONS if rule not in ("crop", "minicpm")]
+    fitted = [interpolate_positions(table, (9, 4), rule) for rule in rules]
     assert all(relative_error(a, b) > 1e-3 for i, a in enumerate(fitted) for b in fitted[:i])
 
 
@@ -379,3 +429,39 @@ def test_navit_large_images(size: tuple[int, int]) -> None:
     assert torch.equal(
         interpolate_positions(embeddings.position_embedding.weight, size, "navit"), expected
     )
+
+
+def minicpm_ids(count: int, side: int) -> Tensor:
+    """MiniCPM-V's `SiglipVisionEmbeddings`, one axis; counts are int32 tensors there."""
+    boundaries = torch.arange(1 / side, 1.0, 1 / side)
+    coordinates = torch.arange(0, 1 - 1e-6, 1 / torch.tensor(count, dtype=torch.int32))
+    return torch.bucketize(coordinates, boundaries, right=True)
+
+
+def test_interpolation_minicpm() -> None:
+    """All grids up to 70 x 70 of the published models, whose side is 70."""
+    table = torch.arange(4900.0)[:, None]
+    ids = {count: minicpm_ids(count, 70) for count in range(1, 71)}
+    for height, width in itertools.product(range(1, 71), range(1, 71)):
+        expected = (ids[height][:, None] * 70 + ids[width]).flatten()
+        positions = interpolate_positions(table, (height, width), "minicpm")
+        assert torch.equal(positions[:, 0], expected.float())
+
+
+@pytest.mark.parametrize(
+    ("side", "differing"),
+    [
+        (70, [49, 58, 77, 86, 98, 100, 110, 122, 135]),
+        (32, [58, 86, 100, 110, 116, 122]),
+        (27, [69, 75, 93, 108, 114, 135, 138]),
+    ],
+)
+def test_minicpm_differs_from_navit(side: int, differing: list[int]) -> None:
+    table = torch.arange(float(side**2))[:, None]
+    counts = []
+    for count in range(1, 141):
+        rows = interpolate_positions(table, (count, 1), "minicpm")
+        assert torch.equal(rows[:, 0], minicpm_ids(count, side).float() * side)
+        if not torch.equal(rows, interpolate_positions(table, (count, 1), "navit")):
+            counts.append(count)
+    assert counts == differing

@@ -12,6 +12,7 @@ from scripts.fuzz.byte_edits import edit_data, edit_length, join, noise, split
 from scripts.fuzz.intact import Files
 from scripts.fuzz.json_edits import edit_index, edit_json
 from scripts.fuzz.npz_edits import PICKLE, edit_npz
+from scripts.fuzz.setting_edits import add_adapter, add_setting, edit_field, omit_from_index
 from scripts.fuzz.tensor_edits import add, swap
 from siglip_port.checkpoint.preprocessor_config import PREPROCESSOR
 from siglip_port.checkpoint.source import CONFIG, INDEX, WEIGHTS
@@ -109,13 +110,17 @@ MUTATORS = (
     Mutator("index", "JSON", INDEX, of_file(edit_json)),
     Mutator("index", "bytes", INDEX, of_file(noise)),
     Mutator("index", "files", INDEX, of_file(edit_index)),
+    Mutator("index", "omits", INDEX, of_file(omit_from_index)),
     Mutator("config", "JSON", CONFIG, of_file(edit_json)),
     Mutator("config", "bytes", CONFIG, of_file(noise)),
+    Mutator("config", "settings", CONFIG, of_file(add_setting)),
     Mutator("preprocessor", "JSON", PREPROCESSOR, of_file(edit_json)),
     Mutator("preprocessor", "bytes", PREPROCESSOR, of_file(noise)),
+    Mutator("preprocessor", "fields", PREPROCESSOR, of_file(edit_field)),
     Mutator("npz", "bytes", "*.npz", of_file(noise)),
     Mutator("npz", "arrays", "*.npz", of_file(edit_npz)),
     Mutator("files", "files", "*", rearrange),
+    Mutator("files", "adapter", "*.safetensors", add_adapter),
 )
 
 

@@ -18,6 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from scripts.fuzz.intact import KINDS, Files, make
+from scripts.fuzz.setting_edits import (
+    ADAPTER_CONFIG,
+    FOREIGN_SETTINGS,
+    TIMM_SETTINGS,
+    foreign_settings,
+)
 from scripts.fuzz.stored_tensors import Tensors, UnusableError, read_object, read_tensors
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.checkpoint.preprocessor_config import PREPROCESSOR
@@ -99,6 +105,8 @@ class Reader:
         Raises:
             UnusableError: the files must be refused.
         """
+        if ADAPTER_CONFIG in files:
+            raise UnusableError("an adapter beside the weights, which transformers applies")
         stored = read_tensors(files, self.positions.keys())
         head_prefix = self.kind.prefix + self.kind.head
         head = {key for key in self.positions if key.startswith(head_prefix)}
@@ -154,6 +162,9 @@ class Reader:
             vision = content
         if not isinstance(vision, dict):
             raise UnusableError("vision_config is not an object")
+        foreign = foreign_settings(vision, FOREIGN_SETTINGS)
+        if foreign:
+            raise UnusableError(f"settings of another model: {foreign}")
         kind = find_model_type(vision, content)
         values = {name: vision.get(key, default) for key, name, default in HF_KEYS}
         for name in ("image_size", "patch_size"):
@@ -170,6 +181,9 @@ class Reader:
         """Return the architecture by the shapes; the rest by timm's config.json."""
         parts = [content.get("model_args"), content.get("pretrained_cfg"), content]
         sections = [part for part in parts if type(part) is dict]
+        foreign = foreign_settings(content.get("model_args"), TIMM_SETTINGS)
+        if foreign:
+            raise UnusableError(f"settings of another model: {foreign}")
 
         def first(key: str) -> Any:  # noqa: ANN401 (a value of JSON)
             values = (section[key] for section in sections if section.get(key) is not None)

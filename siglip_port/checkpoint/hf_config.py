@@ -27,7 +27,7 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     "idefics3_vision": IDEFICS3,
     "smolvlm": IDEFICS3,
     "smolvlm_vision": IDEFICS3,
-    "minicpmv_vision": NAVIT,
+    "minicpmv_vision": {"pooling_head": False, "interpolation": "minicpm"},
     "phi4_multimodal_vision": {
         "embed_dim": 1152,
         "image_size": 448,

@@ -102,6 +102,36 @@ def test_phi_4(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_phi_4_attention_of_transformers(attention: str, tmp_path: Path) -> None:
+    """docs/vlm.md: sdpa is causal without padding; eager and padded batches are not."""
+    vision = small_vision("phi4_multimodal_vision")
+    phi4 = transformers.models.phi4_multimodal
+    config = phi4.configuration_phi4_multimodal.Phi4MultimodalVisionConfig(
+        **vision, attn_implementation=attention
+    )
+    reference = phi4.modeling_phi4_multimodal.Phi4MultimodalVisionModel(config).double().eval()
+    randomize(reference)
+    prefix = "model.embed_tokens_extend.image_embed.img_processor."
+    tensors = {prefix + name: tensor for name, tensor in reference.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "phi4_multimodal", "vision_config": vision})
+    )
+    port = load(tmp_path)
+    x = pixels(port.config)
+    error = relative_error(port(x), reference(x).last_hidden_state)
+    if attention == "sdpa":
+        assert error > 0.1
+    else:
+        assert error <= 1e-6  # its softmax is in float32
+    mask = torch.ones(len(x), 6, 6, dtype=torch.bool)
+    mask[-1, 4:] = False
+    padded = reference(x, patch_attention_mask=mask).last_hidden_state
+    assert relative_error(port(x)[0], padded[0]) <= 1e-6
+
+
 @pytest.mark.parametrize(("drop", "blocks"), [(True, 10), (False, 11), (..., 10)])
 def test_minicpm(drop: object, blocks: int, tmp_path: Path) -> None:
     """Its config.json counts a last block that may not be stored."""
@@ -117,8 +147,33 @@ def test_minicpm(drop: object, blocks: int, tmp_path: Path) -> None:
     )
     config = load(tmp_path).config
     assert config == replace(
-        ODD, num_encoder_blocks=blocks, pooling_head=False, interpolation="navit"
+        ODD, num_encoder_blocks=blocks, pooling_head=False, interpolation="minicpm"
     )
+
+
+@pytest.mark.parametrize("count", [58, 69, 75])
+@torch.no_grad()
+def test_minicpm_positions(count: int, tmp_path: Path) -> None:
+    """An image has the positions of MiniCPM-V's own code, also where "navit" differs."""
+    config = replace(ODD, num_encoder_blocks=1, pooling_head=False)
+    tensors = write_hf_encoder(tmp_path, config)
+    save_file({f"vpm.{n}": t for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    edit_config(tmp_path, num_hidden_layers=2, model_type="siglip")
+    vision = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "minicpmv", "vision_config": vision})
+    )
+    model = load(tmp_path)
+    side = config.grid_size
+    boundaries = torch.arange(1 / side, 1.0, 1 / side)
+    coordinates = torch.arange(0, 1 - 1e-6, 1 / torch.tensor(count, dtype=torch.int32))
+    rows = torch.bucketize(coordinates, boundaries, right=True)
+    embeddings = model.transformer.embeddings
+    image = torch.zeros(1, 3, config.patch_size * count, config.patch_size, dtype=torch.float64)
+    expected = embeddings.position_embedding.weight[rows * side] + embeddings.patch_embedding.bias
+    assert relative_error(embeddings(image)[0], expected) <= 1e-10
+    other = load(tmp_path, interpolation="navit").transformer.embeddings
+    assert relative_error(other(image)[0], expected) > 1e-3
 
 
 @pytest.mark.parametrize(
