@@ -13,8 +13,22 @@ NO_POOLING_HEAD = (
     "or pool the tokens yourself, for example tokens.mean(dim=1)"
 )
 
+NO_POOLING = "none: "
+"""Begins the description of the pooling of a model that has none for a reason."""
+
 INTERPOLATION_HINT = "interpolation='{}' in from_hf or SigLipVisionConfig"
 """Enables other image sizes; the value is one of `siglip_port.config.INTERPOLATIONS`."""
+
+
+def explain_no_pooling(pooling: str | None) -> str:
+    """Return why a model has no pooled embedding, and what to do.
+
+    Args:
+        pooling: `Evidence.pooling` of the model; None if it was not loaded.
+    """
+    if pooling is None or not pooling.startswith(NO_POOLING):
+        return NO_POOLING_HEAD
+    return f"this model has no pooled embedding: {pooling.removeprefix(NO_POOLING)}"
 
 
 def validate_positive_int(name: str, value: object) -> None:

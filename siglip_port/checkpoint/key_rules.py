@@ -167,6 +167,11 @@ class Layout:
         layer_norm_eps: LayerNorm epsilon, if fixed by the code that defines the layout.
         hidden_act: Activation, if fixed by that code.
         head_dim: Width of an attention head, if fixed by that code.
+        projections: Patterns of names under the prefix that belong to a projection behind the
+            pooling.
+        model_types: Types of models whose configuration selects this layout, because the shapes
+            do not; empty if the shapes do.
+        refused_types: (model_type, reason) pairs of models with this layout that are not supported.
     """
 
     name: str
@@ -183,6 +188,9 @@ class Layout:
     layer_norm_eps: float | None = None
     hidden_act: str | None = None
     head_dim: int | None = None
+    projections: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+    refused_types: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_stacked(self) -> bool:

@@ -37,6 +37,7 @@ class ModelSource:
         model: Loaded model; None until its weights are loaded.
         in_memory: Whether the model has no checkpoint to load it from, so its weights are pickled.
         load_arguments: Keyword arguments of `SigLipVisionModel.from_hf`.
+        pooling: How the model pools, for messages; None if unknown.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ModelSource:
     model: SigLipVisionModel | None = None
     in_memory: bool = False
     load_arguments: dict[str, Any] = field(default_factory=dict)
+    pooling: str | None = None
 
     @classmethod
     def from_model(cls, model: SigLipVisionModel) -> ModelSource:
@@ -54,10 +56,12 @@ class ModelSource:
             raise ValueError(
                 "model is already optimized; pass the original model and select an engine= instead"
             )
-        name, commit = "in-memory model", None
+        name, commit, pooling = "in-memory model", None, None
         if model.provenance is not None:
             name, commit = model.provenance.source, model.provenance.commit
-        return cls(name, commit, model.config, model.preprocessor_config, model, in_memory=True)
+            pooling = model.provenance.evidence.pooling
+        processor = model.preprocessor_config
+        return cls(name, commit, model.config, processor, model, in_memory=True, pooling=pooling)
 
     @classmethod
     def from_checkpoint(
@@ -84,6 +88,7 @@ class ModelSource:
             checkpoint.config,
             checkpoint.preprocessor_config,
             load_arguments=load_arguments,
+            pooling=checkpoint.evidence.pooling,
         )
 
     def load(self) -> SigLipVisionModel:
@@ -128,7 +133,7 @@ class BatchEncoder:
         self, source: ModelSource, options: EmbedOptions, device: str | None = None
     ) -> None:
         self.engine = validate_engine(options.engine)
-        validate_output(options, source.config)
+        validate_output(options, source.config, source.pooling)
         self.source = source
         self.options = options
         self.device = device

@@ -10,7 +10,7 @@ import torch
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.image_processing import Backend
 from siglip_port.optimize import ENGINES
-from siglip_port.validation import validate_positive_int
+from siglip_port.validation import NO_POOLING, explain_no_pooling, validate_positive_int
 
 OutputDtype = Literal["float32", "float16"]
 FileFormat = Literal["parquet", "npy"]
@@ -104,8 +104,16 @@ def validate_engine(engine: str | None) -> str:
     return engine
 
 
-def validate_output(options: EmbedOptions, config: SigLipVisionConfig) -> None:
-    """Raise ValueError unless a model of this configuration supports the requested output."""
+def validate_output(
+    options: EmbedOptions, config: SigLipVisionConfig, pooling: str | None = None
+) -> None:
+    """Raise ValueError unless a model of this configuration supports the requested output.
+
+    Args:
+        options: Options of the run.
+        config: Configuration of the model.
+        pooling: `Evidence.pooling` of the model, for the message; None if unknown.
+    """
     if options.tokens and config.naflex:
         raise ValueError(
             "tokens of a NaFlex model cannot be stored: their number differs between images"
@@ -113,7 +121,7 @@ def validate_output(options: EmbedOptions, config: SigLipVisionConfig) -> None:
     if options.tokens and options.normalize:
         raise ValueError("normalize cannot be combined with tokens: it scales pooled embeddings")
     if not options.tokens and not config.has_pooled_output:
-        raise ValueError(
-            "the model has no pooling head, so there is no pooled embedding; "
-            "pass tokens=True (--tokens)"
-        )
+        reason = "the model has no pooling head, so there is no pooled embedding"
+        if pooling is not None and pooling.startswith(NO_POOLING):
+            reason = explain_no_pooling(pooling).partition(";")[0]
+        raise ValueError(f"{reason}; pass tokens=True (--tokens)")

@@ -35,7 +35,18 @@ def test_inspect_whole_model(whole_model: Path) -> None:
     inspection = inspect(whole_model)
     header = read_header(whole_model / "model.safetensors").tensors
     assert inspection.keys() == {
-        *("source", "commit", "files", "unread", "encoders", "layout", "prefix", "title", "config", "evidence"),
+        *(
+            "source",
+            "commit",
+            "files",
+            "unread",
+            "encoders",
+            "layout",
+            "prefix",
+            "title",
+            "config",
+            "evidence",
+        ),
         *("encoder", "total", "entries", "ignored", "problem"),
     }
     assert (inspection["source"], inspection["commit"], inspection["problem"]) == (
