@@ -42,7 +42,8 @@ class Symptoms:
         sizes: Architecture by the shapes of the weights; None if they do not determine it.
         described_by: Source of the architecture, for messages.
         missing: Names of the encoder's tensors that are missing.
-        unlisted: Names of missing tensors that a shard contains, but the index does not list.
+        unlisted: Missing tensors that a shard contains, but the index does not list there, and the
+            shard.
         absent_files: Shards that do not exist or cannot be read.
         duplicates: Names that are stored more than once, and their names in the files.
     """
@@ -55,7 +56,7 @@ class Symptoms:
     sizes: StoredSizes | None = None
     described_by: str = "the architecture"
     missing: Collection[str] = ()
-    unlisted: Collection[str] = ()
+    unlisted: Mapping[str, str] = field(default_factory=dict)
     absent_files: Collection[str] = ()
     duplicates: Mapping[str, list[str]] = field(default_factory=dict)
 
@@ -141,8 +142,8 @@ def prompts_alone(symptoms: Symptoms) -> str | None:
     if not symptoms.has_only(r"prompt_embeddings|prompt_encoder|prefix_encoder"):
         return None
     return (
-        "the weights are only an adapter of learned prompts (prefix or prompt tuning), which cannot "
-        "be merged into a vision encoder; load the base model"
+        "the weights are only an adapter of learned prompts (prefix or prompt tuning), which "
+        "cannot be merged into a vision encoder; load the base model"
     )
 
 
@@ -211,17 +212,17 @@ def no_tensors(symptoms: Symptoms) -> str | None:
 # --- quantization ---------------------------------------------------------------------------------
 
 QUANTIZED = (
-    ("bitsandbytes, 4 bits", r"\.absmax$|\.quant_map$|\.quant_state\."),
-    ("bitsandbytes, 8 bits", r"\.SCB$|\.weight_format$"),
-    ("GPTQ or AWQ", r"\.qweight$|\.qzeros$"),
-    ("compressed-tensors", r"\.weight_packed$|\.weight_shape$"),
-    ("HQQ", r"\.W_q$"),
-    ("torchao or quanto", r"\.weight(?:\._data|\._scale|_qdata)|:_data$|\.int_data$"),
-    ("mlx", r"\.biases$"),
-    ("8-bit floating point", r"\.weight_scale(?:_inv|_2)?$|\.scale_weight$|\.input_scale$"),
+    (" by bitsandbytes, 4 bits", r"\.absmax$|\.quant_map$|\.quant_state\."),
+    (" by bitsandbytes, 8 bits", r"\.SCB$|\.weight_format$"),
+    (" by GPTQ or AWQ", r"\.qweight$|\.qzeros$"),
+    (" by compressed-tensors", r"\.weight_packed$|\.weight_shape$"),
+    (" by HQQ", r"\.W_q$"),
+    (" by torchao or quanto", r"\.weight(?:\._data|\._scale|_qdata)|:_data$|\.int_data$"),
+    (" by mlx", r"\.biases$"),
+    (" to 8-bit floats", r"\.weight_scale(?:_inv|_2)?$|\.scale_weight$|\.input_scale$"),
     ("", r"\.scales$|\.zeros$|\.zero_point$"),
 )
-"""Method, and names of the tensors that it adds; no method if several use these names."""
+"""Method, and names of the tensors that it adds; empty if several methods use these names."""
 
 
 def quantized(symptoms: Symptoms) -> str | None:
@@ -233,7 +234,7 @@ def quantized(symptoms: Symptoms) -> str | None:
     for method, pattern in QUANTIZED:
         example = symptoms.find(pattern)
         if example is not None:
-            by_method = f" by {method}" if method else ""
+            by_method = method
             evidence.append(f"{example} is stored, too")
             break
     if not evidence:
@@ -299,8 +300,8 @@ def other_model(symptoms: Symptoms) -> str | None:
         example = symptoms.find(*patterns)
         if example is not None:
             return (
-                f"the tensors are those of another architecture, {model} (such as {example}), which "
-                "is not supported; use the library that defines it"
+                f"the tensors are those of another architecture, {model} (such as {example}), "
+                "which is not supported; use the library that defines it"
             )
     return video_model(symptoms)
 
@@ -373,13 +374,14 @@ def absent_shards(symptoms: Symptoms) -> str | None:
 
 
 def outdated_index(symptoms: Symptoms) -> str | None:
-    """Find missing tensors that a shard contains, but the index does not list."""
+    """Find missing tensors that a shard contains, but the index does not list there."""
     if not symptoms.unlisted:
         return None
+    name = min(symptoms.unlisted)
     return (
-        f"the index does not list {len(symptoms.unlisted)} of the encoder's tensors that a shard "
-        f"contains (such as {min(symptoms.unlisted)}), so it belongs to another save; take the "
-        "index of this save, or save the model again"
+        f"the index is not that of these shards: {symptoms.unlisted[name]} contains {name}, but the "
+        f"index does not list it there ({len(symptoms.unlisted)} such tensors); take the index "
+        "that was saved with the shards, or save the model again"
     )
 
 

@@ -8,8 +8,8 @@ are stored fused.
 Sources of the stored names: transformers `models/siglip`, `models/siglip2` and `models/janus`,
 releases 4.37 to 5.23; timm 1.0.31 `models/vision_transformer.py` and `models/naflexvit.py`;
 big_vision `models/vit.py`; gemma_pytorch `gemma/siglip_vision`; mlx-vlm
-`mlx_vlm/models/*/vision.py`; BAGEL `modeling/bagel/siglip_navit.py`; nanoVLM `models/vision_transformer.py`; moondream
-`moondream/torch/vision.py`.
+`mlx_vlm/models/*/vision.py`; BAGEL `modeling/bagel/siglip_navit.py`; nanoVLM
+`models/vision_transformer.py`; moondream `moondream/torch/vision.py`.
 """
 
 from __future__ import annotations

@@ -301,9 +301,11 @@ class Checkpoint:
         tensors = {name: known[name] for name in names if name in known}
         if headers is None:
             return Symptoms(names, tensors, True, duplicates=self.files.duplicates)
-        unlisted = set()
+        unlisted = {}
         for filename in self.files.group_by_file(tensors):
-            unlisted.update(self.files.unlisted(filename))
+            for name in self.files.unlisted(filename):
+                if name in headers.missing:
+                    unlisted[name] = filename
         return Symptoms(
             names,
             tensors,
@@ -312,7 +314,7 @@ class Checkpoint:
             sizes=consistent_sizes(self.match.layout, prefix, tensors),
             described_by=self._described_by,
             missing=headers.missing,
-            unlisted=unlisted.intersection(headers.missing),
+            unlisted=unlisted,
             absent_files=headers.absent_files,
             duplicates=self.files.duplicates,
         )

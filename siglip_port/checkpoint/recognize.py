@@ -199,7 +199,7 @@ def find_damaged(files: WeightFiles, prefix: str | None) -> list[Match]:
 def describe_no_match(
     files: WeightFiles, layouts: list[Layout], prefix: str | None, refusals: list[str]
 ) -> str:
-    """Return the message for a missing vision encoder: its cause, and the groups of tensor names."""
+    """Return the message for a missing encoder: its cause, and the groups of tensor names."""
     message = f"{files.source.title} "
     cause = None
     names = [name for name in files.file_of if name.startswith(prefix or "")]
