@@ -128,7 +128,10 @@ class IgnoredKeys:
 
 
 OUTSIDE_PREFIX = (
-    IgnoredKeys(r"(.+\.)?text_model\..+|text\..+|(params/)?txt/.+", "text encoder"),
+    IgnoredKeys(
+        r"(.+\.)?text_model\..+|text\..+|(.+\.)?text_proj(ection)?(\..+)?|(params/)?txt/.+",
+        "text encoder",
+    ),
     IgnoredKeys(r"(.+\.)?logit_(scale|bias)|(params/)?[tb]", "logit scale and bias"),
     IgnoredKeys(r"classifier\.(weight|bias)", "image classifier"),
     IgnoredKeys(

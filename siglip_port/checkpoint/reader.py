@@ -29,7 +29,7 @@ from siglip_port.checkpoint.errors import (
 )
 from siglip_port.checkpoint.formats import DTYPES, TensorInfo
 from siglip_port.checkpoint.json_files import read_config, read_preprocessor_config
-from siglip_port.checkpoint.layouts import CLASSIFIER
+from siglip_port.checkpoint.layouts import CLASSIFIER, LAYOUTS
 from siglip_port.checkpoint.pooling import (
     PROJECTION,
     Pooling,
@@ -43,7 +43,7 @@ from siglip_port.checkpoint.provenance import (
     Provenance,
     fingerprint,
 )
-from siglip_port.checkpoint.recognize import model_types, recognize, select_by_config
+from siglip_port.checkpoint.recognize import Match, model_types, recognize, select_by_config
 from siglip_port.checkpoint.source import CONFIG, OPEN_CLIP_CONFIG, Source
 from siglip_port.checkpoint.stored_sizes import MAX_BLOCKS, consistent_sizes
 from siglip_port.checkpoint.weight_files import WeightFiles
@@ -291,7 +291,9 @@ class Checkpoint:
         cause = diagnose(self._symptoms())
         if cause is None or isinstance(error, HubUnreachableError):
             return error
-        return CheckpointError(f"{self._source.title}: {cause}; {error}")
+        title = f"{self._source.title}: "
+        details = str(error).removeprefix(title).removesuffix(f"; {self._advice()}")
+        return CheckpointError(f"{title}{cause}; {details}")
 
     def _symptoms(self, headers: ReadHeaders | None = None) -> Symptoms:
         """Return what is known of the encoder, for the diagnosis."""
@@ -331,10 +333,18 @@ class Checkpoint:
             True: "a NaFlex encoder (siglip2)",
             False: "a fixed-size encoder (siglip)",
         }
+        hint = ""
+        for layout in LAYOUTS:
+            candidate = Match(layout, self.match.prefix)
+            if layout.model_types and candidate.has_shapes_of(self.match):
+                hint = (
+                    "if its code has a matrix in place of a convolution, pass "
+                    f"layout={layout.name!r}; "
+                )
         raise CheckpointError(
             f"{self._source.title}: {self._described_by} describes {kinds[config.naflex]}, but the "
             f"shape of the patch embedding is that of {kinds[self.match.layout.naflex]}; "
-            f"{self._advice()}"
+            f"{hint}{self._advice()}"
         )
 
     def _find_head(self, required: bool) -> set[str]:
