@@ -379,8 +379,8 @@ def outdated_index(symptoms: Symptoms) -> str | None:
         return None
     name = min(symptoms.unlisted)
     return (
-        f"the index is not that of these shards: {symptoms.unlisted[name]} contains {name}, but the "
-        f"index does not list it there ({len(symptoms.unlisted)} such tensors); take the index "
+        f"the index is not that of these shards: {symptoms.unlisted[name]} contains {name}, but "
+        f"the index does not list it there ({len(symptoms.unlisted)} such tensors); take the index "
         "that was saved with the shards, or save the model again"
     )
 

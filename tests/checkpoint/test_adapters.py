@@ -56,7 +56,7 @@ def test_commands(encoder_copy: Path, tmp_path: Path) -> None:
     for command in (
         ("inspect", encoder_copy),
         ("extract", encoder_copy, output),
-        ("export", encoder_copy, output / "a.onnx"),
+        ("export", encoder_copy, tmp_path / "a.onnx"),
     ):
         result = run(*command, code=1)
         assert "contains an adapter (adapter_config.json, LORA)" in result.stderr
@@ -67,7 +67,7 @@ def test_adapter_alone(encoder_copy: Path) -> None:
     (encoder_copy / WEIGHTS).unlink()
     (encoder_copy / CONFIG).unlink()
     add_adapter(encoder_copy)
-    with pytest.raises(CheckpointError, match="contains an adapter .* merge it with peft"):
+    with pytest.raises(CheckpointError, match=r"contains an adapter .* merge it with peft"):
         load(encoder_copy)
 
 

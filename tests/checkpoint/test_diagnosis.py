@@ -16,6 +16,7 @@ from siglip_port import CheckpointError, SigLipVisionModel
 from siglip_port.checkpoint.diagnosis import CAUSES
 from siglip_port.checkpoint.source import CONFIG, INDEX, WEIGHTS
 from siglip_port.checkpoint.weight_files import WeightFiles
+from siglip_port.hub.local import LocalFolder
 from tests.helpers.checkpoints import (
     adding,
     dropping,
@@ -32,7 +33,6 @@ Tensors = dict[str, Tensor]
 Edit = Callable[[Tensors], Tensors]
 
 GENERAL = "check that the weights and config.json are complete"
-LINEAR = r"(_proj|fc[12])\.weight$"
 
 
 def is_linear(name: str) -> bool:
@@ -53,7 +53,7 @@ def replacing(change: Callable[[str, Tensor], Tensors]) -> Edit:
     """Return an edit that replaces the weights of the linear layers."""
 
     def edit(tensors: Tensors) -> Tensors:
-        edited = {}
+        edited: Tensors = {}
         for name, tensor in tensors.items():
             edited |= change(name, tensor) if is_linear(name) else {name: tensor}
         return edited
@@ -468,10 +468,9 @@ def test_other_layouts(tmp_path: Path) -> None:
 
 def test_advice_for_the_hub(encoder_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what was downloaded can be downloaded again."""
-    monkeypatch.setattr("siglip_port.hub.local.LocalFolder.commit", "0" * 40, raising=False)
     init = WeightFiles.__init__
 
-    def with_commit(self: WeightFiles, source: Any) -> None:
+    def with_commit(self: WeightFiles, source: LocalFolder) -> None:
         source.commit = "0" * 40
         init(self, source)
 

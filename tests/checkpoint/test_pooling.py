@@ -51,9 +51,10 @@ def assert_refused_embedding(source: Path, name: str, original: SigLipVisionMode
         rf"^this model has no pooled embedding: the checkpoint has a projection behind its pooling "
         rf"head \({name}.*\), which is not applied; pass pooling_head=True"
     )
-    for refused in (lambda: model.embed(x), lambda: model.pool(model(x))):
-        with pytest.raises(ValueError, match=message):
-            refused()
+    with pytest.raises(ValueError, match=message):
+        model.embed(x)
+    with pytest.raises(ValueError, match=message):
+        model.pool(model(x))
     assert model.provenance is not None
     assert f"pooling  none: the checkpoint has a projection behind its pooling head ({name}" in str(
         model.provenance
@@ -85,7 +86,7 @@ def assert_refused_embedding(source: Path, name: str, original: SigLipVisionMode
 )
 @torch.no_grad()
 def test_timm(prefix: str, names: list[str], tmp_path: Path) -> None:
-    extra = {name: TENSOR for name in names}
+    extra = dict.fromkeys(names, TENSOR)
     if prefix:
         extra |= {"text.transformer.x": TENSOR, "logit_scale": torch.ones(1)}
     original = write_timm(tmp_path, prefix, extra)
@@ -156,7 +157,7 @@ def test_huggingface(encoder_copy: Path, model: SigLipVisionModel, name: str) ->
 @torch.no_grad()
 def test_other_projections(encoder_copy: Path, model: SigLipVisionModel, extra: list[str]) -> None:
     """Projections of texts, and of tokens for a language model, do not change the embedding."""
-    edit_tensors(encoder_copy, adding({name: TENSOR for name in extra}))
+    edit_tensors(encoder_copy, adding(dict.fromkeys(extra, TENSOR)))
     x = pixels(SMALL).float()
     torch.testing.assert_close(load(encoder_copy).embed(x), model.embed(x))
 
@@ -194,7 +195,7 @@ def test_sentence_transformers(encoder_copy: Path, model: SigLipVisionModel, kin
     x = pixels(SMALL).float()
     torch.testing.assert_close(load(encoder_copy).embed(x), model.embed(x))
     (encoder_copy / "modules.json").write_text("[")
-    with pytest.raises(CheckpointError, match="modules.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"modules.json cannot be read"):
         load(encoder_copy)
 
 

@@ -158,11 +158,11 @@ def old_numbers(arrays: Arrays) -> Arrays:
     }
     renamed = {}
     for name, array in arrays.items():
+        old_name = name
         for new, old in (head if name.startswith("MAPHead") else parts).items():
             if f"/{new}/" in name:
-                name = name.replace(f"/{new}/", f"/{old}/")  # noqa: PLW2901
-                break
-        renamed[name] = array
+                old_name = name.replace(f"/{new}/", f"/{old}/")
+        renamed[old_name] = array
     return renamed
 
 
