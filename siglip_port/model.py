@@ -331,7 +331,8 @@ class SigLipVisionModel(nn.Module):
             return self.pooling_head(tokens.to(self.pooling_head.probe.dtype), mask)
         if self.config.mean_pooling:
             return patches.mean_of_tokens(tokens, mask)
-        raise ValueError(validation.NO_POOLING_HEAD)
+        pooling = None if self.provenance is None else self.provenance.evidence.pooling
+        raise ValueError(validation.explain_no_pooling(pooling))
 
     def embed(
         self,

@@ -14,6 +14,9 @@ NO_POOLING_HEAD = (
     "or pool the tokens yourself, for example tokens.mean(dim=1)"
 )
 
+NO_POOLING = "none: "
+"""Begins the description of the pooling of a model that has none for a reason."""
+
 INTERPOLATION_HINT = 'load the model with from_hf(..., interpolation="{}")'
 """Enables other image sizes; the value is one of `siglip_port.config.INTERPOLATIONS`."""
 
@@ -59,6 +62,17 @@ def parse_dtype(dtype: object, choices: Collection[torch.dtype]) -> torch.dtype 
         if dtype in (choice, str(choice).removeprefix("torch.")):
             return choice
     raise ValueError(f"dtype must be one of {', '.join(map(str, choices))}, got {dtype!r}")
+
+
+def explain_no_pooling(pooling: str | None) -> str:
+    """Return why a model has no pooled embedding, and what to do.
+
+    Args:
+        pooling: `Evidence.pooling` of the model; None if it was not loaded.
+    """
+    if pooling is None or not pooling.startswith(NO_POOLING):
+        return NO_POOLING_HEAD
+    return f"this model has no pooled embedding: {pooling.removeprefix(NO_POOLING)}"
 
 
 def validate_positive_int(name: str, value: object) -> None:

@@ -65,10 +65,10 @@ def read_shards(files: Files, encoder: Iterable[str]) -> Tensors:
         if shard not in files:
             raise UnusableError(f"{shard} is missing")
         shard_tensors = read_safetensors(files[shard], shard)
-        for name in shard_tensors:
-            if file_of.get(name) != shard:
-                raise UnusableError(f"{shard} contains {name}, which the index does not list there")
-        tensors |= shard_tensors
+        # The index is the authority: what it does not list there is not part of the checkpoint.
+        for name, tensor in shard_tensors.items():
+            if file_of.get(name) == shard:
+                tensors[name] = tensor
     unread = [name for name in file_of if name not in tensors and name not in encoder]
     return {**{name: torch.empty(0) for name in unread}, **tensors}
 

@@ -11,17 +11,16 @@ import torch
 
 from siglip_port.checkpoint.errors import CheckpointError
 from siglip_port.checkpoint.formats import TensorInfo
-from siglip_port.checkpoint.key_rules import KeyMapping
-from siglip_port.checkpoint.layouts import LAYOUTS
+from siglip_port.checkpoint.key_rules import KeyMapping, KeyRule
 from siglip_port.checkpoint.pretrained import build_on_meta
 from siglip_port.checkpoint.provenance import Evidence
 from siglip_port.checkpoint.reader import Checkpoint
-from siglip_port.checkpoint.recognize import Match, find_matches
+from siglip_port.checkpoint.recognize import Match, find_matches, recognizable_layouts
 from siglip_port.checkpoint.source import Source
 from siglip_port.checkpoint.weight_files import WeightFiles
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.model import SigLipVisionModel
-from siglip_port.text import format_ranges
+from siglip_port.text import fold_blocks, format_ranges
 
 CHUNK_ELEMENTS = 1 << 24  # checked for NaN and Inf at once
 
@@ -170,7 +169,7 @@ def inspect_checkpoint(
         encoders=tuple((match.layout.name, match.prefix) for match in matches),
         layout=checkpoint.match.layout.name,
         prefix=checkpoint.match.prefix,
-        title=checkpoint.match.title,
+        title=checkpoint.title,
         config=checkpoint.config,
         evidence=checkpoint.evidence,
         encoder=Size.of([tensors[name] for name in checkpoint.mappings if name in tensors]),
@@ -184,10 +183,16 @@ def inspect_checkpoint(
 def find_all_matches(checkpoint: Checkpoint) -> list[Match]:
     """Return every vision encoder in the files; only the selected one if there are too many."""
     try:
-        matches, _ = find_matches(checkpoint.files, LAYOUTS)
+        matches, _ = find_matches(checkpoint.files, recognizable_layouts())
     except CheckpointError:
         matches = []
-    return matches or [checkpoint.match]
+    selected = checkpoint.match
+    encoders = []
+    for match in matches:
+        is_selected = selected.prefix == match.prefix and selected.has_shapes_of(match)
+        # Of two layouts with these shapes, the configuration selects one.
+        encoders.append(selected if is_selected else match)
+    return encoders or [selected]
 
 
 def count_nonfinite(files: WeightFiles, stored: Iterable[str]) -> dict[str, NonFinite] | None:
@@ -239,13 +244,31 @@ def list_entries(
                 info = tensors.get(group[0])
                 yield Entry(
                     parameters=tuple(name.replace("{}", ranges) for name in single.port),
-                    stored=prefix + single.stored.replace("{}", ranges),
+                    stored=stored_names(checkpoint.files, prefix, single, group, ranges),
                     transform=describe_transform(mapping),
                     shape=None if info is None else info.shape,
                     dtype=None if info is None else info.dtype,
                     nan=None if counts is None else sum(counts[name].nan for name in group),
                     inf=None if counts is None else sum(counts[name].inf for name in group),
                 )
+
+
+def stored_names(
+    files: WeightFiles, prefix: str, rule: KeyRule, names: list[str], ranges: str
+) -> str:
+    """Return the names of the same tensor of several blocks in the files, folded.
+
+    Args:
+        files: Weights files.
+        prefix: Prefix of the encoder.
+        rule: Rule of the tensor.
+        names: Name of the tensor in each block.
+        ranges: Block indices.
+    """
+    stored = [files.stored_name(name) for name in names]
+    if stored == names:
+        return prefix + rule.stored.replace("{}", ranges)
+    return ", ".join(fold_blocks(stored))
 
 
 def group_blocks(

@@ -128,7 +128,10 @@ class IgnoredKeys:
 
 
 OUTSIDE_PREFIX = (
-    IgnoredKeys(r"(.+\.)?text_model\..+|text\..+|(params/)?txt/.+", "text encoder"),
+    IgnoredKeys(
+        r"(.+\.)?text_model\..+|text\..+|(.+\.)?text_proj(ection)?(\..+)?|(params/)?txt/.+",
+        "text encoder",
+    ),
     IgnoredKeys(r"(.+\.)?logit_(scale|bias)|(params/)?[tb]", "logit scale and bias"),
     IgnoredKeys(r"classifier\.(weight|bias)", "image classifier"),
     IgnoredKeys(
@@ -188,6 +191,11 @@ class Layout:
         head_dim: Width of an attention head, if fixed by that code.
         image_size: Image size in pixels, if fixed by that code.
         preprocessing: Preprocessing of that code; None if configuration files describe it.
+        projections: Patterns of names under the prefix that belong to a projection behind the
+            pooling.
+        model_types: Types of models whose configuration selects this layout, because the shapes
+            do not; empty if the shapes do.
+        refused_types: (model_type, reason) pairs of models with this layout that are not supported.
     """
 
     name: str
@@ -206,6 +214,9 @@ class Layout:
     head_dim: int | None = None
     image_size: int | None = None
     preprocessing: CodePreprocessing | None = None
+    projections: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+    refused_types: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_stacked(self) -> bool:

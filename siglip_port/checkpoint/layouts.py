@@ -8,8 +8,8 @@ are stored fused.
 Sources of the stored names: transformers `models/siglip`, `models/siglip2` and `models/janus`,
 releases 4.37 to 5.23; timm 1.0.31 `models/vision_transformer.py` and `models/naflexvit.py`;
 big_vision `models/vit.py`; gemma_pytorch `gemma/siglip_vision`; mlx-vlm
-`mlx_vlm/models/*/vision.py`; nanoVLM `models/vision_transformer.py`; moondream
-`moondream/torch/vision.py`.
+`mlx_vlm/models/*/vision.py`; BAGEL `modeling/bagel/siglip_navit.py`; nanoVLM
+`models/vision_transformer.py`; moondream `moondream/torch/vision.py`.
 
 Sources of the preprocessing: gemma_pytorch `gemma/siglip_vision/preprocessor.py`; nanoVLM
 `data/processors.py`; moondream `moondream/torch/image_crops.py` and, in 2024,
@@ -41,6 +41,7 @@ from siglip_port.image_options import RESAMPLE
 
 BLOCK = "transformer.encoder.encoder_blocks.{}."
 CLASS_TOKEN = "a class token, which SigLIP does not have"
+CLASSIFIER = "image classifier"
 
 Row = tuple[str | tuple[str, ...], str] | tuple[str | tuple[str, ...], str, Transform]
 
@@ -152,6 +153,19 @@ HUGGINGFACE_NAFLEX = replace(
     naflex=True,
 )
 
+HUGGINGFACE_MATRIX = replace(
+    HUGGINGFACE_NAFLEX,
+    name="huggingface-matrix",
+    title="HuggingFace, patch embedding as a matrix",
+    used_by="BAGEL; mlx-vlm: Phi-4-multimodal",
+    naflex=False,
+    model_types=("bagel", "phi4mm", "phi4_multimodal", "phi4_multimodal_vision"),
+)
+"""Fixed-size models whose code turned the convolution into a linear layer.
+
+Names and shapes are those of NaFlex models.
+"""
+
 JANUS = replace(
     HUGGINGFACE,
     name="janus",
@@ -183,7 +197,11 @@ MLX = replace(
     ),
     square_dims=(1, 2),
 )
-"""Unquantized files converted by mlx-vlm and mlx-embeddings."""
+"""Unquantized files converted by mlx-vlm and mlx-embeddings.
+
+mlx-embeddings stores the pooling head's fused projection as `head.attention.in_proj.*`, with a dot:
+see `siglip_port.checkpoint.stored_names`.
+"""
 
 GEMMA_PYTORCH = Layout(
     name="gemma_pytorch",
@@ -253,13 +271,35 @@ TIMM = Layout(
     encoder=TIMM_ENCODER,
     head=TIMM_HEAD,
     signature_keys=("patch_embed.proj.weight", "blocks.0.norm1.weight"),
-    ignored=(IgnoredKeys(r"head\.(weight|bias)", "image classifier"),),
+    ignored=(IgnoredKeys(r"head\.(weight|bias)", CLASSIFIER),),
+    projections=(r"head\..+", r"fc_norm\..+", r"pre_logits\..+"),
     rejected_keys=(
         ("cls_token", CLASS_TOKEN),
         ("blocks.0.attn.rel_pos_h", "relative positions (SAM), which SigLIP does not have"),
     ),
 )
 """Files of timm, open_clip (prefix `visual.trunk.`), and models with a timm vision encoder."""
+
+MLX_JANUS = replace(
+    TIMM,
+    name="mlx-janus",
+    title="mlx (Janus)",
+    used_by="mlx-vlm: Janus, not quantized",
+    encoder=renamed(
+        TIMM_ENCODER,
+        ("patch_embed.proj.*", "patch_embed.proj.*", CHANNEL_LAST),
+    ),
+    square_dims=(1, 2),
+    layer_norm_eps=1e-5,
+    hidden_act="gelu_pytorch_tanh",
+    refused_types=(
+        ("deepseek_vl_v2", "mlx-vlm's code has two epsilons, 1e-6 in the blocks and 1e-5 after"),
+    ),
+)
+"""Unquantized Janus files converted by mlx-vlm, with the epsilon and the activation of its code.
+
+Janus' own code has the exact GELU and an epsilon of 1e-6.
+"""
 
 TIMM_NAFLEX = replace(
     TIMM,
@@ -399,6 +439,7 @@ BIG_VISION = Layout(
     signature_keys=("embedding/kernel", "Transformer/encoderblock_0/LayerNorm_0/scale"),
     square_dims=(0, 1),
     ignored=(IgnoredKeys(r"head/(kernel|bias)", "projector"),),
+    projections=(r"head/(kernel|bias)", r"pre_logits/.+"),
     rejected_keys=(("cls", CLASS_TOKEN),),
     layer_norm_eps=1e-6,
     hidden_act="gelu_pytorch_tanh",
@@ -448,9 +489,11 @@ def scanned(layout: Layout) -> Layout:
 LAYOUTS = (
     HUGGINGFACE,
     HUGGINGFACE_NAFLEX,
+    HUGGINGFACE_MATRIX,
     MLX,
     TIMM,
     TIMM_NAFLEX,
+    MLX_JANUS,
     BIG_VISION,
     scanned(BIG_VISION),
     BIG_VISION_NAFLEX,

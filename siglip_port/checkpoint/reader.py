@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from siglip_port.checkpoint.adapters import refuse_adapter
 from siglip_port.checkpoint.architecture import read_architecture
+from siglip_port.checkpoint.diagnosis import Symptoms, diagnose, tensors_stored_twice
 from siglip_port.checkpoint.errors import (
     CheckpointError,
     HubUnreachableError,
@@ -27,7 +29,13 @@ from siglip_port.checkpoint.errors import (
 from siglip_port.checkpoint.formats import DTYPES, TensorInfo
 from siglip_port.checkpoint.hf_config import unknown_settings
 from siglip_port.checkpoint.json_files import read_config, read_preprocessor_config
-from siglip_port.checkpoint.layouts import PREFIX
+from siglip_port.checkpoint.layouts import CLASSIFIER, LAYOUTS, PREFIX
+from siglip_port.checkpoint.pooling import (
+    PROJECTION,
+    Pooling,
+    find_projection,
+    modules_behind_pooling,
+)
 from siglip_port.checkpoint.preprocessing import Preprocessing
 from siglip_port.checkpoint.preprocessor_config import Clues, StoredProcessor, derive, from_word
 from siglip_port.checkpoint.provenance import (
@@ -37,17 +45,35 @@ from siglip_port.checkpoint.provenance import (
     Provenance,
     fingerprint,
 )
-from siglip_port.checkpoint.recognize import recognize
+from siglip_port.checkpoint.recognize import Match, model_types, recognize, select_by_config
 from siglip_port.checkpoint.source import CONFIG, OPEN_CLIP_CONFIG, Source
+from siglip_port.checkpoint.stored_sizes import MAX_BLOCKS, consistent_sizes
 from siglip_port.checkpoint.weight_files import WeightFiles
 from siglip_port.config import SigLipVisionConfig
 
 DOWNLOAD_BOTH_AGAIN = f"download the weights and {CONFIG} again, both from the same commit"
-
-MAX_BLOCKS = 1000  # the largest published encoders have 40
+CHECK_BOTH = f"check that the weights and {CONFIG} are complete and belong together"
+NOT_IN_INDEX = "not in the index"
 
 Shapes = Mapping[str, torch.Size]
 """Shapes of all parameters of the model by name."""
+
+
+@dataclass(frozen=True)
+class ReadHeaders:
+    """The encoder's tensors according to the headers of its files.
+
+    Attributes:
+        stored: Tensors by name.
+        missing: Names of missing tensors.
+        problems: Problems of files that cannot be read.
+        absent_files: These files.
+    """
+
+    stored: dict[str, TensorInfo]
+    missing: list[str]
+    problems: list[Problem]
+    absent_files: list[str]
 
 
 @dataclass(frozen=True)
@@ -101,23 +127,24 @@ class Checkpoint:
     ) -> None:
         self._source = source
         content = read_config_unless(config, source)
+        refuse_adapter(source)
         self.files = WeightFiles(source)
         self.match = recognize(self.files, layout, prefix)
+        if prefix is None:
+            self._check_duplicates()
         if content is not None and not self.match.layout.has_hf_config:
             content = {**read_open_clip_config(source), **content}
         self._config_of_files: SigLipVisionConfig | None = None
         self._described_by = "the architecture"
         self._architecture_source = describe_override(content)
-        if config is None:
-            config, self._architecture_source = read_architecture(self.files, self.match, content)
-            self._config_of_files = config
-            if self.match.layout.has_hf_config:
-                self._described_by = CONFIG
-        self._check_naflex(config)
+        try:
+            config = self._read_architecture(config, content or {}, has_config=content is not None)
+        except CheckpointError as error:
+            raise self._with_cause(error) from error
         self._head_keys = self._find_head(required=bool(pooling_head))
+        self._pooling = self._read_pooling(config, pooling_head)
         self.config = self._with_pooling(config, pooling_head)
         self.preprocessing = self._find_preprocessing(preprocessing, content or {})
-        self._check_block_count()
         rules = self.match.layout.rules(self.config.pooling_head)
         self.mappings = self.match.layout.mappings(
             config.num_encoder_blocks, rules, self.match.prefix
@@ -126,18 +153,18 @@ class Checkpoint:
     @property
     def evidence(self) -> Evidence:
         """Where the architecture, the pooling and the preprocessing come from."""
-        pooling = "none"
-        if self.config.pooling_head:
-            pooling = "attention pooling head"
-        elif self.config.mean_pooling:
-            pooling = "mean of the tokens"
-            if self._head_keys:
-                pooling += ", of a classifier; pooling_head=True loads its unused pooling head"
         return Evidence(
             architecture=self._architecture_source,
-            pooling=pooling,
+            pooling=self._pooling.describe(self.config),
             preprocessing=str(self.preprocessing),
         )
+
+    @property
+    def title(self) -> str:
+        """Layout, prefix and removed wrappers, for messages."""
+        if not self.files.wrappers:
+            return self.match.title
+        return f"{self.match.title}, names without {', '.join(self.files.wrappers)}"
 
     @property
     def ignored(self) -> Mapping[str, int]:
@@ -158,16 +185,17 @@ class Checkpoint:
                 unsupported dtype; the message names all of them.
         """
         unexpected = self._other_keys().unexpected
-        stored, problems = self._read_headers()
-        problems += self._check_tensors(stored, shapes)
+        headers = self._read_headers()
+        problems = list(headers.problems)
+        if headers.missing:
+            problems.insert(0, ("missing tensors", headers.missing))
+        problems += self._check_tensors(headers.stored, shapes)
         if unexpected:
             problems.append(("unexpected tensors, not in the key map", unexpected))
         if problems:
-            title = f"{self._source.title} (layout: {self.match.title})"
-            report = describe_problems(title, problems)
-            raise CheckpointError(f"{report}\nNothing was loaded; {DOWNLOAD_BOTH_AGAIN}.")
+            raise CheckpointError(self._describe(problems, headers))
         self._check_fingerprint()  # last, because other errors are more specific
-        return stored
+        return headers.stored
 
     def read(
         self,
@@ -196,7 +224,7 @@ class Checkpoint:
         if dtype is None:
             dtype = functools.reduce(torch.promote_types, stored_dtypes)
         groups = self.files.group_by_file(stored)
-        paths = self._source.fetch(groups)
+        paths = self.files.fetch(groups)
         tensors: dict[str, torch.Tensor] = {}
         for name, tensor in self.files.read(groups, paths):
             for port_name, part in self._split(name, tensor, shapes):
@@ -206,7 +234,7 @@ class Checkpoint:
             source=self._source.address,
             commit=self._source.commit,
             files=tuple(dict.fromkeys(paths[filename] for filename in groups)),
-            layout=self.match.title,
+            layout=self.title,
             evidence=self.evidence,
             tensors_read=len(stored),
             bytes_read=sum(info.nbytes for info in stored.values()),
@@ -219,6 +247,90 @@ class Checkpoint:
 
     # --- steps of the constructor -----------------------------------------------------------------
 
+    def _check_duplicates(self) -> None:
+        """Raise CheckpointError if tensors of the encoder are also stored under a wrapper's name.
+
+        Otherwise, one of two models would be loaded without a word.
+        """
+        prefix = self.match.prefix
+        duplicates = {}
+        for name, stored in self.files.duplicates.items():
+            if any(other.startswith(prefix) for other in stored):
+                duplicates[name] = stored
+        cause = tensors_stored_twice(Symptoms([], {}, True, duplicates=duplicates))
+        if cause is not None:
+            raise CheckpointError(f"{self._source.title}: {cause}; or select one with prefix=")
+
+    def _read_architecture(
+        self, config: SigLipVisionConfig | None, content: Mapping[str, Any], *, has_config: bool
+    ) -> SigLipVisionConfig:
+        """Return the architecture, and select the layout if the configuration does.
+
+        Args:
+            config: The caller's architecture; None for the checkpoint's.
+            content: Contents of the configuration file.
+            has_config: Whether there is one.
+
+        Raises:
+            CheckpointError: The configuration is missing, wrong or of another kind of model.
+        """
+        if config is None:
+            for model_type, reason in self.match.layout.refused_types:
+                if model_type in model_types(content):
+                    raise CheckpointError(
+                        f"{self._source.title}: model_type {model_type!r} in layout "
+                        f"{self.match.layout.name!r} is not supported: {reason}; pass config="
+                    )
+            config, self._architecture_source = read_architecture(
+                self.files, self.match, content if has_config else None
+            )
+            self._config_of_files = config
+            if self.match.layout.has_hf_config:
+                self._described_by = CONFIG
+        self.match = select_by_config(self.match, config.naflex, content)
+        self._check_naflex(config)
+        self._check_block_count(config)
+        return config
+
+    def _with_cause(self, error: CheckpointError) -> CheckpointError:
+        """Return the error with its cause in front, if the tensors show one."""
+        cause = diagnose(self._symptoms())
+        if cause is None or isinstance(error, HubUnreachableError):
+            return error
+        title = f"{self._source.title}: "
+        details = str(error).removeprefix(title).removesuffix(f"; {self._advice()}")
+        return CheckpointError(f"{title}{cause}; {details}")
+
+    def _symptoms(self, headers: ReadHeaders | None = None) -> Symptoms:
+        """Return what is known of the encoder, for the diagnosis."""
+        prefix = self.match.prefix
+        names = [name for name in self.files.file_of if name.startswith(prefix)]
+        known = self.files.known_tensors()
+        tensors = {name: known[name] for name in names if name in known}
+        if headers is None:
+            return Symptoms(names, tensors, True, duplicates=self.files.duplicates)
+        unlisted = {}
+        for filename in self.files.group_by_file(tensors):
+            for name in self.files.unlisted(filename):
+                if name in headers.missing:
+                    unlisted[name] = filename
+        return Symptoms(
+            names,
+            tensors,
+            True,
+            config=self.config,
+            sizes=consistent_sizes(self.match.layout, prefix, tensors),
+            described_by=self._described_by,
+            missing=headers.missing,
+            unlisted=unlisted,
+            absent_files=headers.absent_files,
+            duplicates=self.files.duplicates,
+        )
+
+    def _advice(self) -> str:
+        """Return what to do if no cause is known."""
+        return CHECK_BOTH if self._source.commit is None else DOWNLOAD_BOTH_AGAIN
+
     def _check_naflex(self, config: SigLipVisionConfig) -> None:
         """Raise CheckpointError unless configuration and weights agree on NaFlex."""
         if config.naflex == self.match.layout.naflex:
@@ -227,10 +339,18 @@ class Checkpoint:
             True: "a NaFlex encoder (siglip2)",
             False: "a fixed-size encoder (siglip)",
         }
+        hint = ""
+        for layout in LAYOUTS:
+            candidate = Match(layout, self.match.prefix)
+            if layout.model_types and candidate.has_shapes_of(self.match):
+                hint = (
+                    "if its code has a matrix in place of a convolution, pass "
+                    f"layout={layout.name!r}; "
+                )
         raise CheckpointError(
             f"{self._source.title}: {self._described_by} describes {kinds[config.naflex]}, but the "
             f"shape of the patch embedding is that of {kinds[self.match.layout.naflex]}; "
-            f"{DOWNLOAD_BOTH_AGAIN}"
+            f"{hint}{self._advice()}"
         )
 
     def _find_head(self, required: bool) -> set[str]:
@@ -244,12 +364,33 @@ class Checkpoint:
             )
         return keys
 
+    def _read_pooling(self, config: SigLipVisionConfig, pooling_head: bool | None) -> Pooling:
+        """Return how the checkpoint pools, and what stands behind its pooling.
+
+        Args:
+            config: Architecture of the files.
+            pooling_head: The caller's choice.
+        """
+        layout, prefix = self.match
+        pools = bool(self._head_keys) or config.mean_pooling
+        projection = find_projection(layout, prefix, self.files.file_of, pools)
+        if pools and not projection:
+            projection = modules_behind_pooling(self._source)
+        classifier = []
+        for name in self.files.file_of:
+            is_inner = name.startswith(prefix) and name not in projection
+            if is_inner and layout.reason_to_ignore(name, prefix) == CLASSIFIER:
+                classifier.append(name)
+        return Pooling(bool(self._head_keys), tuple(projection), tuple(classifier), pooling_head)
+
     def _with_pooling(
         self, config: SigLipVisionConfig, pooling_head: bool | None
     ) -> SigLipVisionConfig:
         """Return the architecture with the pooling of the file, or as requested."""
         if pooling_head is not None:
             return replace(config, pooling_head=pooling_head, mean_pooling=False)
+        if self._pooling.projection:
+            return replace(config, pooling_head=False, mean_pooling=False)
         if config.mean_pooling or self._is_classifier():
             return replace(config, pooling_head=False, mean_pooling=True)
         return replace(config, pooling_head=bool(self._head_keys))
@@ -275,62 +416,76 @@ class Checkpoint:
         clues = Clues(title, self.match.layout, stored, content, origin)
         return derive(self.config, clues)
 
-    def _check_block_count(self) -> None:
+    def _check_block_count(self, config: SigLipVisionConfig) -> None:
         """Raise CheckpointError if the number of blocks is impossible.
 
         A damaged file may give any number, and expanding the rules would take all memory.
         """
-        count = self.config.num_encoder_blocks
+        count = config.num_encoder_blocks
         subject = f"{self._source.title}: {self._described_by} has {count} blocks"
         num_tensors = len(self.files.file_of)
         if not self.match.layout.is_stacked and count > num_tensors:
             raise CheckpointError(
-                f"{subject}, but the weights have only {num_tensors} tensors; {DOWNLOAD_BOTH_AGAIN}"
+                f"{subject}, but the weights have only {num_tensors} tensors; {self._advice()}"
             )
         if count > MAX_BLOCKS:
-            raise CheckpointError(f"{subject}, limit is {MAX_BLOCKS}; {DOWNLOAD_BOTH_AGAIN}")
+            raise CheckpointError(f"{subject}, limit is {MAX_BLOCKS}; {self._advice()}")
 
     # --- steps of `check` and `read` --------------------------------------------------------------
+
+    def _describe(self, problems: list[Problem], headers: ReadHeaders) -> str:
+        """Return the message of all problems, with their cause in front if it is known."""
+        report = describe_problems(f"{self._source.title} (layout: {self.title})", problems)
+        cause = diagnose(self._symptoms(headers))
+        if cause is None:
+            return f"{report}\nNothing was loaded; {self._advice()}."
+        return f"{self._source.title}: {cause}\n{report}\nNothing was loaded."
 
     def _other_keys(self) -> OtherKeys:
         """Classify the stored tensors that are not the encoder's."""
         layout, prefix = self.match
+        projection = set(self._pooling.projection)
         ignored: Counter[str] = Counter()
         unexpected = []
         for name in self.files.file_of.keys() - self.mappings.keys():
             reason = layout.reason_to_ignore(name, prefix)
             if name in self._head_keys:
                 reason = "pooling head"
+            if name in projection:
+                reason = PROJECTION
             if reason is None:
                 unexpected.append(name)
             else:
                 ignored[reason] += 1
-        return OtherKeys(dict(sorted(ignored.items())), unexpected)
+        for filename in self.files.group_by_file(self._listed()):
+            ignored[NOT_IN_INDEX] += len(self.files.unlisted(filename))
+        return OtherKeys(dict(sorted((+ignored).items())), unexpected)
 
-    def _read_headers(self) -> tuple[dict[str, TensorInfo], list[Problem]]:
+    def _listed(self) -> list[str]:
+        """Return the encoder's tensors that are in the files."""
+        return [name for name in self.mappings if name in self.files.file_of]
+
+    def _read_headers(self) -> ReadHeaders:
         """Read the headers of the encoder's files; other files need not exist."""
         stored: dict[str, TensorInfo] = {}
         problems: list[Problem] = []
-        file_of = self.files.file_of
-        missing = [name for name in self.mappings if name not in file_of]
-        groups = self.files.group_by_file(name for name in self.mappings if name in file_of)
+        absent_files = []
+        missing = [name for name in self.mappings if name not in self.files.file_of]
+        groups = self.files.group_by_file(self._listed())
         for filename, names in groups.items():
             try:
                 tensors = self.files.header(filename).tensors
             except CheckpointError as error:
                 problems.append((f"{error}; unreadable tensors", names))
+                if not isinstance(error, HubUnreachableError):
+                    absent_files.append(filename)
                 continue
             for name in names:
                 if name in tensors:
                     stored[name] = tensors[name]
                 else:
                     missing.append(name)
-            misplaced = [name for name in tensors if file_of.get(name) != filename]
-            if misplaced:
-                problems.append((f"tensors in {filename} contrary to the index", misplaced))
-        if missing:
-            problems.insert(0, ("missing tensors", missing))
-        return stored, problems
+        return ReadHeaders(stored, missing, problems, absent_files)
 
     def _check_tensors(self, stored: Mapping[str, TensorInfo], shapes: Shapes) -> list[Problem]:
         """Find stored tensors of the wrong shape or of an unsupported dtype."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
+from siglip_port.checkpoint.diagnosis import Symptoms, diagnose
 from siglip_port.checkpoint.errors import CheckpointError, MultipleEncodersError
 from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.checkpoint.layouts import HUGGINGFACE, LAYOUTS, PREFIX
 from siglip_port.checkpoint.source import subfolder_advice
+from siglip_port.checkpoint.stored_names import canonical_name
 from siglip_port.checkpoint.weight_files import WeightFiles
 
 # Candidate prefixes of vision encoders; checking one may require downloading a header.
@@ -36,6 +38,11 @@ class Match(NamedTuple):
             return f"{self.layout.title}, no prefix"
         return f"{self.layout.title}, prefix {self.prefix.rstrip('./')}"
 
+    def has_shapes_of(self, other: Match) -> bool:
+        """Return whether the shapes do not distinguish the layout from that of another match."""
+        shapes = (self.layout.signature_keys, self.layout.square_dims)
+        return shapes == (other.layout.signature_keys, other.layout.square_dims)
+
 
 def recognize(files: WeightFiles, layout_name: str | None, prefix: str | None) -> Match:
     """Find the only vision encoder in a checkpoint.
@@ -50,12 +57,16 @@ def recognize(files: WeightFiles, layout_name: str | None, prefix: str | None) -
         MultipleEncodersError: There are several.
         ValueError: The layout does not exist.
     """
-    layouts = [layout for layout in LAYOUTS if layout_name in (None, layout.name)]
+    layouts = [layout for layout in LAYOUTS if layout.name == layout_name]
+    if layout_name is None:
+        layouts = recognizable_layouts()
     if not layouts:
         names = ", ".join(layout.name for layout in LAYOUTS)
         raise ValueError(f"layout must be one of {names}, got {layout_name!r}")
     if prefix is not None:
         prefix = with_separator(prefix, layout_name)
+        if not files.duplicates:
+            prefix = canonical_name(prefix)
     if layout_name is not None and prefix is not None:
         match = Match(layouts[0], prefix)
         check_patch_embedding(files, match)
@@ -71,6 +82,35 @@ def recognize(files: WeightFiles, layout_name: str | None, prefix: str | None) -
             [*matches],
         )
     return matches[0]
+
+
+def recognizable_layouts() -> list[Layout]:
+    """Return the layouts that shapes determine, without those that a configuration selects."""
+    return [layout for layout in LAYOUTS if not layout.model_types]
+
+
+def model_types(content: Mapping[str, Any]) -> set[str]:
+    """Return the `model_type` of a configuration and of its sections."""
+    sections = [content, *(value for value in content.values() if isinstance(value, Mapping))]
+    types = [section.get("model_type") for section in sections]
+    return {kind for kind in types if isinstance(kind, str)}
+
+
+def select_by_config(match: Match, naflex: bool, content: Mapping[str, Any]) -> Match:
+    """Return the match with the layout that the configuration selects.
+
+    Args:
+        match: Layout by the shapes, and prefix.
+        naflex: Whether the configuration describes a NaFlex model.
+        content: Contents of the configuration file.
+    """
+    types = model_types(content)
+    for layout in LAYOUTS:
+        candidate = Match(layout, match.prefix)
+        is_named = bool(types & set(layout.model_types))
+        if is_named and layout.naflex == naflex and candidate.has_shapes_of(match):
+            return candidate
+    return match
 
 
 def with_separator(prefix: str, layout_name: str | None) -> str:
@@ -160,8 +200,17 @@ def find_damaged(files: WeightFiles, prefix: str | None) -> list[Match]:
 def describe_no_match(
     files: WeightFiles, layouts: list[Layout], prefix: str | None, refusals: list[str]
 ) -> str:
-    """Return the message for a missing vision encoder, with the groups of tensor names."""
-    message = f"{files.source.title} contains no SigLIP vision encoder in "
+    """Return the message for a missing encoder: its cause, and the groups of tensor names."""
+    message = f"{files.source.title} "
+    cause = None
+    names = [name for name in files.file_of if name.startswith(prefix or "")]
+    if names or prefix is None:
+        tensors = files.known_tensors()
+        known = {name: tensors[name] for name in names if name in tensors}
+        cause = diagnose(Symptoms(names, known, duplicates=files.duplicates))
+    if cause is not None:
+        message = f"{files.source.title}: {cause}; it "
+    message += "contains no SigLIP vision encoder in "
     if len(layouts) == 1:
         message += f"layout {layouts[0].name}"
     else:

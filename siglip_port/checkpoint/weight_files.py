@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from siglip_port.checkpoint.source import (
     pickle_advice,
     subfolder_advice,
 )
+from siglip_port.checkpoint.stored_names import canonical_names, removed_wrappers
 
 MAX_DECOMPRESSION_RATIO = 100
 """Maximum ratio of a model's size to its file's size.
@@ -37,13 +39,20 @@ Weights hardly compress, so a larger ratio means a decompression bomb.
 class WeightFiles:
     """The weights files of a checkpoint. Each header is read once, on first use.
 
+    Names of tensors are canonical (see `siglip_port.checkpoint.stored_names`), also in headers;
+    only if two tensors would have the same name, all names are those in the files.
+
     Args:
         source: Source of the files.
 
     Attributes:
         source: Source of the files.
-        file_of: Name of every stored tensor -> name of its file.
+        file_of: Name of every tensor -> name of its file. An index is the authority: tensors that
+            it does not list are not loaded.
+        has_index: Whether an index lists the tensors.
         index_bytes: Total size of all shards according to the index; 0 if unknown.
+        wrappers: Wrappers that were removed from the names.
+        duplicates: Canonical names that several tensors would have, and the names in the files.
 
     Raises:
         CheckpointError: There are no weights files, or they cannot be read.
@@ -51,9 +60,17 @@ class WeightFiles:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.has_index = False
         self.index_bytes = 0
+        self.wrappers: tuple[str, ...] = ()
+        self.duplicates: dict[str, list[str]] = {}
         self._headers: dict[str, Header] = {}
-        self.file_of = self._list_tensors()
+        self._stored_names: dict[str, str] = {}  # of renamed tensors, by canonical name
+        self.file_of = self._with_canonical_names(self._list_tensors())
+
+    def stored_name(self, name: str) -> str:
+        """Return the name of a tensor in its file."""
+        return self._stored_names.get(name, name)
 
     def header(self, filename: str) -> Header:
         """Return the header of a file.
@@ -65,8 +82,27 @@ class WeightFiles:
             header = self.source.header(filename)
             if header is None:
                 raise CheckpointError(f"{self.source.title} has no file {filename}")
-            self._headers[filename] = header
+            self._headers[filename] = self._rename(header)
         return self._headers[filename]
+
+    def known_tensors(self) -> dict[str, TensorInfo]:
+        """Return the tensors of the headers read so far."""
+        tensors: dict[str, TensorInfo] = {}
+        for filename, header in self._headers.items():
+            for name, info in header.tensors.items():
+                if self.file_of.get(name) == filename:
+                    tensors[name] = info
+        return tensors
+
+    def unlisted(self, filename: str) -> list[str]:
+        """Return the tensors of a file, whose header was read, that the index does not list there.
+
+        Shards may contain tensors of another save, or outdated copies; they are not loaded.
+        """
+        if filename not in self._headers:
+            return []
+        tensors = self._headers[filename].tensors
+        return [name for name in tensors if self.file_of.get(name) != filename]
 
     def headers(self) -> dict[str, Header | None]:
         """Return the headers of all files; None for a missing or damaged file."""
@@ -108,6 +144,20 @@ class WeightFiles:
             groups.setdefault(self.file_of[name], []).append(name)
         return groups
 
+    def fetch(self, groups: Mapping[str, Collection[str]]) -> dict[str, Path]:
+        """Download tensors if necessary.
+
+        Args:
+            groups: Tensor names by weights file.
+
+        Returns:
+            By weights file, the path of a local file that contains its tensors.
+        """
+        stored = {}
+        for filename, names in groups.items():
+            stored[filename] = [self.stored_name(name) for name in names]
+        return self.source.fetch(stored)
+
     def read(
         self, groups: Mapping[str, Collection[str]], paths: Mapping[str, Path]
     ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -126,11 +176,40 @@ class WeightFiles:
             with open_tensors(path) as get_tensor:
                 for name in names:
                     try:
-                        yield name, get_tensor(name)
+                        yield name, get_tensor(self.stored_name(name))
                     except UnreadableFileError as error:
                         raise CheckpointError(
                             f"{path}: tensor {name} is damaged ({error}); download the file again"
                         ) from error
+
+    def _with_canonical_names(self, file_of: Mapping[str, str]) -> dict[str, str]:
+        """Rename the tensors to their canonical names, unless two would have the same name."""
+        groups: dict[str, list[str]] = {}
+        for stored, name in canonical_names(file_of).items():
+            groups.setdefault(name, []).append(stored)
+        self.duplicates = {name: stored for name, stored in groups.items() if len(stored) > 1}
+        if self.duplicates:
+            return dict(file_of)
+        for name, (stored,) in groups.items():
+            if name != stored:
+                self._stored_names[name] = stored
+        self.wrappers = removed_wrappers(self._stored_names.values())
+        for filename, header in self._headers.items():
+            self._headers[filename] = self._rename(header)
+        return {name: file_of[stored] for name, (stored,) in groups.items()}
+
+    def _rename(self, header: Header) -> Header:
+        """Return the header with canonical names of tensors."""
+        if not self._stored_names:
+            return header
+        canonical = {stored: name for name, stored in self._stored_names.items()}
+        # A tensor that the index does not list never replaces one that it lists.
+        taken = {stored for stored in header.tensors if stored in self._stored_names}
+        tensors = {}
+        for stored, info in header.tensors.items():
+            if stored not in taken:
+                tensors[canonical.get(stored, stored)] = info
+        return replace(header, tensors=tensors)
 
     def _list_tensors(self) -> dict[str, str]:
         """Map every tensor to its file, using the first of `WEIGHTS_FILES` that exists."""
@@ -166,6 +245,7 @@ class WeightFiles:
             if path is None:
                 return None
             index = read_index(path)
+            self.has_index = True
             self.index_bytes = index.total_bytes
             return index.file_of
         header = self.source.header(filename)

@@ -47,6 +47,7 @@ class ModelSource:
         model: Loaded model; None until its weights are loaded.
         in_memory: Whether the model has no checkpoint to load it from, so its weights are pickled.
         load_arguments: Keyword arguments of `SigLipVisionModel.from_hf`.
+        pooling: How the model pools, for messages; None if unknown.
     """
 
     name: str
@@ -56,6 +57,7 @@ class ModelSource:
     model: SigLipVisionModel | None = None
     in_memory: bool = False
     load_arguments: dict[str, Any] = field(default_factory=dict)
+    pooling: str | None = None
 
     @classmethod
     def from_model(cls, model: SigLipVisionModel) -> ModelSource:
@@ -64,10 +66,19 @@ class ModelSource:
             raise ValueError(
                 "model is already optimized; pass the original model and select an engine= instead"
             )
-        name, commit = IN_MEMORY, None
+        name, commit, pooling = IN_MEMORY, None, None
         if model.provenance is not None:
             name, commit = model.provenance.source, model.provenance.commit
-        return cls(name, commit, model.config, model.preprocessing, model, in_memory=True)
+            pooling = model.provenance.evidence.pooling
+        return cls(
+            name,
+            commit,
+            model.config,
+            model.preprocessing,
+            model,
+            in_memory=True,
+            pooling=pooling,
+        )
 
     @classmethod
     def from_checkpoint(
@@ -106,6 +117,7 @@ class ModelSource:
             checkpoint.config,
             checkpoint.preprocessing,
             load_arguments=load_arguments,
+            pooling=checkpoint.evidence.pooling,
         )
 
     def load(self) -> SigLipVisionModel:
@@ -152,7 +164,7 @@ class BatchEncoder:
     ) -> None:
         self.engine = validate_engine(options.engine)
         validate_device_name(device)
-        validate_output(options, source.config)
+        validate_output(options, source.config, source.pooling)
         self.source = source
         self.options = options
         self.device = device

@@ -11,7 +11,7 @@ from siglip_port.config import SigLipVisionConfig
 from siglip_port.image_processing import Backend
 from siglip_port.optimize import ENGINES
 from siglip_port.optimize.comparison import TOLERANCES
-from siglip_port.validation import validate_positive_int
+from siglip_port.validation import NO_POOLING, explain_no_pooling, validate_positive_int
 
 OutputDtype = Literal["float32", "float16"]
 FileFormat = Literal["parquet", "npy"]
@@ -140,13 +140,22 @@ def validate_engine_dtype(engine: str | None, dtype: torch.dtype | None) -> None
         raise ValueError(f"dtype int8 requires the engine int8, got {engine!r}")
 
 
-def validate_output(options: EmbedOptions, config: SigLipVisionConfig) -> None:
-    """Raise ValueError unless a model of this configuration supports the requested output."""
+def validate_output(
+    options: EmbedOptions, config: SigLipVisionConfig, pooling: str | None = None
+) -> None:
+    """Raise ValueError unless a model of this configuration supports the requested output.
+
+    Args:
+        options: Options of the run.
+        config: Configuration of the model.
+        pooling: `Evidence.pooling` of the model, for the message; None if unknown.
+    """
     if options.tokens and config.naflex:
         raise ValueError(
             "tokens of a NaFlex model cannot be stored: their number differs between images"
         )
     if not options.tokens and not config.has_pooled_output:
-        raise ValueError(
-            "the model has no pooling head, so there is no pooled embedding; pass tokens=True"
-        )
+        reason = "the model has no pooling head, so there is no pooled embedding"
+        if pooling is not None and pooling.startswith(NO_POOLING):
+            reason = explain_no_pooling(pooling).partition(";")[0]
+        raise ValueError(f"{reason}; pass tokens=True")

@@ -149,8 +149,9 @@ INDEXES: dict[str, tuple[Callable[[Json], object], str]] = {
         lambda i: with_file(
             next(f for f in i["weight_map"].values() if f != i["weight_map"][NORM])
         )(i),
-        "missing tensors .1.:\n    vision_model.post_layernorm.bias(.|\n)*tensors in model-0000.-"
-        "of-00003.safetensors contrary to the index",
+        "the index is not that of these shards: model-0000.-of-00003.safetensors contains "
+        "vision_model.post_layernorm.bias, but the index does not list it there .1 such tensors.; "
+        "take(.|\n)*missing tensors .1.:\n    vision_model.post_layernorm.bias",
     ),
     "duplicate key": (
         lambda index: json.dumps(index).replace(

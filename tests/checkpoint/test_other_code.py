@@ -11,7 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from siglip_port import SigLipVisionModel
+from siglip_port import CheckpointError, SigLipVisionConfig, SigLipVisionModel
+from siglip_port.checkpoint.inspect import find_all_matches
+from siglip_port.checkpoint.reader import Checkpoint
+from siglip_port.checkpoint.recognize import Match
+from siglip_port.hub import find_source
 from siglip_port.parity.metrics import relative_error
 from tests.helpers.checkpoints import pixels
 
@@ -232,3 +236,109 @@ def test_stored_names(
             relative_error(model(x), vit(x, bare, patches, names, BLOCKS, 2.2e-6, "tanh")) > 1e-10
         )
         assert relative_error(model(x), vit(x, bare, patches, names, BLOCKS, eps, "none")) > 1e-7
+
+
+def patches_channel_last(x: Tensor) -> Tensor:
+    """Cut patches as BAGEL and mlx-vlm do: [B, C, H, W] -> [B, N, P * P * C]."""
+    b, c, h, w = x.shape
+    cells = torch.einsum("bchpwq->bhwpqc", x.reshape(b, c, h // P, P, w // P, P))
+    return cells.reshape(b, (h // P) * (w // P), P * P * c)
+
+
+HUGGINGFACE_NAMES = {
+    "pos": "embeddings.position_embedding.weight",
+    "block": "encoder.layers.{}",
+    "norm1": "layer_norm1",
+    "attn": "self_attn",
+    "out": "self_attn.out_proj",
+    "norm2": "layer_norm2",
+    "norm": "post_layernorm",
+}
+
+MATRIX_CONFIG = SigLipVisionConfig(
+    embed_dim=WIDTH,
+    image_size=42,
+    patch_size=P,
+    num_attention_heads=HEADS,
+    num_encoder_blocks=BLOCKS,
+    mlp_hidden_dim=101,
+)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "content"),
+    [
+        ("vit_model.vision_model.", {"model_type": "bagel"}),
+        ("model.vision_tower.vision_tower.", {"model_type": "phi4mm"}),
+        ("vision_tower.", {"vision_config": {"model_type": "phi4_multimodal_vision"}}),
+    ],
+)
+@torch.no_grad()
+def test_patch_embedding_as_a_matrix(prefix: str, content: dict[str, Any], tmp_path: Path) -> None:
+    """BAGEL's `convert_conv2d_to_linear` and mlx-vlm's phi4mm: `permute(0, 2, 3, 1)`, then flat."""
+    patch = "embeddings.patch_embedding"
+    tensors = draw_tensors(HUGGINGFACE_NAMES, (patch, (WIDTH, P * P * 3)), prefix)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    model = load(tmp_path, config=MATRIX_CONFIG)
+    assert model.provenance is not None
+    assert model.provenance.layout.startswith("HuggingFace, patch embedding as a matrix, prefix")
+    inspected = {(encoder.layout.name, encoder.prefix) for encoder in find_all(tmp_path)}
+    assert inspected == {("huggingface-matrix", prefix)}
+    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    weight, bias = bare[f"{patch}.weight"], bare[f"{patch}.bias"]
+    x = pixels(model.config)
+    expected = nn.functional.linear(patches_channel_last(x), weight, bias)
+    expected = vit(x, bare, expected, HUGGINGFACE_NAMES, BLOCKS, 1e-6, "tanh")
+    assert relative_error(model(x), expected) <= 1e-10
+    # The comparison is sensitive to the order of channels.
+    wrong = nn.functional.linear(patches_channel_first(x), weight, bias)
+    wrong = vit(x, bare, wrong, HUGGINGFACE_NAMES, BLOCKS, 1e-6, "tanh")
+    assert relative_error(model(x), wrong) > 1e-3
+    # Without a name of such a model, the shape is that of a NaFlex model.
+    (tmp_path / "config.json").write_text('{"model_type": "siglip_vision_model"}')
+    with pytest.raises(CheckpointError, match=r"NaFlex .*pass layout='huggingface-matrix'"):
+        load(tmp_path, config=MATRIX_CONFIG)
+    chosen = load(tmp_path, config=MATRIX_CONFIG, layout="huggingface-matrix")
+    assert torch.equal(chosen(x), model(x))
+
+
+def find_all(folder: Path) -> list[Match]:
+    """Return the encoders that `inspect` lists."""
+    return find_all_matches(Checkpoint(find_source(folder), config=MATRIX_CONFIG))
+
+
+TIMM_NAMES = {**OLD_MOONDREAM, "pos": "pos_embed"}
+
+
+@torch.no_grad()
+def test_mlx_janus(tmp_path: Path) -> None:
+    """mlx-vlm's `multi_modality`: timm's names, channels last, tanh GELU, epsilon 1e-5."""
+    prefix = "vision_model.vision_tower."
+    patch = "patch_embed.proj"
+    tensors = draw_tensors(TIMM_NAMES, (patch, (WIDTH, P, P, 3)), prefix)
+    save_file({**tensors, "aligner.layers.0.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    params = {"model_name": "siglip_large_patch16_384", "num_heads": HEADS}
+    content = {
+        "model_type": "multi_modality",
+        "vision_config": {"model_type": "vision", "cls": "CLIPVisionTower", "params": params},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    model = load(tmp_path)
+    assert model.provenance is not None
+    assert model.provenance.layout == "mlx (Janus), prefix vision_model.vision_tower"
+    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    x = pixels(model.config)
+    # A convolution on images with channels last, written out as sums over a patch.
+    cells = patches_channel_last(x).reshape(len(x), 36, P, P, 3)
+    patches = torch.einsum("bnyxc,oyxc->bno", cells, bare[f"{patch}.weight"])
+    patches = patches + bare[f"{patch}.bias"]
+    expected = vit(x, bare, patches, TIMM_NAMES, BLOCKS, 1e-5, "tanh")
+    assert relative_error(model(x), expected) <= 1e-10
+    for eps, act in ((1e-6, "tanh"), (1e-5, "none")):
+        wrong = vit(x, bare, patches, TIMM_NAMES, BLOCKS, eps, act)
+        assert relative_error(model(x), wrong) > 1e-7
+    (tmp_path / "config.json").write_text(json.dumps({**content, "model_type": "deepseek_vl_v2"}))
+    message = r"model_type 'deepseek_vl_v2' in layout 'mlx-janus' is not supported: .*two epsilons"
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)

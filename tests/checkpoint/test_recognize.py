@@ -32,7 +32,6 @@ load = SigLipVisionModel.from_hf
         "model.vision_model.",
         "vpm.",
         "model.embed_tokens_extend.image_embed.img_processor.",
-        "module.siglip2.vision_model.",
     ],
 )
 def test_prefixes(prefix: str, tmp_path: Path) -> None:

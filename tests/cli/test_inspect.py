@@ -117,9 +117,10 @@ def test_inspect_missing_shards(whole_model: Path) -> None:
     assert "kB, without elsewhere.safetensors\n" in run("inspect", whole_model).stdout
     (whole_model / "model-00001-of-00003.safetensors").unlink()
     inspection = inspect(whole_model, code=1)
-    assert inspection["problem"].startswith(
-        f"{whole_model} (layout: HuggingFace, prefix vision_model) does not match its configuration"
-    )
+    problem = inspection["problem"]
+    missing = "model-00001-of-00003.safetensors"
+    assert problem.startswith(f"{whole_model}: shards are missing or damaged: {missing}; copy")
+    assert " (layout: HuggingFace, prefix vision_model) does not match its configuration" in problem
     assert None in [entry["dtype"] for entry in inspection["entries"]]
 
 
