@@ -202,9 +202,7 @@ def test_sentence_transformers(encoder_copy: Path, model: SigLipVisionModel, kin
 def test_many_images(encoder_copy: Path) -> None:
     """`embed` refuses before the first image is read."""
     edit_tensors(encoder_copy, adding({"visual_projection.weight": TENSOR}))
-    source = ModelSource.from_checkpoint(
-        encoder_copy, revision=None, local_files_only=False, device=None
-    )
+    source = ModelSource.from_checkpoint(encoder_copy)
     message = r"projection behind its pooling head \(visual_projection.weight\).*pass tokens=True"
     for model_source in (source, ModelSource.from_model(load(encoder_copy))):
         with pytest.raises(ValueError, match=message):
