@@ -130,6 +130,21 @@ def example_folder(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return folder
 
 
+def stated_outputs(text: str) -> list[str]:
+    """Return what the comments after `print` state, without explanations after a colon."""
+    comments = re.findall(
+        r"^ *print\(.*\) +# (torch\.Size.*|True|False|None.*)$", text, re.MULTILINE
+    )
+    return [comment.partition(":")[0] for comment in comments]
+
+
+def test_stated_outputs() -> None:
+    """Also in indented blocks."""
+    text = "print(a)  # True\nwith b:\n    print(c())  # torch.Size([2])\nd = 1  # False\n"
+    assert stated_outputs(text) == ["True", "torch.Size([2])"]
+    assert stated_outputs("print(e)  # None: no head\n") == ["None"]
+
+
 def run_examples(document: str, edit: Callable[[str], str] = str) -> Iterator[str]:
     """Run the Python blocks of a document in one namespace; yield each one after it has run."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
@@ -155,10 +170,8 @@ def test_examples(
     torch.manual_seed(0)
     for text in run_examples(document):
         printed = capsys.readouterr().out
-        for value in re.findall(
-            r"^print\(.*\) +# (torch\.Size.*|True|False|None.*)$", text, re.MULTILINE
-        ):
-            assert value.partition(":")[0] in printed.splitlines()
+        for value in stated_outputs(text):
+            assert value in printed.splitlines()
         if document == "docs/other_ports.md":
             assert printed.strip() in read(document)
 
@@ -304,6 +317,23 @@ def test_commands(document: str) -> None:
         assert command in COMMANDS
         for option in options:
             assert option.partition("=")[0] in options_of(command), f"{command} {option}"
+
+
+def synopses(document: str) -> dict[str, list[str]]:
+    """Return the options of `siglip-port NAME [--option] ...`, alone on a line, by command."""
+    lines = re.findall(
+        r"^`siglip-port (\w+)([^`\n]*)`", FENCE.sub("", read(document)), re.MULTILINE
+    )
+    return {name: OPTION.findall(rest) for name, rest in lines}
+
+
+def test_synopses() -> None:
+    """The options in brackets exist."""
+    found = synopses("docs/cli.md")
+    assert set(found) == set(COMMANDS)
+    assert "--prefix" in found["inspect"]
+    for command, options in found.items():
+        assert set(options) <= options_of(command), command
 
 
 @functools.cache

@@ -56,3 +56,41 @@ def test_checkpoints() -> None:
 
 def test_commands() -> None:
     assert docs.commands().count("| `siglip-port ") == 8
+
+
+RECORDED = {
+    "machine": "a machine",
+    "summary": "a summary",
+    "mutants": [
+        {"gate": "pixels", "source": "a/b#1", "detected_by": ["pixels"], "located": True},
+        {"gate": "pixels", "source": "variant", "detected_by": ["numerics"], "located": False},
+        {"gate": "numerics", "source": "a/b#2", "detected_by": ["numerics"], "located": True},
+        {"gate": "numerics", "source": "c/d#3", "detected_by": [], "located": False},
+    ],
+    "equivalent_variants": [
+        {"name": "x", "false_alarm": False},
+        {"name": "x", "false_alarm": True},
+        {"name": "y", "false_alarm": False},
+    ],
+}
+"""A recorded self-test in which all counts differ."""
+
+
+def test_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docs, "read_json", lambda _: RECORDED)
+    text = docs.proof()
+    assert "plants 4 bugs in the port, 3 of them with a public source" in text
+    assert "The gates detect 2 and locate 2, with 1 false alarms in 3 runs of 2 equivalent" in text
+
+
+def test_selftest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docs, "read_json", lambda _: RECORDED)
+    monkeypatch.setattr(
+        "siglip_port.parity.siglip.census.summarize",
+        lambda _: {"gates": {"pixels": {"unique": [1]}, "numerics": {"unique": []}}},
+    )
+    table = docs.selftest()
+    assert "on a machine: a summary." in table
+    assert "| gate | its mutants | detected | detected of all 4 | by no other gate |" in table
+    assert "| pixels | 2 | 1 | 1 | 1 |" in table
+    assert "| numerics | 2 | 1 | 2 | 0 |" in table
