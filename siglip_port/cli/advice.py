@@ -6,9 +6,13 @@ The package names Python arguments: `pass layout='timm'`. A command that has the
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 import shlex
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+
+import siglip_port
 
 OPTIONS = {
     "address": "--address",
@@ -77,6 +81,32 @@ def in_options(message: str, options: Collection[str]) -> str:
         return describe(mention, options)
 
     return _MENTION.sub(replace, message)
+
+
+@contextlib.contextmanager
+def translate_warnings(translate: Callable[[str], str]) -> Iterator[None]:
+    """Print the package's warnings to stderr as `translate` returns them."""
+    logger = logging.getLogger(siglip_port.__name__)
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(TranslatingFormatter(translate))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class TranslatingFormatter(logging.Formatter):
+    """Formatter of messages without level and time."""
+
+    def __init__(self, translate: Callable[[str], str]) -> None:
+        super().__init__()
+        self.translate = translate
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the translated message of a record."""
+        return self.translate(super().format(record))
 
 
 def describe(mention: re.Match[str], options: Collection[str]) -> str:

@@ -34,7 +34,8 @@ class CommandGroup(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 (typer's, which releases name differently)
         """Run a command; on failure, exit with the code of the error."""
         try:
-            return super().invoke(ctx)
+            with advice.translate_warnings(lambda message: self.in_options(ctx, message)):
+                return super().invoke(ctx)
         except typer.BadParameter as error:
             usage_errors.reword(error)
             error.message = self.in_options(ctx, error.message)

@@ -166,7 +166,7 @@ def extract(
     from siglip_port.checkpoint.extract import extract_model
     from siglip_port.model import SigLipVisionModel
 
-    check_output(output, Path(source), force)
+    check_output(output, Path(source, load["subfolder"] or ""), force)
     model = SigLipVisionModel.from_hf(source, **load, dtype=named_dtype(dtype))
     extraction = extract_model(model, output, format=format)
     outputs = f"tokens {list(extraction.tokens)}"

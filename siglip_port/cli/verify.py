@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "siglip-port verify")
     """
     action, arguments = parse(argv, prog)
     try:
-        return run(action, arguments)
+        with advice.translate_warnings(lambda message: advice.in_options(message, OPTIONS)):
+            return run(action, arguments)
     except Exception as error:
         # No error may end in exit code 1, which is a verdict.
         kind = hint = ""

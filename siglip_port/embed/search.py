@@ -14,7 +14,7 @@ from torch import Tensor
 
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.embed.errors import EmbedError
-from siglip_port.embed.shards import count_rows, read_settings, read_vectors
+from siglip_port.embed.shards import read_settings, read_vectors
 from siglip_port.embed.stored_model import PASS_SOURCE, load_model, stored_processor
 from siglip_port.extras import require
 from siglip_port.optimize.cache import weights_hash
@@ -25,7 +25,7 @@ def embed_query(
     embeddings: str | os.PathLike[str],
     image: str | os.PathLike[str],
     *,
-    source: str | None = None,
+    source: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     layout: str | None = None,
@@ -126,16 +126,9 @@ def search(
         del nearest[top_k:]
     if not nearest:
         raise EmbedError(
-            f"{embeddings}: contains no embeddings: all {sum(map(num_rows, shards))} rows have an "
-            "error; see column error"
+            f"{embeddings}: contains no embeddings: all rows have an error; see column error"
         )
     return nearest
-
-
-def num_rows(shard: Path) -> int:
-    """Return the number of rows of a shard."""
-    rows, _ = count_rows(shard)
-    return rows
 
 
 def query_vector(query: object) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -49,7 +50,7 @@ def load_model(
     folder: Path,
     settings: Mapping[str, Any],
     *,
-    source: str | None,
+    source: str | os.PathLike[str] | None,
     passed: Mapping[str, Any],
     local_files_only: bool,
 ) -> SigLipVisionModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import logging
 import re
 import typing
 from pathlib import Path
@@ -14,13 +15,15 @@ from typer.main import get_command
 
 import siglip_port
 from scripts.messages import find_messages
-from siglip_port.checkpoint import LoadOptions
+from siglip_port.checkpoint import CheckpointError, LoadOptions
+from siglip_port.checkpoint import inspect as inspect_module
 from siglip_port.cli import advice
 from siglip_port.cli.app import app
 from siglip_port.cli.options import CHECKPOINT_OPTIONS
 from siglip_port.cli.verify import OPTIONS as VERIFY_OPTIONS
 from siglip_port.embed import Embedder, embed
 from siglip_port.embed.search import embed_query
+from tests.helpers.commands import run
 
 PACKAGE = Path(siglip_port.__file__).parent
 
@@ -142,3 +145,16 @@ def test_every_command_has_checkpoint_options(command: str) -> None:
 )
 def test_in_options(message: str, options: list[str], expected: str) -> None:
     assert advice.in_options(message, options) == expected
+
+
+def test_warnings_are_translated(encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings go to stderr, also those that name an argument."""
+
+    def warn(*_: object, **__: object) -> None:
+        logging.getLogger("siglip_port.checkpoint").warning("%s; pass config=", "a=b")
+        raise CheckpointError("no; pass layout=")
+
+    monkeypatch.setattr(inspect_module, "inspect_checkpoint", warn)
+    stderr = run("inspect", encoder_folder, code=1).stderr
+    assert stderr == "a=b; pass --config FILE\nno; pass --layout\n"
+    assert not logging.getLogger("siglip_port").handlers

@@ -68,7 +68,7 @@ def test_workers_cannot_start(
     with monkeypatch.context() as patched:
         patched.setattr("siglip_port.embed.decode.initialize_worker", lambda: os._exit(1))
         message = (
-            r"decoding processes cannot start \(.*\); reduce --num-workers \(0 decodes in the main"
+            r"decoding processes cannot start \(.*\); reduce num_workers= \(0 decodes in the main"
         )
         with pytest.raises(EmbedError, match=message):
             embed([photos], tmp_path, model, **two_workers)

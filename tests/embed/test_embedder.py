@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from siglip_port import SigLipVisionModel, optimize
+from siglip_port import CheckpointError, SigLipVisionModel, optimize
 from siglip_port.embed import Embedder
 from siglip_port.embed.decode import DecodedImage, decode
-from tests.helpers.checkpoints import SMALL
+from tests.helpers.checkpoints import SMALL, edit_tensors
 from tests.helpers.embedding import image_paths
 
 
@@ -239,3 +239,29 @@ def test_daft(photos: Path, embedder: Embedder) -> None:
     assert rows["path"] == files
     expected = embedder({"path": files})["embedding"]
     assert np.array_equal(np.array(rows["embedding"]), expected, equal_nan=True)
+
+
+def test_selection_of_encoder(encoder_copy: Path, files: list[str]) -> None:
+    """The arguments that errors name select one of several encoders."""
+    expected = Embedder(encoder_copy)({"path": files})["embedding"]
+    config = SigLipVisionModel.from_hf(encoder_copy).config
+    edit_tensors(
+        encoder_copy,
+        lambda tensors: {
+            f"{prefix}.{name}": tensor * (1 + (prefix == "b"))
+            for prefix in "ab"
+            for name, tensor in tensors.items()
+        },
+    )
+    with pytest.raises(CheckpointError, match=r"; pass layout= and prefix=$"):
+        Embedder(encoder_copy)
+    (encoder_copy / "config.json").unlink()
+    embedder = Embedder(
+        encoder_copy.parent,
+        subfolder=encoder_copy.name,
+        layout="huggingface",
+        prefix="a.vision_model.",
+        config=config,
+    )
+    rows = pickle.loads(pickle.dumps(embedder))({"path": files})
+    assert np.array_equal(rows["embedding"], expected, equal_nan=True)

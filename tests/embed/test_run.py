@@ -351,7 +351,7 @@ def test_wrong_option(
 
 def test_unsupported_model(photos: Path, tmp_path: Path) -> None:
     headless = SigLipVisionModel(replace(SMALL, pooling_head=False)).eval()
-    with pytest.raises(ValueError, match=r"no pooled embedding; pass tokens=True \(--tokens\)"):
+    with pytest.raises(ValueError, match=r"no pooled embedding; pass tokens=True$"):
         embed([photos], tmp_path / "out", headless, **OPTIONS)
     wrong: Any = "model"
     with pytest.raises(ValueError, match="model must be a SigLipVisionModel, got str"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pyarrow import parquet
 from siglip_port import SigLipVisionModel
 from siglip_port.embed import EmbedError, embed
 from siglip_port.embed.search import embed_query, search
-from tests.helpers.embedding import OPTIONS, read_rows
+from tests.helpers.embedding import OPTIONS, read_rows, readable_rows
 from tests.helpers.models import random_model
 
 
@@ -75,7 +76,9 @@ def test_count_of_images(tmp_path: Path) -> None:
 
 def test_shard_with_only_errors(tmp_path: Path) -> None:
     write_embeddings(tmp_path / "part-000000.parquet", [[3.0, 0.0], [1.0, 1.0]], ["no", "no"])
-    assert search(tmp_path, torch.tensor([1.0, 0.9]), 2) == []
+    message = "contains no embeddings: all rows have an error; see column error"
+    with pytest.raises(EmbedError, match=message):
+        search(tmp_path, torch.tensor([1.0, 0.9]), 2)
 
 
 def test_npy_and_parquet_give_same_results(
@@ -105,14 +108,37 @@ def test_query_by_other_model(
 ) -> None:
     random_model(seed=1).save_hf(tmp_path / "weights")
     message = (
-        r"finished_run.*: embeddings were computed with other {} than th(at|ose) of .*{}; pass the"
+        r"finished_run.*: embeddings were computed with other weights than those of .*weights; "
+        "pass the model as source=$"
     )
-    with pytest.raises(EmbedError, match=message.format("weights", "weights")):
+    with pytest.raises(EmbedError, match=message):
         embed_query(finished_run, photos / "a.png", source=str(tmp_path / "weights"))
+    row = readable_rows(finished_run)[0]
     model.preprocessor_config = {**model.preprocessor_config, "image_mean": [0.1, 0.1, 0.1]}
     model.save_hf(tmp_path / "mean")
-    with pytest.raises(EmbedError, match=message.format("preprocessing", "mean")):
-        embed_query(finished_run, photos / "a.png", source=str(tmp_path / "mean"))
+    query = embed_query(finished_run, row["path"], source=str(tmp_path / "mean"))
+    assert torch.allclose(query, torch.tensor(row["embedding"]), atol=1e-5)
+    assert not torch.allclose(query, model.embed_images(row["path"])[0], atol=1e-2)
+
+
+def test_query_is_preprocessed_as_stored(
+    photos: Path, model: SigLipVisionModel, tmp_path: Path
+) -> None:
+    """Even if the preprocessing of the loaded model was changed before the run."""
+    model.preprocessor_config = {**model.preprocessor_config, "image_mean": [0.1, 0.1, 0.1]}
+    embed([photos], tmp_path, model, **OPTIONS)
+    row = readable_rows(tmp_path)[0]
+    query = embed_query(tmp_path, row["path"])
+    assert torch.allclose(query, torch.tensor(row["embedding"]), atol=1e-5)
+    path = tmp_path / "_run.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "preprocessing": "0"}))
+    message = "computed with the preprocessing of another version of siglip-port; search with that"
+    with pytest.raises(EmbedError, match=message):
+        embed_query(tmp_path, row["path"])
+    path.write_text(json.dumps({**settings, "processor": {"future": True}}))
+    with pytest.raises(EmbedError, match=message):
+        embed_query(tmp_path, row["path"])
 
 
 def test_query_of_tokens(photos: Path, model: SigLipVisionModel, tmp_path: Path) -> None:

@@ -119,6 +119,9 @@ def test_later_version_is_refused(photos: Path, model: SigLipVisionModel, run: P
         embed([photos], run, model, **OPTIONS)
     with pytest.raises(EmbedError, match=message):
         search(run, torch.ones(2))
+    (run / "_run.json").write_text(json.dumps({"version": 3, "fields": "others"}))
+    with pytest.raises(EmbedError, match=message):
+        search(run, torch.ones(2))
 
 
 # --- other runs of the same folder ----------------------------------------------------------------

@@ -60,7 +60,7 @@ def test_cached_files_load(hub: Hub, vision_folder: Path, cache: Path, in_shards
 def test_config_not_cached(hub: Hub, vision_folder: Path, cache: Path) -> None:
     message = (
         f"^{NAME}: config.json is not in the local cache, and downloads are disabled by "
-        r"local_files_only=True \(--offline\); load it once online, or pass a local path"
+        r"local_files_only=True; load it once online, or pass a local path"
     )
     with pytest.raises(HubUnreachableError, match=message):
         load(NAME, cache_dir=cache, local_files_only=True)

@@ -195,6 +195,21 @@ def test_only_vision_encoder_is_downloaded(hub: Hub, served: Path, cache: Path) 
     assert hub.sent[f"{SUBFOLDER}/model.safetensors"] == HEADER_BYTES + read
 
 
+def test_xet(
+    hub: Hub, served: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.store_by_xet(tmp_path / "xet", served / SUBFOLDER / "model.safetensors")
+    hub.faults = [Fault("reset", "CDN *", times=None)]
+    assert_loaded(load(NAME, subfolder=SUBFOLDER, cache_dir=cache), served)
+    assert "trying hf_xet" in caplog.text
+    assert_loaded(load(NAME, subfolder=SUBFOLDER, cache_dir=cache, local_files_only=True), served)
+
+
+def test_no_ranges(hub: Hub, served: Path, cache: Path) -> None:
+    hub.ranges = False
+    assert_loaded(load(NAME, subfolder=SUBFOLDER, cache_dir=cache), served)
+
+
 def test_hub_unreachable_uses_cache(
     hub: Hub, served: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
