@@ -93,8 +93,8 @@ class Symptoms:
 
 def find_names(text: str, patterns: Collection[str]) -> str | None:
     """Return a line that contains the first pattern, if there is a line for each pattern."""
-    found = [re.search(rf"^.*(?:{pattern}).*$", text, re.MULTILINE) for pattern in patterns]
-    matches = [match[0] for match in found if match is not None]
+    lines = [re.search(rf"^.*(?:{pattern}).*$", text, re.MULTILINE) for pattern in patterns]
+    matches = [line[0] for line in lines if line is not None]
     return matches[0] if len(matches) == len(patterns) else None
 
 
@@ -406,9 +406,9 @@ def other_positions(symptoms: Symptoms) -> str | None:
         return None
     side = round(sizes.num_patches**0.5)
     key = "num_patches" if config.naflex else "image_size"
-    given = config.num_patches if config.naflex else config.image_size
+    value = config.num_patches if config.naflex else config.image_size
     subject = (
-        f"{symptoms.described_by} gives {key} {given} ({config.grid_size} x {config.grid_size} "
+        f"{symptoms.described_by} gives {key} {value} ({config.grid_size} x {config.grid_size} "
         f"patches), but the weights have {sizes.num_patches} positions"
     )
     if side**2 + 1 == sizes.num_patches:
@@ -430,10 +430,10 @@ def other_sizes(symptoms: Symptoms) -> str | None:
         return None
     differences = []
     for name, key in SIZES:
-        given, stored = getattr(config, name), getattr(sizes, name)
-        if given != stored:
+        value, stored = getattr(config, name), getattr(sizes, name)
+        if value != stored:
             label = key if symptoms.described_by == CONFIG_FILE else name
-            differences.append(f"{label} is {given}, but {stored} in the weights")
+            differences.append(f"{label} is {value}, but {stored} in the weights")
     if not differences:
         return None
     incomplete = ""

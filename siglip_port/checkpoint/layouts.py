@@ -166,6 +166,10 @@ HUGGINGFACE_MATRIX = replace(
 Names and shapes are those of NaFlex models.
 """
 
+PADDED_BY_JANUS = CodePreprocessing(
+    RESAMPLE["bicubic"], difference="Janus pads images to a square"
+)
+
 JANUS = replace(
     HUGGINGFACE,
     name="janus",
@@ -181,9 +185,7 @@ JANUS = replace(
         "embeddings.patch_embedding.weight",
         "encoder.layers.0.self_attn.projection_layer.weight",
     ),
-    preprocessing=CodePreprocessing(
-        RESAMPLE["bicubic"], difference="Janus pads images to a square"
-    ),
+    preprocessing=PADDED_BY_JANUS,
 )
 
 MLX = replace(
@@ -292,6 +294,7 @@ MLX_JANUS = replace(
     square_dims=(1, 2),
     layer_norm_eps=1e-5,
     hidden_act="gelu_pytorch_tanh",
+    preprocessing=PADDED_BY_JANUS,
     refused_types=(
         ("deepseek_vl_v2", "mlx-vlm's code has two epsilons, 1e-6 in the blocks and 1e-5 after"),
     ),

@@ -107,13 +107,13 @@ def find_projection(layout: Layout, prefix: str, names: Collection[str], pools: 
             of tokens, as in PaliGemma.
     """
     others = [name for name in names if not name.startswith(prefix)]
-    found = []
+    projection = []
     for name in names:
         if name.startswith(prefix) and is_inner_projection(layout, prefix, name, pools):
-            found.append(name)
+            projection.append(name)
     if pools:
-        found += outer_projection(layout, prefix, others)
-    return sorted(found)
+        projection += outer_projection(layout, prefix, others)
+    return sorted(projection)
 
 
 def is_inner_projection(layout: Layout, prefix: str, name: str, pools: bool) -> bool:
@@ -135,7 +135,7 @@ def outer_projection(layout: Layout, prefix: str, names: Iterable[str]) -> list[
     In a model with a language model they project tokens, not the pooled embedding.
     """
     parents = parents_of(prefix)
-    found = []
+    projection = []
     for name in names:
         if layout.reason_to_ignore(name, prefix) == LANGUAGE_MODEL:
             return []
@@ -144,8 +144,8 @@ def outer_projection(layout: Layout, prefix: str, names: Iterable[str]) -> list[
             for parent in parents
         )
         if is_sibling or PROJECTION_NAME.fullmatch(name):
-            found.append(name)
-    return found
+            projection.append(name)
+    return projection
 
 
 def parents_of(prefix: str) -> list[str]:

@@ -18,8 +18,8 @@ ASSUMED = "siglip_port_assumed"
 """Key in saved files that records that the preprocessing was assumed, and why."""
 
 WAYS = (
-    "pass preprocessing= to from_hf (--preprocessing to the command): 'siglip' (bicubic filter), "
-    "'siglip2' (bilinear filter), or a preprocessor_config.json"
+    "pass preprocessing= with 'siglip' (bicubic filter), 'siglip2' (bilinear filter), or a "
+    "preprocessor_config.json"
 )
 """Ways to state the preprocessing, for messages."""
 

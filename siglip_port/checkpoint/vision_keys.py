@@ -102,8 +102,8 @@ MOONDREAM_KEYS = frozenset({
 
 JANUS_KEYS = frozenset({
     "ckpt_path", "concat_type", "freeze_high", "freeze_low", "high_res_cfg", "image_size",
-    "low_res_cfg", "model_name", "pixel_mean", "pixel_std", "select_feature", "select_layer",
-    "select_layers",
+    "low_res_cfg", "model_name", "num_heads", "pixel_mean", "pixel_std", "select_feature",
+    "select_layer", "select_layers",
 })
 """Keys of `vision_config.params` in the original files of Janus and DeepSeek-VL."""
 

@@ -204,10 +204,10 @@ class WeightFiles:
             return header
         canonical = {stored: name for name, stored in self._stored_names.items()}
         # A tensor that the index does not list never replaces one that it lists.
-        taken = {stored for stored in header.tensors if stored in self._stored_names}
+        hidden = {stored for stored in header.tensors if stored in self._stored_names}
         tensors = {}
         for stored, info in header.tensors.items():
-            if stored not in taken:
+            if stored not in hidden:
                 tensors[canonical.get(stored, stored)] = info
         return replace(header, tensors=tensors)
 

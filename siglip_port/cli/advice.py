@@ -30,6 +30,7 @@ OPTIONS = {
     "num_workers": "--num-workers",
     "output_dtype": "--output-dtype",
     "prefix": "--prefix",
+    "preprocessing": "--preprocessing",
     "revision": "--revision",
     "source": "--model",
     "subfolder": "--subfolder",

@@ -462,7 +462,7 @@ def test_other_layouts(tmp_path: Path) -> None:
         }
     save_file(tensors, tmp_path / WEIGHTS)
     args = {"num_heads": 2, "act_layer": "gelu", "global_pool": "avg"}
-    (tmp_path / CONFIG).write_text(json.dumps({"architecture": "x", "model_args": args}))
+    (tmp_path / CONFIG).write_text(json.dumps({"model_args": args}))
     assert_refused(tmp_path, r": the model normalizes after its mean pooling \(fc_norm.weight\)")
 
 

@@ -123,9 +123,10 @@ def test_pixels_of_code(
     ("layout", "content", "reason"),
     [
         (layouts.BIG_VISION, None, "big_vision resizes without antialiasing"),
-        (layouts.LAYOUTS[6], None, "big_vision resizes without antialiasing"),
+        (layouts.scanned(layouts.BIG_VISION), None, "big_vision resizes without antialiasing"),
         (layouts.BIG_VISION_NAFLEX, None, "big_vision truncates resized pixels"),
         (layouts.JANUS, None, "Janus pads images to a square"),
+        (layouts.MLX_JANUS, None, "Janus pads images to a square"),
         (
             layouts.NANOVLM,
             {"max_img_size": 1536},

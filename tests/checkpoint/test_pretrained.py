@@ -52,7 +52,7 @@ def test_dtype_and_device(checkpoint: MakeCheckpoint) -> None:
         ("attn_implementation", "omit it, attention always runs in scaled_dot_product_attention"),
         ("trust_remote_code", "omit it, no code of a checkpoint is ever run"),
         ("revison", "use revision="),
-        ("quux", "choose one of revision, dtype, device, .*, vision_only"),
+        ("quux", "choose one of revision, subfolder, dtype, .*, vision_only"),
     ],
 )
 def test_unknown_option(name: str, advice: str, checkpoint: MakeCheckpoint) -> None:
@@ -82,7 +82,7 @@ def test_provenance(checkpoint: MakeCheckpoint) -> None:
         "layout   HuggingFace, no prefix",
         "config   config.json",
         "pooling  none",
-        "pixels   preprocessor_config.json",
+        "pixels   assumed: bicubic filter, pixels in [-1, 1] (no preprocessor_config.json)",
         f"read     {size / 1e3:.2f} of {whole / 1e3:.2f} kB, 53 tensors",
         "ignored  pooling head (11)",
         "dtype    torch.bfloat16 (stored: torch.float32)",

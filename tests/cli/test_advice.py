@@ -30,7 +30,7 @@ PACKAGE = Path(siglip_port.__file__).parent
 PRINTED = ("checkpoint", "embed", "hub", "optimize")
 """Packages whose messages a command can print, beside the modules at the top."""
 
-NOT_ARGUMENTS = {"elementwise_affine", "eps", "num_patches", "resample"}
+NOT_ARGUMENTS = {"dim", "elementwise_affine", "eps", "num_patches", "resample"}
 """Values that messages contain in the form of an argument."""
 
 ARGUMENT = re.compile(r"(?<![\w/{-])([a-z_]+)=(?!=)")

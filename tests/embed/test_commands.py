@@ -106,7 +106,7 @@ def test_unknown_preprocessing(encoder_copy: Path, tmp_path: Path) -> None:
     for command in (["embed", "--num-workers", 0], ["plot"]):
         error = run(*command, *options, code=1).stderr
         assert "unknown (preprocessor_config.json is of SmolVLMImageProcessor)" in error
-        assert "--preprocessing to the command" in error
+        assert "pass --preprocessing with 'siglip' (bicubic filter)" in error
         run(*command, *options, "--preprocessing", "siglip2", code=0)
     assert readable_rows(tmp_path / "output")
 
