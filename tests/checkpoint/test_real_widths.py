@@ -227,7 +227,8 @@ def write_example(folder: Path, layout: Layout, model: SigLipVisionModel) -> Pat
     )
     stored |= {name: torch.ones(shape) for name, shape in example.beside.items()}
     if layout.name.startswith("big_vision"):
-        np.savez(folder / "model.npz", **{name: t.numpy() for name, t in stored.items()})
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in stored.items()}
+        np.savez(folder / "model.npz", **arrays)
         return folder / "model.npz"
     tensors = {name: tensor.contiguous() for name, tensor in stored.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

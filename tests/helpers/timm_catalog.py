@@ -115,7 +115,7 @@ TOLERANCE = 1e-4
 
 def architectures(variant: str) -> list[str]:
     """Return the names of the ViT architectures of the installed timm to check a variant with."""
-    modules = MODULES
+    modules: tuple[str, ...] = MODULES
     if not VARIANTS[variant]:
         modules += WITH_CONVOLUTIONS
     names: list[str] = []
