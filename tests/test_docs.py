@@ -329,10 +329,10 @@ def synopses(document: str) -> dict[str, list[str]]:
 
 def test_synopses() -> None:
     """The options in brackets exist."""
-    found = synopses("docs/cli.md")
-    assert set(found) == set(COMMANDS)
-    assert "--prefix" in found["inspect"]
-    for command, options in found.items():
+    listed = synopses("docs/cli.md")
+    assert set(listed) == set(COMMANDS)
+    assert "--prefix" in listed["inspect"]
+    for command, options in listed.items():
         assert set(options) <= options_of(command), command
 
 

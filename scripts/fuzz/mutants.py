@@ -9,7 +9,7 @@ from random import Random
 from typing import NamedTuple
 
 from scripts.fuzz.byte_edits import edit_data, edit_length, join, noise, split
-from scripts.fuzz.intact import Files
+from scripts.fuzz.intact import NPZ, Files
 from scripts.fuzz.json_edits import edit_index, edit_json
 from scripts.fuzz.npz_edits import PICKLE, edit_npz
 from scripts.fuzz.setting_edits import add_adapter, add_setting, edit_field, omit_from_index
@@ -32,9 +32,9 @@ STRAY_FILES = (
 
 
 def rearrange(rng: Random, files: Files, target: str) -> None:
-    """Remove, add, empty, rename or swap files."""
+    """Remove, add, empty, rename or swap files, or add an adapter."""
     other = rng.choice(sorted(files))
-    match rng.randrange(7):
+    match rng.randrange(8):
         case 0:
             del files[target]
         case 1:
@@ -51,6 +51,8 @@ def rearrange(rng: Random, files: Files, target: str) -> None:
             files[rng.choice(STRAY_FILES)] = content
         case 5:
             files[f"{target}x"] = files.pop(target)
+        case 6 if NPZ not in files:
+            add_adapter(rng, files)
         case _:
             files[target] += files[other]
 
@@ -120,7 +122,6 @@ MUTATORS = (
     Mutator("npz", "bytes", "*.npz", of_file(noise)),
     Mutator("npz", "arrays", "*.npz", of_file(edit_npz)),
     Mutator("files", "files", "*", rearrange),
-    Mutator("files", "adapter", "*.safetensors", add_adapter),
 )
 
 

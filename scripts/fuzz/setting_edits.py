@@ -148,7 +148,7 @@ def omit_from_index(rng: Random, content: bytes) -> bytes:
     return json.dumps(document).encode()
 
 
-def add_adapter(rng: Random, files: dict[str, bytes], _: str) -> None:
+def add_adapter(rng: Random, files: dict[str, bytes]) -> None:
     """Put the configuration of an adapter beside the weights, with or without its weights."""
     files[ADAPTER_CONFIG] = rng.choice(ADAPTERS)
     if rng.random() < 0.5:

@@ -122,10 +122,6 @@ def save(
         )
     if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
         raise CheckpointError(f"folder must be a path, got {folder!r}")
-    if Path(folder).is_file():
-        raise CheckpointError(
-            f"the checkpoint cannot be written to {folder}: it is a file; choose another folder"
-        )
     stored = match.layout.to_stored(
         state_dict,
         model.config.num_encoder_blocks,
@@ -136,6 +132,10 @@ def save(
     if match.layout.has_hf_config:
         documents = with_dtype(documents, stored)
     try:
+        if Path(folder).is_file():
+            raise CheckpointError(
+                f"the checkpoint cannot be written to {folder}: it is a file; choose another folder"
+            )
         write_files(Path(folder), stored, weights_metadata(model), documents)
     except (OSError, SafetensorError, TypeError) as error:  # TypeError: not JSON serializable
         raise CheckpointError(

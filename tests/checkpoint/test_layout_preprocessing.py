@@ -161,7 +161,7 @@ def test_unknown_preprocessing(
     assert model.preprocessing.status == "unknown"
     assert str(model.preprocessing).startswith("assumed: ")
     assert reason in str(model.preprocessing)
-    with pytest.raises(ValueError, match="pass preprocessing= to from_hf"):
+    with pytest.raises(ValueError, match="pass preprocessing= with"):
         model.embed_images([IMAGE])
     stated = SigLipVisionModel.from_hf(tmp_path, config=config, preprocessing="siglip2")
     assert stated.preprocessing.checked_config()["resample"] == 2

@@ -316,7 +316,7 @@ def test_unknown_preprocessing_needs_a_word(encoder_copy: Path, tmp_path: Path) 
     model = load(encoder_copy)
     photo = tmp_path / "photo.png"
     IMAGE.save(photo)
-    advice = r"unknown \(preprocessor_config.json is of SmolVLM.*\); pass preprocessing= to from_hf"
+    advice = r"unknown \(preprocessor_config.json is of SmolVLM.*\); pass preprocessing= with"
     for use in (
         lambda: model.embed_images([IMAGE]),
         lambda: visualize.model_view(model, IMAGE),
@@ -387,7 +387,7 @@ def test_default_is_reported_once(
         message = caplog.records[0].getMessage()
         assert message.startswith(
             f"{encoder_copy}: preprocessing is assumed: bicubic filter, pixels in [-1, 1] (no "
-            "preprocessor_config.json); to state it, pass preprocessing= to from_hf"
+            "preprocessor_config.json); to state it, pass preprocessing= with"
         )
         caplog.clear()
     load(encoder_copy, preprocessing="siglip").embed_images([IMAGE])
