@@ -434,12 +434,7 @@ def test_navit_large_images(size: tuple[int, int]) -> None:
 def minicpm_ids(count: int, side: int) -> Tensor:
     """MiniCPM-V's `SiglipVisionEmbeddings`, one axis; counts are int32 tensors there."""
     boundaries = torch.arange(1 / side, 1.0, 1 / side)
-<<<<<<< HEAD
-    step = (1 / torch.tensor(count, dtype=torch.int32)).item()
-    coordinates = torch.arange(0, 1 - 1e-6, step)
-=======
     coordinates = torch.arange(0, 1 - 1e-6, (1 / torch.tensor(count, dtype=torch.int32)).item())
->>>>>>> F
     return torch.bucketize(coordinates, boundaries, right=True)
 
 

@@ -166,12 +166,7 @@ def test_minicpm_positions(count: int, tmp_path: Path) -> None:
     model = load(tmp_path)
     side = config.grid_size
     boundaries = torch.arange(1 / side, 1.0, 1 / side)
-<<<<<<< HEAD
-    step = (1 / torch.tensor(count, dtype=torch.int32)).item()
-    coordinates = torch.arange(0, 1 - 1e-6, step)
-=======
     coordinates = torch.arange(0, 1 - 1e-6, (1 / torch.tensor(count, dtype=torch.int32)).item())
->>>>>>> F
     rows = torch.bucketize(coordinates, boundaries, right=True)
     embeddings = model.transformer.embeddings
     image = torch.zeros(1, 3, config.patch_size * count, config.patch_size, dtype=torch.float64)

@@ -73,7 +73,7 @@ def test_other_files_are_not_read(local: Path) -> None:
     for path in (local / SUBFOLDER).iterdir():
         shutil.copy(path, local / path.name)
     (local / SUBFOLDER / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=f"{SUBFOLDER} has no config.json, which layout"):
+    with pytest.raises(CheckpointError, match=f"{SUBFOLDER} has no config.json, and the tensor"):
         load(local, subfolder=SUBFOLDER)
     assert load(local).config == SMALL
 
