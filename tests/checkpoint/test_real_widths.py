@@ -209,7 +209,7 @@ EXAMPLES = {
         replace(SO400M, image_size=378, patch_size=14, layer_norm_eps=1e-5),
         "vision_encoder.encoder.model.visual.",
         {"architectures": ["Moondream"], "model_type": "moondream1", "text_config": {}},
-        {"vision_encoder.projection.mlp.fc1.weight": (2, 1152), "text_model.lm_head.bias": (2,)},
+        {"vision_encoder.projection.mlp.fc1.weight": (2, 2304), "text_model.lm_head.bias": (2,)},
     ),
 }
 """Layout -> a published model that is stored in it."""
