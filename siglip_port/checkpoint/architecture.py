@@ -76,13 +76,16 @@ def read_architecture(files: WeightFiles, match: Match, content: Json | None) ->
         CheckpointError: The configuration describes another model, or a value is unknown.
     """
     title = files.source.title
-    reason = f"has no {CONFIG}"
+    reason = f"{title} has no {CONFIG}"
     if match.layout.has_hf_config and content is not None:
         try:
-            return Architecture(SigLipVisionConfig.from_hf(content), CONFIG)
+            config = SigLipVisionConfig.from_hf(content)
+            if content.get("model_type") == "bagel":
+                config = without_last_block(config, files, match)
+            return Architecture(config, CONFIG)
         except UnknownModelError as error:
             # It may name its encoder, as the first LLaVA releases do, or the shapes may be known.
-            reason = str(error)
+            reason = f"{title}: {error}"
         except ValueError as error:
             raise CheckpointError(f"{title}: {error}; {NOT_SIGLIP}") from error
     try:
@@ -93,13 +96,26 @@ def read_architecture(files: WeightFiles, match: Match, content: Json | None) ->
     except UnknownValuesError as error:
         if match.layout.has_hf_config:
             raise CheckpointError(
-                f"{title}: {reason}, and the tensor shapes are not those of a published encoder; "
+                f"{reason}, and the tensor shapes are not those of a published encoder; "
                 f"put the encoder's {CONFIG} beside the weights, or pass config="
                 + subfolder_advice(files.source)
             ) from error
         raise CheckpointError(f"{title} (layout: {match.title}): {error}") from error
     except ValueError as error:
         raise CheckpointError(f"{title} (layout: {match.title}): {error}") from error
+
+
+def without_last_block(
+    config: SigLipVisionConfig, files: WeightFiles, match: Match
+) -> SigLipVisionConfig:
+    """Return the architecture of BAGEL, whose code removes the last block of its configuration.
+
+    Its training code stores the configuration with or without it; the tensors decide.
+    """
+    sizes = read_sizes(match.layout, files.shapes(match.prefix), match.prefix)
+    if sizes.num_encoder_blocks == config.num_encoder_blocks - 1:
+        return replace(config, num_encoder_blocks=sizes.num_encoder_blocks)
+    return config
 
 
 def refuse_unknown_release(files: WeightFiles, sizes: StoredSizes) -> None:

@@ -27,6 +27,7 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     "idefics3_vision": IDEFICS3,
     "smolvlm": IDEFICS3,
     "smolvlm_vision": IDEFICS3,
+    "bagel_vision": {"pooling_head": False, "interpolation": "crop"},
     "minicpmv_vision": {"pooling_head": False, "interpolation": "minicpm"},
     "phi4_multimodal_vision": {
         "embed_dim": 1152,
@@ -62,7 +63,6 @@ ENCODER_OF = {
     "lfm2-vl": "siglip2_vision_model",
     "janus": "janus_vision_model",
     "deepseek_vl": "siglip_vision_model",
-    "bagel": "siglip_vision_model",
 }
 
 MINICPM = ("minicpmv", "minicpmo")
@@ -268,6 +268,8 @@ def find_model_type(hf_config: Mapping[str, Any], vision: Mapping[str, Any]) -> 
     if model_type is None:
         model_type = "siglip_vision_model"
     is_section = vision is not hf_config
+    if outer_type == "bagel":
+        return "bagel_vision"
     is_minicpm = is_section and outer_type in MINICPM
     if is_minicpm and model_type in (outer_type, "siglip", "siglip_vision_model"):
         return "minicpmv_vision"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,25 @@ def test_patch_embedding_as_a_matrix(prefix: str, content: dict[str, Any], tmp_p
         load(tmp_path, config=MATRIX_CONFIG)
     chosen = load(tmp_path, config=MATRIX_CONFIG, layout="huggingface-matrix")
     assert torch.equal(chosen(x), model(x))
+
+
+@pytest.mark.parametrize("blocks_in_config", [BLOCKS, BLOCKS + 1])
+def test_bagel(blocks_in_config: int, tmp_path: Path) -> None:
+    """Its code removes the last block of `vit_config`, and takes a corner of the positions."""
+    prefix = "vit_model.vision_model."
+    tensors = draw_tensors(
+        HUGGINGFACE_NAMES, ("embeddings.patch_embedding", (WIDTH, P * P * 3)), prefix
+    )
+    save_file(tensors, tmp_path / "model.safetensors")
+    vision = {**MATRIX_CONFIG.to_hf(), "num_hidden_layers": blocks_in_config, "rope": False}
+    content = {"model_type": "bagel", "vit_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    expected = replace(MATRIX_CONFIG, interpolation="crop")
+    assert load(tmp_path).config == expected
+    vision["num_hidden_layers"] = BLOCKS + 2
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"missing tensors|blocks"):
+        load(tmp_path)
 
 
 def find_all(folder: Path) -> list[Match]:
