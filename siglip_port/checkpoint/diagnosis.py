@@ -165,8 +165,8 @@ def tensors_stored_twice(symptoms: Symptoms) -> str | None:
         return None
     first, second = next(iter(symptoms.duplicates.values()))[:2]
     return (
-        f"{len(symptoms.duplicates)} tensors are stored twice, under names that differ only by a "
-        f"wrapper ({first} and {second}), so it is not known which to load; save one of the models "
+        f"tensors are stored twice ({len(symptoms.duplicates)}), under names that differ only by "
+        f"a wrapper ({first} and {second}), so which to load is ambiguous; save one of the models "
         "alone, for example model._orig_mod.state_dict() of a compiled model"
     )
 
@@ -270,7 +270,7 @@ OTHER_MODELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("CLIP (OpenAI, open_clip)", (r"transformer\.resblocks\.", r"class_embedding|ln_pre\.")),
     ("InternViT", (r"class_embedding", r"\.ls1$", r"\.attn\.qkv\.")),
     ("Qwen2-VL", (r"visual\.merger\.|\.merger\.(?:ln_q|mlp)", r"patch_embed\.proj")),
-    ("SAM", (r"\.rel_pos_h$", r"neck")),
+    ("SAM", (r"\.rel_pos_h$",)),
     ("DINOv2 or DINOv3", (r"layer_scale1\.lambda1|\.ls1\.gamma$", r"cls_token")),
     ("EVA", (r"\.q_bias$|inner_attn_ln|\.w12\.|freqs_cos", r"patch_embed")),
     ("Swin", (r"relative_position_bias_table",)),
@@ -289,6 +289,7 @@ OTHER_MODELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a ViT with register tokens", (r"reg_token$|register_tokens$",)),
     ("a ViT with layer scale", (r"\.ls[12]\.gamma$|\.gamma_1$|layer_scale\d?\.",)),
     ("a ViT with normalized queries and keys", (r"attn\.[qk]_norm\.|self_attn\.[qk]_norm\.",)),
+    ("a ViT with a LayerNorm before its blocks", (r"\bnorm_pre\.|\bpre_layernorm\.|ln_pre\.",)),
     ("a ViT with rotary positions", (r"rotary|\brope\b|freqs_cis|inv_freq",)),
 )
 """Models by the names of their tensors: a name for every pattern. The first match counts."""

@@ -274,7 +274,9 @@ TIMM = Layout(
     head=TIMM_HEAD,
     signature_keys=("patch_embed.proj.weight", "blocks.0.norm1.weight"),
     ignored=(IgnoredKeys(r"head\.(weight|bias)", CLASSIFIER),),
-    projections=(r"head\..+", r"fc_norm\..+", r"pre_logits\..+"),
+    projections=(
+        r"(head\.|head\.(fc|proj|norm|mlp\.\w+)\.|fc_norm\.|pre_logits\.(fc\.)?)(weight|bias)",
+    ),
     rejected_keys=(
         ("cls_token", CLASS_TOKEN),
         ("blocks.0.attn.rel_pos_h", "relative positions (SAM), which SigLIP does not have"),
@@ -442,7 +444,7 @@ BIG_VISION = Layout(
     signature_keys=("embedding/kernel", "Transformer/encoderblock_0/LayerNorm_0/scale"),
     square_dims=(0, 1),
     ignored=(IgnoredKeys(r"head/(kernel|bias)", "projector"),),
-    projections=(r"head/(kernel|bias)", r"pre_logits/.+"),
+    projections=(r"head/(kernel|bias)", r"pre_logits/(kernel|bias)"),
     rejected_keys=(("cls", CLASS_TOKEN),),
     layer_norm_eps=1e-6,
     hidden_act="gelu_pytorch_tanh",

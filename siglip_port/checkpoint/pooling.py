@@ -27,12 +27,17 @@ MAX_NAMES = 2
 OPEN_CLIP_TRUNK = "trunk."
 """End of open_clip's prefix; its projection is `head.` beside the trunk."""
 
+LAYERS = r"(?:[./](?:\d+|proj|linear|dense|mlp|fc\d?|norm|layers?|net|out))*"
+PARAMETERS = r"(?:[./](?:weight|bias|kernel|scale))?"
+
 PROJECTION_NAME = re.compile(
-    r"(?:.+[./])?(?:visual|vision|image|img)_(?:\w+_)?(?:proj|projection|head)(?:[./].+)?"
+    rf"(?:.+[./])?(?:visual|vision|image|img)_(?:\w+_)?(?:proj|projection|head){LAYERS}{PARAMETERS}"
 )
 """Projections of image embeddings beside the encoder, at any level."""
 
-SIBLING_NAME = re.compile(r"(?:proj|projection|projection_head|proj_head|head|fc|dense)(?:[./].+)?")
+SIBLING_NAME = re.compile(
+    rf"(?:proj|projection|projection_head|proj_head|head|fc|dense){LAYERS}{PARAMETERS}"
+)
 """Projections directly beside the encoder, or beside a module that contains it."""
 
 BEHIND_POOLING = ("Dense", "LayerNorm")

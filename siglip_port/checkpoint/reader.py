@@ -252,14 +252,17 @@ class Checkpoint:
 
         Otherwise, one of two models would be loaded without a word.
         """
-        prefix = self.match.prefix
-        duplicates = {}
-        for name, stored in self.files.duplicates.items():
-            if any(other.startswith(prefix) for other in stored):
-                duplicates[name] = stored
-        cause = tensors_stored_twice(Symptoms([], {}, True, duplicates=duplicates))
+        cause = tensors_stored_twice(Symptoms([], {}, True, duplicates=self._duplicates()))
         if cause is not None:
             raise CheckpointError(f"{self._source.title}: {cause}; or select one with prefix=")
+
+    def _duplicates(self) -> dict[str, list[str]]:
+        """Return the tensors of the encoder that are also stored under a wrapper's name."""
+        duplicates = {}
+        for name, stored in self.files.duplicates.items():
+            if any(other.startswith(self.match.prefix) for other in stored):
+                duplicates[name] = stored
+        return duplicates
 
     def _read_architecture(
         self, config: SigLipVisionConfig | None, content: Mapping[str, Any], *, has_config: bool
@@ -308,7 +311,7 @@ class Checkpoint:
         known = self.files.known_tensors()
         tensors = {name: known[name] for name in names if name in known}
         if headers is None:
-            return Symptoms(names, tensors, True, duplicates=self.files.duplicates)
+            return Symptoms(names, tensors, True, duplicates=self._duplicates())
         unlisted = {}
         for filename in self.files.group_by_file(tensors):
             for name in self.files.unlisted(filename):
@@ -324,7 +327,7 @@ class Checkpoint:
             missing=headers.missing,
             unlisted=unlisted,
             absent_files=headers.absent_files,
-            duplicates=self.files.duplicates,
+            duplicates=self._duplicates(),
         )
 
     def _advice(self) -> str:

@@ -29,6 +29,20 @@ from siglip_port.checkpoint.source import (
 )
 from siglip_port.checkpoint.stored_names import canonical_names, removed_wrappers
 
+NOT_GATHERED = (
+    (
+        ".distcp",
+        "; the weights are sharded by torch.distributed.checkpoint: merge them with `accelerate "
+        "merge-weights` and load the result",
+    ),
+    (
+        "zero_to_fp32.py",
+        "; the weights were saved under DeepSpeed ZeRO without gathering them: run "
+        "zero_to_fp32.py, save the model as safetensors and load that",
+    ),
+)
+"""End of the name of a file that is not in a complete checkpoint, and what to do."""
+
 MAX_DECOMPRESSION_RATIO = 100
 """Maximum ratio of a model's size to its file's size.
 
@@ -230,10 +244,14 @@ class WeightFiles:
             raise not_cached
         listing = self.source.listing()
         weights = [name for name in listing if name.endswith(SUFFIXES) and "/" not in name]
+        advice = ""
+        for ending, text in NOT_GATHERED:
+            if any(name.endswith(ending) for name in listing):
+                advice = text
         raise CheckpointError(
             f"{self.source.title} contains neither {WEIGHTS} nor {INDEX}; found: "
             f"{', '.join(listing) or 'nothing'}"
-            + pickle_advice(listing)
+            + (advice or pickle_advice(listing))
             + "".join(f"; pass the file {name} itself" for name in weights)
             + subfolder_advice(self.source)
         )

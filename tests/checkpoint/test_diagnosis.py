@@ -274,6 +274,10 @@ EDITS: dict[str, tuple[Edit, str]] = {
         adding({"vision_model.rotary_emb.inv_freq": torch.ones(3)}),
         "another architecture, a ViT with rotary positions",
     ),
+    "LayerNorm before the blocks": (
+        adding({"vision_model.pre_layernorm.weight": torch.ones(24)}),
+        "another architecture, a ViT with a LayerNorm before its blocks",
+    ),
     "Keye-VL": (
         adding({"vision_model.embeddings.packing_position_embedding.weight": torch.ones(3, 3)}),
         "another architecture, Keye-VL",
@@ -487,3 +491,22 @@ def test_advice_for_the_hub(encoder_copy: Path, monkeypatch: pytest.MonkeyPatch)
 def test_every_cause_is_tested() -> None:
     """Every cause of the table is named in a test of this module or of test_stored_names."""
     assert len(CAUSES) == len(set(CAUSES)) == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "__0_0.distcp",
+            r"the weights are sharded by torch.distributed.checkpoint: .*accelerate merge-weights",
+        ),
+        (
+            "zero_to_fp32.py",
+            r"the weights were saved under DeepSpeed ZeRO without gathering .*zero_to_fp32.py",
+        ),
+    ],
+)
+def test_folders_that_were_not_gathered(encoder_copy: Path, name: str, message: str) -> None:
+    (encoder_copy / WEIGHTS).unlink()
+    (encoder_copy / name).write_bytes(b"")
+    assert_refused(encoder_copy, f"^{encoder_copy} contains neither .*; {message}")

@@ -152,6 +152,7 @@ def test_huggingface(encoder_copy: Path, model: SigLipVisionModel, name: str) ->
         ["text_projection.weight", "text_model.head.weight", "logit_scale"],
         ["language_model.x", "multi_modal_projector.linear.weight", "vision_projection.weight"],
         ["model.embed_tokens.weight", "model.img_projection.0.weight", "lm_head.weight"],
+        ["head.other_model.layers.0.mlp.fc1.weight", "fc.decoder.weight"],
     ],
 )
 @torch.no_grad()

@@ -105,11 +105,11 @@ def copies(pattern: str, replacement: str) -> Callable[[dict[str, Any]], dict[st
         (copies("^", "_orig_mod."), r"several vision encoders.*prefix='_orig_mod.vision_model.'"),
         (
             copies(r"layers\.1\.", "layers.1._orig_mod."),
-            r"16 tensors are stored twice, under names that differ only by a wrapper",
+            r"tensors are stored twice \(16\), under names that differ only by a wrapper",
         ),
         (
             copies(r"^(.*layers\.1\.mlp\.fc1\.weight)", r"_orig_mod.\1"),
-            r"1 tensors are stored twice.*_orig_mod.*; or select one with prefix=",
+            r"tensors are stored twice \(1\).*_orig_mod.*; or select one with prefix=",
         ),
     ],
 )

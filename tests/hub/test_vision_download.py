@@ -16,7 +16,7 @@ from siglip_port.checkpoint.key_rules import Layout
 from siglip_port.checkpoint.layouts import LAYOUTS
 from siglip_port.hub import HubOptions, chunked_download, find_source
 from siglip_port.parity.stress_weights import randomize
-from tests.helpers.checkpoints import ODD, SMALL, edit_tensors, shard
+from tests.helpers.checkpoints import ODD, SMALL, edit_tensors, renaming, shard
 from tests.helpers.hub_answers import Kind
 from tests.helpers.hub_cache import (
     HEADER_BYTES,
@@ -63,6 +63,20 @@ def test_second_load_requests_commit_only(hub: Hub, folder: Path, cache: Path) -
     hub.requests.clear()
     assert_same(load(NAME, cache_dir=cache), folder)
     assert set(hub.requests) == {"HEAD config.json"}  # whether `main` has moved
+
+
+@pytest.mark.parametrize("in_shards", [False, True], ids=["one file", "shards"])
+def test_names_of_wrapped_modules(hub: Hub, folder: Path, cache: Path, in_shards: bool) -> None:
+    """The downloaded parts have the names in the file."""
+    expected = load(folder)
+    edit_tensors(folder, renaming(r"^(.*)layers\.", r"_orig_mod.\1layers._orig_mod."))
+    if in_shards:
+        shard(folder)
+    model = load(NAME, cache_dir=cache)
+    assert_equal_tensors(model, expected)
+    assert model.provenance is not None
+    assert "names without _orig_mod" in model.provenance.layout
+    assert_equal_tensors(load(NAME, cache_dir=cache, local_files_only=True), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
