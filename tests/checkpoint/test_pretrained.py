@@ -54,7 +54,7 @@ def test_provenance(checkpoint: MakeCheckpoint) -> None:
         "layout   HuggingFace, no prefix",
         "config   config.json",
         "pooling  none",
-        "pixels   preprocessor_config.json",
+        "pixels   assumed: bicubic filter, pixels in [-1, 1] (no preprocessor_config.json)",
         f"read     {size / 1e3:.2f} of {whole / 1e3:.2f} kB, 53 tensors",
         "ignored  pooling head (11)",
         "dtype    torch.bfloat16 (stored: torch.float32)",
