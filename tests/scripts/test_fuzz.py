@@ -70,7 +70,7 @@ def run_campaign(count: int, folder: Path) -> dict[str, Any]:
 
 
 def test_short_campaign(tmp_path: Path) -> None:
-    total = run_campaign(40, tmp_path)["rows"]["all"]
+    total = run_campaign(60, tmp_path)["rows"]["all"]
     assert all(total[outcome] > 1 for outcome in ("refused", "identical", "as described"))
 
 
