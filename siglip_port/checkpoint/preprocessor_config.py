@@ -18,6 +18,9 @@ PROCESSOR = "processor_config.json"
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """PIL's number of each resampling filter."""
 
+REFERENCES = ("processor_class", "auto_map")
+"""Keys that refer to files beside the configuration, which a saved encoder does not have."""
+
 # Key in other configurations -> key of transformers.
 MEAN_AND_STD = (
     ("mean", "image_mean"),
@@ -103,6 +106,14 @@ def complete(config: SigLipVisionConfig, stored: Mapping[str, Any]) -> dict[str,
     if is_other_size(stored.get("size")):
         return {**defaults, **stored}
     return {**defaults, **stored, "size": defaults["size"]}
+
+
+def without_references(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without names of a processor and of code, which are other files.
+
+    A `processor_class` such as `SiglipProcessor` makes transformers look for a tokenizer.
+    """
+    return {key: value for key, value in content.items() if key not in REFERENCES}
 
 
 def is_other_size(size: object) -> bool:

@@ -151,14 +151,16 @@ def extract(
     ] = "hf",
     force: Annotated[
         bool,
-        typer.Option("--force", help="Replace files of the same names in OUTPUT."),
+        typer.Option("--force", help="Replace the checkpoint in OUTPUT."),
     ] = False,
 ) -> None:
     """Save only the vision encoder, verified bit for bit."""
     from siglip_port.checkpoint.extract import extract_model
+    from siglip_port.checkpoint.output_folder import check_folder
     from siglip_port.model import SigLipVisionModel
 
     check_output(output, Path(source), force)
+    check_folder(output)
     model = SigLipVisionModel.from_hf(
         source,
         revision=revision,
@@ -175,6 +177,8 @@ def extract(
     print_labeled(
         "written", [f"{file} ({format_bytes(file.stat().st_size)})" for file in extraction.files]
     )
+    if extraction.kept:
+        print_labeled("kept", [f"{file}, not written by siglip-port" for file in extraction.kept])
     print_labeled(
         "verified",
         [f"{extraction.parameters} tensors, {outputs} of a random image: bit-identical"],
