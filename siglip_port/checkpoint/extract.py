@@ -30,14 +30,14 @@ class Extraction:
 
     Attributes:
         files: Written files.
-        kept: Files of the output folder that were not replaced: a `README.md` of somebody else.
+        skipped: Files of the output folder that were not replaced: a `README.md` of somebody else.
         parameters: Number of verified parameter tensors.
         tokens: Shape of the compared tokens, [1, N, D].
         pooled: Shape of the compared embedding, [1, D]; None if the model has no pooling.
     """
 
     files: tuple[Path, ...]
-    kept: tuple[Path, ...]
+    skipped: tuple[Path, ...]
     parameters: int
     tokens: tuple[int, ...]
     pooled: tuple[int, ...] | None
@@ -88,13 +88,13 @@ def write_and_verify(model: SigLipVisionModel, output_dir: Path, format: Format)
         else:
             names = staged_names(folder)
             folder.rename(output_dir)
-    kept = []
+    skipped = []
     if CARD not in names:
-        kept.append(output_dir / CARD)
+        skipped.append(output_dir / CARD)
     shapes = [tuple(output.shape) for output in outputs]
     return Extraction(
         files=tuple(output_dir / name for name in names),
-        kept=tuple(kept),
+        skipped=tuple(skipped),
         parameters=len(model.state_dict()),
         tokens=shapes[0],
         pooled=shapes[1] if len(shapes) > 1 else None,

@@ -12,7 +12,7 @@ from siglip_port.model import SigLipVisionModel
 CARD = "README.md"
 
 MARKER = "<!-- Written by siglip-port; remove this line to keep the file in later saves. -->"
-"""Line of every card. A `README.md` without it belongs to somebody else and is never replaced."""
+"""Line of every card. A `README.md` without it is the user's and is never replaced."""
 
 MAX_CARD_BYTES = 2**20
 
@@ -46,10 +46,11 @@ model = SigLipVisionModel.from_hf(folder)
 
 
 def model_card(model: SigLipVisionModel, library: str) -> str:
-    """Return the model card of a model. It depends on nothing else than model and library.
+    """Return the model card of a model.
 
     Args:
-        model: Saved model.
+        model: Saved model. The license is that of the model card beside the weights it was loaded
+            from.
         library: Library that the files are for, `transformers` or `timm`.
     """
     programs = [LOAD_IN_TIMM]
@@ -108,10 +109,7 @@ def describe_source(model: SigLipVisionModel) -> str:
     if origin is None:
         return "The origin of the weights is not recorded."
     name, commit = origin
-    return (
-        f"Loaded from [{name}](https://huggingface.co/{name}/tree/{commit}) at commit `{commit}`; "
-        "later training is not recorded."
-    )
+    return f"Loaded from `{name}` at commit `{commit}`; later training is not recorded."
 
 
 def describe_architecture(model: SigLipVisionModel) -> str:
@@ -148,7 +146,7 @@ def read_license(path: Path) -> list[str]:
     """Return the license lines of a model card's front matter; nothing if there are none."""
     if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES:
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     if front is None:
         return []

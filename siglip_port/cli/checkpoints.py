@@ -177,8 +177,9 @@ def extract(
     print_labeled(
         "written", [f"{file} ({format_bytes(file.stat().st_size)})" for file in extraction.files]
     )
-    if extraction.kept:
-        print_labeled("kept", [f"{file}, not written by siglip-port" for file in extraction.kept])
+    if extraction.skipped:
+        skipped = [f"{file}, not written by siglip-port" for file in extraction.skipped]
+        print_labeled("skipped", skipped)
     print_labeled(
         "verified",
         [f"{extraction.parameters} tensors, {outputs} of a random image: bit-identical"],

@@ -43,10 +43,13 @@ PUBLISHED_PROCESSOR = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_processor_type": "SiglipImageProcessor",
     "image_std": [0.5, 0.5, 0.5],
-    "processor_class": "SiglipProcessor",
     "resample": 2,
     "rescale_factor": 0.00392156862745098,
     "size": {"height": 45, "width": 45},
+}
+REFERENCES = {
+    "processor_class": "SiglipProcessor",
+    "auto_map": {"AutoProcessor": "processing.MyProcessor"},
 }
 
 
@@ -55,7 +58,7 @@ PUBLISHED_PROCESSOR = {
     [
         ("siglip-small", None, {"resample": 3}),
         ("siglip2-small", None, {"resample": 2}),
-        ("siglip-small", PUBLISHED_PROCESSOR, PUBLISHED_PROCESSOR),
+        ("siglip-small", {**PUBLISHED_PROCESSOR, **REFERENCES}, PUBLISHED_PROCESSOR),
         ("siglip2-small", {"image_processor_type": "SiglipImageProcessor"}, {"resample": 3}),
         (
             "siglip-small",
@@ -104,6 +107,7 @@ def test_stored_config(
     load(source).save_hf(tmp_path / "out")
     written = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert expected.items() <= written.items()
+    assert not written.keys() & REFERENCES.keys()
     assert written["image_processor_type"] == "SiglipImageProcessor"
     assert load(tmp_path / "out").preprocessor_config == written
 
