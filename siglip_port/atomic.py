@@ -87,29 +87,97 @@ def commit_files(files: Sequence[Path], folder: Path) -> None:
         OSError: The files cannot be moved, or the disk is full, which some file systems report
             only at this point.
     """
-    for file in files:
-        # without fsync, a power failure after the move may lose the contents
-        with file.open("r+b") as stream:
-            os.fsync(stream.fileno())
-    new_names = {file.name for file in files if not os.path.lexists(folder / file.name)}
+    with transaction(files[0].parent, folder) as changes:
+        for file in files:
+            changes.move(file.name)
+
+
+@contextmanager
+def transaction(staging: Path, folder: Path) -> Iterator[Transaction]:
+    """Change files in a folder; after an error or interruption, restore the old files.
+
+    Args:
+        staging: Folder of the new files, in a folder of `staging_dir`. Also holds the old files
+            until the end.
+        folder: Target folder.
+
+    Yields:
+        The transaction, whose methods change the folder.
+
+    Raises:
+        OSError: A file cannot be moved, or the disk is full, which some file systems report only at
+            this point.
+    """
+    for file in staging.rglob("*"):
+        if file.is_file():
+            # without fsync, a power failure after the move may lose the contents
+            with file.open("r+b") as stream:
+                os.fsync(stream.fileno())
+    changes = Transaction(staging, folder)
     try:
-        for file in files:
-            with contextlib.suppress(OSError):
-                os.link(folder / file.name, backup_path(file))
-            file.replace(folder / file.name)
+        yield changes
     except BaseException:
-        for file in files:
-            with contextlib.suppress(OSError):
-                if file.name in new_names:
-                    (folder / file.name).unlink()
-                else:
-                    backup_path(file).replace(folder / file.name)
+        changes.undo()
         raise
 
 
-def backup_path(file: Path) -> Path:
-    """Return the path of the backup of a replaced file until all files are moved."""
-    return file.with_name(f"{file.name}.old")
+class Transaction:
+    """Changes to the files in a folder: see `transaction`.
+
+    Args:
+        staging: Folder of the new files, and of the old ones until the end.
+        folder: Target folder.
+    """
+
+    def __init__(self, staging: Path, folder: Path) -> None:
+        self.staging = staging
+        self.folder = folder
+        self._new: list[Path] = []
+        self._old: list[str] = []
+
+    def move(self, name: str) -> None:
+        """Move a staged file into the folder. Readers see the old file or the new one.
+
+        Args:
+            name: Path relative to the staging folder and to the target folder.
+        """
+        target = self.folder / name
+        if not target.parent.exists():
+            self._new.append(target.parent)
+            target.parent.mkdir()
+        if os.path.lexists(target):
+            self._old.append(name)
+            with contextlib.suppress(OSError):  # a file system without hard links
+                os.link(target, self._backup(name))
+        else:
+            self._new.append(target)
+        (self.staging / name).replace(target)
+
+    def remove(self, name: str) -> None:
+        """Remove a file from the folder; it need not exist.
+
+        Args:
+            name: Path relative to the target folder.
+        """
+        if os.path.lexists(self.folder / name):
+            self._old.append(name)
+            (self.folder / name).replace(self._backup(name))
+
+    def undo(self) -> None:
+        """Remove the new files and restore the old ones, as far as possible."""
+        for path in reversed(self._new):
+            with contextlib.suppress(OSError):
+                if path.is_dir():
+                    path.rmdir()
+                else:
+                    path.unlink()
+        for name in reversed(self._old):
+            with contextlib.suppress(OSError):  # no backup: the file was not replaced yet
+                self._backup(name).replace(self.folder / name)
+
+    def _backup(self, name: str) -> Path:
+        """Return the path of the backup of a replaced or removed file."""
+        return self.staging / f"{name}.old"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,8 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from siglip_port.atomic import commit_files, staging_dir
+from siglip_port.atomic import staging_dir
 from siglip_port.checkpoint.errors import CheckpointError
+from siglip_port.checkpoint.model_card import CARD
+from siglip_port.checkpoint.output_folder import (
+    check_folder,
+    move_checkpoint,
+    staged_names,
+)
 from siglip_port.model import SigLipVisionModel
 from siglip_port.text import fold_blocks
 
@@ -24,12 +30,14 @@ class Extraction:
 
     Attributes:
         files: Written files.
+        skipped: Files of the output folder that were not replaced: a `README.md` of somebody else.
         parameters: Number of verified parameter tensors.
         tokens: Shape of the compared tokens, [1, N, D].
         pooled: Shape of the compared embedding, [1, D]; None if the model has no pooling.
     """
 
     files: tuple[Path, ...]
+    skipped: tuple[Path, ...]
     parameters: int
     tokens: tuple[int, ...]
     pooled: tuple[int, ...] | None
@@ -44,11 +52,12 @@ def extract_model(
 
     Args:
         model: Loaded model.
-        output_dir: Output folder, created if necessary. Files of the same names are replaced.
+        output_dir: Output folder, created if necessary. Its checkpoint is replaced: see `save_hf`.
         format: `hf` for transformers, `timm` for timm.
 
     Raises:
-        CheckpointError: The files cannot be written, or differ from the model when read back.
+        CheckpointError: The files cannot be written (see `save_hf`), or differ from the model when
+            read back.
         ValueError: timm does not support this architecture.
     """
     try:
@@ -61,6 +70,7 @@ def extract_model(
 def write_and_verify(model: SigLipVisionModel, output_dir: Path, format: Format) -> Extraction:
     """Save a model to a staging folder, read it back, and move it if it is identical."""
     # Staging must be on the file system of the output; an existing folder may be a mount point.
+    check_folder(output_dir)
     exists = output_dir.exists()
     with staging_dir(output_dir if exists else output_dir.parent) as staging:
         # A subfolder gets the default permissions; the temporary folder itself is private.
@@ -73,14 +83,18 @@ def write_and_verify(model: SigLipVisionModel, output_dir: Path, format: Format)
             outputs = verify(model, folder)
         except CheckpointError as error:  # its message names the staging folder
             raise CheckpointError(str(error).replace(str(folder), str(output_dir))) from error
-        names = sorted(path.name for path in folder.iterdir())
         if exists:
-            commit_files([folder / name for name in names], output_dir)
+            names = move_checkpoint(folder, output_dir)
         else:
+            names = staged_names(folder)
             folder.rename(output_dir)
+    skipped = []
+    if CARD not in names:
+        skipped.append(output_dir / CARD)
     shapes = [tuple(output.shape) for output in outputs]
     return Extraction(
         files=tuple(output_dir / name for name in names),
+        skipped=tuple(skipped),
         parameters=len(model.state_dict()),
         tokens=shapes[0],
         pooled=shapes[1] if len(shapes) > 1 else None,

@@ -28,6 +28,9 @@ from siglip_port.image_options import (
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 
+REFERENCES = ("processor_class", "auto_map")
+"""Keys that refer to files beside the configuration, which a saved encoder does not have."""
+
 # Key in other configurations -> key of transformers.
 MEAN_AND_STD = (
     ("mean", "image_mean"),
@@ -389,6 +392,14 @@ def assumed_from(
 ) -> Preprocessing:
     """Return the unknown preprocessing for which filter, mean and std of a section are used."""
     return Preprocessing(default(config) | filter_and_mean(section), "unknown", reason, clues.name)
+
+
+def without_references(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without names of a processor and of code, which are other files.
+
+    A `processor_class` such as `SiglipProcessor` makes transformers look for a tokenizer.
+    """
+    return {key: value for key, value in content.items() if key not in REFERENCES}
 
 
 def filter_and_mean(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from siglip_port.atomic import commit_files, staging_dir
+from siglip_port.atomic import staging_dir
 from siglip_port.checkpoint.errors import CheckpointError, Problem, describe_problems
 from siglip_port.checkpoint.formats import DTYPES
 from siglip_port.checkpoint.layouts import (
@@ -23,17 +23,20 @@ from siglip_port.checkpoint.layouts import (
     TIMM,
     TIMM_NAFLEX,
 )
-from siglip_port.checkpoint.preprocessor_config import PREPROCESSOR
+from siglip_port.checkpoint.model_card import CARD, model_card
+from siglip_port.checkpoint.output_folder import check_folder, move_checkpoint
+from siglip_port.checkpoint.preprocessor_config import PREPROCESSOR, without_references
 from siglip_port.checkpoint.pretrained import build_on_meta
 from siglip_port.checkpoint.provenance import FINGERPRINT, ORIGIN, fingerprint
 from siglip_port.checkpoint.recognize import Match
+from siglip_port.checkpoint.sentence_transformers import sentence_transformers_files
 from siglip_port.checkpoint.source import CONFIG, WEIGHTS
 from siglip_port.checkpoint.timm_config import config_to_timm
 from siglip_port.image_options import UnsupportedOptionsError, parse_options
 from siglip_port.model import SigLipVisionModel
 
-Documents = Mapping[str, Mapping[str, Any]]
-"""Contents of the JSON files beside the weights, by name."""
+Documents = Mapping[str, Any]
+"""Contents of the JSON files beside the weights, by name relative to the folder."""
 
 
 ADAPTERS = "has adapters; call merge_and_unload() first and save its result"
@@ -55,34 +58,45 @@ WRAPPERS = {
 def save_hf(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
     """Save a model for transformers: `SiglipVisionModel`, or `Siglip2VisionModel` for NaFlex.
 
-    Writes `model.safetensors`, a complete `config.json` and `preprocessor_config.json`. Tensor
-    names have the prefix `vision_model.`, as in the published files, which old and new releases of
+    Writes `model.safetensors`, a complete `config.json`, `preprocessor_config.json`, the files that
+    sentence-transformers needs for the same embeddings, and a model card, `README.md`. Tensor names
+    have the prefix `vision_model.`, as in the published files, which old and new releases of
     transformers read.
 
     Args:
         model: Model to save.
-        folder: Output folder, created if necessary. Files of the same names are replaced.
+        folder: Output folder, created if necessary. It holds one checkpoint: files of the same
+            names are replaced, except a `README.md` that is not a model card of this package; an
+            old `model.safetensors.index.json` with the shards that it lists, and an old
+            `processor_config.json`, are removed. Other files stay.
 
     Raises:
         CheckpointError: The parameters do not match the configuration (wrapped, quantized, with
-            adapters), or the files cannot be written.
+            adapters), the folder contains adapters or other weights that libraries would read with
+            the saved ones (the message names them), or the files cannot be written. The folder is
+            unchanged.
     """
     require_plain_model(model)
     layout = HUGGINGFACE_NAFLEX if model.config.naflex else HUGGINGFACE
-    processor = {**checked_processor(model), **model.preprocessing.assumption()}
-    documents = {CONFIG: model.config.to_hf(), PREPROCESSOR: processor}
-    save(model, folder, Match(layout, PREFIX), documents)
+    processor = without_references(checked_processor(model))
+    documents = {
+        CONFIG: model.config.to_hf(),
+        PREPROCESSOR: {**processor, **model.preprocessing.assumption()},
+        **sentence_transformers_files(model.config),
+    }
+    save(model, folder, Match(layout, PREFIX), documents, "transformers")
 
 
 def save_timm(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
-    """Save a model for timm: `model.safetensors` and timm's `config.json`.
+    """Save a model for timm: `model.safetensors`, timm's `config.json` and a model card.
 
     `timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)` loads it with the
     model's activation. Preprocessing differs: timm crops images, transformers does not.
 
     Args:
         model: Model to save.
-        folder: Output folder, created if necessary. Files of the same names are replaced.
+        folder: Output folder, created if necessary. Files are replaced and removed as by `save_hf`,
+            whose `preprocessor_config.json` and sentence-transformers files are removed, too.
 
     Raises:
         CheckpointError: See `save_hf`.
@@ -92,7 +106,7 @@ def save_timm(model: SigLipVisionModel, folder: str | os.PathLike[str]) -> None:
     layout = TIMM_NAFLEX if model.config.naflex else TIMM
     content = config_to_timm(model.config, checked_processor(model))
     documents = {CONFIG: {**content, **model.preprocessing.assumption()}}
-    save(model, folder, Match(layout, ""), documents)
+    save(model, folder, Match(layout, ""), documents, "timm")
 
 
 def save(
@@ -100,18 +114,19 @@ def save(
     folder: str | os.PathLike[str],
     match: Match,
     documents: Documents,
+    library: str,
 ) -> None:
-    """Save the tensors of a model and the JSON files beside them.
+    """Save the tensors of a model and the files beside them.
 
     Args:
         model: Model to save.
-        folder: Output folder, created if necessary. Files of the same names are replaced.
+        folder: Output folder, created if necessary. Its checkpoint is replaced: see `save_hf`.
         match: Layout and prefix of the stored tensors.
         documents: Contents of `config.json` and other JSON files.
+        library: Library that the files are for, `transformers` or `timm`.
 
     Raises:
-        CheckpointError: The parameters do not match the configuration, or the files cannot be
-            written.
+        CheckpointError: See `save_hf`.
     """
     _, shapes = build_on_meta(model.config, "the configuration", SigLipVisionModel)
     state_dict = model.state_dict()
@@ -122,6 +137,7 @@ def save(
         )
     if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
         raise CheckpointError(f"folder must be a path, got {folder!r}")
+    folder = Path(folder)
     stored = match.layout.to_stored(
         state_dict,
         model.config.num_encoder_blocks,
@@ -132,15 +148,15 @@ def save(
     if match.layout.has_hf_config:
         documents = with_dtype(documents, stored)
     try:
-        if Path(folder).is_file():
+        if folder.is_file():
             raise CheckpointError(
                 f"the checkpoint cannot be written to {folder}: it is a file; choose another folder"
             )
-        write_files(Path(folder), stored, weights_metadata(model), documents)
+        check_folder(folder)
+        card = model_card(model, library)
+        write_files(folder, stored, weights_metadata(model), documents, card)
     except (OSError, SafetensorError, TypeError) as error:  # TypeError: not JSON serializable
-        raise CheckpointError(
-            f"the checkpoint cannot be written to {os.fspath(folder)}: {error}"
-        ) from error
+        raise CheckpointError(f"the checkpoint cannot be written to {folder}: {error}") from error
 
 
 def checked_processor(model: SigLipVisionModel) -> dict[str, Any]:
@@ -238,6 +254,7 @@ def write_files(
     stored: Mapping[str, torch.Tensor],
     metadata: dict[str, str],
     documents: Documents,
+    card: str,
 ) -> None:
     """Write all files to a staging folder, then move them into place.
 
@@ -248,14 +265,14 @@ def write_files(
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()}
         save_file(tensors, weights, metadata=metadata)
         sort_metadata(weights)
-        files = [weights]
         for name, content in documents.items():
             path = staging / name
-            path.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
-            files.append(path)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (staging / CARD).write_text(card, encoding="utf-8")
         # safetensors creates files readable by the owner only
-        weights.chmod(files[-1].stat().st_mode)
-        commit_files(files, folder)
+        weights.chmod((staging / CARD).stat().st_mode)
+        move_checkpoint(staging, folder)
 
 
 def sort_metadata(path: Path) -> None:

@@ -157,16 +157,18 @@ def extract(
     ] = "hf",
     force: Annotated[
         bool,
-        typer.Option("--force", help="Replace files of the same names in OUTPUT."),
+        typer.Option("--force", help="Replace the checkpoint in OUTPUT."),
     ] = False,
     *,
     load: LoadArguments,
 ) -> None:
     """Save only the vision encoder, verified bit for bit."""
     from siglip_port.checkpoint.extract import extract_model
+    from siglip_port.checkpoint.output_folder import check_folder
     from siglip_port.model import SigLipVisionModel
 
     check_output(output, Path(source, load["subfolder"] or ""), force)
+    check_folder(output)
     model = SigLipVisionModel.from_hf(source, **load, dtype=named_dtype(dtype))
     extraction = extract_model(model, output, format=format)
     outputs = f"tokens {list(extraction.tokens)}"
@@ -176,6 +178,9 @@ def extract(
     print_labeled(
         "written", [f"{file} ({format_bytes(file.stat().st_size)})" for file in extraction.files]
     )
+    if extraction.skipped:
+        skipped = [f"{file}, not written by siglip-port" for file in extraction.skipped]
+        print_labeled("skipped", skipped)
     print_labeled(
         "verified",
         [f"{extraction.parameters} tensors, {outputs} of a random image: bit-identical"],

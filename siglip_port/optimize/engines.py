@@ -94,7 +94,8 @@ def use_onnxruntime(model: OptimizedModel, cache: Path) -> None:
     def write(path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter warns about its own deprecations
-            write_onnx(model.transformer, noise_images(model, 2), ["tokens"], path, one_file=False)
+            example = noise_images(model, 2)
+            write_onnx(model.transformer, example, ["tokens"], path, external_data=True)
 
     def load(path: Path) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()

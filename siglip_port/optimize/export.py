@@ -1,6 +1,7 @@
 """Export to ONNX, torch.export and AOTInductor.
 
-Every file is run and compared with the model before it is moved to its destination.
+Every file is run and compared with the model before it is moved to its destination, and again
+there.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ EXAMPLE_BATCH_SIZE = 2
 BATCH_SIZES = (EXAMPLE_BATCH_SIZE, 1, 5)
 """Batch sizes of the comparison with the model."""
 
+MAX_INLINE_BYTES = 1536 * 2**20
+"""Size of the weights above which an ONNX file stores them in a second file.
+
+A protobuf holds 2 GiB, some of which the graph needs; `torch.onnx` has the same limit.
+"""
+
 
 class ExportError(Exception):
     """The export failed and wrote nothing; the message gives the reason."""
@@ -49,6 +56,8 @@ class ExportFormat:
         write: Function that writes a module to a path.
         load: Function that loads a written file.
         packages: Required optional dependencies.
+        data_suffix: Suffix of the file of large weights, after the name of the written file; None
+            if there is never one.
     """
 
     suffix: str
@@ -56,18 +65,20 @@ class ExportFormat:
     write: Callable[[ModelOutputs, Path], None]
     load: Callable[[Path], ExportedRun]
     packages: tuple[str, ...] = ()
+    data_suffix: str | None = None
 
 
 def export_onnx(model: SigLipVisionModel, path: str | os.PathLike[str]) -> float:
     """Export to ONNX and verify the file with ONNX Runtime.
 
-    The input is `pixel_values` [B, C, S, S] with a dynamic batch size; outputs are `tokens`
-    [B, N, D] and, if the model pools, `pooled` [B, D]. Needs the extra `[onnx]`.
+    The input is `pixel_values` [batch, C, S, S] with a dynamic batch size; outputs are `tokens`
+    [batch, N, D] and, if the model pools, `pooled` [batch, D]. Needs the extra `[onnx]`.
 
     Args:
         model: Model in float32 on a CPU.
-        path: Output file, `*.onnx`, replaced if it exists. Weights are stored inside, which limits
-            them to 2 GB.
+        path: Output file, `*.onnx`. Weights above `MAX_INLINE_BYTES` are stored beside it, in
+            `*.onnx.data`. Both files are replaced if they exist; an `*.onnx.data` that the new
+            file does not need is removed.
 
     Returns:
         Relative difference from the model, at most `comparison.TOLERANCES`.
@@ -119,13 +130,14 @@ def export_package(model: SigLipVisionModel, path: str | os.PathLike[str]) -> fl
 def export_model(
     model: SigLipVisionModel, path: str | os.PathLike[str], file_format: ExportFormat
 ) -> float:
-    """Write a temporary file, load it, compare it with the model, and move it to `path`.
+    """Write temporary files, compare them with the model, move them, and compare them again.
 
     Returns:
         Relative difference from the model.
 
     Raises:
-        ExportError: The export failed, or the file's results differ from the model's.
+        ExportError: The export failed, or the file's results differ from the model's. The old files
+            are unchanged.
         siglip_port.extras.MissingExtraError: A required package is not installed.
     """
     require(*file_format.packages)
@@ -137,20 +149,64 @@ def export_model(
             warnings.simplefilter("ignore")  # the exporters warn about their own deprecations
             file = staging / path.name
             file_format.write(outputs, file)
-            difference = exported_difference(file_format.load(file), outputs)
-            bound = TOLERANCES[model.dtype]
-            if not difference <= bound:
-                raise ExportError(
-                    f"{path.name} not written: relative difference from the model is "
-                    f"{difference:.1e}, bound {bound:.0e}"
-                )
-            atomic.commit_files([file], path.parent)
+            verify_export(file, file_format, outputs)
+            with atomic.transaction(staging, path.parent) as changes:
+                move_export(changes, path, file_format)
+                return verify_export(path, file_format, outputs)
     except ExportError:
         raise
     except Exception as error:  # exporters raise many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise ExportError(f"{path.name} not written: {reason}") from error
+
+
+def verify_export(path: Path, file_format: ExportFormat, outputs: ModelOutputs) -> float:
+    """Load an exported file and return its relative difference from the model.
+
+    Raises:
+        ExportError: The difference is too large.
+    """
+    difference = exported_difference(file_format.load(path), outputs)
+    bound = TOLERANCES[outputs.model.dtype]
+    if not difference <= bound:
+        raise ExportError(
+            f"{path.name} not written: relative difference from the model is "
+            f"{difference:.1e}, bound {bound:.0e}"
+        )
     return difference
+
+
+def move_export(changes: atomic.Transaction, path: Path, file_format: ExportFormat) -> None:
+    """Move an exported file, with its file of large weights if it has one.
+
+    At no time does a file refer to the weights of another one.
+    """
+    data = data_file(path, file_format)
+    if data is None:
+        changes.move(path.name)
+    elif (changes.staging / data.name).exists():
+        if data.exists():
+            changes.remove(path.name)
+        changes.move(data.name)
+        changes.move(path.name)
+    else:
+        changes.move(path.name)
+        changes.remove(data.name)
+
+
+def data_file(path: Path, file_format: ExportFormat) -> Path | None:
+    """Return the path of the file of large weights; None if the format never has one."""
+    if file_format.data_suffix is None:
+        return None
+    return path.with_name(path.name + file_format.data_suffix)
+
+
+def exported_files(path: Path, file_format: ExportFormat) -> list[Path]:
+    """Return the files of an export."""
+    data = data_file(path, file_format)
+    if data is not None and data.exists():
+        return [path, data]
+    return [path]
 
 
 def validate_export(
@@ -201,32 +257,36 @@ def export_any_batch(module: nn.Module, example: Tensor) -> torch.export.Exporte
 
 
 def write_onnx(
-    module: nn.Module, example: Tensor, outputs: Sequence[str], path: Path, *, one_file: bool
+    module: nn.Module, example: Tensor, outputs: Sequence[str], path: Path, *, external_data: bool
 ) -> None:
-    """Write a module with one input as ONNX with a dynamic batch size.
+    """Write a module with one input as ONNX with a dynamic batch size, named `batch`.
 
     Args:
         module: Module to export.
         example: Example input with a batch size above 1.
         outputs: Names of the outputs.
         path: Output file.
-        one_file: Whether to store weights in the same file, which limits them to 2 GB.
+        external_data: Whether to store weights in a second file, with `.data` after the name. Large
+            weights are always stored there.
     """
     program = torch.onnx.export(
         export_any_batch(module, example),
         input_names=["pixel_values"],
         output_names=list(outputs),
+        dynamic_shapes=({0: "batch"},),  # names the dimension; the program has its shapes already
         dynamo=True,
         verbose=False,
     )
     assert program is not None
-    program.save(path, external_data=not one_file)
+    program.save(path, external_data=external_data)
 
 
 def write_onnx_outputs(outputs: ModelOutputs, path: Path) -> None:
     """Write an ONNX file with the outputs `tokens` and `pooled`."""
     example = noise_images(outputs.model, EXAMPLE_BATCH_SIZE)
-    write_onnx(outputs, example, outputs.names, path, one_file=True)
+    size = sum(parameter.nbytes for parameter in outputs.parameters())
+    external_data = size > MAX_INLINE_BYTES
+    write_onnx(outputs, example, outputs.names, path, external_data=external_data)
 
 
 def load_onnx(path: Path) -> ExportedRun:
@@ -293,13 +353,10 @@ ONNX = ExportFormat(
     write_onnx_outputs,
     load_onnx,
     packages=("onnx", "onnxscript", "onnxruntime"),
+    data_suffix=".data",
 )
 PROGRAM = ExportFormat(".pt2", FLOAT_DTYPES, write_program, load_program)
 PACKAGE = ExportFormat(".pt2", FLOAT_DTYPES, write_package, load_package)
 
-EXPORTS: dict[str, tuple[Callable[[SigLipVisionModel, Path], float], str]] = {
-    "onnx": (export_onnx, ".onnx"),
-    "program": (export_program, ".pt2"),
-    "package": (export_package, ".pt2"),
-}
-"""Format name -> export function and file suffix."""
+EXPORTS = {"onnx": ONNX, "program": PROGRAM, "package": PACKAGE}
+"""Formats by name."""

@@ -57,7 +57,6 @@ PUBLISHED_PROCESSOR = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_processor_type": "SiglipImageProcessor",
     "image_std": [0.5, 0.5, 0.5],
-    "processor_class": "SiglipProcessor",
     "resample": 2,
     "rescale_factor": 0.00392156862745098,
     "size": {"height": 45, "width": 45},
@@ -76,11 +75,23 @@ def write_processor(folder: Path, content: object, name: str = PREPROCESSOR) -> 
     (folder / name).write_text(json.dumps(content))
 
 
+REFERENCES = {
+    "processor_class": "SiglipProcessor",
+    "auto_map": {"AutoProcessor": "processing.MyProcessor"},
+}
+
+
 @pytest.mark.parametrize(
     ("beside", "status", "source", "expected"),
     [
         (None, "default", "no preprocessor_config.json", {"resample": 3}),
         (PUBLISHED_PROCESSOR, "stored", PREPROCESSOR, PUBLISHED_PROCESSOR),
+        (
+            {**PUBLISHED_PROCESSOR, **REFERENCES},
+            "stored",
+            PREPROCESSOR,
+            {**PUBLISHED_PROCESSOR, **REFERENCES},
+        ),
         (
             {"image_processor_type": "SiglipImageProcessor"},
             "stored",
@@ -158,7 +169,8 @@ def test_stored_config(
             assert (again.status, again.source) == (status, model.preprocessing.source)
         else:
             assert again.status in ("stored", "fixed")
-    assert load(tmp_path / "save_hf").preprocessor_config == config
+    written = {key: value for key, value in config.items() if key not in REFERENCES}
+    assert load(tmp_path / "save_hf").preprocessor_config == written
     assert SiglipImageProcessorPil.from_pretrained(tmp_path / "save_hf").size["height"] == 45
 
 

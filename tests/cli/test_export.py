@@ -10,6 +10,7 @@ import torch
 
 from siglip_port import SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
+from siglip_port.text import format_bytes
 from tests.helpers.checkpoints import SMALL, pixels
 from tests.helpers.commands import run
 
@@ -29,6 +30,20 @@ def test_export_onnx_and_program(whole_model: Path, tmp_path: Path) -> None:
         assert relative_error(torch.from_numpy(tokens), model(x).double()) < 1e-5
     run("export", whole_model, tmp_path / "encoder.pt2", "--format", "program")
     assert torch.export.load(tmp_path / "encoder.pt2").module()(x)[0].shape == tokens.shape
+
+
+def test_export_prints_every_file(
+    whole_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from siglip_port.optimize import export
+
+    monkeypatch.setattr(export, "MAX_INLINE_BYTES", 0)
+    out = tmp_path / "encoder.onnx"
+    printed = run("export", whole_model, out).stdout
+    data = tmp_path / "encoder.onnx.data"
+    assert f"written  {out} (" in printed
+    assert f"\n         {data} ({format_bytes(data.stat().st_size)})\n" in printed
+    assert sorted(tmp_path.glob("encoder*")) == [out, data]
 
 
 def test_export_errors(whole_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.stress_weights import randomize
 from tests.helpers.checkpoints import (
     ODD,
+    SAVED_FILES,
     SMALL,
     MakeCheckpoint,
     edit_config,
@@ -38,13 +39,10 @@ load = SigLipVisionModel.from_hf
 def test_extract_for_transformers(whole_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     printed = run("extract", whole_model, out).stdout
-    assert sorted(path.name for path in out.iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-    ]
+    assert sorted(path.name for path in out.iterdir()) == SAVED_FILES
     assert printed.startswith(str(load(whole_model).provenance) + "\n")
-    assert f"written  {out / 'config.json'} (" in printed
+    assert f"written  {out / 'README.md'} (" in printed
+    assert f"\n         {out / 'config.json'} (" in printed
     assert "tokens [1, 4, 24] and embedding [1, 24] of a random image: bit-identical\n" in printed
     assert out.stat().st_mode == whole_model.stat().st_mode
     reference, info = transformers.SiglipVisionModel.from_pretrained(out, output_loading_info=True)
@@ -157,9 +155,23 @@ def test_extract_force(whole_model: Path, tmp_path: Path) -> None:
     run("extract", whole_model, out)
     (out / "precious").write_text("mine")
     (out / "model.safetensors").write_text("lost")
-    run("extract", whole_model, out, "--force")
+    printed = run("extract", whole_model, out, "--force").stdout
+    assert "\nskipped" not in printed
+    (out / "README.md").write_text("mine")
+    printed = run("extract", whole_model, out, "--force").stdout
+    assert f"\nskipped  {out / 'README.md'}, not written by siglip-port\n" in printed
+    assert f"written  {out / 'config.json'} (" in printed
+    assert (out / "README.md").read_text() == "mine"
     assert (out / "precious").read_text() == "mine"
     assert load(out).config == SMALL
+
+
+def test_extract_refuses_adapters_before_loading(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "adapter_config.json").write_text("{}")
+    result = run("extract", tmp_path / "no source", out, "--force", code=1)
+    assert "out contains adapter_config.json, adapters that transformers would add" in result.stderr
 
 
 def wrong_weights(monkeypatch: pytest.MonkeyPatch) -> None:

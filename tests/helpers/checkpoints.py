@@ -43,6 +43,17 @@ SMALL = SigLipVisionConfig(
 TANH = "gelu_pytorch_tanh"
 EXACT = "gelu"
 
+SAVED_FILES = [
+    "README.md",
+    "config.json",
+    "config_sentence_transformers.json",
+    "model.safetensors",
+    "modules.json",
+    "preprocessor_config.json",
+    "sentence_bert_config.json",
+]
+"""Files that `save_hf` writes for a model without mean pooling."""
+
 MakeCheckpoint = Callable[..., Path]
 Tensors = dict[str, Tensor]
 Edit = Callable[[Tensors], Tensors]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,11 +15,17 @@ import torch
 from torch import Tensor
 
 from siglip_port import SigLipVisionModel, optimize
+from siglip_port.config import SigLipVisionConfig
 from siglip_port.extras import MissingExtraError
 from siglip_port.optimize import export
 from siglip_port.optimize.comparison import TOLERANCES, relative_difference
 from siglip_port.optimize.export import (
+    ONNX,
+    PROGRAM,
+    ExportedRun,
     ExportError,
+    ExportFormat,
+    export_model,
     export_onnx,
     export_package,
     export_program,
@@ -65,6 +72,70 @@ def test_onnx(model: SigLipVisionModel, images: Tensor, tmp_path: Path) -> None:
     tokens, pooled = session.run(None, {"pixel_values": images.numpy()})
     assert is_close(torch.from_numpy(tokens), model(images))
     assert is_close(torch.from_numpy(pooled), model.embed(images))
+
+
+@pytest.mark.parametrize("config", [CONFIG, HEADLESS], ids=["head", "headless"])
+def test_onnx_dimension_names(config: SigLipVisionConfig, tmp_path: Path) -> None:
+    import onnx
+
+    export_onnx(random_model(config), tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    size = config.image_size
+    expected = {
+        "pixel_values": ["batch", 3, size, size],
+        "tokens": ["batch", config.num_patches, config.embed_dim],
+    }
+    if config.pooling_head:
+        expected["pooled"] = ["batch", config.embed_dim]
+    shapes = {}
+    for value in [*graph.input, *graph.output]:
+        dims = value.type.tensor_type.shape.dim
+        shapes[value.name] = [dim.dim_param or dim.dim_value for dim in dims]
+    assert shapes == expected
+
+
+@torch.inference_mode()
+def test_onnx_weights_in_second_file(
+    model: SigLipVisionModel, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx
+    import onnxruntime
+
+    folder = tmp_path / "first"
+    folder.mkdir()
+    path = folder / "model.onnx"
+    monkeypatch.setattr(export, "MAX_INLINE_BYTES", 0)
+    for seed in (0, 1):  # the second export replaces both files
+        model = random_model(CONFIG, seed=seed)
+        assert export_onnx(model, path) <= TOLERANCE
+        names = sorted(file.name for file in folder.iterdir())
+        assert names == ["model.onnx", "model.onnx.data"]
+        locations = set()
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            locations |= {entry.value for entry in tensor.external_data if entry.key == "location"}
+        assert locations == {"model.onnx.data"}
+        moved = shutil.copytree(folder, tmp_path / f"moved {seed}")
+        session = onnxruntime.InferenceSession(moved / "model.onnx")
+        tokens, pooled = session.run(None, {"pixel_values": images.numpy()})
+        assert is_close(torch.from_numpy(tokens), model(images))
+        assert is_close(torch.from_numpy(pooled), model.embed(images))
+    monkeypatch.undo()
+    export_onnx(model, path)
+    assert list(folder.iterdir()) == [path]
+    onnxruntime.InferenceSession(path)
+
+
+@pytest.mark.slow  # 40 s, 7 GiB of memory
+def test_onnx_above_2_gib(tmp_path: Path) -> None:
+    import onnxruntime
+
+    config = replace(HEADLESS, mlp_hidden_dim=11_500_000)
+    model = SigLipVisionModel(config).eval()
+    assert sum(parameter.nbytes for parameter in model.parameters()) > 2**31
+    assert export_onnx(model, tmp_path / "model.onnx") <= TOLERANCE
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["model.onnx", "model.onnx.data"]
+    onnxruntime.InferenceSession(tmp_path / "model.onnx")
 
 
 @torch.inference_mode()
@@ -121,6 +192,44 @@ def test_file_with_wrong_outputs_is_not_written(
         write(model, path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("fault", ["does not open", "other outputs"])
+@pytest.mark.parametrize("file_format", [ONNX, PROGRAM], ids=["onnx", "program"])
+def test_file_that_fails_at_its_place(
+    file_format: ExportFormat,
+    fault: str,
+    model: SigLipVisionModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The old files come back if the moved file does not open, or differs."""
+
+    def load(path: Path) -> ExportedRun:
+        run = file_format.load(path)
+        if path.parent != tmp_path:
+            return run
+        if fault == "does not open":
+            raise FileNotFoundError("model.data is missing")
+        return lambda images: [output * 1.0001 for output in run(images)]
+
+    path = tmp_path / f"model{file_format.suffix}"
+    message = {
+        "does not open": r"not written: model\.data is missing",
+        "other outputs": r"not written: relative difference from the model is 1\.0e-04, bound",
+    }[fault]
+    monkeypatch.setattr(export, "MAX_INLINE_BYTES", 0)
+    with pytest.raises(ExportError, match=message):
+        export_model(model, path, replace(file_format, load=load))
+    assert not list(tmp_path.iterdir())
+    export_model(random_model(CONFIG, seed=5), path, file_format)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(before) == (2 if file_format is ONNX else 1)
+    for limit in (0, 2**30):
+        monkeypatch.setattr(export, "MAX_INLINE_BYTES", limit)
+        with pytest.raises(ExportError, match=message):
+            export_model(model, path, replace(file_format, load=load))
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_compiler_missing(
