@@ -18,13 +18,13 @@ MAX_CARD_BYTES = 2**20
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
-LOAD_IN_TRANSFORMERS = """\
-from transformers import AutoImageProcessor, AutoModel
-
-processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-model = AutoModel.from_pretrained(folder).eval()
-output = model(**processor(images, return_tensors="pt"))
-"""
+LOAD_IN_TRANSFORMERS = (
+    "from transformers import AutoImageProcessor, AutoModel\n"
+    "\n"
+    'processor = AutoImageProcessor.from_pretrained(folder, backend="pil")\n'
+    "model = AutoModel.from_pretrained(folder).eval()\n"
+    'output = model(**processor(images, return_tensors="pt"))\n'
+)
 
 LOAD_IN_SENTENCE_TRANSFORMERS = """\
 from sentence_transformers import SentenceTransformer

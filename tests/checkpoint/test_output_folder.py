@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import SiglipVisionModel
 
-from siglip_port import CheckpointError, SigLipVisionModel, atomic
+from siglip_port import CheckpointError, SigLipVisionModel
 from siglip_port.checkpoint.extract import extract_model
 from siglip_port.checkpoint.source import CONFIG, INDEX, WEIGHTS
 from tests.helpers.checkpoints import SAVED_FILES
+from tests.helpers.interrupted_changes import StopError, stop_at
 from tests.helpers.models import random_model
 
 Write = Callable[[SigLipVisionModel, Path], object]
@@ -104,26 +105,6 @@ def test_damaged_index(content: str, tmp_path: Path) -> None:
 # --- interrupted saves ----------------------------------------------------------------------------
 
 
-class StopError(Exception):
-    """An interruption."""
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Raise StopError in place of the n-th change to a folder."""
-    steps = iter(range(10**6))
-
-    def stopping(change: Callable[..., None]) -> Callable[..., None]:
-        def run(*arguments: object) -> None:
-            if next(steps) == number:
-                raise StopError
-            change(*arguments)
-
-        return run
-
-    for name in ("move", "remove"):
-        monkeypatch.setattr(atomic.Transaction, name, stopping(getattr(atomic.Transaction, name)))
-
-
 @pytest.mark.parametrize("killed", [False, True], ids=["error", "killed"])
 @pytest.mark.parametrize("write", WRITERS)
 def test_interrupted_save_over_shards(
@@ -139,9 +120,7 @@ def test_interrupted_save_over_shards(
         write_shards(folder)
         old, old_files = load_by_index(folder), read_files(folder)
         with monkeypatch.context() as patch:
-            stop_at(patch, number)
-            if killed:
-                patch.setattr(atomic.Transaction, "undo", lambda transaction: None)
+            stop_at(patch, number, killed=killed)
             try:
                 write(model, folder)
             except StopError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from siglip_port.optimize.export import (
     load_package,
 )
 from tests.helpers.checkpoints import SMALL, pixels
+from tests.helpers.interrupted_changes import stop_at
 from tests.helpers.models import random_model
 
 CONFIG = replace(SMALL, pooling_head=True, num_encoder_blocks=1)
@@ -129,7 +131,7 @@ def test_onnx_weights_in_second_file(
 def test_onnx_above_2_gib(tmp_path: Path) -> None:
     import onnxruntime
 
-    config = replace(HEADLESS, mlp_hidden_dim=11_500_000)
+    config = replace(HEADLESS, embed_dim=64, mlp_hidden_dim=4_400_000)
     model = SigLipVisionModel(config).eval()
     assert sum(parameter.nbytes for parameter in model.parameters()) > 2**31
     assert export_onnx(model, tmp_path / "model.onnx") <= TOLERANCE
@@ -230,6 +232,33 @@ def test_file_that_fails_at_its_place(
         with pytest.raises(ExportError, match=message):
             export_model(model, path, replace(file_format, load=load))
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@torch.inference_mode()
+def test_killed_export(images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file never runs with the weights of another export."""
+    monkeypatch.setattr(export, "MAX_INLINE_BYTES", 0)
+    models = {name: random_model(HEADLESS, seed=seed) for seed, name in enumerate(("old", "new"))}
+    for name, model in models.items():
+        (tmp_path / name).mkdir()
+        export_onnx(model, tmp_path / name / "model.onnx")
+
+    def write(_: object, path: Path) -> None:
+        shutil.copytree(tmp_path / "new", path.parent, dirs_exist_ok=True)
+
+    states = []
+    for number in range(4):
+        path = Path(shutil.copytree(tmp_path / "old", tmp_path / f"{number}")) / "model.onnx"
+        with monkeypatch.context() as patch:
+            stop_at(patch, number, killed=True)
+            with contextlib.suppress(ExportError):
+                export_model(models["new"], path, replace(ONNX, write=write))
+        states.append("missing")
+        if path.exists():
+            (tokens,) = export.load_onnx(path)(images)
+            matches = [name for name in models if is_close(tokens, models[name](images))]
+            states[-1] = " and ".join(matches)
+    assert states == ["old", "missing", "missing", "new"]
 
 
 def test_compiler_missing(
