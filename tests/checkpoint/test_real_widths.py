@@ -76,6 +76,40 @@ EXAMPLES = {
         },
         {"text_model.head.weight": (2, 2), "logit_scale": (1,), "logit_bias": (1,)},
     ),
+    "huggingface-matrix": Example(  # ByteDance-Seed/BAGEL-7B-MoT, on a smaller grid
+        replace(SO400M, image_size=224, patch_size=14, interpolation="crop"),
+        "vit_model.vision_model.",
+        {
+            "model_type": "bagel",
+            "vit_config": {
+                **SO400M_KEYS,
+                "image_size": 224,
+                "model_type": "siglip_vision_model",
+                "num_hidden_layers": 2,  # Its code removes the last one.
+                "patch_size": 14,
+                "rope": False,
+            },
+        },
+        {"connector.fc1.weight": (2, 1152)},
+    ),
+    "mlx-janus": Example(  # mlx-community/Janus-Pro-1B
+        replace(LARGE, image_size=384, layer_norm_eps=1e-5),
+        "vision_model.vision_tower.",
+        {
+            "model_type": "multi_modality",
+            "vision_config": {
+                "cls": "CLIPVisionTower",
+                "model_type": "vision",
+                "params": {
+                    "image_size": 384,
+                    "model_name": "siglip_large_patch16_384",
+                    "select_feature": "same",
+                    "select_layer": -1,
+                },
+            },
+        },
+        {"aligner.layers.0.weight": (2, 1024)},
+    ),
     "mlx": Example(  # PaliGemma
         replace(SO400M, patch_size=14),
         "vision_tower.vision_model.",
