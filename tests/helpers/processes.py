@@ -66,7 +66,21 @@ def embed_until(
                 time.sleep(delay)
                 process.send_signal(kind)
                 break
-        return process.wait()
+        return wait_for_end(process, kind)
+
+
+def wait_for_end(process: subprocess.Popen[str], kind: signal.Signals) -> int:
+    """Wait for the end of a process that got a signal; return its exit code.
+
+    Python loses an interrupt that arrives where it ignores exceptions, such as in a destructor, so
+    the signal is repeated if the process goes on.
+    """
+    for _ in range(3):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=60)
+        process.send_signal(kind)
+    process.kill()
+    return process.wait()
 
 
 def process_ids_naming(folder: Path) -> list[str]:
