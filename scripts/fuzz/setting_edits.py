@@ -105,6 +105,8 @@ def add_setting(rng: Random, content: bytes) -> bytes:
         document = json.loads(content)
         settings = TIMM_SETTINGS if "model_args" in document else FOREIGN_SETTINGS
         key, value = rng.choice(settings)
+        if not isinstance(document, dict):
+            return noise(rng, content)
         vision_section(document)[key] = value
     except DAMAGED:
         return noise(rng, content)

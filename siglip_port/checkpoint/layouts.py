@@ -275,7 +275,7 @@ TIMM = Layout(
     signature_keys=("patch_embed.proj.weight", "blocks.0.norm1.weight"),
     ignored=(IgnoredKeys(r"head\.(weight|bias)", CLASSIFIER),),
     projections=(
-        r"(head\.|head\.(fc|proj|norm|mlp\.\w+)\.|fc_norm\.|pre_logits\.(fc\.)?)(weight|bias)",
+        r"(head\.|head\.(fc|proj|mlp\.\w+)\.|fc_norm\.|pre_logits\.(fc\.)?)(weight|bias)",
     ),
     rejected_keys=(
         ("cls_token", CLASS_TOKEN),

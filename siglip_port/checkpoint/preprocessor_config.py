@@ -254,8 +254,9 @@ def complete(config: SigLipVisionConfig, name: str, stored: StoredProcessor) -> 
         assumption = read_assumption(content.pop(ASSUMED, None))
         options = parse_options(for_three_channels(config, content))
     except UnsupportedOptionsError as error:
-        supported = {**with_model_size(config, content), "do_center_crop": False, "do_pad": False}
-        return Preprocessing(supported, "unknown", f"{stored.filename}: {error}", name)
+        # Cropping is kept, so that `save_hf` hands on what transformers supports.
+        reason = f"{stored.filename}: {error}"
+        return Preprocessing(with_model_size(config, content), "unknown", reason, name)
     except ValueError as error:
         raise CheckpointError(
             f"{name}: {stored.filename}: {error}; download the file again, or pass preprocessing= "
