@@ -58,15 +58,9 @@ class Pixels(TypedDict):
 class ImageProcessor(ImageOptions):
     """Image processor, created by `from_config`; small and picklable.
 
+    The other attributes are those of `siglip_port.image_options.ImageOptions`.
+
     Attributes:
-        size: Target (height, width) in pixels; None for NaFlex.
-        patch_size: Patch size of NaFlex models in pixels; None for other models.
-        max_num_patches: Maximum and padded number of patches of NaFlex models.
-        do_resize: Whether to resize images.
-        resample: Pillow's resampling filter.
-        rescale_factor: Factor for values 0 to 255; None for no rescaling.
-        mean: Mean per channel, subtracted after rescaling; None for no normalization.
-        std: Standard deviation per channel; None for no normalization.
         backend: `pil` gives the same bits on every machine. `torchvision` depends on the CPU's
             instruction set; results differ by up to 1 of 255 levels.
     """
