@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from siglip_port.parity import bounds
 from siglip_port.parity.metrics import ErrorMeter, RelativeError, is_finite
 from siglip_port.parity.sides import (
     Inputs,
+    ReferenceHost,
     Side,
     cast,
     cast_inputs,
@@ -24,26 +25,52 @@ from siglip_port.parity.taps import Recording, join, record, tap_hooks
 from siglip_port.text import fold_blocks
 
 
-@dataclass
-class ReferenceRun:
+@dataclass(frozen=True)
+class Observation:
     """Exact results of the reference, and its rounding error.
 
     Attributes:
-        reference: Reference that was run.
-        dtype: Dtype to which weights and inputs are rounded in all runs.
-        inputs: Inputs in `dtype`.
         exact: Outputs and taps in float64.
-        noise: Rounding error of the reference in `dtype` at every tap and output; the largest over
+        noise: Rounding error of the reference in a dtype at every tap and output; the largest over
             its attention implementations.
-        outputs: Outputs in `dtype`, by attention implementation.
+        outputs: Outputs in that dtype, by attention implementation.
     """
 
-    reference: Side
+    exact: Recording
+    noise: dict[str, RelativeError]
+    outputs: dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """Observation of the reference on some inputs, and where to compute more.
+
+    Attributes:
+        host: Place of the reference.
+        dtype: Dtype to which weights and inputs are rounded in all runs.
+        inputs: Inputs in `dtype`.
+        observation: Results.
+    """
+
+    host: ReferenceHost
     dtype: torch.dtype
     inputs: Inputs
-    exact: Recording
-    noise: dict[str, RelativeError] = field(default_factory=dict)
-    outputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    observation: Observation
+
+    @property
+    def exact(self) -> Recording:
+        """Outputs and taps in float64."""
+        return self.observation.exact
+
+    @property
+    def noise(self) -> dict[str, RelativeError]:
+        """Rounding error of the reference at every tap and output."""
+        return self.observation.noise
+
+    @property
+    def outputs(self) -> dict[str, dict[str, Tensor]]:
+        """Outputs in `dtype`, by attention implementation."""
+        return self.observation.outputs
 
     @property
     def exact_inputs(self) -> Inputs:
@@ -55,9 +82,13 @@ class ReferenceRun:
         """Names of all comparisons: taps in order of computation, then outputs."""
         return [*self.exact.taps, *self.exact.outputs]
 
+    def record(self, inputs: Inputs) -> Recording:
+        """Run the reference in float64, on the same weights and other inputs in float64."""
+        return self.host.compute(record_exactly, inputs, list(self.exact.taps), self.dtype)
+
 
 def run_reference(
-    reference: Side,
+    host: ReferenceHost,
     inputs: Inputs,
     points: list[str],
     dtype: torch.dtype,
@@ -66,7 +97,7 @@ def run_reference(
     """Run the reference once in float64, and once in `dtype` with each attention implementation.
 
     Args:
-        reference: Side in `eval()` mode.
+        host: Reference in `eval()` mode.
         inputs: Inputs of any floating point dtype.
         points: Points to record.
         dtype: Dtype to which weights and inputs are rounded.
@@ -77,13 +108,26 @@ def run_reference(
             step of the float64 run is in float32.
     """
     inputs = cast_inputs(inputs, dtype)
+    observation = host.compute(observe, inputs, points, dtype, attentions)
+    return ReferenceRun(host, dtype, inputs, observation)
+
+
+def observe(
+    reference: Side,
+    inputs: Inputs,
+    points: list[str],
+    dtype: torch.dtype,
+    attentions: tuple[str, ...] | None,
+) -> Observation:
+    """Run the reference in float64 and in `dtype`: see `run_reference`."""
     reference.set_attention(reference.attentions[0])
-    run = ReferenceRun(reference, dtype, inputs, run_exactly(reference, inputs, points, dtype))
+    exact = run_exactly(reference, inputs, points, dtype)
+    observation = Observation(exact, noise={}, outputs={})
     for attention in attentions or reference.attentions:
         reference.set_attention(attention)
-        measure_noise(run, attention)
+        measure_noise(reference, inputs, dtype, attention, observation)
     reference.set_attention(reference.attentions[0])
-    return run
+    return observation
 
 
 def run_exactly(
@@ -97,6 +141,14 @@ def run_exactly(
         check_comparable(exact)
         check_float64_throughout(reference, exact_inputs, exact.outputs)
     return exact
+
+
+def record_exactly(
+    reference: Side, inputs: Inputs, points: list[str], dtype: torch.dtype
+) -> Recording:
+    """Run the reference in float64 on weights rounded to `dtype`, without checks."""
+    with cast(reference.module, dtype, torch.float64):
+        return record(reference.module, points, lambda: reference.run(inputs))
 
 
 def check_weights_finite(reference: nn.Module, dtype: torch.dtype) -> None:
@@ -152,21 +204,24 @@ def check_float64_throughout(
             )
 
 
-def measure_noise(run: ReferenceRun, attention: str) -> None:
-    """Run the reference in its own dtype, and add its rounding error at every point."""
-    reference = run.reference
-    with cast(reference.module, run.dtype):
-        own_points = dict(zip(run.exact.taps, run.exact.taps, strict=True))
-        rounded = compare_run(reference, run.inputs, run.exact, own_points)
-    run.outputs[attention] = rounded.outputs
+def measure_noise(
+    reference: Side, inputs: Inputs, dtype: torch.dtype, attention: str, observation: Observation
+) -> None:
+    """Run the reference in `dtype`, and add its outputs and its rounding error at every point."""
+    exact = observation.exact
+    with cast(reference.module, dtype):
+        own_points = dict(zip(exact.taps, exact.taps, strict=True))
+        rounded = compare_run(reference, inputs, exact, own_points)
+    observation.outputs[attention] = rounded.outputs
+    noise = observation.noise
     for name, error in rounded.errors.items():
         if not math.isfinite(error.overall):
             raise ValueError(
-                f"the reference computes NaN or Inf in {dtype_name(run.dtype)} ({name}), "
+                f"the reference computes NaN or Inf in {dtype_name(dtype)} ({name}), "
                 "expected finite values; use a wider dtype or smaller weights"
             )
-        previous = run.noise.get(name, RelativeError(0.0, 0.0))
-        run.noise[name] = RelativeError(
+        previous = noise.get(name, RelativeError(0.0, 0.0))
+        noise[name] = RelativeError(
             max(error.overall, previous.overall), max(error.worst, previous.worst)
         )
 

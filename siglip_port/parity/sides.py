@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 Call = Callable[[Any, Any], Mapping[str, Tensor]]
 """Function (module, inputs) -> outputs by name."""
+
+Result = TypeVar("Result")
 
 Weights = Callable[[Any], Mapping[str, Tensor]]
 """Function (port) -> its tensors under the names of the reference's `state_dict`."""
@@ -40,6 +42,17 @@ def call_module(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
 
 
+class ReferenceHost(Protocol):
+    """Place of the reference: this process, as a `Side`, or another one."""
+
+    def compute(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """Return `function(side, *arguments)`, where `side` is the reference.
+
+        `function` is a function of a module, and arguments and result can be pickled, so that the
+        reference may be in another process.
+        """
+
+
 @dataclass(frozen=True)
 class Side:
     """One of the two implementations.
@@ -60,6 +73,10 @@ class Side:
         """Run the module; return its outputs by name."""
         with torch.inference_mode():
             return dict(self.call(self.module, inputs))
+
+    def compute(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """Return `function(self, *arguments)`: see `ReferenceHost`."""
+        return function(self, *arguments)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -26,7 +26,7 @@ def run_reference_instead(
 ) -> object:
     """Run the reference instead of the port."""
     reference_taps = [Tap(tap.reference, tap.reference) for tap in pairs]
-    return run_both_ways(run.reference, run, reference_taps)
+    return run_both_ways(run.host, run, reference_taps)
 
 
 def bound_by_own_error(

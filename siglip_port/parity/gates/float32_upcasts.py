@@ -13,7 +13,7 @@ from torch import Tensor
 from siglip_port.parity import bounds
 from siglip_port.parity.observe import ComparedRun, ReferenceRun, compare_run
 from siglip_port.parity.sides import Inputs, Side, cast, perturb
-from siglip_port.parity.taps import Tap, port_to_reference, record
+from siglip_port.parity.taps import Tap, port_to_reference
 
 PERTURBATIONS = (0.0, 1e-4, 1e-4, 1e-4)
 
@@ -54,9 +54,7 @@ def errors_at(
     port: Side, run: ReferenceRun, taps: list[Tap], inputs: Inputs, names: list[str]
 ) -> dict[str, Tensor]:
     """Return port - reference at some taps, on other inputs, in float64."""
-    reference = run.reference
-    with cast(reference.module, run.dtype, torch.float64):
-        exact = record(reference.module, list(run.exact.taps), lambda: reference.run(inputs))
+    exact = run.record(inputs)
     with cast(port.module, run.dtype, torch.float64):
         points = port_to_reference(taps)
         capture = frozenset(names)

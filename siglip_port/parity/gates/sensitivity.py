@@ -18,6 +18,7 @@ from siglip_port.parity.metrics import is_finite, relative_error, tensors_equal
 from siglip_port.parity.results import Finding, GateResult
 from siglip_port.parity.sides import (
     Inputs,
+    ReferenceHost,
     Side,
     batch_size,
     cast,
@@ -41,7 +42,7 @@ class Influence:
     unused_parameters: list[str]
 
 
-def check_sensitivity(port: Side, reference: Side, inputs: Inputs) -> GateResult:
+def check_sensitivity(port: Side, reference: ReferenceHost, inputs: Inputs) -> GateResult:
     """Check what affects the outputs: the same positions of the inputs, and every parameter.
 
     Outputs must also be finite, deterministic, not constant, and independent of the other examples
@@ -57,8 +58,7 @@ def check_sensitivity(port: Side, reference: Side, inputs: Inputs) -> GateResult
     findings = check_outputs(outputs, repeated)
     findings += check_batch(port, inputs)
 
-    with cast(reference.module, torch.float32):
-        expected = influence_by_gradient(reference, cast_inputs(inputs, torch.float32), {})
+    expected = reference.compute(influence_of_inputs, cast_inputs(inputs, torch.float32))
     with cast(port.module, torch.float32):
         influence = port_influence(port, cast_inputs(inputs, torch.float32), expected)
     findings += compare_influence(influence, expected)
@@ -71,6 +71,12 @@ def check_sensitivity(port: Side, reference: Side, inputs: Inputs) -> GateResult
         f"{bounds.FLOAT64_BOUND:g} in float64"
     )
     return GateResult("sensitivity", checked, bound, tuple(findings))
+
+
+def influence_of_inputs(reference: Side, inputs: Inputs) -> Influence:
+    """Find the positions of float32 inputs that affect the reference's outputs."""
+    with cast(reference.module, torch.float32):
+        return influence_by_gradient(reference, inputs, {})
 
 
 def check_outputs(outputs: Mapping[str, Tensor], repeated: Mapping[str, Tensor]) -> list[Finding]:

@@ -14,32 +14,46 @@ from siglip_port.parity.hints.guess import first_match
 from siglip_port.parity.hints.layers import fitted_eps
 from siglip_port.parity.hints.patterns import explain_pattern
 from siglip_port.parity.observe import ReferenceRun
-from siglip_port.parity.sides import cast
+from siglip_port.parity.sides import Inputs, Side, cast
 
 
 def explain_tap(run: ReferenceRun, point: str, value: Tensor) -> str:
     """Return the hint for a tap that differs; empty if no known bug explains it.
 
     Args:
-        run: Run of the reference, which is repeated to get the input of its module at the tap.
+        run: Run of the reference, which is repeated to get the inputs of its modules.
         point: Tap, by the reference's name.
         value: The port's value at the tap, teacher-forced.
     """
-    model = run.reference.module
-    inputs: list[Tensor] = []
+    return run.host.compute(
+        explain_value, run.dtype, run.exact_inputs, run.exact.taps, point, value
+    )
+
+
+def explain_value(
+    reference: Side,
+    dtype: torch.dtype,
+    inputs: Inputs,
+    taps: Mapping[str, Tensor],
+    point: str,
+    value: Tensor,
+) -> str:
+    """Run the reference in float64 up to a tap, and explain the port's value there."""
+    model = reference.module
+    module_inputs: list[Tensor] = []
 
     def save_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for tensor in (*args, *kwargs.values()):
             if isinstance(tensor, Tensor):
-                inputs.append(tensor.clone())
+                module_inputs.append(tensor.clone())
 
     module = model.get_submodule(point.partition(":")[0])
     handle = module.register_forward_pre_hook(save_inputs, with_kwargs=True)
     try:
-        with cast(model, run.dtype, torch.float64):
-            run.reference.run(run.exact_inputs)
-            module_input = inputs[0] if inputs else None
-            return explain(model, point, module_input, run.exact.taps, value)
+        with cast(model, dtype, torch.float64):
+            reference.run(inputs)
+            module_input = module_inputs[0] if module_inputs else None
+            return explain(model, point, module_input, taps, value)
     finally:
         handle.remove()
 
