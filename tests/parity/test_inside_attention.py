@@ -17,7 +17,7 @@ QUERIES = 4
 TOKENS = 5
 
 
-def make_attention(**options: Any) -> nn.MultiheadAttention:
+def make_attention(**options: Any) -> nn.MultiheadAttention:  # noqa: ANN401 (of any type)
     """Attention in float64 with random weights."""
     attention = nn.MultiheadAttention(WIDTH, HEADS, **options).double().eval()
     randomize(attention)
