@@ -14,9 +14,7 @@ Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 MapTensor = Callable[[Tensor], Tensor]
 
 
-def map_tensors(
-    inputs: Inputs, function: MapTensor, *, only_floating_point: bool = True
-) -> Inputs:
+def map_tensors(inputs: Inputs, function: MapTensor, *, only_floating_point: bool = True) -> Inputs:
     """Apply a function to every floating point tensor in `inputs`, or to every tensor."""
     return map_value(inputs, function, only_floating_point)
 
@@ -51,8 +49,8 @@ def tensors_in(inputs: Inputs) -> Iterator[Tensor]:
     yield from tensors
 
 
-def check_inputs(inputs: object) -> None:
-    """Raise ValueError if a value cannot be the inputs of two modules that are compared."""
+def check_inputs(inputs: object) -> Inputs:
+    """Return the inputs; raise ValueError if they cannot be those of two compared modules."""
     if isinstance(inputs, list):
         raise ValueError(
             "inputs must be a tensor, a tuple of positional arguments or a dict of keyword "
@@ -70,11 +68,14 @@ def check_inputs(inputs: object) -> None:
         raise ValueError("inputs must contain a tensor, got none")
     for tensor in tensors:
         if tensor.numel() == 0:
-            raise ValueError(f"inputs must not be empty, got a tensor of shape {list(tensor.shape)}")
+            raise ValueError(
+                f"inputs must not be empty, got a tensor of shape {list(tensor.shape)}"
+            )
         if tensor.is_floating_point() and tensor.isnan().any():
             raise ValueError("inputs must not contain NaN, which makes both sides compute NaN")
         if tensor.is_complex():
             raise ValueError(f"inputs must be real numbers, got a tensor of {tensor.dtype}")
+    return inputs
 
 
 def check_keywords(inputs: Mapping[Any, Any]) -> None:

@@ -119,13 +119,14 @@ def unknown_module(side: str, point: str, modules: Mapping[str, nn.Module], tap:
 
 
 @contextlib.contextmanager
-def tap_hooks(module: nn.Module, points: list[str], visit: Visit) -> Iterator[None]:
+def tap_hooks(module: object, points: list[str], visit: Visit) -> Iterator[None]:
     """Call `visit` whenever the computation of `module` reaches one of `points`.
 
-    Points that match no module are ignored. An input is replaced in place if its memory allows, so
-    that a residual connection from the same tensor gets the replacement, too.
+    Points that match no module are ignored; a callable that is no module has none. An input is
+    replaced in place if its memory allows, so that a residual connection from the same tensor gets
+    the replacement, too.
     """
-    modules = dict(module.named_modules())
+    modules = dict(module.named_modules()) if isinstance(module, nn.Module) else {}
     handles = []
     for point in points:
         path, part = Point.parse(point)
