@@ -105,7 +105,7 @@ def replace_tile(inputs: Inputs, index: int, tile: int) -> Inputs:
         if count != index:
             return tensor
         values = tensor.unique()
-        positions = torch.searchsorted(values.long(), tensor[..., tile::NUM_TILES].long())
+        positions = torch.searchsorted(values.long(), tensor[..., tile::NUM_TILES].long().contiguous())
         changed = tensor.clone()
         changed[..., tile::NUM_TILES] = values[(positions + 1) % len(values)]
         return changed
