@@ -148,15 +148,20 @@ def cast(module: object, *dtypes: torch.dtype) -> Iterator[None]:
     if not isinstance(module, nn.Module):
         yield
         return
-    tensors = [*module.parameters(), *module.buffers()]
-    originals = [tensor.data for tensor in tensors]
+    parameters = [(parameter, parameter.data) for parameter in module.parameters()]
+    buffers = []  # casting replaces these, and only the values of parameters
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            buffers.append((part, name, buffer))
     try:
         for dtype in dtypes:
             module.to(dtype)
         yield
     finally:
-        for tensor, data in zip(tensors, originals, strict=True):
-            tensor.data = data
+        for parameter, data in parameters:
+            parameter.data = data
+        for part, name, buffer in buffers:
+            setattr(part, name, buffer)
 
 
 def cast_inputs(inputs: Inputs, dtype: torch.dtype) -> Inputs:
