@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from siglip_port.parity.nested import Inputs, map_tensors, tensors_in
+from siglip_port.parity.nested import Inputs as Inputs
+from siglip_port.parity.nested import map_tensors, tensors_in
 
 Call = Callable[[Any, Any], Mapping[str, Tensor]]
 """Function (module, inputs) -> outputs by name."""

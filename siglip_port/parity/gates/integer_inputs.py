@@ -5,9 +5,8 @@ They have no gradients; values are replaced with other values of the same tensor
 
 from __future__ import annotations
 
-from torch import Tensor
-
 import torch
+from torch import Tensor
 
 from siglip_port.parity.metrics import tensors_equal
 from siglip_port.parity.nested import Inputs, map_tensors, tensors_in
@@ -105,7 +104,9 @@ def replace_tile(inputs: Inputs, index: int, tile: int) -> Inputs:
         if count != index:
             return tensor
         values = tensor.unique()
-        positions = torch.searchsorted(values.long(), tensor[..., tile::NUM_TILES].long().contiguous())
+        positions = torch.searchsorted(
+            values.long(), tensor[..., tile::NUM_TILES].long().contiguous()
+        )
         changed = tensor.clone()
         changed[..., tile::NUM_TILES] = values[(positions + 1) % len(values)]
         return changed

@@ -84,6 +84,13 @@ def load(port: nn.Module, reference: nn.Module, renames: Mapping[str, str]) -> N
     port.load_state_dict({name: tensors[name] for name in port.state_dict()})
 
 
+def change(port: nn.Module, path: str, **values: object) -> None:
+    """Change attributes of a module of a port."""
+    module = port.get_submodule(path)
+    for name, value in values.items():
+        setattr(module, name, value)
+
+
 def first_finding(comparison: Comparison) -> Finding:
     """Finding that the verdict names; the comparison must be DIFFERENT."""
     assert not comparison.equal, comparison
@@ -104,4 +111,4 @@ def in_float32(module: nn.Module) -> None:
             tensor.data = originals[name]
         return output.to(x.dtype)
 
-    module.forward = run  # type: ignore[method-assign]
+    module.forward = run

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from siglip_port.parity import Comparison, compare, randomize
-from tests.parity.ports.common import MLP, Attention, Bug, first_finding, in_float32, load
+from tests.parity.ports.common import MLP, Attention, Bug, change, first_finding, in_float32, load
 
 CONFIG = BertConfig(
     vocab_size=50,
@@ -143,19 +143,17 @@ def test_equal(fused: bool) -> None:
 
 def test_float32_inside_is_equal() -> None:
     port = make_port()
-    block = port.blocks[0]
-    assert isinstance(block, Block)
-    in_float32(block.mlp.fc1)
+    in_float32(port.get_submodule("blocks.0.mlp.fc1"))
     comparison = check(port)
     assert comparison.equal, comparison
 
 
 def eps(port: Bert) -> None:
-    port.blocks[1].norm1.eps = 1e-5
+    change(port, "blocks.1.norm1", eps=1e-5)
 
 
 def tanh_gelu(port: Bert) -> None:
-    port.blocks[0].mlp.activation = functools.partial(F.gelu, approximate="tanh")
+    change(port, "blocks.0.mlp", activation=functools.partial(F.gelu, approximate="tanh"))
 
 
 def soft_mask(port: Bert) -> None:
@@ -163,7 +161,7 @@ def soft_mask(port: Bert) -> None:
 
 
 def scale(port: Bert) -> None:
-    port.blocks[0].attention.scale = 24**-0.5
+    change(port, "blocks.0.attention", scale=24**-0.5)
 
 
 def positions_shifted(port: Bert) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from siglip_port.parity import Comparison, compare, randomize
-from tests.parity.ports.common import MLP, Attention, Bug, first_finding, in_float32, load
+from tests.parity.ports.common import MLP, Attention, Bug, change, first_finding, in_float32, load
 from tests.parity.toy_models import float_noise
 
 END = 49
@@ -206,9 +206,7 @@ def test_equal(fused: bool) -> None:
 
 def test_float32_inside_is_equal() -> None:
     port = make_port()
-    block = port.vision.blocks[1]
-    assert isinstance(block, Block)
-    in_float32(block.norm2)
+    in_float32(port.get_submodule("vision.blocks.1.norm2"))
     comparison = check(port)
     assert comparison.equal, comparison
 
@@ -220,7 +218,7 @@ def vision_eps(port: Clip) -> None:
 
 
 def exact_gelu_in_last_block(port: Clip) -> None:
-    port.vision.blocks[2].mlp.activation = F.gelu
+    change(port, "vision.blocks.2.mlp", activation=F.gelu)
 
 
 def no_causal_mask(port: Clip) -> None:

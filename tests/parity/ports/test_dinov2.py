@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
 from siglip_port.parity import Comparison, compare, randomize
-from tests.parity.ports.common import MLP, Attention, Bug, first_finding, in_float32, load
+from tests.parity.ports.common import MLP, Attention, Bug, change, first_finding, in_float32, load
 from tests.parity.toy_models import float_noise
 
 CONFIG = Dinov2Config(
@@ -145,19 +145,18 @@ def test_equal(fused: bool, size: tuple[int, int]) -> None:
 
 def test_float32_inside_is_equal() -> None:
     port = make_port()
-    block = port.blocks[1]
-    assert isinstance(block, Block)
-    in_float32(block.norm1)
+    in_float32(port.get_submodule("blocks.1.norm1"))
     comparison = check(port)
     assert comparison.equal, comparison
 
 
 def scale_missing(port: Dinov2) -> None:
-    port.blocks[1].scale1 = nn.Identity()
+    change(port, "blocks.1", scale1=nn.Identity())
 
 
 def scale_of_other_branch(port: Dinov2) -> None:
-    port.blocks[0].scale2.gamma.data = port.blocks[0].scale1.gamma.data
+    other = port.get_parameter("blocks.0.scale1.gamma")
+    port.get_parameter("blocks.0.scale2.gamma").data = other.data
 
 
 def class_token_without_position(port: Dinov2) -> None:
@@ -166,7 +165,7 @@ def class_token_without_position(port: Dinov2) -> None:
 
 
 def tanh_gelu(port: Dinov2) -> None:
-    port.blocks[1].mlp.activation = functools.partial(F.gelu, approximate="tanh")
+    change(port, "blocks.1.mlp", activation=functools.partial(F.gelu, approximate="tanh"))
 
 
 def eps(port: Dinov2) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel
 
 from siglip_port.parity import Comparison, compare, randomize
-from tests.parity.ports.common import Bug, first_finding, in_float32, load
+from tests.parity.ports.common import Bug, change, first_finding, in_float32, load
 from tests.parity.toy_models import float_noise
 
 CONFIG = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic")
@@ -114,47 +114,33 @@ def test_equal() -> None:
 
 def test_float32_inside_is_equal() -> None:
     port = make_port()
-    convolution = port.stem[0]
-    in_float32(convolution)
+    in_float32(port.stem[0])
     comparison = check(port)
     assert comparison.equal, comparison
 
 
-def first_block(port: ResNet) -> Block:
-    block = port.stages.get_submodule("1.0")
-    assert isinstance(block, Block)
-    return block
-
-
 def statistics_not_loaded(port: ResNet) -> None:
-    norm = port.stem[1]
-    assert isinstance(norm, nn.BatchNorm2d)
-    norm.reset_running_stats()
+    port.get_buffer("stem.1.running_mean").zero_()
+    port.get_buffer("stem.1.running_var").fill_(1)
 
 
 def eps(port: ResNet) -> None:
-    first_block(port).second[1].eps = 1e-3
-
-
-def training(port: ResNet) -> None:
-    port.train()
+    change(port, "stages.1.0.second.1", eps=1e-3)
 
 
 def stride_in_second(port: ResNet) -> None:
-    block = first_block(port)
-    block.first[0].stride = (1, 1)
-    block.second[0].stride = (2, 2)
+    change(port, "stages.1.0.first.0", stride=(1, 1))
+    change(port, "stages.1.0.second.0", stride=(2, 2))
 
 
 def shortcut_missing(port: ResNet) -> None:
-    block = port.stages.get_submodule("1.1")
-    assert isinstance(block, Block)
-    block.shortcut = nn.Sequential(nn.Identity())
-    block.shortcut.register_forward_hook(lambda _, args, output: output * 0)
+    shortcut = nn.Identity()
+    shortcut.register_forward_hook(lambda _, args, output: output * 0)
+    change(port, "stages.1.1", shortcut=shortcut)
 
 
 def average_instead_of_max(port: ResNet) -> None:
-    port.pool = nn.AvgPool2d(3, 2, 1)  # type: ignore[assignment]
+    change(port, "", pool=nn.AvgPool2d(3, 2, 1))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from siglip_port.parity import Comparison, compare, randomize
-from tests.parity.ports.common import MLP, Attention, Bug, first_finding, in_float32, load
+from tests.parity.ports.common import MLP, Attention, Bug, change, first_finding, in_float32, load
 from tests.parity.toy_models import float_noise
 
 CONFIG = WhisperConfig(
@@ -149,7 +149,7 @@ def positions_missing(port: Encoder) -> None:
 
 
 def value_bias_missing(port: Encoder) -> None:
-    port.blocks[1].attention.v.bias = None
+    change(port, "blocks.1.attention.v", bias=None)
 
 
 def eps(port: Encoder) -> None:
