@@ -52,9 +52,11 @@ def inside_attention(
         x = batch_first(attention, arguments[name])
         weight, bias = projection(attention, part)
         projected[part] = nn.functional.linear(x, weight, bias)
-    heads = [x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected.values()]
-    mask = combined_mask(attention, arguments, heads[0])
-    context = nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+    q, k, v = (
+        x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected.values()
+    )
+    mask = combined_mask(attention, arguments, q)
+    context = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return {**projected, "context": context.transpose(1, 2).flatten(2)}
 
 

@@ -16,7 +16,8 @@ MapTensor = Callable[[Tensor], Tensor]
 
 def map_tensors(inputs: Inputs, function: MapTensor, *, only_floating_point: bool = True) -> Inputs:
     """Apply a function to every floating point tensor in `inputs`, or to every tensor."""
-    return map_value(inputs, function, only_floating_point)
+    mapped: Inputs = map_value(inputs, function, only_floating_point)
+    return mapped
 
 
 def map_value(value: Any, function: MapTensor, only_floating_point: bool) -> Any:  # noqa: ANN401

@@ -99,16 +99,16 @@ class Side:
         module: Module in `eval()` mode; the port may be any other callable, which has no parameters
             and no modules.
         call: Function that runs it; both sides must name their outputs alike.
-        supports_float64: Whether it computes in float64 when `cast` to it and given such inputs.
         attentions: Names of its attention implementations; the first is float64 throughout.
         set_attention: Function that switches to one of them.
+        supports_float64: Whether it computes in float64 when `cast` to it and given such inputs.
     """
 
     module: Any
     call: Call = call_module
-    supports_float64: bool = True
     attentions: tuple[str, ...] = ("",)
     set_attention: Callable[[str], None] = lambda _: None
+    supports_float64: bool = True
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

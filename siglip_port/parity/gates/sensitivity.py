@@ -16,7 +16,7 @@ from siglip_port.parity import bounds
 from siglip_port.parity.gates.batches import check_batch
 from siglip_port.parity.gates.integer_inputs import check_integer_inputs
 from siglip_port.parity.metrics import is_finite, relative_error, tensors_equal
-from siglip_port.parity.nested import floating_point_dtype
+from siglip_port.parity.nested import floating_point_dtype, map_tensors
 from siglip_port.parity.results import Finding, GateResult
 from siglip_port.parity.sides import (
     Inputs,
@@ -25,7 +25,6 @@ from siglip_port.parity.sides import (
     cast,
     cast_inputs,
     clone_inputs,
-    map_tensors,
 )
 
 
