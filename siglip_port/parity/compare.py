@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from siglip_port import parity_log
 from siglip_port.parity import gates
 from siglip_port.parity.arguments import check_arguments, checked_call
 from siglip_port.parity.nested import Inputs, floating_point_dtype
 from siglip_port.parity.observe import ReferenceRun, run_reference
+from siglip_port.parity.report import to_json
 from siglip_port.parity.results import Comparison, GateResult, Section
 from siglip_port.parity.sides import Call, Side, Weights, call_module
 from siglip_port.parity.support import with_support
@@ -165,5 +167,6 @@ def assert_parity(
         weights=weights,
         dtype=dtype,
     )
+    parity_log.add(lambda: to_json(comparison))
     if not comparison.equal:
         raise AssertionError(f"\n{comparison}")
