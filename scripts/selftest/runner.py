@@ -122,7 +122,7 @@ class SelfTest:
             if self.full:
                 return examine(mutant, cases)
             gate_cases = cases[1:] if mutant.gate == "rounding" else cases[:1]
-            return examine(mutant, gate_cases, max_hints=0)
+            return examine(mutant, gate_cases, with_hints=False)
 
         self.report.results += self.follow(judge, catalog.MUTANTS, "mutants")
 
