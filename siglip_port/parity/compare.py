@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from siglip_port import parity_log
 from siglip_port.parity import gates
+from siglip_port.parity.arguments import check_arguments, checked_call
+from siglip_port.parity.nested import Inputs, floating_point_dtype
 from siglip_port.parity.observe import ReferenceRun, run_reference
 from siglip_port.parity.report import to_json
-from siglip_port.parity.results import Comparison, Section
-from siglip_port.parity.sides import (
-    Call,
-    Inputs,
-    Side,
-    Weights,
-    batch_size,
-    call_module,
-    cast_inputs,
-)
-from siglip_port.parity.taps import expand
+from siglip_port.parity.results import Comparison, GateResult, Section
+from siglip_port.parity.sides import Call, Side, Weights, call_module
+from siglip_port.parity.support import with_support
+from siglip_port.parity.taps import Tap, expand
 
 
 def compare(
     reference: nn.Module,
-    port: nn.Module,
+    port: Callable[..., Any],
     inputs: Inputs,
     taps: Mapping[str, str] | None = None,
     *,
@@ -42,12 +38,14 @@ def compare(
 
     Args:
         reference: Module in `eval()` mode; cast to float64, it must compute in float64 throughout.
-        port: Module in `eval()` mode.
-        inputs: Inputs of both modules: a tensor, a tuple of positional arguments, or a dict of
-            keyword arguments; at least two different examples along the first axis.
+        port: Module in `eval()` mode, or any other callable, such as an engine. What does not
+            compute in float64 is judged by its rounding, and the verdict says so.
+        inputs: Inputs of both sides: a tensor, a tuple of positional arguments, or a dict of
+            keyword arguments, which may be nested; at least two different examples along the first
+            axis.
         taps: Points to compare, reference -> port: module paths, `path:input` for the input of a
             module, `{}` for a block number (see `siglip_port.parity.taps`). None compares outputs
-            only.
+            only; `suggest_taps` proposes some.
         call_reference: Function (module, inputs) -> outputs by name; required if the two modules
             name their outputs differently.
         call_port: Function like `call_reference`, for the port.
@@ -60,28 +58,64 @@ def compare(
 
     Raises:
         ValueError: The inputs, the taps or the reference cannot be used.
+        TypeError: An argument, or a result of a call function, has a wrong type.
     """
-    if batch_size(inputs) < 2:
-        raise ValueError(
-            "inputs must hold at least two examples along the first axis; a single one cannot show "
-            "whether examples of a batch affect each other"
-        )
+    check_arguments(reference, port, inputs, taps, dtype)
     if dtype is None:
         dtype = parameter_dtype(reference)
-    reference_side = Side(reference, call_reference)
-    port_side = Side(port, call_port)
-    pairs = expand(taps or {}, reference, port)
+    reference_side = Side(reference, checked_call(call_reference, "reference"))
+    port_side = Side(port, checked_call(call_port, "port"))
+    port_side, reason = with_support(port_side, inputs, dtype)
+    if reason and dtype == torch.float64:
+        dtype = lower_dtype(inputs, reason)
+    pairs = expand_taps(taps, reference, port)
 
-    results = [gates.check_environment({"port": port, "reference": reference})]
+    results = [gates.check_environment(modules_by_side(reference, port))]
     if weights is not None:
         results.append(gates.check_weights(weights(port), reference.state_dict()))
     run = run_reference(reference_side, inputs, [tap.reference for tap in pairs], dtype)
     check_output_names(run, port_side, inputs)
-    results.append(gates.check_sensitivity(port_side, reference_side, cast_inputs(inputs, dtype)))
-    results.append(gates.check_numerics(port_side, run, pairs))
-    if dtype != torch.float64:
-        results.append(gates.check_rounding(port_side, run, pairs))
-    return Comparison((Section(type(reference).__name__, "as given", tuple(results)),))
+    results += run_gates(port_side, run, pairs)
+    section = Section(type(reference).__name__, "as given", tuple(results))
+    return Comparison((section,), not_judged=(f"float64: {reason}",) if reason else ())
+
+
+def run_gates(port: Side, run: ReferenceRun, taps: list[Tap]) -> list[GateResult]:
+    """Run the gates that compare what both sides compute."""
+    results = [gates.check_sensitivity(port, run.host, run.inputs)]
+    if port.supports_float64:
+        results.append(gates.check_numerics(port, run, taps))
+    if run.dtype != torch.float64:
+        results.append(gates.check_rounding(port, run, taps))
+    return results
+
+
+def modules_by_side(reference: nn.Module, port: Callable[..., Any]) -> dict[str, nn.Module]:
+    """Return the modules among the two sides."""
+    sides = {"reference": reference}
+    if isinstance(port, nn.Module):
+        sides = {"port": port, "reference": reference}
+    return sides
+
+
+def expand_taps(
+    taps: Mapping[str, str] | None, reference: nn.Module, port: Callable[..., Any]
+) -> list[Tap]:
+    """Expand the taps; a port that is no module has none."""
+    if not taps or not isinstance(port, nn.Module):
+        return []
+    return expand(taps, reference, port)
+
+
+def lower_dtype(inputs: Inputs, reason: str) -> torch.dtype:
+    """Return the dtype in which a port without float64 is compared with a float64 reference."""
+    dtype = floating_point_dtype(inputs)
+    if dtype is None or dtype == torch.float64:
+        raise ValueError(
+            f"dtype must not be float64 for a port without it ({reason}); pass the dtype in which "
+            "it computes, such as dtype=torch.float32"
+        )
+    return dtype
 
 
 def parameter_dtype(module: nn.Module) -> torch.dtype:
@@ -107,7 +141,7 @@ def check_output_names(run: ReferenceRun, port: Side, inputs: Inputs) -> None:
 
 def assert_parity(
     reference: nn.Module,
-    port: nn.Module,
+    port: Callable[..., Any],
     inputs: Inputs,
     taps: Mapping[str, str] | None = None,
     *,
@@ -121,6 +155,7 @@ def assert_parity(
     Raises:
         AssertionError: Port and reference differ; the message is the findings and the verdict.
         ValueError: The inputs, the taps or the reference cannot be used.
+        TypeError: An argument, or a result of a call function, has a wrong type.
     """
     comparison = compare(
         reference,

@@ -111,6 +111,17 @@ class ErrorMeter:
         return RelativeError(overall, self._worst / norm * math.sqrt(num_vectors))
 
 
+def share_of_differences(value: Tensor, exact: Tensor) -> RelativeError:
+    """Return the share of elements that differ, for tensors of integers or bools.
+
+    It is infinite if the shapes differ.
+    """
+    if value.shape != exact.shape:
+        return RelativeError(math.inf, math.inf)
+    share = float((value != exact).double().mean())
+    return RelativeError(share, share)
+
+
 class ErrorStatistics(NamedTuple):
     """Errors of a tensor on several inputs that differ slightly.
 

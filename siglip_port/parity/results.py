@@ -153,10 +153,12 @@ class Comparison:
     Attributes:
         sections: One per checkpoint.
         label: Kind of weights, for the verdict.
+        not_judged: What could not be judged, with the reason.
     """
 
     sections: tuple[Section, ...]
     label: str = "weights as given"
+    not_judged: tuple[str, ...] = ()
 
     @property
     def gates(self) -> list[tuple[Section, GateResult]]:
@@ -183,6 +185,10 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """Result of the comparison in one line."""
+        clauses = [f"; not judged: {reason}" for reason in self.not_judged]
+        return "".join([self._result(), *clauses])
+
+    def _result(self) -> str:
         if self.equal:
             return self._equal_verdict()
         findings = self.findings

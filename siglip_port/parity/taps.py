@@ -16,10 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from siglip_port.parity.inside_attention import (
+    INSIDE_ATTENTION,
+    bind_arguments,
+    inside_attention,
+    unsupported_attention,
+)
+
 Visit = Callable[[str, Tensor], Tensor | None]
 """Function (point, tensor) -> replacement for the tensor, or None to leave it as it is."""
-
-INSIDE_ATTENTION = ("q", "k", "v", "context")
 
 
 @dataclass(frozen=True)
@@ -97,11 +102,10 @@ def block_numbers(point: str, modules: Mapping[str, nn.Module]) -> list[str]:
         match = pattern.fullmatch(name)
         if match is None:
             continue
-        if part in INSIDE_ATTENTION and not isinstance(module, nn.MultiheadAttention):
-            raise ValueError(
-                f"{point!r}: :{part} needs an nn.MultiheadAttention, got a "
-                f"{type(module).__name__}; tap the projection instead"
-            )
+        if part in INSIDE_ATTENTION:
+            reason = unsupported_attention(module)
+            if reason:
+                raise ValueError(f"{point!r}: :{part} {reason}; tap the projection instead")
         numbers.append(match[1] if match.lastindex else "")
     return numbers
 
@@ -115,13 +119,14 @@ def unknown_module(side: str, point: str, modules: Mapping[str, nn.Module], tap:
 
 
 @contextlib.contextmanager
-def tap_hooks(module: nn.Module, points: list[str], visit: Visit) -> Iterator[None]:
+def tap_hooks(module: object, points: list[str], visit: Visit) -> Iterator[None]:
     """Call `visit` whenever the computation of `module` reaches one of `points`.
 
-    Points that match no module are ignored. An input is replaced in place if its memory allows, so
-    that a residual connection from the same tensor gets the replacement, too.
+    Points that match no module are ignored; a callable that is no module has none. An input is
+    replaced in place if its memory allows, so that a residual connection from the same tensor gets
+    the replacement, too.
     """
-    modules = dict(module.named_modules())
+    modules = dict(module.named_modules()) if isinstance(module, nn.Module) else {}
     handles = []
     for point in points:
         path, part = Point.parse(point)
@@ -210,36 +215,10 @@ def attention_hook(point: str, part: str, visit: Visit) -> Callable[..., None]:
     def hook(
         attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], _: object
     ) -> None:
-        inputs = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-        visit(point, inside_attention(attention, inputs)[part])
+        arguments = bind_arguments(attention, args, kwargs)
+        visit(point, inside_attention(attention, arguments)[part])
 
     return hook
-
-
-def inside_attention(
-    attention: nn.MultiheadAttention, inputs: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Recompute the tensors inside an `nn.MultiheadAttention`.
-
-    Supports `batch_first`, a single width and no masks, as in SigLIP.
-
-    Args:
-        attention: Attention module.
-        inputs: `query`, `key` and `value`, [B, N, D].
-
-    Returns:
-        `q`, `k`, `v` and `context`, [B, N, D].
-    """
-    assert attention.in_proj_weight is not None
-    assert attention.in_proj_bias is not None
-    weights = attention.in_proj_weight.chunk(3)
-    biases = attention.in_proj_bias.chunk(3)
-    projected = {}
-    for i, (part, name) in enumerate((("q", "query"), ("k", "key"), ("v", "value"))):
-        projected[part] = nn.functional.linear(inputs[name], weights[i], biases[i])
-    heads = [x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected.values()]
-    context = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-    return {**projected, "context": context}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_port.parity.gates import check_sensitivity
+from siglip_port.parity.nested import map_tensors
 from siglip_port.parity.sides import (
     Inputs,
     Side,
@@ -11,7 +12,6 @@ from siglip_port.parity.sides import (
     call_module,
     cast,
     example,
-    map_tensors,
 )
 
 

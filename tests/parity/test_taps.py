@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from siglip_port.parity.taps import Tap, expand, inside_attention, record, tap_hooks
+from siglip_port.parity.taps import Tap, expand, record, tap_hooks
 
 
 class Residual(nn.Module):
@@ -92,22 +92,6 @@ def test_consecutive_calls_are_concatenated() -> None:
     parts = torch.randn(4, 3).chunk(4)
     recording = record(model, [""], lambda: {"output": torch.cat([model(x) for x in parts])})
     assert torch.equal(recording.taps[""], recording.outputs["output"])
-
-
-def test_inside_attention() -> None:
-    attention = nn.MultiheadAttention(12, 3, batch_first=True).double().eval()
-    query = torch.randn(2, 1, 12).double()
-    tokens = torch.randn(2, 5, 12).double()
-    inside = inside_attention(attention, {"query": query, "key": tokens, "value": tokens})
-    output = attention.out_proj(inside["context"])
-    expected = attention(query, tokens, tokens)[0]
-    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
-    points = [":q", ":k", ":v", ":context"]
-    recording = record(
-        attention, points, lambda: {"output": attention(query, tokens, value=tokens)[0]}
-    )
-    for name, tensor in inside.items():
-        assert torch.equal(recording.taps[f":{name}"], tensor), name
 
 
 def test_expand_block_numbers() -> None:

@@ -41,9 +41,7 @@ def measure_float32_noise(
     """Run the reference in float32 on weights and inputs that were rounded to `dtype`."""
     own_points = {point: point for point in exact.taps}
     with cast(reference.module, dtype, torch.float32):
-        return compare_run(
-            reference, cast_inputs(inputs, torch.float32), exact, own_points
-        ).errors
+        return compare_run(reference, cast_inputs(inputs, torch.float32), exact, own_points).errors
 
 
 def within_float32_noise(

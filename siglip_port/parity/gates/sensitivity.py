@@ -6,7 +6,6 @@ Without it, two models that ignore their inputs would pass every other gate.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,19 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from siglip_port.parity import bounds
+from siglip_port.parity.gates.batches import check_batch
+from siglip_port.parity.gates.integer_inputs import check_integer_inputs
 from siglip_port.parity.metrics import is_finite, relative_error, tensors_equal
+from siglip_port.parity.nested import floating_point_dtype, map_tensors
 from siglip_port.parity.results import Finding, GateResult
 from siglip_port.parity.sides import (
     Inputs,
     ReferenceHost,
     Side,
-    batch_size,
     cast,
     cast_inputs,
     clone_inputs,
-    example,
-    map_tensors,
 )
+
+
+class NoGradientsError(RuntimeError):
+    """No output has gradients, such as class numbers."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,26 @@ def check_sensitivity(port: Side, reference: ReferenceHost, inputs: Inputs) -> G
     outputs = port.run(inputs)
     repeated = port.run(inputs)
     findings = check_outputs(outputs, repeated)
-    findings += check_batch(port, inputs)
+    findings += check_batch(port, reference, inputs)
 
+    dtype = torch.float32
+    if not port.supports_float64:
+        dtype = floating_point_dtype(inputs) or torch.float32
     expected = reference.compute(influence_of_inputs, cast_inputs(inputs, torch.float32))
-    with cast(port.module, torch.float32):
-        influence = port_influence(port, cast_inputs(inputs, torch.float32), expected)
+    with cast(port.module, dtype):
+        influence = port_influence(port, cast_inputs(inputs, dtype), expected)
+    if not all(map(torch.equal, influence.masks, expected.masks)):
+        expected = reference.compute(confirm_influence, inputs, expected, influence)
     findings += compare_influence(influence, expected)
+    if influence.unused_parameters:
+        shapes = reference.compute(shapes_of_unused_parameters, inputs)
+        findings += find_unused_parameters(port, influence.unused_parameters, shapes)
+    integer_checks, integer_findings = check_integer_inputs(port, reference, inputs, dtype)
+    findings += integer_findings
 
     checked = 4 * len(outputs)  # finite, deterministic, not constant, independent
     checked += sum(mask.numel() for mask in influence.masks)
-    checked += len(list(port.module.parameters()))
+    checked += len(port.parameters) + integer_checks
     bound = (
         "equality; batch against single examples: relative error "
         f"{bounds.FLOAT64_BOUND:g} in float64"
@@ -74,9 +87,44 @@ def check_sensitivity(port: Side, reference: ReferenceHost, inputs: Inputs) -> G
 
 
 def influence_of_inputs(reference: Side, inputs: Inputs) -> Influence:
-    """Find the positions of float32 inputs that affect the reference's outputs."""
+    """Find the positions of float32 inputs that affect the reference's outputs.
+
+    Without outputs that have gradients, such as class numbers, no position can be judged.
+    """
+    if floating_point_dtype(inputs) is None:
+        return Influence([], [])
     with cast(reference.module, torch.float32):
-        return influence_by_gradient(reference, inputs, {})
+        try:
+            return influence_by_gradient(reference, inputs, {})
+        except NoGradientsError:
+            return Influence([], [])
+
+
+def shapes_of_unused_parameters(reference: Side, inputs: Inputs) -> list[torch.Size]:
+    """List the shapes of the reference's parameters that do not affect any output."""
+    inputs = cast_inputs(inputs, torch.float32)
+    parameters = reference.parameters
+    nothing = Influence([], [])
+    with cast(reference.module, torch.float32):
+        try:
+            influence = influence_by_gradient(reference, inputs, parameters)
+        except NoGradientsError:
+            influence = Influence([], list(parameters))
+        suspected = Influence([], influence.unused_parameters)
+        unused = influence_by_perturbation(reference, inputs, suspected=suspected, expected=nothing)
+    return [parameters[name].shape for name in unused.unused_parameters]
+
+
+def confirm_influence(
+    reference: Side, inputs: Inputs, influence: Influence, port: Influence
+) -> Influence:
+    """Check by perturbation what affects the reference's outputs, where the port differs.
+
+    A mask that is rounded, for example, affects outputs without gradients.
+    """
+    with cast(reference.module, torch.float32):
+        inputs = cast_inputs(inputs, torch.float32)
+        return influence_by_perturbation(reference, inputs, suspected=influence, expected=port)
 
 
 def check_outputs(outputs: Mapping[str, Tensor], repeated: Mapping[str, Tensor]) -> list[Finding]:
@@ -92,49 +140,34 @@ def check_outputs(outputs: Mapping[str, Tensor], repeated: Mapping[str, Tensor])
     return findings
 
 
-def check_batch(port: Side, inputs: Inputs) -> list[Finding]:
-    """Check in float64 that outputs depend on their own example, and on no other of the batch."""
-    findings = []
-    with cast(port.module, torch.float64):
-        inputs = cast_inputs(inputs, torch.float64)
-        outputs = port.run(inputs)
-        examples = run_one_by_one(port, inputs)
-    for name, output in outputs.items():
-        if is_constant(output):
-            message = "same output for every example, so equality proves nothing"
-            findings.append(Finding(message, name, name))
-        joined = torch.cat([outputs_of_one[name] for outputs_of_one in examples])
-        same_shape = joined.shape == output.shape
-        error = relative_error(joined, output) if same_shape else math.inf
-        if not bounds.within_float64_bound(error):
-            message = "differs between a batch and its examples run one by one"
-            hint = "examples of a batch affect each other"
-            findings.append(Finding(message, name, name, error, hint))
-    return findings
-
-
-def run_one_by_one(port: Side, inputs: Inputs) -> list[dict[str, Tensor]]:
-    """Run every example as a batch of one."""
-    return [port.run(example(inputs, i)) for i in range(batch_size(inputs))]
-
-
-def is_constant(output: Tensor) -> bool:
-    """Return whether an output is the same for every example of a batch."""
-    return relative_error(output[:1].expand_as(output), output) < bounds.FLOAT64_BOUND
-
-
 def compare_influence(port: Influence, reference: Influence) -> list[Finding]:
-    """Check that the same positions affect both sides, and every parameter the port."""
+    """Check that the same positions of the inputs affect both sides."""
     findings = []
+    if reference.masks and not any(mask.any() for mask in reference.masks):
+        message = "no input affects the reference's outputs"
+        findings.append(Finding(message, "inputs", "inputs"))
     for i, (mask, expected) in enumerate(zip(port.masks, reference.masks, strict=True)):
-        if not expected.any():
-            message = f"input {i} does not affect the reference's outputs"
-            findings.append(Finding(message, "inputs", "inputs"))
         count = int((mask != expected).sum())
         if count:
             message = f"positions of input {i} that affect only one side: {count}"
             findings.append(Finding(message, "inputs", "inputs"))
-    for name in port.unused_parameters:
+    return findings
+
+
+def find_unused_parameters(
+    port: Side, names: list[str], reference_shapes: list[torch.Size]
+) -> list[Finding]:
+    """Find unused parameters of the port, except those that the reference does not use, either.
+
+    Names differ between the sides, so a parameter is recognized by its shape.
+    """
+    shapes = list(reference_shapes)
+    findings = []
+    for name in names:
+        shape = port.parameters[name].shape
+        if shape in shapes:
+            shapes.remove(shape)
+            continue
         hint = "parameter not used, or its effect cancels"
         findings.append(Finding("does not affect any output", port=name, hint=hint))
     return findings
@@ -145,11 +178,15 @@ def port_influence(port: Side, inputs: Inputs, expected: Influence) -> Influence
 
     A port without gradients, or with in-place operations, is perturbed only.
     """
-    parameters = dict(port.module.named_parameters())
-    try:
-        influence = influence_by_gradient(port, inputs, parameters)
-    except RuntimeError:
-        influence = Influence([~mask for mask in expected.masks], list(parameters))
+    unknown = Influence([~mask for mask in expected.masks], list(port.parameters))
+    influence = unknown
+    if isinstance(port.module, nn.Module):
+        try:
+            influence = influence_by_gradient(port, inputs, port.parameters)
+        except RuntimeError:
+            influence = unknown
+    if not expected.masks:
+        influence = Influence([], influence.unused_parameters)
     same_masks = all(map(torch.equal, influence.masks, expected.masks))
     if same_masks and not influence.unused_parameters:
         return influence
@@ -172,7 +209,7 @@ def influence_by_gradient(
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
             outputs = side.call(side.module, map_tensors(inputs, to_leaf))
-            total = random_sum(outputs, leaves[0].device)
+            total = random_sum(outputs)
             variables = [*leaves, *parameters.values()]
             gradients = torch.autograd.grad(total, variables, allow_unused=True)
     finally:
@@ -181,10 +218,7 @@ def influence_by_gradient(
 
     masks = []
     for leaf, gradient in zip(leaves, gradients, strict=False):
-        if gradient is None:
-            masks.append(torch.zeros_like(leaf[:, 0], dtype=torch.bool))
-        else:
-            masks.append((gradient != 0).any(dim=1))
+        masks.append(nonzero_positions(torch.zeros_like(leaf) if gradient is None else gradient))
     unused = []
     for name, gradient in zip(parameters, gradients[len(leaves) :], strict=True):
         if gradient is None or not gradient.any():
@@ -192,14 +226,26 @@ def influence_by_gradient(
     return Influence(masks, unused)
 
 
-def random_sum(outputs: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """Sum all elements of all outputs, weighted by noise, with each output scaled to norm 1."""
-    total = torch.zeros((), device=device)
+def nonzero_positions(gradient: Tensor) -> Tensor:
+    """Return where any channel of a gradient is not zero: [B, C, ...] -> [B, ...]."""
+    if gradient.ndim == 0:
+        gradient = gradient[None]
+    if gradient.ndim == 1:
+        return gradient != 0
+    return (gradient != 0).any(dim=1)
+
+
+def random_sum(outputs: Mapping[str, Tensor]) -> Tensor:
+    """Sum the elements of all outputs with gradients, weighted by noise, and scaled to norm 1."""
+    terms = []
     for seed, output in enumerate(outputs.values()):
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(output.shape, generator=generator, dtype=output.dtype)
-        total = total + (output * noise.to(output.device)).sum() / output.detach().norm()
-    return total
+        if output.requires_grad:
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn(output.shape, generator=generator, dtype=output.dtype)
+            terms.append((output * noise.to(output.device)).sum() / output.detach().norm())
+    if not terms:
+        raise NoGradientsError("no output has gradients")
+    return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
 
 def influence_by_perturbation(
@@ -215,15 +261,25 @@ def influence_by_perturbation(
     """
     probe = PerturbationProbe(port, inputs)
     masks = [mask.clone() for mask in suspected.masks]
-    for leaf, leaf_masks, leaf_expected in zip(probe.leaves, masks, expected.masks, strict=True):
-        for tensor, mask, expected_mask in zip(leaf, leaf_masks, leaf_expected, strict=True):
+    for leaf, leaf_masks, leaf_expected in zip(probe.leaves, masks, expected.masks, strict=False):
+        rows = with_channels(leaf)
+        for tensor, mask, expected_mask in zip(rows, leaf_masks, leaf_expected, strict=True):
             confirm_mask(probe, tensor, mask, expected_mask)
     unused = []
     with torch.no_grad():
         for name in suspected.unused_parameters:
-            if not probe.affects_outputs(port.module.get_parameter(name)):
+            if not probe.affects_outputs(port.parameters[name]):
                 unused.append(name)
     return Influence(masks, unused)
+
+
+def with_channels(leaf: Tensor) -> Tensor:
+    """View an input as [B, C, ...], so that masks of positions are [B, ...]."""
+    if leaf.ndim == 0:
+        leaf = leaf[None]
+    if leaf.ndim == 1:
+        return leaf[:, None]
+    return leaf
 
 
 def confirm_mask(probe: PerturbationProbe, tensor: Tensor, mask: Tensor, expected: Tensor) -> None:
@@ -273,7 +329,8 @@ class PerturbationProbe:
         """
         original = tensor.clone()
         noise = torch.randn(tensor.shape, generator=self._generator).to(tensor)
-        tensor += noise * original.abs().mean() * positions
+        size = float(original[original.isfinite()].abs().mean()) or 1.0
+        tensor += noise * size * positions
         outputs = self._run()
         tensor.copy_(original)
         for name, output in self._outputs.items():

@@ -52,9 +52,7 @@ def judge(runs: Float64Runs) -> Judgment:
     noise = float32_noise(runs.reference)
     free_errors = runs.free.errors
     small = [
-        name
-        for name in runs.wrong_steps
-        if within_float32_noise(runs.forced.errors, noise, name)
+        name for name in runs.wrong_steps if within_float32_noise(runs.forced.errors, noise, name)
     ]
     rounding = find_rounding(runs, small, forced=True)
     small_outputs = [name for name in outputs if within_float32_noise(free_errors, noise, name)]
@@ -71,9 +69,7 @@ def judge(runs: Float64Runs) -> Judgment:
     suspects, harmless = without_harmless(runs, suspects)
     if rounding:
         differences = [
-            name
-            for name in runs.differences
-            if not within_float32_noise(free_errors, noise, name)
+            name for name in runs.differences if not within_float32_noise(free_errors, noise, name)
         ]
     else:
         differences = runs.differences
@@ -88,9 +84,7 @@ def find_rounding(runs: Float64Runs, names: list[str], *, forced: bool) -> list[
     return find_float32_rounding(runs.port, runs.reference, runs.taps, names, forced=forced)
 
 
-def with_first_difference(
-    runs: Float64Runs, suspects: list[str], first: list[str]
-) -> list[str]:
+def with_first_difference(runs: Float64Runs, suspects: list[str], first: list[str]) -> list[str]:
     """Insert the first difference of the free-running run, if no suspect precedes it."""
     points = runs.reference.points
     if first and (not suspects or points.index(suspects[0]) > points.index(first[0])):
@@ -213,11 +207,7 @@ def skipped_modules(runs: Float64Runs, uncompared: list[str]) -> list[str]:
         is_called = runs.free.uncompared[name] != NEVER_CALLED
         if is_container and not is_called and kind_of(name) in compared_kinds:
             modules.append(name)
-    return [
-        name
-        for name in modules
-        if not any(name.startswith(f"{other}.") for other in modules)
-    ]
+    return [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
 
 
 def first_position(points: list[str], module: str) -> int:

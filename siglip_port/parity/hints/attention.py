@@ -19,7 +19,7 @@ PADDED_HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
 def projection_guesses(attention: nn.MultiheadAttention, part: str, x: Tensor) -> Iterator[Guess]:
     """Yield guesses for `part`, one of q, k and v, of an `nn.MultiheadAttention` with input `x`."""
-    if attention.in_proj_weight is None:
+    if attention.in_proj_weight is None or attention.in_proj_bias is None:
         return
     weights = attention.in_proj_weight.chunk(3)
     biases = attention.in_proj_bias.chunk(3)
