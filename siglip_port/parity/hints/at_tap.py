@@ -135,7 +135,7 @@ def number_of_heads(attention: nn.Module) -> int:
 
 
 def input_guesses(tap: TapContext) -> Iterator[Guess]:
-    """Yield guesses for the input of a module: an activation for a Linear or a convolution, or a sum."""
+    """Yield guesses for the input of a module: an activation for one with weights, or a sum."""
     if not isinstance(tap.module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         yield from residual_guesses(tap.before, tap.exact)
         return
