@@ -173,7 +173,7 @@ class WithEngine(Linears):
 
     def _apply(self, *args: Any, **options: Any) -> Self:  # noqa: ANN401 (torch's own signature)
         before = [parameter.dtype for parameter in self.parameters()]
-        nn.Module._apply(self, *args, **options)  # type: ignore[no-untyped-call]
+        nn.Module._apply(self, *args, **options)
         if before != [parameter.dtype for parameter in self.parameters()]:
             self.run = None
         return self

@@ -142,24 +142,17 @@ def compare_dependence(
     batch_error = difference(port.batch[name], reference.batch[name])
     single_error = difference(port.joined[name], reference.joined[name])
     error = dependence_error(name, port, reference)
-    rounding = 2 * bounds.ROUNDING_FACTOR * min(batch_error, single_error)
-    rounding = min(rounding, largest_rounding(port.batch[name]))
-    if error <= bounds.FLOAT64_BOUND or (is_rough and error <= rounding):
+    rounding = 0.0
+    if is_rough and port.batch[name].is_floating_point():
+        one_step = max(torch.finfo(torch.float32).eps, torch.finfo(port.batch[name].dtype).eps)
+        rounding = 2 * bounds.ROUNDING_FACTOR * (min(batch_error, single_error) + one_step)
+        rounding = min(rounding, 16 * one_step)
+    if error <= max(bounds.FLOAT64_BOUND, rounding):
         return []
     message = "differs between a batch and its examples run one by one"
     if reference.depends_on_batch(name):
         message = "depends on the other examples of a batch in another way than the reference"
     return [Finding(message, name, name, error, "examples of a batch affect each other")]
-
-
-def largest_rounding(output: Tensor) -> float:
-    """Return the largest relative error of an output that can be rounding.
-
-    A port may have steps in float32 even if it is cast to float64.
-    """
-    if not output.is_floating_point():
-        return 0.0
-    return max(bounds.UPCAST_BOUND, 16 * torch.finfo(output.dtype).eps)
 
 
 def dependence_error(name: str, port: BatchRuns, reference: BatchRuns) -> float:

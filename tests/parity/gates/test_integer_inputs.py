@@ -22,7 +22,8 @@ class Lookup(nn.Module):
         self.table = nn.Embedding.from_pretrained(float_noise(5, 4))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return (self.table(ids) * mask[..., None]).sum(1)
+        vectors: Tensor = self.table(ids) * mask[..., None]
+        return vectors.sum(1)
 
 
 class WithoutMask(Lookup):
@@ -33,11 +34,6 @@ class WithoutMask(Lookup):
 class FirstTokenOnly(Lookup):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         return super().forward(ids[:, :1].expand_as(ids), mask)
-
-
-class ReadsPadding(Lookup):
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return super().forward(ids, mask) + self.table(ids[:, 4])
 
 
 class Sizes(nn.Module):
@@ -80,7 +76,8 @@ def test_positions_that_only_the_port_reads() -> None:
 
     class ReadsMasked(Lookup):
         def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-            return super().forward(ids, mask) + self.table(ids[:, 2])
+            read: Tensor = self.table(ids[:, 2])
+            return super().forward(ids, mask) + read
 
     _, findings = check(ReadsMasked(), (ids, mask))
     message = "other values of integer input 0, at every 4th position from 2, affect only the port"
