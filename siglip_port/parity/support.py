@@ -110,7 +110,7 @@ def reason_of_callable(port: Side, inputs: Inputs) -> str:
     exact_inputs = cast_inputs(inputs, torch.float64)
     try:
         outputs = port.run(exact_inputs)
-        rough = roughness(port, exact_inputs, outputs)
+        rough = roughness(port, exact_inputs)
     except Exception:
         return "the port is no torch.nn.Module, and refuses float64"
     floats = [output for output in outputs.values() if output.is_floating_point()]

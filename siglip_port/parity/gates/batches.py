@@ -80,7 +80,7 @@ def check_batch(port: Side, reference: ReferenceHost, inputs: Inputs) -> list[Fi
     if not constant and not dependent:
         return []
     expected = reference.compute(run_batch, inputs)
-    is_rough = bool(dependent) and has_float32_steps(port, inputs, runs)
+    is_rough = bool(dependent) and has_float32_steps(port, inputs)
     findings = []
     for name in constant:
         if not is_constant_as_expected(name, runs, expected):
@@ -92,12 +92,12 @@ def check_batch(port: Side, reference: ReferenceHost, inputs: Inputs) -> list[Fi
     return findings
 
 
-def has_float32_steps(port: Side, inputs: Inputs, runs: BatchRuns) -> bool:
+def has_float32_steps(port: Side, inputs: Inputs) -> bool:
     """Return whether a port has steps that are less precise than float64."""
     if not port.supports_float64:
         return True
     with cast(port.module, torch.float64):
-        sizes = roughness(port, cast_inputs(inputs, torch.float64), runs.batch)
+        sizes = roughness(port, cast_inputs(inputs, torch.float64))
     return any(not bounds.within_float64_bound(size) for size in sizes.values())
 
 
