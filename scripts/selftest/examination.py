@@ -85,7 +85,9 @@ class MutantResult:
         self.detections.setdefault("run", Finding(self.error))
 
 
-def examine(mutant: Mutant, checkpoints: Iterable[Case], *, with_hints: bool = True) -> MutantResult:
+def examine(
+    mutant: Mutant, checkpoints: Iterable[Case], *, with_hints: bool = True
+) -> MutantResult:
     """Run a mutant through the gates of several checkpoints.
 
     Args:

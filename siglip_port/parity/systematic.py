@@ -25,9 +25,7 @@ Meters = dict[str, SystematicErrorMeter]
 """Meters by the reference's name of a tap or output."""
 
 
-def perturbed_inputs(
-    inputs: Inputs, scale: float, count: int, dtype: torch.dtype
-) -> list[Inputs]:
+def perturbed_inputs(inputs: Inputs, scale: float, count: int, dtype: torch.dtype) -> list[Inputs]:
     """Perturb inputs several times; return them in float64, rounded to `dtype`.
 
     Args:

@@ -57,8 +57,8 @@ class ToyMLP(nn.Module):
         self.fc2 = nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc2(self.activation(self.fc1(x)))
-        return x
+        output: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return output
 
 
 class ToyBlock(nn.Module):
@@ -73,8 +73,8 @@ class ToyBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
-        return x
+        output: Tensor = x + self.mlp(self.norm2(x))
+        return output
 
 
 class ToyTransformer(nn.Module):
@@ -114,9 +114,7 @@ def toy_taps() -> list[Tap]:
     return [Tap(point, point) for point in toy_points()]
 
 
-def toy_run(
-    dtype: torch.dtype = torch.float32, points: list[str] | None = None
-) -> ReferenceRun:
+def toy_run(dtype: torch.dtype = torch.float32, points: list[str] | None = None) -> ReferenceRun:
     """Run the reference."""
     if points is None:
         points = toy_points()

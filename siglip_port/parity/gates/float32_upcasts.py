@@ -41,9 +41,7 @@ def measure_float32_noise(
     """Run the reference in float32 on weights and inputs that were rounded to `dtype`."""
     own_points = {point: point for point in exact.taps}
     with cast(reference.module, dtype, torch.float32):
-        return compare_run(
-            reference, cast_inputs(inputs, torch.float32), exact, own_points
-        ).errors
+        return compare_run(reference, cast_inputs(inputs, torch.float32), exact, own_points).errors
 
 
 def within_float32_noise(
@@ -100,13 +98,17 @@ def find_float32_rounding(
 
 
 def may_be_rounding(port: ErrorStatistics) -> bool:
-    """Return whether the errors differ between inputs at all."""
-    return port.systematic <= bounds.ROUGH_SHARE * port.total
+    """Return whether the errors differ between inputs, if anything does at this point."""
+    return not port.varies or port.systematic <= bounds.ROUGH_SHARE * port.total
 
 
 def is_unclear(port: ErrorStatistics) -> bool:
     """Return whether the reference's own systematic error decides."""
-    return may_be_rounding(port) and port.systematic > bounds.SYSTEMATIC_SHARE * port.total
+    return (
+        port.varies
+        and may_be_rounding(port)
+        and port.systematic > bounds.SYSTEMATIC_SHARE * port.total
+    )
 
 
 def is_rounding(port: ErrorStatistics, reference: ErrorStatistics | None) -> bool:

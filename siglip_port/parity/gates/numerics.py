@@ -53,9 +53,7 @@ def check_numerics(
     )
 
 
-def explain_suspects(
-    runs: Float64Runs, suspects: list[str], *, with_hints: bool
-) -> list[Finding]:
+def explain_suspects(runs: Float64Runs, suspects: list[str], *, with_hints: bool) -> list[Finding]:
     """Return a finding per suspect, with the known bug that explains it."""
     values = port_values(runs, suspects)
     explanations: dict[str, Explanation] = {}

@@ -124,9 +124,7 @@ def find_excess_rounding(
     return []
 
 
-def largest_step(
-    measurements: list[Measurement], steps: Mapping[str, StepErrors]
-) -> Measurement:
+def largest_step(measurements: list[Measurement], steps: Mapping[str, StepErrors]) -> Measurement:
     """Return the measurement whose step has the largest error, relative to the reference's.
 
     Args:
@@ -198,11 +196,9 @@ def measure_steps(
         return {}
     samples = perturbed_inputs(run.inputs, PERTURBATION, SAMPLES, run.dtype)
     points = {tap.port: tap.reference for tap in taps if tap.reference in compared}
-    port_errors: dict[str, ErrorStatistics] = {}
-    for port_errors in port_statistics(
+    *_, port_errors = port_statistics(
         port, run, samples, points, compared, (run.dtype,), forced=True
-    ):
-        pass  # the last ones include all samples
+    )
     own_errors = own_statistics(run, samples, list(points.values()), compared)
     return {name: StepErrors(port_errors[name], own_errors[name]) for name in compared}
 

@@ -56,9 +56,7 @@ def judge(runs: Float64Runs) -> Judgment:
     noise = float32_noise(runs.reference)
     free_errors = runs.free.errors
     small = [
-        name
-        for name in runs.wrong_steps
-        if within_float32_noise(runs.forced.errors, noise, name)
+        name for name in runs.wrong_steps if within_float32_noise(runs.forced.errors, noise, name)
     ]
     rounding = find_rounding(runs, small, forced=True)
     small_outputs = [name for name in outputs if within_float32_noise(free_errors, noise, name)]
@@ -163,7 +161,7 @@ def is_inside_equal_module(runs: Float64Runs, name: str) -> bool:
 
 
 def rearranged_taps(runs: Float64Runs, suspects: list[str]) -> list[str]:
-    """List taps with the reference's values scaled or in another order, of which outputs keep little.
+    """List taps with the reference's values scaled or reordered, of which outputs keep little.
 
     If that were the bug, the outputs would differ by as much as the taps.
     """
@@ -253,11 +251,7 @@ def skipped_modules(runs: Float64Runs, uncompared: list[str]) -> list[str]:
         is_called = runs.free.uncompared[name] != NEVER_CALLED
         if is_container and not is_called and kind_of(name) in compared_kinds:
             modules.append(name)
-    return [
-        name
-        for name in modules
-        if not any(name.startswith(f"{other}.") for other in modules)
-    ]
+    return [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
 
 
 def first_position(points: list[str], module: str) -> int:

@@ -19,7 +19,6 @@ from siglip_port.parity.hints.patterns import explain_pattern
 from siglip_port.parity.observe import ReferenceRun
 from siglip_port.parity.sides import Inputs, Side, cast
 
-
 MAX_FAILED_SEARCHES = 3
 """Number of searches without a result after which a kind of taps gets no hint."""
 
@@ -125,9 +124,7 @@ def hook_for(path: str, save: Callable[..., None]) -> Callable[..., None]:
     return hook
 
 
-def missing_taps(
-    reference: nn.Module, point: str, taps: Mapping[str, Tensor]
-) -> tuple[str, ...]:
+def missing_taps(reference: nn.Module, point: str, taps: Mapping[str, Tensor]) -> tuple[str, ...]:
     """List points inside the module at a tap, if none of them is tapped.
 
     Its last child is represented by its input, as its output is that of the module.

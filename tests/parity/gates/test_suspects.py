@@ -125,9 +125,7 @@ def test_other_values_inside_pass(port: type[ToyTransformer]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("port", EQUIVALENT)
-def test_other_values_inside_pass_rounding(
-    port: type[ToyTransformer], dtype: torch.dtype
-) -> None:
+def test_other_values_inside_pass_rounding(port: type[ToyTransformer], dtype: torch.dtype) -> None:
     gate = check_rounding(Side(port()), toy_run(dtype), toy_taps())
     assert gate.passed, gate.findings
     assert gate.differing_taps
