@@ -86,7 +86,7 @@ def test_statistics_of_batch_norm() -> None:
         assert norm.num_batches_tracked == 0
 
 
-class FrozenBatchNorm(nn.Module):
+class BufferedBatchNorm(nn.Module):
     """BatchNorm whose parameters are buffers, with a table and positions that are none."""
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 def test_other_buffers_are_left_as_they_are() -> None:
-    norm = FrozenBatchNorm()
+    norm = BufferedBatchNorm()
     randomize(norm)
     for name in ("weight", "bias", "running_mean", "running_var"):
         assert norm.get_buffer(name).std() > 0.2, name
