@@ -15,7 +15,7 @@ from siglip_port.parity.nested import Inputs, floating_point_dtype
 from siglip_port.parity.observe import ReferenceRun, run_reference
 from siglip_port.parity.report import to_json
 from siglip_port.parity.results import Comparison, GateResult, Section
-from siglip_port.parity.sides import Call, Side, Weights, call_module
+from siglip_port.parity.sides import Call, Side, Weights, call_module, cast
 from siglip_port.parity.support import with_support
 from siglip_port.parity.taps import Tap, expand
 
@@ -68,13 +68,13 @@ def compare(
     port_side, reason = with_support(port_side, inputs, dtype)
     if reason and dtype == torch.float64:
         dtype = lower_dtype(inputs, reason)
-    pairs = expand_taps(taps, reference, port)
+    pairs = expand_taps(taps, reference, port_side.module)
 
     results = [gates.check_environment(modules_by_side(reference, port))]
     if weights is not None:
         results.append(gates.check_weights(weights(port), reference.state_dict()))
     run = run_reference(reference_side, inputs, [tap.reference for tap in pairs], dtype)
-    check_output_names(run, port_side, inputs)
+    check_output_names(run, port_side)
     results += run_gates(port_side, run, pairs)
     section = Section(type(reference).__name__, "as given", tuple(results))
     return Comparison((section,), not_judged=(f"float64: {reason}",) if reason else ())
@@ -98,9 +98,7 @@ def modules_by_side(reference: nn.Module, port: Callable[..., Any]) -> dict[str,
     return sides
 
 
-def expand_taps(
-    taps: Mapping[str, str] | None, reference: nn.Module, port: Callable[..., Any]
-) -> list[Tap]:
+def expand_taps(taps: Mapping[str, str] | None, reference: nn.Module, port: object) -> list[Tap]:
     """Expand the taps; a port that is no module has none."""
     if not taps or not isinstance(port, nn.Module):
         return []
@@ -126,12 +124,13 @@ def parameter_dtype(module: nn.Module) -> torch.dtype:
     return torch.float32
 
 
-def check_output_names(run: ReferenceRun, port: Side, inputs: Inputs) -> None:
+def check_output_names(run: ReferenceRun, port: Side) -> None:
     """Raise ValueError if the two sides name their outputs differently.
 
     Outputs that only the reference returns are findings, not errors.
     """
-    names = run.exact.outputs.keys() ^ port.run(inputs).keys()
+    with cast(port.module, run.dtype):
+        names = run.exact.outputs.keys() ^ port.run(run.inputs).keys()
     if names - run.exact.outputs.keys():
         raise ValueError(
             f"reference and port name their outputs differently ({', '.join(sorted(names))}); "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from siglip_port.parity import bounds
 from siglip_port.parity.metrics import (
     ErrorMeter,
+    ErrorStatistics,
     RelativeError,
     is_finite,
     share_of_differences,
@@ -59,12 +60,14 @@ class ReferenceRun:
         dtype: Dtype to which weights and inputs are rounded in all runs.
         inputs: Inputs in `dtype`.
         observation: Results.
+        statistics: Cached errors of the reference on perturbed inputs, by points.
     """
 
     host: ReferenceHost
     dtype: torch.dtype
     inputs: Inputs
     observation: Observation
+    statistics: dict[tuple[str, ...], dict[str, ErrorStatistics]] = field(default_factory=dict)
 
     @property
     def exact(self) -> Recording:

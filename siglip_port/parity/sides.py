@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from siglip_port.parity.nested import Inputs as Inputs
-from siglip_port.parity.nested import map_tensors, tensors_in
+from siglip_port.parity.nested import map_tensors as map_tensors
+from siglip_port.parity.nested import tensors_in
 
 Call = Callable[[Any, Any], Mapping[str, Tensor]]
 """Function (module, inputs) -> outputs by name."""

@@ -200,10 +200,12 @@ class Trace:
     Attributes:
         tensors: Outputs and inputs of modules that are called once.
         repeated: Points that are reached several times.
+        identities: Outputs of modules that do nothing, which are the last choice.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     repeated: set[str] = field(default_factory=set)
+    identities: set[str] = field(default_factory=set)
 
     def add(self, point: str, tensor: Tensor) -> None:
         """Save the tensor at a point."""
@@ -215,11 +217,16 @@ class Trace:
         """Yield the points, of those with the same tensor only one: an output, if there is one."""
         seen: list[Tensor] = []
         points = [point for point in self.tensors if point not in self.repeated]
-        for point in sorted(points, key=lambda point: point.endswith(":input")):
+        for point in sorted(points, key=self._rank):
             tensor = self.tensors[point]
             if tensor.is_floating_point() and not any(is_same(tensor, other) for other in seen):
                 seen.append(tensor)
                 yield point, tensor
+
+    def _rank(self, point: str) -> int:
+        if point in self.identities:
+            return 2
+        return int(point.endswith(":input"))
 
 
 def pair_tensors(reference: Side, port: Side, inputs: Inputs, pairs: Pairs) -> Pairs:
@@ -308,7 +315,9 @@ def trace_side(side: Side, inputs: Inputs, forced: Mapping[str, Tensor]) -> Trac
 
     points = []
     for path, part in side.module.named_modules():
-        if path and not isinstance(part, nn.Dropout):
+        if isinstance(part, (nn.Dropout, nn.Identity)):
+            trace.identities.add(path)
+        if path:
             points += [path, f"{path}:input"]
     with torch.inference_mode(), tap_hooks(side.module, points, visit):
         side.run(clone_inputs(inputs))

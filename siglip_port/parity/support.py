@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from siglip_port.parity import bounds
 from siglip_port.parity.nested import Inputs, floating_point_dtype
@@ -22,17 +23,30 @@ def with_support(port: Side, inputs: Inputs, dtype: torch.dtype) -> tuple[Side, 
         dtype: Dtype to which the weights are rounded.
 
     Returns:
-        The port, with `supports_float64` and, without it, a call that casts inputs to the dtype in
-        which they were given if it is no module; and the reason why it does not support float64,
-        empty if it does.
+        The port, with `supports_float64`, and the reason why it does not support it, empty if it
+        does. A callable, or a module that cannot be cast, then gets inputs in the dtype in which
+        they were given, and has neither parameters nor modules.
     """
-    reason = reason_against_float64(port, inputs, dtype)
-    if not reason:
-        return port, ""
-    side = replace(port, supports_float64=False)
-    if not isinstance(port.module, nn.Module):
-        side = replace(side, call=with_dtype_of(inputs, port.call))
-    return side, reason
+    reason = reason_of_engine(port.module)
+    if reason or not isinstance(port.module, nn.Module):
+        reason = reason or reason_of_callable(port, inputs)
+        return (as_callable(port, inputs), reason) if reason else (port, "")
+    reason = reason_of_module(port, inputs, dtype)
+    return replace(port, supports_float64=not reason), reason
+
+
+def as_callable(port: Side, inputs: Inputs) -> Side:
+    """Return a side that is never cast and gets inputs of the dtype of `inputs`."""
+    module = port.module
+    call = with_dtype_of(inputs, port.call)
+    return Side(lambda values: call(module, values), call=run_callable, supports_float64=False)
+
+
+def run_callable(
+    function: Callable[[Inputs], Mapping[str, Tensor]], inputs: Inputs
+) -> Mapping[str, Tensor]:
+    """Call a function that returns outputs by name."""
+    return function(inputs)
 
 
 def with_dtype_of(inputs: Inputs, call: Call) -> Call:
@@ -43,26 +57,24 @@ def with_dtype_of(inputs: Inputs, call: Call) -> Call:
     return lambda module, values: call(module, cast_inputs(values, dtype))
 
 
-def reason_against_float64(port: Side, inputs: Inputs, dtype: torch.dtype) -> str:
-    """Return why a port does not compute in float64; empty if it does, or fails in any dtype."""
-    if isinstance(port.module, nn.Module):
-        return reason_of_module(port, inputs, dtype)
-    if floating_point_dtype(inputs) is None:
-        return "the port is no torch.nn.Module"
-    return reason_of_callable(port, inputs)
-
-
-def reason_of_module(port: Side, inputs: Inputs, dtype: torch.dtype) -> str:
-    """Return why a module does not compute in float64."""
-    for part in port.module.modules():
+def reason_of_engine(module: object) -> str:
+    """Return why a module loses what it computes with if it is cast; empty if it does not."""
+    if not isinstance(module, nn.Module):
+        return ""
+    for part in module.modules():
         if replaces_weights(part):
             name = type(part).__name__
             return f"{name} of the port does not keep what it computes with when it is cast"
+    return ""
+
+
+def reason_of_module(port: Side, inputs: Inputs, dtype: torch.dtype) -> str:
+    """Return why a module does not compute in float64; empty if it fails in any dtype."""
     try:
         with cast(port.module, dtype, torch.float64):
             port.run(cast_inputs(inputs, torch.float64))
     except Exception as error:
-        if runs_as_given(port, inputs):
+        if runs_in(dtype, port, inputs):
             return refusal(error)
     return ""
 
@@ -73,10 +85,11 @@ def replaces_weights(part: nn.Module) -> bool:
     return is_own and not type(part).__module__.startswith("torch.")
 
 
-def runs_as_given(port: Side, inputs: Inputs) -> bool:
-    """Return whether a port runs in its own dtype; if not, the gates report it."""
+def runs_in(dtype: torch.dtype, port: Side, inputs: Inputs) -> bool:
+    """Return whether a port runs in a dtype; if not, the gates report its error."""
     try:
-        port.run(inputs)
+        with cast(port.module, dtype):
+            port.run(cast_inputs(inputs, dtype))
     except Exception:
         return False
     return True
@@ -92,10 +105,12 @@ def refusal(error: Exception) -> str:
 
 def reason_of_callable(port: Side, inputs: Inputs) -> str:
     """Return why a callable that is no module does not compute in float64."""
+    if floating_point_dtype(inputs) is None:
+        return "the port is no torch.nn.Module"
     exact_inputs = cast_inputs(inputs, torch.float64)
     try:
         outputs = port.run(exact_inputs)
-        rough = roughness(port, exact_inputs, outputs)
+        rough = roughness(port, exact_inputs)
     except Exception:
         return "the port is no torch.nn.Module, and refuses float64"
     floats = [output for output in outputs.values() if output.is_floating_point()]

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -75,3 +80,79 @@ def test_cast_restores_original_memory() -> None:
         assert torch.equal(linear.weight, exact.bfloat16().double())
     assert linear.weight.data_ptr() == address
     assert torch.equal(linear.weight, exact)
+
+
+class Nested(NamedTuple):
+    """Outputs in a named tuple."""
+
+    first: Tensor
+    rest: list[Tensor]
+
+
+@dataclass
+class Fields:
+    """Outputs in a dataclass, with a cache that is no output."""
+
+    tokens: Tensor
+    inner: Nested
+    loss: float
+    array: np.ndarray[Any, Any]
+    cache: object = None
+
+
+def test_nested_outputs_are_named() -> None:
+    fields = Fields(A, Nested(A, [A, MASK]), 0.5, A.numpy(), object())
+    names = ["tokens", "inner.first", "inner.rest.0", "inner.rest.1", "loss", "array"]
+    outputs = call_module(lambda x: fields, A)
+    assert list(outputs) == names
+    assert outputs["loss"].dtype == torch.float64
+    assert torch.equal(outputs["array"], A)
+    assert list(call_module(lambda x: {"a": (A, {"b": A})}, A)) == ["a.0", "a.1.b"]
+    assert list(call_module(lambda x: (A, None, [A]), A)) == ["output.0", "output.2.0"]
+
+
+def test_outputs_without_axes_get_one() -> None:
+    assert Side(lambda x: x.sum()).run(A)["output"].shape == (1,)
+
+
+def test_no_outputs() -> None:
+    with pytest.raises(TypeError, match="function must return tensors, got dict; pass a call"):
+        call_module(lambda x: {"cache": None}, A)
+
+
+def test_example_keeps_what_all_examples_share() -> None:
+    positions = torch.arange(4)[None]
+    inputs = {"positions": positions, "parts": [A, (MASK, torch.tensor(2.0))], "flag": None}
+    assert batch_size(inputs) == 2
+    second = example(inputs, 1)
+    assert isinstance(second, dict)
+    assert second["positions"] is positions
+    assert torch.equal(second["parts"][0], A[1:])
+    assert torch.equal(second["parts"][1][0], MASK[1:])
+    assert second["parts"][1][1] == 2
+    assert second["flag"] is None
+
+
+def test_nested_inputs_keep_their_types() -> None:
+    inputs = (Nested(A, [A, MASK]), {"x": A})
+    cast_inputs = map_tensors(inputs, Tensor.double)
+    assert isinstance(cast_inputs, tuple)
+    assert isinstance(cast_inputs[0], Nested)
+    assert cast_inputs[0].first.dtype == cast_inputs[0].rest[0].dtype == torch.float64
+    assert cast_inputs[0].rest[1] is MASK
+    assert cast_inputs[1]["x"].dtype == torch.float64
+
+
+def test_cast_restores_buffers() -> None:
+    norm = nn.BatchNorm1d(4)
+    assert norm.running_mean is not None
+    exact = norm.running_mean
+    with cast(norm, torch.float64):
+        assert norm.running_mean.dtype == torch.float64
+    assert norm.running_mean is exact
+    assert norm.running_mean.dtype == torch.float32
+
+
+def test_cast_leaves_other_callables_alone() -> None:
+    with cast(torch.relu, torch.float64):
+        assert torch.relu(A).dtype == torch.float32

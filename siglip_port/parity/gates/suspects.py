@@ -17,11 +17,15 @@ from siglip_port.parity.gates.float32_upcasts import (
     within_float32_noise,
 )
 from siglip_port.parity.gates.float64_runs import Float64Runs, run_in_float64
+from siglip_port.parity.hints import is_rearranged
 from siglip_port.parity.metrics import RelativeError
 from siglip_port.parity.observe import NEVER_CALLED
 
 MAX_REPAIRS = 8
 """Largest number of kinds of points that are repaired one at a time."""
+
+RESTORED = 10.0
+"""Error of a tap relative to that of the outputs from which its values may have been restored."""
 
 WORSE = 2.0
 """Growth of an output's error from which a repaired point was no bug."""
@@ -65,16 +69,9 @@ def judge(runs: Float64Runs) -> Judgment:
                 if not within_float32_noise(free_errors, noise, name)
             ]
             return Judgment([], rounding or outputs, differing, noise)
-    suspects = [name for name in runs.wrong_steps if name not in rounding]
-    suspects, harmless = without_harmless(runs, suspects)
-    if rounding:
-        differences = [
-            name for name in runs.differences if not within_float32_noise(free_errors, noise, name)
-        ]
-    else:
-        differences = runs.differences
-    first = [name for name in differences if name not in harmless][:1]
-    suspects = with_first_difference(runs, suspects, first)
+    suspects, harmless = without_harmless(runs, rounding)
+    if not (suspects and harmless):
+        suspects = with_first_difference(runs, suspects, noise if rounding else {})
     suspects = with_uncompared_taps(runs, suspects)
     return Judgment(suspects, rounding, harmless, noise if rounding else {})
 
@@ -84,34 +81,68 @@ def find_rounding(runs: Float64Runs, names: list[str], *, forced: bool) -> list[
     return find_float32_rounding(runs.port, runs.reference, runs.taps, names, forced=forced)
 
 
-def with_first_difference(runs: Float64Runs, suspects: list[str], first: list[str]) -> list[str]:
-    """Insert the first difference of the free-running run, if no suspect precedes it."""
+def with_first_difference(
+    runs: Float64Runs, suspects: list[str], noise: Mapping[str, RelativeError]
+) -> list[str]:
+    """Insert the first difference of the free-running run, if no suspect precedes it.
+
+    Args:
+        runs: Runs of both sides.
+        suspects: Suspects in order of computation.
+        noise: Differences of this size are float32 rounding; empty if there is none.
+    """
     points = runs.reference.points
-    if first and (not suspects or points.index(suspects[0]) > points.index(first[0])):
-        return [*first, *suspects]
+    for name in runs.differences:
+        if within_float32_noise(runs.free.errors, noise, name):
+            continue
+        if not is_inside_equal_module(runs, name):
+            if not suspects or points.index(suspects[0]) > points.index(name):
+                return [name, *suspects]
+            break
     return suspects
 
 
 # --- values that differ without effect ------------------------------------------------------------
 
 
-def without_harmless(runs: Float64Runs, suspects: list[str]) -> tuple[list[str], list[str]]:
-    """Separate suspects from taps that cannot cause the difference of the outputs.
+def without_harmless(runs: Float64Runs, rounding: list[str]) -> tuple[list[str], list[str]]:
+    """Separate wrong steps from taps that cannot cause the difference of the outputs.
+
+    Args:
+        runs: Runs of both sides.
+        rounding: Steps that differ by float32 rounding only.
 
     Returns:
-        Suspects, and taps with other values that the port restores later.
+        Wrong steps, and taps whose values a later step of the port restores.
     """
-    inside = [name for name in suspects if is_inside_equal_module(runs, name)]
-    suspects = [name for name in suspects if name not in inside]
+    suspects = []
+    for name in runs.wrong_steps:
+        if name not in rounding and not is_inside_equal_module(runs, name):
+            suspects.append(name)
     kinds = group_by_kind(suspects)
-    worse: list[str] = []
-    if 1 < len(kinds) <= MAX_REPAIRS:
+    restored: list[str] = []
+    if len(kinds) > 1:
+        restored = rearranged_taps(runs, suspects)
+    if not restored and 1 < len(kinds) <= MAX_REPAIRS:
         for names in kinds.values():
             if repair_is_worse(runs, names):
-                worse += names
-    if len(worse) == len(suspects):
-        worse = []
-    return [name for name in suspects if name not in worse], [*inside, *worse]
+                restored += names
+    if len(restored) == len(suspects):
+        return suspects, []
+    return [name for name in suspects if name not in restored], restored
+
+
+def group_by_kind(names: list[str]) -> dict[str, list[str]]:
+    """Group points that differ only in the number of their block."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(kind_of(name), []).append(name)
+    return kinds
+
+
+def kind_of(name: str) -> str:
+    """Replace the number of the block in a point with `{}`."""
+    return re.sub(r"(^|\.)\d+(?=[.:]|$)", r"\1{}", name, count=1)
 
 
 def is_inside_equal_module(runs: Float64Runs, name: str) -> bool:
@@ -129,17 +160,30 @@ def is_inside_equal_module(runs: Float64Runs, name: str) -> bool:
     return False
 
 
-def group_by_kind(names: list[str]) -> dict[str, list[str]]:
-    """Group points that differ only in the number of their block."""
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(kind_of(name), []).append(name)
-    return kinds
+def rearranged_taps(runs: Float64Runs, suspects: list[str]) -> list[str]:
+    """List taps with the reference's values scaled or reordered, of which outputs keep little.
+
+    If that were the bug, the outputs would differ by as much as the taps.
+    """
+    taps = runs.reference.exact.taps
+    candidates = []
+    for name in suspects:
+        if name in taps and runs.free.errors[name].overall > RESTORED * largest_output_error(runs):
+            candidates.append(name)
+    if not candidates:
+        return []
+    capture = frozenset(candidates)
+    forced = run_in_float64(runs.port, runs.reference, runs.taps, forced=True, capture=capture)
+    return [name for name in candidates if is_rearranged(forced.values[name], taps[name])]
 
 
-def kind_of(name: str) -> str:
-    """Replace the number of the block in a point with `{}`."""
-    return re.sub(r"(^|\.)\d+(?=[.:]|$)", r"\1{}", name, count=1)
+def largest_output_error(runs: Float64Runs) -> float:
+    """Return the largest error of an output in the free-running run."""
+    errors = [0.0]
+    for name in runs.reference.exact.outputs:
+        if name in runs.free.errors:
+            errors.append(runs.free.errors[name].overall)
+    return max(errors)
 
 
 def repair_is_worse(runs: Float64Runs, names: list[str]) -> bool:

@@ -11,6 +11,7 @@ from siglip_port.parity.hints.explain import (
     explain_taps,
 )
 from siglip_port.parity.hints.guess import MATCH
+from siglip_port.parity.hints.patterns import is_rearranged
 from siglip_port.parity.hints.weights import explain_weight
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "explain_tap",
     "explain_taps",
     "explain_weight",
+    "is_rearranged",
 ]

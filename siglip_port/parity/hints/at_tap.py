@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from siglip_port.parity.hints.attention import attention_guesses, projection_guesses
+from siglip_port.parity.hints.channel_norms import (
+    batch_norm_guesses,
+    factor_guesses,
+    group_norm_guesses,
+)
 from siglip_port.parity.hints.guess import Guess
 from siglip_port.parity.hints.layers import (
     activation_guesses,
@@ -72,9 +78,10 @@ def guesses_at(tap: TapContext) -> Iterator[Guess]:
         return guesses_inside_attention(tap.module, tap)
     if tap.part == "context":
         return context_guesses(tap, attention=tap.module)
-    if tap.part == "input" and tap.path.endswith("proj"):
-        return context_guesses(tap, attention=tap.modules[tap.path.rpartition(".")[0]])
     if tap.part == "input":
+        attention = surrounding_attention(tap)
+        if attention is not None:
+            return context_guesses(tap, attention)
         return input_guesses(tap)
     return output_guesses(tap)
 
@@ -98,6 +105,26 @@ def context_guesses(tap: TapContext, attention: nn.Module) -> Iterator[Guess]:
         yield from attention_guesses(q, k, v, heads)
 
 
+def surrounding_attention(tap: TapContext) -> nn.Module | None:
+    """Return the attention whose context is the input of a Linear; None if it is another one.
+
+    The last three taps are q, k and v, and a module around or beside the Linear knows the heads.
+    """
+    before = dict(list(tap.before.items())[-3:])
+    if not isinstance(tap.module, nn.Linear) or len(before) < 3:
+        return None
+    if any(tensor.shape[-1] != tap.exact.shape[-1] for tensor in before.values()):
+        return None
+    around = tap.path.rpartition(".")[0]
+    for path in (around, around.rpartition(".")[0]):
+        if not path or not all(name.startswith(f"{path}.") for name in before):
+            continue
+        for name, module in tap.modules.items():
+            if f"{name}.".startswith(f"{path}.") and number_of_heads(module):
+                return module
+    return None
+
+
 def number_of_heads(attention: nn.Module) -> int:
     """Return the number of heads of an attention module; 0 if it has no such attribute."""
     for name in ("num_heads", "num_attention_heads"):
@@ -108,8 +135,8 @@ def number_of_heads(attention: nn.Module) -> int:
 
 
 def input_guesses(tap: TapContext) -> Iterator[Guess]:
-    """Yield guesses for the input of a module: an activation for a Linear, a sum for others."""
-    if not isinstance(tap.module, nn.Linear):
+    """Yield guesses for the input of a module: an activation for one with weights, or a sum."""
+    if not isinstance(tap.module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         yield from residual_guesses(tap.before, tap.exact)
         return
     same_shape = [tensor for tensor in tap.before.values() if tensor.shape == tap.exact.shape]
@@ -131,9 +158,14 @@ def output_guesses(tap: TapContext) -> Iterator[Guess]:
         yield from other_weights_guesses(
             tap, lambda other: nn.functional.linear(x, other.weight, other.bias)
         )
-    elif isinstance(module, nn.Conv2d):
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         yield from convolution_guesses(module, x)
+    elif isinstance(module, _BatchNorm):
+        yield from batch_norm_guesses(module, x)
+    elif isinstance(module, nn.GroupNorm):
+        yield from group_norm_guesses(module, x)
     elif not list(module.children()):
+        yield from factor_guesses(module, x, tap.exact)
         yield from activation_guesses(x, tap.exact)
     else:
         yield from sum_guesses(tap)

@@ -125,6 +125,7 @@ def mask_guesses(attention: Attention) -> Iterator[Guess]:
         "last key masked": key == keys - 1,
         "first key masked": key == 0,
     }
+    yield "mask not applied", attention.from_scores(attention.scores)
     for label, mask in masks.items():
         yield label, attention.from_scores(attention.scores.masked_fill(mask, -math.inf))
 

@@ -55,8 +55,7 @@ def layer_norm_guesses(norm: nn.LayerNorm, x: Tensor, exact: Tensor) -> Iterator
         exact: Output of the LayerNorm, [..., D].
     """
     eps = norm.eps
-    gain = norm.weight
-    bias = norm.bias
+    gain, bias = gain_and_bias(norm, x)
     mean = x.mean(-1, keepdim=True)
     variance = x.var(-1, keepdim=True, correction=0)
     centered = x - mean
@@ -84,6 +83,14 @@ def layer_norm_guesses(norm: nn.LayerNorm, x: Tensor, exact: Tensor) -> Iterator
         yield f"LayerNorm in {dtype_name(dtype)}", narrow.double()
 
 
+def gain_and_bias(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of a LayerNorm, which may have neither."""
+    shape = norm.normalized_shape
+    gain = x.new_ones(shape) if norm.weight is None else norm.weight
+    bias = x.new_zeros(shape) if norm.bias is None else norm.bias
+    return gain, bias
+
+
 def fitted_eps(norm: nn.LayerNorm, x: Tensor, value: Tensor, exact: Tensor) -> str:
     """Solve a LayerNorm for the eps of the port.
 
@@ -96,7 +103,8 @@ def fitted_eps(norm: nn.LayerNorm, x: Tensor, value: Tensor, exact: Tensor) -> s
     Returns:
         The hint; empty if no eps reproduces the port's values.
     """
-    normalized = (value - norm.bias) / norm.weight
+    gain, bias = gain_and_bias(norm, x)
+    normalized = (value - bias) / gain
     mean = x.mean(-1, keepdim=True)
     variance = x.var(-1, keepdim=True, correction=0)
     factor = (normalized * (x - mean)).mean(-1, keepdim=True) / variance  # 1 / sqrt(var + eps)
@@ -134,19 +142,26 @@ def linear_guesses(weight: Tensor, bias: Tensor | None, x: Tensor) -> Iterator[G
     yield "extra LayerNorm of the input", F.linear(normalized, weight, bias)
 
 
-def convolution_guesses(conv: nn.Conv2d, x: Tensor) -> Iterator[Guess]:
-    """Yield other convolutions, or convolutions of other pixels, for `x` [B, C, H, W]."""
+def convolution_guesses(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Iterator[Guess]:
+    """Yield other convolutions, or convolutions of other pixels, for `x` [B, C, ...]."""
+    if conv.padding_mode != "zeros":
+        return
+    function = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[conv.weight.ndim]
 
     def convolve(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(pixels, weight, bias, conv.stride)
+        convolved: Tensor = function(
+            pixels, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
+        return convolved
 
     weight = conv.weight
     bias = conv.bias
     yield "convolution without bias", convolve(x, weight, None)
-    for label, kernel in kernel_guesses(weight):
-        yield label, convolve(x, kernel, bias)
-    for label, pixels in pixel_guesses(x):
-        yield label, convolve(pixels, weight, bias)
+    if isinstance(conv, nn.Conv2d):
+        yield from image_guesses(conv, x, convolve)
+    else:
+        yield "input reversed along the last axis", convolve(x.flip(-1), weight, bias)
+        yield "kernel reversed along the last axis", convolve(x, weight.flip(-1), bias)
     parameters = "weight" if bias is None else "weight and bias"
     for dtype in NARROW_DTYPES:
         name = dtype_name(dtype)
@@ -154,6 +169,18 @@ def convolution_guesses(conv: nn.Conv2d, x: Tensor) -> Iterator[Guess]:
         yield f"pixels rounded to {name}", convolve(round_to(x, dtype), weight, bias)
         narrow = convolve(x, round_to(weight, dtype), narrow_bias)
         yield f"{parameters} rounded to {name}", narrow
+
+
+def image_guesses(
+    conv: nn.Conv2d, x: Tensor, convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+) -> Iterator[Guess]:
+    """Yield convolutions of other pixels [B, C, H, W], or with other kernels."""
+    weight = conv.weight
+    bias = conv.bias
+    for label, kernel in kernel_guesses(weight):
+        yield label, convolve(x, kernel, bias)
+    for label, pixels in pixel_guesses(x):
+        yield label, convolve(pixels, weight, bias)
     yield "pixels quantized to 8 bits", convolve(quantize(x), weight, bias)
     yield "pixels normalized twice", convolve((x - 0.5) / 0.5, weight, bias)
 

@@ -26,6 +26,13 @@ def explain_pattern(value: Tensor, exact: Tensor) -> str:
     )
 
 
+def is_rearranged(value: Tensor, exact: Tensor) -> bool:
+    """Return whether a value is the exact one, scaled or in another order."""
+    if value.shape != exact.shape or not is_finite(value):
+        return False
+    return bool(explain_scale(value, exact) or explain_permutation(value, exact))
+
+
 def explain_scale(value: Tensor, exact: Tensor) -> str:
     """Detect a constant factor, or vectors scaled to the same norm."""
     value = value.double()

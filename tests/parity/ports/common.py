@@ -84,6 +84,17 @@ def load(port: nn.Module, reference: nn.Module, renames: Mapping[str, str]) -> N
     port.load_state_dict({name: tensors[name] for name in port.state_dict()})
 
 
+def suitable(taps: Mapping[str, str], port: nn.Module) -> dict[str, str]:
+    """Leave out the taps of q, k and v if the port projects to all of them at once."""
+    is_fused = any(name.endswith("qkv.weight") for name, _ in port.named_parameters())
+    parts = ("attention.q", "attention.k", "attention.v")
+    return {
+        point: port_point
+        for point, port_point in taps.items()
+        if not (is_fused and port_point.endswith(parts))
+    }
+
+
 def change(port: nn.Module, path: str, **values: object) -> None:
     """Change attributes of a module of a port."""
     module = port.get_submodule(path)

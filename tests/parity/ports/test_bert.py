@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from siglip_port.parity import Comparison, compare, randomize
-from tests.parity.ports.common import MLP, Attention, Bug, change, first_finding, in_float32, load
+from tests.parity.ports.common import (
+    MLP,
+    Attention,
+    Bug,
+    change,
+    first_finding,
+    in_float32,
+    load,
+    suitable,
+)
 
 CONFIG = BertConfig(
     vocab_size=50,
@@ -82,14 +91,18 @@ RENAMES = {
 }
 BLOCK = "encoder.layer.{}"
 TAPS = {
-    "embeddings": "norm",
+    "embeddings.LayerNorm:input": "norm:input",
+    "embeddings.LayerNorm": "norm",
+    f"{BLOCK}.attention.self.query": "blocks.{}.attention.q",
+    f"{BLOCK}.attention.self.key": "blocks.{}.attention.k",
+    f"{BLOCK}.attention.self.value": "blocks.{}.attention.v",
     f"{BLOCK}.attention.output.dense:input": "blocks.{}.attention.out:input",
     f"{BLOCK}.attention.output.dense": "blocks.{}.attention",
-    f"{BLOCK}.attention": "blocks.{}.norm1",
+    f"{BLOCK}.attention.output.LayerNorm": "blocks.{}.norm1",
     f"{BLOCK}.intermediate.dense": "blocks.{}.mlp.fc1",
     f"{BLOCK}.output.dense:input": "blocks.{}.mlp.fc2:input",
     f"{BLOCK}.output.dense": "blocks.{}.mlp",
-    BLOCK: "blocks.{}",
+    f"{BLOCK}.output.LayerNorm": "blocks.{}.norm2",
 }
 
 
@@ -129,7 +142,7 @@ def check(port: nn.Module, taps: dict[str, str] | None = None) -> Comparison:
         reference(),
         port,
         token_inputs(),
-        TAPS if taps is None else taps,
+        suitable(TAPS if taps is None else taps, port),
         call_reference=call_reference,
         call_port=call_port,
     )
@@ -179,17 +192,17 @@ def mask_ignored(port: Bert) -> None:
 @pytest.mark.parametrize(
     ("bug", "place", "hint"),
     [
-        (eps, "encoder.layer.1.attention", ""),
-        (tanh_gelu, "encoder.layer.0.output.dense:input", "tanh"),
+        (eps, "encoder.layer.1.attention.output.LayerNorm", "eps 1e-05 instead of 1e-12"),
+        (tanh_gelu, "encoder.layer.0.output.dense:input", "tanh GELU instead of exact (erf) GELU"),
         (soft_mask, "encoder.layer.0.attention.output.dense:input", ""),
-        (mask_ignored, "encoder.layer.0.attention.output.dense:input", ""),
+        (mask_ignored, "encoder.layer.0.attention.output.dense:input", "mask not applied"),
         (
             scale,
             "encoder.layer.0.attention.output.dense:input",
             "",
         ),
-        (positions_shifted, "embeddings", ""),
-        (types_ignored, "embeddings", ""),
+        (positions_shifted, "embeddings.LayerNorm:input", ""),
+        (types_ignored, "embeddings.LayerNorm:input", ""),
     ],
 )
 def test_bugs(bug: Bug, place: str, hint: str) -> None:

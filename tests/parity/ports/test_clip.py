@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from siglip_port.parity import Comparison, compare, randomize
-from tests.parity.ports.common import MLP, Attention, Bug, change, first_finding, in_float32, load
+from tests.parity.ports.common import (
+    MLP,
+    Attention,
+    Bug,
+    change,
+    first_finding,
+    in_float32,
+    load,
+    suitable,
+)
 from tests.parity.toy_models import float_noise
 
 END = 49
@@ -151,6 +160,9 @@ RENAMES = {
 }
 BLOCK_TAPS = {
     "layer_norm1": "norm1",
+    "self_attn.q_proj": "attention.q",
+    "self_attn.k_proj": "attention.k",
+    "self_attn.v_proj": "attention.v",
     "self_attn.out_proj:input": "attention.out:input",
     "self_attn": "attention",
     "layer_norm2:input": "norm2:input",
@@ -195,7 +207,7 @@ def check(port: nn.Module) -> Comparison:
         names = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
         return {name: outputs[name] for name in names}
 
-    return compare(reference(), port, inputs, TAPS, call_reference=call_reference)
+    return compare(reference(), port, inputs, suitable(TAPS, port), call_reference=call_reference)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -251,9 +263,13 @@ def scale_not_exponential(port: Clip) -> None:
         (
             exact_gelu_in_last_block,
             "vision_model.encoder.layers.2.mlp.activation_fn",
-            "GELU",
+            "exact (erf) GELU instead of QuickGELU",
         ),
-        (no_causal_mask, "text_model.encoder.layers.0.self_attn.out_proj:input", ""),
+        (
+            no_causal_mask,
+            "text_model.encoder.layers.0.self_attn.out_proj:input",
+            "mask not applied",
+        ),
         (end_is_last_token, "text_model.final_layer_norm", ""),
         (class_token_last, "vision_model.embeddings", ""),
         (text_leaks_into_next, "text_projection", ""),

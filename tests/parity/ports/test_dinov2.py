@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
 from siglip_port.parity import Comparison, compare, randomize
-from tests.parity.ports.common import MLP, Attention, Bug, change, first_finding, in_float32, load
+from tests.parity.ports.common import (
+    MLP,
+    Attention,
+    Bug,
+    change,
+    first_finding,
+    in_float32,
+    load,
+    suitable,
+)
 from tests.parity.toy_models import float_noise
 
 CONFIG = Dinov2Config(
@@ -101,11 +110,16 @@ TAPS = {
     "embeddings.patch_embeddings.projection": "patches",
     "embeddings": "blocks.0.norm1:input",
     f"{BLOCK}.norm1": "blocks.{}.norm1",
+    f"{BLOCK}.attention.q_proj": "blocks.{}.attention.q",
+    f"{BLOCK}.attention.k_proj": "blocks.{}.attention.k",
+    f"{BLOCK}.attention.v_proj": "blocks.{}.attention.v",
     f"{BLOCK}.attention.o_proj:input": "blocks.{}.attention.out:input",
     f"{BLOCK}.attention": "blocks.{}.attention",
     f"{BLOCK}.layer_scale1": "blocks.{}.scale1",
     f"{BLOCK}.norm2:input": "blocks.{}.norm2:input",
     f"{BLOCK}.norm2": "blocks.{}.norm2",
+    f"{BLOCK}.mlp.fc1": "blocks.{}.mlp.fc1",
+    f"{BLOCK}.mlp.activation_fn": "blocks.{}.mlp.fc2:input",
     f"{BLOCK}.mlp": "blocks.{}.mlp",
     f"{BLOCK}.layer_scale2": "blocks.{}.scale2",
     BLOCK: "blocks.{}",
@@ -131,7 +145,7 @@ def check(port: nn.Module, height: int = 32, width: int = 32) -> Comparison:
         reference(),
         port,
         float_noise(2, 3, height, width),
-        TAPS,
+        suitable(TAPS, port),
         call_reference=lambda model, x: {"output": model(x).last_hidden_state},
     )
 
@@ -168,6 +182,10 @@ def tanh_gelu(port: Dinov2) -> None:
     change(port, "blocks.1.mlp", activation=functools.partial(F.gelu, approximate="tanh"))
 
 
+def scale_of_head(port: Dinov2) -> None:
+    change(port, "blocks.1.attention", scale=24**-0.5)
+
+
 def eps(port: Dinov2) -> None:
     port.norm.eps = 1e-5
 
@@ -175,10 +193,11 @@ def eps(port: Dinov2) -> None:
 @pytest.mark.parametrize(
     ("bug", "place", "hint"),
     [
-        (scale_missing, "encoder.layer.1.layer_scale1", ""),
+        (scale_missing, "encoder.layer.1.layer_scale1", "Dinov2LayerScale not applied"),
         (scale_of_other_branch, "encoder.layer.0.layer_scale2", ""),
         (class_token_without_position, "embeddings", ""),
-        (tanh_gelu, "encoder.layer.1.mlp", ""),
+        (tanh_gelu, "encoder.layer.1.mlp.activation_fn", "tanh GELU instead of exact (erf) GELU"),
+        (scale_of_head, "encoder.layer.1.attention.o_proj:input", "1/sqrt(embed_dim)"),
         (eps, "layernorm", "eps 1e-05 instead of 1e-06"),
     ],
 )

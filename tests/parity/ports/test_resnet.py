@@ -146,8 +146,12 @@ def average_instead_of_max(port: ResNet) -> None:
 @pytest.mark.parametrize(
     ("bug", "place", "hint"),
     [
-        (statistics_not_loaded, "embedder.embedder.normalization", ""),
-        (eps, "encoder.stages.1.layers.0.layer.1.normalization", ""),
+        (
+            statistics_not_loaded,
+            "embedder.embedder.normalization",
+            "running mean and variance",
+        ),
+        (eps, "encoder.stages.1.layers.0.layer.1.normalization", "eps 0.001 instead of 1e-05"),
         (stride_in_second, "encoder.stages.1.layers.0.layer.0.convolution", ""),
         (shortcut_missing, "encoder.stages.1.layers.1", ""),
         (average_instead_of_max, "embedder", ""),

@@ -12,7 +12,16 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from siglip_port.parity import Comparison, compare, randomize
-from tests.parity.ports.common import MLP, Attention, Bug, change, first_finding, in_float32, load
+from tests.parity.ports.common import (
+    MLP,
+    Attention,
+    Bug,
+    change,
+    first_finding,
+    in_float32,
+    load,
+    suitable,
+)
 from tests.parity.toy_models import float_noise
 
 CONFIG = WhisperConfig(
@@ -83,6 +92,9 @@ TAPS = {
     "conv2": "conv2",
     "layers.{}.self_attn_layer_norm:input": "blocks.{}.norm1:input",
     "layers.{}.self_attn_layer_norm": "blocks.{}.norm1",
+    "layers.{}.self_attn.q_proj": "blocks.{}.attention.q",
+    "layers.{}.self_attn.k_proj": "blocks.{}.attention.k",
+    "layers.{}.self_attn.v_proj": "blocks.{}.attention.v",
     "layers.{}.self_attn.out_proj:input": "blocks.{}.attention.out:input",
     "layers.{}.self_attn": "blocks.{}.attention",
     "layers.{}.final_layer_norm": "blocks.{}.norm2",
@@ -111,7 +123,7 @@ def check(port: nn.Module) -> Comparison:
         reference(),
         port,
         float_noise(2, 8, 20),
-        TAPS,
+        suitable(TAPS, port),
         call_reference=lambda model, x: {"output": model(x).last_hidden_state},
     )
 
@@ -133,7 +145,7 @@ def tanh_gelu(port: Encoder) -> None:
     port.activation = functools.partial(F.gelu, approximate="tanh")
 
 
-def padding_at_end_only(port: Encoder) -> None:
+def features_shifted(port: Encoder) -> None:
     def shift(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         return (args[0].roll(1, -1),)
 
@@ -159,11 +171,11 @@ def eps(port: Encoder) -> None:
 @pytest.mark.parametrize(
     ("bug", "place", "hint"),
     [
-        (tanh_gelu, "conv2:input", ""),
-        (padding_at_end_only, "conv2", ""),
-        (conv_bias_missing, "conv1", "without bias"),
+        (tanh_gelu, "conv2:input", "tanh GELU instead of exact (erf) GELU"),
+        (features_shifted, "conv2:input", "features shifted by 1"),
+        (conv_bias_missing, "conv1", "convolution without bias"),
         (positions_missing, "layers.0.self_attn_layer_norm:input", ""),
-        (value_bias_missing, "layers.1.self_attn.out_proj:input", ""),
+        (value_bias_missing, "layers.1.self_attn.v_proj", "Linear without bias"),
         (eps, "layer_norm", "eps 1e-06 instead of 1e-05"),
     ],
 )
