@@ -89,6 +89,15 @@ class ToyTransformer(nn.Module):
         randomize(self)
         self.eval()
 
+    @property
+    def stack(self) -> list[ToyBlock]:
+        """Return the blocks."""
+        stack = []
+        for block in self.blocks:
+            assert isinstance(block, ToyBlock)
+            stack.append(block)
+        return stack
+
     def encode(self, x: Tensor) -> Tensor:
         """Run the blocks."""
         for block in self.blocks:
