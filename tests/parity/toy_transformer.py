@@ -53,7 +53,7 @@ class ToyMLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc1 = nn.Linear(WIDTH, 2 * WIDTH)
-        self.activation = nn.GELU()
+        self.activation: nn.Module = nn.GELU()
         self.fc2 = nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:

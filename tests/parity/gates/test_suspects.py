@@ -60,8 +60,8 @@ class ScaleFolded(ToyTransformer):
         super().__init__()
         with torch.no_grad():
             for block in self.stack:
-                block.attention.q.weight *= 0.25
-                block.attention.q.bias *= 0.25
+                block.attention.q.weight.mul_(0.25)
+                block.attention.q.bias.mul_(0.25)
                 block.attention.scale = 1.0
 
 
@@ -101,12 +101,12 @@ class StreamScaled(ToyTransformer):
     def __init__(self) -> None:
         super().__init__()
         with torch.no_grad():
-            self.embed.weight *= 2
-            self.embed.bias *= 2
+            self.embed.weight.mul_(2)
+            self.embed.bias.mul_(2)
             for block in self.stack:
                 for linear in (block.attention.out, block.mlp.fc2):
-                    linear.weight *= 2
-                    linear.bias *= 2
+                    linear.weight.mul_(2)
+                    linear.bias.mul_(2)
                 for norm in (block.norm1, block.norm2):
                     norm.eps *= 4
             self.norm.eps *= 4
