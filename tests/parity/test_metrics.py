@@ -8,10 +8,12 @@ import torch.nn.functional as F  # noqa: N812
 
 from siglip_port.parity.metrics import (
     ErrorMeter,
+    SystematicErrorMeter,
     bits,
     cosine,
     is_finite,
     relative_error,
+    sample_elements,
     tensors_equal,
 )
 
@@ -82,3 +84,41 @@ def test_error_meter_with_exact_zeros() -> None:
     meter = ErrorMeter(torch.zeros(2, 2))
     meter.add(VALUE)
     assert math.isnan(meter.error().overall)
+
+
+def meter_errors(bias: float, noise: float) -> SystematicErrorMeter:
+    meter = SystematicErrorMeter()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        exact = torch.randn(4000, generator=generator, dtype=torch.float64)
+        error = bias + noise * torch.randn(4000, generator=generator, dtype=torch.float64)
+        meter.add(exact + error, exact)
+    return meter
+
+
+def test_systematic_error() -> None:
+    rounding = meter_errors(bias=0.0, noise=0.1).statistics()
+    assert rounding.total == pytest.approx(0.1, rel=0.05)
+    assert rounding.systematic < 0.02
+    bug = meter_errors(bias=0.1, noise=0.1).statistics()
+    assert bug.systematic == pytest.approx(0.1, rel=0.1)
+    assert bug.total == pytest.approx(0.1 * math.sqrt(2), rel=0.05)
+    assert bug.varies
+
+
+def test_systematic_error_of_a_constant() -> None:
+    meter = SystematicErrorMeter()
+    assert math.isnan(meter.statistics().total)
+    for _ in range(3):
+        meter.add(VALUE, EXACT)
+    error = meter.statistics()
+    assert error.systematic == pytest.approx(error.total) == pytest.approx(ERROR, rel=1e-5)
+    assert not error.varies
+
+
+def test_large_tensors_are_sampled_at_fixed_elements() -> None:
+    tensor = torch.arange(200000.0)
+    sample = sample_elements(tensor)
+    assert len(sample) == 65536
+    assert torch.equal(sample, sample_elements(tensor))
+    assert sample.max() > 190000

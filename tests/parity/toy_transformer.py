@@ -53,7 +53,7 @@ class ToyMLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc1 = nn.Linear(WIDTH, 2 * WIDTH)
-        self.activation = nn.GELU()
+        self.activation: nn.Module = nn.GELU()
         self.fc2 = nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,6 +88,15 @@ class ToyTransformer(nn.Module):
         self.head = nn.Linear(WIDTH, WIDTH)
         randomize(self)
         self.eval()
+
+    @property
+    def stack(self) -> list[ToyBlock]:
+        """Return the blocks."""
+        stack = []
+        for block in self.blocks:
+            assert isinstance(block, ToyBlock)
+            stack.append(block)
+        return stack
 
     def encode(self, x: Tensor) -> Tensor:
         """Run the blocks."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -195,7 +194,9 @@ def float32_fc1(model: SigLipVisionModel) -> None:
     """Compute `fc1` in float32, even for float64."""
     for module in model.modules():
         if isinstance(module, MLP):
-            module.fc1.forward = functools.partial(project_in_float32, module.fc1)
+            module.fc1.register_forward_hook(
+                lambda linear, args, output: project_in_float32(linear, args[0])
+            )
 
 
 def fold_scale(model: SigLipVisionModel) -> None:

@@ -7,7 +7,7 @@ change by 1e-4. The error of a bug is a smooth function of the inputs, and hardl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -45,7 +45,7 @@ def measure_float32_noise(
 
 
 def within_float32_noise(
-    errors: dict[str, RelativeError], noise: dict[str, RelativeError], name: str
+    errors: Mapping[str, RelativeError], noise: Mapping[str, RelativeError], name: str
 ) -> bool:
     """Return whether an error in float64 can be float32 rounding, by its size."""
     return name in noise and errors[name].overall <= bounds.ROUNDING_FACTOR * noise[name].overall

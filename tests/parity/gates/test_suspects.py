@@ -59,9 +59,9 @@ class ScaleFolded(ToyTransformer):
     def __init__(self) -> None:
         super().__init__()
         with torch.no_grad():
-            for block in self.blocks:
-                block.attention.q.weight *= 0.25
-                block.attention.q.bias *= 0.25
+            for block in self.stack:
+                block.attention.q.weight.mul_(0.25)
+                block.attention.q.bias.mul_(0.25)
                 block.attention.scale = 1.0
 
 
@@ -77,7 +77,7 @@ class ActivationFused(ToyTransformer):
 
     def __init__(self) -> None:
         super().__init__()
-        for block in self.blocks:
+        for block in self.stack:
             fused = FusedLinear(WIDTH, 2 * WIDTH)
             fused.load_state_dict(block.mlp.fc1.state_dict())
             block.mlp.fc1 = fused
@@ -89,7 +89,7 @@ class FeaturesPermuted(ToyTransformer):
 
     def __init__(self) -> None:
         super().__init__()
-        for block in self.blocks:
+        for block in self.stack:
             block.mlp.fc1.weight.data = block.mlp.fc1.weight.data.flip(0).contiguous()
             block.mlp.fc1.bias.data = block.mlp.fc1.bias.data.flip(0).contiguous()
             block.mlp.fc2.weight.data = block.mlp.fc2.weight.data.flip(1).contiguous()
@@ -101,12 +101,12 @@ class StreamScaled(ToyTransformer):
     def __init__(self) -> None:
         super().__init__()
         with torch.no_grad():
-            self.embed.weight *= 2
-            self.embed.bias *= 2
-            for block in self.blocks:
+            self.embed.weight.mul_(2)
+            self.embed.bias.mul_(2)
+            for block in self.stack:
                 for linear in (block.attention.out, block.mlp.fc2):
-                    linear.weight *= 2
-                    linear.bias *= 2
+                    linear.weight.mul_(2)
+                    linear.bias.mul_(2)
                 for norm in (block.norm1, block.norm2):
                     norm.eps *= 4
             self.norm.eps *= 4
@@ -134,7 +134,7 @@ def test_other_values_inside_pass_rounding(port: type[ToyTransformer], dtype: to
 @pytest.mark.parametrize("port", [TokensReordered, ScaleFolded, ActivationFused, FeaturesPermuted])
 def test_bug_beside_other_values(port: type[ToyTransformer]) -> None:
     broken = port()
-    broken.blocks[1].norm2.eps = 1e-3
+    broken.stack[1].norm2.eps = 1e-3
     gate = check(broken)
     assert places(gate)[0] == "blocks.1.norm2"
     assert gate.findings[0].hint == "eps 0.001 instead of 1e-05"
@@ -165,7 +165,7 @@ class FusedMLP(ToyMLP):
 
 def fused_port() -> ToyTransformer:
     port = ToyTransformer()
-    for block in port.blocks:
+    for block in port.stack:
         block.mlp.__class__ = FusedMLP
     return port
 
@@ -181,23 +181,30 @@ def test_fused_modules_are_no_suspects() -> None:
 
 def test_bug_in_fused_module_is_at_the_step_that_covers_it() -> None:
     port = fused_port()
-    port.blocks[1].mlp.activation = nn.SiLU()
+    port.stack[1].mlp.activation = nn.SiLU()
     gate = check(port)
     assert places(gate) == ["blocks.1.mlp"]
     assert "this step includes blocks.1.mlp.fc1" in gate.findings[0].message
 
 
+class BlockSkipped(ToyTransformer):
+    """Does not call the second block."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Run the other blocks."""
+        encoded: Tensor = self.blocks[2](self.blocks[0](x))
+        return encoded
+
+
 def test_skipped_block_is_a_suspect() -> None:
-    port = ToyTransformer()
-    port.encode = lambda x: port.blocks[2](port.blocks[0](x))
-    gate = check(port)
+    gate = check(BlockSkipped())
     assert places(gate)[0] == "blocks.1"
     assert gate.findings[0].message == "the port never calls this module"
 
 
 def test_missing_taps_are_proposed() -> None:
     port = ToyTransformer()
-    port.blocks[1].mlp.activation = nn.SiLU()
+    port.stack[1].mlp.activation = nn.SiLU()
     taps = [Tap(f"blocks.{i}.mlp", f"blocks.{i}.mlp") for i in range(BLOCKS)]
     gate = check(port, taps)
     assert places(gate) == ["blocks.1.mlp"]
@@ -216,15 +223,15 @@ def test_outputs_are_in_order_of_computation() -> None:
 
 def test_every_cause_gets_its_hint() -> None:
     port = ToyTransformer()
-    for block in port.blocks:
+    for block in port.stack:
         block.norm1.eps = 1e-3
         block.norm2.eps = 1e-3
-    port.blocks[-1].mlp.activation = nn.GELU(approximate="tanh")
-    found = {finding.reference: finding.hint for finding in check(port).findings}
-    assert len(found) == 2 * BLOCKS + 1
-    last = found.pop(f"blocks.{BLOCKS - 1}.mlp.fc2:input")
+    port.stack[-1].mlp.activation = nn.GELU(approximate="tanh")
+    hint_by_tap = {finding.reference: finding.hint for finding in check(port).findings}
+    assert len(hint_by_tap) == 2 * BLOCKS + 1
+    last = hint_by_tap.pop(f"blocks.{BLOCKS - 1}.mlp.fc2:input")
     assert last == "tanh GELU instead of exact (erf) GELU"
-    assert set(found.values()) == {"eps 0.001 instead of 1e-05"}
+    assert set(hint_by_tap.values()) == {"eps 0.001 instead of 1e-05"}
 
 
 # --- float32 inside a port ------------------------------------------------------------------------
@@ -257,12 +264,13 @@ def float32_part(part: str) -> Side:
     if part == "all":
         return Side(port, call_in_float32)
     if part == "norm":
-        port.norm = InFloat32(port.norm)
-        return Side(port)
-    for block in port.blocks:
-        parent = block.get_submodule(part.rpartition(".")[0])
+        parents: list[nn.Module] = [port]
+    else:
+        parents = list(port.stack)
+    for parent in parents:
+        owner = parent.get_submodule(part.rpartition(".")[0])
         name = part.rpartition(".")[2]
-        setattr(parent, name, InFloat32(getattr(parent, name)))
+        setattr(owner, name, InFloat32(getattr(owner, name)))
     return Side(port)
 
 
@@ -299,7 +307,9 @@ def test_small_bug_in_float32_port(part: str) -> None:
 
 def test_float32_step_beside_bug_is_no_finding() -> None:
     side = float32_part("attention")
-    side.module.blocks[1].norm2.eps = 1e-4
+    side.module.get_submodule("blocks.1.norm2").register_forward_hook(
+        lambda _, args, output: output * (1 + 1e-5)
+    )
     gate = check_numerics(side, toy_run(), toy_taps())
     assert places(gate) == ["blocks.1.norm2"]
     assert gate.float32_upcasts

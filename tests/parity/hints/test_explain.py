@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_port.parity import randomize
-from siglip_port.parity.hints import explain, explain_output, explain_tap
+from siglip_port.parity.hints import explain, explain_output, explain_tap, explain_taps
 from siglip_port.parity.observe import run_reference
 from siglip_port.parity.sides import Side
 from tests.parity.toy_models import ToyEncoder, double_noise, toy_images
@@ -100,3 +100,37 @@ def test_outputs() -> None:
     assert explain_output(exact.flip(0), exact) == "images reversed"
     assert explain_output(exact[:, :3], exact) == "shape [3, 3], expected [3, 16]"
     assert explain_output(double_noise(3, 16, seed=1), exact) == ""
+
+
+def test_guess_that_equals_the_exact_value_is_no_hint() -> None:
+    """The value of an equal tap does not explain a difference of 1e-9."""
+    layers = nn.ModuleDict({"a": make_layer_norm(), "b": make_layer_norm()})
+    x = double_noise(2, 5, 32)
+    exact = layers["b"](x).detach()
+    taps = {"a": exact.clone(), "b": exact}
+    value = exact * (1 + 1e-9 * double_noise(2, 5, 32, seed=1))
+    assert explain(layers, "b", x, taps, value) == ""
+
+
+def test_rounding_beside_a_bug_is_no_hint() -> None:
+    """A bug in a float32 layer is not explained by the cast to float32."""
+    linear = make_linear()
+    x = double_noise(2, 5, 6)
+    value = (linear(x) * (1 + 1e-6 * double_noise(2, 5, 6, seed=1))).float().double()
+    assert explain_layer(linear, x, value.detach()) == ""
+    assert explain_layer(linear, x, linear(x).detach().float().double()) == "cast to float32"
+
+
+def test_searches_without_result_are_bounded() -> None:
+    """A kind of taps that no known bug explains costs a few searches, other kinds get hints."""
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(6)], nn.LayerNorm(6)).eval()
+    randomize(model)
+    points = [str(i) for i in range(7)]
+    run = run_reference(Side(model), double_noise(2, 5, 6), points, torch.float32)
+    values = {point: run.exact.taps[point] + double_noise(2, 5, 6, seed=9) for point in points[:5]}
+    values["5"] = run.exact.taps["5"] * 2
+    values["6"] = run.exact.taps["6"] * 3
+    explanations = explain_taps(run, values)
+    assert list(explanations) == points
+    assert explanations["6"].hint == ""  # the same kind
+    assert explanations["0"].missing_taps == ()
