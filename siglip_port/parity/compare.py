@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from siglip_port.parity import gates
+from siglip_port.parity.gates.environment import exact_switches, isolated
+from siglip_port.parity.guard import guard_with_taps
 from siglip_port.parity.observe import ReferenceRun, run_reference
-from siglip_port.parity.results import Comparison, Section
+from siglip_port.parity.results import Comparison, GateResult, Section
 from siglip_port.parity.sides import (
     Call,
     Inputs,
@@ -18,8 +21,9 @@ from siglip_port.parity.sides import (
     batch_size,
     call_module,
     cast_inputs,
+    dtype_name,
 )
-from siglip_port.parity.taps import expand
+from siglip_port.parity.taps import Tap, expand
 
 
 def compare(
@@ -70,16 +74,47 @@ def compare(
     port_side = Side(port, call_port)
     pairs = expand(taps or {}, reference, port)
 
-    results = [gates.check_environment({"port": port, "reference": reference})]
-    if weights is not None:
-        results.append(gates.check_weights(weights(port), reference.state_dict()))
-    run = run_reference(reference_side, inputs, [tap.reference for tap in pairs], dtype)
-    check_output_names(run, port_side, inputs)
-    results.append(gates.check_sensitivity(port_side, reference_side, cast_inputs(inputs, dtype)))
-    results.append(gates.check_numerics(port_side, run, pairs))
-    if dtype != torch.float64:
-        results.append(gates.check_rounding(port_side, run, pairs))
+    with exact_switches(), torch.enable_grad():
+        results = run_gates(reference_side, port_side, inputs, pairs, weights, dtype)
     return Comparison((Section(type(reference).__name__, "as given", tuple(results)),))
+
+
+def run_gates(
+    reference: Side,
+    port: Side,
+    inputs: Inputs,
+    taps: list[Tap],
+    weights: Weights | None,
+    dtype: torch.dtype,
+) -> list[GateResult]:
+    """Run all gates: see `compare`. An error of the port is a finding of the gate that ran it."""
+    guard = guard_with_taps(port.module, taps)
+    side = isolated(port)
+    own_inputs = cast_inputs(inputs, dtype)
+    results = [
+        guard.run(
+            "environment",
+            lambda: gates.check_environment({"port": port.module, "reference": reference.module}),
+            lambda: gates.check_shared_modules(port, reference, taps),
+            lambda: gates.check_switches(port, own_inputs),
+        )
+    ]
+    if weights is not None:
+        expected = reference.module.state_dict()
+        tensors = functools.partial(weights, port.module)
+        results.append(
+            guard.run("weights", lambda: gates.check_weights(tensors(), expected))
+        )
+    run = run_reference(reference, inputs, [tap.reference for tap in taps], dtype)
+    check_output_names(run, side, own_inputs)
+    results += [
+        guard.run("sensitivity", lambda: gates.check_sensitivity(side, reference, own_inputs)),
+        guard.run("numerics", lambda: gates.check_numerics(side, run, taps)),
+    ]
+    if dtype != torch.float64:
+        name = f"rounding {dtype_name(dtype)}"
+        results.append(guard.run(name, lambda: gates.check_rounding(side, run, taps)))
+    return results
 
 
 def parameter_dtype(module: nn.Module) -> torch.dtype:
@@ -117,7 +152,7 @@ def assert_parity(
     """Fail a test if port and reference differ; takes the arguments of `compare`.
 
     Raises:
-        AssertionError: Port and reference differ; the message is the findings and the verdict.
+        AssertionError: Port and reference differ; the message is the verdict, then the findings.
         ValueError: The inputs, the taps or the reference cannot be used.
     """
     comparison = compare(
@@ -131,4 +166,5 @@ def assert_parity(
         dtype=dtype,
     )
     if not comparison.equal:
-        raise AssertionError(f"\n{comparison}")
+        # The first line is what the summary of pytest shows.
+        raise AssertionError("\n".join([comparison.verdict, *comparison.lines()]))

@@ -65,8 +65,8 @@ def expand(taps: Mapping[str, str], reference: nn.Module, port: nn.Module) -> li
         ValueError: A point is malformed, or matches no module. (A port without some of the blocks
             is a finding, not an error.)
     """
-    reference_modules = dict(reference.named_modules())
-    port_modules = dict(port.named_modules())
+    reference_modules = dict(reference.named_modules(remove_duplicate=False))
+    port_modules = dict(port.named_modules(remove_duplicate=False))
     expanded = []
     for reference_point, port_point in taps.items():
         numbers = block_numbers(reference_point, reference_modules)
@@ -121,7 +121,7 @@ def tap_hooks(module: nn.Module, points: list[str], visit: Visit) -> Iterator[No
     Points that match no module are ignored. An input is replaced in place if its memory allows, so
     that a residual connection from the same tensor gets the replacement, too.
     """
-    modules = dict(module.named_modules())
+    modules = dict(module.named_modules(remove_duplicate=False))
     handles = []
     for point in points:
         path, part = Point.parse(point)

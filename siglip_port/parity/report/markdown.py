@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from siglip_port.parity.report.json_report import Json, section_gates
-from siglip_port.parity.results import MAX_FINDINGS_SHOWN
+from siglip_port.parity.results import MAX_LINES
 
 
 def to_markdown(report: Json) -> str:
@@ -31,7 +31,7 @@ def finding_lines(findings: list[Json]) -> list[str]:
         "| gate | reference | port | relative error | finding |",
         "|---|---|---|---|---|",
     ]
-    for finding in findings[:MAX_FINDINGS_SHOWN]:
+    for finding in findings[:MAX_LINES]:
         message = finding["message"]
         if finding["hint"]:
             message += f"; looks like: {finding['hint']}"
@@ -40,8 +40,8 @@ def finding_lines(findings: list[Json]) -> list[str]:
             f"| {finding['gate']} | `{finding['reference']}` | `{finding['port']}` | "
             f"{format_value(finding['error'])} | {message} |"
         )
-    if len(findings) > MAX_FINDINGS_SHOWN:
-        lines.append(f"\n... and {len(findings) - MAX_FINDINGS_SHOWN} more.")
+    if len(findings) > MAX_LINES:
+        lines.append(f"\n... and {len(findings) - MAX_LINES} more.")
     return lines
 
 
