@@ -24,6 +24,7 @@ from siglip_port.extras import MissingExtraError, require
 if TYPE_CHECKING:
     from PIL import Image
 
+    from siglip_port.parity import Comparison
     from siglip_port.parity.siglip.verify_options import VerifyOptions
 
 DESCRIPTION = "Compare the port with transformers, gate by gate."
@@ -130,7 +131,10 @@ def compare(options: VerifyOptions, image: Image.Image, baseline: dict[str, Any]
     if options.second_reference is not None:
         second_reference.parse(options.second_reference)
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
-        port = verification.load_port(options, Path(scratch))
+        try:
+            port = verification.load_port(options, Path(scratch))
+        except verification.PortNotLoadedError as error:
+            return report_unloaded_port(options, error.comparison)
         case = verification.checkpoint_case(options, port, image)
         comparison = verification.run_gates(options, port, case, image, track)
         report = verify_report.make_report(options, comparison, port, case)
@@ -146,6 +150,22 @@ def compare(options: VerifyOptions, image: Image.Image, baseline: dict[str, Any]
         print(f"wrote {', '.join(files)} to {options.report}")
     print(reports.colored(comparison.verdict, comparison.equal, sys.stdout.isatty()))
     return exit_codes.SUCCESS if comparison.equal else exit_codes.FAILURE
+
+
+def report_unloaded_port(options: VerifyOptions, comparison: Comparison) -> int:
+    """Report a port that cannot load a checkpoint that was written for it; return the exit code."""
+    from siglip_port.parity import report as reports
+    from siglip_port.parity.siglip import verify_report
+
+    report = reports.to_json(comparison, environment=verify_report.describe_environment(options))
+    print("\n".join(comparison.lines()))
+    if options.json is not None:
+        write_text(options.json, reports.dumps(report))
+    if options.report is not None:
+        files = verify_report.write_reports(options.report, report, None)
+        print(f"wrote {', '.join(files)} to {options.report}")
+    print(reports.colored(comparison.verdict, comparison.equal, sys.stdout.isatty()))
+    return exit_codes.FAILURE
 
 
 def load_selftest() -> ModuleType:

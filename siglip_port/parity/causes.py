@@ -344,18 +344,23 @@ def breaks_numerics(cause: Cause) -> bool:
 
 def is_explained(item: GateFinding, earlier: list[Cause]) -> bool:
     """Return whether a finding about a tensor or a step follows from an earlier cause."""
-    has_hint = bool(item.finding.hint)
     for cause in earlier:
-        gate = cause.gate_kind
-        if gate == "environment" and not has_hint and gate_kind(item.gate) == "numerics":
+        if any(reaches(root, item) for root in cause.members):
             return True
-        if gate == "numerics" and cause.finding.hint and not has_hint:
-            # The same step in another block, where no hint was sought or none was found.
-            if templates([item]) <= templates(cause.members):
-                return True
-        if gate in ROOT_GATES and any(reaches(root, item) for root in cause.members):
+        if item.finding.hint or gate_kind(item.gate) != "numerics":
+            continue
+        if cause.gate_kind == "environment" or is_same_step(cause, item):
             return True
     return False
+
+
+def is_same_step(cause: Cause, item: GateFinding) -> bool:
+    """Return whether a cause explains the step of a finding in other blocks.
+
+    In this block, no hint was sought, or none was found.
+    """
+    is_explained_step = cause.gate_kind == "numerics" and cause.finding.hint != ""
+    return is_explained_step and templates([item]) <= templates(cause.members)
 
 
 def reaches(root: GateFinding, item: GateFinding) -> bool:

@@ -102,9 +102,7 @@ def run_gates(
     if weights is not None:
         expected = reference.module.state_dict()
         tensors = functools.partial(weights, port.module)
-        results.append(
-            guard.run("weights", lambda: gates.check_weights(tensors(), expected))
-        )
+        results.append(guard.run("weights", lambda: gates.check_weights(tensors(), expected)))
     run = run_reference(reference, inputs, [tap.reference for tap in taps], dtype)
     check_output_names(run, side, own_inputs)
     results += [

@@ -78,7 +78,7 @@ class Guard:
 
 def guard_with_taps(port: object, taps: Iterable[Tap]) -> Guard:
     """Return the guard of a port whose modules are named by taps."""
-    names = {}
+    names: dict[str, str] = {}
     for tap in taps:
         names.setdefault(Point.parse(tap.port).path, Point.parse(tap.reference).path)
     return Guard(port, names)
@@ -131,8 +131,8 @@ def place_in_code(error: Exception) -> str:
     """Return file, line and function of the innermost frame of an error that is not in torch."""
     frames = traceback.extract_tb(error.__traceback__)
     torch_folder = str(Path(torch.__file__).parent)
-    frames = [frame for frame in frames if not frame.filename.startswith(torch_folder)] or frames
-    frame = frames[-1]
+    own = [frame for frame in frames if not frame.filename.startswith(torch_folder)]
+    frame = own[-1] if own else frames[-1]
     return f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}"
 
 

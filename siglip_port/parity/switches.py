@@ -151,7 +151,7 @@ def not_default(values: Values) -> dict[str, object]:
 
 def changed(before: Values, after: Values) -> list[str]:
     """Return the names of the switches whose value changed."""
-    names = {}
+    names: dict[str, object] = {}
     for name in before.keys() & after.keys():
         if before[name] != after[name]:
             names[name] = None
