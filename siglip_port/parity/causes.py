@@ -124,7 +124,7 @@ class Cause:
         if self.num_checked <= 1:
             return ""
         if len(sections) == self.num_checked:
-            return f"in all {self.num_checked} checkpoints"
+            return "in both checkpoints" if self.num_checked == 2 else "in all checkpoints"
         if len(sections) == 1:
             return f"only in the {sections[0].name}, {sections[0].weights}"
         return f"in {len(sections)} of {self.num_checked} checkpoints"
@@ -300,18 +300,20 @@ def find_causes(
     return sorted(causes, key=lambda cause: cause.is_consequence)
 
 
-def shown_first(item: GateFinding) -> tuple[bool, float]:
-    """Return the order of findings in a cause: with a hint; for rounding, the largest excess.
+def shown_first(item: GateFinding) -> tuple[bool, bool, float]:
+    """Return the order of findings in a cause.
 
-    Where the rounding of many steps adds up to little more than the bound, the place depends on the
-    dtype and the machine; that of the largest excess does not.
+    A finding with a hint is shown first, and an error of the port where it prevents `numerics`.
+    For rounding, it is the one with the largest excess: where errors of many steps add up to little
+    more than the bound, their place depends on the dtype and the machine.
     """
     excess = 0.0
     if gate_kind(item.gate) == "rounding":
         for measurement in item.gate.measurements:
             if measurement.reference == item.finding.reference:
                 excess = max(excess, measurement.bound_ratio, measurement.worst)
-    return not item.finding.hint, -excess
+    is_elsewhere = item.finding.kind == "error" and gate_kind(item.gate) != "numerics"
+    return not item.finding.hint, is_elsewhere, -excess
 
 
 def precedence(cause: Cause) -> tuple[int, int]:

@@ -22,6 +22,8 @@ from siglip_port.parity.results import Finding, GateResult
 from siglip_port.parity.sides import Inputs, ReferenceHost, Side, clone_inputs
 from siglip_port.parity.taps import Point, Tap
 
+ACTIVATIONS = (nn.GELU, nn.Identity, nn.Mish, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Softmax, nn.Tanh)
+
 NOTHING_SET: Mapping[str, str] = MappingProxyType({})
 
 set_before: ContextVar[Mapping[str, str]] = ContextVar("set_before", default=NOTHING_SET)
@@ -84,8 +86,15 @@ def check_mode(side: str, module: nn.Module) -> list[Finding]:
 
 
 def training_modules(module: nn.Module) -> list[str]:
-    """List the modules in training mode; the outermost one is `model`."""
-    return [name or "model" for name, part in module.named_modules() if part.training]
+    """List the modules in training mode; the outermost one is `model`.
+
+    Activations of torch are left out: they have no modes, and are often made by the forward pass.
+    """
+    names = []
+    for name, part in module.named_modules():
+        if part.training and not isinstance(part, ACTIVATIONS):
+            names.append(name or "model")
+    return names
 
 
 def check_dtypes(side: str, module: nn.Module) -> list[Finding]:
