@@ -21,6 +21,7 @@ from siglip_port.parity.results import Finding, GateResult
 from siglip_port.parity.taps import Point, Tap
 
 Port = TypeVar("Port")
+Result = TypeVar("Result")
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 """Parts of the messages of devices whose errors are a plain RuntimeError."""
@@ -60,6 +61,18 @@ class Guard:
                     raise
                 results.append(failed_gate(gate, self.finding(error)))
         return join(results)
+
+    def attempt(self, function: Callable[[], Result]) -> Result | None:
+        """Return the result of a function; None if the port raises an error.
+
+        For what is not a gate: the gates report the error.
+        """
+        try:
+            return function()
+        except Exception as error:
+            if not is_error_of_port(error, self.port):
+                raise
+            return None
 
     def finding(self, error: Exception) -> Finding:
         """Return the finding for an error of the port."""

@@ -13,7 +13,7 @@ from torch import Tensor
 import siglip_port
 from siglip_port.atomic import write_text
 from siglip_port.parity import report as reports
-from siglip_port.parity.guard import is_error_of_port
+from siglip_port.parity.guard import Guard
 from siglip_port.parity.metrics import cosine
 from siglip_port.parity.observe import ReferenceRun
 from siglip_port.parity.report import Json, html
@@ -62,17 +62,11 @@ def make_report(
 
 
 def run_port(port: LoadedPort, run: ReferenceRun) -> dict[str, Tensor]:
-    """Run the port on the inputs of the reference; no outputs if it raises an error.
-
-    The gates have reported the error.
-    """
-    try:
-        with cast(port.model, run.dtype):
-            return Side(port.model, cases.port_outputs).run(run.inputs)
-    except Exception as error:
-        if not is_error_of_port(error, port.model):
-            raise
-        return {}
+    """Run the port on the inputs of the reference; no outputs if it raises an error."""
+    side = Side(port.model, cases.port_outputs)
+    with cast(port.model, run.dtype):
+        outputs = Guard(port.model).attempt(lambda: side.run(run.inputs))
+    return outputs or {}
 
 
 def cosine_by_patch(tokens: Tensor | None, reference_tokens: Tensor) -> list[float]:
