@@ -23,6 +23,7 @@ from siglip_port.hub.subfolder import Subfolder
 from siglip_port.image_processing import ImageProcessor
 from siglip_port.model import SigLipVisionModel
 from siglip_port.parity import guard
+from siglip_port.parity.gates.environment import exact_switches
 from siglip_port.parity.results import Comparison, GateResult, Section
 from siglip_port.parity.siglip import cases, pixels, reference
 from siglip_port.parity.siglip.cases import Case
@@ -244,6 +245,7 @@ def compare_pixels(port: LoadedPort, image: Image.Image) -> GateResult:
     return guard.Guard(model).run("pixels", check)
 
 
+@exact_switches()
 def run_gates(
     options: VerifyOptions, port: LoadedPort, case: Case, image: Image.Image, track: Track
 ) -> Comparison:
