@@ -36,11 +36,9 @@ KIND_PRECEDENCE = ("missing output", "error", "difference")
 """Order of findings within `numerics`; the first two may come from any gate."""
 
 ROOT_GATES = ("environment", "config", "weights")
-SYMPTOM_GATES = ("gradients", "sensitivity")
-"""Gates whose findings prove nothing more if `numerics` fails."""
-
 VALUE_GATES = ("calls", "interface")
-"""The same for findings that compare values. Others, such as another dtype, are causes."""
+"""Gates whose findings prove nothing more if `numerics` fails, as far as they compare values.
+Others, such as another dtype, are causes."""
 
 MAX_PLACES = 3
 
@@ -330,10 +328,14 @@ def follows(cause: Cause, earlier: list[Cause]) -> bool:
     if cause.finding.kind != "difference":
         return False
     gate = cause.gate_kind
-    if gate in SYMPTOM_GATES:
-        return any(map(breaks_numerics, earlier))
+    is_wrong_function = any(map(breaks_numerics, earlier))
+    if gate == "sensitivity":
+        return is_wrong_function
+    if gate == "gradients":
+        is_explained_otherwise = cause.finding.hint and not has_place_of(cause, earlier)
+        return is_wrong_function and not is_explained_otherwise
     if gate in VALUE_GATES:
-        return not math.isnan(cause.finding.error) and any(map(breaks_numerics, earlier))
+        return is_wrong_function and not math.isnan(cause.finding.error)
     if gate in ("weights", "numerics"):
         return all(is_explained(item, earlier) for item in cause.members)
     return False
@@ -342,6 +344,12 @@ def follows(cause: Cause, earlier: list[Cause]) -> bool:
 def breaks_numerics(cause: Cause) -> bool:
     """Return whether all later results differ because of a cause."""
     return cause.gate_kind == "numerics" or cause.finding.kind != "difference"
+
+
+def has_place_of(cause: Cause, earlier: list[Cause]) -> bool:
+    """Return whether an earlier cause is at the same step, in any block."""
+    steps = templates(cause.members)
+    return any(steps & templates(other.members) for other in earlier)
 
 
 def is_explained(item: GateFinding, earlier: list[Cause]) -> bool:

@@ -257,6 +257,30 @@ def test_steps_without_hints_follow_from_the_environment() -> None:
     assert consequences(comparison) == ["a"]
 
 
+def test_gradient_with_its_own_hint_is_a_cause() -> None:
+    gradients = (
+        Finding("differs", "layers.0.fc1", error=1.0),
+        Finding("is missing", "layers.3.attention", hint="detached"),
+        Finding("differs", "layers.2.norm", hint="scaled by 2"),
+    )
+    comparison = make_comparison(
+        numerics(Finding("differs", "layers.0.norm", hint="eps")),
+        GateResult("gradients", 1, "", gradients),
+    )
+    assert consequences(comparison) == ["layers.0.fc1", "layers.2.norm"]
+    assert "also: gradients: layers.3.attention: detached; and 2 more" in comparison.verdict
+    alone = make_comparison(GateResult("gradients", 1, "", gradients))
+    assert consequences(alone) == []
+
+
+def test_values_of_calls_follow_from_numerics() -> None:
+    gate = GateResult(
+        "calls", 1, "", (Finding("differs", "tokens", error=0.1), Finding("writes to its input"))
+    )
+    assert consequences(make_comparison(gate)) == []
+    assert consequences(make_comparison(numerics(Finding("differs", "a")), gate)) == ["tokens"]
+
+
 def test_weights_of_a_shared_module_are_a_consequence() -> None:
     comparison = make_comparison(
         GateResult("environment", 1, "", (Finding("shared", "head.norm", "pool.norm"),)),
