@@ -8,10 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from siglip_port import parity_log
 from siglip_port.parity import gates
 from siglip_port.parity.gates.environment import exact_switches, isolated
 from siglip_port.parity.guard import guard_with_taps
 from siglip_port.parity.observe import ReferenceRun, run_reference
+from siglip_port.parity.report import to_json
 from siglip_port.parity.results import Comparison, GateResult, Section
 from siglip_port.parity.sides import (
     Call,
@@ -165,6 +167,7 @@ def assert_parity(
         weights=weights,
         dtype=dtype,
     )
+    parity_log.add(lambda: to_json(comparison))
     if not comparison.equal:
         # The first line is what the summary of pytest shows.
         raise AssertionError("\n".join([comparison.verdict, *comparison.lines()]))

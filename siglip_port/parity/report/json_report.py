@@ -12,6 +12,7 @@ from torch import Tensor
 
 from siglip_port.parity.causes import Cause
 from siglip_port.parity.metrics import cosine, relative_error
+from siglip_port.parity.report.origin import describe_origin
 from siglip_port.parity.results import Comparison, Finding, GateResult, Measurement, Section
 
 SCHEMA = 3
@@ -21,12 +22,15 @@ Json = dict[str, Any]
 JsonValue = Any
 
 
-def to_json(comparison: Comparison, **more: object) -> Json:
+def to_json(
+    comparison: Comparison, *, environment: Mapping[str, object] | None = None, **more: object
+) -> Json:
     """Convert a comparison to JSON values; NaN and infinity become strings.
 
     Args:
         comparison: Comparison to convert.
-        more: Further keys, such as environment and provenance.
+        environment: What to add to the report's origin (`describe_origin`), such as the checkpoint.
+        more: Further keys, such as provenance.
     """
     findings = []
     for section, gate, finding in comparison.findings:
@@ -39,6 +43,7 @@ def to_json(comparison: Comparison, **more: object) -> Json:
             "equal": comparison.equal,
             "verdict": comparison.verdict,
             "weights": comparison.label,
+            "environment": {**describe_origin(), **(environment or {})},
             **more,
             "causes": causes,
             "findings": findings,
