@@ -225,8 +225,8 @@ def test_script_exit_codes(
     assert run_script("--checkpoint", folder, "--json", tmp_path / "out.json") == 1
     assert re.match(
         r"DIFFERENT \(checkpoint weights\): numerics: encoder\.layers\.\{0\.\.\.\d+\}\.mlp\."
-        r"fc2:input \(port: .*\): differs in float64, bound 1e-10, relative error .*; looks like: exact "
-        r"\(erf\) GELU instead of tanh GELU; in all checkpoints",
+        r"fc2:input \(port: .*\): differs in float64, bound 1e-10, relative error .*; looks like: "
+        r"exact \(erf\) GELU instead of tanh GELU; in all checkpoints",
         capsys.readouterr().out.splitlines()[-1],
     )
     assert json.loads((tmp_path / "out.json").read_text())["equal"] is False

@@ -269,8 +269,8 @@ def test_gradient_with_its_own_hint_is_a_cause() -> None:
     )
     assert consequences(comparison) == ["layers.0.fc1", "layers.2.norm"]
     assert "also: gradients: layers.3.attention: detached; and 2 more" in comparison.verdict
-    alone = make_comparison(GateResult("gradients", 1, "", gradients))
-    assert consequences(alone) == []
+    own = make_comparison(GateResult("gradients", 1, "", gradients))
+    assert consequences(own) == []
 
 
 def test_values_of_calls_follow_from_numerics() -> None:
