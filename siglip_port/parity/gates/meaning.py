@@ -57,16 +57,16 @@ MEANING = {
         ),
         text=(
             "every image, pixel and parameter that affects the reference's outputs affects the "
-            "port's; outputs are finite, deterministic, not constant, and the same in a batch as "
-            "for a single image"
+            "port's; outputs are finite, not constant, the same in two runs up to the order of "
+            "summation, and the same in a batch as for a single image"
         ),
         bound="equality; batches: relative error 1e-10 in float64",
     ),
     "numerics": Meaning(
         question="Do both models compute the same function, at every tap, in float64?",
         text=(
-            "both models compute the same function: their values agree in float64, where rounding "
-            "is negligible, at every tap, free-running and teacher-forced"
+            "both models compute the same function: their outputs agree in float64, where rounding "
+            "is negligible; taps locate a difference, free-running and teacher-forced"
         ),
         bound=f"relative error {FLOAT64_BOUND:g} (cosine 1 - 5e-21); {FLOAT64_ORIGIN}",
     ),
@@ -82,7 +82,7 @@ MEANING = {
         question="Is the port's rounding error in this dtype no larger than the reference's?",
         text=(
             "the port's rounding error at every tap is comparable to the reference's, in float32, "
-            "bfloat16 and float16"
+            "bfloat16 and float16; in the latter two, no step has an error that is not rounding"
         ),
         bound=ROUNDING_ORIGIN,
     ),
