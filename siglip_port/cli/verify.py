@@ -23,7 +23,9 @@ from siglip_port.extras import MissingExtraError, require
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
+    from siglip_port.parity import Comparison
     from siglip_port.parity.siglip.verify_options import VerifyOptions
 
 DESCRIPTION = "Compare the port with transformers, gate by gate."
@@ -130,7 +132,10 @@ def compare(options: VerifyOptions, image: Image.Image, baseline: dict[str, Any]
     if options.second_reference is not None:
         second_reference.parse(options.second_reference)
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
-        port = verification.load_port(options, Path(scratch))
+        try:
+            port = verification.load_port(options, Path(scratch))
+        except verification.PortNotLoadedError as error:
+            return report_unloaded_port(options, error.comparison)
         case = verification.checkpoint_case(options, port, image)
         comparison = verification.run_gates(options, port, case, image, track)
         report = verify_report.make_report(options, comparison, port, case)
@@ -139,10 +144,36 @@ def compare(options: VerifyOptions, image: Image.Image, baseline: dict[str, Any]
             print(f"\n{second_reference.triangulate(options.second_reference, case, port.model)}")
     if baseline is not None:
         print("\n".join(reports.against_baseline(report, baseline)))
+    return finish(options, comparison, report, case.inputs[0])
+
+
+def report_unloaded_port(options: VerifyOptions, comparison: Comparison) -> int:
+    """Report a port that cannot load a checkpoint that was written for it; return the exit code."""
+    from siglip_port.parity.report import to_json
+
+    print("\n".join(comparison.lines()))
+    settings = {"checkpoint": options.checkpoint, "device": options.device, "dtype": options.dtype}
+    return finish(options, comparison, to_json(comparison, environment=settings), None)
+
+
+def finish(
+    options: VerifyOptions, comparison: Comparison, report: dict[str, Any], image: Tensor | None
+) -> int:
+    """Write the reports and print the verdict; return the exit code.
+
+    Args:
+        options: Options of the comparison.
+        comparison: Results of the gates.
+        report: JSON report.
+        image: First image of the comparison, [C, S, S]; None without one.
+    """
+    from siglip_port.parity import report as reports
+    from siglip_port.parity.siglip import verify_report
+
     if options.json is not None:
         write_text(options.json, reports.dumps(report))
     if options.report is not None:
-        files = verify_report.write_reports(options.report, report, case.inputs[0])
+        files = verify_report.write_reports(options.report, report, image)
         print(f"wrote {', '.join(files)} to {options.report}")
     print(reports.colored(comparison.verdict, comparison.equal, sys.stdout.isatty()))
     return exit_codes.SUCCESS if comparison.equal else exit_codes.FAILURE

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from siglip_port import parity_log
 from siglip_port.parity import gates
-from siglip_port.parity.arguments import check_arguments, checked_call
+from siglip_port.parity.arguments import check_arguments, check_call, checked_call
+from siglip_port.parity.gates.environment import exact_switches, isolated
+from siglip_port.parity.guard import guard_with_taps
 from siglip_port.parity.nested import Inputs, floating_point_dtype
 from siglip_port.parity.observe import ReferenceRun, run_reference
 from siglip_port.parity.report import to_json
 from siglip_port.parity.results import Comparison, GateResult, Section
-from siglip_port.parity.sides import Call, Side, Weights, call_module, cast
+from siglip_port.parity.sides import (
+    Call,
+    Side,
+    Weights,
+    call_module,
+    cast,
+    cast_inputs,
+    dtype_name,
+)
 from siglip_port.parity.support import with_support
 from siglip_port.parity.taps import Tap, expand
 
@@ -64,33 +75,27 @@ def compare(
     if dtype is None:
         dtype = parameter_dtype(reference)
     reference_side = Side(reference, checked_call(call_reference, "reference"))
-    port_side = Side(port, checked_call(call_port, "port"))
+    port_side = Side(port, call_port)
+    check_call(call_port, port, inputs)
     port_side, reason = with_support(port_side, inputs, dtype)
     if reason and dtype == torch.float64:
         dtype = lower_dtype(inputs, reason)
     pairs = expand_taps(taps, reference, port_side.module)
 
-    results = [gates.check_environment(modules_by_side(reference, port))]
     if weights is not None:
-        results.append(gates.check_weights(weights(port), reference.state_dict()))
-    run = run_reference(reference_side, inputs, [tap.reference for tap in pairs], dtype)
-    check_output_names(run, port_side)
-    results += run_gates(port_side, run, pairs)
+        weights = functools.partial(returns_weights, weights, port)
+    with torch.enable_grad(), exact_switches():
+        results = run_gates(reference_side, port_side, inputs, pairs, weights, dtype)
     section = Section(type(reference).__name__, "as given", tuple(results))
-    return Comparison((section,), not_judged=(f"float64: {reason}",) if reason else ())
+    return Comparison((section,), limits=(f"float64: {reason}",) if reason else ())
 
 
-def run_gates(port: Side, run: ReferenceRun, taps: list[Tap]) -> list[GateResult]:
-    """Run the gates that compare what both sides compute."""
-    results = [gates.check_sensitivity(port, run.host, run.inputs)]
-    if port.supports_float64:
-        results.append(gates.check_numerics(port, run, taps))
-    if run.dtype != torch.float64:
-        results.append(gates.check_rounding(port, run, taps))
-    return results
+def returns_weights(weights: Weights, port: object, _: object) -> Mapping[str, Tensor]:
+    """Return the weights of a port as given, whatever runs it."""
+    return weights(port)
 
 
-def modules_by_side(reference: nn.Module, port: Callable[..., Any]) -> dict[str, nn.Module]:
+def modules_by_side(reference: nn.Module, port: object) -> dict[str, nn.Module]:
     """Return the modules among the two sides."""
     sides = {"reference": reference}
     if isinstance(port, nn.Module):
@@ -116,6 +121,45 @@ def lower_dtype(inputs: Inputs, reason: str) -> torch.dtype:
     return dtype
 
 
+def run_gates(
+    reference: Side,
+    port: Side,
+    inputs: Inputs,
+    taps: list[Tap],
+    weights: Weights | None,
+    dtype: torch.dtype,
+) -> list[GateResult]:
+    """Run all gates: see `compare`. An error of the port is a finding of the gate that ran it."""
+    guard = guard_with_taps(port.module, taps)
+    side = isolated(port)
+    own_inputs = cast_inputs(inputs, dtype)
+    results = [
+        guard.run(
+            "environment",
+            lambda: gates.check_environment(modules_by_side(reference.module, port.module)),
+            lambda: gates.check_shared_modules(port, reference, taps),
+            lambda: gates.check_switches(port, own_inputs),
+        )
+    ]
+    if weights is not None:
+        expected = reference.module.state_dict()
+        tensors = functools.partial(weights, port.module)
+        results.append(guard.run("weights", lambda: gates.check_weights(tensors(), expected)))
+    run = run_reference(reference, inputs, [tap.reference for tap in taps], dtype)
+    with cast(port.module, dtype):
+        outputs = guard.attempt(lambda: side.run(own_inputs))
+    if outputs is not None:
+        check_output_names(run, outputs)
+    check = functools.partial(gates.check_sensitivity, side, reference, own_inputs)
+    results.append(guard.run("sensitivity", check))
+    if side.supports_float64:
+        results.append(guard.run("numerics", lambda: gates.check_numerics(side, run, taps)))
+    if dtype != torch.float64:
+        name = f"rounding {dtype_name(dtype)}"
+        results.append(guard.run(name, lambda: gates.check_rounding(side, run, taps)))
+    return results
+
+
 def parameter_dtype(module: nn.Module) -> torch.dtype:
     """Return the dtype of a module's first floating point parameter; float32 without one."""
     for parameter in module.parameters():
@@ -124,13 +168,12 @@ def parameter_dtype(module: nn.Module) -> torch.dtype:
     return torch.float32
 
 
-def check_output_names(run: ReferenceRun, port: Side) -> None:
+def check_output_names(run: ReferenceRun, outputs: Mapping[str, Tensor]) -> None:
     """Raise ValueError if the two sides name their outputs differently.
 
     Outputs that only the reference returns are findings, not errors.
     """
-    with cast(port.module, run.dtype):
-        names = run.exact.outputs.keys() ^ port.run(run.inputs).keys()
+    names = run.exact.outputs.keys() ^ outputs.keys()
     if names - run.exact.outputs.keys():
         raise ValueError(
             f"reference and port name their outputs differently ({', '.join(sorted(names))}); "
@@ -152,7 +195,7 @@ def assert_parity(
     """Fail a test if port and reference differ; takes the arguments of `compare`.
 
     Raises:
-        AssertionError: Port and reference differ; the message is the findings and the verdict.
+        AssertionError: Port and reference differ; the message is the verdict, then the findings.
         ValueError: The inputs, the taps or the reference cannot be used.
         TypeError: An argument, or a result of a call function, has a wrong type.
     """
@@ -168,4 +211,5 @@ def assert_parity(
     )
     parity_log.add(lambda: to_json(comparison))
     if not comparison.equal:
-        raise AssertionError(f"\n{comparison}")
+        # The first line is what the summary of pytest shows.
+        raise AssertionError("\n".join([comparison.verdict, *comparison.lines()]))

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-MAX_FINDINGS_SHOWN = 10
+from siglip_port.parity.causes import Cause, find_causes, gate_kind
 
-# Order of findings, most precise location first: numerics names a step of the computation, weights
-# a tensor, the others a symptom.
-GATE_PRECEDENCE = (
-    "numerics",
-    "weights",
-    "rounding",
-    "interface",
-    "pixels",
-    "config",
-    "environment",
-    "sensitivity",
-)
+MAX_LINES = 10
+"""Number of causes that `str` lists, if no more of them are root causes or have hints."""
+
+MAX_CAUSES_IN_VERDICT = 5
+
+FindingKind = Literal["difference", "missing output", "error"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +73,7 @@ class Finding:
         port: The same by the port's name.
         error: Relative error; NaN if there is none. For numerics, that of the teacher-forced run.
         hint: Known bug that explains the error; empty if none does.
+        kind: `missing output` if the port does not return an output, `error` if it raises one.
     """
 
     message: str
@@ -84,6 +81,7 @@ class Finding:
     port: str = ""
     error: float = math.nan
     hint: str = ""
+    kind: FindingKind = "difference"
 
     def __str__(self) -> str:
         """Format location, message, error and hint in one line."""
@@ -146,19 +144,33 @@ class Section:
     gates: tuple[GateResult, ...]
 
 
+class GateFinding(NamedTuple):
+    """Finding with the gate and the checkpoint in which it was made.
+
+    Attributes:
+        section: Checkpoint.
+        gate: Result of the gate.
+        finding: Finding.
+    """
+
+    section: Section
+    gate: GateResult
+    finding: Finding
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """All results of a comparison; `print` it for findings and verdict.
+    """All results of a comparison; `print` it for causes and verdict.
 
     Attributes:
         sections: One per checkpoint.
         label: Kind of weights, for the verdict.
-        not_judged: What could not be judged, with the reason.
+        limits: What could not be judged, with the reason.
     """
 
     sections: tuple[Section, ...]
     label: str = "weights as given"
-    not_judged: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
 
     @property
     def gates(self) -> list[tuple[Section, GateResult]]:
@@ -172,36 +184,66 @@ class Comparison:
         return bool(gates) and all(gate.passed for _, gate in gates)
 
     @property
-    def findings(self) -> list[tuple[Section, GateResult, Finding]]:
-        """All findings, the most precise location first."""
-        findings = [
-            (section, gate, finding) for section, gate in self.gates for finding in gate.findings
-        ]
-        for section, gate in self.gates:
-            if not gate.checked:
-                findings.append((section, gate, Finding(f"gate {gate.name} checked nothing")))
-        return sorted(findings, key=lambda item: GATE_PRECEDENCE.index(item[1].name.split()[0]))
+    def findings(self) -> list[GateFinding]:
+        """All findings by cause, in the order of `causes`; the deferred ones come last."""
+        members = [member for cause in self.causes for member in cause.members]
+        return members + self.deferred
+
+    @functools.cached_property
+    def causes(self) -> list[Cause]:
+        """Findings folded into causes, root causes first and consequences last."""
+        findings = self._in_order_of_gates()
+        if self._numerics_failed:
+            findings = [item for item in findings if not is_rounding(item)]
+        return find_causes(findings, self._num_checked)
+
+    @property
+    def deferred(self) -> list[GateFinding]:
+        """Findings of `rounding` if `numerics` failed: another function has another rounding."""
+        if not self._numerics_failed:
+            return []
+        return [item for item in self._in_order_of_gates() if is_rounding(item)]
 
     @property
     def verdict(self) -> str:
-        """Result of the comparison in one line."""
-        clauses = [f"; not judged: {reason}" for reason in self.not_judged]
+        """Result of the comparison in one line, with every cause."""
+        clauses = [f"; not judged: {reason}" for reason in self.limits]
         return "".join([self._result(), *clauses])
 
     def _result(self) -> str:
         if self.equal:
             return self._equal_verdict()
-        findings = self.findings
-        if not findings:
+        causes = self.causes
+        if not causes:
             return f"DIFFERENT ({self.label}): no gate ran"
-        _, gate, finding = findings[0]
-        text = f"DIFFERENT ({self.label}): {gate.name}: {finding}"
-        others = len(findings) - 1
-        if others == 1:
-            text += "; and 1 more finding"
-        elif others:
-            text += f"; and {others} more findings"
+        text = f"DIFFERENT ({self.label}): {causes[0].text}"
+        others = [cause.short for cause in causes[1:] if not cause.is_consequence]
+        others = others[: MAX_CAUSES_IN_VERDICT - 1]
+        if others:
+            text += f"; also: {'; '.join(others)}"
+        more = len(causes) - 1 - len(others)
+        if more:
+            text += f"; and {more} more finding{'s' if more > 1 else ''}"
         return text
+
+    @property
+    def _numerics_failed(self) -> bool:
+        return any(gate_kind(gate) == "numerics" and not gate.passed for _, gate in self.gates)
+
+    def _in_order_of_gates(self) -> list[GateFinding]:
+        findings = []
+        for section, gate in self.gates:
+            findings += [GateFinding(section, gate, finding) for finding in gate.findings]
+            if not gate.checked:
+                nothing = Finding(f"gate {gate.name} checked nothing")
+                findings.append(GateFinding(section, gate, nothing))
+        return findings
+
+    def _num_checked(self, item: GateFinding) -> int:
+        if item.finding.kind == "error":
+            return len(self.sections)
+        name = gate_kind(item.gate)
+        return sum(name in map(gate_kind, section.gates) for section in self.sections)
 
     def _equal_verdict(self) -> str:
         counts: dict[str, int] = {}
@@ -227,12 +269,29 @@ class Comparison:
         return text
 
     def __str__(self) -> str:
-        """Format the findings, one per line, and the verdict."""
-        findings = self.findings
-        lines = [f"  {gate.name}: {finding}" for _, gate, finding in findings[:MAX_FINDINGS_SHOWN]]
-        if len(findings) > MAX_FINDINGS_SHOWN:
-            lines.append(f"  ... and {len(findings) - MAX_FINDINGS_SHOWN} more")
-        return "\n".join([*lines, self.verdict])
+        """Format the causes, one per line, and the verdict."""
+        return "\n".join([*self.lines(), self.verdict])
+
+    def lines(self) -> list[str]:
+        """Return one line per cause. Root causes and hints are never left out."""
+        causes = self.causes
+        shown = [cause for cause in causes if cause.is_root or cause.finding.hint]
+        for cause in causes:
+            if len(shown) < MAX_LINES and cause not in shown:
+                shown.append(cause)
+        lines = [f"  {cause.text}" for cause in causes if cause in shown]
+        if len(causes) > len(shown):
+            lines.append(f"  ... and {len(causes) - len(shown)} more")
+        deferred = self.deferred
+        if deferred:
+            names = dict.fromkeys(item.gate.name for item in deferred)
+            lines.append(f"  {', '.join(names)}: not judged until numerics passes")
+        return lines
+
+
+def is_rounding(item: GateFinding) -> bool:
+    """Return whether a finding is a rounding error."""
+    return gate_kind(item.gate) == "rounding" and item.finding.kind == "difference"
 
 
 def first_names(names: set[str], limit: int = 3) -> str:

@@ -70,8 +70,8 @@ def expand(taps: Mapping[str, str], reference: nn.Module, port: nn.Module) -> li
         ValueError: A point is malformed, or matches no module. (A port without some of the blocks
             is a finding, not an error.)
     """
-    reference_modules = dict(reference.named_modules())
-    port_modules = dict(port.named_modules())
+    reference_modules = dict(reference.named_modules(remove_duplicate=False))
+    port_modules = dict(port.named_modules(remove_duplicate=False))
     expanded = []
     for reference_point, port_point in taps.items():
         numbers = block_numbers(reference_point, reference_modules)
@@ -126,7 +126,9 @@ def tap_hooks(module: object, points: list[str], visit: Visit) -> Iterator[None]
     replaced in place if its memory allows, so that a residual connection from the same tensor gets
     the replacement, too.
     """
-    modules = dict(module.named_modules()) if isinstance(module, nn.Module) else {}
+    modules: dict[str, nn.Module] = {}
+    if isinstance(module, nn.Module):
+        modules = dict(module.named_modules(remove_duplicate=False))
     handles = []
     for point in points:
         path, part = Point.parse(point)

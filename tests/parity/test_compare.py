@@ -157,13 +157,58 @@ def check_parity(pair: Pair) -> None:
 
 def test_assert_parity_fails_with_verdict(pair: Pair) -> None:
     pair.block().layer_norm2.eps = 3.7e-6
-    verdict = pair.compare().verdict
-    with pytest.raises(AssertionError, match=re.escape(verdict)):
+    comparison = pair.compare()
+    with pytest.raises(AssertionError) as error:
         check_parity(pair)
+    # The summary of pytest shows the first line.
+    assert str(error.value).splitlines() == [comparison.verdict, *comparison.lines()]
+    assert comparison.verdict.startswith("DIFFERENT")
 
 
 def test_assert_parity_passes_equal_models(pair: Pair) -> None:
     check_parity(pair)
+
+
+def test_port_that_raises_is_different(pair: Pair) -> None:
+    pair.block().mlp.fc1 = nn.Linear(3, 3).eval()
+    comparison = pair.compare()
+    assert comparison.verdict.startswith(
+        "DIFFERENT (weights as given): weights: encoder.layers.5.mlp.fc1."
+    )
+    assert (
+        "numerics: encoder.layers.5.mlp.fc1: the port raises RuntimeError: addmm: mat1 and mat2 "
+        "shapes cannot be multiplied (72x72 and 3x3)"
+    ) in comparison.verdict
+    assert [gate.name for _, gate in comparison.gates][-1] == "rounding float32"
+
+
+def test_switches_of_torch_do_not_change_the_result(pair: Pair) -> None:
+    with torch.no_grad():
+        assert pair.compare().equal
+    torch.set_float32_matmul_precision("high")
+    try:
+        comparison = pair.compare()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert [cause.finding.message for cause in comparison.causes] == [
+        "torch.get_float32_matmul_precision() is high before the port runs, expected highest"
+    ]
+
+
+def test_port_that_leaves_autocast_on(pair: Pair) -> None:
+    """It does not reach the reference."""
+
+    def enable_autocast(*_: object) -> None:
+        torch.set_autocast_enabled("cpu", True)
+
+    pair.port.transformer.post_layernorm.register_forward_hook(enable_autocast)
+    comparison = pair.compare()
+    assert comparison.verdict.startswith(
+        "DIFFERENT (weights as given): environment: a run of the port changes "
+        "torch.is_autocast_enabled('cpu') from False to True, and does not restore it"
+    )
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_two_bugs_are_located(pair: Pair) -> None:

@@ -5,7 +5,11 @@ One file per gate; all of them work on any pair of modules. Call them through th
 """
 
 from siglip_port.parity.gates.config import check_config
-from siglip_port.parity.gates.environment import check_environment
+from siglip_port.parity.gates.environment import (
+    check_environment,
+    check_shared_modules,
+    check_switches,
+)
 from siglip_port.parity.gates.meaning import MEANING
 from siglip_port.parity.gates.numerics import check_numerics
 from siglip_port.parity.gates.rounding import check_rounding
@@ -19,5 +23,7 @@ __all__ = [
     "check_numerics",
     "check_rounding",
     "check_sensitivity",
+    "check_shared_modules",
+    "check_switches",
     "check_weights",
 ]

@@ -34,7 +34,11 @@ MEANING = {
     ),
     "environment": Meaning(
         question="Are both models in eval mode, in one dtype, without autocast or TF32?",
-        text="both models are in eval mode and in one dtype, without autocast or TF32",
+        text=(
+            "both models are in eval mode and in one dtype, without autocast or TF32; no two "
+            "modules of the reference are one in the port; a run of the port leaves torch's "
+            "switches as they are"
+        ),
         bound="equality",
     ),
     "config": Meaning(
@@ -44,7 +48,7 @@ MEANING = {
     ),
     "weights": Meaning(
         question="Is every tensor loaded correctly?",
-        text="both models have the same tensors, and no two of the port's share memory",
+        text="both models have the same tensors, and none share memory in the port only",
         bound="bitwise equality",
     ),
     "sensitivity": Meaning(

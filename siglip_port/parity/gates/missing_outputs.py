@@ -11,5 +11,6 @@ def find_missing_outputs(run: ReferenceRun, port_run: ComparedRun) -> list[Findi
     findings = []
     for name in run.exact.outputs:
         if name not in port_run.outputs:
-            findings.append(Finding("the port does not return this output", name, name))
+            message = "the port does not return this output"
+            findings.append(Finding(message, name, name, kind="missing output"))
     return findings

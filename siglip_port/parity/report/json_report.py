@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from siglip_port.parity.causes import Cause
 from siglip_port.parity.metrics import cosine, relative_error
 from siglip_port.parity.report.origin import describe_origin
 from siglip_port.parity.results import Comparison, Finding, GateResult, Measurement, Section
@@ -35,6 +36,7 @@ def to_json(
     for section, gate, finding in comparison.findings:
         address = {"section": section.name, "gate": gate.name}
         findings.append({**address, **finding_to_json(finding), "text": str(finding)})
+    causes = [cause_to_json(cause) for cause in comparison.causes]
     report: Json = finite(
         {
             "schema": SCHEMA,
@@ -43,11 +45,26 @@ def to_json(
             "weights": comparison.label,
             "environment": {**describe_origin(), **(environment or {})},
             **more,
+            "causes": causes,
             "findings": findings,
             "sections": [section_to_json(section) for section in comparison.sections],
         }
     )
     return report
+
+
+def cause_to_json(cause: Cause) -> Json:
+    """Convert one cause: its shown finding, with folded places and all checkpoints."""
+    return {
+        **finding_to_json(cause.finding),
+        "gate": cause.gate,
+        "reference": ", ".join(filter(None, (place.reference for place in cause.places))),
+        "port": ", ".join(filter(None, (place.port for place in cause.places))),
+        "sections": [section.name for section in cause.sections],
+        "findings": len(cause.members),
+        "is_consequence": cause.is_consequence,
+        "text": cause.text,
+    }
 
 
 def section_to_json(section: Section) -> Json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from siglip_port.parity.report.json_report import Json, section_gates
-from siglip_port.parity.results import MAX_FINDINGS_SHOWN
+from siglip_port.parity.results import MAX_LINES
 
 
 def to_markdown(report: Json) -> str:
@@ -14,8 +14,8 @@ def to_markdown(report: Json) -> str:
     """
     title = "equal" if report["equal"] else "DIFFERENT"
     lines = [f"# Parity: {title}", "", report["verdict"], ""]
-    if report["findings"]:
-        lines += [*finding_lines(report["findings"]), ""]
+    if report["causes"]:
+        lines += [*finding_lines(report["causes"]), ""]
     lines += gate_lines(report)
     for key in ("outputs", "environment"):
         if report.get(key):
@@ -23,26 +23,31 @@ def to_markdown(report: Json) -> str:
     return "\n".join(lines) + "\n"
 
 
-def finding_lines(findings: list[Json]) -> list[str]:
-    """Return the table of the first findings."""
+def finding_lines(causes: list[Json]) -> list[str]:
+    """Return the table of the first causes."""
     lines = [
         "## Findings",
         "",
         "| gate | reference | port | relative error | finding |",
         "|---|---|---|---|---|",
     ]
-    for finding in findings[:MAX_FINDINGS_SHOWN]:
-        message = finding["message"]
-        if finding["hint"]:
-            message += f"; looks like: {finding['hint']}"
+    for cause in causes[:MAX_LINES]:
+        message = cause["message"]
+        if cause["hint"]:
+            message += f"; looks like: {cause['hint']}"
         message = message.replace("|", "\\|")
         lines.append(
-            f"| {finding['gate']} | `{finding['reference']}` | `{finding['port']}` | "
-            f"{format_value(finding['error'])} | {message} |"
+            f"| {cause['gate']} | {code(cause['reference'])} | {code(cause['port'])} | "
+            f"{format_value(cause['error'])} | {message} |"
         )
-    if len(findings) > MAX_FINDINGS_SHOWN:
-        lines.append(f"\n... and {len(findings) - MAX_FINDINGS_SHOWN} more.")
+    if len(causes) > MAX_LINES:
+        lines.append(f"\n... and {len(causes) - MAX_LINES} more.")
     return lines
+
+
+def code(text: str) -> str:
+    """Format as code; empty text has no format."""
+    return f"`{text}`" if text else ""
 
 
 def gate_lines(report: Json) -> list[str]:

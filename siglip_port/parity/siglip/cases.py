@@ -10,16 +10,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from siglip_port.checkpoint import layouts
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.extras import MissingExtraError
 from siglip_port.model import SigLipVisionModel
 from siglip_port.parity import gates
+from siglip_port.parity.gates.environment import isolated
+from siglip_port.parity.guard import Guard, guard_with_taps
 from siglip_port.parity.observe import ReferenceRun, run_reference
 from siglip_port.parity.results import GateResult
-from siglip_port.parity.sides import Call, Side
+from siglip_port.parity.sides import Call, Side, dtype_name
 from siglip_port.parity.siglip import interface, reference, taps
 from siglip_port.parity.siglip.reference import Reference
 from siglip_port.parity.taps import Tap, expand
@@ -111,7 +113,7 @@ class Case:
             )
         return self.reference_runs[dtype]
 
-    def taps(self, port: SigLipVisionModel) -> list[Tap]:
+    def taps(self, port: nn.Module) -> list[Tap]:
         """Return the taps that pair a port with the reference."""
         return expand(self._points(), self.reference.model, port)
 
@@ -139,27 +141,61 @@ class Case:
         Yields:
             The result of each gate; one per dtype for `rounding`.
         """
-        side = Side(port, call)
+        guard = self.guard(port)
+        side = isolated(Side(port, call))
         inputs = self.inputs.to(self.dtypes[0])
+        reference = self.reference.side()
         if "environment" in self.gates:
-            yield gates.check_environment({"port": port, "reference": self.reference.model})
+            yield self.check_environment(Side(port, call))
         if "config" in self.gates:
             yield gates.check_config(vars(port.config), self.reference.config())
         if "weights" in self.gates:
-            tensors = tensors_by_reference_name(port)
-            yield gates.check_weights(tensors, self.reference.model.state_dict())
+            yield guard.run("weights", lambda: self.check_weights(port))
         if "sensitivity" in self.gates:
-            yield gates.check_sensitivity(side, self.reference.side(), inputs)
+            yield guard.run("sensitivity", lambda: gates.check_sensitivity(side, reference, inputs))
         if "numerics" in self.gates:
-            run = self.reference_run(self.dtypes[0])
-            yield gates.check_numerics(side, run, self.taps(port), with_hints=with_hints)
+            yield guard.run("numerics", lambda: self.check_numerics(side, with_hints=with_hints))
         if "interface" in self.gates:
-            yield interface.check_interface(port, inputs)
+            yield guard.run("interface", lambda: interface.check_interface(port, inputs))
         if "rounding" in self.gates:
             for dtype in self.dtypes:
                 if dtype != torch.float64:
-                    run = self.reference_run(dtype)
-                    yield gates.check_rounding(side, run, self.taps(port))
+                    check = functools.partial(self.check_rounding, side, dtype)
+                    yield guard.run(f"rounding {dtype_name(dtype)}", check)
+
+    def check_environment(self, side: Side) -> GateResult:
+        """Run the gate `environment`, of which the last part runs the port."""
+        reference = self.reference.side()
+        modules = {"port": side.module, "reference": reference.module}
+        return self.guard(side.module).run(
+            "environment",
+            lambda: gates.check_environment(modules),
+            lambda: gates.check_shared_modules(side, reference, self.taps(side.module)),
+            lambda: gates.check_switches(side, self.inputs.to(self.dtypes[0])),
+        )
+
+    def check_weights(self, port: SigLipVisionModel) -> GateResult:
+        """Run the gate `weights`."""
+        expected = self.reference.model.state_dict()
+        return gates.check_weights(tensors_by_reference_name(port), expected)
+
+    def check_numerics(self, side: Side, *, with_hints: bool) -> GateResult:
+        """Run the gate `numerics` in the first dtype."""
+        run = self.reference_run(self.dtypes[0])
+        return gates.check_numerics(side, run, self.taps(side.module), with_hints=with_hints)
+
+    def check_rounding(self, side: Side, dtype: torch.dtype) -> GateResult:
+        """Run the gate `rounding` in a dtype."""
+        run = self.reference_run(dtype)
+        return gates.check_rounding(side, run, self.taps(side.module))
+
+    def guard(self, port: nn.Module) -> Guard:
+        """Return the guard that turns errors of the port into findings."""
+        try:
+            taps = self.taps(port)
+        except ValueError:  # the port lacks a module: the gate `numerics` reports it
+            taps = []
+        return guard_with_taps(port, taps)
 
 
 def engine_gates(

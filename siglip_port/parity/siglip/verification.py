@@ -22,6 +22,8 @@ from siglip_port.hub import HubOptions, HubRepository, find_source, unreachable_
 from siglip_port.hub.subfolder import Subfolder
 from siglip_port.image_processing import ImageProcessor
 from siglip_port.model import SigLipVisionModel
+from siglip_port.parity import guard
+from siglip_port.parity.gates.environment import exact_switches
 from siglip_port.parity.results import Comparison, GateResult, Section
 from siglip_port.parity.siglip import cases, pixels, reference
 from siglip_port.parity.siglip.cases import Case
@@ -41,6 +43,18 @@ MEMORY_NOTE_BYTES = 4e9
 
 Track = Callable[[Iterator[GateResult], str], Iterator[GateResult]]
 """Progress display: (gate results, description) -> gate results."""
+
+
+class PortNotLoadedError(Exception):
+    """The port cannot load a checkpoint that was written for it, so that nothing else can run.
+
+    Args:
+        comparison: Comparison with this finding.
+    """
+
+    def __init__(self, comparison: Comparison) -> None:
+        super().__init__(comparison.verdict)
+        self.comparison = comparison
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ def load_port(options: VerifyOptions, scratch: Path) -> LoadedPort:
 
     Raises:
         siglip_port.CheckpointError: The checkpoint cannot be read or downloaded.
+        PortNotLoadedError: The port cannot load random weights that were written for it.
     """
     source = open_source(options)
     repository = source.root if isinstance(source, Subfolder) else source
@@ -106,7 +121,12 @@ def load_port(options: VerifyOptions, scratch: Path) -> LoadedPort:
         note(f"{reason}; comparing random weights of the same architecture instead")
         config = DEFAULT_CONFIG
     reference.write_random_checkpoint(scratch, config)
-    model = SigLipVisionModel.from_hf(scratch, dtype=options.torch_dtype, device=options.device)
+    model = guard.load(
+        lambda: SigLipVisionModel.from_hf(scratch, dtype=options.torch_dtype, device=options.device)
+    )
+    if isinstance(model, GateResult):
+        section = Section("checkpoint", "random weights, N1", (model,))
+        raise PortNotLoadedError(Comparison((section,), "random weights"))
     return LoadedPort(model, str(scratch), is_random=True)
 
 
@@ -213,14 +233,19 @@ def compare_pixels(port: LoadedPort, image: Image.Image) -> GateResult:
     """Compare the image processors of port and reference, configured by the checkpoint."""
     model = port.model
     reference_processors = reference.image_processors(model.config, port.source, **port.place)
-    port_processors = {
-        backend: ImageProcessor.from_config(model.preprocessor_config, backend)
-        for backend in reference_processors
-    }
-    embed = None if model.pooling_head is None else model.embed
-    return pixels.check_pixels(port_processors, reference_processors, image, embed)
+
+    def check() -> GateResult:
+        processors = {
+            backend: ImageProcessor.from_config(model.preprocessor_config, backend)
+            for backend in reference_processors
+        }
+        embed = None if model.pooling_head is None else model.embed
+        return pixels.check_pixels(processors, reference_processors, image, embed)
+
+    return guard.Guard(model).run("pixels", check)
 
 
+@exact_switches()
 def run_gates(
     options: VerifyOptions, port: LoadedPort, case: Case, image: Image.Image, track: Track
 ) -> Comparison:
@@ -250,7 +275,9 @@ def run_gates(
 
 def run_small_case(options: VerifyOptions, case: Case, track: Track) -> Section:
     """Load the port of a small model and run its gates."""
-    model = SigLipVisionModel.from_hf(case.source, device=options.device)
+    model = guard.load(lambda: SigLipVisionModel.from_hf(case.source, device=options.device))
+    if isinstance(model, GateResult):
+        return Section(case.name, case.weights, (model,))
     title = f"{case.name}, {case.weights}"
     results = list(track(case.check(model), title))
     if options.optimized and "rounding" in case.gates:

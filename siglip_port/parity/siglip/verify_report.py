@@ -11,7 +11,9 @@ from torch import Tensor
 
 from siglip_port.atomic import write_text
 from siglip_port.parity import report as reports
+from siglip_port.parity.guard import Guard
 from siglip_port.parity.metrics import cosine
+from siglip_port.parity.observe import ReferenceRun
 from siglip_port.parity.report import Json, html
 from siglip_port.parity.results import Comparison
 from siglip_port.parity.sides import Side, cast
@@ -36,14 +38,15 @@ def make_report(
     model = port.model
     reference_run = case.reference_run(case.dtypes[0])
     attention = case.attentions[0]
-    with cast(model, case.dtypes[0]):
-        port_outputs = Side(model, cases.port_outputs).run(reference_run.inputs)
+    port_outputs = run_port(port, reference_run)
     reference_outputs = reference_run.outputs[attention]
     metrics = reports.output_metrics(port_outputs, reference_outputs)
     shapes = {name: list(tensor.shape) for name, tensor in reference_outputs.items()}
     patches = {
         "grid": model.config.grid_size,
-        "cosine": cosine_by_patch(port_outputs["tokens"], reference_run.exact.outputs["tokens"]),
+        "cosine": cosine_by_patch(
+            port_outputs.get("tokens"), reference_run.exact.outputs["tokens"]
+        ),
     }
     return reports.to_json(
         comparison,
@@ -56,12 +59,20 @@ def make_report(
     )
 
 
-def cosine_by_patch(tokens: Tensor, reference_tokens: Tensor) -> list[float]:
+def run_port(port: LoadedPort, run: ReferenceRun) -> dict[str, Tensor]:
+    """Run the port on the inputs of the reference; no outputs if it raises an error."""
+    side = Side(port.model, cases.port_outputs)
+    with cast(port.model, run.dtype):
+        outputs = Guard(port.model).attempt(lambda: side.run(run.inputs))
+    return outputs or {}
+
+
+def cosine_by_patch(tokens: Tensor | None, reference_tokens: Tensor) -> list[float]:
     """Return the cosine of each token of the first image with the reference's: one per patch.
 
-    Empty if the shapes differ.
+    Empty if the port has none, or the shapes differ.
     """
-    if tokens.shape != reference_tokens.shape:
+    if tokens is None or tokens.shape != reference_tokens.shape:
         return []
     cosines: list[float] = cosine(tokens, reference_tokens)[0].tolist()
     return cosines
@@ -102,21 +113,21 @@ def console_lines(comparison: Comparison, report: Json) -> list[str]:
             value = float(output[f"cosine_{statistic}"])
             lines.append(f"cosine_similarity{suffix}.{statistic}(): {value:.12f}")
     lines += ["", *format_table(reports.gate_table(comparison))]
-    if comparison.findings:
-        lines += ["", *str(comparison).splitlines()[:-1]]
+    if not comparison.equal:
+        lines += ["", *comparison.lines()]
     environment = ", ".join(f"{name} {value}" for name, value in report["environment"].items())
     return [*lines, "", environment]
 
 
-def write_reports(folder: Path, report: Json, pixel_values: Tensor) -> list[str]:
+def write_reports(folder: Path, report: Json, pixel_values: Tensor | None) -> list[str]:
     """Write a report in every format; return the file names.
 
     Args:
         folder: Output folder, created if missing.
         report: Return value of `make_report`.
-        pixel_values: First image of the comparison, [C, S, S].
+        pixel_values: First image of the comparison, [C, S, S]; None without one.
     """
-    image = html.image_data_uri(pixel_values)
+    image = "" if pixel_values is None else html.image_data_uri(pixel_values)
     writers: dict[str, Callable[[], str]] = {
         "report.json": lambda: reports.dumps(report),
         "report.md": lambda: reports.to_markdown(report),

@@ -43,8 +43,20 @@ def test_tensors_on_one_side_only(port: Tensors, reference: Tensors) -> None:
 
 def test_shared_memory(port: Tensors, reference: Tensors) -> None:
     port["c"] = port["b"]
+    reference["c"] = reference["b"].clone()
+    expected = {"c": "tensors share memory: b, c; not in the reference"}
+    assert messages(port, reference) == expected
+
+
+def test_tensors_that_the_reference_ties_may_share_memory(
+    port: Tensors, reference: Tensors
+) -> None:
     reference["c"] = reference["b"]
-    assert messages(port, reference) == {"b": "tensors share memory: b, c"}
+    port["c"] = port["b"]
+    assert messages(port, reference) == {}
+    port["d"] = port["b"]
+    reference["d"] = reference["b"].clone()
+    assert list(messages(port, reference)) == ["d"]
 
 
 def test_other_dtype(port: Tensors, reference: Tensors) -> None:
