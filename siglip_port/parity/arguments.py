@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_port.parity.nested import Inputs, check_inputs
-from siglip_port.parity.sides import Call, batch_size
+from siglip_port.parity.sides import Call, batch_size, clone_inputs
 
 
 def check_arguments(
@@ -94,6 +94,19 @@ def checked_call(call: Call, side: str) -> Call:
         return outputs
 
     return run
+
+
+def check_call(call: Call, port: object, inputs: Inputs) -> None:
+    """Raise TypeError if a call function does not return the port's outputs by name.
+
+    Errors of the port itself are left to the gates.
+    """
+    try:
+        with torch.inference_mode():
+            outputs = call(port, clone_inputs(inputs))
+    except Exception:
+        return
+    check_outputs_by_name(outputs, "port")
 
 
 def check_outputs_by_name(outputs: object, side: str) -> None:

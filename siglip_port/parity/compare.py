@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from siglip_port import parity_log
 from siglip_port.parity import gates
-from siglip_port.parity.arguments import check_arguments, checked_call
+from siglip_port.parity.arguments import check_arguments, check_call, checked_call
 from siglip_port.parity.gates.environment import exact_switches, isolated
 from siglip_port.parity.guard import guard_with_taps
 from siglip_port.parity.nested import Inputs, floating_point_dtype
@@ -75,16 +75,32 @@ def compare(
     if dtype is None:
         dtype = parameter_dtype(reference)
     reference_side = Side(reference, checked_call(call_reference, "reference"))
-    port_side = Side(port, checked_call(call_port, "port"))
+    port_side = Side(port, call_port)
+    check_call(call_port, port, inputs)
     port_side, reason = with_support(port_side, inputs, dtype)
     if reason and dtype == torch.float64:
         dtype = lower_dtype(inputs, reason)
     pairs = expand_taps(taps, reference, port_side.module)
 
+    if weights is not None:
+        weights = functools.partial(returns_weights, weights, port)
     with torch.enable_grad(), exact_switches():
         results = run_gates(reference_side, port_side, inputs, pairs, weights, dtype)
     section = Section(type(reference).__name__, "as given", tuple(results))
-    return Comparison((section,), not_judged=(f"float64: {reason}",) if reason else ())
+    return Comparison((section,), limits=(f"float64: {reason}",) if reason else ())
+
+
+def returns_weights(weights: Weights, port: object, _: object) -> Mapping[str, Tensor]:
+    """Return the weights of a port as given, whatever runs it."""
+    return weights(port)
+
+
+def modules_by_side(reference: nn.Module, port: object) -> dict[str, nn.Module]:
+    """Return the modules among the two sides."""
+    sides = {"reference": reference}
+    if isinstance(port, nn.Module):
+        sides = {"port": port, "reference": reference}
+    return sides
 
 
 def expand_taps(taps: Mapping[str, str] | None, reference: nn.Module, port: object) -> list[Tap]:
@@ -117,44 +133,31 @@ def run_gates(
     guard = guard_with_taps(port.module, taps)
     side = isolated(port)
     own_inputs = cast_inputs(inputs, dtype)
-    results = [guard.run("environment", *environment_checks(reference, port, own_inputs, taps))]
+    results = [
+        guard.run(
+            "environment",
+            lambda: gates.check_environment(modules_by_side(reference.module, port.module)),
+            lambda: gates.check_shared_modules(port, reference, taps),
+            lambda: gates.check_switches(port, own_inputs),
+        )
+    ]
     if weights is not None:
         expected = reference.module.state_dict()
         tensors = functools.partial(weights, port.module)
         results.append(guard.run("weights", lambda: gates.check_weights(tensors(), expected)))
     run = run_reference(reference, inputs, [tap.reference for tap in taps], dtype)
-    outputs = guard.attempt(lambda: run_in(dtype, side, own_inputs))
+    with cast(port.module, dtype):
+        outputs = guard.attempt(lambda: side.run(own_inputs))
     if outputs is not None:
         check_output_names(run, outputs)
-    results.append(
-        guard.run("sensitivity", lambda: gates.check_sensitivity(side, reference, own_inputs))
-    )
-    if port.supports_float64:
+    check = functools.partial(gates.check_sensitivity, side, reference, own_inputs)
+    results.append(guard.run("sensitivity", check))
+    if side.supports_float64:
         results.append(guard.run("numerics", lambda: gates.check_numerics(side, run, taps)))
     if dtype != torch.float64:
         name = f"rounding {dtype_name(dtype)}"
         results.append(guard.run(name, lambda: gates.check_rounding(side, run, taps)))
     return results
-
-
-def environment_checks(
-    reference: Side, port: Side, inputs: Inputs, taps: list[Tap]
-) -> list[Callable[[], GateResult]]:
-    """Return the parts of the gate `environment`; a port that is no module has no modes."""
-    if not isinstance(port.module, nn.Module):
-        return [lambda: gates.check_environment({"reference": reference.module})]
-    modules = {"port": port.module, "reference": reference.module}
-    return [
-        lambda: gates.check_environment(modules),
-        lambda: gates.check_shared_modules(port, reference, taps),
-        lambda: gates.check_switches(port, inputs),
-    ]
-
-
-def run_in(dtype: torch.dtype, port: Side, inputs: Inputs) -> dict[str, Tensor]:
-    """Run a port in a dtype."""
-    with cast(port.module, dtype):
-        return port.run(inputs)
 
 
 def parameter_dtype(module: nn.Module) -> torch.dtype:

@@ -165,12 +165,12 @@ class Comparison:
     Attributes:
         sections: One per checkpoint.
         label: Kind of weights, for the verdict.
-        not_judged: What could not be judged, with the reason.
+        limits: What could not be judged, with the reason.
     """
 
     sections: tuple[Section, ...]
     label: str = "weights as given"
-    not_judged: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
 
     @property
     def gates(self) -> list[tuple[Section, GateResult]]:
@@ -207,7 +207,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """Result of the comparison in one line, with every cause."""
-        clauses = [f"; not judged: {reason}" for reason in self.not_judged]
+        clauses = [f"; not judged: {reason}" for reason in self.limits]
         return "".join([self._result(), *clauses])
 
     def _result(self) -> str:

@@ -126,7 +126,7 @@ def tap_hooks(module: object, points: list[str], visit: Visit) -> Iterator[None]
     replaced in place if its memory allows, so that a residual connection from the same tensor gets
     the replacement, too.
     """
-    modules = {}
+    modules: dict[str, nn.Module] = {}
     if isinstance(module, nn.Module):
         modules = dict(module.named_modules(remove_duplicate=False))
     handles = []

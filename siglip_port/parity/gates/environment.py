@@ -85,11 +85,13 @@ def check_mode(side: str, module: nn.Module) -> list[Finding]:
     return [Finding(message, port=names[0])]
 
 
-def training_modules(module: nn.Module) -> list[str]:
+def training_modules(module: object) -> list[str]:
     """List the modules in training mode; the outermost one is `model`.
 
     Activations of torch are left out: they have no modes, and are often made by the forward pass.
     """
+    if not isinstance(module, nn.Module):
+        return []
     names = []
     for name, part in module.named_modules():
         if part.training and not isinstance(part, ACTIVATIONS):
@@ -148,8 +150,11 @@ def check_switches(port: Side, inputs: Inputs) -> GateResult:
 
 
 @contextlib.contextmanager
-def without_gradients(module: nn.Module) -> Iterator[None]:
+def without_gradients(module: object) -> Iterator[None]:
     """Run a module without building a graph, in a mode that allows one."""
+    if not isinstance(module, nn.Module):
+        yield
+        return
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -174,9 +179,14 @@ class Structure:
 
 
 def structure_of(side: Side) -> Structure:
-    """Describe the modules of a side. Modules without parameters may be shared."""
+    """Describe the modules of a side. Modules without parameters may be shared.
+
+    A callable that is no module has none.
+    """
     groups: dict[nn.Module, list[str]] = {}
-    paths = []
+    paths: list[str] = []
+    if not isinstance(side.module, nn.Module):
+        return Structure(frozenset(paths), [])
     for path, part in side.module.named_modules(remove_duplicate=False):
         paths.append(path)
         if next(part.parameters(), None) is not None:
