@@ -12,6 +12,8 @@ MAX_FINDINGS_SHOWN = 10
 GATE_PRECEDENCE = (
     "numerics",
     "weights",
+    "calls",
+    "gradients",
     "rounding",
     "interface",
     "pixels",

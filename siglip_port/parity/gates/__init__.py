@@ -4,6 +4,7 @@ One file per gate; all of them work on any pair of modules. Call them through th
 (`gates.check_weights(...)`), so that replacing a gate reaches every caller.
 """
 
+from siglip_port.parity.gates.calls import check_calls
 from siglip_port.parity.gates.config import check_config
 from siglip_port.parity.gates.environment import check_environment
 from siglip_port.parity.gates.meaning import MEANING
@@ -14,6 +15,7 @@ from siglip_port.parity.gates.weights import check_weights
 
 __all__ = [
     "MEANING",
+    "check_calls",
     "check_config",
     "check_environment",
     "check_numerics",

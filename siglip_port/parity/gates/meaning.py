@@ -66,6 +66,23 @@ MEANING = {
         ),
         bound=f"relative error {FLOAT64_BOUND:g} (cosine 1 - 5e-21); {FLOAT64_ORIGIN}",
     ),
+    "gradients": Meaning(
+        question="Are the gradients of inputs and parameters the reference's?",
+        text=(
+            "the gradients of inputs and parameters are the reference's, in eval and in training "
+            "mode, with gradient checkpointing, too; outputs are the same with gradients enabled"
+        ),
+        bound="relative error 1e-8 of each gradient in float64",
+    ),
+    "calls": Meaning(
+        question="Does a call only compute its outputs, in every situation?",
+        text=(
+            "batches of 1, 2, 3, 5 and 9, any memory format, dtype and gradient mode give the "
+            "reference's outputs, with its dtype and shape; calls write to no input or weight, "
+            "change no setting of torch, and do not depend on earlier calls, outputs or weights"
+        ),
+        bound="relative error 1e-10 in float64; other dtypes: 4x the reference's rounding error",
+    ),
     "interface": Meaning(
         question="Do the port's other methods agree with forward()?",
         text=(

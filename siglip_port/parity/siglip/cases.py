@@ -17,6 +17,7 @@ from siglip_port.config import SigLipVisionConfig
 from siglip_port.extras import MissingExtraError
 from siglip_port.model import SigLipVisionModel
 from siglip_port.parity import gates
+from siglip_port.parity.calls import ReferenceCalls, run_calls
 from siglip_port.parity.gates.numerics import MAX_HINTS
 from siglip_port.parity.observe import ReferenceRun, run_reference
 from siglip_port.parity.results import GateResult
@@ -48,7 +49,19 @@ MINI = replace(
 )
 
 LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ALL_GATES = ("environment", "config", "weights", "sensitivity", "numerics", "interface", "rounding")
+ALL_GATES = (
+    "environment",
+    "config",
+    "weights",
+    "sensitivity",
+    "numerics",
+    "gradients",
+    "calls",
+    "interface",
+    "rounding",
+)
+SMALL_MODEL_GATES = ("gradients", "calls")
+"""Gates whose bugs do not depend on the size of the model, and that take long on a large one."""
 
 
 def port_outputs(port: SigLipVisionModel, pixel_values: Tensor) -> dict[str, Tensor]:
@@ -97,6 +110,7 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     attentions: tuple[str, ...] = ("sdpa", "eager")
     reference_runs: dict[torch.dtype, ReferenceRun] = field(default_factory=dict)
+    _calls: ReferenceCalls | None = field(default=None, init=False, repr=False)
 
     def reference_run(self, dtype: torch.dtype) -> ReferenceRun:
         """Run the reference in `dtype`; cached."""
@@ -111,6 +125,12 @@ class Case:
                 self.attentions,
             )
         return self.reference_runs[dtype]
+
+    def reference_calls(self) -> ReferenceCalls:
+        """Call the reference in all situations of the gate `calls`; cached."""
+        if self._calls is None:
+            self._calls = run_calls(self.reference.side(), self.inputs, self.dtypes[0])
+        return self._calls
 
     def taps(self, port: SigLipVisionModel) -> list[Tap]:
         """Return the taps that pair a port with the reference."""
@@ -154,6 +174,8 @@ class Case:
         if "numerics" in self.gates:
             run = self.reference_run(self.dtypes[0])
             yield gates.check_numerics(side, run, self.taps(port), max_hints=max_hints)
+        if "calls" in self.gates:
+            yield gates.check_calls(side, self.reference_calls(), self.taps(port))
         if "interface" in self.gates:
             yield interface.check_interface(port, inputs)
         if "rounding" in self.gates:
