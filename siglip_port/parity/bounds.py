@@ -31,6 +31,15 @@ UPCAST_BOUND = 1e-6
 UPCAST_COSINE = 0.5
 """Largest cosine between such errors on inputs that differ by 1e-4: rounding is not smooth."""
 
+GRADIENT_BOUND = 1e-8
+"""Largest relative error of a gradient in float64."""
+
+GRADIENT_UPCAST_BOUND = 1e-3
+"""The same for a port with float32 steps, whose rounding sums up in small gradients."""
+
+FLOAT32_MODEL_BOUND = 1e-5
+"""Largest relative error of outputs in float64 that a model computed in float32 can have."""
+
 
 def within_float64_bound(error: float) -> bool:
     """Return whether a relative error can be float64 rounding."""

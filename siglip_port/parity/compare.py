@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from siglip_port.parity import gates
+from siglip_port.parity.calls import run_calls
+from siglip_port.parity.gradients import run_gradients
 from siglip_port.parity.observe import ReferenceRun, run_reference
 from siglip_port.parity.results import Comparison, Section
 from siglip_port.parity.sides import (
@@ -77,6 +79,10 @@ def compare(
     check_output_names(run, port_side, inputs)
     results.append(gates.check_sensitivity(port_side, reference_side, cast_inputs(inputs, dtype)))
     results.append(gates.check_numerics(port_side, run, pairs))
+    gradients = run_gradients(reference_side, inputs, [tap.reference for tap in pairs], dtype)
+    results.append(gates.check_gradients(port_side, gradients, pairs, weights))
+    calls = run_calls(reference_side, inputs, dtype)
+    results.append(gates.check_calls(port_side, calls, pairs))
     if dtype != torch.float64:
         results.append(gates.check_rounding(port_side, run, pairs))
     return Comparison((Section(type(reference).__name__, "as given", tuple(results)),))

@@ -114,6 +114,8 @@ class GateResult:
             call the module, or calls it with other shapes.
         float32_upcasts: Taps that the port computes in float32 even in float64; the gate `rounding`
             judges them.
+        not_judged: What could not be compared although the gate passed, for the verdict; empty for
+            nothing.
     """
 
     name: str
@@ -123,6 +125,7 @@ class GateResult:
     measurements: tuple[Measurement, ...] = ()
     uncompared_taps: tuple[str, ...] = ()
     float32_upcasts: tuple[str, ...] = ()
+    not_judged: str = ""
 
     @property
     def passed(self) -> bool:
@@ -200,10 +203,13 @@ class Comparison:
         counts: dict[str, int] = {}
         uncompared: set[str] = set()
         upcasts: set[str] = set()
+        not_judged: dict[str, None] = {}
         for _, gate in self.gates:
             counts[gate.name] = counts.get(gate.name, 0) + gate.checked
             uncompared.update(gate.uncompared_taps)
             upcasts.update(gate.float32_upcasts)
+            if gate.not_judged:
+                not_judged[f"{gate.name} not judged: {gate.not_judged}"] = None
         gates = ", ".join(f"{name} ({count})" for name, count in counts.items())
         text = f"EQUAL ({self.label}): passed {gates}"
         if uncompared:
@@ -212,7 +218,7 @@ class Comparison:
         if upcasts:
             text += "; float32 at every dtype, judged by the rounding gate: "
             text += first_names(upcasts)
-        return text
+        return "; ".join([text, *not_judged])
 
     def __str__(self) -> str:
         """Format the findings, one per line, and the verdict."""

@@ -422,7 +422,7 @@ def changed_settings(before: Mapping[str, Any]) -> list[str]:
 
 def restore_settings(settings: Mapping[str, Any], names: list[str]) -> None:
     """Restore the settings that a call changed, so that later calls do not depend on them."""
-    restore = {
+    restore: dict[str, Callable[..., object]] = {
         "the random number generator": torch.set_rng_state,
         "the gradient mode": torch.set_grad_enabled,
         "the default dtype": torch.set_default_dtype,

@@ -7,6 +7,7 @@ One file per gate; all of them work on any pair of modules. Call them through th
 from siglip_port.parity.gates.calls import check_calls
 from siglip_port.parity.gates.config import check_config
 from siglip_port.parity.gates.environment import check_environment
+from siglip_port.parity.gates.gradients import check_gradients
 from siglip_port.parity.gates.meaning import MEANING
 from siglip_port.parity.gates.numerics import check_numerics
 from siglip_port.parity.gates.rounding import check_rounding
@@ -18,6 +19,7 @@ __all__ = [
     "check_calls",
     "check_config",
     "check_environment",
+    "check_gradients",
     "check_numerics",
     "check_rounding",
     "check_sensitivity",

@@ -54,7 +54,7 @@ def check_calls(port: Side, calls: ReferenceCalls, taps: list[Tap]) -> GateResul
     state = {name: tensor.clone() for name, tensor in port.module.state_dict().items()}
     outcomes = run_situations(port, list(calls.situations.values()), calls.dtype)
     sides = BothSides(port, calls, outcomes, taps)
-    deviations = []
+    deviations: list[Deviation] = []
     checked = 0
     for name, expected in calls.outcomes.items():
         if not expected.error:
@@ -168,9 +168,7 @@ def raised(sides: BothSides, situation: Situation, outcome: Outcome) -> Deviatio
     """Return the deviation of a call that raised an error, with the innermost module."""
     reference = port_to_reference(sides.taps).get(outcome.place, "")
     place = outcome.place or "forward"
-    return Deviation(
-        "raises", "raises an error", situation.name, outcome.error, reference, place
-    )
+    return Deviation("raises", "raises an error", situation.name, outcome.error, reference, place)
 
 
 def compare_effects(

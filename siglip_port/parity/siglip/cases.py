@@ -19,6 +19,7 @@ from siglip_port.model import SigLipVisionModel
 from siglip_port.parity import gates
 from siglip_port.parity.calls import ReferenceCalls, run_calls
 from siglip_port.parity.gates.numerics import MAX_HINTS
+from siglip_port.parity.gradients import ReferenceGradients, run_gradients
 from siglip_port.parity.observe import ReferenceRun, run_reference
 from siglip_port.parity.results import GateResult
 from siglip_port.parity.sides import Call, Side
@@ -60,8 +61,8 @@ ALL_GATES = (
     "interface",
     "rounding",
 )
-SMALL_MODEL_GATES = ("gradients", "calls")
-"""Gates whose bugs do not depend on the size of the model, and that take long on a large one."""
+LARGE_MODEL_GATES = tuple(gate for gate in ALL_GATES if gate not in ("gradients", "calls"))
+"""Gates of a checkpoint at full size; the others need many runs, and find the same on small ones."""
 
 
 def port_outputs(port: SigLipVisionModel, pixel_values: Tensor) -> dict[str, Tensor]:
@@ -73,10 +74,13 @@ def port_outputs(port: SigLipVisionModel, pixel_values: Tensor) -> dict[str, Ten
 
 
 def tensors_by_reference_name(port: SigLipVisionModel) -> dict[str, Tensor]:
-    """Return the port's tensors under the reference's names."""
+    """Return the port's tensors under the reference's names, computed from its parameters.
+
+    Gradients reach the parameters through them.
+    """
     layout = layouts.HUGGINGFACE_NAFLEX if port.config.naflex else layouts.HUGGINGFACE
     rules = layout.rules(port.config.pooling_head)
-    state = port.state_dict()
+    state = port.state_dict(keep_vars=True)
     tensors = {}
     for name, mapping in layout.mappings(port.config.num_encoder_blocks, rules).items():
         if set(mapping.port) <= state.keys():
@@ -111,6 +115,7 @@ class Case:
     attentions: tuple[str, ...] = ("sdpa", "eager")
     reference_runs: dict[torch.dtype, ReferenceRun] = field(default_factory=dict)
     _calls: ReferenceCalls | None = field(default=None, init=False, repr=False)
+    _gradients: ReferenceGradients | None = field(default=None, init=False, repr=False)
 
     def reference_run(self, dtype: torch.dtype) -> ReferenceRun:
         """Run the reference in `dtype`; cached."""
@@ -131,6 +136,14 @@ class Case:
         if self._calls is None:
             self._calls = run_calls(self.reference.side(), self.inputs, self.dtypes[0])
         return self._calls
+
+    def reference_gradients(self) -> ReferenceGradients:
+        """Compute the gradients of the reference; cached."""
+        if self._gradients is None:
+            host = self.reference.side()
+            points = list(self.reference_run(self.dtypes[0]).exact.taps)
+            self._gradients = run_gradients(host, self.inputs, points, self.dtypes[0])
+        return self._gradients
 
     def taps(self, port: SigLipVisionModel) -> list[Tap]:
         """Return the taps that pair a port with the reference."""
@@ -174,6 +187,9 @@ class Case:
         if "numerics" in self.gates:
             run = self.reference_run(self.dtypes[0])
             yield gates.check_numerics(side, run, self.taps(port), max_hints=max_hints)
+        if "gradients" in self.gates:
+            gradients = self.reference_gradients()
+            yield gates.check_gradients(side, gradients, self.taps(port), tensors_by_reference_name)
         if "calls" in self.gates:
             yield gates.check_calls(side, self.reference_calls(), self.taps(port))
         if "interface" in self.gates:
