@@ -114,8 +114,7 @@ class GateResult:
             call the module, or calls it with other shapes.
         float32_upcasts: Taps that the port computes in float32 even in float64; the gate `rounding`
             judges them.
-        not_judged: What could not be compared although the gate passed, for the verdict; empty for
-            nothing.
+        notes: Sentences for the verdict, about what the gate did not judge.
     """
 
     name: str
@@ -125,7 +124,7 @@ class GateResult:
     measurements: tuple[Measurement, ...] = ()
     uncompared_taps: tuple[str, ...] = ()
     float32_upcasts: tuple[str, ...] = ()
-    not_judged: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -203,13 +202,12 @@ class Comparison:
         counts: dict[str, int] = {}
         uncompared: set[str] = set()
         upcasts: set[str] = set()
-        not_judged: dict[str, None] = {}
+        notes: dict[str, None] = {}
         for _, gate in self.gates:
             counts[gate.name] = counts.get(gate.name, 0) + gate.checked
             uncompared.update(gate.uncompared_taps)
             upcasts.update(gate.float32_upcasts)
-            if gate.not_judged:
-                not_judged[f"{gate.name} not judged: {gate.not_judged}"] = None
+            notes.update(dict.fromkeys(gate.notes))
         gates = ", ".join(f"{name} ({count})" for name, count in counts.items())
         text = f"EQUAL ({self.label}): passed {gates}"
         if uncompared:
@@ -218,7 +216,7 @@ class Comparison:
         if upcasts:
             text += "; float32 at every dtype, judged by the rounding gate: "
             text += first_names(upcasts)
-        return "; ".join([text, *not_judged])
+        return "; ".join([text, *notes])
 
     def __str__(self) -> str:
         """Format the findings, one per line, and the verdict."""

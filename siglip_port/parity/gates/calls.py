@@ -67,7 +67,24 @@ def check_calls(port: Side, calls: ReferenceCalls, taps: list[Tap]) -> GateResul
     deviations += changed_tensors(port, state)
     checked += len(state)
     findings = to_findings(deviations)
-    return GateResult("calls", checked, MEANING["calls"].bound, tuple(findings))
+    bound = MEANING["calls"].bound
+    return GateResult("calls", checked, bound, tuple(findings), notes=not_contiguous(sides))
+
+
+def not_contiguous(sides: BothSides) -> tuple[str, ...]:
+    """Return a sentence if outputs are not contiguous, unlike the reference's.
+
+    This is no finding: elementwise operations keep the memory format of their inputs, so equal
+    formulas differ in it.
+    """
+    names = []
+    for name, expected in sides.calls.outcomes[BASE].traits.items():
+        traits = sides.outcomes[BASE].traits.get(name, expected)
+        if expected.is_contiguous and not traits.is_contiguous:
+            names.append(name)
+    if not names:
+        return ()
+    return (f"not contiguous, unlike the reference's: {', '.join(names)}",)
 
 
 @dataclass(frozen=True)
@@ -210,8 +227,6 @@ def differing_traits(traits: Traits, expected: Traits) -> Iterator[tuple[str, st
     if traits.shape != expected.shape:
         remedy = f"expected {list(expected.shape)} as the reference's"
         yield "shape", f"has shape {list(traits.shape)}", remedy
-    if expected.is_contiguous and not traits.is_contiguous:
-        yield "contiguous", "is not contiguous", "the reference's is; call contiguous()"
     if traits.requires_grad and not expected.requires_grad:
         yield "requires_grad", "requires gradients", "the reference's does not"
     if expected.on_input_device and not traits.on_input_device:

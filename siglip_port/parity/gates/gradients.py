@@ -76,7 +76,7 @@ def check_gradients(
         check.checked,
         MEANING["gradients"].bound,
         tuple(check.findings),
-        not_judged=check.not_judged,
+        notes=check.notes,
     )
 
 
@@ -131,6 +131,13 @@ class GradientCheck:
             self.findings += self.locate(comparison, gradients)
         elif self.run.trains_alike and not missing:
             self.compare_in_training(comparison)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentence for the verdict about gradients that were not compared."""
+        if not self.not_judged:
+            return ()
+        return (f"gradients not judged: {self.not_judged}",)
 
     def backpropagate(self) -> Gradients:
         """Run the port forward and backward."""

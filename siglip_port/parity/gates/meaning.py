@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from siglip_port.parity.bounds import FLOAT64_BOUND, FLOAT64_ORIGIN, ROUNDING_ORIGIN
+from siglip_port.parity.bounds import FLOAT64_BOUND, FLOAT64_ORIGIN, GRADIENT_BOUND, ROUNDING_ORIGIN
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,15 @@ MEANING = {
             "the gradients of inputs and parameters are the reference's, in eval and in training "
             "mode, with gradient checkpointing, too; outputs are the same with gradients enabled"
         ),
-        bound="relative error 1e-8 of each gradient in float64",
+        bound=f"relative error {GRADIENT_BOUND:g} of each gradient in float64",
     ),
     "calls": Meaning(
         question="Does a call only compute its outputs, in every situation?",
         text=(
             "batches of 1, 2, 3, 5 and 9, any memory format, dtype and gradient mode give the "
-            "reference's outputs, with its dtype and shape; calls write to no input or weight, "
-            "change no setting of torch, and do not depend on earlier calls, outputs or weights"
+            "reference's outputs, with its dtype, shape and device; calls write to no input or "
+            "weight, change no setting of torch, and do not depend on earlier calls, outputs or "
+            "weights"
         ),
         bound="relative error 1e-10 in float64; other dtypes: 4x the reference's rounding error",
     ),

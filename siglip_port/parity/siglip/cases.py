@@ -62,7 +62,8 @@ ALL_GATES = (
     "rounding",
 )
 LARGE_MODEL_GATES = tuple(gate for gate in ALL_GATES if gate not in ("gradients", "calls"))
-"""Gates of a checkpoint at full size; the others need many runs, and find the same on small ones."""
+"""Gates of a checkpoint at full size; the others need many runs, and find the same on a small one.
+"""
 
 
 def port_outputs(port: SigLipVisionModel, pixel_values: Tensor) -> dict[str, Tensor]:
