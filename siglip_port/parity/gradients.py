@@ -26,6 +26,7 @@ from siglip_port.parity.situations import (
     Situation,
     describe_error,
     differs_more_than_rounding,
+    parameters_of,
     run_situation,
 )
 from siglip_port.parity.taps import Recording, record, tap_hooks
@@ -153,13 +154,13 @@ def describe_parameters(side: Side, dtype: torch.dtype) -> dict[str, ParameterIn
     """Describe the parameters of a side."""
     return {
         name: ParameterInfo(parameter.requires_grad, digest(parameter, dtype))
-        for name, parameter in side.module.named_parameters()
+        for name, parameter in parameters_of(side.module).items()
     }
 
 
 def digest(tensor: Tensor, dtype: torch.dtype) -> str:
     """Return a digest of the shape and the values of a tensor, rounded to a dtype."""
-    values = bits(tensor.detach().to(dtype)).cpu().numpy().tobytes()
+    values = bits(tensor.detach().to(dtype).flatten()).cpu().numpy().tobytes()
     return hashlib.sha256(str(tuple(tensor.shape)).encode() + values).hexdigest()
 
 
@@ -293,13 +294,13 @@ def backpropagate(
         leaves.append(tensor.detach().clone().requires_grad_())
         return leaves[-1]
 
-    parameters = dict(side.module.named_parameters())
+    parameters = parameters_of(side.module)
     outputs: dict[str, Tensor] = {}
     try:
         with (
             trainable(list(parameters.values())),
             torch.enable_grad(),
-            tap_hooks(side.module, taps.points, taps.visit),
+            watch(side.module, taps),
         ):
             outputs = dict(side.call(side.module, map_tensors(inputs, to_leaf)))
             differentiable = differentiable_outputs(outputs, names)
@@ -317,6 +318,13 @@ def backpropagate(
         taps.aliases,
         taps.consumers(),
     )
+
+
+def watch(module: nn.Module, taps: GradientTaps) -> contextlib.AbstractContextManager[None]:
+    """Watch the taps of a module, if there are any."""
+    if not taps.points:
+        return contextlib.nullcontext()
+    return tap_hooks(module, taps.points, taps.visit)
 
 
 @contextlib.contextmanager
@@ -387,7 +395,7 @@ class ExpectedGradient:
 
 
 def expected_gradients(
-    port: nn.Module, run: ReferenceGradients, gradients: Gradients, weights: Weights | None
+    port: object, run: ReferenceGradients, gradients: Gradients, weights: Weights | None
 ) -> dict[str, ExpectedGradient]:
     """Translate the gradients of the reference's parameters to those of the port.
 
@@ -401,7 +409,7 @@ def expected_gradients(
         gradients: The gradients to translate.
         weights: Function that returns the port's tensors under the reference's names.
     """
-    parameters = dict(port.named_parameters())
+    parameters = parameters_of(port)
     references = {name: value for name, value in gradients.parameters.items() if value is not None}
     expected: dict[str, ExpectedGradient] = {}
     with trainable(list(parameters.values())), torch.enable_grad():

@@ -85,17 +85,28 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @contextlib.contextmanager
-def cast(module: nn.Module, *dtypes: torch.dtype) -> Iterator[None]:
-    """Cast a module's floating point tensors to each dtype in turn; restore them on exit."""
-    tensors = [*module.parameters(), *module.buffers()]
-    originals = [tensor.data for tensor in tensors]
+def cast(module: object, *dtypes: torch.dtype) -> Iterator[None]:
+    """Cast a module's floating point tensors to each dtype in turn; restore them on exit.
+
+    A callable that is no module has its own dtype.
+    """
+    if not isinstance(module, nn.Module):
+        yield
+        return
+    parameters = [(parameter, parameter.data) for parameter in module.parameters()]
+    buffers = []  # casting replaces these, and only the values of parameters
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            buffers.append((part, name, buffer))
     try:
         for dtype in dtypes:
             module.to(dtype)
         yield
     finally:
-        for tensor, data in zip(tensors, originals, strict=True):
-            tensor.data = data
+        for parameter, data in parameters:
+            parameter.data = data
+        for part, name, buffer in buffers:
+            setattr(part, name, buffer)
 
 
 def map_tensors(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:

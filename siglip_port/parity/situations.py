@@ -26,6 +26,10 @@ MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
 """Gradient modes by name."""
 
 
+RANDOM_NUMBERS = "the random number generator"
+"""Setting that only calls in training mode may change."""
+
+
 @dataclass(frozen=True)
 class Situation:
     """Circumstances of a call.
@@ -187,9 +191,25 @@ MEMORY_FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
 # --- states of a module ---------------------------------------------------------------------------
 
 
+def parameters_of(module: object) -> dict[str, nn.Parameter]:
+    """Return the parameters of a module by name; none of another callable."""
+    return dict(module.named_parameters()) if isinstance(module, nn.Module) else {}
+
+
+def state_of_module(module: object) -> dict[str, Tensor]:
+    """Return the `state_dict` of a module; empty for another callable."""
+    return dict(module.state_dict()) if isinstance(module, nn.Module) else {}
+
+
 @contextlib.contextmanager
-def in_training_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into training mode; restore modes, buffers and random numbers on exit."""
+def in_training_mode(module: object) -> Iterator[None]:
+    """Put a module into training mode; restore modes, buffers and random numbers on exit.
+
+    A callable that is no module has no modes.
+    """
+    if not isinstance(module, nn.Module):
+        yield
+        return
     modes = [(part, part.training) for part in module.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     with torch.random.fork_rng():
@@ -214,9 +234,9 @@ def change_weight(weight: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def with_own_weights(module: nn.Module) -> Iterator[None]:
+def with_own_weights(module: object) -> Iterator[None]:
     """Give a module copies of its parameters, and the originals again on exit."""
-    parameters = list(module.parameters())
+    parameters = list(parameters_of(module).values())
     originals = [parameter.data for parameter in parameters]
     try:
         for parameter in parameters:
@@ -228,10 +248,10 @@ def with_own_weights(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def with_changed_weights(module: nn.Module) -> Iterator[None]:
+def with_changed_weights(module: object) -> Iterator[None]:
     """Change all parameters of a module by `change_weight`; restore them on exit."""
     with with_own_weights(module):
-        for parameter in module.parameters():
+        for parameter in parameters_of(module).values():
             parameter.data = change_weight(parameter)
         yield
 
@@ -239,7 +259,7 @@ def with_changed_weights(module: nn.Module) -> Iterator[None]:
 def weight_moments(side: Side, dtype: torch.dtype) -> tuple[float, ...]:
     """Return sums over all parameters that depend neither on their order nor their shapes."""
     moments = [0.0] * 5
-    for parameter in side.module.parameters():
+    for parameter in parameters_of(side.module).values():
         values = parameter.detach().to(dtype).double()
         moments[0] += values.numel()
         moments[1] += float(values.sum())
@@ -281,7 +301,9 @@ def run_situation(side: Side, situation: Situation, dtype: torch.dtype) -> Outco
 
 def call_twice(side: Side, situation: Situation) -> Outcome:
     """Call a side in training mode, and find out whether its outputs are random."""
+    torch.manual_seed(0)
     outcome = call_once(side, situation)
+    torch.manual_seed(1)
     second = call_once(side, situation)
     for name, output in outcome.outputs.items():
         other = second.outputs.get(name)
@@ -302,16 +324,15 @@ def call_once(side: Side, situation: Situation) -> Outcome:
     """Call a side that has the weights and the mode of the situation."""
     inputs = map_all_tensors(situation.inputs, MEMORY_FORMATS[situation.memory])
     watched = watch_tensors(side.module, inputs)
-    with MODES[situation.mode]():
+    with MODES[situation.mode](), settings_restored():
         settings = read_settings()
         try:
             outputs = dict(side.call(side.module, inputs))
         except Exception as error:  # an outcome, which the gate reports
             return Outcome(error=describe_error(error), place=innermost_module(error, side.module))
         changed = changed_settings(settings)
-        if situation.training:
-            changed = []  # dropout draws random numbers
-        restore_settings(settings, changed)
+    if situation.training:
+        changed = [name for name in changed if name != RANDOM_NUMBERS]  # dropout draws some
     written = [name for name, tensor, before in watched if before != state_of(tensor)]
     tensors = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
     traits = {name: read_traits(value, side.module, inputs) for name, value in tensors.items()}
@@ -325,8 +346,10 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def innermost_module(error: BaseException, module: nn.Module) -> str:
+def innermost_module(error: BaseException, module: object) -> str:
     """Return the path of the innermost module whose call raised an error."""
+    if not isinstance(module, nn.Module):
+        return ""
     paths = {id(part): path for path, part in module.named_modules()}
     innermost = ""
     trace = error.__traceback__
@@ -353,17 +376,17 @@ def state_of(tensor: Tensor) -> State:
     version = 0 if tensor.is_inference() else tensor._version
     if isinstance(tensor, nn.Parameter):
         return State(version, b"")
-    return State(version, bits(tensor.detach()).cpu().numpy().tobytes())
+    return State(version, bits(tensor.detach().flatten()).cpu().numpy().tobytes())
 
 
-def watch_tensors(module: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor, State]]:
+def watch_tensors(module: object, inputs: Inputs) -> list[tuple[str, Tensor, State]]:
     """Return name, tensor and state of all inputs and parameters."""
     tensors = {f"input {i}": tensor for i, tensor in enumerate(all_tensors(inputs))}
-    tensors |= dict(module.named_parameters())
+    tensors |= parameters_of(module)
     return [(name, tensor, state_of(tensor)) for name, tensor in tensors.items()]
 
 
-def read_traits(output: Tensor, module: nn.Module, inputs: Inputs) -> Traits:
+def read_traits(output: Tensor, module: object, inputs: Inputs) -> Traits:
     """Read the traits of an output."""
     tensors = all_tensors(inputs)
     return Traits(
@@ -377,14 +400,14 @@ def read_traits(output: Tensor, module: nn.Module, inputs: Inputs) -> Traits:
     )
 
 
-def shared_memory(output: Tensor, module: nn.Module, inputs: list[Tensor]) -> str:
+def shared_memory(output: Tensor, module: object, inputs: list[Tensor]) -> str:
     """Return which tensor shares memory with an output; empty for none."""
     memory = memory_of(output)
     if not output.numel():
         return ""
     if any(memory_of(tensor) == memory for tensor in inputs):
         return "an input"
-    if any(memory_of(tensor) == memory for tensor in module.parameters()):
+    if any(memory_of(tensor) == memory for tensor in parameters_of(module).values()):
         return "a parameter"
     return ""
 
@@ -397,7 +420,7 @@ def memory_of(tensor: Tensor) -> int:
 def read_settings() -> dict[str, Any]:
     """Read the global settings of torch that a call must leave as they are."""
     return {
-        "the random number generator": torch.get_rng_state(),
+        RANDOM_NUMBERS: torch.get_rng_state(),
         "the gradient mode": torch.is_grad_enabled(),
         "the default dtype": torch.get_default_dtype(),
         "the number of threads": torch.get_num_threads(),
@@ -420,16 +443,24 @@ def changed_settings(before: Mapping[str, Any]) -> list[str]:
     return changed
 
 
-def restore_settings(settings: Mapping[str, Any], names: list[str]) -> None:
-    """Restore the settings that a call changed, so that later calls do not depend on them."""
-    restore: dict[str, Callable[..., object]] = {
-        "the random number generator": torch.set_rng_state,
-        "the gradient mode": torch.set_grad_enabled,
-        "the default dtype": torch.set_default_dtype,
-        "the number of threads": torch.set_num_threads,
-        "autocast": functools.partial(torch.set_autocast_enabled, "cpu"),
-        "deterministic algorithms": torch.use_deterministic_algorithms,
-        "the precision of float32 products": torch.set_float32_matmul_precision,
-    }
-    for name in names:
-        restore[name](settings[name])
+@contextlib.contextmanager
+def settings_restored() -> Iterator[None]:
+    """Restore the settings of torch on exit, so that a change affects no later call."""
+    settings = read_settings()
+    try:
+        yield
+    finally:
+        for name in changed_settings(settings):
+            RESTORE[name](settings[name])
+
+
+RESTORE: dict[str, Callable[..., object]] = {
+    RANDOM_NUMBERS: torch.set_rng_state,
+    "the gradient mode": torch.set_grad_enabled,
+    "the default dtype": torch.set_default_dtype,
+    "the number of threads": torch.set_num_threads,
+    "autocast": functools.partial(torch.set_autocast_enabled, "cpu"),
+    "deterministic algorithms": torch.use_deterministic_algorithms,
+    "the precision of float32 products": torch.set_float32_matmul_precision,
+}
+"""Setting of `read_settings` -> function that sets it."""

@@ -32,6 +32,7 @@ from siglip_port.parity.situations import (
     innermost_module,
     map_all_tensors,
     memory_of,
+    parameters_of,
     with_own_weights,
 )
 from siglip_port.parity.taps import Tap, port_to_reference
@@ -150,7 +151,9 @@ def overwritten_outputs(port: Side, contents: Contents, dtype: torch.dtype) -> S
 
 def changed_weights(port: Side, contents: Contents, dtype: torch.dtype) -> Steps:
     """Change the weights between calls: in place, by load_state_dict and through .data."""
-    parameters = list(port.module.parameters())
+    parameters = list(parameters_of(port.module).values())
+    if not parameters:
+        return
     originals = [parameter.detach().clone() for parameter in parameters]
     with with_own_weights(port.module):
         run(port, contents, BASE)
@@ -168,7 +171,7 @@ def changed_weights(port: Side, contents: Contents, dtype: torch.dtype) -> Steps
             state[name] = change_weight(state[name])
         port.module.load_state_dict(state)
         changed = run(port, contents, CHANGED_WEIGHTS)
-        yield Step("after load_state_dict()", CHANGED_WEIGHTS, changed)
+        yield Step("after load_state_dict() with other weights", CHANGED_WEIGHTS, changed)
     yield Step("after its weights were restored", BASE, run(port, contents, BASE))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from siglip_port.parity import bounds
 from siglip_port.parity.calls import CallTrace
@@ -30,7 +30,7 @@ from siglip_port.parity.gradients import (
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.results import Finding, GateResult
 from siglip_port.parity.sides import Side, Weights, cast
-from siglip_port.parity.situations import in_training_mode
+from siglip_port.parity.situations import in_training_mode, parameters_of
 from siglip_port.parity.taps import Tap
 
 
@@ -67,7 +67,7 @@ def check_gradients(
         weights: Function that returns the port's tensors under the names of the reference's
             `state_dict`; None to match parameters by their values.
     """
-    flags = {name: p.requires_grad for name, p in port.module.named_parameters()}
+    flags = {name: p.requires_grad for name, p in parameters_of(port.module).items()}
     with cast(port.module, run.dtype, torch.float64):
         check = GradientCheck(port, run, taps, weights)
         check.evaluate(flags)
@@ -169,6 +169,8 @@ class GradientCheck:
             return True
         plain = output_errors(self.port.run(self.run.inputs), self.run.gradients.outputs)
         for name, error in errors.items():
+            if not math.isfinite(plain[name]):
+                continue
             if not error <= max(bounds.FLOAT64_BOUND, 10 * plain[name]):
                 self.findings.append(self.locate_output(name, error))
                 return False
@@ -235,14 +237,15 @@ class GradientCheck:
             isolated = backpropagate(self.port, self.run.inputs, taps)
             if not isolated.error:
                 findings = wrong_steps(self.taps, reference, isolated, self.tolerance)
-                findings += comparison.parameter_findings(isolated, findings)
+                tapped = {tap.reference for tap in self.taps}
+                findings += comparison.parameter_findings(isolated, findings, tapped)
                 if findings:
                     return findings
         return [comparison.joint_finding(gradients)]
 
 
 @contextlib.contextmanager
-def checkpointing(module: nn.Module) -> Iterator[bool]:
+def checkpointing(module: object) -> Iterator[bool]:
     """Enable gradient checkpointing; yield whether the module has it, and it was disabled."""
     enable = getattr(module, "gradient_checkpointing_enable", None)
     disable = getattr(module, "gradient_checkpointing_disable", None)
@@ -359,20 +362,25 @@ class GradientComparison:
                 errors[name] = error
         return errors
 
-    def parameter_findings(self, gradients: Gradients, steps: list[Finding]) -> list[Finding]:
+    def parameter_findings(
+        self, gradients: Gradients, steps: list[Finding], tapped: set[str]
+    ) -> list[Finding]:
         """Return a finding per parameter whose gradient differs on its own.
 
         Args:
             gradients: Gradients of the teacher-forced pass.
-            steps: Findings of wrong steps: gradients of parameters inside of them differ, and those
-                that are missing were lost there.
+            steps: Findings of wrong steps; with these, only parameters count that belong to another
+                tapped module, as others may have got a wrong gradient.
+            tapped: Modules with a tap.
         """
         findings = []
         for name, error in self.wrong_parameters(gradients).items():
             value = gradients.parameters.get(name)
             expected = self.parameters[name]
-            is_inside = any(expected.names[0].startswith(f"{step.reference}.") for step in steps)
-            if is_inside or (value is None and steps):
+            module = expected.names[0].rpartition(".")[0]
+            is_inside = any(f"{module}.".startswith(f"{step.reference}.") for step in steps)
+            follows = is_inside or value is None or module not in tapped
+            if steps and follows:
                 continue
             place = Tap(expected.names[0], name)
             findings.append(gradient_finding(place, value, expected.gradient, error))
@@ -443,8 +451,8 @@ def wrong_steps(
 ) -> list[Finding]:
     """Return findings for the steps of the backward pass that are wrong, the last step first.
 
-    Gradients that were lost at one step are missing before it, too, up to the next tap that has the
-    right one.
+    Gradients that were lost at one step are missing before it, too, up to the next tap that gets
+    some; from there on, it has the reference's.
 
     Args:
         taps: Taps.
@@ -462,7 +470,7 @@ def wrong_steps(
             worst = wrong[-1]
             place = wrong_step(taps, group, wrong, reference)
             findings.append(gradient_finding(place, worst.value, worst.expected, worst.error))
-        is_lost = any(tap.value is None for tap in wrong) or (is_lost and bool(wrong))
+        is_lost = any(tap.value is None for tap in wrong)
     return findings
 
 
