@@ -286,13 +286,13 @@ def backpropagate(
         side: Side to run, already cast to float64.
         inputs: Inputs in float64.
         taps: Taps at which gradients are recorded.
-        names: Outputs to differentiate; None for all that require gradients.
+        names: Outputs to differentiate; None for those that require gradients.
     """
     leaves: list[Tensor] = []
 
     def to_leaf(tensor: Tensor) -> Tensor:
         leaves.append(tensor.detach().clone().requires_grad_())
-        return leaves[-1]
+        return leaves[-1].clone()  # which may be written to: a finding of the gate `calls`
 
     parameters = parameters_of(side.module)
     outputs: dict[str, Tensor] = {}

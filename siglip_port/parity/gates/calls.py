@@ -213,7 +213,8 @@ def compare_effects(sides: BothSides, situation: Situation) -> Iterator[Deviatio
         is_shown = name == RANDOM_NUMBERS and not sides.agree
         if name not in expected.settings and not is_shown:
             remedy = "restore it before the call returns"
-            yield Deviation(name, f"a call changes {name} of torch", situation.name, remedy)
+            message = f"a call changes {name} of torch"
+            yield Deviation(name, message, situation.name, remedy, port="forward")
 
 
 def compare_traits(sides: BothSides, situation: Situation, output: str) -> Iterator[Deviation]:

@@ -124,7 +124,7 @@ class GradientCheck:
             self.not_judged = f"the port returns {', '.join(missing)} without gradients"
             expected = self.run.of_outputs(gradients.differentiable)
         parameters = expected_gradients(self.port.module, self.run, expected, self.weights)
-        self.findings += frozen_parameters(flags, parameters, self.run)
+        self.findings += untrained_parameters(flags, parameters, self.run)
         comparison = GradientComparison(expected, parameters, self.tolerance, bool(missing))
         self.checked += comparison.count
         if comparison.differ(gradients):
@@ -291,7 +291,7 @@ def taps_with_gradients(
     return trace.taps()
 
 
-def frozen_parameters(
+def untrained_parameters(
     flags: Mapping[str, bool], expected: Mapping[str, ExpectedGradient], run: ReferenceGradients
 ) -> Iterator[Finding]:
     """Yield the parameters that are frozen in the port only, unless all of its are."""

@@ -185,7 +185,8 @@ class GeluWithOtherGradient(torch.autograd.Function):
         (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            return torch.autograd.grad(F.gelu(leaf), leaf, gradients[0])[0]
+            (gradient,) = torch.autograd.grad(F.gelu(leaf), leaf, gradients[0])
+        return gradient
 
 
 def detached_branch(block: Block, x: Tensor) -> Tensor:
@@ -295,7 +296,7 @@ def test_missing_gradient_of_inputs(gradients: ReferenceGradients) -> None:
 # --- frozen parameters, matching ------------------------------------------------------------------
 
 
-def test_frozen_parameter(gradients: ReferenceGradients) -> None:
+def test_untrained_parameter(gradients: ReferenceGradients) -> None:
     model = Model()
     model.positions.requires_grad_(False)
     (finding,) = check(gradients, model).findings
@@ -307,7 +308,7 @@ def test_model_without_trainable_parameters_passes(gradients: ReferenceGradients
     assert check(gradients, Model().requires_grad_(False)).passed
 
 
-def test_frozen_parameter_of_the_reference() -> None:
+def test_untrained_parameter_of_the_reference() -> None:
     model = Model()
     model.positions.requires_grad_(False)
     gradients = run_gradients(Side(model), inputs(), POINTS, torch.float32)
