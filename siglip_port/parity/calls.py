@@ -66,15 +66,22 @@ class ReferenceCalls:
     moments: tuple[float, ...]
 
 
-def run_calls(host: ReferenceHost, inputs: Inputs, dtype: torch.dtype) -> ReferenceCalls:
+def run_calls(
+    host: ReferenceHost, inputs: Inputs, dtype: torch.dtype, *, mixed_dtypes: bool = False
+) -> ReferenceCalls:
     """Call the reference in all situations.
 
     Args:
         host: Reference in `eval()` mode.
         inputs: Inputs of any floating point dtype, at least two examples.
         dtype: Dtype to which weights and inputs are rounded.
+        mixed_dtypes: Whether to include inputs of another dtype than the weights, which many right
+            models refuse.
     """
-    situations = list_situations(cast_inputs(inputs, dtype), dtype)
+    inputs = cast_inputs(inputs, dtype)
+    situations = list_situations(inputs, dtype)
+    if mixed_dtypes:
+        situations += mixed_situations(make_batch(inputs, 2), dtype)
     outcomes = host.compute(run_situations, situations, dtype)
     moments = host.compute(weight_moments, dtype)
     by_name = {situation.name: situation for situation in situations}
@@ -95,7 +102,6 @@ def list_situations(inputs: Inputs, dtype: torch.dtype) -> list[Situation]:
     if dtype != torch.float64:
         situations += batch_situations(inputs, dtype, f" in {dtype_name(dtype)}")
         situations += memory_situations(inputs, dtype, f" in {dtype_name(dtype)}")
-    situations += mixed_situations(inputs, dtype)
     situations.append(Situation(OTHER, make_batch(exact, 2, seed=7), torch.float64))
     situations.append(Situation(CHANGED_WEIGHTS, exact, torch.float64, changed_weights=True))
     situations.append(Situation(TRAINING, exact, torch.float64, mode="no_grad", training=True))

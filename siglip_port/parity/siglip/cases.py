@@ -135,7 +135,8 @@ class Case:
     def reference_calls(self) -> ReferenceCalls:
         """Call the reference in all situations of the gate `calls`; cached."""
         if self._calls is None:
-            self._calls = run_calls(self.reference.side(), self.inputs, self.dtypes[0])
+            host = self.reference.side()
+            self._calls = run_calls(host, self.inputs, self.dtypes[0], mixed_dtypes=True)
         return self._calls
 
     def reference_gradients(self) -> ReferenceGradients:

@@ -227,6 +227,8 @@ class Casting(ToyEncoder):
 
 def test_inputs_of_another_dtype() -> None:
     calls = run_calls(Side(Casting()), toy_images(), torch.float32)
+    assert check(calls, ToyEncoder()).passed  # refuses other dtypes, which is not checked here
+    calls = run_calls(Side(Casting()), toy_images(), torch.float32, mixed_dtypes=True)
     assert check(calls, Casting()).passed
     (finding,) = check(calls, ToyEncoder()).findings
     assert finding.message.startswith(

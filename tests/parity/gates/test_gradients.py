@@ -185,7 +185,7 @@ class GeluWithOtherGradient(torch.autograd.Function):
         (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(F.gelu(leaf), leaf, gradients[0])
+            gradient: Tensor = torch.autograd.grad(F.gelu(leaf), leaf, gradients[0])[0]
         return gradient
 
 
