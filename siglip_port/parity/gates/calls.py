@@ -17,6 +17,7 @@ from siglip_port.parity import bounds
 from siglip_port.parity.calls import (
     BASE,
     CHANGED_WEIGHTS,
+    TRAINING,
     ReferenceCalls,
     trace_situation,
 )
@@ -73,7 +74,18 @@ def check_calls(port: Side, calls: ReferenceCalls, taps: list[Tap]) -> GateResul
     checked += len(state)
     findings = to_findings(deviations)
     bound = MEANING["calls"].bound
-    return GateResult("calls", checked, bound, tuple(findings), notes=not_contiguous(sides))
+    return GateResult("calls", checked, bound, tuple(findings), notes=notes_of(sides))
+
+
+def notes_of(sides: BothSides) -> tuple[str, ...]:
+    """Return sentences for the verdict about what was not judged."""
+    expected = sides.calls.outcomes[TRAINING]
+    if not expected.is_random:
+        return not_contiguous(sides)
+    text = "training mode not judged: the reference has dropout"
+    if not sides.outcomes[TRAINING].is_random:
+        text += ", the port has none"
+    return (*not_contiguous(sides), text)
 
 
 def not_contiguous(sides: BothSides) -> tuple[str, ...]:
@@ -289,15 +301,14 @@ def compare_with_unchanged(sides: BothSides, situation: Situation, output: str) 
 
 
 def compare_randomness(sides: BothSides, situation: Situation, output: str) -> Deviation | None:
-    """Return the deviation of an output that only one side draws at random."""
+    """Return the deviation of an output that only the port draws at random.
+
+    A port may lack the dropout of its reference: see `notes_of`.
+    """
     is_random = sides.outcomes[situation.name].is_random
     expected = sides.calls.outcomes[situation.name].is_random
-    if is_random == expected:
+    if expected or not is_random:
         return None
-    if expected:
-        message = "is the same in every call"
-        remedy = "the reference's is random; is a dropout missing?"
-        return Deviation("random", message, situation.name, remedy, output, output)
     place = locate(sides, situation, output, sides.bound(situation.dtype, output))
     message = "differs between two calls"
     remedy = "the reference's is the same; is there a dropout that the reference lacks?"

@@ -489,10 +489,42 @@ def test_error_in_backward_pass(gradients: ReferenceGradients) -> None:
     model = model_with(
         activation=lambda block, x: Unbackpropagated.apply(F.gelu(x, approximate="tanh"))
     )
-    (finding,) = check(gradients, model).findings
-    assert finding.message == (
-        "raises an error with gradients enabled; NotImplementedError: no backward pass"
-    )
+    gate = check(gradients, model)
+    assert gate.passed
+    message = "the port has no backward pass (NotImplementedError: no backward pass)"
+    assert gate.notes == (f"gradients not judged: {message}",)
+
+
+def test_error_with_gradients_enabled(gradients: ReferenceGradients) -> None:
+    def activation(block: Block, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise ValueError("no gradients")
+        return F.gelu(x, approximate="tanh")
+
+    (finding,) = check(gradients, model_with(activation=activation)).findings
+    assert finding.message == "raises an error with gradients enabled; ValueError: no gradients"
+
+
+class WithTable(Model):
+    """Adds rows of a table; without gradient of the first one, if `padding`."""
+
+    def __init__(self, padding: int | None = None) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 6, padding_idx=padding)
+        self.factor = 1.0
+        randomize(self)
+
+    def encode(self, x: Tensor) -> Tensor:
+        rows = self.table(torch.arange(4))
+        return super().encode(x + self.factor * rows + (1 - self.factor) * rows.detach())
+
+
+def test_rows_without_gradient_in_the_reference() -> None:
+    gradients = run_gradients(Side(WithTable(0)), inputs(), POINTS, torch.float32)
+    model = WithTable()
+    assert check(gradients, model).findings == ()
+    model.factor = 2.0
+    assert places(check(gradients, model)) == ["table.weight"]
 
 
 def test_outputs_that_differ_are_left_to_numerics(gradients: ReferenceGradients) -> None:
