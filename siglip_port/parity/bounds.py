@@ -53,6 +53,19 @@ SYSTEMATIC_FACTOR = 3.0
 SYSTEMATIC_NOISE = 0.6
 """Largest systematic error of a step in a dtype, relative to the reference's rounding error."""
 
+GRADIENT_BOUND = 1e-6
+"""Largest relative error of a gradient in float64.
+
+The reference of NaFlex models interpolates positions in float32, whose gradients are sums of
+rounded numbers.
+"""
+
+GRADIENT_UPCAST_BOUND = 1e-3
+"""The same for a port with float32 steps, whose rounding sums up in small gradients."""
+
+FLOAT32_MODEL_BOUND = 1e-5
+"""Largest relative error of outputs in float64 that a model computed in float32 can have."""
+
 
 def within_float64_bound(error: float) -> bool:
     """Return whether a relative error can be float64 rounding."""

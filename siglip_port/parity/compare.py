@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from siglip_port import parity_log
 from siglip_port.parity import gates
 from siglip_port.parity.arguments import check_arguments, check_call, checked_call
+from siglip_port.parity.calls import run_calls
 from siglip_port.parity.gates.environment import exact_switches, isolated
+from siglip_port.parity.gradients import run_gradients
 from siglip_port.parity.guard import guard_with_taps
 from siglip_port.parity.nested import Inputs, floating_point_dtype
 from siglip_port.parity.observe import ReferenceRun, run_reference
@@ -154,10 +156,31 @@ def run_gates(
     results.append(guard.run("sensitivity", check))
     if side.supports_float64:
         results.append(guard.run("numerics", lambda: gates.check_numerics(side, run, taps)))
+    if side.supports_float64 and isinstance(side.module, nn.Module):
+        results += run_gates_of_modules(reference, side, inputs, taps, weights, dtype)
     if dtype != torch.float64:
         name = f"rounding {dtype_name(dtype)}"
         results.append(guard.run(name, lambda: gates.check_rounding(side, run, taps)))
     return results
+
+
+def run_gates_of_modules(
+    reference: Side,
+    port: Side,
+    inputs: Inputs,
+    taps: list[Tap],
+    weights: Weights | None,
+    dtype: torch.dtype,
+) -> list[GateResult]:
+    """Run the gates for ports that have parameters and compute in float64."""
+    guard = guard_with_taps(port.module, taps)
+    points = [tap.reference for tap in taps]
+    gradients = run_gradients(reference, inputs, points, dtype)
+    calls = run_calls(reference, inputs, dtype)
+    return [
+        guard.run("gradients", lambda: gates.check_gradients(port, gradients, taps, weights)),
+        guard.run("calls", lambda: gates.check_calls(port, calls, taps)),
+    ]
 
 
 def parameter_dtype(module: nn.Module) -> torch.dtype:

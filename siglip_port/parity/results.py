@@ -112,6 +112,7 @@ class GateResult:
             judges them.
         differing_taps: Taps at which the port has other values without effect on the outputs, such
             as tokens in another order.
+        notes: Sentences for the verdict, about what the gate did not judge.
     """
 
     name: str
@@ -122,6 +123,7 @@ class GateResult:
     uncompared_taps: tuple[str, ...] = ()
     float32_upcasts: tuple[str, ...] = ()
     differing_taps: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -250,11 +252,13 @@ class Comparison:
         uncompared: set[str] = set()
         upcasts: set[str] = set()
         differing: set[str] = set()
+        notes: dict[str, None] = {}
         for _, gate in self.gates:
             counts[gate.name] = counts.get(gate.name, 0) + gate.checked
             uncompared.update(gate.uncompared_taps)
             upcasts.update(gate.float32_upcasts)
             differing.update(gate.differing_taps)
+            notes.update(dict.fromkeys(gate.notes))
         gates = ", ".join(f"{name} ({count})" for name, count in counts.items())
         text = f"EQUAL ({self.label}): passed {gates}"
         if uncompared:
@@ -266,7 +270,7 @@ class Comparison:
         if differing:
             text += "; other values inside, without effect on the outputs: "
             text += first_names(differing)
-        return text
+        return "; ".join([text, *notes])
 
     def __str__(self) -> str:
         """Format the causes, one per line, and the verdict."""

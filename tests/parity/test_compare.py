@@ -73,7 +73,7 @@ def check_no_false_alarm(folder: Path, seed: int, dtype: torch.dtype, threads: i
     torch.set_num_threads(threads)
     comparison = Pair(folder, dtype).compare(pixels(ODD, seed=seed))
     assert comparison.equal, comparison
-    names = ["environment", "weights", "sensitivity", "numerics"]
+    names = ["environment", "weights", "sensitivity", "numerics", "gradients", "calls"]
     if dtype != torch.float64:
         names.append(f"rounding {str(dtype)[6:]}")
     assert [gate.name for gate in comparison.sections[0].gates] == names

@@ -9,7 +9,9 @@ from __future__ import annotations
 from scripts.selftest.catalog.activation import ACTIVATION
 from scripts.selftest.catalog.attention import ATTENTION
 from scripts.selftest.catalog.biases import BIASES
+from scripts.selftest.catalog.calls import CALLS
 from scripts.selftest.catalog.equivalent import EQUIVALENT
+from scripts.selftest.catalog.gradients import GRADIENTS
 from scripts.selftest.catalog.harness import HARNESS
 from scripts.selftest.catalog.images import IMAGES
 from scripts.selftest.catalog.loading import LOADING
@@ -37,6 +39,8 @@ MUTANTS: list[Mutant] = [
     *PATCHES,
     *STACK,
     *POOLING,
+    *CALLS,
+    *GRADIENTS,
     *ROUNDING,
     *PIXELS,
     *LOADING,

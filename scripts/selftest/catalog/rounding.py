@@ -196,7 +196,7 @@ ROUNDING = [
     rounding(
         "autocast_bf16",
         "autocast left on",
-        "patch",
+        "patch 0.ln1",
         seams.call(leave_autocast_on),
         "pytorch/pytorch#157274",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from siglip_port.parity.bounds import FLOAT64_BOUND, FLOAT64_ORIGIN, ROUNDING_ORIGIN
+from siglip_port.parity.bounds import FLOAT64_BOUND, FLOAT64_ORIGIN, GRADIENT_BOUND, ROUNDING_ORIGIN
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,24 @@ MEANING = {
             "is negligible; taps locate a difference, free-running and teacher-forced"
         ),
         bound=f"relative error {FLOAT64_BOUND:g} (cosine 1 - 5e-21); {FLOAT64_ORIGIN}",
+    ),
+    "gradients": Meaning(
+        question="Are the gradients of inputs and parameters the reference's?",
+        text=(
+            "the gradients of inputs and parameters are the reference's, in eval and in training "
+            "mode, with gradient checkpointing, too; outputs are the same with gradients enabled"
+        ),
+        bound=f"relative error {GRADIENT_BOUND:g} of each gradient in float64",
+    ),
+    "calls": Meaning(
+        question="Does a call only compute its outputs, in every situation?",
+        text=(
+            "batches of 1, 2, 3, 5 and 9, any memory format, dtype and gradient mode give the "
+            "reference's outputs, with its dtype, shape and device; calls write to no input or "
+            "weight, change no setting of torch, and do not depend on earlier calls, outputs or "
+            "weights"
+        ),
+        bound="relative error 1e-10 in float64; other dtypes: 4x the reference's rounding error",
     ),
     "interface": Meaning(
         question="Do the port's other methods agree with forward()?",

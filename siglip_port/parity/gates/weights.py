@@ -22,6 +22,7 @@ def check_weights(port: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -
         port: The port's tensors, under the reference's names.
         reference: The reference's `state_dict`.
     """
+    port = {name: tensor.detach() for name, tensor in port.items()}
     missing = names_missing_on_one_side(port, reference)
     findings = []
     for name in sorted(port.keys() | reference.keys()):

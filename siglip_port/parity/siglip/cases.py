@@ -17,7 +17,9 @@ from siglip_port.config import SigLipVisionConfig
 from siglip_port.extras import MissingExtraError
 from siglip_port.model import SigLipVisionModel
 from siglip_port.parity import gates
+from siglip_port.parity.calls import ReferenceCalls, run_calls
 from siglip_port.parity.gates.environment import isolated
+from siglip_port.parity.gradients import ReferenceGradients, run_gradients
 from siglip_port.parity.guard import Guard, guard_with_taps
 from siglip_port.parity.observe import ReferenceRun, run_reference
 from siglip_port.parity.results import GateResult
@@ -49,7 +51,20 @@ MINI = replace(
 )
 
 LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ALL_GATES = ("environment", "config", "weights", "sensitivity", "numerics", "interface", "rounding")
+ALL_GATES = (
+    "environment",
+    "config",
+    "weights",
+    "sensitivity",
+    "numerics",
+    "gradients",
+    "calls",
+    "interface",
+    "rounding",
+)
+LARGE_MODEL_GATES = tuple(gate for gate in ALL_GATES if gate not in ("gradients", "calls"))
+"""Gates of a checkpoint at full size; the others need many runs, and find the same on a small one.
+"""
 
 
 def port_outputs(port: SigLipVisionModel, pixel_values: Tensor) -> dict[str, Tensor]:
@@ -61,10 +76,13 @@ def port_outputs(port: SigLipVisionModel, pixel_values: Tensor) -> dict[str, Ten
 
 
 def tensors_by_reference_name(port: SigLipVisionModel) -> dict[str, Tensor]:
-    """Return the port's tensors under the reference's names."""
+    """Return the port's tensors under the reference's names, computed from its parameters.
+
+    Gradients reach the parameters through them.
+    """
     layout = layouts.HUGGINGFACE_NAFLEX if port.config.naflex else layouts.HUGGINGFACE
     rules = layout.rules(port.config.pooling_head)
-    state = port.state_dict()
+    state = port.state_dict(keep_vars=True)
     tensors = {}
     for name, mapping in layout.mappings(port.config.num_encoder_blocks, rules).items():
         if set(mapping.port) <= state.keys():
@@ -98,6 +116,8 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     attentions: tuple[str, ...] = ("sdpa", "eager")
     reference_runs: dict[torch.dtype, ReferenceRun] = field(default_factory=dict)
+    _calls: ReferenceCalls | None = field(default=None, init=False, repr=False)
+    _gradients: ReferenceGradients | None = field(default=None, init=False, repr=False)
 
     def reference_run(self, dtype: torch.dtype) -> ReferenceRun:
         """Run the reference in `dtype`; cached."""
@@ -112,6 +132,21 @@ class Case:
                 self.attentions,
             )
         return self.reference_runs[dtype]
+
+    def reference_calls(self) -> ReferenceCalls:
+        """Call the reference in all situations of the gate `calls`; cached."""
+        if self._calls is None:
+            host = self.reference.side()
+            self._calls = run_calls(host, self.inputs, self.dtypes[0], mixed_dtypes=True)
+        return self._calls
+
+    def reference_gradients(self) -> ReferenceGradients:
+        """Compute the gradients of the reference; cached."""
+        if self._gradients is None:
+            host = self.reference.side()
+            points = list(self.reference_run(self.dtypes[0]).exact.taps)
+            self._gradients = run_gradients(host, self.inputs, points, self.dtypes[0])
+        return self._gradients
 
     def taps(self, port: nn.Module) -> list[Tap]:
         """Return the taps that pair a port with the reference."""
@@ -155,6 +190,10 @@ class Case:
             yield guard.run("sensitivity", lambda: gates.check_sensitivity(side, reference, inputs))
         if "numerics" in self.gates:
             yield guard.run("numerics", lambda: self.check_numerics(side, with_hints=with_hints))
+        if "gradients" in self.gates:
+            yield guard.run("gradients", lambda: self.check_gradients(side))
+        if "calls" in self.gates:
+            yield guard.run("calls", lambda: self.check_calls(side))
         if "interface" in self.gates:
             yield guard.run("interface", lambda: interface.check_interface(port, inputs))
         if "rounding" in self.gates:
@@ -183,6 +222,17 @@ class Case:
         """Run the gate `numerics` in the first dtype."""
         run = self.reference_run(self.dtypes[0])
         return gates.check_numerics(side, run, self.taps(side.module), with_hints=with_hints)
+
+    def check_gradients(self, side: Side) -> GateResult:
+        """Run the gate `gradients`."""
+        gradients = self.reference_gradients()
+        return gates.check_gradients(
+            side, gradients, self.taps(side.module), tensors_by_reference_name
+        )
+
+    def check_calls(self, side: Side) -> GateResult:
+        """Run the gate `calls`."""
+        return gates.check_calls(side, self.reference_calls(), self.taps(side.module))
 
     def check_rounding(self, side: Side, dtype: torch.dtype) -> GateResult:
         """Run the gate `rounding` in a dtype."""

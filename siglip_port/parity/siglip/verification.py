@@ -187,7 +187,7 @@ def checkpoint_case(options: VerifyOptions, port: LoadedPort, image: Image.Image
         source=port.source,
         reference=model,
         inputs=inputs.to(options.device),
-        gates=cases.ALL_GATES,
+        gates=cases.ALL_GATES if options.full else cases.LARGE_MODEL_GATES,
         dtypes=options.rounding_dtypes,
         attentions=options.attentions,
     )

@@ -12,6 +12,8 @@ def test_every_gate_has_meaning() -> None:
         "weights",
         "sensitivity",
         "numerics",
+        "gradients",
+        "calls",
         "interface",
         "rounding",
     ]

@@ -24,7 +24,7 @@ ALL: list[Mutant | HarnessMutant] = [*MUTANTS, *EQUIVALENT, *HARNESS]
 
 
 def test_catalog_is_well_formed() -> None:
-    assert (len(MUTANTS), len(EQUIVALENT), len(HARNESS)) == (261, 28, 18)
+    assert (len(MUTANTS), len(EQUIVALENT), len(HARNESS)) == (282, 28, 18)
     names = [mutant.name for mutant in ALL]
     assert len(set(names)) == len(names)
     assert all(mutant.description for mutant in ALL)
@@ -82,8 +82,9 @@ def test_patches_change_something_and_are_undone(
 def describe(model: nn.Module) -> dict[str, object]:
     """Return everything about a model that an edit can change."""
     state: dict[str, object] = {}
-    for name, tensor in model.state_dict().items():
-        state[name] = (tensor.numpy().tobytes(), tensor.stride())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        values = tensor.detach().numpy().tobytes()
+        state[name] = (values, tensor.stride(), tensor.requires_grad)
     for name, module in model.named_modules(remove_duplicate=False):
         plain = {key: id(value) for key, value in vars(module).items() if key[0] != "_"}
         hooks = (len(module._forward_hooks), len(module._forward_pre_hooks))
