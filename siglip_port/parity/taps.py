@@ -221,11 +221,12 @@ def inside_attention(
 ) -> dict[str, Tensor]:
     """Recompute the tensors inside an `nn.MultiheadAttention`.
 
-    Supports `batch_first`, a single width and no masks, as in SigLIP.
+    Supports `batch_first` and a single width, as in SigLIP.
 
     Args:
         attention: Attention module.
-        inputs: `query`, `key` and `value`, [B, N, D].
+        inputs: `query`, `key` and `value`, [B, N, D], and optionally `attn_mask`, [B * H, Q, N],
+            which is added to the scores.
 
     Returns:
         `q`, `k`, `v` and `context`, [B, N, D].
@@ -238,8 +239,11 @@ def inside_attention(
     for i, (part, name) in enumerate((("q", "query"), ("k", "key"), ("v", "value"))):
         projected[part] = nn.functional.linear(inputs[name], weights[i], biases[i])
     heads = [x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected.values()]
-    context = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-    return {**projected, "context": context}
+    mask = inputs.get("attn_mask")
+    if mask is not None:
+        mask = mask.unflatten(0, (-1, attention.num_heads))
+    context = nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+    return {**projected, "context": context.transpose(1, 2).flatten(2)}
 
 
 @dataclass(frozen=True)
@@ -250,10 +254,13 @@ class Recording:
         outputs: Outputs by name.
         taps: Tensors by point, in order of computation. Tensors of several calls of a module, such
             as one per image, are concatenated along the first axis.
+        defined: Positions [B, N] at which values [B, N, D] are defined; those of padding are not,
+            and are not compared. None if all are.
     """
 
     outputs: dict[str, Tensor]
     taps: dict[str, Tensor]
+    defined: Tensor | None = None
 
 
 def record(module: nn.Module, points: list[str], run: Callable[[], dict[str, Tensor]]) -> Recording:

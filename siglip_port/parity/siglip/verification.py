@@ -244,18 +244,21 @@ def run_gates(
     )
     for small_case in small_cases:
         with torch_threads(1), small_case as small:
-            sections.append(run_small_case(options, small, track))
+            sections += run_small_model(options, small, track)
     return Comparison(tuple(sections), case.weights.split(",")[0])
 
 
-def run_small_case(options: VerifyOptions, case: Case, track: Track) -> Section:
-    """Load the port of a small model and run its gates."""
-    model = SigLipVisionModel.from_hf(case.source, device=options.device)
-    title = f"{case.name}, {case.weights}"
-    results = list(track(case.check(model), title))
-    if options.optimized and "rounding" in case.gates:
-        results += track(engine_gates(case, model), f"optimized {title}")
-    return Section(case.name, case.weights, tuple(results))
+def run_small_model(options: VerifyOptions, regimes: list[Case], track: Track) -> list[Section]:
+    """Load the port of a small model and run its gates in every regime."""
+    model = SigLipVisionModel.from_hf(regimes[0].source, **regimes[0].load_options)
+    sections = []
+    for case in regimes:
+        title = f"{case.name}, {case.weights}"
+        results = list(track(case.check(model), title))
+        if options.optimized and case.weights.startswith(("L7", "S1")):
+            results += track(engine_gates(case, model), f"optimized {title}")
+        sections.append(Section(case.name, case.weights, tuple(results)))
+    return sections
 
 
 def engine_gates(case: Case, model: SigLipVisionModel) -> Iterator[GateResult]:
