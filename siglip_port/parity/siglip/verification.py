@@ -25,6 +25,7 @@ from siglip_port.model import SigLipVisionModel
 from siglip_port.parity.results import Comparison, GateResult, Section
 from siglip_port.parity.siglip import cases, pixels, reference
 from siglip_port.parity.siglip.cases import Case
+from siglip_port.parity.siglip.small_pixels import check_small_pixels
 from siglip_port.parity.siglip.verify_options import DEFAULT_CHECKPOINT, VerifyOptions
 from siglip_port.threads import torch_threads
 
@@ -221,6 +222,12 @@ def compare_pixels(port: LoadedPort, image: Image.Image) -> GateResult:
     return pixels.check_pixels(port_processors, reference_processors, image, embed)
 
 
+def compare_small_pixels(naflex: bool) -> Section:
+    """Compare image processors with default settings, of fixed-size or of NaFlex models."""
+    name = "NaFlex preprocessing" if naflex else "preprocessing"
+    return Section(name, "no weights", (check_small_pixels(naflex),))
+
+
 def run_gates(
     options: VerifyOptions, port: LoadedPort, case: Case, image: Image.Image, track: Track
 ) -> Comparison:
@@ -237,6 +244,7 @@ def run_gates(
     if options.optimized:
         results += track(engine_gates(case, port.model), "optimized")
     sections = [Section(case.name, case.weights, tuple(results))]
+    sections += [compare_small_pixels(naflex) for naflex in (False, True)]
     # Free the runs in the other dtypes.
     case.reference_runs = {case.dtypes[0]: case.reference_run(case.dtypes[0])}
     small_cases = cases.small_cases(
