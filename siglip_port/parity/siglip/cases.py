@@ -486,10 +486,14 @@ def variant_models(config: SigLipVisionConfig, seed: int) -> list[SmallModel]:
     """Return models of other configurations than the checkpoint's, and with options of loading."""
     fixed = replace(COMPACT, hidden_act=config.hidden_act, layer_norm_eps=config.layer_norm_eps)
     single = replace(SINGLE, **other_computation(config))
+    single_packed = replace(single, naflex=True, image_size=20, patch_size=4)
     gates = ("environment", "config", "weights", "numerics")
+    noise = regimes.pack_noise(single_packed, regimes.MANY_SHAPES, seed)
+    packed = Regime("", noise, gates)
     bfloat16 = (torch.bfloat16,)
     return [
         noise_model("single-channel encoder", single, "S1", gates),
+        SmallModel("single-channel NaFlex encoder", single_packed, "S1", [packed], seed),
         noise_model("headless encoder", replace(fixed, pooling_head=False), "N1", gates),
         replace(
             noise_model("encoder without its head", fixed, "N1", gates),
