@@ -18,7 +18,6 @@ from siglip_port.config import SigLipVisionConfig
 from siglip_port.extras import MissingExtraError
 from siglip_port.model import SigLipVisionModel
 from siglip_port.parity import gates
-from siglip_port.parity.gates.numerics import MAX_HINTS
 from siglip_port.parity.observe import ReferenceRun, run_reference
 from siglip_port.parity.results import GateResult
 from siglip_port.parity.sides import Call, Inputs, Side, cast_inputs
@@ -200,14 +199,14 @@ class Case:
         port: SigLipVisionModel,
         call: Call | None = None,
         *,
-        max_hints: int = MAX_HINTS,
+        with_hints: bool = True,
     ) -> Iterator[GateResult]:
         """Run the gates on a port.
 
         Args:
             port: Port, loaded from `source`.
             call: Function (port, inputs) -> outputs by name; None for that of the case.
-            max_hints: Number of differing taps that get a hint.
+            with_hints: Whether to look for known bugs that explain differences.
 
         Yields:
             The result of each gate; one per dtype for `rounding`.
@@ -225,7 +224,7 @@ class Case:
             yield gates.check_sensitivity(side, self.reference.side(), inputs)
         if "numerics" in self.gates:
             run = self.reference_run(self.dtypes[0])
-            yield gates.check_numerics(side, run, self.taps(port), max_hints=max_hints)
+            yield gates.check_numerics(side, run, self.taps(port), with_hints=with_hints)
         if "interface" in self.gates:
             yield interface.check_interface(port, inputs)
         if "rounding" in self.gates:
