@@ -17,7 +17,12 @@ from siglip_port.parity.siglip import cases
 from siglip_port.parity.siglip.cases import Case
 from siglip_port.parity.siglip.small_pixels import check_small_pixels
 
-SUBJECT_MODELS = {"port": "odd encoder", "naflex": "NaFlex encoder", "resized": "resized encoder"}
+SUBJECT_MODELS = {
+    "port": ("odd encoder",),
+    "regime": ("small encoder", "outliers", "long encoder"),
+    "naflex": ("NaFlex encoder",),
+    "resized": ("resized encoder",),
+}
 """Subject of a mutant -> first words of the names of the cases that it is written for."""
 
 

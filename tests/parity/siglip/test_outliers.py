@@ -73,8 +73,9 @@ def test_clamped_scores_are_located(
     case: Case, limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attend(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor, _: None) -> Tensor:
-        scores = q @ k.mT * attention.head_dim**-0.5
-        return scores.clamp(-limit, limit).softmax(-1) @ v
+        scores: Tensor = q @ k.mT * attention.head_dim**-0.5
+        weights: Tensor = scores.clamp(-limit, limit).softmax(-1)
+        return weights @ v
 
     monkeypatch.setattr(MultiheadAttention, "attend", attend)
     (result,) = case.check(SigLipVisionModel.from_hf(case.source), with_hints=False)
