@@ -94,9 +94,9 @@ def test_undefined_positions_are_not_measured() -> None:
     for i in range(2):
         part = meter.add(value[i : i + 1])
         assert part is not None
-        kept = meter.last_defined(value[i : i + 1], part)
-        assert torch.equal(kept[~defined[i : i + 1]], part[~defined[i : i + 1]])
-        assert torch.equal(kept[defined[i : i + 1]], value[i : i + 1][defined[i : i + 1]])
+        compared = meter.last_defined(value[i : i + 1], part)
+        assert torch.equal(compared[~defined[i : i + 1]], part[~defined[i : i + 1]])
+        assert torch.equal(compared[defined[i : i + 1]], value[i : i + 1][defined[i : i + 1]])
     error = meter.error()
     assert error.overall == pytest.approx(0.5 / 3**0.5)
     assert error.worst == pytest.approx(0.5)
