@@ -40,7 +40,7 @@ ROUGH_SHARE = 0.9
 SYSTEMATIC_FACTOR = 3.0
 """Largest systematic error of a step in a dtype, relative to the reference's."""
 
-SYSTEMATIC_NOISE = 0.3
+SYSTEMATIC_NOISE = 0.6
 """Largest systematic error of a step in a dtype, relative to the reference's rounding error."""
 
 

@@ -143,10 +143,12 @@ class ErrorStatistics(NamedTuple):
         total: Root mean square of the relative errors.
         systematic: Part that all errors have in common. Rounding changes completely with the
             inputs, so that its part is near 0; that of a bug is near `total`.
+        varies: Whether the exact tensor depends on the inputs. If not, neither does its rounding.
     """
 
     total: float
     systematic: float
+    varies: bool = True
 
 
 MAX_SAMPLED = 65536
@@ -161,6 +163,8 @@ class SystematicErrorMeter:
 
     def __init__(self) -> None:
         self.count = 0
+        self.varies = False
+        self._first: Tensor | None = None
         self._sum: Tensor | None = None
         self._squares = 0.0
         self._exact_squares = 0.0
@@ -169,6 +173,9 @@ class SystematicErrorMeter:
         """Add the error on one of the inputs; large tensors are sampled at fixed elements."""
         exact = sample_elements(exact).double()
         error = sample_elements(value).double() - exact
+        if self._first is None:
+            self._first = exact
+        self.varies = self.varies or not torch.equal(exact, self._first)
         self.count += 1
         self._sum = error if self._sum is None else self._sum + error
         self._squares += float(error.square().sum())
@@ -185,8 +192,9 @@ class SystematicErrorMeter:
             return ErrorStatistics(math.nan, math.nan)
         total = math.sqrt(self._squares / self.count) / unit
         if not math.isfinite(mean_product):
-            return ErrorStatistics(total, math.nan)
-        return ErrorStatistics(total, math.sqrt(max(0.0, mean_product)) / unit)
+            return ErrorStatistics(total, math.nan, self.varies)
+        systematic = math.sqrt(max(0.0, mean_product)) / unit
+        return ErrorStatistics(total, systematic, self.varies)
 
 
 def sample_elements(tensor: Tensor) -> Tensor:

@@ -57,8 +57,8 @@ class ToyMLP(nn.Module):
         self.fc2 = nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc2(self.activation(self.fc1(x)))
-        return x
+        output: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return output
 
 
 class ToyBlock(nn.Module):
@@ -73,8 +73,8 @@ class ToyBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
-        return x
+        output: Tensor = x + self.mlp(self.norm2(x))
+        return output
 
 
 class ToyTransformer(nn.Module):

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name the field uses)
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scripts.selftest.catalog import seams
 from scripts.selftest.catalog.attention import scale_of, scores_of
-from scripts.selftest.mutant import Edit, Mutant, Patch, replace
+from scripts.selftest.mutant import Edit, Mutant, Patch, combine, replace
 from siglip_port import SigLipVisionModel
-from siglip_port.model import EncoderBlock, LayerNorm, MultiheadAttention, VisionEmbeddings
+from siglip_port.model import (
+    MLP,
+    EncoderBlock,
+    LayerNorm,
+    MultiheadAttention,
+    SigLipEncoder,
+    VisionEmbeddings,
+)
 
 
 def equivalent(
@@ -175,6 +184,63 @@ def pad_with_zeros(embeddings: VisionEmbeddings, height: int, width: int, count:
     return F.pad(positions, (0, 0, 0, count - height * width))
 
 
+def call_in_float32(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Run a module in float32, even for float64; return the dtype of its weights."""
+    parameters = dict(module.named_parameters())
+    dtype = next(iter(parameters.values())).dtype
+    wide = {name: parameter.float() for name, parameter in parameters.items()}
+    output: Tensor = functional_call(module, wide, (x.float(), mask))
+    return output.to(dtype)
+
+
+def pool_in_float32(head: seams.Masked, tokens: Tensor) -> Tensor:
+    """Run the pooling head in float32."""
+    return call_in_float32(head.module, tokens, head.mask)
+
+
+def project_in_float32(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Compute a Linear in float32, even for float64."""
+    return F.linear(x.float(), linear.weight.float(), linear.bias.float()).to(x.dtype)
+
+
+def float32_fc1(model: SigLipVisionModel) -> None:
+    """Compute `fc1` in float32, even for float64."""
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.fc1.forward = functools.partial(project_in_float32, module.fc1)
+
+
+def fold_scale(model: SigLipVisionModel) -> None:
+    """Scale the output of `q_proj`, as if its weights held the scale of the attention."""
+    for module in model.modules():
+        if isinstance(module, MultiheadAttention):
+            scale = scale_of(module)
+            module.q_proj.register_forward_hook(lambda _, args, output, s=scale: output * s)
+
+
+def fuse_activation(model: SigLipVisionModel) -> None:
+    """Compute the activation inside `fc1`."""
+    for module in model.modules():
+        if isinstance(module, MLP):
+            activation = module.activation
+            module.fc1.register_forward_hook(lambda _, args, output, f=activation: f(output))
+            module.activation = nn.Identity().eval()
+
+
+def run_reversed(encoder: SigLipEncoder, x: Tensor) -> Tensor:
+    """Run the blocks on the tokens in reversed order."""
+    x = x.flip(1)
+    for block in encoder.encoder_blocks:
+        x = block(x)
+    return x.flip(1)
+
+
+def permute_units(mlp: MLP, x: Tensor) -> Tensor:
+    """Hold the hidden units of an MLP in another order."""
+    hidden = F.linear(x, mlp.fc1.weight.flip(0), mlp.fc1.bias.flip(0))
+    return F.linear(mlp.activation(hidden), mlp.fc2.weight.flip(1), mlp.fc2.bias)
+
+
 EQUIVALENT = [
     equivalent("as_it_is", "unchanged port"),
     attend(
@@ -295,4 +361,27 @@ EQUIVALENT = [
         replace(VisionEmbeddings, "padded_positions", pad_with_zeros),
     ),
     equivalent("mlp_in_chunks", "MLP in chunks of tokens", seams.block(second=run_mlp_in_chunks)),
+    equivalent("float32_fc1", "fc1 always in float32", edit=float32_fc1),
+    equivalent(
+        "float32_head",
+        "pooling head always in float32",
+        seams.pool(pool_in_float32),
+    ),
+    equivalent(
+        "float32_model",
+        "whole model always in float32",
+        combine(
+            seams.call(lambda model, pixels: call_in_float32(model.transformer, pixels)),
+            seams.pool(pool_in_float32),
+        ),
+    ),
+    equivalent(
+        "scale_in_queries",
+        "the scale of the attention in the output of q_proj",
+        seams.attend(lambda attention, q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1.0)),
+        fold_scale,
+    ),
+    equivalent("fused_activation", "GELU inside fc1", edit=fuse_activation),
+    equivalent("tokens_reversed", "blocks on reversed tokens", seams.run_blocks(run_reversed)),
+    equivalent("permuted_units", "hidden units in another order", seams.mlp(permute_units)),
 ]

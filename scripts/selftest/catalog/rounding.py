@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from scripts.selftest.catalog import seams
 from scripts.selftest.catalog.attention import CONTEXT, scale_of, scores_of
-from scripts.selftest.catalog.edits import round_to, round_to_tf32
+from scripts.selftest.catalog.edits import block_of, round_to, round_to_tf32
 from scripts.selftest.catalog.normalization import ALL, centered
 from scripts.selftest.catalog.seams import add_attention, attend_from_probe
 from scripts.selftest.mutant import Edit, Mutant, Patch
 from siglip_port import SigLipVisionModel
-from siglip_port.model import EncoderBlock, LayerNorm, MultiheadAttention, PoolingHead
+from siglip_port.model import MLP, EncoderBlock, LayerNorm, MultiheadAttention, PoolingHead
 
 
 def rounding(
@@ -97,6 +97,50 @@ def multiply_in_tf32(model: SigLipVisionModel) -> None:
 def head_in_bfloat16(head: PoolingHead, tokens: Tensor) -> Tensor:
     """Round the head's input."""
     return attend_from_probe(head, round_to(torch.bfloat16)(tokens))
+
+
+def is_low(x: Tensor) -> bool:
+    """Whether a tensor is bfloat16 or float16."""
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
+def scale_in_low_dtypes(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scale the scores by 3 % too much in bfloat16 and float16."""
+    scale = scale_of(attention) * (1.03 if is_low(q) else 1.0)
+    return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def mlp_in_low_dtypes(mlp: MLP, x: Tensor) -> Tensor:
+    """Multiply the output of an MLP by 1.01 in bfloat16 and float16."""
+    hidden = mlp.fc2(mlp.activation(mlp.fc1(x)))
+    return hidden * 1.01 if is_low(x) else hidden
+
+
+def gelu_in_low_dtypes(x: Tensor) -> Tensor:
+    """Compute exact GELU in bfloat16 and float16."""
+    return nn.functional.gelu(x, approximate="none" if is_low(x) else "tanh")
+
+
+def norm_in_low_dtypes(eps: float, correction: int) -> Patch:
+    """Compute LayerNorm with another eps or sample variance in bfloat16 and float16."""
+
+    def forward(norm: LayerNorm, x: Tensor) -> Tensor:
+        if not is_low(x):
+            return nn.functional.layer_norm(
+                x, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+            )
+        wide = x.float()
+        variance = wide.var(-1, correction=correction, keepdim=True)
+        normalized = centered(wide) / (variance + eps).sqrt()
+        return (normalized * norm.weight.float() + norm.bias.float()).to(x.dtype)
+
+    return seams.layer_norm(forward)
+
+
+def one_mlp_in_low_dtypes(model: SigLipVisionModel) -> None:
+    """Multiply the output of one MLP by 1.03 in bfloat16 and float16."""
+    mlp = block_of(model).mlp
+    mlp.register_forward_hook(lambda _, args, output: output * 1.03 if is_low(output) else output)
 
 
 ROUNDING = [
@@ -192,5 +236,41 @@ ROUNDING = [
         "head-k head-v head-q head",
         seams.pooling_head(first=head_in_bfloat16),
         "NVIDIA/TensorRT#3908",
+    ),
+    rounding(
+        "low_scale",
+        "attention scaled by 3 % too much in bfloat16 and float16 only",
+        CONTEXT,
+        seams.attend(scale_in_low_dtypes),
+    ),
+    rounding(
+        "low_mlp",
+        "MLPs multiplied by 1.01 in bfloat16 and float16 only",
+        "mlp head-mlp",
+        seams.mlp(mlp_in_low_dtypes),
+    ),
+    rounding(
+        "low_mlp_once",
+        "one MLP multiplied by 1.03 in bfloat16 and float16 only",
+        "5.mlp",
+        edit=one_mlp_in_low_dtypes,
+    ),
+    rounding(
+        "low_gelu",
+        "exact GELU in bfloat16 and float16 only",
+        "act head-act mlp head-mlp",
+        seams.activation(gelu_in_low_dtypes),
+    ),
+    rounding(
+        "low_eps",
+        "eps 1e-5 in bfloat16 and float16 only",
+        ALL,
+        norm_in_low_dtypes(eps=1e-5, correction=0),
+    ),
+    rounding(
+        "low_variance",
+        "sample variance (N - 1) in bfloat16 and float16 only",
+        ALL,
+        norm_in_low_dtypes(eps=1e-6, correction=1),
     ),
 ]

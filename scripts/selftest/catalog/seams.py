@@ -261,7 +261,7 @@ def pooling_head(
     return replace(PoolingHead, "forward", forward)
 
 
-def pool(function: Callable[[PoolingHead, Tensor], Tensor]) -> Patch:
+def pool(function: Callable[[Any, Tensor], Tensor]) -> Patch:
     """Replace `pool`: (pooling head, tokens) -> pooled."""
 
     def pool(

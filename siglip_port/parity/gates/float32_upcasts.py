@@ -98,13 +98,17 @@ def find_float32_rounding(
 
 
 def may_be_rounding(port: ErrorStatistics) -> bool:
-    """Return whether the errors differ between inputs at all."""
-    return port.systematic <= bounds.ROUGH_SHARE * port.total
+    """Return whether the errors differ between inputs, if anything does at this point."""
+    return not port.varies or port.systematic <= bounds.ROUGH_SHARE * port.total
 
 
 def is_unclear(port: ErrorStatistics) -> bool:
     """Return whether the reference's own systematic error decides."""
-    return may_be_rounding(port) and port.systematic > bounds.SYSTEMATIC_SHARE * port.total
+    return (
+        port.varies
+        and may_be_rounding(port)
+        and port.systematic > bounds.SYSTEMATIC_SHARE * port.total
+    )
 
 
 def is_rounding(port: ErrorStatistics, reference: ErrorStatistics | None) -> bool:

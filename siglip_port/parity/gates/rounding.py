@@ -196,11 +196,9 @@ def measure_steps(
         return {}
     samples = perturbed_inputs(run.inputs, PERTURBATION, SAMPLES, run.dtype)
     points = {tap.port: tap.reference for tap in taps if tap.reference in compared}
-    port_errors: dict[str, ErrorStatistics] = {}
-    for port_errors in port_statistics(
+    *_, port_errors = port_statistics(
         port, run, samples, points, compared, (run.dtype,), forced=True
-    ):
-        pass  # the last ones include all samples
+    )
     own_errors = own_statistics(run, samples, list(points.values()), compared)
     return {name: StepErrors(port_errors[name], own_errors[name]) for name in compared}
 

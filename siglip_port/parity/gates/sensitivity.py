@@ -28,6 +28,9 @@ from siglip_port.parity.sides import (
     map_tensors,
 )
 
+MAX_FLOAT32_ROUNDING = 1e-3
+"""Relative difference above which no float32 rounding is expected."""
+
 
 @dataclass(frozen=True)
 class Influence:
@@ -55,7 +58,7 @@ def check_sensitivity(port: Side, reference: ReferenceHost, inputs: Inputs) -> G
     """
     outputs = port.run(inputs)
     findings = check_outputs(port, inputs, outputs)
-    findings += check_batch(port, inputs)
+    findings += check_batch(port, reference, inputs)
 
     expected = reference.compute(influence_of_inputs, cast_inputs(inputs, torch.float32))
     with cast(port.module, torch.float32):
@@ -117,25 +120,50 @@ def check_repeated_in_float64(port: Side, inputs: Inputs, names: list[str]) -> l
     return findings
 
 
-def check_batch(port: Side, inputs: Inputs) -> list[Finding]:
+def check_batch(port: Side, reference: ReferenceHost, inputs: Inputs) -> list[Finding]:
     """Check in float64 that outputs depend on their own example, and on no other of the batch."""
     findings = []
     with cast(port.module, torch.float64):
-        inputs = cast_inputs(inputs, torch.float64)
-        outputs = port.run(inputs)
-        examples = run_one_by_one(port, inputs)
+        exact_inputs = cast_inputs(inputs, torch.float64)
+        outputs = port.run(exact_inputs)
+        examples = run_one_by_one(port, exact_inputs)
+    errors = {}
     for name, output in outputs.items():
         if is_constant(output):
             message = "same output for every example, so equality proves nothing"
             findings.append(Finding(message, name, name))
         joined = torch.cat([outputs_of_one[name] for outputs_of_one in examples])
         same_shape = joined.shape == output.shape
-        error = relative_error(joined, output) if same_shape else math.inf
-        if not bounds.within_float64_bound(error):
+        errors[name] = relative_error(joined, output) if same_shape else math.inf
+    noise: dict[str, float] = {}
+    if any(is_small_difference(error) for error in errors.values()):
+        noise = reference.compute(float32_errors, inputs)
+    for name, error in errors.items():
+        bound = bounds.ROUNDING_FACTOR * noise.get(name, 0.0)
+        if not bounds.within_float64_bound(error) and not error <= bound:
             message = "differs between a batch and its examples run one by one"
             hint = "examples of a batch affect each other"
             findings.append(Finding(message, name, name, error, hint))
     return findings
+
+
+def is_small_difference(error: float) -> bool:
+    """Return whether a difference may be float32 rounding inside the port."""
+    return not bounds.within_float64_bound(error) and error < MAX_FLOAT32_ROUNDING
+
+
+def float32_errors(reference: Side, inputs: Inputs) -> dict[str, float]:
+    """Return the rounding error of the reference's outputs in float32.
+
+    The gate `numerics` decides whether the port's differences are rounding; here, float32 inside
+    the port may change with the size of the batch.
+    """
+    inputs = cast_inputs(inputs, torch.float32)
+    with cast(reference.module, torch.float32):
+        rounded = reference.run(clone_inputs(inputs))
+    with cast(reference.module, torch.float32, torch.float64):
+        exact = reference.run(cast_inputs(inputs, torch.float64))
+    return {name: relative_error(rounded[name], exact[name]) for name in exact}
 
 
 def run_one_by_one(port: Side, inputs: Inputs) -> list[dict[str, Tensor]]:

@@ -161,7 +161,7 @@ def is_inside_equal_module(runs: Float64Runs, name: str) -> bool:
 
 
 def rearranged_taps(runs: Float64Runs, suspects: list[str]) -> list[str]:
-    """List taps with the reference's values scaled or in another order, of which outputs keep little.
+    """List taps with the reference's values scaled or reordered, of which outputs keep little.
 
     If that were the bug, the outputs would differ by as much as the taps.
     """
