@@ -103,6 +103,8 @@ class Side:
         attentions: Names of its attention implementations; the first is float64 throughout.
         set_attention: Function that switches to one of them.
         supports_float64: Whether it computes in float64 when `cast` to it and given such inputs.
+        find_defined: Function that returns the positions [B, N] of some inputs at which tokens are
+            defined, where others are padding; None for all.
     """
 
     module: Any
@@ -110,6 +112,7 @@ class Side:
     attentions: tuple[str, ...] = ("",)
     set_attention: Callable[[str], None] = lambda _: None
     supports_float64: bool = True
+    find_defined: Callable[[Any], Tensor | None] = lambda _: None
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

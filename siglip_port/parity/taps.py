@@ -231,10 +231,13 @@ class Recording:
         outputs: Outputs by name.
         taps: Tensors by point, in order of computation. Tensors of several calls of a module, such
             as one per image, are concatenated along the first axis.
+        defined: Positions [B, N] at which values [B, N, D] are defined; those of padding are not,
+            and are not compared. None if all are.
     """
 
     outputs: dict[str, Tensor]
     taps: dict[str, Tensor]
+    defined: Tensor | None = None
 
 
 def record(module: nn.Module, points: list[str], run: Callable[[], dict[str, Tensor]]) -> Recording:

@@ -136,13 +136,13 @@ def gelu_by_hand(x: Tensor) -> Tensor:
 
 def project_by_matrix(embeddings: VisionEmbeddings, pixel_values: Tensor) -> Tensor:
     """Cut patches and project them with a matrix."""
-    config = embeddings.config
-    side = config.grid_size * config.patch_size
+    patch = embeddings.config.patch_size
+    rows, columns = (side // patch for side in pixel_values.shape[2:])
     kernel = embeddings.patch_embedding.weight
-    whole = pixel_values[..., :side, :side].to(kernel.dtype)
-    patches = F.unfold(whole, config.patch_size, stride=config.patch_size).transpose(1, 2)
+    whole = pixel_values[..., : rows * patch, : columns * patch].to(kernel.dtype)
+    patches = F.unfold(whole, patch, stride=patch).transpose(1, 2)
     tokens = F.linear(patches, kernel.flatten(1), embeddings.patch_embedding.bias)
-    return tokens.transpose(1, 2).unflatten(2, (config.grid_size, config.grid_size))
+    return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
 
 def add_in_place(block: EncoderBlock, x: Tensor) -> Tensor:
@@ -165,9 +165,10 @@ def run_without_gradients(model: SigLipVisionModel, pixel_values: Tensor) -> Ten
 
 
 def read_table_by_ids(embeddings: VisionEmbeddings, grid: Tensor, table: Tensor) -> Tensor:
-    """Call the position embedding as a module."""
-    ids = torch.arange(grid.shape[2] * grid.shape[3], device=grid.device)
-    return grid.flatten(2).transpose(1, 2) + embeddings.position_embedding(ids)
+    """Call the position embedding as a module, for images of the model's own size."""
+    if table is embeddings.position_embedding.weight:
+        table = embeddings.position_embedding(torch.arange(len(table), device=table.device))
+    return grid.flatten(2).transpose(1, 2) + table
 
 
 def run_mlp_in_chunks(block: EncoderBlock, x: Tensor) -> Tensor:
@@ -176,13 +177,24 @@ def run_mlp_in_chunks(block: EncoderBlock, x: Tensor) -> Tensor:
     return x + torch.cat([block.mlp(part) for part in parts], 1)
 
 
-def call_in_float32(module: nn.Module, *inputs: Tensor) -> Tensor:
+def pad_with_zeros(embeddings: VisionEmbeddings, height: int, width: int, count: int) -> Tensor:
+    """Use zero positions for padding."""
+    positions = embeddings.positions(height, width)
+    return F.pad(positions, (0, 0, 0, count - height * width))
+
+
+def call_in_float32(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Run a module in float32, even for float64; return the dtype of its weights."""
     parameters = dict(module.named_parameters())
     dtype = next(iter(parameters.values())).dtype
     wide = {name: parameter.float() for name, parameter in parameters.items()}
-    output: Tensor = functional_call(module, wide, tuple(tensor.float() for tensor in inputs))
+    output: Tensor = functional_call(module, wide, (x.float(), mask))
     return output.to(dtype)
+
+
+def pool_in_float32(head: seams.Masked, tokens: Tensor) -> Tensor:
+    """Run the pooling head in float32."""
+    return call_in_float32(head.module, tokens, head.mask)
 
 
 def project_in_float32(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -344,19 +356,24 @@ EQUIVALENT = [
             first=lambda block, x: (widen(x) + block.self_attn(block.layer_norm1(x))).to(x.dtype)
         ),
     ),
+    equivalent(
+        "zero_padding",
+        "NaFlex: zero instead of the first position at padding, which no output depends on",
+        replace(VisionEmbeddings, "padded_positions", pad_with_zeros),
+    ),
     equivalent("mlp_in_chunks", "MLP in chunks of tokens", seams.block(second=run_mlp_in_chunks)),
     equivalent("float32_fc1", "fc1 always in float32", edit=float32_fc1),
     equivalent(
         "float32_head",
         "pooling head always in float32",
-        seams.pool(call_in_float32),
+        seams.pool(pool_in_float32),
     ),
     equivalent(
         "float32_model",
         "whole model always in float32",
         combine(
             seams.call(lambda model, pixels: call_in_float32(model.transformer, pixels)),
-            seams.pool(call_in_float32),
+            seams.pool(pool_in_float32),
         ),
     ),
     equivalent(

@@ -27,6 +27,7 @@ from siglip_port.parity.gates.environment import exact_switches
 from siglip_port.parity.results import Comparison, GateResult, Section
 from siglip_port.parity.siglip import cases, pixels, reference
 from siglip_port.parity.siglip.cases import Case
+from siglip_port.parity.siglip.small_pixels import check_small_pixels
 from siglip_port.parity.siglip.verify_options import DEFAULT_CHECKPOINT, VerifyOptions
 from siglip_port.threads import torch_threads
 
@@ -245,6 +246,12 @@ def compare_pixels(port: LoadedPort, image: Image.Image) -> GateResult:
     return guard.Guard(model).run("pixels", check)
 
 
+def compare_small_pixels(naflex: bool) -> Section:
+    """Compare image processors with default settings, of fixed-size or of NaFlex models."""
+    name = "NaFlex preprocessing" if naflex else "preprocessing"
+    return Section(name, "no weights", (check_small_pixels(naflex),))
+
+
 @exact_switches()
 def run_gates(
     options: VerifyOptions, port: LoadedPort, case: Case, image: Image.Image, track: Track
@@ -262,6 +269,7 @@ def run_gates(
     if options.optimized:
         results += track(engine_gates(case, port.model), "optimized")
     sections = [Section(case.name, case.weights, tuple(results))]
+    sections += [compare_small_pixels(naflex) for naflex in (False, True)]
     # Free the runs in the other dtypes.
     case.reference_runs = {case.dtypes[0]: case.reference_run(case.dtypes[0])}
     small_cases = cases.small_cases(
@@ -269,20 +277,24 @@ def run_gates(
     )
     for small_case in small_cases:
         with torch_threads(1), small_case as small:
-            sections.append(run_small_case(options, small, track))
+            sections += run_small_model(options, small, track)
     return Comparison(tuple(sections), case.weights.split(",")[0])
 
 
-def run_small_case(options: VerifyOptions, case: Case, track: Track) -> Section:
-    """Load the port of a small model and run its gates."""
-    model = guard.load(lambda: SigLipVisionModel.from_hf(case.source, device=options.device))
+def run_small_model(options: VerifyOptions, regimes: list[Case], track: Track) -> list[Section]:
+    """Load the port of a small model and run its gates in every regime."""
+    first = regimes[0]
+    model = guard.load(lambda: SigLipVisionModel.from_hf(first.source, **first.load_options))
     if isinstance(model, GateResult):
-        return Section(case.name, case.weights, (model,))
-    title = f"{case.name}, {case.weights}"
-    results = list(track(case.check(model), title))
-    if options.optimized and "rounding" in case.gates:
-        results += track(engine_gates(case, model), f"optimized {title}")
-    return Section(case.name, case.weights, tuple(results))
+        return [Section(first.name, first.weights, (model,))]
+    sections = []
+    for case in regimes:
+        title = f"{case.name}, {case.weights}"
+        results = list(track(case.check(model), title))
+        if options.optimized and case.weights.startswith(("L7", "S1")):
+            results += track(engine_gates(case, model), f"optimized {title}")
+        sections.append(Section(case.name, case.weights, tuple(results)))
+    return sections
 
 
 def engine_gates(case: Case, model: SigLipVisionModel) -> Iterator[GateResult]:
