@@ -82,9 +82,7 @@ class Pickler(pickle.Pickler):
         start = self.num_bytes
         num_bytes = tensor.numel() * tensor.element_size()
         self.num_bytes += -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        return StoredTensor(
-            start, num_bytes, tensor.dtype, tuple(tensor.shape), str(tensor.device)
-        )
+        return StoredTensor(start, num_bytes, tensor.dtype, tuple(tensor.shape), str(tensor.device))
 
     def write_memory(self, stream: BinaryIO) -> None:
         """Write the memory of all tensors, one after the other."""
@@ -103,9 +101,7 @@ class Unpickler(pickle.Unpickler):
         is_allowed: Function that returns whether a module may be imported.
     """
 
-    def __init__(
-        self, stream: BinaryIO, memory: Tensor, is_allowed: Callable[[str], bool]
-    ) -> None:
+    def __init__(self, stream: BinaryIO, memory: Tensor, is_allowed: Callable[[str], bool]) -> None:
         super().__init__(stream)
         self.memory = memory
         self.is_allowed = is_allowed

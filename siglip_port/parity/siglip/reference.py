@@ -14,7 +14,7 @@ import math
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from siglip_port.parity import gates
 from siglip_port.parity.results import GateResult
 from siglip_port.parity.sides import ReferenceHost, Result, Side
+from siglip_port.parity.sides import cast as cast_module
 from siglip_port.parity.siglip.recipes import fill
 
 if TYPE_CHECKING:  # the process of the reference imports no code of the port
@@ -111,6 +112,15 @@ def import_transformers() -> Any:  # noqa: ANN401 (an untyped module)
         raise UnsupportedReleaseError(
             f"transformers cannot be imported ({error}); run: {INSTALL}"
         ) from error
+
+
+def preload() -> None:
+    """Import the modules of transformers that a comparison needs, which takes seconds."""
+    for naflex in (False, True):
+        config_class(naflex)
+        model_class(naflex)
+    for class_name in (*PROCESSORS.values(), *NAFLEX_PROCESSORS.values()):
+        library_object(class_name)
 
 
 def check_release(release: str) -> None:
@@ -206,7 +216,8 @@ class Reference(ReferenceHandle):
 
     def side(self) -> Side:
         """Return the reference as a side of a comparison."""
-        return Side(self.model, outputs, self.attentions, self.model.set_attn_implementation)
+        set_attention = self.model.set_attn_implementation
+        return Side(self.model, outputs, self.attentions, set_attention, find_defined)
 
 
 def config_of(reference: Side) -> dict[str, object]:
@@ -234,6 +245,12 @@ def tensors_of(reference: Side) -> dict[str, Tensor]:
     return reference.module.state_dict()
 
 
+def rounded_tensors_of(reference: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a reference's tensors, rounded to a dtype."""
+    with cast_module(reference.module, dtype):
+        return {name: tensor.clone() for name, tensor in reference.module.state_dict().items()}
+
+
 def module_types_of(reference: Side) -> dict[str, type[nn.Module]]:
     """Return a reference's modules by name: `nn.MultiheadAttention`, or `nn.Module`."""
     types: dict[str, type[nn.Module]] = {}
@@ -253,26 +270,65 @@ def is_naflex(model: nn.Module) -> bool:
     return isinstance(model, library_object("Siglip2VisionModel"))
 
 
-def outputs(model: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
-    """Run the reference on whole images, which are cut into patches for NaFlex models.
+def outputs(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
+    """Run the reference on images or packed patches.
 
     Args:
         model: Reference.
-        pixel_values: Images, [B, C, H, W].
+        inputs: Images [B, C, H, W], which are cut into patches for NaFlex models, and for which
+            others interpolate positions if the size is not their own; or packed patches by
+            argument, for which the mask may be missing.
 
     Returns:
-        `tokens` [B, N, D] and, with a pooling head, `pooled` [B, D].
+        `tokens` [B, N, D], 0 at padding, and, with a pooling head, `pooled` [B, D].
     """
-    if not is_naflex(model):
-        return name_outputs(model(pixel_values))
+    if is_naflex(model):
+        packed = inputs
+        if isinstance(inputs, Tensor):
+            packed = pack_images(inputs, model.config.patch_size)
+        assert isinstance(packed, Mapping)
+        defined = find_defined(packed)
+        patches = packed["pixel_values"]
+        shapes = torch.as_tensor(packed["spatial_shapes"], device=patches.device)
+        named = name_outputs(model(patches, defined.long(), shapes))
+        return {**named, "tokens": hide_padding(named["tokens"], defined)}
+    assert isinstance(inputs, Tensor)
+    own_size = (model.config.image_size, model.config.image_size)
+    is_resized = inputs.shape[2:] != own_size
+    return name_outputs(model(inputs, interpolate_pos_encoding=is_resized))
+
+
+def pack_images(images: Tensor, patch_size: int) -> dict[str, Tensor]:
+    """Cut images [B, C, H, W] of one size into patches; pixels beyond whole patches are dropped."""
+    rows, columns = (side // patch_size for side in images.shape[2:])
+    whole_patches = images[..., : rows * patch_size, : columns * patch_size]
     to_patches = library_object("models.siglip2.image_processing_siglip2.convert_image_to_patches")
-    patch = model.config.patch_size
-    rows, columns = (side // patch for side in pixel_values.shape[2:])
-    whole_patches = pixel_values[..., : rows * patch, : columns * patch]
-    patches = torch.stack([to_patches(image, patch) for image in whole_patches])
-    mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+    patches = [to_patches(image, patch_size) for image in whole_patches]
     shapes = torch.tensor([[rows, columns]]).expand(len(patches), 2)
-    return name_outputs(model(patches, mask, shapes))
+    return {"pixel_values": torch.stack(patches), "spatial_shapes": shapes}
+
+
+def find_defined(inputs: Tensor | Mapping[str, Any]) -> Tensor | None:
+    """Return the positions [B, N] of packed patches that are not padding; None for images.
+
+    Without a mask, they follow from the shapes.
+    """
+    if isinstance(inputs, Tensor):
+        return None
+    mask: Tensor | None = inputs.get("pixel_attention_mask")
+    if mask is not None:
+        return mask.bool()
+    patches = inputs["pixel_values"]
+    shapes = torch.as_tensor(inputs["spatial_shapes"], device=patches.device)
+    indices = torch.arange(patches.shape[1], device=patches.device)
+    return indices < shapes.prod(1, keepdim=True)
+
+
+def hide_padding(tokens: Tensor, defined: Tensor | None) -> Tensor:
+    """Set tokens [B, N, D] to 0 at padding, where they are undefined."""
+    if defined is None or tokens.shape[:2] != defined.shape:
+        return tokens
+    return tokens.masked_fill(~defined[..., None], 0.0)
 
 
 def name_outputs(output: HFOutput) -> dict[str, Tensor]:
@@ -391,9 +447,7 @@ def load(
     return Reference(model.to(device).eval())
 
 
-def load_side(
-    source: str | Path, **options: Any  # noqa: ANN401 (those of `load`)
-) -> Side:
+def load_side(source: str | Path, **options: Any) -> Side:  # noqa: ANN401 (those of `load`)
     """Load the reference as a side of a comparison: see `load`."""
     return load(source, **options).side()
 
@@ -427,64 +481,6 @@ def make_square(config: HFConfig) -> None:
         size = getattr(config, name, None)
         if isinstance(size, (list, tuple)):
             setattr(config, name, size[0])
-
-
-def small_reference(
-    kind: Literal["naflex", "resized"], folder: Path, seed: int = 1234
-) -> tuple[Side, dict[str, Tensor]]:
-    """Write a small model for images of other shapes, and load the reference from it.
-
-    Args:
-        kind: `naflex` for a SigLIP 2 model with packed patches; `resized` for a model of fixed size
-            with images of another size.
-        folder: Output folder.
-        seed: Seed of weights and inputs.
-
-    Returns:
-        Reference, and inputs for both sides by name.
-    """
-    from siglip_port.config import SigLipVisionConfig  # not in the process of the reference
-
-    naflex = kind == "naflex"
-    patch_size = 4 if naflex else 7
-    config = SigLipVisionConfig(
-        embed_dim=72,
-        mlp_hidden_dim=101,
-        num_encoder_blocks=2,
-        num_attention_heads=4,
-        patch_size=patch_size,
-        image_size=5 * patch_size,
-        pooling_head=True,
-        naflex=naflex,
-    )
-    write_random_checkpoint(folder, config, seed)
-    model = load(folder, pooling_head=True, naflex=naflex, dtype=torch.float32).model
-    generator = torch.Generator().manual_seed(seed)
-    if naflex:
-        return Side(model, named_outputs), packed_inputs(generator)
-    pixel_values = torch.rand(2, 3, 42, 56, generator=generator) * 2 - 1
-    return Side(model, resized_outputs), {"pixel_values": pixel_values}
-
-
-def named_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run the reference on named inputs."""
-    return name_outputs(model(**inputs))
-
-
-def resized_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run the reference on images of another size, with interpolated positions."""
-    return name_outputs(model(**inputs, interpolate_pos_encoding=True))
-
-
-def packed_inputs(generator: torch.Generator) -> dict[str, Tensor]:
-    """Return patches of 4 x 4 pixels of two images, one of them with padding."""
-    shapes = torch.tensor([[4, 6], [7, 3]])
-    mask = torch.arange(28)[None] < shapes.prod(1)[:, None]
-    return {
-        "pixel_values": torch.rand(2, 28, 48, generator=generator) * 2 - 1,
-        "pixel_attention_mask": mask.long(),
-        "spatial_shapes": shapes,
-    }
 
 
 def image_processors(
@@ -534,6 +530,20 @@ def image_processors(
         processor.do_convert_rgb = True
         processors[backend] = functools.partial(process_image, processor)
     return processors
+
+
+def backends_of(processors: Mapping[Backend, object]) -> list[Backend]:
+    """Return the backends of some image processors."""
+    return list(processors)
+
+
+def process_with(
+    processors: Mapping[Backend, Callable[[Any], dict[str, Tensor]]],
+    backend: Backend,
+    image: object,
+) -> dict[str, Tensor]:
+    """Process an image with one of the image processors."""
+    return dict(processors[backend](image))
 
 
 def processor_folders(source: str | Path | None) -> list[str | Path]:

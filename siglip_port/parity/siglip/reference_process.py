@@ -57,6 +57,13 @@ class References(Protocol):
     ) -> ReferenceHost:
         """Keep `function(*arguments, **options)` at that place; return a host for it."""
 
+    def load(
+        self,
+        source: str | Path,
+        **options: Any,  # noqa: ANN401 (those of `reference.load`)
+    ) -> ReferenceHandle:
+        """Load a reference at that place: see `reference.load`."""
+
 
 @dataclass(frozen=True)
 class LocalHost:
@@ -89,6 +96,17 @@ class InThisProcess:
     ) -> ReferenceHost:
         """Call a function and keep its result."""
         return LocalHost(function(*arguments, **options))
+
+    def load(
+        self,
+        source: str | Path,
+        **options: Any,  # noqa: ANN401 (those of `reference.load`)
+    ) -> ReferenceHandle:
+        """Load a reference."""
+        return reference.load(source, **options)
+
+
+IN_THIS_PROCESS = InThisProcess()
 
 
 @dataclass(frozen=True)
@@ -155,7 +173,7 @@ class ReferenceProcess:
         self._is_preloading = False
         greeting = {"path": sys.path, "folder": str(scratch)}
         self._send(lambda stream: stream.write(pickle.dumps(greeting)))
-        preload = Request(reference.import_transformers, (), {}, 1, None, None, [])
+        preload = Request(reference.preload, (), {}, 1, None, None, [])
         self._send(lambda stream: transport.send(stream, preload, self.scratch))
         self._is_preloading = True
 
@@ -203,6 +221,14 @@ class ReferenceProcess:
         key = next(self._keys)
         self.request(function, arguments, options, keep_as=key)
         return RemoteHost(self, key)
+
+    def load(
+        self,
+        source: str | Path,
+        **options: Any,  # noqa: ANN401 (those of `reference.load`)
+    ) -> ReferenceHandle:
+        """Load a reference in the process: see `reference.load`."""
+        return RemoteReference(self.create(reference.load_side, source, **options))
 
     def request(
         self,
