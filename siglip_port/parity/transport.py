@@ -25,6 +25,8 @@ INLINE_BYTES = 1 << 20
 ALIGNMENT = 64
 """Bytes between possible starts of tensors."""
 
+CAN_DELETE_MAPPED_FILES = os.name != "nt"
+
 LENGTH = struct.Struct("<Q")
 
 _NUMBERS = itertools.count()
@@ -203,11 +205,11 @@ def read_bytes(stream: BinaryIO, length: int) -> bytes:
 
 def read_file(path: Path) -> Tensor:
     """Read and delete a file of tensors, uint8."""
-    if os.name == "nt":  # a file that is mapped cannot be deleted there
-        memory = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-    else:
+    if CAN_DELETE_MAPPED_FILES:
         size = path.stat().st_size
         memory = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    else:
+        memory = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
     path.unlink()
     return memory
 

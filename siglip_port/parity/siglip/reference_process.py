@@ -160,13 +160,14 @@ class RemoteHost:
 class ReferenceProcess:
     """A process for references, clean of everything that this process patches.
 
-    It starts importing transformers at once. Use it as a context manager.
+    Use it as a context manager.
 
     Args:
         scratch: Folder for large tensors.
+        preload: Whether it imports transformers at once, while this process does something else.
     """
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, *, preload: bool = True) -> None:
         self.scratch = scratch
         self.released: list[int] = []
         self._keys = itertools.count()
@@ -176,12 +177,12 @@ class ReferenceProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        self._is_preloading = False
         greeting = {"path": sys.path, "folder": str(scratch)}
         self._send(lambda stream: stream.write(pickle.dumps(greeting)))
-        preload = Request(reference.preload, (), {}, 1, None, None, [])
-        self._send(lambda stream: transport.send(stream, preload, self.scratch))
-        self._is_preloading = True
+        self._is_preloading = preload
+        if preload:
+            request = Request(reference.preload, (), {}, 1, None, None, [])
+            self._send(lambda stream: transport.send(stream, request, self.scratch))
 
     def __enter__(self) -> ReferenceProcess:
         return self

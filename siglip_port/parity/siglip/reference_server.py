@@ -85,6 +85,14 @@ def read_requests(stream: BinaryIO, requests: queue.Queue[Any]) -> None:
             requests.put(error)
 
 
+def compute_exactly() -> None:
+    """Turn off what torch trades precision for speed with, some of it by default."""
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 class Server:
     """Objects of this process, and functions that are called on them.
 
@@ -139,6 +147,7 @@ def main() -> None:
     greeting: dict[str, Any] = pickle.load(stream)
     extend_path(greeting["path"])
     server = Server(replies, Path(greeting["folder"]))
+    compute_exactly()
     requests: queue.Queue[Any] = queue.Queue()
     threading.Thread(target=read_requests, args=(stream, requests), daemon=True).start()
     while True:

@@ -11,7 +11,7 @@ from torch import nn
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.parity.siglip import second_reference, second_reference_script
 from siglip_port.parity.siglip.cases import random_case
-from siglip_port.parity.siglip.reference import VERSION, Reference, hf_config
+from siglip_port.parity.siglip.reference import VERSION, Reference, hf_config, preload
 from siglip_port.parity.siglip.taps import siglip_taps
 from tests.helpers.checkpoints import ODD, SMALL
 
@@ -49,6 +49,7 @@ def triangulate(name: str, config: SigLipVisionConfig, broken: str = "") -> tupl
 @pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder for temporary files during a test."""
+    preload()  # torch, when it is first compiled with, makes a folder of its own
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
