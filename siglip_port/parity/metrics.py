@@ -96,14 +96,28 @@ class ErrorMeter:
             return None
         self.length += len(part)
         distances = (part.double() - exact.double()).norm(dim=-1)
-        if self.undefined is not None:
-            distances = distances.masked_fill(self.undefined[start : start + len(part)], 0.0)
+        undefined = self._undefined_in(start, len(part))
+        if undefined is not None:
+            distances = distances.masked_fill(undefined, 0.0)
         self._squared_error += float(distances.square().sum())
         if math.isfinite(self._squared_error):
             self._worst = max(self._worst, float(distances.max()))
         else:
             self._worst = math.nan
         return exact
+
+    def _undefined_in(self, start: int, length: int) -> Tensor | None:
+        if self.undefined is None:
+            return None
+        return self.undefined[start : start + length]
+
+    def last_defined(self, part: Tensor, exact: Tensor) -> Tensor:
+        """Return a copy of the last part with the exact values where it is undefined."""
+        start = (self.length - len(part)) % self._period
+        undefined = self._undefined_in(start, len(part))
+        if undefined is None:
+            return part.clone()
+        return torch.where(undefined[..., None], exact.to(part.dtype), part)
 
     def error(self) -> RelativeError:
         """Return the error of all parts; infinite if they do not cover the expected tensor."""

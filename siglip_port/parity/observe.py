@@ -340,7 +340,7 @@ class TapComparison:
                 self._mismatched.setdefault(name, value.clone())
             return None
         if is_captured:
-            self._parts.setdefault(name, []).append(value.clone())
+            self._parts.setdefault(name, []).append(meter.last_defined(value, exact))
         return substitute(value, exact) if self.forced else None
 
     def errors(self) -> dict[str, RelativeError]:

@@ -249,11 +249,13 @@ def inside_attention(
     projected = {}
     for i, (part, name) in enumerate((("q", "query"), ("k", "key"), ("v", "value"))):
         projected[part] = nn.functional.linear(inputs[name], weights[i], biases[i])
-    heads = [x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected.values()]
+    q, k, v = (
+        x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected.values()
+    )
     mask = inputs.get("attn_mask")
     if mask is not None:
         mask = mask.unflatten(0, (-1, attention.num_heads))
-    context = nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+    context = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return {**projected, "context": context.transpose(1, 2).flatten(2)}
 
 

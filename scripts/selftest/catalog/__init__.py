@@ -19,6 +19,7 @@ from scripts.selftest.catalog.patches import PATCHES
 from scripts.selftest.catalog.pixels import PIXELS
 from scripts.selftest.catalog.pooling import POOLING
 from scripts.selftest.catalog.projections import PROJECTIONS
+from scripts.selftest.catalog.regimes import REGIMES
 from scripts.selftest.catalog.resized import RESIZED
 from scripts.selftest.catalog.rounding import ROUNDING
 from scripts.selftest.catalog.stack import STACK
@@ -42,6 +43,7 @@ MUTANTS: list[Mutant] = [
     *LOADING,
     *NAFLEX,
     *RESIZED,
+    *REGIMES,
     *IMAGES,
 ]
 """All mutants of the port; those of the harness are in `harness`."""

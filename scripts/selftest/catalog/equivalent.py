@@ -169,6 +169,12 @@ def run_mlp_in_chunks(block: EncoderBlock, x: Tensor) -> Tensor:
     return x + torch.cat([block.mlp(part) for part in parts], 1)
 
 
+def pad_with_zeros(embeddings: VisionEmbeddings, height: int, width: int, count: int) -> Tensor:
+    """Use zero positions for padding."""
+    positions = embeddings.positions(height, width)
+    return F.pad(positions, (0, 0, 0, count - height * width))
+
+
 EQUIVALENT = [
     equivalent("as_it_is", "unchanged port"),
     attend(
@@ -282,6 +288,11 @@ EQUIVALENT = [
         seams.block(
             first=lambda block, x: (widen(x) + block.self_attn(block.layer_norm1(x))).to(x.dtype)
         ),
+    ),
+    equivalent(
+        "zero_padding",
+        "NaFlex: zero instead of the first position at padding, which no output depends on",
+        replace(VisionEmbeddings, "padded_positions", pad_with_zeros),
     ),
     equivalent("mlp_in_chunks", "MLP in chunks of tokens", seams.block(second=run_mlp_in_chunks)),
 ]

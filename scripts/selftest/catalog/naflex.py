@@ -108,42 +108,37 @@ def use_first_shape(
     embed_packed: Callable[..., Tensor],
     embeddings: VisionEmbeddings,
     pixel_values: Tensor,
-    spatial_shapes: Tensor,
+    spatial_shapes: Shapes,
 ) -> Tensor:
     """Use the positions of the first image's shape for all."""
-    return embed_packed(embeddings, pixel_values, spatial_shapes[:1].expand_as(spatial_shapes))
-
-
-def pad_with_zeros(embeddings: VisionEmbeddings, height: int, width: int, count: int) -> Tensor:
-    """Use zero positions for padding."""
-    positions = embeddings.positions(height, width)
-    return nn.functional.pad(positions, (0, 0, 0, count - height * width))
+    shapes = patches.shape_pairs(spatial_shapes)
+    return embed_packed(embeddings, pixel_values, shapes[:1] * len(shapes))
 
 
 NAFLEX = [
     naflex(
         "naflex_mask_ignored",
         "padding not masked",
-        "context",
+        "context head-context",
         replace(patches, "attention_mask", lambda tokens, mask, shapes: None),
         "Blaizzy/mlx-vlm#2266",
     ),
     naflex(
         "naflex_mask_inverted",
         "mask inverted: only padding attended to",
-        "context",
+        "context head-context",
         change_mask(lambda mask: ~mask.bool()),
     ),
     naflex(
         "naflex_mask_off_by_one",
         "last patch masked too",
-        "context",
+        "context head-context",
         change_mask(lambda mask: mask.bool() & mask.bool().roll(-1, 1)),
     ),
     naflex(
         "naflex_mask_of_first",
         "mask of the first image used for all",
-        "context inputs",
+        "context head-context inputs",
         change_mask(lambda mask: mask[:1].expand_as(mask)),
     ),
     naflex(
@@ -151,6 +146,12 @@ NAFLEX = [
         "padding not masked in the pooling head",
         "head-context",
         wrap(SigLipVisionModel, "pool", pool_all),
+    ),
+    naflex(
+        "naflex_head_mask_inverted",
+        "only padding pooled where there is any",
+        "head-context",
+        wrap(SigLipVisionModel, "pool", pool_padding),
     ),
     naflex(
         "naflex_positions_swapped",
@@ -206,12 +207,6 @@ NAFLEX = [
         "nearest instead of bilinear",
         "embeddings",
         replace(patches, "resize_grid", resize_nearest),
-    ),
-    naflex(
-        "naflex_padding_zero",
-        "zero instead of the first position at padding",
-        "embeddings",
-        replace(VisionEmbeddings, "padded_positions", pad_with_zeros),
     ),
     naflex(
         "naflex_shape_of_first",

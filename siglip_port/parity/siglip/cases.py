@@ -214,7 +214,7 @@ class Case:
             The result of each gate; one per dtype for `rounding`.
         """
         side = Side(port, call or self.call)
-        inputs = cast_inputs(self.inputs, self.dtypes[0])
+        inputs: Any = cast_inputs(self.inputs, self.dtypes[0])
         if "environment" in self.gates:
             yield self.check_environment(port)
         if "config" in self.gates:
@@ -354,6 +354,7 @@ class SmallModel:
             attentions: Attention implementations of the reference for the rounding bounds.
             references: Place of the reference.
         """
+        has_head = self.config.pooling_head and self.load_options.get("pooling_head") is not False
         dtype = self.load_options.get("dtype") or torch.float32
         assert isinstance(dtype, torch.dtype)
         with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
@@ -364,7 +365,7 @@ class SmallModel:
             loaded = references.load(
                 folder,
                 dtype=dtype,
-                pooling_head=self.load_options.get("pooling_head", self.config.pooling_head),
+                pooling_head=has_head,
                 naflex=self.config.naflex,
                 device=device,
             )

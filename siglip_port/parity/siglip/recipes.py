@@ -129,8 +129,9 @@ def layer_norm_eps(model: nn.Module) -> float:
 def num_attention_heads(model: nn.Module) -> int:
     """Return the number of attention heads."""
     for part in model.modules():
-        if hasattr(part, "num_heads"):
-            return int(part.num_heads)
+        num_heads = getattr(part, "num_heads", None)
+        if isinstance(num_heads, int):
+            return num_heads
     raise ValueError("model must have an attention module with num_heads, got none")
 
 

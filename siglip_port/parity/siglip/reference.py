@@ -290,19 +290,22 @@ def outputs(model: HFModel, inputs: Tensor | Mapping[str, Any]) -> dict[str, Ten
         `tokens` [B, N, D], 0 at padding, and, with a pooling head, `pooled` [B, D].
     """
     if is_naflex(model):
-        packed = inputs
         if isinstance(inputs, Tensor):
-            packed = pack_images(inputs, model.config.patch_size)
-        assert isinstance(packed, Mapping)
-        defined = cast(Tensor, find_defined(packed))
-        patches = packed["pixel_values"]
-        shapes = torch.as_tensor(packed["spatial_shapes"], device=patches.device)
-        named = name_outputs(model(patches, defined.long(), shapes))
-        return {**named, "tokens": hide_padding(named["tokens"], defined)}
+            inputs = pack_images(inputs, model.config.patch_size)
+        return packed_outputs(model, inputs)
     assert isinstance(inputs, Tensor)
     own_size = (model.config.image_size, model.config.image_size)
-    is_resized = inputs.shape[2:] != own_size
+    is_resized = tuple(inputs.shape[2:]) != own_size
     return name_outputs(model(inputs, interpolate_pos_encoding=is_resized))
+
+
+def packed_outputs(model: HFModel, packed: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Run the reference for NaFlex on packed patches."""
+    patches = packed["pixel_values"]
+    defined = patch_positions(packed)
+    shapes = torch.as_tensor(packed["spatial_shapes"], device=patches.device)
+    named = name_outputs(model(patches, defined.long(), shapes))
+    return {**named, "tokens": hide_padding(named["tokens"], defined)}
 
 
 def pack_images(images: Tensor, patch_size: int) -> dict[str, Tensor]:
@@ -316,17 +319,19 @@ def pack_images(images: Tensor, patch_size: int) -> dict[str, Tensor]:
 
 
 def find_defined(inputs: Tensor | Mapping[str, Any]) -> Tensor | None:
-    """Return the positions [B, N] of packed patches that are not padding; None for images.
-
-    Without a mask, they follow from the shapes.
-    """
+    """Return the positions [B, N] of packed patches that are not padding; None for images."""
     if isinstance(inputs, Tensor):
         return None
-    mask: Tensor | None = inputs.get("pixel_attention_mask")
+    return patch_positions(inputs)
+
+
+def patch_positions(packed: Mapping[str, Any]) -> Tensor:
+    """Return the positions [B, N] that are not padding: by the mask, or else by the shapes."""
+    mask: Tensor | None = packed.get("pixel_attention_mask")
     if mask is not None:
         return mask.bool()
-    patches = inputs["pixel_values"]
-    shapes = torch.as_tensor(inputs["spatial_shapes"], device=patches.device)
+    patches = packed["pixel_values"]
+    shapes = torch.as_tensor(packed["spatial_shapes"], device=patches.device)
     indices = torch.arange(patches.shape[1], device=patches.device)
     return indices < shapes.prod(1, keepdim=True)
 

@@ -82,7 +82,8 @@ def pixel_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
     return [
         Regime(f"pixels up to {LARGEST_PIXEL:g}", wide),
         Regime("constant images", constant.contiguous()),
-        # Not fainter, nor 0 around the pixels: relative changes of 1e-4 separate float32 steps from bugs.
+        # Not fainter, and not 0 around the pixels: small relative changes must have an effect, to
+        # separate float32 steps from bugs.
         Regime("pixels below 0.01", 0.01 * noise),
         Regime("one pixel set", impulses + 0.25),
         Regime("images of mixed contrast", mixed),
@@ -156,6 +157,7 @@ def grid_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
         "one row": (patch, (2 * side - 1) * patch),
         "one column": ((side - 2) * patch, patch),
         "one patch": (patch, patch),
+        "as many patches in one row": (patch, side * side * patch),
         "parts of patches": ((side + 1) * patch + 1, (side + 3) * patch + patch - 1),
         "its own grid in another shape": (own, side * patch),
         "a much larger grid": ((3 * side + 1) * patch, (3 * side - 2) * patch),
@@ -169,7 +171,7 @@ def grid_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
 
 # --- packed patches -------------------------------------------------------------------------------
 
-MANY_SHAPES = ((4, 6), (6, 4), (5, 5), (7, 3), (2, 9), (1, 1))
+MANY_SHAPES = ((4, 6), (6, 4), (5, 5), (25, 1), (7, 3), (2, 9), (1, 1))
 """Grids of images in one batch: equal numbers of patches in other shapes, and the learned grid."""
 
 

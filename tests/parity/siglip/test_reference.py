@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -61,16 +60,6 @@ def test_random_checkpoint_depends_only_on_seed(tmp_path: Path, recipe: str) -> 
     assert torch.equal(torch.get_rng_state(), random_state)
     assert contents["one"] == contents["same"]
     assert contents["one"] != contents["other"]
-
-
-@pytest.mark.parametrize(("kind", "num_tokens"), [("naflex", 28), ("resized", 48)])
-def test_small_reference(
-    kind: Literal["naflex", "resized"], num_tokens: int, tmp_path: Path
-) -> None:
-    side, inputs = reference.small_reference(kind, tmp_path)
-    outputs = side.run(inputs)
-    assert outputs["tokens"].shape == (2, num_tokens, 72)
-    assert outputs["pooled"].shape == (2, 72)
 
 
 def test_file_of_any_name(checkpoint: MakeCheckpoint) -> None:

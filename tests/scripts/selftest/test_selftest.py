@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,8 +23,7 @@ from scripts.selftest.examination import (
     MutantResult,
     examine,
     examine_images,
-    examine_shapes,
-    make_cases,
+    make_models,
 )
 from scripts.selftest.harness import examine_harness
 from scripts.selftest.mutant import HarnessMutant
@@ -48,9 +48,9 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
-def cases() -> Iterator[list[Case]]:
-    with make_cases(config=SMALL) as checkpoints:
-        yield checkpoints
+def models() -> Iterator[list[list[Case]]]:
+    with make_models(odd=SMALL) as models:
+        yield models
 
 
 # One mutant per gate and per way to break the port.
@@ -71,21 +71,25 @@ def cases() -> Iterator[list[Case]]:
         "no_grad",
     ],
 )
-def test_mutants_are_judged(cases: list[Case], name: str) -> None:
-    result = examine(BY_NAME[name], cases)
+def test_mutants_are_judged(models: list[list[Case]], name: str) -> None:
+    result = examine(BY_NAME[name], models)
     assert result.passed, result
 
 
-def test_mutant_does_not_leak_into_next(cases: list[Case]) -> None:
-    first = cases[:1]
+def test_mutant_does_not_leak_into_next(models: list[list[Case]]) -> None:
+    first = models[:1]
     for name in ("rows_norms_swapped", "act_ignored", "ln_gain_missing", "pooled_half"):
         assert examine(BY_NAME[name], first).passed
     assert not examine(BY_NAME["as_it_is"], first).detected
 
 
-def test_equivalent_variants_pass_with_eager_attention(cases: list[Case]) -> None:
-    eager_cases = [replace(case, attentions=("eager",), reference_runs={}) for case in cases]
-    assert examine(BY_NAME["float32_ln"], eager_cases).passed
+def test_equivalent_variants_pass_with_eager_attention(models: list[list[Case]]) -> None:
+    eager_models = []
+    for cases in models:
+        eager_models.append(
+            [replace(case, attentions=("eager",), reference_runs={}) for case in cases]
+        )
+    assert examine(BY_NAME["float32_ln"], eager_models).passed
 
 
 @pytest.mark.slow
@@ -94,19 +98,19 @@ def test_equivalent_variants_pass_with_eager_attention(cases: list[Case]) -> Non
 )
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_equivalent_variants_pass_with_each_attention(name: str, attention: str) -> None:
-    with make_cases(seed=7) as checkpoints:
-        for case in checkpoints:
+    with make_models(seed=7) as models:
+        for case in itertools.chain.from_iterable(models):
             case.attentions = (attention,)
-        result = examine(BY_NAME[name], checkpoints)
+        result = examine(BY_NAME[name], models)
     assert result.passed, result
 
 
 @pytest.mark.parametrize(
     "name", ["naflex_mask_ignored", "naflex_positions_swapped", "interp_antialias"]
 )
-def test_shape_mutants_are_detected(name: str) -> None:
-    assert examine_shapes(BY_NAME[name]).passed
-    assert not examine_shapes(replace(BY_NAME[name], patch=None)).detected
+def test_shape_mutants_are_detected(models: list[list[Case]], name: str) -> None:
+    assert examine(BY_NAME[name], models, stops=True).passed
+    assert not examine(replace(BY_NAME[name], patch=None), models).detected
 
 
 @pytest.mark.parametrize(
@@ -136,28 +140,28 @@ GATES = {
 
 @pytest.mark.parametrize("gate", ALL_GATES)
 def test_disabled_gate_is_detected(
-    cases: list[Case], gate: str, monkeypatch: pytest.MonkeyPatch
+    models: list[list[Case]], gate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each gate has mutants of its own; detection by other gates does not count."""
     mutant = next(m for m in catalog.MUTANTS if m.gate == gate and m.subject == "port")
-    gate_cases = cases[1:2] if gate == "rounding" else cases[:1]
-    assert examine(mutant, gate_cases).passed
+    first = models[2:3] if gate == "rounding" else models[:1]
+    assert examine(mutant, first).passed
     monkeypatch.setattr(*GATES[gate], lambda *_, **__: GateResult(gate, 1, "off"))
-    result = examine(mutant, gate_cases)
+    result = examine(mutant, first)
     assert not result.passed
     failure = Report([result]).failures[0]
     assert failure.startswith(f"{mutant.name}: expected detection by {gate}, got ")
 
 
-def test_false_location_is_failure(cases: list[Case]) -> None:
-    result = examine(replace(BY_NAME["ln_eps_once"], locations="4.ln2"), cases[:1])
+def test_false_location_is_failure(models: list[list[Case]]) -> None:
+    result = examine(replace(BY_NAME["ln_eps_once"], locations="4.ln2"), models[:1])
     assert result.detected
     assert not result.located
     assert "false locations: numerics: encoder.layers.5.layer_norm2" in Report([result]).failures[0]
 
 
-def test_false_alarm_is_failure(cases: list[Case]) -> None:
-    result = examine(replace(BY_NAME["ln_eps_once"], is_equivalent=True), cases)
+def test_false_alarm_is_failure(models: list[list[Case]]) -> None:
+    result = examine(replace(BY_NAME["ln_eps_once"], is_equivalent=True), models)
     assert Report(variant_runs=[("seed 1", result)]).failures == [
         "false alarm: ln_eps_once (seed 1): numerics, rounding"
     ]
@@ -193,7 +197,7 @@ Shorten = Callable[..., None]
 
 
 @pytest.fixture
-def shorten(monkeypatch: pytest.MonkeyPatch, cases: list[Case]) -> Shorten:
+def shorten(monkeypatch: pytest.MonkeyPatch, models: list[list[Case]]) -> Shorten:
     """Function that shortens the catalog; the models are small."""
 
     def shorten(mutants: list[str], equivalent: list[str], bugs: list[str]) -> None:
@@ -201,8 +205,8 @@ def shorten(monkeypatch: pytest.MonkeyPatch, cases: list[Case]) -> Shorten:
         monkeypatch.setattr(catalog, "EQUIVALENT", [BY_NAME[name] for name in equivalent])
         monkeypatch.setattr(catalog, "HARNESS", [HARNESS[name] for name in bugs])
 
-    small = contextlib.nullcontext(cases)
-    monkeypatch.setattr(runner, "make_cases", lambda *_, **__: small)
+    small = contextlib.nullcontext(models)
+    monkeypatch.setattr(runner, "make_models", lambda *_, **__: small)
     return shorten
 
 
@@ -241,9 +245,10 @@ def test_selftest_command(
 @multi_threaded
 @pytest.mark.fresh_process
 def test_full_selftest(
-    shorten: Shorten, cases: list[Case], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    shorten: Shorten, models: list[list[Case]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     shorten(["gelu_exact", "ln_bf16"], ["as_it_is"], ["one_output"])
+    cases = list(itertools.chain.from_iterable(models))
     before = [case.attentions for case in cases]
     assert compare_origin.main(["--selftest", "--full", "--json", str(tmp_path / "all.json")]) == 0
     assert "2 of 2 located (2 with a hint), 0 false alarms in 16 runs" in capsys.readouterr().out
@@ -265,7 +270,7 @@ def test_full_selftest(
 @pytest.mark.fresh_process
 @pytest.mark.slow
 def test_results_do_not_depend_on_number_of_processes(
-    shorten: Shorten, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+    shorten: Shorten, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Results are in catalog order, and a monkeypatched gate is patched in every process."""
     names = ["gelu_exact_once", "input_bgr", "left_in_training", "interp_nearest", "eps_ignored"]
@@ -327,15 +332,15 @@ def test_census() -> None:
 
 
 def test_calibration(
-    cases: list[Case],
+    models: list[list[Case]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     from scripts.selftest import calibration
 
-    small = contextlib.nullcontext(cases)
-    monkeypatch.setattr(calibration, "make_cases", lambda *_, **__: small)
+    small = contextlib.nullcontext(models)
+    monkeypatch.setattr(calibration, "make_models", lambda *_, **__: small)
     variants = [BY_NAME["as_it_is"], BY_NAME["hand_written_ln"]]
     monkeypatch.setattr(catalog, "EQUIVALENT", variants)
     monkeypatch.setattr(catalog, "ROUNDING", [BY_NAME["ln_bf16"]])
