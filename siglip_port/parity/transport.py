@@ -185,8 +185,27 @@ def receive(stream: BinaryIO, is_allowed: Callable[[str], bool] = lambda _: True
     Raises:
         EOFError: The other process closed the pipe or has ended.
     """
+    return unpack(read_message(stream), is_allowed)
+
+
+def read_message(stream: BinaryIO) -> bytes:
+    """Read a message from a stream, for `unpack`.
+
+    Raises:
+        EOFError: The other process closed the pipe or has ended.
+    """
     (length,) = LENGTH.unpack(read_bytes(stream, LENGTH.size))
-    message: Message = pickle.loads(read_bytes(stream, length))
+    return read_bytes(stream, length)
+
+
+def unpack(packed: bytes, is_allowed: Callable[[str], bool]) -> Any:  # noqa: ANN401 (what was sent)
+    """Return the content of a message.
+
+    Args:
+        packed: Return value of `read_message`.
+        is_allowed: Function that returns whether a module may be imported.
+    """
+    message: Message = pickle.loads(packed)
     memory = torch.empty(0, dtype=torch.uint8)
     if message.file:
         memory = read_file(Path(message.file))

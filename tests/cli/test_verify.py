@@ -26,6 +26,7 @@ from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port import model as port
 from siglip_port.cli import verify
 from siglip_port.parity.siglip import cases, census, reference, verification, verify_options
+from siglip_port.parity.siglip.reference_process import ReferenceProcess
 from siglip_port.parity.siglip.verify_options import (
     DTYPES,
     SAMPLE_IMAGE,
@@ -49,6 +50,9 @@ KNOWN_LINES = [
     "cosine_similarity after pooling.min(): ",
 ]
 GATES = ["pixels", "environment", "config", "weights", "sensitivity", "numerics", "interface"]
+
+
+pytestmark = pytest.mark.usefixtures("shared_references")
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +101,7 @@ def check_default_command(stdout: str, stderr: str, report: Path, shape: tuple[i
     assert [row[0] for row in table] == [*GATES, *roundings]
     assert {row[-1] for row in table} == {"passed"}
     assert lines[-1].startswith(
-        "EQUAL (random weights): passed pixels (42), environment (16), config (22), weights ("
+        "EQUAL (random weights): passed pixels (42), environment (24), config (22), weights ("
     )
     content = json.loads(report.read_text())
     assert content["equal"] is True
@@ -432,7 +436,9 @@ def test_dtype_and_attention(
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "CMYK", "1", "LA"])
-def test_image_modes(checkpoint: MakeCheckpoint, tmp_path: Path, mode: str) -> None:
+def test_image_modes(
+    checkpoint: MakeCheckpoint, tmp_path: Path, mode: str, references: ReferenceProcess
+) -> None:
     folder = checkpoint()
     (folder / "preprocessor_config.json").write_text('{"do_convert_rgb": null, "resample": 2}')
     with Image.open(SAMPLE_IMAGE) as image:
@@ -440,8 +446,8 @@ def test_image_modes(checkpoint: MakeCheckpoint, tmp_path: Path, mode: str) -> N
     if mode == "CMYK":  # the whole command for one of them
         assert call("--checkpoint", folder, "--image", tmp_path / "image.tif") == 0
     options = VerifyOptions(str(folder), image=tmp_path / "image.tif")
-    loaded = verification.load_port(options, tmp_path)
-    case = verification.checkpoint_case(options, loaded, read_image(options.image))
+    loaded = verification.load_port(options, tmp_path, references)
+    case = verification.checkpoint_case(options, loaded, read_image(options.image), references)
     assert case.inputs.shape == (2, 3, 16, 16)
     assert case.inputs.isfinite().all()
     assert all(gate.passed for gate in case.check(loaded.model))
@@ -472,7 +478,7 @@ def test_unexpected_error(
     def fail(*_: object, **__: object) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr(reference, "load", fail)
+    monkeypatch.setattr(verification, "checkpoint_case", fail)
     assert call("--checkpoint", checkpoint()) == 2
     assert capsys.readouterr().err == "could not compare: KeyError: 'surprise'\n"
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 import types
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +24,7 @@ PACKAGE = Path(__file__).parents[2]
 """Folder of `siglip_port`."""
 
 
-HARNESS = ("parity", "text")
+HARNESS = ("parity", "parity_log", "text")
 """Modules of the package that this process may import."""
 
 
@@ -72,17 +73,19 @@ def extend_path(entries: list[str]) -> None:
     sys.meta_path.insert(0, PortGuard())
 
 
-def read_requests(stream: BinaryIO, requests: queue.Queue[Any]) -> None:
-    """Read all requests, and end the process at the end of the pipe: the other side has ended."""
-    from siglip_port.parity import transport
+def read_requests(
+    stream: BinaryIO, read_message: Callable[[BinaryIO], bytes], requests: queue.Queue[bytes]
+) -> None:
+    """Read all requests, and end the process at the end of the pipe: the other side has ended.
 
+    A thread of its own sees the end while a function runs. It imports nothing, since the main
+    thread may be importing, too.
+    """
     while True:
         try:
-            requests.put(transport.receive(stream, is_harness))
+            requests.put(read_message(stream))
         except EOFError:
             os._exit(0)
-        except Exception as error:  # a request that cannot be unpickled: the next one may be
-            requests.put(error)
 
 
 def compute_exactly() -> None:
@@ -106,14 +109,12 @@ class Server:
         self.folder = folder
         self.objects: dict[int, object] = {}
 
-    def answer(self, request: Any) -> None:  # noqa: ANN401 (a Request, or an error of reading it)
+    def answer(self, message: bytes) -> None:
         """Compute the result of a request, and send it or the error."""
         from siglip_port.parity import transport
 
         try:
-            if isinstance(request, Exception):
-                raise request
-            reply = (self.compute(request), None)
+            reply = (self.compute(transport.unpack(message, is_harness)), None)
             transport.send(self.replies, reply, self.folder)
         except BrokenPipeError:
             os._exit(0)
@@ -146,10 +147,13 @@ def main() -> None:
     stream, replies = take_pipes()
     greeting: dict[str, Any] = pickle.load(stream)
     extend_path(greeting["path"])
-    server = Server(replies, Path(greeting["folder"]))
+    from siglip_port.parity import transport
+
     compute_exactly()
-    requests: queue.Queue[Any] = queue.Queue()
-    threading.Thread(target=read_requests, args=(stream, requests), daemon=True).start()
+    server = Server(replies, Path(greeting["folder"]))
+    requests: queue.Queue[bytes] = queue.Queue()
+    arguments = (stream, transport.read_message, requests)
+    threading.Thread(target=read_requests, args=arguments, daemon=True).start()
     while True:
         server.answer(requests.get())
 
