@@ -84,7 +84,7 @@ def judge_port(options: VerifyOptions, target: str, image: Image.Image) -> int:
 def save(options: VerifyOptions, folder: Path, image: Image.Image) -> int:
     """Write a golden folder."""
     require("transformers")
-    from siglip_port.parity.siglip import golden_cases, reference_process, verification
+    from siglip_port.parity.siglip import golden_cases, reference, reference_process, verification
 
     with (
         reference_process.start() as references,
@@ -93,7 +93,11 @@ def save(options: VerifyOptions, folder: Path, image: Image.Image) -> int:
         port = verification.load_port(options, Path(scratch), references)
         case = verification.checkpoint_case(options, port, image, references)
         cases = golden_cases.golden_cases(case, port.model.config, Path(scratch), references)
-        origin = {**reports.describe_origin(), "checkpoint": options.checkpoint}
+        origin = {
+            **reports.describe_origin(),
+            "transformers": reference.VERSION,
+            "checkpoint": options.checkpoint,
+        }
         names = write_folder(folder, cases, origin)
     print(
         f"wrote {', '.join(names)} to {folder}; run the port on the inputs of each, write its "

@@ -195,7 +195,7 @@ def test_process_imports_no_code_of_the_port(references: ReferenceProcess, case:
     assert "transformers.models.siglip2.modeling_siglip2" in modules
     ours = {name for name in modules if name.partition(".")[0] == "siglip_port"}
     ours = {name for name in ours if not name.startswith("siglip_port.parity")}
-    assert ours == {"siglip_port", "siglip_port.parity_log", "siglip_port.text"}
+    assert ours == {"siglip_port", "siglip_port.text"}
     assert references.call(eval, "hasattr(__import__('siglip_port'), '__version__')") is False
 
 
