@@ -123,7 +123,7 @@ def bounds() -> str:
     factors = f"{factor:g}x the reference's ({worst:g}x for the worst vector)"
     rows = [
         ("difference in float64", f"{values.FLOAT64_BOUND:g}", values.FLOAT64_ORIGIN),
-        ("float32 step inside the port", f"{values.UPCAST_BOUND:g}", upcast),
+        ("float32 inside the port", f"{factor:g}x the reference's in float32", upcast),
         ("rounding error", factors, rounding),
     ]
     return to_markdown(["bound", "value", "basis"], rows)

@@ -121,7 +121,7 @@ def find_rejections(mutant: Mutant, case: Case) -> list[str]:
 def passes_gates(port: SigLipVisionModel, case: Case) -> bool:
     """Whether all gates pass, rounding in float32 only."""
     try:
-        return all(gate.passed for gate in case.check(port, max_hints=0))
+        return all(gate.passed for gate in case.check(port, with_hints=False))
     except (RuntimeError, ValueError):
         return False
 

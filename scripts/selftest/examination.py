@@ -17,7 +17,12 @@ from siglip_port.parity.siglip import cases
 from siglip_port.parity.siglip.cases import Case
 from siglip_port.parity.siglip.small_pixels import check_small_pixels
 
-SUBJECT_MODELS = {"port": "odd encoder", "naflex": "NaFlex encoder", "resized": "resized encoder"}
+SUBJECT_MODELS = {
+    "port": ("odd encoder",),
+    "regime": ("small encoder", "outliers", "long encoder"),
+    "naflex": ("NaFlex encoder",),
+    "resized": ("resized encoder",),
+}
 """Subject of a mutant -> first words of the names of the cases that it is written for."""
 
 
@@ -92,7 +97,7 @@ class MutantResult:
 
 
 def examine(
-    mutant: Mutant, models: Sequence[list[Case]], max_hints: int = 1, *, stops: bool = False
+    mutant: Mutant, models: Sequence[list[Case]], *, with_hints: bool = True, stops: bool = False
 ) -> MutantResult:
     """Run a mutant through the gates of the small models of the default command.
 
@@ -102,7 +107,7 @@ def examine(
     Args:
         mutant: Mutant of the port.
         models: Cases of each model.
-        max_hints: Maximum number of taps with a hint.
+        with_hints: Whether to look for known bugs that explain differences.
         stops: Whether to skip models once the gate has detected the mutant.
     """
     result = MutantResult(mutant)
@@ -110,12 +115,12 @@ def examine(
     with mutant.applied():
         for model_cases in models:
             if is_assigned(mutant, model_cases):
-                locating += run_model(result, model_cases, max_hints)
+                locating += run_model(result, model_cases, with_hints)
         for model_cases in models:
             is_detected = mutant.gate in result.detections
             if is_assigned(mutant, model_cases) or (stops and is_detected):
                 continue
-            failures = run_model(result, model_cases, max_hints)
+            failures = run_model(result, model_cases, with_hints)
             if not is_detected:
                 locating += failures
     result.locate(locating)
@@ -130,7 +135,7 @@ def is_assigned(mutant: Mutant, model_cases: list[Case]) -> bool:
     return is_subject and judges_rounding_only == (mutant.gate == "rounding")
 
 
-def run_model(result: MutantResult, model_cases: list[Case], max_hints: int) -> list[GateResult]:
+def run_model(result: MutantResult, model_cases: list[Case], with_hints: bool) -> list[GateResult]:
     """Run a mutant through the cases of one model, which share a port; return the failed gates."""
     torch.manual_seed(0)  # for mutants that draw random numbers
     first = model_cases[0]
@@ -138,7 +143,7 @@ def run_model(result: MutantResult, model_cases: list[Case], max_hints: int) -> 
     try:
         port = result.mutant.load(first.source, **first.load_options)
         for case in model_cases:
-            for gate in case.check(port, max_hints=max_hints):
+            for gate in case.check(port, with_hints=with_hints):
                 if not gate.passed:
                     result.add(gate)
                     failures.append(gate)

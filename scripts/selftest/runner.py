@@ -128,7 +128,7 @@ class SelfTest:
                 return examine_images(mutant)
             if self.full:
                 return examine(mutant, models)
-            return examine(mutant, models, max_hints=0, stops=True)
+            return examine(mutant, models, with_hints=False, stops=True)
 
         self.report.results += self.follow(judge, catalog.MUTANTS, "mutants")
 

@@ -26,10 +26,22 @@ ROUNDING_ORIGIN = (
 )
 
 UPCAST_BOUND = 1e-6
-"""Largest relative error in float64 that a float32 step inside a module can cause."""
+"""Largest relative difference in float64 from a second reference that rounds to float32 inside."""
 
-UPCAST_COSINE = 0.5
-"""Largest cosine between such errors on inputs that differ by 1e-4: rounding is not smooth."""
+SYSTEMATIC_SHARE = 0.5
+"""Largest systematic part of an error in float64 that is float32 rounding, relative to all of it.
+
+Rounding changes completely on inputs that differ by 1e-4, the error of a bug does not.
+"""
+
+ROUGH_SHARE = 0.9
+"""The same where the reference in float32 has a systematic error as well, as from constants."""
+
+SYSTEMATIC_FACTOR = 3.0
+"""Largest systematic error of a step in a dtype, relative to the reference's."""
+
+SYSTEMATIC_NOISE = 0.3
+"""Largest systematic error of a step in a dtype, relative to the reference's rounding error."""
 
 
 def within_float64_bound(error: float) -> bool:

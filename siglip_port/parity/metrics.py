@@ -134,3 +134,66 @@ class ErrorMeter:
         passes = self.length // self._period
         overall = math.sqrt(self._squared_error / passes) / norm
         return RelativeError(overall, self._worst / norm * math.sqrt(num_vectors))
+
+
+class ErrorStatistics(NamedTuple):
+    """Errors of a tensor on several inputs that differ slightly.
+
+    Attributes:
+        total: Root mean square of the relative errors.
+        systematic: Part that all errors have in common. Rounding changes completely with the
+            inputs, so that its part is near 0; that of a bug is near `total`.
+    """
+
+    total: float
+    systematic: float
+
+
+MAX_SAMPLED = 65536
+"""Largest number of elements per tensor that count for `ErrorStatistics`."""
+
+
+class SystematicErrorMeter:
+    """Meter of the part of an error that inputs which differ slightly have in common.
+
+    The mean product of the errors on two different inputs is an unbiased estimate of its square.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Tensor | None = None
+        self._squares = 0.0
+        self._exact_squares = 0.0
+
+    def add(self, value: Tensor, exact: Tensor) -> None:
+        """Add the error on one of the inputs; large tensors are sampled at fixed elements."""
+        exact = sample_elements(exact).double()
+        error = sample_elements(value).double() - exact
+        self.count += 1
+        self._sum = error if self._sum is None else self._sum + error
+        self._squares += float(error.square().sum())
+        self._exact_squares += float(exact.square().sum())
+
+    def statistics(self) -> ErrorStatistics:
+        """Return the statistics; the systematic part is NaN before the second input."""
+        if self._sum is None or self.count < 2:
+            return ErrorStatistics(math.nan, math.nan)
+        products = float(self._sum.square().sum()) - self._squares
+        mean_product = products / (self.count * (self.count - 1))
+        unit = math.sqrt(self._exact_squares / self.count)
+        if unit == 0:
+            return ErrorStatistics(math.nan, math.nan)
+        total = math.sqrt(self._squares / self.count) / unit
+        if not math.isfinite(mean_product):
+            return ErrorStatistics(total, math.nan)
+        return ErrorStatistics(total, math.sqrt(max(0.0, mean_product)) / unit)
+
+
+def sample_elements(tensor: Tensor) -> Tensor:
+    """Return the elements of a tensor, or a fixed sample of those of a large one: [N]."""
+    flat = tensor.flatten()
+    if len(flat) <= MAX_SAMPLED:
+        return flat
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(len(flat), (MAX_SAMPLED,), generator=generator)
+    return flat[index.to(flat.device)]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from siglip_port.parity import bounds
-from siglip_port.parity.metrics import ErrorMeter, RelativeError, is_finite
+from siglip_port.parity.metrics import ErrorMeter, ErrorStatistics, RelativeError, is_finite
 from siglip_port.parity.sides import (
     Inputs,
     ReferenceHost,
@@ -23,6 +24,9 @@ from siglip_port.parity.sides import (
 )
 from siglip_port.parity.taps import Recording, join, record, tap_hooks
 from siglip_port.text import fold_blocks
+
+NEVER_CALLED = "the port never calls this module"
+OTHER_SHAPES = "the port calls this module with other shapes"
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,14 @@ class ReferenceRun:
         dtype: Dtype to which weights and inputs are rounded in all runs.
         inputs: Inputs in `dtype`.
         observation: Results.
+        statistics: Cached errors of the reference on perturbed inputs, by points.
     """
 
     host: ReferenceHost
     dtype: torch.dtype
     inputs: Inputs
     observation: Observation
+    statistics: dict[tuple[str, ...], dict[str, ErrorStatistics]] = field(default_factory=dict)
 
     @property
     def exact(self) -> Recording:
@@ -77,14 +83,27 @@ class ReferenceRun:
         """Inputs in float64."""
         return cast_inputs(self.inputs, torch.float64)
 
-    @property
+    @functools.cached_property
     def points(self) -> list[str]:
-        """Names of all comparisons: taps in order of computation, then outputs."""
-        return [*self.exact.taps, *self.exact.outputs]
+        """Names of all comparisons, taps and outputs, in order of computation."""
+        return order_of_computation(self.exact)
 
     def record(self, inputs: Inputs) -> Recording:
         """Run the reference in float64, on the same weights and other inputs in float64."""
         return self.host.compute(record_exactly, inputs, list(self.exact.taps), self.dtype)
+
+
+def order_of_computation(exact: Recording) -> list[str]:
+    """List taps and outputs in order: an output follows the tap whose tensor it is, or all taps."""
+    points = list(exact.taps)
+    for name, output in exact.outputs.items():
+        position = len(points)
+        for tap, tensor in exact.taps.items():
+            if tensor.dtype == output.dtype and torch.equal(tensor, output):
+                position = points.index(tap) + 1
+                break
+        points.insert(position, name)
+    return list(dict.fromkeys(points))
 
 
 def run_reference(
@@ -355,9 +374,9 @@ class TapComparison:
             if meter is None or meter.is_complete:
                 continue
             if name in self.visited:
-                reasons[name] = "the port calls this module with other shapes"
+                reasons[name] = OTHER_SHAPES
             else:
-                reasons[name] = "the port never calls this module"
+                reasons[name] = NEVER_CALLED
         return reasons
 
     def values(self) -> dict[str, Tensor]:

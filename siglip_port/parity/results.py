@@ -113,6 +113,8 @@ class GateResult:
             call the module, or calls it with other shapes.
         float32_upcasts: Taps that the port computes in float32 even in float64; the gate `rounding`
             judges them.
+        differing_taps: Taps at which the port has other values without effect on the outputs, such
+            as tokens in another order.
     """
 
     name: str
@@ -122,6 +124,7 @@ class GateResult:
     measurements: tuple[Measurement, ...] = ()
     uncompared_taps: tuple[str, ...] = ()
     float32_upcasts: tuple[str, ...] = ()
+    differing_taps: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -199,10 +202,12 @@ class Comparison:
         counts: dict[str, int] = {}
         uncompared: set[str] = set()
         upcasts: set[str] = set()
+        differing: set[str] = set()
         for _, gate in self.gates:
             counts[gate.name] = counts.get(gate.name, 0) + gate.checked
             uncompared.update(gate.uncompared_taps)
             upcasts.update(gate.float32_upcasts)
+            differing.update(gate.differing_taps)
         gates = ", ".join(f"{name} ({count})" for name, count in counts.items())
         text = f"EQUAL ({self.label}): passed {gates}"
         if uncompared:
@@ -211,6 +216,9 @@ class Comparison:
         if upcasts:
             text += "; float32 at every dtype, judged by the rounding gate: "
             text += first_names(upcasts)
+        if differing:
+            text += "; other values inside, without effect on the outputs: "
+            text += first_names(differing)
         return text
 
     def __str__(self) -> str:

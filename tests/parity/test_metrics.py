@@ -82,3 +82,27 @@ def test_error_meter_with_exact_zeros() -> None:
     meter = ErrorMeter(torch.zeros(2, 2))
     meter.add(VALUE)
     assert math.isnan(meter.error().overall)
+
+
+def test_undefined_positions_are_not_measured() -> None:
+    exact = torch.ones(2, 3, 4)
+    defined = torch.tensor([[True, True, False], [True, False, False]])
+    value = exact.clone()
+    value[~defined] = torch.nan
+    value[1, 0] = 1.5
+    meter = ErrorMeter(exact, defined)
+    for i in range(2):
+        part = meter.add(value[i : i + 1])
+        assert part is not None
+        compared = meter.last_defined(value[i : i + 1], part)
+        assert torch.equal(compared[~defined[i : i + 1]], part[~defined[i : i + 1]])
+        assert torch.equal(compared[defined[i : i + 1]], value[i : i + 1][defined[i : i + 1]])
+    error = meter.error()
+    assert error.overall == pytest.approx(0.5 / 3**0.5)
+    assert error.worst == pytest.approx(0.5)
+
+
+def test_positions_of_other_shapes_are_all_measured() -> None:
+    meter = ErrorMeter(torch.ones(2, 1, 4), torch.zeros(2, 3, dtype=torch.bool))
+    meter.add(torch.full((2, 1, 4), 2.0))
+    assert meter.error().overall == 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from scripts.selftest.catalog import seams
 from scripts.selftest.catalog.attention import scale_of, scores_of
 from scripts.selftest.catalog.edits import change_input
-from scripts.selftest.mutant import Mutant, Patch, replace, wrap
+from scripts.selftest.mutant import Edit, Mutant, Patch, Subject, replace, wrap
 from siglip_port import SigLipVisionModel, patches
 from siglip_port.model import (
     MLP,
@@ -23,6 +23,19 @@ from siglip_port.model import (
     VisionEmbeddings,
 )
 from siglip_port.patches import Mask, Shapes
+
+
+def regime(
+    name: str,
+    description: str,
+    locations: str,
+    patch: Patch | None = None,
+    *,
+    edit: Edit | None = None,
+    subject: Subject = "regime",
+) -> Mutant:
+    """Build a mutant that some inputs show."""
+    return Mutant(name, description, locations, patch=patch, edit=edit, subject=subject)
 
 
 def clamp(limit: float) -> Callable[..., Tensor]:
@@ -38,7 +51,7 @@ def clamped(
     name: str, description: str, locations: str, owner: type[nn.Module], method: str, limit: float
 ) -> Mutant:
     """Build a mutant that clamps what a method returns."""
-    return Mutant(name, description, locations, patch=wrap(owner, method, clamp(limit)))
+    return regime(name, description, locations, patch=wrap(owner, method, clamp(limit)))
 
 
 def clamp_patches(model: SigLipVisionModel) -> None:
@@ -166,7 +179,7 @@ def reverse_one_image(
 
 
 REGIMES = [
-    Mutant("clamp_conv", "patch embedding clamped at 300", "patch", edit=clamp_patches),
+    regime("clamp_conv", "patch embedding clamped at 300", "patch", edit=clamp_patches),
     clamped(
         "clamp_ln", "LayerNorms clamped at 100", "ln1 ln2 post head-ln", LayerNorm, "forward", 100
     ),
@@ -188,99 +201,98 @@ REGIMES = [
         20,
     ),
     clamped("clamp_head", "pooled output clamped at 100", "head", PoolingHead, "forward", 100),
-    Mutant(
+    regime(
         "clamp_scores",
         "scores clamped at 100",
         "context head-context",
         patch=seams.attend(clamp_scores),
     ),
-    Mutant(
+    regime(
         "clamp_hidden", "hidden units clamped at 100", "act head-act", patch=seams.mlp(clamp_hidden)
     ),
-    Mutant(
+    regime(
         "clamp_stream",
         "residual stream clamped at 1000",
         "residual",
         patch=seams.block(first=clamp_stream),
     ),
-    Mutant(
+    regime(
         "pixels_clamped",
         "pixels clamped to [-1, 1]",
         "patch inputs",
         edit=change_input(lambda x: x.clamp(-1, 1)),
     ),
-    Mutant(
+    regime(
         "pixels_flat",
         "images without contrast replaced",
         "patch inputs",
         edit=change_input(standardize_constant),
     ),
-    Mutant(
+    regime(
         "pixels_strided",
         "images read as if they were contiguous",
         "patch",
         patch=seams.patch_grid(stride_blindly),
     ),
-    Mutant(
+    regime(
         "batch_third",
         "another probe from the third image on",
         "head-q",
         patch=seams.pooling_head(first=negate_from_third),
     ),
-    Mutant(
+    regime(
         "batch_of_eight",
         "the first eight images repeated",
         "tokens head-k head-v",
         patch=seams.call(repeat_first_eight),
     ),
-    Mutant(
+    regime(
         "batch_of_one",
         "tokens of a single image reversed",
         "tokens head-k head-v",
         patch=wrap(SigLipVisionTransformer, "forward", reverse_one_image),
-        gate="sensitivity",
     ),
-    Mutant(
+    regime(
         "keys_256",
         "attention to the first 256 tokens only",
         "context head-context",
         patch=seams.attend(attend_to_256),
     ),
-    Mutant(
+    regime(
         "keys_1024",
         "attention to 1,024 tokens at a time, without merging the softmax",
         "context head-context",
         patch=seams.attend(attend_in_blocks),
     ),
-    Mutant(
+    regime(
         "positions_by_count",
         "resized positions cached by the number of patches",
         "embeddings",
         patch=cache_positions_by_count(),
         subject="naflex",
     ),
-    Mutant(
+    regime(
         "positions_own_count",
         "learned positions used for any grid with as many patches",
         "embeddings",
         patch=wrap(VisionEmbeddings, "positions", read_shapes_as_own_grid),
         subject="resized",
     ),
-    Mutant(
+    regime(
         "mask_default_ignored",
         "padding masked only if a mask is passed",
         "context head-context",
         patch=wrap(patches, "attention_mask", ignore_default_mask),
         subject="naflex",
     ),
-    Mutant(
+    regime(
         "mask_of_bools_ignored",
         "masks of bools ignored",
         "context head-context",
         patch=wrap(patches, "key_mask", read_mask_of_ints),
         subject="naflex",
     ),
-    Mutant(
+    regime(
         "embed_unmasked",
         "padding pooled in embed()",
         "head-context",

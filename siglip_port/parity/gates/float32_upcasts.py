@@ -1,71 +1,123 @@
-"""Separate float32 steps inside a port from bugs that are as small.
+"""Separate float32 rounding inside a port from bugs that are as small.
 
-A softmax that is always float32, for example, is not a bug, and has an error of 1e-8 in float64.
-The error of a bug is a smooth function of the inputs, and hardly changes if they change by 1e-4; a
-rounding error changes completely.
+A softmax, a Linear or a whole model that is float32 at every dtype is not a bug. Its error in
+float64 is no larger than that of the reference in float32, and it changes completely if the inputs
+change by 1e-4. The error of a bug is a smooth function of the inputs, and hardly changes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
 
 from siglip_port.parity import bounds
-from siglip_port.parity.observe import ComparedRun, ReferenceRun, compare_run
-from siglip_port.parity.sides import Inputs, Side, cast, perturb
-from siglip_port.parity.taps import Tap, port_to_reference
+from siglip_port.parity.metrics import ErrorStatistics, RelativeError
+from siglip_port.parity.observe import ReferenceRun, compare_run
+from siglip_port.parity.sides import Inputs, Side, cast, cast_inputs
+from siglip_port.parity.systematic import (
+    can_be_perturbed,
+    perturbed_inputs,
+    port_statistics,
+    reference_statistics,
+)
+from siglip_port.parity.taps import Recording, Tap, port_to_reference
 
-PERTURBATIONS = (0.0, 1e-4, 1e-4, 1e-4)
+PERTURBATION = 1e-4
+SAMPLES = 6
+"""Number of perturbed inputs."""
 
 
-def all_are_float32_upcasts(
-    port: Side, run: ReferenceRun, taps: list[Tap], forced: ComparedRun, names: list[str]
+def float32_noise(run: ReferenceRun) -> dict[str, RelativeError]:
+    """Return the rounding error of the reference in float32 at every tap and output."""
+    if run.dtype == torch.float32:
+        return run.noise
+    return run.host.compute(measure_float32_noise, run.exact_inputs, run.exact, run.dtype)
+
+
+def measure_float32_noise(
+    reference: Side, inputs: Inputs, exact: Recording, dtype: torch.dtype
+) -> dict[str, RelativeError]:
+    """Run the reference in float32 on weights and inputs that were rounded to `dtype`."""
+    own_points = {point: point for point in exact.taps}
+    with cast(reference.module, dtype, torch.float32):
+        return compare_run(reference, cast_inputs(inputs, torch.float32), exact, own_points).errors
+
+
+def within_float32_noise(
+    errors: dict[str, RelativeError], noise: dict[str, RelativeError], name: str
 ) -> bool:
-    """Return whether all differences are float32 rounding inside the port.
+    """Return whether an error in float64 can be float32 rounding, by its size."""
+    return name in noise and errors[name].overall <= bounds.ROUNDING_FACTOR * noise[name].overall
+
+
+def find_float32_rounding(
+    port: Side,
+    run: ReferenceRun,
+    taps: list[Tap],
+    names: Sequence[str],
+    *,
+    forced: bool,
+) -> list[str]:
+    """Return the points at which the port's difference in float64 is float32 rounding.
 
     Args:
         port: Port in its own dtype.
         run: Run of the reference.
         taps: Compared taps.
-        forced: The port's teacher-forced run in float64.
-        names: Points that differ in it, by the reference's names.
+        names: Points that differ in float64 by no more than the reference's error in float32.
+        forced: Whether they differ in a teacher-forced run.
     """
     if not names:
+        return []
+    if not can_be_perturbed(run.inputs):
+        return list(names)
+    samples = perturbed_inputs(run.exact_inputs, PERTURBATION, SAMPLES, torch.float32)
+    points = port_to_reference(taps)
+    dtypes = (run.dtype, torch.float64)
+    statistics: dict[str, ErrorStatistics] = {}
+    for statistics in port_statistics(port, run, samples, points, names, dtypes, forced=forced):
+        if not any(may_be_rounding(one) for one in statistics.values()):
+            return []
+    unclear = [name for name in names if is_unclear(statistics[name])]
+    own_errors: dict[str, ErrorStatistics] = {}
+    if unclear:
+        own_errors = run.host.compute(
+            reference_statistics,
+            samples,
+            list(run.exact.taps) if forced else [],
+            unclear,
+            (run.dtype, torch.float32),
+            tuple(run.outputs)[:1],
+        )
+    rounding = []
+    for name in names:
+        if is_rounding(statistics[name], own_errors.get(name)):
+            rounding.append(name)
+    return rounding
+
+
+def may_be_rounding(port: ErrorStatistics) -> bool:
+    """Return whether the errors differ between inputs at all."""
+    return port.systematic <= bounds.ROUGH_SHARE * port.total
+
+
+def is_unclear(port: ErrorStatistics) -> bool:
+    """Return whether the reference's own systematic error decides."""
+    return may_be_rounding(port) and port.systematic > bounds.SYSTEMATIC_SHARE * port.total
+
+
+def is_rounding(port: ErrorStatistics, reference: ErrorStatistics | None) -> bool:
+    """Return whether the port's errors are those of float32 rounding.
+
+    Args:
+        port: Errors of the port in float64.
+        reference: Errors of the reference in float32; None if they are not needed.
+    """
+    if not may_be_rounding(port):
         return False
-    for name in names:
-        if not forced.errors[name].overall <= bounds.UPCAST_BOUND:
-            return False
-        if name not in run.exact.taps:
-            return False  # an output that differs although every tap before it agrees
-
-    generator = torch.Generator().manual_seed(0)
-    errors = []
-    for scale in PERTURBATIONS:
-        inputs = perturb(run.exact_inputs, scale, generator)
-        errors.append(errors_at(port, run, taps, inputs, names))
-    for name in names:
-        original, *perturbed = (error[name] for error in errors)
-        if not is_rounding(original, perturbed):
-            return False
-    return True
-
-
-def errors_at(
-    port: Side, run: ReferenceRun, taps: list[Tap], inputs: Inputs, names: list[str]
-) -> dict[str, Tensor]:
-    """Return port - reference at some taps, on other inputs, in float64."""
-    exact = run.record(inputs)
-    with cast(port.module, run.dtype, torch.float64):
-        points = port_to_reference(taps)
-        capture = frozenset(names)
-        port_run = compare_run(port, inputs, exact, points, forced=True, capture=capture)
-    return {name: port_run.values[name] - exact.taps[name] for name in names}
-
-
-def is_rounding(error: Tensor, perturbed: list[Tensor]) -> bool:
-    """Return whether an error changes with the inputs like rounding, unlike the error of a bug."""
-    cosines = []
-    for other in perturbed:
-        cosine = (error * other).sum() / (error.norm() * other.norm())
-        cosines.append(abs(float(cosine)))
-    return min(cosines) < bounds.UPCAST_COSINE
+    if not is_unclear(port):
+        return True
+    if reference is None:
+        return False
+    return port.systematic <= bounds.SYSTEMATIC_FACTOR * reference.systematic

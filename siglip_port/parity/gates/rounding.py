@@ -1,14 +1,37 @@
-"""The gate `rounding`: the port's rounding error in a dtype is comparable to the reference's."""
+"""The gate `rounding`: the port's rounding error in a dtype is comparable to the reference's.
+
+In bfloat16 and float16, bugs may hide in rounding. There, both sides also run on inputs that differ
+slightly: rounding averages out, a bug does not.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
 from siglip_port.parity import bounds
+from siglip_port.parity.gates.float32_upcasts import float32_noise, within_float32_noise
+from siglip_port.parity.gates.float64_runs import points_outside_bound, run_in_float64
 from siglip_port.parity.gates.missing_outputs import find_missing_outputs
-from siglip_port.parity.metrics import RelativeError
+from siglip_port.parity.metrics import ErrorStatistics, RelativeError
 from siglip_port.parity.observe import ReferenceRun, compare_run
 from siglip_port.parity.results import Finding, GateResult, Measurement, ratio
 from siglip_port.parity.sides import Side, cast, dtype_name
+from siglip_port.parity.systematic import (
+    can_be_perturbed,
+    perturbed_inputs,
+    port_statistics,
+    reference_statistics,
+)
 from siglip_port.parity.taps import Tap, port_to_reference, reference_to_port
+
+PERTURBATION = 2.0**-8
+"""Relative change of the inputs; half the spacing of bfloat16 or more."""
+
+SAMPLES = 8
+"""Number of perturbed inputs."""
 
 
 def check_rounding(port: Side, run: ReferenceRun, taps: list[Tap]) -> GateResult:
@@ -17,8 +40,11 @@ def check_rounding(port: Side, run: ReferenceRun, taps: list[Tap]) -> GateResult
     Args:
         port: Port in `eval()` mode.
         run: Run of the reference.
-        taps: Taps to compare.
+        taps: Taps to compare; those with other values in float64 that do not affect the outputs are
+            not judged.
     """
+    differing = find_differing_taps(port, run, taps)
+    taps = [tap for tap in taps if tap.reference not in differing]
     with cast(port.module, run.dtype):
         port_run = compare_run(port, run.inputs, run.exact, port_to_reference(taps))
     port_names = reference_to_port(taps)
@@ -30,14 +56,37 @@ def check_rounding(port: Side, run: ReferenceRun, taps: list[Tap]) -> GateResult
             error = port_run.errors[name]
             measurements.append(measure_rounding(dtype, tap, error, run.noise[name]))
     findings = find_missing_outputs(run, port_run)
-    findings += find_excess_rounding(measurements)
+    compared = [measurement.reference for measurement in measurements]
+    steps = measure_steps(port, run, taps, compared)
+    findings += first_findings(
+        compared,
+        find_excess_rounding(measurements, steps),
+        find_systematic_errors(dtype, steps, port_names),
+    )
     return GateResult(
         f"rounding {dtype}",
         len(measurements),
         bounds.ROUNDING_ORIGIN,
         tuple(findings),
         tuple(measurements),
+        differing_taps=tuple(differing),
     )
+
+
+def find_differing_taps(port: Side, run: ReferenceRun, taps: list[Tap]) -> list[str]:
+    """List taps that differ in float64 although the outputs agree: see `gates.suspects`."""
+    if not taps:
+        return []
+    free = run_in_float64(port, run, taps)
+    differing = points_outside_bound(run, free)
+    if any(name in run.exact.outputs for name in differing):
+        noise = float32_noise(run)
+        differing = [
+            name for name in differing if not within_float32_noise(free.errors, noise, name)
+        ]
+    if any(name in run.exact.outputs for name in differing):
+        return []
+    return differing
 
 
 def measure_rounding(
@@ -49,9 +98,17 @@ def measure_rounding(
     return Measurement(dtype, tap.reference, tap.port, error.overall, bound, noise.overall, worst)
 
 
-def find_excess_rounding(measurements: list[Measurement]) -> list[Finding]:
-    """Find the first tap outside its bound; the taps after it inherit its error."""
-    for measurement in measurements:
+def find_excess_rounding(
+    measurements: list[Measurement], steps: Mapping[str, StepErrors]
+) -> list[Finding]:
+    """Find the first tap outside its bound; the taps after it inherit its error.
+
+    Args:
+        measurements: Errors of the free-running run.
+        steps: Errors of single steps, if they were measured: small ones add up until they are
+            outside the bound, and the first tap there is later than the step that causes them.
+    """
+    for position, measurement in enumerate(measurements):
         if not measurement.passed:
             factor = max(measurement.ratio, bounds.WORST_FACTOR * measurement.worst)
             message = (
@@ -59,6 +116,123 @@ def find_excess_rounding(measurements: list[Measurement]) -> list[Finding]:
                 f"{bounds.ROUNDING_FACTOR:g}x"
             )
             hint = "narrower dtype or different formula in this step (first outside its bound)"
-            error = measurement.error
-            return [Finding(message, measurement.reference, measurement.port, error, hint)]
+            cause = largest_step(measurements[: position + 1], steps)
+            if cause != measurement:
+                message += f" at {measurement.reference}"
+                hint = "narrower dtype or different formula in this step (largest error of its own)"
+            return [Finding(message, cause.reference, cause.port, measurement.error, hint)]
     return []
+
+
+def largest_step(measurements: list[Measurement], steps: Mapping[str, StepErrors]) -> Measurement:
+    """Return the measurement whose step has the largest error, relative to the reference's.
+
+    Args:
+        measurements: Errors up to the first one outside its bound, which is the result if its own
+            step is outside, too, or if steps were not measured.
+        steps: Errors of single steps.
+    """
+    last = measurements[-1]
+    if last.reference not in steps:
+        return last
+    if steps[last.reference].ratio > bounds.ROUNDING_FACTOR:
+        return last
+    return max(reversed(measurements), key=lambda one: steps[one.reference].ratio)
+
+
+def first_findings(
+    points: Sequence[str], excess: list[Finding], systematic: list[Finding]
+) -> list[Finding]:
+    """Join the findings: steps with a systematic error, and excess rounding before all of them."""
+    if not systematic or not excess:
+        return [*excess, *systematic]
+    if points.index(excess[0].reference) < points.index(systematic[0].reference):
+        return [*excess, *systematic]
+    return systematic
+
+
+# --- bugs hidden in rounding ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepErrors:
+    """Errors of a step in a low dtype, teacher-forced, on perturbed inputs.
+
+    Attributes:
+        port: Errors of the port.
+        reference: Errors of the reference.
+    """
+
+    port: ErrorStatistics
+    reference: ErrorStatistics
+
+    @property
+    def ratio(self) -> float:
+        """Error of the port divided by the reference's."""
+        return ratio(self.port.total, self.reference.total)
+
+    @property
+    def bound(self) -> float:
+        """Largest systematic error of the port."""
+        return max(
+            bounds.SYSTEMATIC_FACTOR * self.reference.systematic,
+            bounds.SYSTEMATIC_NOISE * self.reference.total,
+        )
+
+
+def measure_steps(
+    port: Side, run: ReferenceRun, taps: list[Tap], compared: Sequence[str]
+) -> dict[str, StepErrors]:
+    """Measure the errors of single steps; nothing in float32 or for inputs like token ids.
+
+    Args:
+        port: Port in `eval()` mode.
+        run: Run of the reference.
+        taps: Taps that can be compared.
+        compared: Points that the port computes, by the reference's names.
+    """
+    is_low = torch.finfo(run.dtype).eps > PERTURBATION / 16
+    if not is_low or not can_be_perturbed(run.inputs):
+        return {}
+    samples = perturbed_inputs(run.inputs, PERTURBATION, SAMPLES, run.dtype)
+    points = {tap.port: tap.reference for tap in taps if tap.reference in compared}
+    port_errors: dict[str, ErrorStatistics] = {}
+    for port_errors in port_statistics(
+        port, run, samples, points, compared, (run.dtype,), forced=True
+    ):
+        pass  # the last ones include all samples
+    own_errors = own_statistics(run, samples, list(points.values()), compared)
+    return {name: StepErrors(port_errors[name], own_errors[name]) for name in compared}
+
+
+def find_systematic_errors(
+    dtype: str, steps: Mapping[str, StepErrors], port_names: Mapping[str, str]
+) -> list[Finding]:
+    """Find the steps whose error in a low dtype does not average out, as rounding does."""
+    findings = []
+    for name, step in steps.items():
+        error = step.port.systematic
+        if not error <= step.bound:
+            message = (
+                f"systematic error in {dtype}, which does not average out over {SAMPLES} perturbed "
+                f"inputs as rounding does, bound {step.bound:.1e}"
+            )
+            findings.append(Finding(message, name, port_names.get(name, name), error))
+    return findings
+
+
+def own_statistics(
+    run: ReferenceRun, samples: Sequence[object], points: list[str], names: Sequence[str]
+) -> dict[str, ErrorStatistics]:
+    """Return the reference's own errors in the dtype of the run; cached in the run."""
+    key = (*points, "", *names)
+    if key not in run.statistics:
+        run.statistics[key] = run.host.compute(
+            reference_statistics,
+            samples,
+            points,
+            list(names),
+            (run.dtype,),
+            tuple(run.outputs),
+        )
+    return run.statistics[key]

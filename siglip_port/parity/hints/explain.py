@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +20,22 @@ from siglip_port.parity.observe import ReferenceRun
 from siglip_port.parity.sides import Inputs, Side, cast
 from siglip_port.parity.taps import record
 
+MAX_FAILED_SEARCHES = 3
+"""Number of searches without a result after which a kind of taps gets no hint."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Explanation of the port's values at a tap.
+
+    Attributes:
+        hint: Known bug that reproduces them; empty if none does.
+        missing_taps: Points inside the module that would locate the bug; empty with a hint.
+    """
+
+    hint: str = ""
+    missing_taps: tuple[str, ...] = ()
+
 
 def explain_tap(run: ReferenceRun, point: str, value: Tensor) -> str:
     """Return the hint for a tap that differs; empty if no known bug explains it.
@@ -26,39 +45,101 @@ def explain_tap(run: ReferenceRun, point: str, value: Tensor) -> str:
         point: Tap, by the reference's name.
         value: The port's value at the tap, teacher-forced.
     """
+    return explain_taps(run, {point: value})[point].hint
+
+
+def explain_taps(run: ReferenceRun, values: Mapping[str, Tensor]) -> dict[str, Explanation]:
+    """Explain the taps that differ.
+
+    Args:
+        run: Run of the reference, which is repeated once to get the inputs of its modules.
+        values: The port's values at these taps, teacher-forced, by the reference's name.
+    """
+    if not values:
+        return {}
     points = list(run.exact.taps)
-    return run.host.compute(explain_value, run.dtype, run.exact_inputs, points, point, value)
+    return run.host.compute(explain_values, run.dtype, run.exact_inputs, points, dict(values))
 
 
-def explain_value(
+def explain_values(
     reference: Side,
     dtype: torch.dtype,
     inputs: Inputs,
     points: list[str],
-    point: str,
-    value: Tensor,
-) -> str:
-    """Run the reference in float64 once more, and explain the port's value at a tap.
+    values: Mapping[str, Tensor],
+) -> dict[str, Explanation]:
+    """Run the reference in float64 once more, and explain the port's values at some taps.
 
-    The exact values are computed again, since those of all taps are too large to be sent.
+    The exact values are computed again: those of all taps are too large to be sent.
     """
-    model = reference.module
-    module_inputs: list[Tensor] = []
+    explanations = {}
+    failed_searches: Counter[str] = Counter()
+    with cast(reference.module, dtype, torch.float64):
+        taps = record(reference.module, points, lambda: reference.run(inputs)).taps
+        module_inputs = record_inputs(reference, inputs, values)
+        for point, value in values.items():
+            kind = re.sub(r"(^|\.)\d+(?=[.:]|$)", r"\1{}", point)
+            hint = ""
+            if failed_searches[kind] < MAX_FAILED_SEARCHES:
+                module_input = module_inputs.get(path_of(point))
+                hint = explain(reference.module, point, module_input, taps, value)
+            if hint:
+                explanations[point] = Explanation(hint)
+            else:
+                failed_searches[kind] += 1
+                missing = missing_taps(reference.module, point, taps)
+                explanations[point] = Explanation(missing_taps=missing)
+    return explanations
 
-    def save_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+
+def path_of(point: str) -> str:
+    """Return the path of the module of a point."""
+    return point.partition(":")[0]
+
+
+def record_inputs(reference: Side, inputs: Inputs, points: Iterable[str]) -> dict[str, Tensor]:
+    """Run the reference; return the first input of each point's module, by path."""
+    module_inputs: dict[str, Tensor] = {}
+
+    def save_input(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for tensor in (*args, *kwargs.values()):
             if isinstance(tensor, Tensor):
-                module_inputs.append(tensor.clone())
+                module_inputs.setdefault(path, tensor.clone())
 
-    module = model.get_submodule(point.partition(":")[0])
-    handle = module.register_forward_pre_hook(save_inputs, with_kwargs=True)
+    handles = []
+    for path in dict.fromkeys(path_of(point) for point in points):
+        hook = hook_for(path, save_input)
+        module = reference.module.get_submodule(path)
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
-        with cast(model, dtype, torch.float64):
-            exact = record(model, points, lambda: reference.run(inputs))
-            module_input = module_inputs[0] if module_inputs else None
-            return explain(model, point, module_input, exact.taps, value)
+        reference.run(inputs)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    return module_inputs
+
+
+def hook_for(path: str, save: Callable[..., None]) -> Callable[..., None]:
+    """Return a forward pre-hook that calls `save` with the path of its module."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        save(path, args, kwargs)
+
+    return hook
+
+
+def missing_taps(reference: nn.Module, point: str, taps: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """List points inside the module at a tap, if none of them is tapped.
+
+    Its last child is represented by its input, as its output is that of the module.
+    """
+    if ":" in point or any(tap.startswith(f"{point}.") for tap in taps):
+        return ()
+    children = [name for name, child in reference.get_submodule(point).named_children()]
+    if len(children) < 2:
+        return ()
+    paths = [f"{point}.{name}" for name in children]
+    return (*paths[:-1], f"{paths[-1]}:input")
 
 
 def explain(
@@ -83,11 +164,11 @@ def explain(
     tap = TapContext(dict(reference.named_modules()), point, module_input, taps)
     with torch.inference_mode():
         if isinstance(tap.module, nn.LayerNorm) and module_input is not None and not tap.part:
-            hint = fitted_eps(tap.module, module_input, value)
+            hint = fitted_eps(tap.module, module_input, value, exact)
             if hint:
                 return hint
         guesses = itertools.chain(guesses_at(tap), guesses_from_other_taps(tap))
-        return first_match(guesses, value) or explain_pattern(value, exact)
+        return first_match(guesses, value, exact) or explain_pattern(value, exact)
 
 
 def explain_output(value: Tensor, exact: Tensor) -> str:

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from siglip_port.parity.hints.guess import MATCH, NARROW_DTYPES, Guess, first_match, round_to
-from siglip_port.parity.metrics import relative_error
+from siglip_port.parity.hints.guess import NARROW_DTYPES, Guess, explains, matches, round_to
 from siglip_port.parity.sides import dtype_name
 
 CHANNEL_STATISTICS = {
@@ -35,8 +34,10 @@ def activation_guesses(x: Tensor, exact: Tensor) -> Iterator[Guess]:
         x: Input of the activation, float64.
         exact: Output of the reference's activation.
     """
-    activations = [(label, function(x)) for label, function in ACTIVATIONS.items()]
-    expected = first_match(activations, exact)
+    expected = ""
+    for label, function in ACTIVATIONS.items():
+        if not expected and matches(function(x), exact):
+            expected = label
     for label, function in ACTIVATIONS.items():
         instead = f" instead of {expected}" if expected and label != expected else ""
         yield f"{label}{instead}", function(x)
@@ -83,13 +84,14 @@ def layer_norm_guesses(norm: nn.LayerNorm, x: Tensor, exact: Tensor) -> Iterator
         yield f"LayerNorm in {dtype_name(dtype)}", narrow.double()
 
 
-def fitted_eps(norm: nn.LayerNorm, x: Tensor, value: Tensor) -> str:
+def fitted_eps(norm: nn.LayerNorm, x: Tensor, value: Tensor, exact: Tensor) -> str:
     """Solve a LayerNorm for the eps of the port.
 
     Args:
         norm: The reference's LayerNorm.
         x: Input of the LayerNorm, [..., D].
         value: The port's output, [..., D].
+        exact: The reference's output, [..., D].
 
     Returns:
         The hint; empty if no eps reproduces the port's values.
@@ -105,7 +107,7 @@ def fitted_eps(norm: nn.LayerNorm, x: Tensor, value: Tensor) -> str:
     if eps < 0:
         return ""
     fitted = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, eps)
-    if relative_error(fitted, value) > MATCH:
+    if not explains(fitted, value, exact):
         return ""
     return f"eps {eps:.3g} instead of {norm.eps:g}"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from siglip_port.parity.hints.guess import MATCH, NARROW_DTYPES, matches, round_to
+from siglip_port.parity.hints.guess import MATCH, MAX_REST, NARROW_DTYPES, explains, round_to
 from siglip_port.parity.metrics import is_finite
 from siglip_port.parity.sides import dtype_name
 
@@ -26,17 +26,24 @@ def explain_pattern(value: Tensor, exact: Tensor) -> str:
     )
 
 
+def is_rearranged(value: Tensor, exact: Tensor) -> bool:
+    """Return whether a value is the exact one, scaled or in another order."""
+    if value.shape != exact.shape or not is_finite(value):
+        return False
+    return bool(explain_scale(value, exact) or explain_permutation(value, exact))
+
+
 def explain_scale(value: Tensor, exact: Tensor) -> str:
     """Detect a constant factor, or vectors scaled to the same norm."""
     value = value.double()
     exact = exact.double()
     factor = float((value * exact).sum() / exact.square().sum())
-    if factor and matches(value, factor * exact) and abs(factor - 1) > MATCH:
+    if factor and explains(factor * exact, value, exact) and abs(factor - 1) > MATCH:
         return f"scaled by {factor:.6g}"
     if value.ndim > 1:
         norms = value.norm(dim=-1)
         ratios = value.norm(dim=-1, keepdim=True) / exact.norm(dim=-1, keepdim=True)
-        if matches(ratios * exact, value) and float(norms.std()) < MATCH:
+        if explains(ratios * exact, value, exact) and float(norms.std()) < MATCH:
             return f"vectors normalized to norm {float(norms.mean()):.6g}"
     return ""
 
@@ -50,11 +57,11 @@ def explain_permutation(value: Tensor, exact: Tensor) -> str:
         if dim < value.ndim and value.shape[dim] > 1:
             for label, order in permutations(value.shape[dim]):
                 index = torch.tensor(order, device=exact.device)
-                if matches(exact.index_select(dim, index), value):
+                if explains(exact.index_select(dim, index), value, exact):
                     return f"{axis} {label}"
     if value.ndim == 3 and min(value.shape[1:]) > 1:
         reshaped = exact.transpose(1, 2).reshape(exact.shape)
-        if matches(reshaped, value):
+        if explains(reshaped, value, exact):
             return "reshaped instead of transposed"
     return ""
 
@@ -71,9 +78,12 @@ def permutations(length: int) -> Iterator[tuple[str, list[int]]]:
 
 
 def explain_cast(value: Tensor, exact: Tensor) -> str:
-    """Detect values that a narrower dtype represents exactly, if the exact ones are not."""
+    """Detect the exact values rounded to a narrower dtype."""
     for dtype in (*NARROW_DTYPES, torch.float32):
-        if is_representable(value, dtype) and not is_representable(exact, dtype):
+        rounded = round_to(exact.double(), dtype)
+        difference = (exact.double() - value.double()).norm()
+        rest = (rounded - value.double()).norm()
+        if is_representable(value, dtype) and rest < MAX_REST * difference:
             return f"cast to {dtype_name(dtype)}"
     return ""
 

@@ -66,6 +66,7 @@ def gate_to_json(gate: GateResult) -> Json:
         "measurements": [measurement_to_json(item) for item in gate.measurements],
         "uncompared_taps": gate.uncompared_taps,
         "float32_upcasts": gate.float32_upcasts,
+        "differing_taps": gate.differing_taps,
         "passed": gate.passed,
     }
 

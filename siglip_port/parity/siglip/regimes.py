@@ -17,6 +17,9 @@ from siglip_port.parity.sides import Inputs
 LARGEST_PIXEL = 9.5
 """Just inside the range that the port accepts."""
 
+ROUNDED = (torch.float32, torch.bfloat16)
+"""Dtypes in which rounding is checked."""
+
 
 @dataclass(frozen=True)
 class Regime:
@@ -60,13 +63,14 @@ def image_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
 
 
 def batch_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
-    """Return one, three and nine images; the other regimes have two or more."""
-    gates = ("numerics", "rounding")
-    dtypes = (torch.float32, torch.bfloat16)
+    """Return 1, 3, 9 and 33 images; the other regimes have two or more."""
     regimes = []
-    for size in (1, 3, 9):
+    for size in (1, 3, 9, 33):
         images = image_noise(own_shape(config, size), seed)
-        regimes.append(Regime(f"batch of {size}", images, gates, dtypes))
+        gates: tuple[str, ...] = ("numerics",)
+        if size in (1, 9):
+            gates = ("numerics", "rounding")
+        regimes.append(Regime(f"batch of {size}", images, gates, ROUNDED))
     return regimes
 
 
@@ -165,7 +169,10 @@ def grid_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
     regimes = []
     for name, (height, width) in sizes.items():
         images = image_noise((2, config.num_channels, height, width), seed)
-        regimes.append(Regime(name, images))
+        gates: tuple[str, ...] = ("numerics",)
+        if name == "a wide grid":
+            gates = ("weights", "config", "sensitivity", "numerics", "rounding")
+        regimes.append(Regime(name, images, gates, ROUNDED))
     return regimes
 
 
@@ -178,7 +185,6 @@ MANY_SHAPES = ((4, 6), (6, 4), (5, 5), (25, 1), (7, 3), (2, 9), (1, 1))
 def packed_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
     """Return whole images of a NaFlex model, and batches of packed patches."""
     gates = ("weights", "config", "sensitivity", "numerics", "rounding")
-    dtypes = (torch.float32, torch.bfloat16)
     many = pack_noise(config, MANY_SHAPES, seed)
     mask = many["pixel_attention_mask"]
     pairs = [tuple(shape) for shape in many["spatial_shapes"].tolist()]
@@ -186,7 +192,7 @@ def packed_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
     equal_counts = pack_noise(config, ((4, 6), (6, 4), (3, 8), (2, 12)), seed)
     return [
         *whole_image_regimes(config, seed),
-        Regime("packed images", many, gates, dtypes),
+        Regime("packed images", many, gates, ROUNDED),
         Regime("packed images, embed", many, uses_embed=True),
         Regime("packed images, default mask", default_mask, uses_embed=True),
         Regime("packed images, mask of bools", {**many, "pixel_attention_mask": mask.bool()}),

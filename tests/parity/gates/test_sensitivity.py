@@ -100,3 +100,34 @@ def test_requires_grad_is_restored() -> None:
     model = ToyEncoder().requires_grad_(False)
     assert check(Side(model)).passed
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+class ShuffledSum(ToyEncoder):
+    """Adds the channels in another order in every run, as atomic additions on a GPU do.
+
+    Args:
+        noise: Size of an error that is no rounding.
+    """
+
+    def __init__(self, noise: float = 0.0) -> None:
+        super().__init__()
+        self.noise = noise
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = torch.randperm(x.shape[1], generator=self.generator)
+        tokens = nn.functional.conv2d(x[:, order], self.conv.weight[:, order], self.conv.bias, 2)
+        noise = self.noise * torch.randn(tokens.shape, generator=self.generator).to(tokens)
+        normalized: Tensor = self.norm((tokens + noise).flatten(2).transpose(1, 2))
+        return normalized
+
+
+def test_order_of_summation_may_change() -> None:
+    port = ShuffledSum()
+    assert not torch.equal(port(toy_images()), port(toy_images()))
+    assert check(Side(port)).passed
+
+
+def test_small_noise_is_no_order_of_summation() -> None:
+    findings = check(Side(ShuffledSum(noise=1e-8))).findings
+    assert any("differs between two runs" in finding.message for finding in findings)

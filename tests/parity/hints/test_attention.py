@@ -54,7 +54,7 @@ def mask_key(index: int) -> Tensor:
     ],
 )
 def test_context(value: Tensor, hint: str) -> None:
-    assert first_match(attention_guesses(Q, K, V, HEADS), value) == hint
+    assert first_match(attention_guesses(Q, K, V, HEADS), value, attend()) == hint
 
 
 def test_context_of_swapped_heads() -> None:
@@ -63,9 +63,9 @@ def test_context_of_swapped_heads() -> None:
     merged = context.transpose(1, 2).flatten(2)
     guesses = list(attention_guesses(Q, K, V, HEADS))
     swapped = "[head_dim, heads] instead of [heads, head_dim]"
-    assert first_match(guesses, merged) == f"heads split as {swapped}"
+    assert first_match(guesses, merged, attend()) == f"heads split as {swapped}"
     permuted = context.permute(0, 2, 3, 1).flatten(2)
-    assert first_match(guesses, permuted) == f"heads split and merged as {swapped}"
+    assert first_match(guesses, permuted, attend()) == f"heads split and merged as {swapped}"
 
 
 def test_no_hint_if_heads_do_not_divide_width() -> None:
@@ -77,10 +77,11 @@ def test_projections() -> None:
     randomize(attention)
     assert attention.in_proj_weight is not None
     q_weight, k_weight, _ = attention.in_proj_weight.chunk(3)
-    k_bias = attention.in_proj_bias.chunk(3)[1]
+    q_bias, k_bias, _ = attention.in_proj_bias.chunk(3)
 
     def hint(value: Tensor) -> str:
-        return first_match(projection_guesses(attention, "q", Q), value)
+        exact = F.linear(Q, q_weight, q_bias)
+        return first_match(projection_guesses(attention, "q", Q), value, exact)
 
     with torch.no_grad():
         assert hint(F.linear(Q, k_weight, k_bias)) == "weight and bias of k"

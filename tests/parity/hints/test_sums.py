@@ -11,6 +11,7 @@ def test_embeddings() -> None:
     tokens = patches.flatten(2).transpose(1, 2)
     columns = patches.transpose(2, 3).flatten(2).transpose(1, 2)
     transposed = table.unflatten(1, (3, 3)).transpose(1, 2).flatten(1, 2)
+    exact = tokens + table
     for value, hint in [
         (tokens, "position embedding not added"),
         (tokens + 2 * table, "position embedding added twice"),
@@ -20,7 +21,7 @@ def test_embeddings() -> None:
         (columns + table, "patches in column-major order"),
         (tokens + 3 * table, ""),
     ]:
-        assert first_match(embedding_guesses({"conv": patches}, tokens + table), value) == hint
+        assert first_match(embedding_guesses({"conv": patches}, exact), value, exact) == hint
 
 
 def test_residual_connections() -> None:
@@ -33,7 +34,7 @@ def test_residual_connections() -> None:
         (taps["b"] + taps["c"], "residual connection from b instead of a"),
         (exact * 2, ""),
     ]:
-        assert first_match(residual_guesses(taps, exact), value) == hint
+        assert first_match(residual_guesses(taps, exact), value, exact) == hint
 
 
 def test_no_hint_without_summands() -> None:

@@ -64,7 +64,7 @@ def test_clamp_is_located(case: Case, module: str, limit: float) -> None:
     port.get_submodule(module).register_forward_hook(
         lambda _, args, output: output.clamp(-limit, limit)
     )
-    (result,) = case.check(port, max_hints=0)
+    (result,) = case.check(port, with_hints=False)
     assert result.findings[0].reference == MODULES[module]
 
 
@@ -73,11 +73,12 @@ def test_clamped_scores_are_located(
     case: Case, limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attend(attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor, _: None) -> Tensor:
-        scores = q @ k.mT * attention.head_dim**-0.5
-        return scores.clamp(-limit, limit).softmax(-1) @ v
+        scores: Tensor = q @ k.mT * attention.head_dim**-0.5
+        weights: Tensor = scores.clamp(-limit, limit).softmax(-1)
+        return weights @ v
 
     monkeypatch.setattr(MultiheadAttention, "attend", attend)
-    (result,) = case.check(SigLipVisionModel.from_hf(case.source), max_hints=0)
+    (result,) = case.check(SigLipVisionModel.from_hf(case.source), with_hints=False)
     assert [finding.reference for finding in result.findings][:3] == [
         "encoder.layers.0.self_attn.out_proj:input",
         "encoder.layers.1.self_attn.out_proj:input",

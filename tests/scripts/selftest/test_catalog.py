@@ -24,7 +24,7 @@ ALL: list[Mutant | HarnessMutant] = [*MUTANTS, *EQUIVALENT, *HARNESS]
 
 
 def test_catalog_is_well_formed() -> None:
-    assert (len(MUTANTS), len(EQUIVALENT), len(HARNESS)) == (261, 28, 18)
+    assert (len(MUTANTS), len(EQUIVALENT), len(HARNESS)) == (283, 29, 18)
     names = [mutant.name for mutant in ALL]
     assert len(set(names)) == len(names)
     assert all(mutant.description for mutant in ALL)
