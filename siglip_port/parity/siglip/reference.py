@@ -446,8 +446,9 @@ def load(
         except Exception as error:  # whatever a file of another release causes
             if not newer:
                 raise
+            reason = " ".join(str(error).split())
             raise BrokenReferenceError(
-                f"{source}: transformers {VERSION} cannot load it ({error}); {newer}"
+                f"{source}: transformers {VERSION} cannot load it ({reason}); {newer}"
             ) from error
     random_parameters = sorted(info["missing_keys"]) + sorted(info["mismatched_keys"])
     if random_parameters:
@@ -476,8 +477,9 @@ def newer_release(config: HFClass, folder: str | Path, options: dict[str, Any]) 
     release = str(contents.get("transformers_version") or "")
     if release_numbers(release) <= release_numbers(VERSION):
         return ""
+    needed = ".".join(map(str, release_numbers(release)))
     return (
-        f"its config.json is of transformers {release}; run: pip install 'transformers>={release}'"
+        f"its config.json is of transformers {release}; run: pip install 'transformers>={needed}'"
     )
 
 
