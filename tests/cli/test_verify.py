@@ -733,8 +733,8 @@ def run_in_this_process(name: str, command: list[str], log: Path) -> None:
             "gelu_pytorch_tanh",
             1,
             r"DIFFERENT \(checkpoint weights\): second-ref: encoder.layers.0.mlp.fc2:input: timm "
-            r"[\d.]+ differs from port and transformers [\d.]+ in float64 \(tokens .*, pooled .*\), "
-            r"first at its blocks.0.mlp.fc2:input; looks like: exact \(erf\) GELU .*",
+            r"[\d.]+ differs from port and transformers [\d.]+ in float64 \(tokens .*, pooled .*\)"
+            r", first at its blocks.0.mlp.fc2:input; looks like: exact \(erf\) GELU .*",
         ),
     ],
 )
