@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch is imported: waiting threads must not spin, which slows parallel tests down by 10x.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -24,6 +25,9 @@ from tests.helpers.checkpoints import SMALL, MakeCheckpoint, edit_tensors
 from tests.helpers.hub_cache import NAME, TEXT_MODEL_BYTES
 from tests.helpers.hub_server import Hub, Repository
 from tests.helpers.sample_images import write_images
+
+if TYPE_CHECKING:
+    from siglip_port.parity.siglip.reference_process import ReferenceProcess
 
 torch.set_num_threads(1)  # more threads are slower for small encoders
 
@@ -103,6 +107,16 @@ def checkpoint(tmp_path: Path) -> MakeCheckpoint:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="module")
+def references() -> Iterator[ReferenceProcess]:
+    """A process for references, which takes seconds to start."""
+    # Imported late: conftest.py is loaded before the Hub client is pointed at the test Hub.
+    from siglip_port.parity.siglip import reference_process
+
+    with reference_process.start() as process:
+        yield process
 
 
 @pytest.fixture(scope="session")

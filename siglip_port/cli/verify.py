@@ -127,24 +127,33 @@ def run(action: Action, arguments: dict[str, Any]) -> int:
 def compare(options: VerifyOptions, image: Image.Image, baseline: dict[str, Any] | None) -> int:
     """Compare the port with the reference and report the result; return the exit code."""
     from siglip_port.parity import report as reports
-    from siglip_port.parity.siglip import second_reference, verification, verify_report
+    from siglip_port.parity.siglip import reference_process
 
-    if options.second_reference is not None:
-        second_reference.parse(options.second_reference)
-    with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
+    # It imports transformers while this process imports and loads the port.
+    with (
+        reference_process.start() as references,
+        tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch,
+    ):
+        from siglip_port.parity.siglip import second_reference, verification, verify_report
+
+        if options.second_reference is not None:
+            second_reference.check_available(options.second_reference)
         try:
-            port = verification.load_port(options, Path(scratch))
+            port = verification.load_port(options, Path(scratch), references)
         except verification.PortNotLoadedError as error:
             return report_unloaded_port(options, error.comparison)
-        case = verification.checkpoint_case(options, port, image)
-        comparison = verification.run_gates(options, port, case, image, track)
+        case = verification.checkpoint_case(options, port, image, references)
+        comparison = verification.run_gates(options, port, case, image, references, track)
+        second = second_reference.run(options.second_reference, case, port.model)
+        comparison = second.add_to(comparison)
         report = verify_report.make_report(options, comparison, port, case)
-        print("\n".join(verify_report.console_lines(comparison, report)))
-        if options.second_reference is not None:
-            print(f"\n{second_reference.triangulate(options.second_reference, case, port.model)}")
+    print("\n".join(verify_report.console_lines(comparison, report)))
+    if second.text:
+        print(f"\n{second.text}")
     if baseline is not None:
         print("\n".join(reports.against_baseline(report, baseline)))
-    return finish(options, comparison, report, case.inputs[0])
+    code = finish(options, comparison, report, case.inputs[0])
+    return with_second_reference(code, second.error)
 
 
 def report_unloaded_port(options: VerifyOptions, comparison: Comparison) -> int:
@@ -177,6 +186,19 @@ def finish(
         print(f"wrote {', '.join(files)} to {options.report}")
     print(reports.colored(comparison.verdict, comparison.equal, sys.stdout.isatty()))
     return exit_codes.SUCCESS if comparison.equal else exit_codes.FAILURE
+
+
+def with_second_reference(code: int, error: str) -> int:
+    """Return the exit code of a comparison, and print why a second reference did not run.
+
+    Args:
+        code: Exit code of the comparison with the reference.
+        error: Error of the second reference; empty if it ran, or none was requested.
+    """
+    if not error:
+        return code
+    print(f"could not compare with the second reference: {error}", file=sys.stderr)
+    return code or exit_codes.USAGE_ERROR
 
 
 def load_selftest() -> ModuleType:

@@ -13,8 +13,14 @@ from torch import Tensor, nn
 INSIDE_ATTENTION = ("q", "k", "v", "context")
 
 
-def unsupported_attention(attention: nn.Module) -> str:
-    """Explain why the inside of a module cannot be tapped; empty if it can."""
+def unsupported_attention(attention: nn.Module | type[nn.Module]) -> str:
+    """Explain why the inside of a module cannot be tapped; empty if it can.
+
+    Of a type, only whether it is attention is known.
+    """
+    if isinstance(attention, type):
+        is_attention = issubclass(attention, nn.MultiheadAttention)
+        return "" if is_attention else f"needs an nn.MultiheadAttention, got a {attention.__name__}"
     if not isinstance(attention, nn.MultiheadAttention):
         return f"needs an nn.MultiheadAttention, got a {type(attention).__name__}"
     extras = []

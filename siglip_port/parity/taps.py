@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,15 +63,28 @@ class Point(NamedTuple):
         return cls(path, part or "output")
 
 
-def expand(taps: Mapping[str, str], reference: nn.Module, port: nn.Module) -> list[Tap]:
+Modules = nn.Module | Mapping[str, type[nn.Module]]
+"""A module, or the types of all its modules by path, if it is in another process."""
+
+ModuleTable = Mapping[str, nn.Module] | Mapping[str, type[nn.Module]]
+
+
+def module_table(modules: Modules) -> ModuleTable:
+    """Return every module, or its type, by path."""
+    if isinstance(modules, nn.Module):
+        return dict(modules.named_modules(remove_duplicate=False))
+    return modules
+
+
+def expand(taps: Mapping[str, str], reference: Modules, port: Modules) -> list[Tap]:
     """Expand `{}` in taps to the number of every block of the reference.
 
     Raises:
         ValueError: A point is malformed, or matches no module. (A port without some of the blocks
             is a finding, not an error.)
     """
-    reference_modules = dict(reference.named_modules(remove_duplicate=False))
-    port_modules = dict(port.named_modules(remove_duplicate=False))
+    reference_modules = module_table(reference)
+    port_modules = module_table(port)
     expanded = []
     for reference_point, port_point in taps.items():
         numbers = block_numbers(reference_point, reference_modules)
@@ -88,7 +101,7 @@ def expand(taps: Mapping[str, str], reference: nn.Module, port: nn.Module) -> li
     return expanded
 
 
-def block_numbers(point: str, modules: Mapping[str, nn.Module]) -> list[str]:
+def block_numbers(point: str, modules: ModuleTable) -> list[str]:
     """Return the block numbers that `{}` in a point matches; [""] for a point without `{}`."""
     path, part = Point.parse(point)
     if part not in ("output", "input", *INSIDE_ATTENTION):
@@ -110,7 +123,7 @@ def block_numbers(point: str, modules: Mapping[str, nn.Module]) -> list[str]:
     return numbers
 
 
-def unknown_module(side: str, point: str, modules: Mapping[str, nn.Module], tap: str) -> ValueError:
+def unknown_module(side: str, point: str, modules: Iterable[str], tap: str) -> ValueError:
     """Return the error for a point that matches no module of a side."""
     path = Point.parse(point).path
     similar = [name for name in modules if name.endswith(path.rsplit(".")[-1])]

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.helpers.checkpoints import MakeCheckpoint, edit_tensors
+
+if TYPE_CHECKING:
+    from siglip_port.parity.siglip.reference_process import ReferenceProcess
+
+
+@pytest.fixture
+def shared_references(references: ReferenceProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all comparisons of a module share one process for references."""
+    from siglip_port.parity.siglip import reference_process
+
+    monkeypatch.setattr(reference_process, "start", lambda: contextlib.nullcontext(references))
 
 
 @pytest.fixture(scope="session")

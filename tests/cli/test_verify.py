@@ -25,7 +25,16 @@ import compare_origin
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port import model as port
 from siglip_port.cli import verify
-from siglip_port.parity.siglip import cases, census, reference, verification, verify_options
+from siglip_port.parity.siglip import (
+    cases,
+    census,
+    reference,
+    second_reference,
+    second_reference_script,
+    verification,
+    verify_options,
+)
+from siglip_port.parity.siglip.reference_process import ReferenceProcess
 from siglip_port.parity.siglip.verify_options import (
     DTYPES,
     SAMPLE_IMAGE,
@@ -49,6 +58,9 @@ KNOWN_LINES = [
     "cosine_similarity after pooling.min(): ",
 ]
 GATES = ["pixels", "environment", "config", "weights", "sensitivity", "numerics", "interface"]
+
+
+pytestmark = pytest.mark.usefixtures("shared_references")
 
 
 @pytest.fixture(autouse=True)
@@ -96,9 +108,7 @@ def check_default_command(stdout: str, stderr: str, report: Path, shape: tuple[i
     roundings = [f"rounding {dtype}" for dtype in ("float32", "bfloat16", "float16")]
     assert [row[0] for row in table] == [*GATES, *roundings]
     assert {row[-1] for row in table} == {"passed"}
-    assert lines[-1].startswith(
-        "EQUAL (random weights): passed pixels (42), environment (16), config (22), weights ("
-    )
+    assert lines[-1].startswith("EQUAL (random weights): passed pixels (126), environment (")
     content = json.loads(report.read_text())
     assert content["equal"] is True
     assert content["weights"] == "random weights"
@@ -432,7 +442,9 @@ def test_dtype_and_attention(
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "CMYK", "1", "LA"])
-def test_image_modes(checkpoint: MakeCheckpoint, tmp_path: Path, mode: str) -> None:
+def test_image_modes(
+    checkpoint: MakeCheckpoint, tmp_path: Path, mode: str, references: ReferenceProcess
+) -> None:
     folder = checkpoint()
     (folder / "preprocessor_config.json").write_text('{"do_convert_rgb": null, "resample": 2}')
     with Image.open(SAMPLE_IMAGE) as image:
@@ -440,8 +452,8 @@ def test_image_modes(checkpoint: MakeCheckpoint, tmp_path: Path, mode: str) -> N
     if mode == "CMYK":  # the whole command for one of them
         assert call("--checkpoint", folder, "--image", tmp_path / "image.tif") == 0
     options = VerifyOptions(str(folder), image=tmp_path / "image.tif")
-    loaded = verification.load_port(options, tmp_path)
-    case = verification.checkpoint_case(options, loaded, read_image(options.image))
+    loaded = verification.load_port(options, tmp_path, references)
+    case = verification.checkpoint_case(options, loaded, read_image(options.image), references)
     assert case.inputs.shape == (2, 3, 16, 16)
     assert case.inputs.isfinite().all()
     assert all(gate.passed for gate in case.check(loaded.model))
@@ -472,7 +484,7 @@ def test_unexpected_error(
     def fail(*_: object, **__: object) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr(reference, "load", fail)
+    monkeypatch.setattr(verification, "checkpoint_case", fail)
     assert call("--checkpoint", checkpoint()) == 2
     assert capsys.readouterr().err == "could not compare: KeyError: 'surprise'\n"
 
@@ -757,6 +769,84 @@ def test_inputs() -> None:
     assert pixels.shape == (2, 3, 16, 16)
     assert pixels.abs().max() <= 1
     assert (pixels[0] - pixels[1]).std() > 0.3
+
+
+# --- the reference --------------------------------------------------------------------------------
+
+
+def test_patched_torch(
+    checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The port patches torch for everything in its process, so the reference is in another one."""
+    layer_norm = F.layer_norm
+    monkeypatch.setattr(F, "layer_norm", lambda x, *others: layer_norm(x, *others[:-1], 1e-3))
+    assert call("--checkpoint", checkpoint()) == 1
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert "looks like: eps 0.001 instead of 1e-06" in verdict
+
+
+def run_in_this_process(name: str, command: list[str], log: Path) -> None:
+    """Run the script of a second reference, without another import of torch and timm."""
+    package, folder = command[-2:]
+    second_reference_script.main(package, Path(folder))
+
+
+@pytest.mark.parametrize(
+    ("activation", "code", "verdict"),
+    [
+        ("gelu", 0, r"EQUAL \(checkpoint weights\): passed .*, second-ref \(2\).*"),
+        (
+            "gelu_pytorch_tanh",
+            1,
+            r"DIFFERENT \(checkpoint weights\): second-ref: encoder.layers.0.mlp.fc2:input: timm "
+            r"[\d.]+ differs from port and transformers [\d.]+ in float64 \(tokens .*, pooled .*\)"
+            r", first at its blocks.0.mlp.fc2:input; looks like: exact \(erf\) GELU .*",
+        ),
+    ],
+)
+def test_second_reference(
+    activation: str,
+    code: int,
+    verdict: str,
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """timm has exact GELU for every checkpoint."""
+    monkeypatch.setattr(second_reference, "run_script", run_in_this_process)
+    folder = checkpoint(replace(SMALL, hidden_act=activation))
+    report = tmp_path / "report.json"
+    arguments = ("--checkpoint", folder, "--second-ref", "timm", "--json", report)
+    assert call(*arguments) == code
+    out = capsys.readouterr().out
+    assert re.fullmatch(verdict, out.splitlines()[-1])
+    assert "port - timm " in out
+    assert json.loads(report.read_text())["equal"] is (code == 0)
+
+
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_second_reference_that_cannot_run(
+    is_equal: bool,
+    checkpoint: MakeCheckpoint,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Everything else is reported; a port that is different stays different."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("--second-ref timm: timed out")
+
+    monkeypatch.setattr(second_reference, "run_script", fail)
+    if not is_equal:
+        monkeypatch.setitem(port.ACTIVATIONS, "gelu_pytorch_tanh", F.gelu)
+    code = call("--checkpoint", checkpoint(), "--second-ref", "timm")
+    printed = capsys.readouterr()
+    assert code == (2 if is_equal else 1)
+    assert printed.out.splitlines()[-1].startswith("EQUAL (" if is_equal else "DIFFERENT (")
+    assert printed.err.endswith(
+        "could not compare with the second reference: --second-ref timm: timed out\n"
+    )
 
 
 # --- reports, baselines, gates, notes -------------------------------------------------------------

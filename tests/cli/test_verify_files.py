@@ -14,6 +14,7 @@ from siglip_port.parity.siglip.reference import write_random_checkpoint
 from tests.helpers.checkpoints import SMALL
 
 PAGE = Path(__file__).parents[2] / "docs" / "golden.md"
+pytestmark = pytest.mark.usefixtures("shared_references")
 MODULE = "siglip_port.parity.siglip.foreign_ports"
 
 

@@ -18,6 +18,7 @@ from siglip_port.parity.hints.layers import fitted_eps
 from siglip_port.parity.hints.patterns import explain_pattern
 from siglip_port.parity.observe import ReferenceRun
 from siglip_port.parity.sides import Inputs, Side, cast
+from siglip_port.parity.taps import record
 
 MAX_FAILED_SEARCHES = 3
 """Number of searches without a result after which a kind of taps gets no hint."""
@@ -56,22 +57,25 @@ def explain_taps(run: ReferenceRun, values: Mapping[str, Tensor]) -> dict[str, E
     """
     if not values:
         return {}
-    return run.host.compute(
-        explain_values, run.dtype, run.exact_inputs, run.exact.taps, dict(values)
-    )
+    points = list(run.exact.taps)
+    return run.host.compute(explain_values, run.dtype, run.exact_inputs, points, dict(values))
 
 
 def explain_values(
     reference: Side,
     dtype: torch.dtype,
     inputs: Inputs,
-    taps: Mapping[str, Tensor],
+    points: list[str],
     values: Mapping[str, Tensor],
 ) -> dict[str, Explanation]:
-    """Run the reference in float64, and explain the port's values at some taps."""
+    """Run the reference in float64 once more, and explain the port's values at some taps.
+
+    The exact values are computed again: those of all taps are too large to be sent.
+    """
     explanations = {}
     failed_searches: Counter[str] = Counter()
     with cast(reference.module, dtype, torch.float64):
+        taps = record(reference.module, points, lambda: reference.run(inputs)).taps
         module_inputs = record_inputs(reference, inputs, values)
         for point, value in values.items():
             kind = re.sub(r"(^|\.)\d+(?=[.:]|$)", r"\1{}", point)

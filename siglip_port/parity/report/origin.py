@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from siglip_port import __version__
-
 PACKAGES = ("transformers", "timm", "open_clip_torch", "onnxruntime", "openvino")
 """Packages whose versions are reported if a comparison imported them."""
 
 
 def describe_origin() -> dict[str, str]:
     """Return date, command, versions and machine."""
+    from siglip_port import __version__  # the process of the reference imports no port
+
     origin = {
         "siglip_port": __version__,
         "torch": str(torch.__version__),

@@ -26,7 +26,8 @@ from siglip_port.parity.observe import ReferenceRun, run_reference
 from siglip_port.parity.results import GateResult
 from siglip_port.parity.sides import Call, Inputs, Side, cast_inputs, dtype_name
 from siglip_port.parity.siglip import interface, reference, regimes, taps
-from siglip_port.parity.siglip.reference import Reference
+from siglip_port.parity.siglip.reference import ReferenceHandle
+from siglip_port.parity.siglip.reference_process import IN_THIS_PROCESS, References
 from siglip_port.parity.siglip.regimes import Regime
 from siglip_port.parity.taps import Tap, expand
 
@@ -180,7 +181,7 @@ class Case:
     name: str
     weights: str
     source: str
-    reference: Reference
+    reference: ReferenceHandle
     inputs: Any
     gates: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
@@ -194,8 +195,8 @@ class Case:
     def reference_run(self, dtype: torch.dtype) -> ReferenceRun:
         """Run the reference in `dtype`; cached."""
         if dtype not in self.reference_runs:
-            model = self.reference.model
-            points = expand({point: point for point in self._points()}, model, model)
+            modules = self.reference.module_types()
+            points = expand({point: point for point in self._points()}, modules, modules)
             self.reference_runs[dtype] = run_reference(
                 self.reference.side(),
                 self.inputs,
@@ -222,11 +223,11 @@ class Case:
 
     def taps(self, port: nn.Module) -> list[Tap]:
         """Return the taps that pair a port with the reference."""
-        return expand(self._points(), self.reference.model, port)
+        return expand(self._points(), self.reference.module_types(), port)
 
     def _points(self) -> dict[str, str]:
-        points = taps.siglip_taps(hasattr(self.reference.model, "head"))
-        if reference.is_naflex(self.reference.model):
+        points = taps.siglip_taps("head" in self.reference.module_types())
+        if self.reference.config().get("naflex"):
             # A Linear over patches in the reference, a convolution in the port.
             points.pop("embeddings.patch_embedding", None)
         return points
@@ -276,19 +277,25 @@ class Case:
                     yield guard.run(f"rounding {dtype_name(dtype)}", check)
 
     def check_environment(self, side: Side) -> GateResult:
-        """Run the gate `environment`, of which the last part runs the port."""
-        reference = self.reference.side()
-        modules = {"port": side.module, "reference": reference.module}
-        return self.guard(side.module).run(
+        """Run the gate `environment` on both sides, each in its own process.
+
+        The last part runs the port.
+        """
+        host = self.reference.side()
+        own = self.guard(side.module).run(
             "environment",
-            lambda: gates.check_environment(modules),
-            lambda: gates.check_shared_modules(side, reference, self.taps(side.module)),
+            lambda: gates.check_environment({"port": side.module}),
+            lambda: gates.check_shared_modules(side, host, self.taps(side.module)),
             lambda: gates.check_switches(side, cast_inputs(self.inputs, self.dtypes[0])),
         )
+        other = self.reference.check_environment()
+        # In one process, both sides have the same switches of torch.
+        others = [finding for finding in other.findings if finding not in own.findings]
+        return replace(own, checked=own.checked + other.checked, findings=(*own.findings, *others))
 
     def check_weights(self, port: SigLipVisionModel) -> GateResult:
         """Run the gate `weights`."""
-        expected = self.reference.model.state_dict()
+        expected = self.reference.state_dict()
         return gates.check_weights(tensors_by_reference_name(port), expected)
 
     def check_numerics(self, side: Side, *, with_hints: bool) -> GateResult:
@@ -379,6 +386,7 @@ def random_case(
     attentions: tuple[str, ...] = ("sdpa", "eager"),
     device: str = "cpu",
     name: str = "odd encoder",
+    references: References = IN_THIS_PROCESS,
 ) -> Iterator[Case]:
     """Write a checkpoint with the weights of a recipe, and load the reference from it.
 
@@ -391,10 +399,11 @@ def random_case(
         attentions: Attention implementations of the reference for the rounding bounds.
         device: Device of the reference and the inputs.
         name: Name in reports.
+        references: Place of the reference.
     """
     noise = Regime("", noise_images(config, seed=seed), gates, dtypes)
     model = SmallModel(name, config, recipe, [noise], seed)
-    with model.load(device, attentions) as (case,):
+    with model.load(device, attentions, references) as (case,):
         yield case
 
 
@@ -419,19 +428,25 @@ class SmallModel:
     load_options: LoadOptions = field(default_factory=LoadOptions)
 
     @contextmanager
-    def load(self, device: str, attentions: tuple[str, ...]) -> Iterator[list[Case]]:
+    def load(
+        self, device: str, attentions: tuple[str, ...], references: References = IN_THIS_PROCESS
+    ) -> Iterator[list[Case]]:
         """Write the checkpoint, load the reference, and yield a case for each regime.
 
         Args:
             device: Device of the models and the inputs.
             attentions: Attention implementations of the reference for the rounding bounds.
+            references: Place of the reference.
         """
         has_head = self.config.pooling_head and self.load_options.get("pooling_head") is not False
         dtype = self.load_options.get("dtype") or torch.float32
         assert isinstance(dtype, torch.dtype)
         with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
-            reference.write_random_checkpoint(Path(folder), self.config, self.seed, self.recipe)
-            loaded = reference.load(
+            config = reference.fields_of(self.config)
+            references.call(
+                reference.write_random_checkpoint, Path(folder), config, self.seed, self.recipe
+            )
+            loaded = references.load(
                 folder,
                 dtype=dtype,
                 pooling_head=has_head,
@@ -444,7 +459,7 @@ class SmallModel:
         self,
         regime: Regime,
         folder: str,
-        loaded: Reference,
+        loaded: ReferenceHandle,
         device: str,
         attentions: tuple[str, ...],
     ) -> Case:
@@ -475,7 +490,12 @@ def move_inputs(inputs: Inputs, device: str) -> Inputs:
 
 
 def small_cases(
-    config: SigLipVisionConfig, device: str, attentions: tuple[str, ...], *, full: bool = False
+    config: SigLipVisionConfig,
+    device: str,
+    attentions: tuple[str, ...],
+    *,
+    full: bool = False,
+    references: References = IN_THIS_PROCESS,
 ) -> Iterator[AbstractContextManager[list[Case]]]:
     """Yield small models with stress weights, each with the cases that share its port.
 
@@ -487,12 +507,13 @@ def small_cases(
         attentions: Attention implementations of the reference for the rounding bounds.
         full: Whether to run all gates on all recipes, with two seeds and all dtypes, instead of
             each recipe with its own gates only.
+        references: Place of the references.
     """
     models = weight_models(config)
     if full:
         models = full_weight_models(config)
     for model in [*models, *regime_models(config)]:
-        yield model.load(device, attentions)
+        yield model.load(device, attentions, references)
 
 
 def weight_models(

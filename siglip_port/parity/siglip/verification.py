@@ -27,6 +27,7 @@ from siglip_port.parity.gates.environment import exact_switches
 from siglip_port.parity.results import Comparison, GateResult, Section
 from siglip_port.parity.siglip import cases, pixels, reference
 from siglip_port.parity.siglip.cases import Case
+from siglip_port.parity.siglip.reference_process import References, load_processors
 from siglip_port.parity.siglip.small_pixels import check_small_pixels
 from siglip_port.parity.siglip.verify_options import DEFAULT_CHECKPOINT, VerifyOptions
 from siglip_port.threads import torch_threads
@@ -82,12 +83,13 @@ class LoadedPort:
         return {"revision": self.commit, "subfolder": self.subfolder, "local_files_only": True}
 
 
-def load_port(options: VerifyOptions, scratch: Path) -> LoadedPort:
+def load_port(options: VerifyOptions, scratch: Path, references: References) -> LoadedPort:
     """Load the port through `from_hf`, with the checkpoint's weights or random ones.
 
     Args:
         options: Options of the comparison.
-        scratch: Folder for random weights, which transformers writes.
+        scratch: Folder for random weights.
+        references: Place of transformers, which writes them.
 
     Raises:
         siglip_port.CheckpointError: The checkpoint cannot be read or downloaded.
@@ -121,7 +123,7 @@ def load_port(options: VerifyOptions, scratch: Path) -> LoadedPort:
             raise HubUnreachableError(f"{reason}; {UNREACHABLE_REMEDY}") from error
         note(f"{reason}; comparing random weights of the same architecture instead")
         config = DEFAULT_CONFIG
-    reference.write_random_checkpoint(scratch, config)
+    references.call(reference.write_random_checkpoint, scratch, reference.fields_of(config))
     model = guard.load(
         lambda: SigLipVisionModel.from_hf(scratch, dtype=options.torch_dtype, device=options.device)
     )
@@ -164,12 +166,14 @@ def read_architecture(options: VerifyOptions, offline: bool) -> SigLipVisionConf
     return SigLipVisionConfig.from_hf(contents)
 
 
-def checkpoint_case(options: VerifyOptions, port: LoadedPort, image: Image.Image) -> Case:
+def checkpoint_case(
+    options: VerifyOptions, port: LoadedPort, image: Image.Image, references: References
+) -> Case:
     """Return the checkpoint at full size; its inputs are the image and a noise image."""
     warn_of_memory(port.model, options.torch_dtype)
     check_layout(options, port.model)
     config = port.model.config
-    model = reference.load(
+    loaded = references.load(
         port.source,
         pooling_head=port.model.pooling_head is not None,
         dtype=options.torch_dtype,
@@ -178,15 +182,15 @@ def checkpoint_case(options: VerifyOptions, port: LoadedPort, image: Image.Image
         **port.place,
     )
     # NaFlex models get whole images; the gate `pixels` covers their preprocessing.
-    processors = reference.image_processors(
-        replace(config, naflex=False), port.source, **port.place
+    processors = load_processors(
+        references, replace(config, naflex=False), port.source, **port.place
     )
     inputs = with_noise(processors["pil"](image)["pixel_values"])
     return Case(
         name="checkpoint",
         weights="random weights, N1" if port.is_random else "checkpoint weights",
         source=port.source,
-        reference=model,
+        reference=loaded,
         inputs=inputs.to(options.device),
         gates=cases.ALL_GATES if options.full else cases.LARGE_MODEL_GATES,
         dtypes=options.rounding_dtypes,
@@ -230,31 +234,36 @@ def with_noise(pixel_values: Tensor) -> Tensor:
     return torch.cat([pixel_values, noise])
 
 
-def compare_pixels(port: LoadedPort, image: Image.Image) -> GateResult:
+def compare_pixels(port: LoadedPort, image: Image.Image, references: References) -> GateResult:
     """Compare the image processors of port and reference, configured by the checkpoint."""
     model = port.model
-    reference_processors = reference.image_processors(model.config, port.source, **port.place)
+    expected = load_processors(references, model.config, port.source, **port.place)
 
     def check() -> GateResult:
         processors = {
             backend: ImageProcessor.from_config(model.preprocessor_config, backend)
-            for backend in reference_processors
+            for backend in expected
         }
         embed = None if model.pooling_head is None else model.embed
-        return pixels.check_pixels(processors, reference_processors, image, embed)
+        return pixels.check_pixels(processors, expected, image, embed)
 
     return guard.Guard(model).run("pixels", check)
 
 
-def compare_small_pixels(naflex: bool) -> Section:
+def compare_small_pixels(naflex: bool, references: References) -> Section:
     """Compare image processors with default settings, of fixed-size or of NaFlex models."""
     name = "NaFlex preprocessing" if naflex else "preprocessing"
-    return Section(name, "no weights", (check_small_pixels(naflex),))
+    return Section(name, "no weights", (check_small_pixels(naflex, references=references),))
 
 
 @exact_switches()
 def run_gates(
-    options: VerifyOptions, port: LoadedPort, case: Case, image: Image.Image, track: Track
+    options: VerifyOptions,
+    port: LoadedPort,
+    case: Case,
+    image: Image.Image,
+    references: References,
+    track: Track,
 ) -> Comparison:
     """Run all gates on a checkpoint, and on small models with stress weights.
 
@@ -263,17 +272,25 @@ def run_gates(
         port: Port, loaded from the checkpoint.
         case: Checkpoint with its reference.
         image: Image for the gate `pixels`.
+        references: Place of the references.
         track: Progress display.
     """
-    results = [compare_pixels(port, image), *track(case.check(port.model), "checkpoint")]
+    results = [
+        compare_pixels(port, image, references),
+        *track(case.check(port.model), "checkpoint"),
+    ]
     if options.optimized:
         results += track(engine_gates(case, port.model), "optimized")
     sections = [Section(case.name, case.weights, tuple(results))]
-    sections += [compare_small_pixels(naflex) for naflex in (False, True)]
+    sections += [compare_small_pixels(naflex, references) for naflex in (False, True)]
     # Free the runs in the other dtypes.
     case.reference_runs = {case.dtypes[0]: case.reference_run(case.dtypes[0])}
     small_cases = cases.small_cases(
-        port.model.config, options.device, options.attentions, full=options.full
+        port.model.config,
+        options.device,
+        options.attentions,
+        full=options.full,
+        references=references,
     )
     for small_case in small_cases:
         with torch_threads(1), small_case as small:

@@ -63,7 +63,7 @@ def test_reference_runs_once(case: Case) -> None:
 
 
 def test_tensors_by_reference_name(case: Case, port: SigLipVisionModel) -> None:
-    expected = case.reference.model.state_dict()
+    expected = case.reference.state_dict()
     tensors = tensors_by_reference_name(port)
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
@@ -84,7 +84,7 @@ def test_small_cases(full: bool, count: int) -> None:
     assert len(models) == count
     with models[0] as (case,):
         assert case.attentions == ("sdpa",)
-        assert case.reference.model.config.layer_norm_eps == SMALL.layer_norm_eps
+        assert case.reference.config()["layer_norm_eps"] == SMALL.layer_norm_eps
 
 
 def test_small_models_are_of_both_kinds() -> None:

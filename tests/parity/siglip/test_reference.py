@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +17,8 @@ from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.siglip import reference
 from siglip_port.parity.siglip.recipes import RECIPES
 from tests.helpers.checkpoints import ODD, SMALL, MakeCheckpoint, edit_config, edit_tensors, pixels
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_reference_with_random_parameters_raises(checkpoint: MakeCheckpoint) -> None:
@@ -99,3 +105,76 @@ def test_images_are_resized_by_checkpoint_settings(tmp_path: Path) -> None:
     )
     expected = resize_by_hand(Image.Resampling.BILINEAR)
     np.testing.assert_allclose(process(tmp_path)[0].numpy(), expected, atol=1e-6)
+
+
+# --- releases of transformers ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("release", ["4.57.6", "5.22.1", "5.22.0.dev0", "4"])
+def test_release_that_is_too_old(release: str) -> None:
+    message = (
+        rf"^the comparison needs transformers 5\.23 or newer, got {re.escape(release)}; "
+        r"run: pip install 'siglip-port\[parity\]'$"
+    )
+    with pytest.raises(reference.UnsupportedReleaseError, match=message):
+        reference.check_release(release)
+
+
+@pytest.mark.parametrize("release", ["5.23.0", "5.23.0.dev0", "5.24", "6.0.1", "", "unknown"])
+def test_release_that_is_supported_or_unknown(release: str) -> None:
+    reference.check_release(release)
+
+
+def test_required_release_is_that_of_the_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (requirement,) = project["project"]["optional-dependencies"]["parity"]
+    assert requirement.startswith(f"transformers>={reference.required_release()},")
+
+
+@pytest.mark.parametrize("path", ["NoSuchModel", "models.siglip9.NoSuchModel"])
+def test_release_without_a_class(path: str) -> None:
+    message = (
+        rf"^transformers {reference.VERSION} has no NoSuchModel, expected that of release 5\.23; "
+        r"run: pip install 'siglip-port\[parity\]'$"
+    )
+    with pytest.raises(reference.UnsupportedReleaseError, match=message):
+        reference.library_object(path)
+
+
+def test_transformers_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    message = r"^transformers cannot be imported \(.*\); run: pip install 'siglip-port\[parity\]'$"
+    with pytest.raises(reference.UnsupportedReleaseError, match=message):
+        reference.import_transformers.__wrapped__()
+
+
+def test_incomplete_checkpoint_of_a_newer_release(checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint()
+    edit_config(folder, transformers_version="99.1.0.dev0")
+    reference.load(folder, pooling_head=True, dtype=torch.float32)  # not refused as such
+    edit_tensors(folder, lambda t: {k: v for k, v in t.items() if k != "head.probe"})
+    message = (
+        r"the first is head\.probe; its config\.json is of transformers 99\.1\.0\.dev0; run: "
+        r"pip install 'transformers>=99\.1\.0'$"
+    )
+    with pytest.raises(reference.BrokenReferenceError, match=message):
+        reference.load(folder, pooling_head=True, dtype=torch.float32)
+
+
+def test_unreadable_checkpoint_of_a_newer_release(checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint()
+    edit_config(folder, transformers_version="99.1.0", num_attention_heads=[2, 2])
+    message = r"transformers [\d.]+ cannot load it \(.*\); its config\.json is of transformers 99"
+    with pytest.raises(reference.BrokenReferenceError, match=message):
+        reference.load(folder, pooling_head=True, dtype=torch.float32)
+
+
+def test_import_of_the_module_does_not_import_transformers() -> None:
+    program = (
+        "import sys, siglip_port.parity.siglip.verification, siglip_port.parity.siglip.reference;"
+        "print('transformers' in sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert run.stdout == "False\n"

@@ -1,0 +1,162 @@
+"""The program of the reference's process: computes what `reference_process` asks for.
+
+It is run by its path, and imports the harness and transformers, but no code of the port: not even
+`siglip_port/__init__.py`, in whose place there is an empty package. So nothing that the port
+patches, at import or later, reaches the reference.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any, BinaryIO
+
+PACKAGE = Path(__file__).parents[2]
+"""Folder of `siglip_port`."""
+
+
+HARNESS = ("parity", "parity_log", "text")
+"""Modules of the package that this process may import."""
+
+
+def is_harness(module_name: str) -> bool:
+    """Return whether this process may import a module: all but those of the port."""
+    package, _, path = module_name.partition(".")
+    return package != PACKAGE.name or path.partition(".")[0] in HARNESS
+
+
+class PortGuard(MetaPathFinder):
+    """Import hook that refuses modules of the port."""
+
+    def find_spec(
+        self, fullname: str, path: object = None, target: types.ModuleType | None = None
+    ) -> None:
+        """Raise ImportError for a module of the port; called for every import."""
+        if not is_harness(fullname):
+            raise ImportError(
+                f"{fullname} is code of the port, which the reference's process does not import"
+            )
+
+
+def is_portable(module_name: str) -> bool:
+    """Return whether the other process may import a module to unpickle an error."""
+    return module_name.partition(".")[0] != "transformers"
+
+
+def take_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Take stdin and stdout for messages; what is printed goes to stderr, and stdin is empty."""
+    requests = os.fdopen(os.dup(0), "rb")
+    replies = os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
+    return requests, replies
+
+
+def extend_path(entries: list[str]) -> None:
+    """Append folders to the module search path, and put an empty package in place of the port."""
+    for entry in entries:
+        if entry not in sys.path:
+            sys.path.append(entry)
+    package = types.ModuleType(PACKAGE.name)
+    package.__path__ = [str(PACKAGE)]
+    sys.modules[PACKAGE.name] = package
+    sys.meta_path.insert(0, PortGuard())
+
+
+def read_requests(
+    stream: BinaryIO, read_message: Callable[[BinaryIO], bytes], requests: queue.Queue[bytes]
+) -> None:
+    """Read all requests, and end the process at the end of the pipe: the other side has ended.
+
+    A thread of its own sees the end while a function runs. It imports nothing, since the main
+    thread may be importing, too.
+    """
+    while True:
+        try:
+            requests.put(read_message(stream))
+        except EOFError:
+            os._exit(0)
+
+
+def compute_exactly() -> None:
+    """Turn off what torch trades precision for speed with, some of it by default."""
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
+class Server:
+    """Objects of this process, and functions that are called on them.
+
+    Args:
+        replies: Pipe to the other process.
+        folder: Folder for large tensors.
+    """
+
+    def __init__(self, replies: BinaryIO, folder: Path) -> None:
+        self.replies = replies
+        self.folder = folder
+        self.objects: dict[int, object] = {}
+
+    def answer(self, message: bytes) -> None:
+        """Compute the result of a request, and send it or the error."""
+        from siglip_port.parity import transport
+
+        try:
+            reply = (self.compute(transport.unpack(message, is_harness)), None)
+            transport.send(self.replies, reply, self.folder)
+        except BrokenPipeError:
+            os._exit(0)
+        except Exception as error:  # any error is the other side's to handle
+            portable = transport.portable(error, is_portable)
+            portable.add_note(f"In the reference's process:\n{traceback.format_exc()}")
+            transport.send(self.replies, (None, portable), self.folder)
+
+    def compute(self, request: Any) -> object:  # noqa: ANN401 (a Request)
+        """Call the function of a request."""
+        import torch
+
+        for key in request.released:
+            del self.objects[key]
+        torch.set_num_threads(request.threads)
+        arguments = request.arguments
+        if request.target is not None:
+            arguments = (self.objects[request.target], *arguments)
+        result = request.function(*arguments, **request.options)
+        if request.keep_as is None:
+            return result
+        self.objects[request.keep_as] = result
+        return None
+
+
+def main() -> None:
+    """Answer requests until the other process ends."""
+    # Ctrl-C reaches every process of a terminal; the other one closes the pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stream, replies = take_pipes()
+    greeting: dict[str, Any] = pickle.load(stream)
+    extend_path(greeting["path"])
+    from siglip_port.parity import transport
+
+    compute_exactly()
+    server = Server(replies, Path(greeting["folder"]))
+    requests: queue.Queue[bytes] = queue.Queue()
+    arguments = (stream, transport.read_message, requests)
+    threading.Thread(target=read_requests, args=arguments, daemon=True).start()
+    while True:
+        server.answer(requests.get())
+
+
+if __name__ == "__main__":
+    main()
