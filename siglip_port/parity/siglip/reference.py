@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import (
     Siglip2ImageProcessor,
@@ -27,7 +29,10 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
-from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
+from transformers.models.siglip2.image_processing_siglip2 import (
+    convert_image_to_patches,
+    pad_along_first_dim,
+)
 
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.image_processing import Backend
@@ -128,13 +133,44 @@ def outputs(model: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
     """
     if not isinstance(model, Siglip2VisionModel):
         return name_outputs(model(pixel_values))
-    patch = model.config.patch_size
+    return name_outputs(model(**cut_into_patches(pixel_values, model.config.patch_size)))
+
+
+def cut_into_patches(pixel_values: Tensor, patch: int) -> dict[str, Tensor]:
+    """Return the inputs of the reference for NaFlex, from whole images of one size.
+
+    Args:
+        pixel_values: Images, [B, C, H, W].
+        patch: Patch size in pixels.
+    """
     rows, columns = (side // patch for side in pixel_values.shape[2:])
     whole_patches = pixel_values[..., : rows * patch, : columns * patch]
     patches = torch.stack([convert_image_to_patches(image, patch) for image in whole_patches])
     mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
     shapes = torch.tensor([[rows, columns]]).expand(len(patches), 2)
-    return name_outputs(model(patches, mask, shapes))
+    return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+def pack_images(images: Sequence[Tensor], patch: int, count: int) -> dict[str, Tensor]:
+    """Cut images into patches and pad them, as the image processor for NaFlex does.
+
+    Args:
+        images: Images of any size, [C, H, W].
+        patch: Patch size in pixels.
+        count: Padded number of patches.
+    """
+    pixel_values, masks, shapes = [], [], []
+    for image in images:
+        inputs = cut_into_patches(image[None], patch)
+        patches, mask = pad_along_first_dim(inputs["pixel_values"][0], count)
+        pixel_values.append(patches)
+        masks.append(mask)
+        shapes.append(inputs["spatial_shapes"][0])
+    return {
+        "pixel_values": torch.stack(pixel_values),
+        "pixel_attention_mask": torch.stack(masks),
+        "spatial_shapes": torch.stack(shapes),
+    }
 
 
 def name_outputs(output: HFOutput) -> dict[str, Tensor]:
@@ -381,12 +417,14 @@ def default_options(config: SigLipVisionConfig, folder: str | Path | None) -> di
 
 
 def process_image(processor: HFProcessor, image: object) -> dict[str, Tensor]:
-    """Process an image or an image file into a batch of one.
+    """Process an image, an image file or its bytes into a batch of one; a list into a batch.
 
     Files are decoded with Pillow; torchvision's decoders are deprecated.
     """
     if isinstance(image, str):
         image = transformers.image_utils.load_image(image)
+    if isinstance(image, bytes):
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
     pixels: dict[str, Tensor] = processor(images=image, return_tensors="pt")
     return pixels
 

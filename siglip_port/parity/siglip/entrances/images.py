@@ -1,0 +1,137 @@
+"""Entrances that take images: `ImageProcessor`, `embed_images`, `pack` and `patchify`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from siglip_port import patches
+from siglip_port.image_processing import ImageProcessor
+from siglip_port.parity import bounds
+from siglip_port.parity.metrics import relative_error
+from siglip_port.parity.results import Finding
+from siglip_port.parity.siglip.entrances import reference_data
+from siglip_port.parity.siglip.entrances.subject import Subject
+from siglip_port.parity.siglip.pixels import (
+    compare_pixels,
+    levels_per_unit,
+    pixel_finding,
+    process,
+)
+
+SHORT = 5
+"""Number of images for small batch sizes."""
+
+
+def check_image_processor(subject: Subject) -> Iterator[Finding]:
+    """Compare the pixels of several images in one call with the reference's."""
+    for backend, expected in subject.pixels.items():
+        processor = ImageProcessor.from_config(subject.port.preprocessor_config, backend)
+        levels = levels_per_unit(processor)
+        batch = join_batches(expected)
+        pixels = process(processor, subject.samples)
+        message = compare_pixels(pixels, batch, levels)
+        if message:
+            number = first_difference(pixels["pixel_values"], batch["pixel_values"])
+            yield pixel_finding(f"{subject.images[number][0]}, {backend}: {message}", "")
+        single = compare_pixels(process(processor, subject.samples[0]), expected[0], levels)
+        if single:
+            yield pixel_finding(f"an image that is not in a list, {backend}: {single}", "")
+
+
+def join_batches(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate batches of one image."""
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def first_difference(values: Tensor, expected: Tensor) -> int:
+    """Return the number of the first image that differs; 0 if the shapes do."""
+    if values.shape != expected.shape:
+        return 0
+    differs = (values != expected).flatten(1).any(dim=1)
+    return int(differs.int().argmax())
+
+
+def check_embed_images(subject: Subject) -> Iterator[Finding]:
+    """Compare embeddings of images, in batches of several sizes, with the reference's."""
+    port = subject.port
+    names = [name for name, _ in subject.images]
+    for backend, expected in subject.embeddings.items():
+        for batch_size in (4, 32):
+            embeddings = port.embed_images(subject.samples, batch_size=batch_size, backend=backend)
+            what = f"{len(names)} images, batch_size={batch_size}, backend={backend}"
+            yield from compare_rows(what, embeddings, expected, names)
+    expected = subject.embeddings["pil"]
+    for batch_size in (1, 2, 3):
+        few = port.embed_images(tuple(subject.samples[:SHORT]), batch_size=batch_size)
+        what = f"{SHORT} images, batch_size={batch_size}"
+        yield from compare_rows(what, few, expected[:SHORT], names)
+    unit = expected / expected.norm(dim=-1, keepdim=True)
+    normalized = port.embed_images(subject.samples[:SHORT], normalize=True)
+    yield from compare_rows("normalize=True", normalized, unit[:SHORT], names)
+    for name, image, row in single_images(subject):
+        yield from compare_rows(
+            name, port.embed_images(image), expected[row : row + 1], names[row:]
+        )
+    empty = port.embed_images([])
+    if empty.shape != (0, port.config.embed_dim):
+        yield Finding(f"no images: shape {list(empty.shape)}, expected [0, {expected.shape[1]}]")
+
+
+def single_images(subject: Subject) -> Iterator[tuple[str, Any, int]]:
+    """Yield (name, argument, row of its embedding) for images that are not in a list."""
+    for row, (name, image) in enumerate(subject.images):
+        if isinstance(image, bytes):
+            path = Path(subject.scratch, f"image-{row}")
+            path.write_bytes(image)
+            yield f"{name} as a path", path, row
+            yield f"{name} as a path in a string", [str(path)], row
+            return
+
+
+def compare_rows(
+    what: str, embeddings: Tensor, expected: Tensor, names: Sequence[str]
+) -> Iterator[Finding]:
+    """Compare embeddings of images; a finding names the first image that differs."""
+    if embeddings.shape != expected.shape:
+        yield Finding(f"{what}: shape {list(embeddings.shape)}, expected {list(expected.shape)}")
+        return
+    differing = []
+    for name, vector, exact in zip(names, embeddings, expected, strict=False):
+        error = relative_error(vector, exact)
+        if not bounds.within_float64_bound(error):
+            differing.append((name, error))
+    if differing:
+        name, error = differing[0]
+        count = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        yield Finding(f"{what}: embedding of {name!r}{count} differs in float64", error=error)
+
+
+def check_patches(subject: Subject) -> Iterator[Finding]:
+    """Compare `patchify` and `pack` with the reference's cutting and padding."""
+    patch = subject.port.config.patch_size
+    generator = torch.Generator().manual_seed(0)
+    images = []
+    for rows, columns in ((2, 5), (5, 2), (3, 3)):
+        shape = (3, rows * patch + 1, columns * patch + patch - 1)
+        images.append(torch.rand(shape, generator=generator))
+    for count in (10, 13):
+        expected = subject.host.compute(reference_data.pack_images, images, patch, count)
+        padded = None if count == 10 else count
+        packed = cast("Mapping[str, Tensor]", patches.pack(images, patch, padded))
+        message = compare_pixels(packed, expected)
+        if message:
+            yield Finding(f"pack, num_patches={padded}: {message}")
+    for number, image in enumerate(images):
+        length = int(expected["spatial_shapes"][number].prod())
+        cut = expected["pixel_values"][number, :length]
+        for name, value, exact in (
+            ("an image", patches.patchify(image, patch), cut),
+            ("a batch", patches.patchify(image[None], patch), cut[None]),
+        ):
+            if value.shape != exact.shape or not torch.equal(value, exact):
+                yield Finding(f"patchify of {name}: other values than convert_image_to_patches")
