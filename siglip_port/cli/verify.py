@@ -110,6 +110,10 @@ def run(action: Action, arguments: dict[str, Any]) -> int:
 
         print(recorded_census())
         return exit_codes.SUCCESS
+    if action == "compare" and (options.save is not None or options.against is not None):
+        from siglip_port.cli import verify_files
+
+        return verify_files.run(options, image)
     require("transformers")
     if action == "compare":
         return compare(options, image, baseline)
@@ -253,6 +257,11 @@ def add_comparison_options(parser: argparse.ArgumentParser) -> None:
         help="Also run timm, open_clip or transformers==VERSION.",
     )
     group.add_argument(
+        "--against",
+        metavar="PORT",
+        help="Judge golden folder, vectors, file, function or URL.",
+    )
+    group.add_argument(
         "--optimized",
         action="store_true",
         help="Also check the engines of siglip_port.optimize.",
@@ -268,6 +277,9 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--baseline", type=path, metavar="PATH", help="Compare with an earlier JSON report."
+    )
+    group.add_argument(
+        "--save", type=path, metavar="DIR", help="Write a golden folder instead of comparing."
     )
 
 

@@ -52,6 +52,8 @@ class VerifyOptions:
         json: File for the JSON report.
         report: Folder for reports in all formats.
         baseline: Earlier JSON report to compare with.
+        save: Folder in which to write a golden folder instead of comparing.
+        against: Another port to judge, see `against.TARGETS`; None for this package's.
 
     Raises:
         ValueError: An option is not supported.
@@ -74,11 +76,15 @@ class VerifyOptions:
     json: Path | None = None
     report: Path | None = None
     baseline: Path | None = None
+    save: Path | None = None
+    against: str | None = None
 
     def __post_init__(self) -> None:
         validate_choice("weights", self.weights, WEIGHTS)
         validate_choice("dtype", self.dtype, DTYPES)
         validate_choice("attention", self.attention, ATTENTIONS)
+        if self.save is not None and self.against is not None:
+            raise ValueError("--save and --against exclude each other; run the command twice")
 
     @property
     def selection(self) -> str:

@@ -1,0 +1,126 @@
+"""`verify --save` and `verify --against`: golden folders, and ports that are no module."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import siglip_port
+from siglip_port.atomic import write_text
+from siglip_port.cli import exit_codes
+from siglip_port.extras import require
+from siglip_port.parity import report as reports
+from siglip_port.parity.golden import PORT_FILE, GoldenError, read_folder, write_folder
+from siglip_port.parity.golden.judge import judge_folder
+from siglip_port.parity.results import Comparison
+from siglip_port.text import format_table
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from siglip_port.parity.siglip.verify_options import VerifyOptions
+
+
+def run(options: VerifyOptions, image: Image.Image) -> int:
+    """Write a golden folder, or judge another port; return the exit code."""
+    try:
+        if options.save is not None:
+            return save(options, options.save, image)
+        assert options.against is not None
+        golden = Path(options.against)
+        if golden.is_dir():
+            return judge_golden(options, golden)
+        return judge_port(options, options.against, image)
+    except GoldenError as error:
+        raise ValueError(str(error)) from error
+
+
+def judge_golden(options: VerifyOptions, folder: Path) -> int:
+    """Judge the results of a port in a golden folder, without the reference."""
+    dtype = None if options.dtype == "float32" else options.torch_dtype
+    golden = read_folder(folder)
+    comparison = judge_folder(golden, dtype)
+    origin = ", ".join(f"{name} {value}" for name, value in golden.origin.items())
+    return print_verdict(options, comparison, origin)
+
+
+def judge_port(options: VerifyOptions, target: str, image: Image.Image) -> int:
+    """Judge a file, a function or a service on a checkpoint."""
+    require("transformers")
+    from siglip_port.parity.siglip import against, reference, verification
+    from siglip_port.parity.siglip.foreign_ports import ForeignPortError
+
+    with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
+        port = verification.load_port(options, Path(scratch))
+        if port.is_random:
+            raise ValueError(
+                "--against needs the weights of the checkpoint from which the port was made; pass "
+                "it with --checkpoint"
+            )
+        case = verification.checkpoint_case(options, port, image)
+        processors = reference.image_processors(port.model.config, port.source, **port.place)
+
+        def process(image: Image.Image) -> torch.Tensor:
+            return processors["pil"](image.convert("RGB"))["pixel_values"]
+
+        try:
+            comparison = against.judge_target(target, case, process, image, options.torch_dtype)
+        except ForeignPortError as error:
+            raise ValueError(f"--against {error}") from error
+    return print_verdict(options, comparison, f"port {target}")
+
+
+def save(options: VerifyOptions, folder: Path, image: Image.Image) -> int:
+    """Write a golden folder."""
+    require("transformers")
+    from siglip_port.parity.siglip import golden_cases, verification
+
+    with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
+        port = verification.load_port(options, Path(scratch))
+        case = verification.checkpoint_case(options, port, image)
+        cases = golden_cases.golden_cases(case, port.model.config, Path(scratch))
+        names = write_folder(folder, cases, describe_origin(options))
+    print(
+        f"wrote {', '.join(names)} to {folder}; run the port on the inputs of each, write its "
+        f"outputs to {PORT_FILE} beside them, and run: siglip-port verify --against {folder}"
+    )
+    return exit_codes.SUCCESS
+
+
+def describe_origin(options: VerifyOptions) -> dict[str, Any]:
+    """Return versions, machine, date and command."""
+    from siglip_port.parity.siglip import reference
+
+    return {
+        "siglip_port": siglip_port.__version__,
+        "transformers": reference.VERSION,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "checkpoint": options.checkpoint,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["siglip-port", "verify", *sys.argv[1:]]),
+    }
+
+
+def print_verdict(options: VerifyOptions, comparison: Comparison, origin: str) -> int:
+    """Print the table, the findings and the verdict, write the reports; return the exit code."""
+    print("\n".join(format_table(reports.gate_table(comparison))))
+    findings = str(comparison).splitlines()[:-1]
+    print("\n".join(["", *findings, origin]))
+    report = reports.to_json(comparison, origin=origin)
+    if options.json is not None:
+        write_text(options.json, reports.dumps(report))
+    if options.report is not None:
+        write_text(options.report / "report.json", reports.dumps(report))
+        write_text(options.report / "report.md", reports.to_markdown(report))
+        write_text(options.report / "junit.xml", reports.to_junit(report))
+    print(reports.colored(comparison.verdict, comparison.equal, sys.stdout.isatty()))
+    return exit_codes.SUCCESS if comparison.equal else exit_codes.FAILURE
