@@ -24,6 +24,7 @@ from siglip_port.extras import MissingExtraError, require
 if TYPE_CHECKING:
     from PIL import Image
 
+    from siglip_port.parity import Comparison
     from siglip_port.parity.siglip.verify_options import VerifyOptions
 
 DESCRIPTION = "Compare the port with transformers, gate by gate."
@@ -125,18 +126,26 @@ def run(action: Action, arguments: dict[str, Any]) -> int:
 def compare(options: VerifyOptions, image: Image.Image, baseline: dict[str, Any] | None) -> int:
     """Compare the port with the reference and report the result; return the exit code."""
     from siglip_port.parity import report as reports
-    from siglip_port.parity.siglip import second_reference, verification, verify_report
+    from siglip_port.parity.siglip import reference_process
 
-    if options.second_reference is not None:
-        second_reference.parse(options.second_reference)
-    with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
-        port = verification.load_port(options, Path(scratch))
-        case = verification.checkpoint_case(options, port, image)
-        comparison = verification.run_gates(options, port, case, image, track)
-        report = verify_report.make_report(options, comparison, port, case)
-        print("\n".join(verify_report.console_lines(comparison, report)))
+    # It imports transformers while this process imports and loads the port.
+    with (
+        reference_process.start() as references,
+        tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch,
+    ):
+        from siglip_port.parity.siglip import second_reference, verification, verify_report
+
         if options.second_reference is not None:
-            print(f"\n{second_reference.triangulate(options.second_reference, case, port.model)}")
+            second_reference.check_available(options.second_reference)
+        port = verification.load_port(options, Path(scratch), references)
+        case = verification.checkpoint_case(options, port, image, references)
+        comparison = verification.run_gates(options, port, case, image, references, track)
+        second = second_reference.run(options.second_reference, case, port.model)
+        comparison = second.add_to(comparison)
+        report = verify_report.make_report(options, comparison, port, case)
+    print("\n".join(verify_report.console_lines(comparison, report)))
+    if second.text:
+        print(f"\n{second.text}")
     if baseline is not None:
         print("\n".join(reports.against_baseline(report, baseline)))
     if options.json is not None:
@@ -145,7 +154,21 @@ def compare(options: VerifyOptions, image: Image.Image, baseline: dict[str, Any]
         files = verify_report.write_reports(options.report, report, case.inputs[0])
         print(f"wrote {', '.join(files)} to {options.report}")
     print(reports.colored(comparison.verdict, comparison.equal, sys.stdout.isatty()))
-    return exit_codes.SUCCESS if comparison.equal else exit_codes.FAILURE
+    return exit_code(comparison, second.error)
+
+
+def exit_code(comparison: Comparison, error: str) -> int:
+    """Return the exit code of a comparison, and print why a second reference did not run.
+
+    Args:
+        comparison: Results of the gates.
+        error: Error of the second reference; empty if it ran, or none was requested.
+    """
+    if error:
+        print(f"could not compare with the second reference: {error}", file=sys.stderr)
+    if not comparison.equal:
+        return exit_codes.FAILURE
+    return exit_codes.USAGE_ERROR if error else exit_codes.SUCCESS
 
 
 def load_selftest() -> ModuleType:

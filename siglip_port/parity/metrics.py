@@ -55,10 +55,15 @@ class ErrorMeter:
 
     Args:
         exact: Expected tensor.
+        defined: Positions [B, N] of a tensor [B, N, D] to compare; None for all. Tensors of another
+            shape are compared everywhere.
     """
 
-    def __init__(self, exact: Tensor) -> None:
+    def __init__(self, exact: Tensor, defined: Tensor | None = None) -> None:
         self.exact = exact
+        self.undefined: Tensor | None = None
+        if defined is not None and exact.ndim == 3 and exact.shape[:2] == defined.shape:
+            self.undefined = ~defined
         self.length = 0
         self.shapes_match = True
         self._squared_error = 0.0
@@ -91,6 +96,8 @@ class ErrorMeter:
             return None
         self.length += len(part)
         distances = (part.double() - exact.double()).norm(dim=-1)
+        if self.undefined is not None:
+            distances = distances.masked_fill(self.undefined[start : start + len(part)], 0.0)
         self._squared_error += float(distances.square().sum())
         if math.isfinite(self._squared_error):
             self._worst = max(self._worst, float(distances.max()))
@@ -102,10 +109,14 @@ class ErrorMeter:
         """Return the error of all parts; infinite if they do not cover the expected tensor."""
         if not self.is_complete:
             return RelativeError(math.inf, math.inf)
-        norm = float(self.exact.double().norm())
+        norms = self.exact.double().norm(dim=-1)
+        num_vectors = norms.numel()
+        if self.undefined is not None:
+            norms = norms.masked_fill(self.undefined, 0.0)
+            num_vectors -= int(self.undefined.sum())
+        norm = float(norms.norm())
         if norm == 0:
             return RelativeError(math.nan, math.nan)
         passes = self.length // self._period
-        num_vectors = self.exact.numel() / self.exact.shape[-1]
         overall = math.sqrt(self._squared_error / passes) / norm
         return RelativeError(overall, self._worst / norm * math.sqrt(num_vectors))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ def run_exactly(
     exact_inputs = cast_inputs(inputs, torch.float64)
     with cast(reference.module, dtype, torch.float64):
         check_weights_finite(reference.module, dtype)
-        exact = record(reference.module, points, lambda: reference.run(exact_inputs))
+        exact = record_defined(reference, exact_inputs, points)
         check_comparable(exact)
         check_float64_throughout(reference, exact_inputs, exact.outputs)
     return exact
@@ -148,7 +148,13 @@ def record_exactly(
 ) -> Recording:
     """Run the reference in float64 on weights rounded to `dtype`, without checks."""
     with cast(reference.module, dtype, torch.float64):
-        return record(reference.module, points, lambda: reference.run(inputs))
+        return record_defined(reference, inputs, points)
+
+
+def record_defined(reference: Side, inputs: Inputs, points: list[str]) -> Recording:
+    """Run the reference and record its tensors, and the positions at which they are defined."""
+    recording = record(reference.module, points, lambda: reference.run(inputs))
+    return replace(recording, defined=reference.find_defined(inputs))
 
 
 def check_weights_finite(reference: nn.Module, dtype: torch.dtype) -> None:
@@ -265,7 +271,7 @@ def compare_run(
             that the error of a module is its own.
         capture: Points of the reference at which to return this side's values.
     """
-    taps = TapComparison(exact.taps, points, forced=forced, capture=capture)
+    taps = TapComparison(exact, points, forced=forced, capture=capture)
     with torch.inference_mode(), tap_hooks(side.module, list(points), taps.visit):
         outputs = side.run(clone_inputs(inputs))
     errors = taps.errors() | compare_outputs(outputs, exact.outputs)
@@ -294,7 +300,7 @@ class TapComparison:
     """Comparison of the values at the taps of a side with the exact ones.
 
     Args:
-        exact: Exact values by point of the reference.
+        exact: float64 run of the reference.
         points: Points of this side -> points of the reference.
         forced: Whether to replace values with the exact ones.
         capture: Points of the reference at which to save values.
@@ -302,17 +308,20 @@ class TapComparison:
 
     def __init__(
         self,
-        exact: Mapping[str, Tensor],
+        exact: Recording,
         points: Mapping[str, str],
         *,
         forced: bool,
         capture: frozenset[str],
     ) -> None:
-        self.exact = exact
+        self.exact = exact.taps
         self.points = points
         self.forced = forced
         self.capture = capture
-        self.meters = {name: ErrorMeter(exact[name]) for name in points.values() if name in exact}
+        self.meters: dict[str, ErrorMeter] = {}
+        for name in points.values():
+            if name in exact.taps:
+                self.meters[name] = ErrorMeter(exact.taps[name], exact.defined)
         self.visited: set[str] = set()
         self._parts: dict[str, list[Tensor]] = {}
         self._mismatched: dict[str, Tensor] = {}

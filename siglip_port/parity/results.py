@@ -18,6 +18,7 @@ GATE_PRECEDENCE = (
     "config",
     "environment",
     "sensitivity",
+    "second-ref",
 )
 
 

@@ -62,12 +62,15 @@ class Side:
         call: Function that runs it; both sides must name their outputs alike.
         attentions: Names of its attention implementations; the first is float64 throughout.
         set_attention: Function that switches to one of them.
+        find_defined: Function that returns the positions [B, N] of some inputs at which tokens are
+            defined, where others are padding; None for all.
     """
 
     module: nn.Module
     call: Call = call_module
     attentions: tuple[str, ...] = ("",)
     set_attention: Callable[[str], None] = lambda _: None
+    find_defined: Callable[[Any], Tensor | None] = lambda _: None
 
     def run(self, inputs: Inputs) -> dict[str, Tensor]:
         """Run the module; return its outputs by name."""

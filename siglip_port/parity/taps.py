@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,15 +58,26 @@ class Point(NamedTuple):
         return cls(path, part or "output")
 
 
-def expand(taps: Mapping[str, str], reference: nn.Module, port: nn.Module) -> list[Tap]:
+Modules = nn.Module | Mapping[str, type[nn.Module]]
+"""A module, or the types of all its modules by path, if it is in another process."""
+
+
+def module_types(modules: Modules) -> Mapping[str, type[nn.Module]]:
+    """Return the type of every module by path."""
+    if isinstance(modules, nn.Module):
+        return {name: type(module) for name, module in modules.named_modules()}
+    return modules
+
+
+def expand(taps: Mapping[str, str], reference: Modules, port: Modules) -> list[Tap]:
     """Expand `{}` in taps to the number of every block of the reference.
 
     Raises:
         ValueError: A point is malformed, or matches no module. (A port without some of the blocks
             is a finding, not an error.)
     """
-    reference_modules = dict(reference.named_modules())
-    port_modules = dict(port.named_modules())
+    reference_modules = module_types(reference)
+    port_modules = module_types(port)
     expanded = []
     for reference_point, port_point in taps.items():
         numbers = block_numbers(reference_point, reference_modules)
@@ -83,7 +94,7 @@ def expand(taps: Mapping[str, str], reference: nn.Module, port: nn.Module) -> li
     return expanded
 
 
-def block_numbers(point: str, modules: Mapping[str, nn.Module]) -> list[str]:
+def block_numbers(point: str, modules: Mapping[str, type[nn.Module]]) -> list[str]:
     """Return the block numbers that `{}` in a point matches; [""] for a point without `{}`."""
     path, part = Point.parse(point)
     if part not in ("output", "input", *INSIDE_ATTENTION):
@@ -97,16 +108,16 @@ def block_numbers(point: str, modules: Mapping[str, nn.Module]) -> list[str]:
         match = pattern.fullmatch(name)
         if match is None:
             continue
-        if part in INSIDE_ATTENTION and not isinstance(module, nn.MultiheadAttention):
+        if part in INSIDE_ATTENTION and not issubclass(module, nn.MultiheadAttention):
             raise ValueError(
                 f"{point!r}: :{part} needs an nn.MultiheadAttention, got a "
-                f"{type(module).__name__}; tap the projection instead"
+                f"{module.__name__}; tap the projection instead"
             )
         numbers.append(match[1] if match.lastindex else "")
     return numbers
 
 
-def unknown_module(side: str, point: str, modules: Mapping[str, nn.Module], tap: str) -> ValueError:
+def unknown_module(side: str, point: str, modules: Iterable[str], tap: str) -> ValueError:
     """Return the error for a point that matches no module of a side."""
     path = Point.parse(point).path
     similar = [name for name in modules if name.endswith(path.rsplit(".")[-1])]
@@ -221,11 +232,12 @@ def inside_attention(
 ) -> dict[str, Tensor]:
     """Recompute the tensors inside an `nn.MultiheadAttention`.
 
-    Supports `batch_first`, a single width and no masks, as in SigLIP.
+    Supports `batch_first` and a single width, as in SigLIP.
 
     Args:
         attention: Attention module.
-        inputs: `query`, `key` and `value`, [B, N, D].
+        inputs: `query`, `key` and `value`, [B, N, D], and optionally `attn_mask`, [B * H, Q, N],
+            which is added to the scores.
 
     Returns:
         `q`, `k`, `v` and `context`, [B, N, D].
@@ -238,8 +250,11 @@ def inside_attention(
     for i, (part, name) in enumerate((("q", "query"), ("k", "key"), ("v", "value"))):
         projected[part] = nn.functional.linear(inputs[name], weights[i], biases[i])
     heads = [x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected.values()]
-    context = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-    return {**projected, "context": context}
+    mask = inputs.get("attn_mask")
+    if mask is not None:
+        mask = mask.unflatten(0, (-1, attention.num_heads))
+    context = nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+    return {**projected, "context": context.transpose(1, 2).flatten(2)}
 
 
 @dataclass(frozen=True)
@@ -250,10 +265,13 @@ class Recording:
         outputs: Outputs by name.
         taps: Tensors by point, in order of computation. Tensors of several calls of a module, such
             as one per image, are concatenated along the first axis.
+        defined: Positions [B, N] at which values [B, N, D] are defined; those of padding are not,
+            and are not compared. None if all are.
     """
 
     outputs: dict[str, Tensor]
     taps: dict[str, Tensor]
+    defined: Tensor | None = None
 
 
 def record(module: nn.Module, points: list[str], run: Callable[[], dict[str, Tensor]]) -> Recording:

@@ -15,6 +15,7 @@ from siglip_port.parity.hints.layers import fitted_eps
 from siglip_port.parity.hints.patterns import explain_pattern
 from siglip_port.parity.observe import ReferenceRun
 from siglip_port.parity.sides import Inputs, Side, cast
+from siglip_port.parity.taps import record
 
 
 def explain_tap(run: ReferenceRun, point: str, value: Tensor) -> str:
@@ -25,20 +26,22 @@ def explain_tap(run: ReferenceRun, point: str, value: Tensor) -> str:
         point: Tap, by the reference's name.
         value: The port's value at the tap, teacher-forced.
     """
-    return run.host.compute(
-        explain_value, run.dtype, run.exact_inputs, run.exact.taps, point, value
-    )
+    points = list(run.exact.taps)
+    return run.host.compute(explain_value, run.dtype, run.exact_inputs, points, point, value)
 
 
 def explain_value(
     reference: Side,
     dtype: torch.dtype,
     inputs: Inputs,
-    taps: Mapping[str, Tensor],
+    points: list[str],
     point: str,
     value: Tensor,
 ) -> str:
-    """Run the reference in float64 up to a tap, and explain the port's value there."""
+    """Run the reference in float64 once more, and explain the port's value at a tap.
+
+    The exact values are computed again, since those of all taps are too large to be sent.
+    """
     model = reference.module
     module_inputs: list[Tensor] = []
 
@@ -51,9 +54,9 @@ def explain_value(
     handle = module.register_forward_pre_hook(save_inputs, with_kwargs=True)
     try:
         with cast(model, dtype, torch.float64):
-            reference.run(inputs)
+            exact = record(model, points, lambda: reference.run(inputs))
             module_input = module_inputs[0] if module_inputs else None
-            return explain(model, point, module_input, taps, value)
+            return explain(model, point, module_input, exact.taps, value)
     finally:
         handle.remove()
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from siglip_port.checkpoint import layouts
+from siglip_port.checkpoint import LoadOptions, layouts
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.extras import MissingExtraError
 from siglip_port.model import SigLipVisionModel
@@ -20,9 +21,11 @@ from siglip_port.parity import gates
 from siglip_port.parity.gates.numerics import MAX_HINTS
 from siglip_port.parity.observe import ReferenceRun, run_reference
 from siglip_port.parity.results import GateResult
-from siglip_port.parity.sides import Call, Side
-from siglip_port.parity.siglip import interface, reference, taps
-from siglip_port.parity.siglip.reference import Reference
+from siglip_port.parity.sides import Call, Inputs, Side, cast_inputs
+from siglip_port.parity.siglip import interface, reference, regimes, taps
+from siglip_port.parity.siglip.reference import ReferenceHandle
+from siglip_port.parity.siglip.reference_process import IN_THIS_PROCESS, References
+from siglip_port.parity.siglip.regimes import Regime
 from siglip_port.parity.taps import Tap, expand
 
 # Sizes that hide no bug: head_dim 18 differs from the number of heads and has an inexact square
@@ -46,17 +49,83 @@ MINI = replace(
     num_encoder_blocks=3,
     mlp_hidden_dim=301,
 )
+# For input regimes: a grid of 5 x 5 and a head_dim of 18.
+COMPACT = replace(
+    ODD,
+    embed_dim=72,
+    image_size=38,
+    patch_size=7,
+    num_attention_heads=4,
+    num_encoder_blocks=2,
+    mlp_hidden_dim=101,
+)
+PACKED = replace(COMPACT, image_size=20, patch_size=4, naflex=True)
+# 1,089 patches.
+LONG = replace(
+    COMPACT,
+    embed_dim=24,
+    image_size=66,
+    patch_size=2,
+    num_attention_heads=2,
+    num_encoder_blocks=1,
+    mlp_hidden_dim=31,
+)
+# One of everything.
+SINGLE = replace(COMPACT, num_channels=1, embed_dim=32, num_attention_heads=1, num_encoder_blocks=1)
 
 LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALL_GATES = ("environment", "config", "weights", "sensitivity", "numerics", "interface", "rounding")
 
 
-def port_outputs(port: SigLipVisionModel, pixel_values: Tensor) -> dict[str, Tensor]:
-    """Return `tokens` [B, N, D] and, with a pooling head, `pooled` [B, D]."""
-    tokens = port(pixel_values)
-    if port.pooling_head is None:
-        return {"tokens": tokens}
-    return {"tokens": tokens, "pooled": port.pool(tokens)}
+def port_outputs(port: SigLipVisionModel, inputs: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
+    """Run the port with `forward` and `pool`.
+
+    Args:
+        port: Port.
+        inputs: Images [B, C, H, W], or packed patches with a mask, by argument.
+
+    Returns:
+        `tokens` [B, N, D], 0 at padding, and, with a pooling head, `pooled` [B, D].
+    """
+    arguments = as_arguments(inputs)
+    tokens = port(**arguments)
+    outputs = {"tokens": reference.hide_padding(tokens, reference.find_defined(inputs))}
+    if port.pooling_head is not None:
+        outputs["pooled"] = port.pool(tokens, arguments.get("pixel_attention_mask"))
+    return outputs
+
+
+def embed_outputs(port: SigLipVisionModel, inputs: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
+    """Run the port with `forward` and `embed`: see `port_outputs`; the mask may be missing."""
+    arguments = as_arguments(inputs)
+    tokens = port(**arguments)
+    outputs = {"tokens": reference.hide_padding(tokens, reference.find_defined(inputs))}
+    if port.pooling_head is not None:
+        outputs["pooled"] = port.embed(**arguments)
+    return outputs
+
+
+def as_arguments(inputs: Tensor | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the port's methods by name."""
+    if isinstance(inputs, Tensor):
+        return {"pixel_values": inputs}
+    return dict(inputs)
+
+
+def call_arranged(
+    arrange: Callable[[Tensor], Tensor], port: SigLipVisionModel, images: Tensor
+) -> dict[str, Tensor]:
+    """Run the port on images in another memory layout."""
+    return port_outputs(port, arrange(images))
+
+
+def port_call(regime: Regime) -> Call:
+    """Return the function that runs the port in a regime."""
+    if regime.arrange is not None:
+        return functools.partial(call_arranged, regime.arrange)
+    if regime.uses_embed:
+        return embed_outputs
+    return port_outputs
 
 
 def tensors_by_reference_name(port: SigLipVisionModel) -> dict[str, Tensor]:
@@ -81,28 +150,32 @@ class Case:
         weights: Kind of weights: a recipe with its seed, or `checkpoint weights`.
         source: Hub id, folder or file of the checkpoint.
         reference: Reference, loaded from `source`.
-        inputs: Images, [B, C, S, S], B > 1.
+        inputs: Images, [B, C, S, S], or packed patches by argument.
         gates: Names of the gates to run.
         dtypes: Dtypes in which rounding is checked; the first is the dtype of the weights.
         attentions: Attention implementations of the reference for the rounding bounds.
+        call: Function (port, inputs) -> outputs by name.
+        load_options: Options of `from_hf` for the port.
         reference_runs: Cached runs of the reference, by dtype.
     """
 
     name: str
     weights: str
     source: str
-    reference: Reference
-    inputs: Tensor
+    reference: ReferenceHandle
+    inputs: Inputs
     gates: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     attentions: tuple[str, ...] = ("sdpa", "eager")
+    call: Call = port_outputs
+    load_options: LoadOptions = field(default_factory=LoadOptions)
     reference_runs: dict[torch.dtype, ReferenceRun] = field(default_factory=dict)
 
     def reference_run(self, dtype: torch.dtype) -> ReferenceRun:
         """Run the reference in `dtype`; cached."""
         if dtype not in self.reference_runs:
-            model = self.reference.model
-            points = expand({point: point for point in self._points()}, model, model)
+            modules = self.reference.module_types()
+            points = expand({point: point for point in self._points()}, modules, modules)
             self.reference_runs[dtype] = run_reference(
                 self.reference.side(),
                 self.inputs,
@@ -114,11 +187,11 @@ class Case:
 
     def taps(self, port: SigLipVisionModel) -> list[Tap]:
         """Return the taps that pair a port with the reference."""
-        return expand(self._points(), self.reference.model, port)
+        return expand(self._points(), self.reference.module_types(), port)
 
     def _points(self) -> dict[str, str]:
-        points = taps.siglip_taps(hasattr(self.reference.model, "head"))
-        if reference.is_naflex(self.reference.model):
+        points = taps.siglip_taps("head" in self.reference.module_types())
+        if self.reference.config().get("naflex"):
             # A Linear over patches in the reference, a convolution in the port.
             points.pop("embeddings.patch_embedding", None)
         return points
@@ -126,7 +199,7 @@ class Case:
     def check(
         self,
         port: SigLipVisionModel,
-        call: Call = port_outputs,
+        call: Call | None = None,
         *,
         max_hints: int = MAX_HINTS,
     ) -> Iterator[GateResult]:
@@ -134,21 +207,21 @@ class Case:
 
         Args:
             port: Port, loaded from `source`.
-            call: Function (port, pixel_values) -> outputs by name.
+            call: Function (port, inputs) -> outputs by name; None for that of the case.
             max_hints: Number of differing taps that get a hint.
 
         Yields:
             The result of each gate; one per dtype for `rounding`.
         """
-        side = Side(port, call)
-        inputs = self.inputs.to(self.dtypes[0])
+        side = Side(port, call or self.call)
+        inputs = cast_inputs(self.inputs, self.dtypes[0])
         if "environment" in self.gates:
-            yield gates.check_environment({"port": port, "reference": self.reference.model})
+            yield self.check_environment(port)
         if "config" in self.gates:
             yield gates.check_config(vars(port.config), self.reference.config())
         if "weights" in self.gates:
             tensors = tensors_by_reference_name(port)
-            yield gates.check_weights(tensors, self.reference.model.state_dict())
+            yield gates.check_weights(tensors, self.reference.state_dict())
         if "sensitivity" in self.gates:
             yield gates.check_sensitivity(side, self.reference.side(), inputs)
         if "numerics" in self.gates:
@@ -161,6 +234,14 @@ class Case:
                 if dtype != torch.float64:
                     run = self.reference_run(dtype)
                     yield gates.check_rounding(side, run, self.taps(port))
+
+    def check_environment(self, port: SigLipVisionModel) -> GateResult:
+        """Run the gate `environment` on both sides, each in its own process."""
+        own = gates.check_environment({"port": port})
+        other = self.reference.check_environment()
+        # In one process, both sides have the same switches of torch.
+        others = [finding for finding in other.findings if finding not in own.findings]
+        return replace(own, checked=own.checked + other.checked, findings=(*own.findings, *others))
 
 
 def engine_gates(
@@ -217,10 +298,11 @@ def random_case(
     seed: int = 1234,
     *,
     gates: tuple[str, ...] = ALL_GATES,
-    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+    dtypes: tuple[torch.dtype, ...] = LOW_DTYPES[:1],
     attentions: tuple[str, ...] = ("sdpa", "eager"),
     device: str = "cpu",
     name: str = "odd encoder",
+    references: References = IN_THIS_PROCESS,
 ) -> Iterator[Case]:
     """Write a checkpoint with the weights of a recipe, and load the reference from it.
 
@@ -233,25 +315,106 @@ def random_case(
         attentions: Attention implementations of the reference for the rounding bounds.
         device: Device of the reference and the inputs.
         name: Name in reports.
+        references: Place of the reference.
     """
-    with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
-        reference.write_random_checkpoint(Path(folder), config, seed, recipe)
-        loaded = reference.load(
-            folder,
-            dtype=torch.float32,
-            pooling_head=config.pooling_head,
-            naflex=config.naflex,
-            device=device,
+    noise = Regime("", noise_images(config, seed=seed), gates, dtypes)
+    model = SmallModel(name, config, recipe, [noise], seed)
+    with model.load(device, attentions, references) as (case,):
+        yield case
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    """Random model, and the regimes that it is compared in.
+
+    Attributes:
+        name: Name in reports.
+        config: Architecture.
+        recipe: Name in `siglip_port.parity.siglip.recipes.RECIPES`.
+        regimes: Inputs.
+        seed: Seed of the weights.
+        load_options: Options of `from_hf` for the port.
+    """
+
+    name: str
+    config: SigLipVisionConfig
+    recipe: str
+    regimes: Sequence[Regime]
+    seed: int = 1234
+    load_options: LoadOptions = field(default_factory=LoadOptions)
+
+    @contextmanager
+    def load(
+        self, device: str, attentions: tuple[str, ...], references: References = IN_THIS_PROCESS
+    ) -> Iterator[list[Case]]:
+        """Write the checkpoint, load the reference, and yield a case for each regime.
+
+        Args:
+            device: Device of the models and the inputs.
+            attentions: Attention implementations of the reference for the rounding bounds.
+            references: Place of the reference.
+        """
+        dtype = self.load_options.get("dtype") or torch.float32
+        assert isinstance(dtype, torch.dtype)
+        with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
+            config = reference.fields_of(self.config)
+            references.call(
+                reference.write_random_checkpoint, Path(folder), config, self.seed, self.recipe
+            )
+            loaded = references.load(
+                folder,
+                dtype=dtype,
+                pooling_head=self.load_options.get("pooling_head", self.config.pooling_head),
+                naflex=self.config.naflex,
+                device=device,
+            )
+            yield [self.case(regime, folder, loaded, device, attentions) for regime in self.regimes]
+
+    def case(
+        self,
+        regime: Regime,
+        folder: str,
+        loaded: ReferenceHandle,
+        device: str,
+        attentions: tuple[str, ...],
+    ) -> Case:
+        """Return the case of one regime."""
+        return Case(
+            name=", ".join(filter(None, [self.name, regime.name])),
+            weights=f"{self.recipe}, seed {self.seed}",
+            source=folder,
+            reference=loaded,
+            inputs=move_inputs(regime.inputs, device),
+            gates=regime.gates,
+            dtypes=regime.dtypes,
+            attentions=attentions,
+            call=port_call(regime),
+            load_options={"device": device, **self.load_options},
         )
-        inputs = noise_images(config, seed=seed).to(device)
-        weights = f"{recipe}, seed {seed}"
-        yield Case(name, weights, folder, loaded, inputs, gates, dtypes, attentions)
+
+
+def move_inputs(inputs: Inputs, device: str) -> Inputs:
+    """Move all tensors of some inputs to a device."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    assert isinstance(inputs, Mapping)
+    moved = {}
+    for name, value in inputs.items():
+        moved[name] = value.to(device) if isinstance(value, Tensor) else value
+    return moved
 
 
 def small_cases(
-    config: SigLipVisionConfig, device: str, attentions: tuple[str, ...], *, full: bool = False
-) -> Iterator[AbstractContextManager[Case]]:
-    """Yield small models with stress weights and the activation, eps and head of `config`.
+    config: SigLipVisionConfig,
+    device: str,
+    attentions: tuple[str, ...],
+    *,
+    full: bool = False,
+    references: References = IN_THIS_PROCESS,
+) -> Iterator[AbstractContextManager[list[Case]]]:
+    """Yield small models with stress weights, each with the cases that share its port.
+
+    They have the activation, eps and head of `config`.
 
     Args:
         config: Configuration of the checkpoint.
@@ -259,22 +422,104 @@ def small_cases(
         attentions: Attention implementations of the reference for the rounding bounds.
         full: Whether to run all gates on all recipes, with two seeds and all dtypes, instead of
             each recipe with its own gates only.
+        references: Place of the references.
     """
+    models = weight_models(config)
+    if full:
+        models = full_weight_models(config)
+    for model in [*models, *regime_models(config)]:
+        yield model.load(device, attentions, references)
+
+
+def weight_models(config: SigLipVisionConfig) -> list[SmallModel]:
+    """Return models of odd sizes, with weights on which different bugs show."""
     odd = compute_as(ODD, config)
     mini = compute_as(MINI, config)
-    case = functools.partial(random_case, device=device, attentions=attentions)
-    if full:
-        for seed in (1234, 4321):
-            for recipe in ("default", "N1", "S1"):
-                yield case(odd, recipe, seed, dtypes=LOW_DTYPES)
-            for recipe in ("L7", "L8"):
-                yield case(odd, recipe, seed)
-            yield case(mini, "N1", seed, dtypes=LOW_DTYPES, name="small so400m")
-        return
-    yield case(odd, "N1", gates=ALL_GATES[:-1])
-    yield case(mini, "N1", gates=("weights", "numerics"), name="small so400m")
-    yield case(odd, "L7", gates=("rounding",))
-    yield case(odd, "S1", gates=("rounding",), dtypes=LOW_DTYPES[1:])
+    return [
+        noise_model("odd encoder", odd, "N1", ALL_GATES[:-1]),
+        noise_model("small so400m", mini, "N1", ("weights", "numerics")),
+        noise_model("odd encoder", odd, "L7", ("rounding",)),
+        noise_model("odd encoder", odd, "S1", ("rounding",), LOW_DTYPES[1:]),
+    ]
+
+
+def full_weight_models(config: SigLipVisionConfig) -> list[SmallModel]:
+    """Return models of odd sizes with all recipes, for all gates."""
+    odd = compute_as(ODD, config)
+    mini = compute_as(MINI, config)
+    models = []
+    for seed in (1234, 4321):
+        for recipe in ("default", "N1", "S1"):
+            models.append(noise_model("odd encoder", odd, recipe, ALL_GATES, LOW_DTYPES, seed))
+        for recipe in ("L7", "L8"):
+            models.append(noise_model("odd encoder", odd, recipe, ALL_GATES, seed=seed))
+        models.append(noise_model("small so400m", mini, "N1", ALL_GATES, LOW_DTYPES, seed))
+    return models
+
+
+def noise_model(
+    name: str,
+    config: SigLipVisionConfig,
+    recipe: str,
+    gates: tuple[str, ...],
+    dtypes: tuple[torch.dtype, ...] = LOW_DTYPES[:1],
+    seed: int = 1234,
+) -> SmallModel:
+    """Return a model for two noise images of its own size."""
+    noise = Regime("", noise_images(config, seed=seed), gates, dtypes)
+    return SmallModel(name, config, recipe, [noise], seed)
+
+
+def regime_models(config: SigLipVisionConfig, seed: int = 1234) -> list[SmallModel]:
+    """Return the models for input regimes, of fixed size and NaFlex whatever `config` is."""
+    fixed = compute_as(COMPACT, replace(config, naflex=False))
+    packed = compute_as(PACKED, replace(config, naflex=True))
+    long = compute_as(LONG, replace(config, naflex=False))
+    interpolating = LoadOptions(interpolation="hf")
+    two = regimes.image_noise(regimes.own_shape(fixed, 2), seed)
+    longer = [Regime("1089 patches", noise_images(long, seed=seed))]
+    resized = [Regime("324 patches", regimes.image_noise((2, long.num_channels, 36, 36), seed))]
+    packed_noise = regimes.pack_noise(packed, regimes.MANY_SHAPES, seed)
+    return [
+        SmallModel("small encoder", fixed, "N1", regimes.image_regimes(fixed, seed), seed),
+        SmallModel(
+            "resized encoder", fixed, "N1", regimes.grid_regimes(fixed, seed), seed, interpolating
+        ),
+        SmallModel("NaFlex encoder", packed, "N1", regimes.packed_regimes(packed, seed), seed),
+        SmallModel("outliers", fixed, "O1", [Regime("", two)], seed),
+        SmallModel("NaFlex outliers", packed, "O1", [Regime("", packed_noise)], seed),
+        SmallModel("long encoder", long, "N1", longer, seed),
+        SmallModel("long resized encoder", long, "N1", resized, seed, interpolating),
+        *variant_models(config, seed),
+    ]
+
+
+def variant_models(config: SigLipVisionConfig, seed: int) -> list[SmallModel]:
+    """Return models of other configurations than the checkpoint's, and with options of loading."""
+    fixed = replace(COMPACT, hidden_act=config.hidden_act, layer_norm_eps=config.layer_norm_eps)
+    single = replace(SINGLE, **other_computation(config))
+    gates = ("environment", "config", "weights", "numerics")
+    bfloat16 = (torch.bfloat16,)
+    return [
+        noise_model("single-channel encoder", single, "S1", gates),
+        noise_model("headless encoder", replace(fixed, pooling_head=False), "N1", gates),
+        replace(
+            noise_model("encoder without its head", fixed, "N1", gates),
+            load_options=LoadOptions(pooling_head=False),
+        ),
+        replace(
+            noise_model("bfloat16 encoder", fixed, "N1", (*gates, "rounding"), bfloat16),
+            load_options=LoadOptions(dtype=torch.bfloat16),
+        ),
+    ]
+
+
+def other_computation(config: SigLipVisionConfig) -> dict[str, Any]:
+    """Return another activation and eps than those of `config`."""
+    hidden_act = "gelu"
+    if config.hidden_act == "gelu":
+        hidden_act = "gelu_pytorch_tanh"
+    return {"hidden_act": hidden_act, "layer_norm_eps": 10 * config.layer_norm_eps}
 
 
 def compute_as(architecture: SigLipVisionConfig, config: SigLipVisionConfig) -> SigLipVisionConfig:

@@ -1,4 +1,4 @@
-"""Stress weights for SigLIP models: the recipes N1, S1, L7 and L8.
+"""Stress weights for SigLIP models: the recipes N1, S1, L7, L8 and O1.
 
 A freshly initialized model hides bugs: biases are 0, LayerNorms are the identity and attention is
 almost uniform, so omitting, swapping or repeating one of them changes no output. docs/parity.md
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from siglip_port.parity.siglip.outliers import add_outliers
 from siglip_port.parity.stress_weights import randomize
 
 Weights = dict[str, Tensor]
@@ -34,6 +35,7 @@ class Recipe:
         amplify: Size of constants that cancel exactly and amplify rounding errors; 0 for none.
         constant: Size of a constant vector before the last LayerNorm, canceled by its bias; 0 for
             none.
+        outliers: Size of outliers at every step; 0 for none.
     """
 
     purpose: str
@@ -44,6 +46,7 @@ class Recipe:
     tail_at: float = 0.0
     amplify: float = 0.0
     constant: float = 0.0
+    outliers: float = 0.0
 
 
 L7 = Recipe(
@@ -72,6 +75,10 @@ RECIPES: dict[str, Recipe | None] = {
         L7,
         purpose="L7 with a large constant before the last LayerNorm, which stresses its variance",
         constant=30.0,
+    ),
+    "O1": Recipe(
+        "outliers of hundreds and thousands at every step, as in large models: clamps show",
+        outliers=2500.0,
     ),
 }
 """Recipes by name. `default` is None: a fresh initialization."""
@@ -110,11 +117,21 @@ def fill(model: nn.Module, recipe: str, seed: int = 1234) -> None:
         amplify_rounding(weights, steps.amplify, scale, generator)
     if steps.constant:
         lift_last_layer_norm(weights, steps.constant * scale, generator)
+    if steps.outliers:
+        add_outliers(weights, steps.outliers, num_attention_heads(model), generator)
 
 
 def layer_norm_eps(model: nn.Module) -> float:
     """Return the eps of the first LayerNorm."""
     return next(part.eps for part in model.modules() if isinstance(part, nn.LayerNorm))
+
+
+def num_attention_heads(model: nn.Module) -> int:
+    """Return the number of attention heads."""
+    for part in model.modules():
+        if hasattr(part, "num_heads"):
+            return int(part.num_heads)
+    raise ValueError("model must have an attention module with num_heads, got none")
 
 
 def sharpen_attention(weights: Weights, recipe: Recipe) -> None:

@@ -1,43 +1,39 @@
 """The reference: transformers' SigLIP models and image processors.
 
-The only module of the package that imports `transformers`.
+The only module of the package that imports `transformers`, and only when a function needs it: the
+process of the port names these functions, and that of the reference runs them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import json
 import math
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-import transformers
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from transformers import (
-    Siglip2ImageProcessor,
-    Siglip2VisionConfig,
-    Siglip2VisionModel,
-    SiglipImageProcessor,
-    SiglipImageProcessorPil,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
-from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
-from transformers.models.siglip2.image_processing_siglip2 import (
-    convert_image_to_patches,
-    pad_along_first_dim,
-)
 
-from siglip_port.config import SigLipVisionConfig
-from siglip_port.image_processing import Backend
-from siglip_port.parity.sides import Side
+from siglip_port.parity import gates
+from siglip_port.parity.results import GateResult
+from siglip_port.parity.sides import ReferenceHost, Result, Side
+from siglip_port.parity.sides import cast as cast_module
 from siglip_port.parity.siglip.recipes import fill
+
+if TYPE_CHECKING:  # the process of the reference imports no code of the port
+    from siglip_port.config import SigLipVisionConfig
+    from siglip_port.image_processing import Backend
 
 Attention = Literal["sdpa", "eager"]
 
@@ -48,7 +44,25 @@ HFClass = Any
 HFOutput = Any
 HFProcessor = Any
 
-VERSION: str = transformers.__version__
+MINIMUM_RELEASE = (5, 23)
+"""First release of transformers that the comparison supports, as in the extra `parity`."""
+
+INSTALL = "pip install 'siglip-port[parity]'"
+
+
+class UnsupportedReleaseError(RuntimeError):
+    """transformers is missing, or of a release that the comparison does not support."""
+
+
+def installed_release() -> str:
+    """Return the installed release of transformers; empty without one."""
+    try:
+        return version("transformers")
+    except PackageNotFoundError:
+        return ""
+
+
+VERSION = installed_release()
 
 FIELDS = {
     "num_channels": "num_channels",
@@ -68,14 +82,15 @@ FIELDS = {
 Independent of the port's own table, so that a bug in it is detected.
 """
 
-PROCESSORS: dict[Backend, HFClass] = {
-    "pil": SiglipImageProcessorPil,
-    "torchvision": SiglipImageProcessor,
+PROCESSORS: dict[Backend, str] = {
+    "pil": "SiglipImageProcessorPil",
+    "torchvision": "SiglipImageProcessor",
 }
-NAFLEX_PROCESSORS: dict[Backend, HFClass] = {
-    "pil": Siglip2ImageProcessorPil,
-    "torchvision": Siglip2ImageProcessor,
+NAFLEX_PROCESSORS: dict[Backend, str] = {
+    "pil": "models.siglip2.image_processing_pil_siglip2.Siglip2ImageProcessorPil",
+    "torchvision": "Siglip2ImageProcessor",
 }
+"""Classes of transformers, by backend."""
 
 
 BILINEAR = 2  # Pillow's value
@@ -85,7 +100,109 @@ class BrokenReferenceError(RuntimeError):
     """transformers did not load all weights, so there is no reference to compare with."""
 
 
-class Reference:
+@functools.cache
+def import_transformers() -> Any:  # noqa: ANN401 (an untyped module)
+    """Import transformers, once.
+
+    Raises:
+        UnsupportedReleaseError: It cannot be imported, or is too old.
+    """
+    check_release(VERSION)
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise UnsupportedReleaseError(
+            f"transformers cannot be imported ({error}); run: {INSTALL}"
+        ) from error
+
+
+def preload() -> None:
+    """Import the modules of transformers that a comparison needs, which takes seconds."""
+    for naflex in (False, True):
+        config_class(naflex)
+        model_class(naflex)
+    for class_name in (*PROCESSORS.values(), *NAFLEX_PROCESSORS.values()):
+        library_object(class_name)
+
+
+def check_release(release: str) -> None:
+    """Raise UnsupportedReleaseError if a release of transformers is too old.
+
+    Args:
+        release: Installed release; empty if it is not known.
+    """
+    numbers = release_numbers(release)
+    if numbers and numbers < MINIMUM_RELEASE:
+        raise UnsupportedReleaseError(
+            f"the comparison needs transformers {required_release()} or newer, got {release}; "
+            f"run: {INSTALL}"
+        )
+
+
+def required_release() -> str:
+    """Return `MINIMUM_RELEASE` as text."""
+    return ".".join(map(str, MINIMUM_RELEASE))
+
+
+def library_object(path: str) -> Any:  # noqa: ANN401 (a class or function)
+    """Return a class or function of transformers.
+
+    Args:
+        path: Its name, or modules and name, separated by dots.
+
+    Raises:
+        UnsupportedReleaseError: The installed release does not have it.
+    """
+    library = import_transformers()
+    module_name, _, name = f"transformers.{path}".rpartition(".")
+    try:
+        module = library if module_name == "transformers" else importlib.import_module(module_name)
+        return getattr(module, name)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedReleaseError(
+            f"transformers {library.__version__} has no {name}, expected that of release "
+            f"{required_release()}; run: {INSTALL}"
+        ) from error
+
+
+def fields_of(config: SigLipVisionConfig) -> SigLipVisionConfig:
+    """Copy the fields of a config, without the port's class, for the process of the reference."""
+    return cast("SigLipVisionConfig", SimpleNamespace(**vars(config)))
+
+
+class ReferenceHandle(ABC):
+    """A loaded reference, in this process or in another one."""
+
+    @abstractmethod
+    def side(self) -> ReferenceHost:
+        """Return the place of the reference, where functions get it as a `Side`."""
+
+    def compute(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """Return `function(side, *arguments)`, computed where the reference is."""
+        return self.side().compute(function, *arguments)
+
+    def config(self) -> dict[str, object]:
+        """Return the architecture from the reference's config, under the port's field names."""
+        return self.compute(config_of)
+
+    def hf_config(self) -> dict[str, Any]:
+        """Return the reference's config."""
+        return self.compute(hf_config_of)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the reference's tensors."""
+        return self.compute(tensors_of)
+
+    def module_types(self) -> dict[str, type[nn.Module]]:
+        """Return all modules by name: `nn.MultiheadAttention`, or `nn.Module` for all others."""
+        return self.compute(module_types_of)
+
+    def check_environment(self) -> GateResult:
+        """Run the gate `environment` where the reference is."""
+        return self.compute(environment_of)
+
+
+class Reference(ReferenceHandle):
     """transformers' `SiglipVisionModel`, or its `Siglip2VisionModel` for NaFlex, in `eval()` mode.
 
     Attributes:
@@ -101,76 +218,119 @@ class Reference:
 
     def side(self) -> Side:
         """Return the reference as a side of a comparison."""
-        return Side(self.model, outputs, self.attentions, self.model.set_attn_implementation)
+        set_attention = self.model.set_attn_implementation
+        return Side(self.model, outputs, self.attentions, set_attention, find_defined)
 
-    def config(self) -> dict[str, object]:
-        """Return the architecture from the reference's config, under the port's field names."""
-        config = self.model.config
-        fields: dict[str, object] = {}
-        for name, reference_name in FIELDS.items():
-            if hasattr(config, reference_name):
-                fields[name] = getattr(config, reference_name)
-        if is_naflex(self.model):
-            fields["naflex"] = True
-            fields["image_size"] = math.isqrt(config.num_patches) * config.patch_size
-        return fields
+
+def config_of(reference: Side) -> dict[str, object]:
+    """Return the architecture from a reference's config, under the port's field names."""
+    config: HFConfig = reference.module.config
+    fields: dict[str, object] = {}
+    for name, reference_name in FIELDS.items():
+        if hasattr(config, reference_name):
+            fields[name] = getattr(config, reference_name)
+    if is_naflex(reference.module):
+        fields["naflex"] = True
+        fields["image_size"] = math.isqrt(config.num_patches) * config.patch_size
+    return fields
+
+
+def hf_config_of(reference: Side) -> dict[str, Any]:
+    """Return a reference's config."""
+    config: HFConfig = reference.module.config
+    contents: dict[str, Any] = config.to_dict()
+    return contents
+
+
+def tensors_of(reference: Side) -> dict[str, Tensor]:
+    """Return a reference's tensors."""
+    return reference.module.state_dict()
+
+
+def rounded_tensors_of(reference: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a reference's tensors, rounded to a dtype."""
+    with cast_module(reference.module, dtype):
+        return {name: tensor.clone() for name, tensor in reference.module.state_dict().items()}
+
+
+def module_types_of(reference: Side) -> dict[str, type[nn.Module]]:
+    """Return a reference's modules by name: `nn.MultiheadAttention`, or `nn.Module`."""
+    types: dict[str, type[nn.Module]] = {}
+    for name, module in reference.module.named_modules():
+        is_attention = isinstance(module, nn.MultiheadAttention)
+        types[name] = nn.MultiheadAttention if is_attention else nn.Module
+    return types
+
+
+def environment_of(reference: Side) -> GateResult:
+    """Run the gate `environment` on a reference."""
+    return gates.check_environment({"reference": reference.module})
 
 
 def is_naflex(model: nn.Module) -> bool:
     """Return whether a model is the reference for NaFlex."""
-    return isinstance(model, Siglip2VisionModel)
+    return isinstance(model, library_object("Siglip2VisionModel"))
 
 
-def outputs(model: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
-    """Run the reference on whole images, which are cut into patches for NaFlex models.
+def outputs(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
+    """Run the reference on images or packed patches.
 
     Args:
         model: Reference.
-        pixel_values: Images, [B, C, H, W].
+        inputs: Images [B, C, H, W], which are cut into patches for NaFlex models, and for which
+            others interpolate positions if the size is not their own; or packed patches by
+            argument, for which the mask may be missing.
 
     Returns:
-        `tokens` [B, N, D] and, with a pooling head, `pooled` [B, D].
+        `tokens` [B, N, D], 0 at padding, and, with a pooling head, `pooled` [B, D].
     """
-    if not isinstance(model, Siglip2VisionModel):
-        return name_outputs(model(pixel_values))
-    return name_outputs(model(**cut_into_patches(pixel_values, model.config.patch_size)))
+    if is_naflex(model):
+        packed = inputs
+        if isinstance(inputs, Tensor):
+            packed = pack_images(inputs, model.config.patch_size)
+        assert isinstance(packed, Mapping)
+        defined = find_defined(packed)
+        patches = packed["pixel_values"]
+        shapes = torch.as_tensor(packed["spatial_shapes"], device=patches.device)
+        named = name_outputs(model(patches, defined.long(), shapes))
+        return {**named, "tokens": hide_padding(named["tokens"], defined)}
+    assert isinstance(inputs, Tensor)
+    own_size = (model.config.image_size, model.config.image_size)
+    is_resized = inputs.shape[2:] != own_size
+    return name_outputs(model(inputs, interpolate_pos_encoding=is_resized))
 
 
-def cut_into_patches(pixel_values: Tensor, patch: int) -> dict[str, Tensor]:
-    """Return the inputs of the reference for NaFlex, from whole images of one size.
-
-    Args:
-        pixel_values: Images, [B, C, H, W].
-        patch: Patch size in pixels.
-    """
-    rows, columns = (side // patch for side in pixel_values.shape[2:])
-    whole_patches = pixel_values[..., : rows * patch, : columns * patch]
-    patches = torch.stack([convert_image_to_patches(image, patch) for image in whole_patches])
-    mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+def pack_images(images: Tensor, patch_size: int) -> dict[str, Tensor]:
+    """Cut images [B, C, H, W] of one size into patches; pixels beyond whole patches are dropped."""
+    rows, columns = (side // patch_size for side in images.shape[2:])
+    whole_patches = images[..., : rows * patch_size, : columns * patch_size]
+    to_patches = library_object("models.siglip2.image_processing_siglip2.convert_image_to_patches")
+    patches = [to_patches(image, patch_size) for image in whole_patches]
     shapes = torch.tensor([[rows, columns]]).expand(len(patches), 2)
-    return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    return {"pixel_values": torch.stack(patches), "spatial_shapes": shapes}
 
 
-def pack_images(images: Sequence[Tensor], patch: int, count: int) -> dict[str, Tensor]:
-    """Cut images into patches and pad them, as the image processor for NaFlex does.
+def find_defined(inputs: Tensor | Mapping[str, Any]) -> Tensor | None:
+    """Return the positions [B, N] of packed patches that are not padding; None for images.
 
-    Args:
-        images: Images of any size, [C, H, W].
-        patch: Patch size in pixels.
-        count: Padded number of patches.
+    Without a mask, they follow from the shapes.
     """
-    pixel_values, masks, shapes = [], [], []
-    for image in images:
-        inputs = cut_into_patches(image[None], patch)
-        patches, mask = pad_along_first_dim(inputs["pixel_values"][0], count)
-        pixel_values.append(patches)
-        masks.append(mask)
-        shapes.append(inputs["spatial_shapes"][0])
-    return {
-        "pixel_values": torch.stack(pixel_values),
-        "pixel_attention_mask": torch.stack(masks),
-        "spatial_shapes": torch.stack(shapes),
-    }
+    if isinstance(inputs, Tensor):
+        return None
+    mask: Tensor | None = inputs.get("pixel_attention_mask")
+    if mask is not None:
+        return mask.bool()
+    patches = inputs["pixel_values"]
+    shapes = torch.as_tensor(inputs["spatial_shapes"], device=patches.device)
+    indices = torch.arange(patches.shape[1], device=patches.device)
+    return indices < shapes.prod(1, keepdim=True)
+
+
+def hide_padding(tokens: Tensor, defined: Tensor | None) -> Tensor:
+    """Set tokens [B, N, D] to 0 at padding, where they are undefined."""
+    if defined is None or tokens.shape[:2] != defined.shape:
+        return tokens
+    return tokens.masked_fill(~defined[..., None], 0.0)
 
 
 def name_outputs(output: HFOutput) -> dict[str, Tensor]:
@@ -179,22 +339,30 @@ def name_outputs(output: HFOutput) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def hf_config(config: SigLipVisionConfig) -> SiglipVisionConfig | Siglip2VisionConfig:
+def hf_config(config: SigLipVisionConfig) -> HFConfig:
     """Return transformers' config of the same architecture."""
-    values = config.to_hf()
-    values.pop("architectures", None)
-    values.pop("model_type", None)
+    values = {key: getattr(config, field) for field, key in FIELDS.items()}
+    if config.naflex:
+        values["num_patches"] = num_patches(config)
+        del values["image_size"]
+    if config.mean_pooling:
+        values["mean_pooling"] = True
     return config_class(config.naflex)(**values)
+
+
+def num_patches(config: SigLipVisionConfig) -> int:
+    """Return the number of positions of a square image."""
+    return (config.image_size // config.patch_size) ** 2
 
 
 def config_class(naflex: bool) -> HFClass:
     """Return transformers' config class."""
-    return Siglip2VisionConfig if naflex else SiglipVisionConfig
+    return library_object("Siglip2VisionConfig" if naflex else "SiglipVisionConfig")
 
 
 def model_class(naflex: bool) -> HFClass:
     """Return transformers' model class."""
-    return Siglip2VisionModel if naflex else SiglipVisionModel
+    return library_object("Siglip2VisionModel" if naflex else "SiglipVisionModel")
 
 
 def write_random_checkpoint(
@@ -240,7 +408,9 @@ def load(
         local_files_only: Whether to use only the Hub's local cache.
 
     Raises:
-        BrokenReferenceError: transformers initialized parameters randomly.
+        BrokenReferenceError: transformers initialized parameters randomly, or cannot load a
+            checkpoint of a newer release.
+        UnsupportedReleaseError: transformers is missing or too old.
         OSError: transformers cannot find or read the checkpoint.
     """
     options: dict[str, Any] = {
@@ -249,25 +419,62 @@ def load(
         "local_files_only": local_files_only,
     }
     with quiet_transformers(), as_folder(source) as folder:
-        config = config_class(naflex).from_pretrained(folder, **options)
-        config.vision_use_head = pooling_head
-        make_square(config)
-        model, info = model_class(naflex).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
+        newer = newer_release(config_class(naflex), folder, options)
+        try:
+            config = config_class(naflex).from_pretrained(folder, **options)
+            config.vision_use_head = pooling_head
+            make_square(config)
+            model, info = model_class(naflex).from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+        except Exception as error:  # whatever a file of another release causes
+            if not newer:
+                raise
+            raise BrokenReferenceError(
+                f"{source}: transformers {VERSION} cannot load it ({error}); {newer}"
+            ) from error
     random_parameters = sorted(info["missing_keys"]) + sorted(info["mismatched_keys"])
     if random_parameters:
         raise BrokenReferenceError(
             f"{source}: transformers {VERSION} initialized {len(random_parameters)} parameters "
-            f"randomly, the first is {random_parameters[0]}; check that the checkpoint is complete"
+            f"randomly, the first is {random_parameters[0]}; "
+            f"{newer or 'check that the checkpoint is complete'}"
         )
     return Reference(model.to(device).eval())
+
+
+def load_side(source: str | Path, **options: Any) -> Side:  # noqa: ANN401 (those of `load`)
+    """Load the reference as a side of a comparison: see `load`."""
+    return load(source, **options).side()
+
+
+def newer_release(config: HFClass, folder: str | Path, options: dict[str, Any]) -> str:
+    """Return the advice for a checkpoint of a newer release than the installed one; empty if not.
+
+    Args:
+        config: transformers' config class.
+        folder: Hub id or folder of the checkpoint.
+        options: Options of `from_pretrained`.
+    """
+    contents, _ = config.get_config_dict(folder, **options)
+    release = str(contents.get("transformers_version") or "")
+    if release_numbers(release) <= release_numbers(VERSION):
+        return ""
+    return (
+        f"its config.json is of transformers {release}; run: pip install 'transformers>={release}'"
+    )
+
+
+def release_numbers(release: str) -> tuple[int, ...]:
+    """Return the first three numbers of a release: (5, 23, 0) for `5.23.0.dev0`."""
+    match = re.match(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", release)
+    return tuple(int(number or 0) for number in match.groups()) if match else ()
 
 
 def make_square(config: HFConfig) -> None:
@@ -276,62 +483,6 @@ def make_square(config: HFConfig) -> None:
         size = getattr(config, name, None)
         if isinstance(size, (list, tuple)):
             setattr(config, name, size[0])
-
-
-def small_reference(
-    kind: Literal["naflex", "resized"], folder: Path, seed: int = 1234
-) -> tuple[Side, dict[str, Tensor]]:
-    """Write a small model for images of other shapes, and load the reference from it.
-
-    Args:
-        kind: `naflex` for a SigLIP 2 model with packed patches; `resized` for a model of fixed size
-            with images of another size.
-        folder: Output folder.
-        seed: Seed of weights and inputs.
-
-    Returns:
-        Reference, and inputs for both sides by name.
-    """
-    naflex = kind == "naflex"
-    patch_size = 4 if naflex else 7
-    config = SigLipVisionConfig(
-        embed_dim=72,
-        mlp_hidden_dim=101,
-        num_encoder_blocks=2,
-        num_attention_heads=4,
-        patch_size=patch_size,
-        image_size=5 * patch_size,
-        pooling_head=True,
-        naflex=naflex,
-    )
-    write_random_checkpoint(folder, config, seed)
-    model = load(folder, pooling_head=True, naflex=naflex, dtype=torch.float32).model
-    generator = torch.Generator().manual_seed(seed)
-    if naflex:
-        return Side(model, named_outputs), packed_inputs(generator)
-    pixel_values = torch.rand(2, 3, 42, 56, generator=generator) * 2 - 1
-    return Side(model, resized_outputs), {"pixel_values": pixel_values}
-
-
-def named_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run the reference on named inputs."""
-    return name_outputs(model(**inputs))
-
-
-def resized_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run the reference on images of another size, with interpolated positions."""
-    return name_outputs(model(**inputs, interpolate_pos_encoding=True))
-
-
-def packed_inputs(generator: torch.Generator) -> dict[str, Tensor]:
-    """Return patches of 4 x 4 pixels of two images, one of them with padding."""
-    shapes = torch.tensor([[4, 6], [7, 3]])
-    mask = torch.arange(28)[None] < shapes.prod(1)[:, None]
-    return {
-        "pixel_values": torch.rand(2, 28, 48, generator=generator) * 2 - 1,
-        "pixel_attention_mask": mask.long(),
-        "spatial_shapes": shapes,
-    }
 
 
 def image_processors(
@@ -364,9 +515,10 @@ def image_processors(
     }
     if not config.naflex:  # NaFlex models take the size from the file.
         options["size"] = {"height": config.image_size, "width": config.image_size}
-    classes = NAFLEX_PROCESSORS if config.naflex else PROCESSORS
+    class_names = NAFLEX_PROCESSORS if config.naflex else PROCESSORS
     processors: dict[Backend, Callable[[Any], dict[str, Tensor]]] = {}
-    for backend, processor_class in classes.items():
+    for backend, class_name in class_names.items():
+        processor_class = library_object(class_name)
         with quiet_transformers():
             try:
                 processor = processor_class(**default_options(config, folder))
@@ -380,6 +532,20 @@ def image_processors(
         processor.do_convert_rgb = True
         processors[backend] = functools.partial(process_image, processor)
     return processors
+
+
+def backends_of(processors: Mapping[Backend, object]) -> list[Backend]:
+    """Return the backends of some image processors."""
+    return list(processors)
+
+
+def process_with(
+    processors: Mapping[Backend, Callable[[Any], dict[str, Tensor]]],
+    backend: Backend,
+    image: object,
+) -> dict[str, Tensor]:
+    """Process an image with one of the image processors."""
+    return dict(processors[backend](image))
 
 
 def processor_folders(source: str | Path | None) -> list[str | Path]:
@@ -407,7 +573,7 @@ def default_options(config: SigLipVisionConfig, folder: str | Path | None) -> di
     """Return the options of a processor without a file."""
     options: dict[str, Any]
     if config.naflex:
-        options = {"patch_size": config.patch_size, "max_num_patches": config.num_patches}
+        options = {"patch_size": config.patch_size, "max_num_patches": num_patches(config)}
     else:
         options = {"size": {"height": config.image_size, "width": config.image_size}}
     if is_siglip2(folder):
@@ -417,14 +583,14 @@ def default_options(config: SigLipVisionConfig, folder: str | Path | None) -> di
 
 
 def process_image(processor: HFProcessor, image: object) -> dict[str, Tensor]:
-    """Process an image, an image file or its bytes into a batch of one; a list into a batch.
+    """Process an image, an image file or its bytes into a batch of one.
 
     Files are decoded with Pillow; torchvision's decoders are deprecated.
     """
-    if isinstance(image, str):
-        image = transformers.image_utils.load_image(image)
     if isinstance(image, bytes):
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
+    if isinstance(image, str):
+        image = library_object("image_utils.load_image")(image)
     pixels: dict[str, Tensor] = processor(images=image, return_tensors="pt")
     return pixels
 
@@ -445,7 +611,7 @@ def as_folder(source: str | Path) -> Iterator[str | Path]:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Suppress transformers' progress bars and warnings about keys, which `load` checks."""
-    logging = transformers.utils.logging
+    logging = import_transformers().utils.logging
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -32,8 +32,10 @@ from siglip_port.model import SigLipVisionModel
 from siglip_port.parity import bounds, hints
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.observe import ReferenceRun
+from siglip_port.parity.results import Comparison, Finding, GateResult
 from siglip_port.parity.sides import Side, cast
 from siglip_port.parity.siglip.cases import Case, port_outputs
+from siglip_port.parity.siglip import reference
 from siglip_port.parity.siglip.reference import VERSION
 
 SCRIPT = Path(__file__).with_name("second_reference_script.py")
@@ -44,22 +46,65 @@ TIMEOUT = 600.0
 LOG_LINES = 6
 """Lines of output that are shown of a script that failed."""
 
+BOUND = f"relative error {bounds.FLOAT64_BOUND:g} in float64, {bounds.UPCAST_BOUND:g} if it has float32 steps"
+
 Pair = tuple[str, str]
 
 Distances = Mapping[Pair, Mapping[str, float]]
 """Relative distance of each pair of implementations, by output."""
 
 
-def triangulate(name: str, case: Case, port: SigLipVisionModel) -> str:
-    """Run a second reference, and report which of the three implementations is the odd one out.
+GATE = "second-ref"
+"""Name of the gate in reports."""
+
+
+@dataclass(frozen=True)
+class Triangulation:
+    """Comparison of port, reference and second reference.
+
+    Attributes:
+        text: Table of pairwise distances in float64, and a sentence that names the odd one out;
+            empty if there is no second reference.
+        gate: Whether the second reference agrees with the reference; None if it did not run.
+        error: Why it did not run; empty if it ran, or there is none.
+    """
+
+    text: str = ""
+    gate: GateResult | None = None
+    error: str = ""
+
+    def add_to(self, comparison: Comparison) -> Comparison:
+        """Add the gate to the first checkpoint of a comparison."""
+        if self.gate is None:
+            return comparison
+        first, *others = comparison.sections
+        first = replace(first, gates=(*first.gates, self.gate))
+        return replace(comparison, sections=(first, *others))
+
+
+def run(name: str | None, case: Case, port: SigLipVisionModel) -> Triangulation:
+    """Run a second reference, if there is one; an error is a part of the result.
+
+    Args:
+        name: Second reference, in the form of `parse`; None for none.
+        case: Checkpoint with its reference.
+        port: Port, loaded from the checkpoint.
+    """
+    if name is None:
+        return Triangulation()
+    try:
+        return triangulate(name, case, port)
+    except RuntimeError as error:
+        return Triangulation(error=str(error))
+
+
+def triangulate(name: str, case: Case, port: SigLipVisionModel) -> Triangulation:
+    """Run a second reference, and find which of the three implementations is the odd one out.
 
     Args:
         name: Second reference, in the form of `parse`.
         case: Checkpoint with its reference.
         port: Port, loaded from the checkpoint.
-
-    Returns:
-        A table of pairwise distances in float64, and a sentence.
 
     Raises:
         ValueError: The second reference is not supported.
@@ -71,8 +116,18 @@ def triangulate(name: str, case: Case, port: SigLipVisionModel) -> str:
         folder = Path(scratch)
         write_inputs(folder, case)
         run_script(name, [*command, package, scratch], folder / "log.txt")
-        with SecondReference.open(package, folder, str(case.inputs.device)) as second:
+        with SecondReference.open(package, folder, str(pixels_of(case).device)) as second:
             return judge(second, case, port)
+
+
+def check_available(name: str) -> None:
+    """Raise unless a second reference is supported and can be run, before anything is computed.
+
+    Raises:
+        ValueError: The second reference is not supported.
+        RuntimeError: It is not installed, and uv is missing.
+    """
+    script_command(*parse(name))
 
 
 def parse(name: str) -> tuple[str, str]:
@@ -119,14 +174,19 @@ def script_command(package: str, release: str) -> list[str]:
 def write_inputs(folder: Path, case: Case) -> None:
     """Write weights, inputs, configuration and points for the script."""
     run = case.reference_run(case.dtypes[0])
-    model = case.reference.model
-    with cast(model, run.dtype):
-        weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    pixel_values = case.inputs.to(run.dtype).cpu().contiguous()
+    tensors = case.reference.compute(reference.rounded_tensors_of, run.dtype)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    pixel_values = pixels_of(case).to(run.dtype).cpu().contiguous()
     save_file({"pixel_values": pixel_values}, folder / "inputs.safetensors")
-    write_json(folder / "config.json", model.config.to_dict())
+    write_json(folder / "config.json", case.reference.hf_config())
     write_json(folder / "points.json", list(run.exact.taps))
+
+
+def pixels_of(case: Case) -> Tensor:
+    """Return the images of a case."""
+    assert isinstance(case.inputs, Tensor)
+    return case.inputs
 
 
 def write_json(path: Path, content: object) -> None:
@@ -191,12 +251,12 @@ class SecondReference:
             yield cls(package, **about, read=file.get_tensor)
 
 
-def judge(second: SecondReference, case: Case, port: SigLipVisionModel) -> str:
+def judge(second: SecondReference, case: Case, port: SigLipVisionModel) -> Triangulation:
     """Compare all three implementations."""
     run = case.reference_run(case.dtypes[0])
+    expected = run.exact.outputs
     with cast(port, run.dtype, torch.float64):
         outputs = Side(port, port_outputs).run(run.exact_inputs)
-    expected = run.exact.outputs
     second_outputs = {name: second.read(f"output.{name}") for name in expected}
     sides = {
         f"reference (transformers {VERSION})": expected,
@@ -206,24 +266,65 @@ def judge(second: SecondReference, case: Case, port: SigLipVisionModel) -> str:
     distances = {}
     for a, b in combinations(sides, 2):
         distances[a, b] = distances_by_output(sides[a], sides[b], names=expected)
+    is_coarse = not second.is_float64
     sentence = verdict(distances, second.label, is_float64=second.is_float64)
     apart = distances_by_output(expected, second_outputs, names=expected)
-    if max(apart.values()) > bounds.FLOAT64_BOUND:
-        sentence += f"; {first_difference(second, run)}"
-    return f"{distance_table(distances)}\n{sentence}"
+    findings = []
+    if not agrees(max(apart.values()), is_coarse=is_coarse):
+        from_port = distances_by_output(outputs, second_outputs, names=expected)
+        agrees_with_port = agrees(max(from_port.values()), is_coarse=is_coarse)
+        findings.append(difference_finding(second, run, apart, agrees_with_port=agrees_with_port))
+        sentence += f"; {describe_place(second, findings[0])}"
+    text = f"{distance_table(distances)}\n{sentence}"
+    return Triangulation(text, GateResult(GATE, len(expected), BOUND, tuple(findings)))
+
+
+def difference_finding(
+    second: SecondReference,
+    run: ReferenceRun,
+    apart: Mapping[str, float],
+    *,
+    agrees_with_port: bool,
+) -> Finding:
+    """Return the finding for a second reference that differs from the reference.
+
+    Args:
+        second: Results of the second reference.
+        run: Run of the reference.
+        apart: Distance of the two by output.
+        agrees_with_port: Whether the second reference agrees with the port.
+    """
+    transformers = f"transformers {VERSION}"
+    far = ", ".join(f"{name} {error:.1e}" for name, error in apart.items())
+    message = f"{second.label} differs from port and {transformers} in float64 ({far})"
+    if agrees_with_port:
+        message = f"{transformers} differs from {second.label} in float64 ({far}), the port agrees"
+    point = first_difference(second, run)
+    hint = ""
+    if point:
+        message += f", first at its {second.places[point]}"
+        hint = hints.explain_tap(run, point, second.read(f"tap.{point}"))
+    return Finding(message, point, hint=hint)
 
 
 def first_difference(second: SecondReference, run: ReferenceRun) -> str:
-    """Describe the first point where the two references differ, with a hint."""
+    """Return the first point where the two references differ; empty if only outputs do."""
     for point, expected in run.exact.taps.items():
         if point not in second.places:
             continue
         value = second.read(f"tap.{point}")
         if distance(value, expected) > bounds.FLOAT64_BOUND:
-            text = f"first at {point} ({second.package}: {second.places[point]})"
-            hint = hints.explain_tap(run, point, value)
-            return f"{text}: looks like: {hint}" if hint else text
-    return f"equal at all {len(second.places)} modules that have a counterpart"
+            return point
+    return ""
+
+
+def describe_place(second: SecondReference, finding: Finding) -> str:
+    """Describe the first point where the two references differ, with a hint."""
+    point = finding.reference
+    if not point:
+        return f"equal at all {len(second.places)} modules that have a counterpart"
+    text = f"first at {point} ({second.package}: {second.places[point]})"
+    return f"{text}: looks like: {finding.hint}" if finding.hint else text
 
 
 def distances_by_output(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,11 +21,12 @@ from siglip_port.config import SigLipVisionConfig
 from siglip_port.extras import MissingExtraError
 from siglip_port.hub import HubOptions, HubRepository, find_source, unreachable_reason
 from siglip_port.hub.subfolder import Subfolder
-from siglip_port.image_processing import ImageProcessor
+from siglip_port.image_processing import Backend, ImageProcessor
 from siglip_port.model import SigLipVisionModel
 from siglip_port.parity.results import Comparison, GateResult, Section
 from siglip_port.parity.siglip import cases, pixels, reference
 from siglip_port.parity.siglip.cases import Case
+from siglip_port.parity.siglip.reference_process import References
 from siglip_port.parity.siglip.verify_options import DEFAULT_CHECKPOINT, VerifyOptions
 from siglip_port.threads import torch_threads
 
@@ -67,12 +69,13 @@ class LoadedPort:
         return {"revision": self.commit, "subfolder": self.subfolder, "local_files_only": True}
 
 
-def load_port(options: VerifyOptions, scratch: Path) -> LoadedPort:
+def load_port(options: VerifyOptions, scratch: Path, references: References) -> LoadedPort:
     """Load the port through `from_hf`, with the checkpoint's weights or random ones.
 
     Args:
         options: Options of the comparison.
-        scratch: Folder for random weights, which transformers writes.
+        scratch: Folder for random weights.
+        references: Place of transformers, which writes them.
 
     Raises:
         siglip_port.CheckpointError: The checkpoint cannot be read or downloaded.
@@ -105,7 +108,7 @@ def load_port(options: VerifyOptions, scratch: Path) -> LoadedPort:
             raise HubUnreachableError(f"{reason}; {UNREACHABLE_REMEDY}") from error
         note(f"{reason}; comparing random weights of the same architecture instead")
         config = DEFAULT_CONFIG
-    reference.write_random_checkpoint(scratch, config)
+    references.call(reference.write_random_checkpoint, scratch, reference.fields_of(config))
     model = SigLipVisionModel.from_hf(scratch, dtype=options.torch_dtype, device=options.device)
     return LoadedPort(model, str(scratch), is_random=True)
 
@@ -143,12 +146,14 @@ def read_architecture(options: VerifyOptions, offline: bool) -> SigLipVisionConf
     return SigLipVisionConfig.from_hf(contents)
 
 
-def checkpoint_case(options: VerifyOptions, port: LoadedPort, image: Image.Image) -> Case:
+def checkpoint_case(
+    options: VerifyOptions, port: LoadedPort, image: Image.Image, references: References
+) -> Case:
     """Return the checkpoint at full size; its inputs are the image and a noise image."""
     warn_of_memory(port.model, options.torch_dtype)
     check_layout(options, port.model)
     config = port.model.config
-    model = reference.load(
+    loaded = references.load(
         port.source,
         pooling_head=port.model.pooling_head is not None,
         dtype=options.torch_dtype,
@@ -157,15 +162,13 @@ def checkpoint_case(options: VerifyOptions, port: LoadedPort, image: Image.Image
         **port.place,
     )
     # NaFlex models get whole images; the gate `pixels` covers their preprocessing.
-    processors = reference.image_processors(
-        replace(config, naflex=False), port.source, **port.place
-    )
+    processors = reference_processors(replace(config, naflex=False), port, references)
     inputs = with_noise(processors["pil"](image)["pixel_values"])
     return Case(
         name="checkpoint",
         weights="random weights, N1" if port.is_random else "checkpoint weights",
         source=port.source,
-        reference=model,
+        reference=loaded,
         inputs=inputs.to(options.device),
         gates=cases.ALL_GATES,
         dtypes=options.rounding_dtypes,
@@ -209,20 +212,37 @@ def with_noise(pixel_values: Tensor) -> Tensor:
     return torch.cat([pixel_values, noise])
 
 
-def compare_pixels(port: LoadedPort, image: Image.Image) -> GateResult:
+def reference_processors(
+    config: SigLipVisionConfig, port: LoadedPort, references: References
+) -> dict[Backend, Callable[[object], dict[str, Tensor]]]:
+    """Return the image processors of the reference, by backend, as functions of this process."""
+    fields = reference.fields_of(config)
+    host = references.create(reference.image_processors, fields, port.source, **port.place)
+    processors = {}
+    for backend in host.compute(reference.backends_of):
+        processors[backend] = functools.partial(host.compute, reference.process_with, backend)
+    return processors
+
+
+def compare_pixels(port: LoadedPort, image: Image.Image, references: References) -> GateResult:
     """Compare the image processors of port and reference, configured by the checkpoint."""
     model = port.model
-    reference_processors = reference.image_processors(model.config, port.source, **port.place)
-    port_processors = {
+    expected = reference_processors(model.config, port, references)
+    processors = {
         backend: ImageProcessor.from_config(model.preprocessor_config, backend)
-        for backend in reference_processors
+        for backend in expected
     }
     embed = None if model.pooling_head is None else model.embed
-    return pixels.check_pixels(port_processors, reference_processors, image, embed)
+    return pixels.check_pixels(processors, expected, image, embed)
 
 
 def run_gates(
-    options: VerifyOptions, port: LoadedPort, case: Case, image: Image.Image, track: Track
+    options: VerifyOptions,
+    port: LoadedPort,
+    case: Case,
+    image: Image.Image,
+    references: References,
+    track: Track,
 ) -> Comparison:
     """Run all gates on a checkpoint, and on small models with stress weights.
 
@@ -231,31 +251,42 @@ def run_gates(
         port: Port, loaded from the checkpoint.
         case: Checkpoint with its reference.
         image: Image for the gate `pixels`.
+        references: Place of the references.
         track: Progress display.
     """
-    results = [compare_pixels(port, image), *track(case.check(port.model), "checkpoint")]
+    results = [
+        compare_pixels(port, image, references),
+        *track(case.check(port.model), "checkpoint"),
+    ]
     if options.optimized:
         results += track(engine_gates(case, port.model), "optimized")
     sections = [Section(case.name, case.weights, tuple(results))]
     # Free the runs in the other dtypes.
     case.reference_runs = {case.dtypes[0]: case.reference_run(case.dtypes[0])}
     small_cases = cases.small_cases(
-        port.model.config, options.device, options.attentions, full=options.full
+        port.model.config,
+        options.device,
+        options.attentions,
+        full=options.full,
+        references=references,
     )
     for small_case in small_cases:
         with torch_threads(1), small_case as small:
-            sections.append(run_small_case(options, small, track))
+            sections += run_small_model(options, small, track)
     return Comparison(tuple(sections), case.weights.split(",")[0])
 
 
-def run_small_case(options: VerifyOptions, case: Case, track: Track) -> Section:
-    """Load the port of a small model and run its gates."""
-    model = SigLipVisionModel.from_hf(case.source, device=options.device)
-    title = f"{case.name}, {case.weights}"
-    results = list(track(case.check(model), title))
-    if options.optimized and "rounding" in case.gates:
-        results += track(engine_gates(case, model), f"optimized {title}")
-    return Section(case.name, case.weights, tuple(results))
+def run_small_model(options: VerifyOptions, regimes: list[Case], track: Track) -> list[Section]:
+    """Load the port of a small model and run its gates in every regime."""
+    model = SigLipVisionModel.from_hf(regimes[0].source, **regimes[0].load_options)
+    sections = []
+    for case in regimes:
+        title = f"{case.name}, {case.weights}"
+        results = list(track(case.check(model), title))
+        if options.optimized and case.weights.startswith(("L7", "S1")):
+            results += track(engine_gates(case, model), f"optimized {title}")
+        sections.append(Section(case.name, case.weights, tuple(results)))
+    return sections
 
 
 def engine_gates(case: Case, model: SigLipVisionModel) -> Iterator[GateResult]:

@@ -14,7 +14,7 @@ from siglip_port.image_processing import ImageProcessor
 from siglip_port.parity import bounds
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.results import Finding
-from siglip_port.parity.siglip.entrances import reference_data
+from siglip_port.parity.siglip import reference_features
 from siglip_port.parity.siglip.entrances.subject import Subject
 from siglip_port.parity.siglip.pixels import (
     compare_pixels,
@@ -120,7 +120,7 @@ def check_patches(subject: Subject) -> Iterator[Finding]:
         shape = (3, rows * patch + 1, columns * patch + patch - 1)
         images.append(torch.rand(shape, generator=generator))
     for count in (10, 13):
-        expected = subject.host.compute(reference_data.pack_images, images, patch, count)
+        expected = subject.host.compute(reference_features.pack_images, images, patch, count)
         padded = None if count == 10 else count
         packed = cast("Mapping[str, Tensor]", patches.pack(images, patch, padded))
         message = compare_pixels(packed, expected)

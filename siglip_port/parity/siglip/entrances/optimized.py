@@ -11,7 +11,7 @@ from siglip_port.model import SigLipVisionModel
 from siglip_port.parity import bounds
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.results import Finding
-from siglip_port.parity.siglip.entrances import reference_data
+from siglip_port.parity.siglip import reference_features
 from siglip_port.parity.siglip.entrances.subject import Subject
 
 ENGINES = ("eager", "prepacked", "prepacked-gelu")
@@ -37,7 +37,7 @@ def compare_rounding(what: str, model: SigLipVisionModel, subject: Subject) -> I
     factor = bounds.WORST_FACTOR
     for batch in subject.batches:
         inputs = {**batch.inputs, "pixel_values": batch.inputs["pixel_values"].float()}
-        rounded = subject.host.compute(reference_data.compute_outputs, inputs, torch.float32)
+        rounded = subject.host.compute(reference_features.compute_outputs, inputs, torch.float32)
         outputs = {"tokens": model(**inputs), "pooled": model.embed(**inputs)}
         exact = {"tokens": batch.expected.tokens, "pooled": batch.expected.pooled}
         for name, value in outputs.items():

@@ -18,7 +18,7 @@ from siglip_port.model import SigLipVisionModel
 from siglip_port.parity.results import Finding
 from siglip_port.parity.sides import cast, dtype_name
 from siglip_port.parity.siglip.cases import tensors_by_reference_name
-from siglip_port.parity.siglip.entrances import reference_data
+from siglip_port.parity.siglip import reference, reference_features
 from siglip_port.parity.siglip.entrances.subject import (
     Batch,
     Subject,
@@ -35,7 +35,7 @@ def check_save_hf(subject: Subject) -> Iterator[Finding]:
     """Read a saved folder back with transformers, and with the port."""
     folder = Path(subject.scratch, "saved")
     subject.port.save_hf(folder)
-    saved = subject.host.compute(reference_data.read_saved, str(folder), torch.float32)
+    saved = subject.host.compute(reference_features.read_saved, str(folder), torch.float32)
     original = subject.stored[torch.float32]
     yield from compare_bits("read by transformers", saved.tensors, original.tensors)
     yield from compare_configs("config.json", saved.config, original.config)
@@ -74,7 +74,7 @@ def compare_saved_processor(subject: Subject, folder: str) -> Iterator[Finding]:
     """Let transformers preprocess an image with the saved configuration."""
     images = subject.samples[:1]
     pixels = subject.host.compute(
-        reference_data.process_images, subject.port.config, folder, images
+        reference_features.process_images, reference.fields_of(subject.port.config), folder, images
     )
     for backend, expected in subject.pixels.items():
         message = compare_pixels(pixels[backend][0], expected[0])
@@ -199,7 +199,7 @@ def check_headless(subject: Subject) -> Iterator[Finding]:
         subject.source, pooling_head=False, interpolation=interpolation
     ).double()
     expected = subject.host.compute(
-        reference_data.tokens_without_head, subject.source, dict(batch.inputs)
+        reference_features.tokens_without_head, subject.source, dict(batch.inputs)
     )
     yield from compare(
         "tokens", lambda x: batch.valid(model(**x)), batch.inputs, batch.valid(expected)
@@ -219,7 +219,7 @@ def check_headless(subject: Subject) -> Iterator[Finding]:
 
 def check_config_to_hf(subject: Subject) -> Iterator[Finding]:
     """Compare every field that `to_hf` writes with the reference's configuration."""
-    fields = subject.host.compute(reference_data.describe_config)
+    fields = subject.host.compute(reference_features.describe_config)
     written = subject.port.config.to_hf()
     for name, reference_name in fields.names.items():
         value, expected = written.get(reference_name), fields.values[reference_name]
@@ -232,7 +232,7 @@ def check_config_to_hf(subject: Subject) -> Iterator[Finding]:
 
 def check_config_from_hf(subject: Subject) -> Iterator[Finding]:
     """Change the reference's configuration one field at a time, and read it."""
-    fields = subject.host.compute(reference_data.describe_config)
+    fields = subject.host.compute(reference_features.describe_config)
     for name, reference_name in fields.names.items():
         value = changed(fields.values[reference_name])
         read = SigLipVisionConfig.from_hf({**fields.values, reference_name: value})
@@ -345,7 +345,7 @@ def gradients(model: SigLipVisionModel, batch: Batch) -> dict[str, Tensor]:
 def check_input_embeddings(subject: Subject) -> Iterator[Finding]:
     """Compare the weight of `get_input_embeddings()` with the reference's."""
     weight = subject.port.get_input_embeddings().weight.detach()
-    expected = subject.host.compute(reference_data.input_embeddings)
+    expected = subject.host.compute(reference_features.input_embeddings)
     if expected.ndim == 2:  # a linear layer over patches, channels last
         weight = weight.permute(0, 2, 3, 1).flatten(1)
     yield from compare_bits("its parameters", {"weight": weight}, {"weight": expected})

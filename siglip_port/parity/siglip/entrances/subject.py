@@ -15,7 +15,7 @@ from siglip_port.parity import bounds
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.results import Finding
 from siglip_port.parity.sides import Inputs, ReferenceHost, perturb
-from siglip_port.parity.siglip.entrances.reference_data import Features, SavedModel
+from siglip_port.parity.siglip.reference_features import Features, SavedModel
 from siglip_port.parity.siglip.sample_images import Sample
 
 FLOAT32_ROUNDING = 1e-5

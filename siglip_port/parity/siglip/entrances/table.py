@@ -18,7 +18,8 @@ from siglip_port.model import SigLipVisionModel
 from siglip_port.parity.gates import MEANING
 from siglip_port.parity.results import Finding, GateResult
 from siglip_port.parity.sides import ReferenceHost, cast
-from siglip_port.parity.siglip.entrances import features, images, optimized, reference_data, saving
+from siglip_port.parity.siglip import reference, reference_features
+from siglip_port.parity.siglip.entrances import features, images, optimized, saving
 from siglip_port.parity.siglip.entrances.subject import Batch, Subject
 from siglip_port.parity.siglip.sample_images import entrance_images
 
@@ -199,25 +200,26 @@ def prepare(
     source: str, scratch: str, host: ReferenceHost, load: Callable[..., SigLipVisionModel]
 ) -> Subject:
     """Load the port, and compute the reference's results for all batches and images."""
-    fields = host.compute(reference_data.describe_config)
-    config = NAFLEX if "num_patches" in fields.values else FIXED
+    described = host.compute(reference_features.describe_config)
+    config = NAFLEX if "num_patches" in described.values else FIXED
+    fields = reference.fields_of(config)
     path = Path(source, "preprocessor_config.json")
     path.write_text(json.dumps(preprocessor(config)), encoding="utf-8")
     port = load(source, interpolation=None if config.naflex else "hf")
 
     batches = []
     for name, inputs, grid in batch_inputs(config):
-        expected = host.compute(reference_data.compute_features, inputs)
+        expected = host.compute(reference_features.compute_features, inputs)
         batches.append(Batch(name, inputs, expected, grid))
     named_images = entrance_images()
     samples = [image for _, image in named_images]
-    pixels = host.compute(reference_data.process_images, config, source, samples)
+    pixels = host.compute(reference_features.process_images, fields, source, samples)
     embeddings = {}
     for backend, pixels_of_backend in pixels.items():
-        embeddings[backend] = host.compute(reference_data.pool_pixels, pixels_of_backend)
+        embeddings[backend] = host.compute(reference_features.pool_pixels, pixels_of_backend)
     stored = {}
     for dtype in DTYPES:
-        stored[dtype] = host.compute(reference_data.read_saved, source, dtype)
+        stored[dtype] = host.compute(reference_features.read_saved, source, dtype)
     return Subject(
         port=port,
         host=host,

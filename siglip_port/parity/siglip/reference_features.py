@@ -1,7 +1,7 @@
 """Results of the reference for the entrances.
 
-Each function takes the reference as a `Side` and is called through `ReferenceHost.compute`, so that
-the reference may be in another process.
+Each function takes the reference as a `Side` and is called through `ReferenceHost.compute`. The
+reference may be in another process, so this module imports no code of the port.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from siglip_port.config import SigLipVisionConfig
-from siglip_port.image_processing import Backend
 from siglip_port.parity.sides import Side, cast, cast_inputs
 from siglip_port.parity.siglip import reference
 from siglip_port.parity.siglip.sample_images import Sample
+
+if TYPE_CHECKING:  # the process of the reference imports no code of the port
+    from siglip_port.config import SigLipVisionConfig
+    from siglip_port.image_processing import Backend
 
 BatchInputs = Mapping[str, Any]
 """Keyword arguments of the port's `forward`."""
@@ -125,7 +127,8 @@ def model_inputs(model: nn.Module, inputs: BatchInputs) -> dict[str, Any]:
     if "spatial_shapes" in inputs:
         return dict(inputs)
     if reference.is_naflex(model):
-        return reference.cut_into_patches(pixel_values, config.patch_size)
+        packed = reference.pack_images(pixel_values, config.patch_size)
+        return {**packed, "pixel_attention_mask": torch.ones(packed["pixel_values"].shape[:2])}
     is_resized = pixel_values.shape[2:] != (config.image_size, config.image_size)
     return {"pixel_values": pixel_values, "interpolate_pos_encoding": is_resized}
 
@@ -226,7 +229,19 @@ def pack_images(
     side: Side, images: Sequence[Tensor], patch_size: int, num_patches: int
 ) -> dict[str, Tensor]:
     """Cut images [C, H, W] into patches and pad them, as the reference's image processor does."""
-    return reference.pack_images(images, patch_size, num_patches)
+    pad = reference.library_object("models.siglip2.image_processing_siglip2.pad_along_first_dim")
+    pixel_values, masks, shapes = [], [], []
+    for image in images:
+        packed = reference.pack_images(image[None], patch_size)
+        patches, mask = pad(packed["pixel_values"][0], num_patches)
+        pixel_values.append(patches)
+        masks.append(mask)
+        shapes.append(packed["spatial_shapes"][0])
+    return {
+        "pixel_values": torch.stack(pixel_values),
+        "pixel_attention_mask": torch.stack(masks),
+        "spatial_shapes": torch.stack(shapes),
+    }
 
 
 def read_saved(side: Side, folder: str, dtype: torch.dtype) -> SavedModel:
