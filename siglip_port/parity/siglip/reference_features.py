@@ -202,7 +202,8 @@ def pool_pixels(side: Side, batches: Sequence[BatchInputs]) -> Tensor:
         for batch in batches:
             inputs = model_inputs(side.module, cast_batch(batch, torch.float64))
             pooled.append(side.module(**inputs).pooler_output)
-    return torch.cat(pooled)
+        joined: Tensor = torch.cat(pooled)
+    return joined
 
 
 def process_images(

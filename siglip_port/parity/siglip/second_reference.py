@@ -34,8 +34,8 @@ from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.observe import ReferenceRun
 from siglip_port.parity.results import Comparison, Finding, GateResult
 from siglip_port.parity.sides import Side, cast
-from siglip_port.parity.siglip.cases import Case, port_outputs
 from siglip_port.parity.siglip import reference
+from siglip_port.parity.siglip.cases import Case, port_outputs
 from siglip_port.parity.siglip.reference import VERSION
 
 SCRIPT = Path(__file__).with_name("second_reference_script.py")

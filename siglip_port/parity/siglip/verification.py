@@ -26,6 +26,8 @@ from siglip_port.model import SigLipVisionModel
 from siglip_port.parity.results import Comparison, GateResult, Section
 from siglip_port.parity.siglip import cases, pixels, reference
 from siglip_port.parity.siglip.cases import Case
+from siglip_port.parity.siglip.entrances import models
+from siglip_port.parity.siglip.entrances.table import check_entrances
 from siglip_port.parity.siglip.reference_process import References
 from siglip_port.parity.siglip.verify_options import DEFAULT_CHECKPOINT, VerifyOptions
 from siglip_port.threads import torch_threads
@@ -273,7 +275,16 @@ def run_gates(
     for small_case in small_cases:
         with torch_threads(1), small_case as small:
             sections += run_small_model(options, small, track)
+    sections += check_entrance_models(references)
     return Comparison(tuple(sections), case.weights.split(",")[0])
+
+
+def check_entrance_models(references: References) -> Iterator[Section]:
+    """Check every entrance of the port on small models: see `siglip_port.parity.siglip.entrances`."""
+    for name, config in models.MODELS.items():
+        with torch_threads(1), models.expectations(config, references) as expected:
+            weights = f"{models.RECIPE}, seed {models.SEED}"
+            yield Section(name, weights, (check_entrances(expected),))
 
 
 def run_small_model(options: VerifyOptions, regimes: list[Case], track: Track) -> list[Section]:

@@ -25,7 +25,7 @@ MASK_DTYPES = (torch.bool, torch.int64, torch.int32, torch.float32)
 
 def check_forward(subject: Subject) -> Iterator[Finding]:
     """Compare tokens for every form of the arguments."""
-    for batch in subject.batches:
+    for batch in subject.expected.batches:
         expected = batch.valid(batch.expected.tokens)
         for form, inputs in argument_forms(batch):
 
@@ -37,7 +37,7 @@ def check_forward(subject: Subject) -> Iterator[Finding]:
 
 def check_embed(subject: Subject) -> Iterator[Finding]:
     """Compare embeddings for every form of the arguments, with and without `normalize`."""
-    for batch in subject.batches:
+    for batch in subject.expected.batches:
         pooled = batch.expected.pooled
         norms = pooled.norm(dim=-1, keepdim=True)
         for form, inputs in argument_forms(batch):
@@ -82,7 +82,7 @@ def token_forms(batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
 def check_pool(subject: Subject) -> Iterator[Finding]:
     """Compare the pooling of the reference's tokens: by the head, and their mean."""
     averaging = mean_pooling_port(subject.port)
-    for batch in subject.batches:
+    for batch in subject.expected.batches:
         mean = mean_of(batch)
         for form, inputs in token_forms(batch):
             what = f"{batch.name}, {form}"
@@ -117,7 +117,7 @@ def mean_pooling_port(port: SigLipVisionModel) -> SigLipVisionModel:
 def check_hidden_states(subject: Subject) -> Iterator[Finding]:
     """Compare all layers, in any order, before and after the last LayerNorm, as maps."""
     count = subject.port.config.num_encoder_blocks + 1
-    for batch in subject.batches:
+    for batch in subject.expected.batches:
         for layers in ([*range(count)], [*range(-count, 0)], [2, 0, -1, 1, -1], [1]):
             for normed in (False, True):
                 yield from compare_states(subject, batch, layers, normed=normed)
@@ -163,7 +163,7 @@ def compare_state_maps(
 def check_attention_maps(subject: Subject) -> Iterator[Finding]:
     """Compare the attention weights of all blocks, in any order."""
     count = subject.port.config.num_encoder_blocks
-    for batch in subject.batches:
+    for batch in subject.expected.batches:
         for layers in ([*range(count)], [*range(-count, 0)], [1, 0, -1, 1], [1]):
             yield from compare_attention(subject, batch, layers)
 
@@ -182,7 +182,7 @@ def compare_attention(subject: Subject, batch: Batch, layers: list[int]) -> Iter
 
 def check_pooling_attention(subject: Subject) -> Iterator[Finding]:
     """Compare the attention weights of the pooling head, with and without a mask."""
-    for batch in subject.batches:
+    for batch in subject.expected.batches:
         for form, inputs in token_forms(batch):
             yield from compare(
                 f"{batch.name}, {form}",

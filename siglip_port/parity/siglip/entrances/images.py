@@ -29,16 +29,18 @@ SHORT = 5
 
 def check_image_processor(subject: Subject) -> Iterator[Finding]:
     """Compare the pixels of several images in one call with the reference's."""
-    for backend, expected in subject.pixels.items():
+    for backend, expected in subject.expected.pixels.items():
         processor = ImageProcessor.from_config(subject.port.preprocessor_config, backend)
         levels = levels_per_unit(processor)
         batch = join_batches(expected)
-        pixels = process(processor, subject.samples)
+        pixels = process(processor, subject.expected.samples)
         message = compare_pixels(pixels, batch, levels)
         if message:
             number = first_difference(pixels["pixel_values"], batch["pixel_values"])
-            yield pixel_finding(f"{subject.images[number][0]}, {backend}: {message}", "")
-        single = compare_pixels(process(processor, subject.samples[0]), expected[0], levels)
+            yield pixel_finding(f"{subject.expected.images[number][0]}, {backend}: {message}", "")
+        single = compare_pixels(
+            process(processor, subject.expected.samples[0]), expected[0], levels
+        )
         if single:
             yield pixel_finding(f"an image that is not in a list, {backend}: {single}", "")
 
@@ -59,19 +61,22 @@ def first_difference(values: Tensor, expected: Tensor) -> int:
 def check_embed_images(subject: Subject) -> Iterator[Finding]:
     """Compare embeddings of images, in batches of several sizes, with the reference's."""
     port = subject.port
-    names = [name for name, _ in subject.images]
-    for backend, expected in subject.embeddings.items():
+    samples = subject.expected.samples
+    names = [name for name, _ in subject.expected.images]
+    for backend, expected in subject.expected.embeddings.items():
         for batch_size in (4, 32):
-            embeddings = port.embed_images(subject.samples, batch_size=batch_size, backend=backend)
+            embeddings = port.embed_images(
+                subject.expected.samples, batch_size=batch_size, backend=backend
+            )
             what = f"{len(names)} images, batch_size={batch_size}, backend={backend}"
             yield from compare_rows(what, embeddings, expected, names)
-    expected = subject.embeddings["pil"]
+    expected = subject.expected.embeddings["pil"]
     for batch_size in (1, 2, 3):
-        few = port.embed_images(tuple(subject.samples[:SHORT]), batch_size=batch_size)
+        few = port.embed_images(tuple(samples[:SHORT]), batch_size=batch_size)
         what = f"{SHORT} images, batch_size={batch_size}"
         yield from compare_rows(what, few, expected[:SHORT], names)
     unit = expected / expected.norm(dim=-1, keepdim=True)
-    normalized = port.embed_images(subject.samples[:SHORT], normalize=True)
+    normalized = port.embed_images(samples[:SHORT], normalize=True)
     yield from compare_rows("normalize=True", normalized, unit[:SHORT], names)
     for name, image, row in single_images(subject):
         yield from compare_rows(
@@ -84,7 +89,7 @@ def check_embed_images(subject: Subject) -> Iterator[Finding]:
 
 def single_images(subject: Subject) -> Iterator[tuple[str, Any, int]]:
     """Yield (name, argument, row of its embedding) for images that are not in a list."""
-    for row, (name, image) in enumerate(subject.images):
+    for row, (name, image) in enumerate(subject.expected.images):
         if isinstance(image, bytes):
             path = Path(subject.scratch, f"image-{row}")
             path.write_bytes(image)
@@ -113,6 +118,7 @@ def compare_rows(
 
 def check_patches(subject: Subject) -> Iterator[Finding]:
     """Compare `patchify` and `pack` with the reference's cutting and padding."""
+    host = subject.expected.host
     patch = subject.port.config.patch_size
     generator = torch.Generator().manual_seed(0)
     images = []
@@ -120,7 +126,9 @@ def check_patches(subject: Subject) -> Iterator[Finding]:
         shape = (3, rows * patch + 1, columns * patch + patch - 1)
         images.append(torch.rand(shape, generator=generator))
     for count in (10, 13):
-        expected = subject.host.compute(reference_features.pack_images, images, patch, count)
+        expected = subject.expected.host.compute(
+            reference_features.pack_images, images, patch, count
+        )
         padded = None if count == 10 else count
         packed = cast("Mapping[str, Tensor]", patches.pack(images, patch, padded))
         message = compare_pixels(packed, expected)

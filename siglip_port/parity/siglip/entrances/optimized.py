@@ -34,10 +34,11 @@ def check_optimize(subject: Subject) -> Iterator[Finding]:
 
 def compare_rounding(what: str, model: SigLipVisionModel, subject: Subject) -> Iterator[Finding]:
     """Compare the rounding of a float32 model with the reference's own, for every batch."""
+    host = subject.expected.host
     factor = bounds.WORST_FACTOR
-    for batch in subject.batches:
+    for batch in subject.expected.batches:
         inputs = {**batch.inputs, "pixel_values": batch.inputs["pixel_values"].float()}
-        rounded = subject.host.compute(reference_features.compute_outputs, inputs, torch.float32)
+        rounded = host.compute(reference_features.compute_outputs, inputs, torch.float32)
         outputs = {"tokens": model(**inputs), "pooled": model.embed(**inputs)}
         exact = {"tokens": batch.expected.tokens, "pooled": batch.expected.pooled}
         for name, value in outputs.items():

@@ -17,8 +17,8 @@ from siglip_port.config import SigLipVisionConfig
 from siglip_port.model import SigLipVisionModel
 from siglip_port.parity.results import Finding
 from siglip_port.parity.sides import cast, dtype_name
-from siglip_port.parity.siglip.cases import tensors_by_reference_name
 from siglip_port.parity.siglip import reference, reference_features
+from siglip_port.parity.siglip.cases import tensors_by_reference_name
 from siglip_port.parity.siglip.entrances.subject import (
     Batch,
     Subject,
@@ -35,12 +35,12 @@ def check_save_hf(subject: Subject) -> Iterator[Finding]:
     """Read a saved folder back with transformers, and with the port."""
     folder = Path(subject.scratch, "saved")
     subject.port.save_hf(folder)
-    saved = subject.host.compute(reference_features.read_saved, str(folder), torch.float32)
-    original = subject.stored[torch.float32]
+    saved = subject.expected.host.compute(reference_features.read_saved, str(folder), torch.float32)
+    original = subject.expected.stored[torch.float32]
     yield from compare_bits("read by transformers", saved.tensors, original.tensors)
     yield from compare_configs("config.json", saved.config, original.config)
     yield from compare_saved_processor(subject, str(folder))
-    again = SigLipVisionModel.from_hf(folder, interpolation=subject.port.config.interpolation)
+    again = SigLipVisionModel.from_hf(folder, interpolation=subject.expected.interpolation)
     yield from compare_loaded("read by from_hf", again, subject)
     if again.preprocessor_config != subject.port.preprocessor_config:
         yield Finding(
@@ -55,7 +55,7 @@ def check_save_timm(subject: Subject) -> Iterator[Finding]:
         return  # timm's models have no other eps
     folder = Path(subject.scratch, "timm")
     subject.port.save_timm(folder)
-    again = SigLipVisionModel.from_hf(folder, interpolation=subject.port.config.interpolation)
+    again = SigLipVisionModel.from_hf(folder, interpolation=subject.expected.interpolation)
     yield from compare_loaded("read by from_hf", again, subject)
 
 
@@ -72,11 +72,11 @@ def compare_configs(
 
 def compare_saved_processor(subject: Subject, folder: str) -> Iterator[Finding]:
     """Let transformers preprocess an image with the saved configuration."""
-    images = subject.samples[:1]
-    pixels = subject.host.compute(
+    images = subject.expected.samples[:1]
+    pixels = subject.expected.host.compute(
         reference_features.process_images, reference.fields_of(subject.port.config), folder, images
     )
-    for backend, expected in subject.pixels.items():
+    for backend, expected in subject.expected.pixels.items():
         message = compare_pixels(pixels[backend][0], expected[0])
         if message:
             yield Finding(f"preprocessor_config.json, read by transformers, {backend}: {message}")
@@ -94,7 +94,7 @@ def compare_loaded(what: str, model: SigLipVisionModel, subject: Subject) -> Ite
         if value != expected:
             yield Finding(f"{what}: {name} of preprocessing is {value!r}, expected {expected!r}")
     with cast(model, torch.float64):
-        yield from compare_model(what, model, subject.batches[0])
+        yield from compare_model(what, model, subject.expected.batches[0])
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -102,9 +102,9 @@ def compare_loaded(what: str, model: SigLipVisionModel, subject: Subject) -> Ite
 
 def check_from_hf(subject: Subject) -> Iterator[Finding]:
     """Load with options that change nothing."""
-    weights = Path(subject.source, "model.safetensors")
+    weights = Path(subject.expected.source, "model.safetensors")
     tensors = subject.port.state_dict()
-    default = SigLipVisionModel.from_hf(subject.source)
+    default = SigLipVisionModel.from_hf(subject.expected.source)
     yield from compare_bits("from_hf(...)", default.state_dict(), tensors)
     options: dict[str, LoadOptions] = {
         "pooling_head=True": {"pooling_head": True},
@@ -113,7 +113,7 @@ def check_from_hf(subject: Subject) -> Iterator[Finding]:
         "device=torch.device('cpu')": {"device": torch.device("cpu")},
     }
     for what, values in options.items():
-        model = SigLipVisionModel.from_pretrained(subject.source, **values)
+        model = SigLipVisionModel.from_pretrained(subject.expected.source, **values)
         yield from compare_bits(what, model.state_dict(), tensors)
         yield from check_loaded_state(what, model)
         if model.config != default.config:
@@ -141,7 +141,7 @@ def check_device(subject: Subject) -> Iterator[Finding]:
     if torch.cuda.is_available():
         devices.append("cuda:0")
     for device in devices:
-        model = SigLipVisionModel.from_hf(subject.source, device=device)
+        model = SigLipVisionModel.from_hf(subject.expected.source, device=device)
         places = {str(tensor.device) for tensor in model.state_dict().values()}
         if places != {device} or str(model.device) != device:
             yield Finding(f"device={device!r}: parameters are on {', '.join(sorted(places))}")
@@ -151,23 +151,23 @@ def check_device(subject: Subject) -> Iterator[Finding]:
 
 def check_dtype(subject: Subject) -> Iterator[Finding]:
     """Load in every dtype: weights are those that transformers loads, cast once."""
-    for number, dtype in enumerate(subject.stored):
+    for number, dtype in enumerate(subject.expected.stored):
         argument = dtype if number % 2 else dtype_name(dtype)
         what = f"dtype={argument!r}"
-        model = SigLipVisionModel.from_hf(subject.source, dtype=argument)
-        expected = subject.stored[dtype].tensors
+        model = SigLipVisionModel.from_hf(subject.expected.source, dtype=argument)
+        expected = subject.expected.stored[dtype].tensors
         yield from compare_bits(what, tensors_by_reference_name(model), expected)
-        yield from compare_dtypes(what, model, subject.batches[0], dtype)
+        yield from compare_dtypes(what, model, subject.expected.batches[0], dtype)
 
 
 def check_cast(subject: Subject) -> Iterator[Finding]:
     """Cast a copy of the model: weights are cast once, outputs have the dtype."""
-    for dtype in subject.stored:
-        expected = subject.stored[dtype].tensors
+    for dtype in subject.expected.stored:
+        expected = subject.expected.stored[dtype].tensors
         model = copy.deepcopy(subject.port).to(dtype)
         what = f"to({dtype})"
         yield from compare_bits(what, tensors_by_reference_name(model), expected)
-        yield from compare_dtypes(what, model, subject.batches[0], dtype)
+        yield from compare_dtypes(what, model, subject.expected.batches[0], dtype)
     halved = copy.deepcopy(subject.port).half()
     if halved.dtype != torch.float16:
         yield Finding(f"half(): {halved.dtype}, expected torch.float16")
@@ -193,13 +193,13 @@ def compare_dtypes(
 
 def check_headless(subject: Subject) -> Iterator[Finding]:
     """Load without the pooling head: the same tokens, no head, and `pool` is refused."""
-    batch = subject.batches[0]
+    batch = subject.expected.batches[0]
     interpolation = subject.port.config.interpolation
     model = SigLipVisionModel.from_hf(
-        subject.source, pooling_head=False, interpolation=interpolation
+        subject.expected.source, pooling_head=False, interpolation=interpolation
     ).double()
-    expected = subject.host.compute(
-        reference_features.tokens_without_head, subject.source, dict(batch.inputs)
+    expected = subject.expected.host.compute(
+        reference_features.tokens_without_head, subject.expected.source, dict(batch.inputs)
     )
     yield from compare(
         "tokens", lambda x: batch.valid(model(**x)), batch.inputs, batch.valid(expected)
@@ -219,7 +219,7 @@ def check_headless(subject: Subject) -> Iterator[Finding]:
 
 def check_config_to_hf(subject: Subject) -> Iterator[Finding]:
     """Compare every field that `to_hf` writes with the reference's configuration."""
-    fields = subject.host.compute(reference_features.describe_config)
+    fields = subject.expected.host.compute(reference_features.describe_config)
     written = subject.port.config.to_hf()
     for name, reference_name in fields.names.items():
         value, expected = written.get(reference_name), fields.values[reference_name]
@@ -232,7 +232,7 @@ def check_config_to_hf(subject: Subject) -> Iterator[Finding]:
 
 def check_config_from_hf(subject: Subject) -> Iterator[Finding]:
     """Change the reference's configuration one field at a time, and read it."""
-    fields = subject.host.compute(reference_features.describe_config)
+    fields = subject.expected.host.compute(reference_features.describe_config)
     for name, reference_name in fields.names.items():
         value = changed(fields.values[reference_name])
         read = SigLipVisionConfig.from_hf({**fields.values, reference_name: value})
@@ -302,7 +302,7 @@ def check_copies(subject: Subject) -> Iterator[Finding]:
 
 def check_checkpointing(subject: Subject) -> Iterator[Finding]:
     """Recompute blocks in the backward pass: the same outputs and gradients."""
-    batch = subject.batches[0]
+    batch = subject.expected.batches[0]
     model = copy.deepcopy(subject.port).double().train()
     plain = gradients(model, batch)
     for kwargs in (None, {"use_reentrant": False}, {"use_reentrant": True}):
@@ -345,7 +345,7 @@ def gradients(model: SigLipVisionModel, batch: Batch) -> dict[str, Tensor]:
 def check_input_embeddings(subject: Subject) -> Iterator[Finding]:
     """Compare the weight of `get_input_embeddings()` with the reference's."""
     weight = subject.port.get_input_embeddings().weight.detach()
-    expected = subject.host.compute(reference_features.input_embeddings)
+    expected = subject.expected.host.compute(reference_features.input_embeddings)
     if expected.ndim == 2:  # a linear layer over patches, channels last
         weight = weight.permute(0, 2, 3, 1).flatten(1)
     yield from compare_bits("its parameters", {"weight": weight}, {"weight": expected})

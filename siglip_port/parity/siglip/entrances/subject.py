@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,25 +68,23 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A port with its reference, and what both are run on.
+class Expected:
+    """A checkpoint, and the reference's results on batches and images.
 
     Attributes:
-        port: Port, loaded from `source` in float32.
         host: Reference, loaded from `source`.
         source: Folder of the checkpoint, with a `preprocessor_config.json`.
-        scratch: Empty folder.
-        batches: Batches with the reference's results; the first fits a default `forward`.
+        interpolation: Option of `from_hf` for images of other sizes; None for the checkpoint's.
+        batches: Batches with the reference's results; the first suits the model as it is.
         images: Images of many kinds by name.
         pixels: Images as the reference preprocesses them, one batch each, by backend.
         embeddings: The reference's embeddings of the images, [B, D], float64, by backend.
         stored: The checkpoint as transformers loads it, by dtype.
     """
 
-    port: SigLipVisionModel
     host: ReferenceHost
     source: str
-    scratch: str
+    interpolation: str | None
     batches: Sequence[Batch]
     images: Sequence[tuple[str, Sample]]
     pixels: Mapping[Backend, list[dict[str, Tensor]]]
@@ -96,6 +95,21 @@ class Subject:
     def samples(self) -> list[Sample]:
         """The images without their names."""
         return [image for _, image in self.images]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A port, and what is expected of it.
+
+    Attributes:
+        port: Port, loaded in float32.
+        expected: Results of the reference.
+        scratch: Empty folder.
+    """
+
+    port: SigLipVisionModel
+    expected: Expected
+    scratch: Path
 
 
 Compute = Callable[[Any], Tensor]

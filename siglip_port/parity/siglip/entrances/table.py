@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from siglip_port.config import SigLipVisionConfig
 from siglip_port.model import SigLipVisionModel
 from siglip_port.parity.gates import MEANING
 from siglip_port.parity.results import Finding, GateResult
-from siglip_port.parity.sides import ReferenceHost, cast
-from siglip_port.parity.siglip import reference, reference_features
+from siglip_port.parity.sides import cast
 from siglip_port.parity.siglip.entrances import features, images, optimized, saving
-from siglip_port.parity.siglip.entrances.subject import Batch, Subject
-from siglip_port.parity.siglip.sample_images import entrance_images
+from siglip_port.parity.siglip.entrances.subject import Expected, Subject
 
 Check = Callable[[Subject], Iterator[Finding]]
 """Function that yields a finding per difference; those without a location get the entrance's."""
@@ -99,73 +94,33 @@ ENTRANCES = (
 )
 """All entrances, in an order in which each follows those that it needs."""
 
-FIXED = SigLipVisionConfig(
-    embed_dim=40,
-    image_size=32,
-    patch_size=6,
-    num_attention_heads=4,
-    num_encoder_blocks=3,
-    mlp_hidden_dim=56,
-    pooling_head=True,
-    layer_norm_eps=1e-5,
-    hidden_act="gelu",
-)
-"""Model of fixed size. No value is a default: a lost one cannot be replaced by it."""
-
-NAFLEX = replace(FIXED, naflex=True, image_size=30, layer_norm_eps=1e-6, num_encoder_blocks=2)
-"""NaFlex model, with the eps that timm's models have."""
-
-MAX_NUM_PATCHES = 21
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Dtypes in which checkpoints are loaded."""
-
-
-def preprocessor(config: SigLipVisionConfig) -> dict[str, Any]:
-    """Return a `preprocessor_config.json` whose values are not the defaults."""
-    common = {
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "image_mean": [0.45, 0.5, 0.55],
-        "image_std": [0.3, 0.25, 0.2],
-        "rescale_factor": 1 / 256,
-    }
-    if config.naflex:
-        sizes = {"patch_size": config.patch_size, "max_num_patches": MAX_NUM_PATCHES}
-        return {**common, **sizes, "image_processor_type": "Siglip2ImageProcessor", "resample": 3}
-    size = {"height": config.image_size, "width": config.image_size}
-    return {**common, "size": size, "image_processor_type": "SiglipImageProcessor", "resample": 2}
-
 
 def check_entrances(
-    source: str, host: ReferenceHost, load: Callable[..., SigLipVisionModel]
+    expected: Expected, load: Callable[..., SigLipVisionModel] = SigLipVisionModel.from_hf
 ) -> GateResult:
     """Check every entrance; one that raises is a finding, and the others still run.
 
     Args:
-        source: Folder of a checkpoint of `FIXED` or `NAFLEX`; a `preprocessor_config.json` is
-            written to it.
-        host: Reference, loaded from it.
-        load: `SigLipVisionModel.from_hf`.
+        expected: Checkpoint, with the reference's results.
+        load: Function that loads the port.
     """
     findings: list[Finding] = []
     differing: set[str] = set()
     checked = 0
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
         try:
-            subject = prepare(source, scratch, host, load)
+            port = load(expected.source, interpolation=expected.interpolation)
         except Exception as error:  # any error: a port that cannot be loaded differs
             return result(1, [raised(error, "from_hf", "from_pretrained")])
+        subject = Subject(port, expected, Path(scratch))
         for entrance in ENTRANCES:
             if not differing.isdisjoint(entrance.needs):
                 continue
             checked += 1
-            found = check_entrance(entrance, subject)
-            if found:
+            differences = check_entrance(entrance, subject)
+            if differences:
                 differing.add(entrance.name)
-                findings += found
+                findings += differences
     return result(checked, findings)
 
 
@@ -194,68 +149,3 @@ def check_entrance(entrance: Entrance, subject: Subject) -> list[Finding]:
 def raised(error: Exception, port: str, reference: str) -> Finding:
     """Return the finding for a port that raises."""
     return Finding(f"raises {type(error).__name__}: {error}", reference, port)
-
-
-def prepare(
-    source: str, scratch: str, host: ReferenceHost, load: Callable[..., SigLipVisionModel]
-) -> Subject:
-    """Load the port, and compute the reference's results for all batches and images."""
-    described = host.compute(reference_features.describe_config)
-    config = NAFLEX if "num_patches" in described.values else FIXED
-    fields = reference.fields_of(config)
-    path = Path(source, "preprocessor_config.json")
-    path.write_text(json.dumps(preprocessor(config)), encoding="utf-8")
-    port = load(source, interpolation=None if config.naflex else "hf")
-
-    batches = []
-    for name, inputs, grid in batch_inputs(config):
-        expected = host.compute(reference_features.compute_features, inputs)
-        batches.append(Batch(name, inputs, expected, grid))
-    named_images = entrance_images()
-    samples = [image for _, image in named_images]
-    pixels = host.compute(reference_features.process_images, fields, source, samples)
-    embeddings = {}
-    for backend, pixels_of_backend in pixels.items():
-        embeddings[backend] = host.compute(reference_features.pool_pixels, pixels_of_backend)
-    stored = {}
-    for dtype in DTYPES:
-        stored[dtype] = host.compute(reference_features.read_saved, source, dtype)
-    return Subject(
-        port=port,
-        host=host,
-        source=source,
-        scratch=scratch,
-        batches=batches,
-        images=named_images,
-        pixels=pixels,
-        embeddings=embeddings,
-        stored=stored,
-    )
-
-
-BatchInputs = tuple[str, Mapping[str, Tensor], tuple[int, int] | None]
-
-
-def batch_inputs(config: SigLipVisionConfig) -> Iterator[BatchInputs]:
-    """Yield (name, inputs in float64, grid) of batches of all shapes."""
-    generator = torch.Generator().manual_seed(0)
-    patch = config.patch_size
-
-    def noise(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
-
-    if not config.naflex:
-        side = config.image_size
-        grid = (config.grid_size, config.grid_size)
-        yield "images of the model's size", {"pixel_values": noise(3, 3, side, side)}, grid
-    pixel_values = noise(2, 3, 4 * patch + 1, 7 * patch + 2)
-    yield "images of 4 x 7 patches", {"pixel_values": pixel_values}, (4, 7)
-    if config.naflex:
-        shapes = torch.tensor([[4, 6], [7, 3], [6, 4], [1, 5]])
-        mask = torch.arange(26)[None] < shapes.prod(1)[:, None]
-        packed = {
-            "pixel_values": noise(4, 26, 3 * patch * patch),
-            "pixel_attention_mask": mask.long(),
-            "spatial_shapes": shapes,
-        }
-        yield "packed patches", packed, None
