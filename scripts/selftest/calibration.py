@@ -7,7 +7,7 @@ import json
 import math
 
 from scripts.selftest import catalog
-from scripts.selftest.examination import make_cases, share_of_bound
+from scripts.selftest.examination import make_models, share_of_bound
 from scripts.selftest.mutant import Mutant
 from scripts.selftest.report import machine
 from scripts.selftest.runner import SEEDS, Options, Progress
@@ -30,7 +30,8 @@ def calibrate(options: Options, progress: Progress) -> bool:
     finest: dict[str, Share] = {}
     mutants = [*catalog.EQUIVALENT, *catalog.ROUNDING]
     for seed in SEEDS if options.full else SEEDS[:2]:
-        with make_cases(seed, options.device) as (_, *cases):
+        with make_models(seed, options.device) as models:
+            cases = [case for case, *_ in models if case.gates == ("rounding",)]
             for mutant in progress(iter(mutants), f"seed {seed}"):
                 shares = measure_shares(mutant, cases)
                 if not mutant.is_equivalent:
@@ -68,7 +69,7 @@ def measure_shares(mutant: Mutant, cases: list[Case]) -> dict[str, Share]:
     shares: dict[str, Share] = {}
     with mutant.applied():
         for case in cases:
-            port = mutant.load(case.source, device=case.inputs.device)
+            port = mutant.load(case.source, **case.load_options)
             with contextlib.suppress(RuntimeError):  # autocast on bfloat16 weights
                 for gate in case.check(port):
                     largest = max(gate.measurements, key=share_of_bound)

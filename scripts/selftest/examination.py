@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from scripts.selftest.mutant import Mutant, is_expected_location
-from siglip_port import SigLipVisionConfig, SigLipVisionModel
-from siglip_port.checkpoint import default_preprocessor_config
-from siglip_port.image_processing import ImageProcessor
-from siglip_port.parity import bounds, gates
-from siglip_port.parity.observe import run_reference
+from siglip_port import SigLipVisionConfig
+from siglip_port.parity import bounds
 from siglip_port.parity.results import Finding, GateResult, Measurement
-from siglip_port.parity.sides import Side
-from siglip_port.parity.siglip import cases, reference, taps
+from siglip_port.parity.siglip import cases
 from siglip_port.parity.siglip.cases import Case
-from siglip_port.parity.siglip.pixels import check_pixels
-from siglip_port.parity.siglip.sample_images import synthetic_image
-from siglip_port.parity.taps import expand
+from siglip_port.parity.siglip.small_pixels import check_small_pixels
+
+SUBJECT_MODELS = {"port": "odd encoder", "naflex": "NaFlex encoder", "resized": "resized encoder"}
+"""Subject of a mutant -> first words of the names of the cases that it is written for."""
 
 
 @dataclass
@@ -70,6 +63,19 @@ class MutantResult:
         name = gate.name.split()[0]
         self.detections.setdefault(name, gate.findings[0])
 
+    def locate(self, failures: list[GateResult]) -> None:
+        """Record the false locations of failed gates."""
+        rounding = []
+        for gate in failures:
+            if gate.name.startswith("rounding"):
+                rounding.append(gate)
+            else:
+                self.add_locations(gate)
+        if rounding and "numerics" not in self.detections:  # numerics locates more precisely
+            # Take the location from the dtype with the largest error. Where errors of many steps
+            # add up to little more than the bound, the location depends on the machine.
+            self.add_locations(max(rounding, key=largest_share))
+
     def add_locations(self, gate: GateResult) -> None:
         """Record false locations of a gate. `sensitivity` may report any output."""
         if gate.name == "sensitivity":
@@ -85,36 +91,60 @@ class MutantResult:
         self.detections.setdefault("run", Finding(self.error))
 
 
-def examine(mutant: Mutant, checkpoints: Iterable[Case], max_hints: int = 1) -> MutantResult:
-    """Run a mutant through the gates of several checkpoints.
+def examine(
+    mutant: Mutant, models: Sequence[list[Case]], max_hints: int = 1, *, stops: bool = False
+) -> MutantResult:
+    """Run a mutant through the gates of the small models of the default command.
+
+    Locations are those reported on the models that the mutant is assigned to; if its gate detects
+    it on none of them, those reported on the others, up to the first where it does.
 
     Args:
-        mutant: Mutant with the subject `port`.
-        checkpoints: Checkpoints, each with its reference.
+        mutant: Mutant of the port.
+        models: Cases of each model.
         max_hints: Maximum number of taps with a hint.
+        stops: Whether to skip models once the gate has detected the mutant.
     """
     result = MutantResult(mutant)
-    rounding = []
+    locating = []
     with mutant.applied():
-        for case in checkpoints:
-            torch.manual_seed(0)  # for mutants that draw random numbers
-            try:
-                port = mutant.load(case.source, device=case.inputs.device)
-                for gate in case.check(port, max_hints=max_hints):
-                    if gate.passed:
-                        continue
-                    result.add(gate)
-                    if gate.name.startswith("rounding"):
-                        rounding.append(gate)
-                    else:
-                        result.add_locations(gate)
-            except (RuntimeError, ValueError) as error:
-                result.add_error(error)
-    if rounding and "numerics" not in result.detections:  # numerics locates more precisely
-        # Take the location from the dtype with the largest error. Where errors of many steps add up
-        # to little more than the bound, the location depends on the machine.
-        result.add_locations(max(rounding, key=largest_share))
+        for model_cases in models:
+            if is_assigned(mutant, model_cases):
+                locating += run_model(result, model_cases, max_hints)
+        for model_cases in models:
+            is_detected = mutant.gate in result.detections
+            if is_assigned(mutant, model_cases) or (stops and is_detected):
+                continue
+            failures = run_model(result, model_cases, max_hints)
+            if not is_detected:
+                locating += failures
+    result.locate(locating)
     return result
+
+
+def is_assigned(mutant: Mutant, model_cases: list[Case]) -> bool:
+    """Return whether a model is one that the mutant is written for."""
+    first = model_cases[0]
+    judges_rounding_only = first.gates == ("rounding",)
+    is_subject = first.name.startswith(SUBJECT_MODELS[mutant.subject])
+    return is_subject and judges_rounding_only == (mutant.gate == "rounding")
+
+
+def run_model(result: MutantResult, model_cases: list[Case], max_hints: int) -> list[GateResult]:
+    """Run a mutant through the cases of one model, which share a port; return the failed gates."""
+    torch.manual_seed(0)  # for mutants that draw random numbers
+    first = model_cases[0]
+    failures = []
+    try:
+        port = result.mutant.load(first.source, **first.load_options)
+        for case in model_cases:
+            for gate in case.check(port, max_hints=max_hints):
+                if not gate.passed:
+                    result.add(gate)
+                    failures.append(gate)
+    except (RuntimeError, ValueError) as error:
+        result.add_error(error)
+    return failures
 
 
 def share_of_bound(measurement: Measurement) -> float:
@@ -128,102 +158,33 @@ def largest_share(gate: GateResult) -> float:
 
 
 @contextlib.contextmanager
-def make_cases(
-    seed: int = 1234,
-    device: str = "cpu",
-    *,
-    full: bool = False,
-    config: SigLipVisionConfig = cases.ODD,
-) -> Iterator[list[Case]]:
-    """Yield the checkpoints for mutants: N1 for all gates except rounding.
-
-    Rounding is judged on L7 in float32 and on S1 in bfloat16 and float16.
+def make_models(
+    seed: int = 1234, device: str = "cpu", *, odd: SigLipVisionConfig = cases.ODD
+) -> Iterator[list[list[Case]]]:
+    """Yield the cases of every small model of the default command.
 
     Args:
         seed: Seed of the weights.
         device: Device of the models.
-        full: Add L8.
-        config: Architecture.
+        odd: Architecture of the models on which weights and rounding are judged.
     """
-    make = functools.partial(cases.random_case, config, seed=seed, device=device)
-    contexts = [
-        make("N1", gates=cases.ALL_GATES[:-1]),
-        make("L7", gates=("rounding",)),
-        make("S1", gates=("rounding",), dtypes=cases.LOW_DTYPES[1:]),
+    checkpoint = SigLipVisionConfig(pooling_head=True)
+    models = [
+        *cases.weight_models(checkpoint, seed, odd=odd),
+        *cases.regime_models(checkpoint, seed),
     ]
-    if full:
-        contexts.append(make("L8", gates=("rounding",)))
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(context) for context in contexts]
-
-
-# --- other shapes, other images -------------------------------------------------------------------
-
-
-def examine_shapes(mutant: Mutant) -> MutantResult:
-    """Run a mutant on packed patches, or on images of another size than the checkpoint's."""
-    assert mutant.subject in ("naflex", "resized")
-    result = MutantResult(mutant)
-    with tempfile.TemporaryDirectory(prefix="siglip_port-") as folder:
-        side, inputs = reference.small_reference(mutant.subject, Path(folder))
-        interpolation = None if mutant.subject == "naflex" else "hf"
-        with mutant.applied():
-            try:
-                port = mutant.load(folder, interpolation=interpolation)
-                results = [*check_shapes(mutant, port, side, inputs)]
-            except (RuntimeError, ValueError) as error:
-                result.add_error(error)
-                return result
-    for gate in results:
-        if not gate.passed:
-            result.add(gate)
-            result.add_locations(gate)
-    return result
-
-
-def check_shapes(
-    mutant: Mutant, port: SigLipVisionModel, other: Side, inputs: Mapping[str, Tensor]
-) -> Iterator[GateResult]:
-    """Run the gates that apply to other shapes."""
-    # The taps inside the reference's nn.MultiheadAttention are recomputed without masks, and for
-    # packed patches the port applies the convolution's weights without calling the module.
-    skipped = ["head.attention:"]
-    if mutant.subject == "naflex":
-        skipped.append("embeddings.patch_embedding")
-    points = {}
-    for point, port_point in taps.siglip_taps(pooling_head=True).items():
-        if not point.startswith(tuple(skipped)):
-            points[point] = port_point
-    pairs = expand(points, other.module, port)
-    run = run_reference(other, inputs, [tap.reference for tap in pairs], torch.float32)
-    side = Side(port, call_with_shapes)
-    tensors = cases.tensors_by_reference_name(port)
-    yield gates.check_weights(tensors, other.module.state_dict())
-    yield gates.check_sensitivity(side, other, inputs)
-    yield gates.check_numerics(side, run, pairs, max_hints=1)
-
-
-def call_with_shapes(port: SigLipVisionModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `tokens` and `pooled` for packed patches or images."""
-    tokens = port(**inputs)
-    return {"tokens": tokens, "pooled": port.pool(tokens, inputs.get("pixel_attention_mask"))}
+        loaded = [model.load(device, ("sdpa", "eager")) for model in models]
+        yield [stack.enter_context(context) for context in loaded]
 
 
 def examine_images(mutant: Mutant) -> MutantResult:
     """Run a mutant on images of all modes, with SigLIP and NaFlex preprocessing."""
     result = MutantResult(mutant)
-    for config in (
-        SigLipVisionConfig(image_size=64),
-        SigLipVisionConfig(image_size=64, naflex=True),
-    ):
-        processors = reference.image_processors(config)
-        preprocessor = default_preprocessor_config(config)
-        with mutant.applied():
-            port = {
-                backend: ImageProcessor.from_config(preprocessor, backend) for backend in processors
-            }
-            gate = check_pixels(port, processors, synthetic_image(), max_hints=0)
-        if not gate.passed:
-            result.add(gate)
-            result.add_locations(gate)
+    with mutant.applied():
+        gates = [check_small_pixels(naflex, max_hints=0) for naflex in (False, True)]
+    failures = [gate for gate in gates if not gate.passed]
+    for gate in failures:
+        result.add(gate)
+    result.locate(failures)
     return result

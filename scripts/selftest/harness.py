@@ -27,12 +27,12 @@ def examine_harness(mutant: HarnessMutant, config: SigLipVisionConfig) -> str:
     recipes = {RECIPES.get(probe.gate, "N1") for probe in probes}
     try:
         with mutant.applied(), contextlib.ExitStack() as stack:
-            checkpoints = []
+            models = []
             for recipe in sorted(recipes, reverse=True):
                 gates = cases.ALL_GATES[:-1] if recipe == "N1" else ("rounding",)
                 case = cases.random_case(config, recipe, gates=gates)
-                checkpoints.append(stack.enter_context(case))
-            misjudged = [probe.name for probe in probes if not examine(probe, checkpoints).passed]
+                models.append([stack.enter_context(case)])
+            misjudged = [probe.name for probe in probes if not examine(probe, models).passed]
     except (ValueError, RuntimeError) as error:
         return str(error)
     return f"misjudged: {', '.join(misjudged)}" if misjudged else ""

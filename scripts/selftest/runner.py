@@ -5,6 +5,7 @@ It fails if a gate misses a mutant that it must detect, or if an equivalent vari
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -18,8 +19,7 @@ from scripts.selftest.examination import (
     MutantResult,
     examine,
     examine_images,
-    examine_shapes,
-    make_cases,
+    make_models,
 )
 from scripts.selftest.mutant import HarnessMutant, Mutant
 from scripts.selftest.parallel import Item, Outcome, count_processes, each
@@ -65,7 +65,8 @@ class Options(Protocol):
 def run(options: Options, progress: Progress) -> bool:
     """Run the self-test and print the results.
 
-    Unless `options.full` is set, a mutant only runs on the weights that its own gate is judged on.
+    Every mutant runs on the small models of the default command; unless `options.full` is set, only
+    until its own gate detects it.
 
     Returns:
         Whether all mutants were detected and located, without false alarms.
@@ -79,6 +80,13 @@ def run(options: Options, progress: Progress) -> bool:
     print("\n".join(["", *failures]))
     print(f"{'FAILED' if failures else 'PASSED'}: {report.summary()}")
     return not failures
+
+
+def run_references(models: list[list[Case]]) -> None:
+    """Run the reference of every case, once for all processes that are forked later."""
+    for case in itertools.chain.from_iterable(models):
+        for dtype in case.dtypes:
+            case.reference_run(dtype)
 
 
 class SelfTest:
@@ -104,33 +112,31 @@ class SelfTest:
         """Run all mutants, equivalent variants and harness mutants."""
         seeds = SEEDS if self.full else SEEDS[:1]
         for seed in seeds:
-            with make_cases(seed, self.device, full=self.full) as cases:
+            with make_models(seed, self.device) as models:
+                run_references(models)
                 if seed == seeds[0]:
-                    self.run_mutants(cases)
-                self.run_variants(cases, seed)
+                    self.run_mutants(models)
+                self.run_variants(models, seed)
         self.run_harness_mutants()
         return self.report
 
-    def run_mutants(self, cases: list[Case]) -> None:
+    def run_mutants(self, models: list[list[Case]]) -> None:
         """Run the mutants of the port."""
 
         def judge(mutant: Mutant) -> MutantResult:
             if mutant.subject == "images":
                 return examine_images(mutant)
-            if mutant.subject != "port":
-                return examine_shapes(mutant)
             if self.full:
-                return examine(mutant, cases)
-            gate_cases = cases[1:] if mutant.gate == "rounding" else cases[:1]
-            return examine(mutant, gate_cases, max_hints=0)
+                return examine(mutant, models)
+            return examine(mutant, models, max_hints=0, stops=True)
 
         self.report.results += self.follow(judge, catalog.MUTANTS, "mutants")
 
-    def run_variants(self, cases: list[Case], seed: int) -> None:
+    def run_variants(self, models: list[list[Case]], seed: int) -> None:
         """Run the equivalent variants; in full, with 1 and 2 threads and each attention."""
 
         def judge(mutant: Mutant) -> MutantResult:
-            return examine(mutant, cases)
+            return examine(mutant, models)
 
         def run(settings: str, label: str) -> None:
             description = f"equivalent variants, {label}"
@@ -143,9 +149,10 @@ class SelfTest:
         if not self.full:
             return
         for attention in ATTENTIONS:
-            for case in cases:
+            for case in itertools.chain.from_iterable(models):
                 case.attentions = (attention,)
                 case.reference_runs = {}
+            run_references(models)
             run(f"{attention} only", attention)
 
     def run_harness_mutants(self) -> None:

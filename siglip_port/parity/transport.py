@@ -127,7 +127,7 @@ class Unpickler(pickle.Unpickler):
 def memory_of(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor, in the order of its elements."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def send(stream: BinaryIO, content: object, folder: Path) -> None:

@@ -128,13 +128,13 @@ def gelu_by_hand(x: Tensor) -> Tensor:
 
 def project_by_matrix(embeddings: VisionEmbeddings, pixel_values: Tensor) -> Tensor:
     """Cut patches and project them with a matrix."""
-    config = embeddings.config
-    side = config.grid_size * config.patch_size
+    patch = embeddings.config.patch_size
+    rows, columns = (side // patch for side in pixel_values.shape[2:])
     kernel = embeddings.patch_embedding.weight
-    whole = pixel_values[..., :side, :side].to(kernel.dtype)
-    patches = F.unfold(whole, config.patch_size, stride=config.patch_size).transpose(1, 2)
+    whole = pixel_values[..., : rows * patch, : columns * patch].to(kernel.dtype)
+    patches = F.unfold(whole, patch, stride=patch).transpose(1, 2)
     tokens = F.linear(patches, kernel.flatten(1), embeddings.patch_embedding.bias)
-    return tokens.transpose(1, 2).unflatten(2, (config.grid_size, config.grid_size))
+    return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
 
 def add_in_place(block: EncoderBlock, x: Tensor) -> Tensor:
@@ -157,9 +157,10 @@ def run_without_gradients(model: SigLipVisionModel, pixel_values: Tensor) -> Ten
 
 
 def read_table_by_ids(embeddings: VisionEmbeddings, grid: Tensor, table: Tensor) -> Tensor:
-    """Call the position embedding as a module."""
-    ids = torch.arange(grid.shape[2] * grid.shape[3], device=grid.device)
-    return grid.flatten(2).transpose(1, 2) + embeddings.position_embedding(ids)
+    """Call the position embedding as a module, for images of the model's own size."""
+    if table is embeddings.position_embedding.weight:
+        table = embeddings.position_embedding(torch.arange(len(table), device=table.device))
+    return grid.flatten(2).transpose(1, 2) + table
 
 
 def run_mlp_in_chunks(block: EncoderBlock, x: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ def check_with_shared_weights(
     **options: object,
 ) -> Iterator[GateResult]:
     """Load the port's tensors into the reference."""
+    assert isinstance(case.reference, Reference)
     case.reference.model.load_state_dict(cases.tensors_by_reference_name(port))
     case.reference_runs.clear()
     return check(case, port, **options)

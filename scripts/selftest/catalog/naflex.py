@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from scripts.selftest.catalog import seams
 from scripts.selftest.mutant import Mutant, Patch, replace, replace_item, wrap
-from siglip_port import patches
+from siglip_port import SigLipVisionModel, patches
 from siglip_port.model import VisionEmbeddings
-from siglip_port.patches import Shapes
+from siglip_port.patches import Mask, Shapes
 
 Rule = Callable[[Tensor, tuple[int, int]], Tensor]
 """[h, w, D], (H, W) -> [H, W, D]."""
@@ -28,11 +27,27 @@ def change_mask(function: Callable[[Tensor], Tensor]) -> Patch:
     """Change the mask [B, N] of the blocks; the pooling head gets the correct one."""
 
     def attention_mask(
-        original: Callable[..., Tensor], tokens: Tensor, mask: Tensor, shapes: Tensor
+        original: Callable[..., Tensor], tokens: Tensor, mask: Mask, shapes: Shapes
     ) -> Tensor:
-        return original(tokens, function(mask), shapes)
+        if mask is not None:
+            mask = function(mask)
+        return original(tokens, mask, shapes)
 
     return wrap(patches, "attention_mask", attention_mask)
+
+
+def pool_all(pool: Callable[..., Tensor], model: object, tokens: Tensor, *_: Mask) -> Tensor:
+    """Pool padding, too."""
+    return pool(model, tokens)
+
+
+def pool_padding(
+    pool: Callable[..., Tensor], model: object, tokens: Tensor, mask: Mask = None
+) -> Tensor:
+    """Pool padding only, where there is any."""
+    if mask is not None and not mask.bool().all():
+        mask = ~mask.bool()
+    return pool(model, tokens, mask)
 
 
 def interpolate(rule: Rule) -> Patch:
@@ -117,13 +132,13 @@ NAFLEX = [
         "naflex_mask_inverted",
         "mask inverted: only padding attended to",
         "context",
-        change_mask(lambda mask: 1 - mask),
+        change_mask(lambda mask: ~mask.bool()),
     ),
     naflex(
         "naflex_mask_off_by_one",
         "last patch masked too",
         "context",
-        change_mask(lambda mask: mask * mask.roll(-1, 1)),
+        change_mask(lambda mask: mask.bool() & mask.bool().roll(-1, 1)),
     ),
     naflex(
         "naflex_mask_of_first",
@@ -134,8 +149,8 @@ NAFLEX = [
     naflex(
         "naflex_head_unmasked",
         "padding not masked in the pooling head",
-        "head-attention",
-        seams.pool(lambda head, tokens: head(tokens)),
+        "head-context",
+        wrap(SigLipVisionModel, "pool", pool_all),
     ),
     naflex(
         "naflex_positions_swapped",

@@ -1,14 +1,18 @@
 """Seams: steps of the port's computation that can be replaced. Each function returns a patch.
 
-A replacement is called with the module and the inputs of its step, without masks, which whole
-images do not have, and without training options.
+A replacement is called with the module and the inputs of its step, without training options. It
+needs no masks: it gets keys without padding, and modules that pass the mask on. Replacements of
+steps before the blocks apply to whole images only.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from scripts.selftest.mutant import Patch, replace, replace_item
 from siglip_port import model
@@ -23,8 +27,33 @@ from siglip_port.model import (
     SigLipVisionTransformer,
     VisionEmbeddings,
 )
+from siglip_port.patches import Shapes, key_mask
 
 Projection = Callable[[MultiheadAttention, Tensor], Tensor]
+
+
+class Masked:
+    """Block or pooling head that passes a mask on to its attention.
+
+    Args:
+        module: Block or pooling head.
+        mask: Mask of its input, [B, 1, 1, N], or None.
+    """
+
+    def __init__(self, module: nn.Module, mask: Tensor | None) -> None:
+        self.module = module
+        self.mask = mask
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Return an attribute of the module; attention with the mask."""
+        attribute = getattr(self.module, name)
+        if name in ("self_attn", "attention"):
+            return functools.partial(attribute, mask=self.mask)
+        return attribute
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """Run the module with the mask."""
+        return self.module(hidden_states, self.mask)
 
 
 def activation(function: Callable[[Tensor], Tensor]) -> Patch:
@@ -49,9 +78,15 @@ def attend(function: Callable[[MultiheadAttention, Tensor, Tensor, Tensor], Tens
     """Replace attention: q, k, v -> context, all [B, H, N, D/H]."""
 
     def attend(
-        attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor, mask: object
+        attention: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> Tensor:
-        return function(attention, q, k, v)
+        if mask is None:
+            return function(attention, q, k, v)
+        contexts = []
+        for i, is_patch in enumerate(mask[:, 0, 0]):
+            keys, values = k[i : i + 1, :, is_patch], v[i : i + 1, :, is_patch]
+            contexts.append(function(attention, q[i : i + 1], keys, values))
+        return torch.cat(contexts)
 
     return replace(MultiheadAttention, "attend", attend)
 
@@ -95,8 +130,10 @@ def patch_grid(function: Callable[[VisionEmbeddings, Tensor], Tensor]) -> Patch:
     """Replace the patch embedding: [B, C, S, S] -> [B, D, h, w]."""
 
     def forward(
-        embeddings: VisionEmbeddings, pixel_values: Tensor, spatial_shapes: object = None
+        embeddings: VisionEmbeddings, pixel_values: Tensor, spatial_shapes: Shapes = None
     ) -> Tensor:
+        if spatial_shapes is not None:
+            return embeddings.embed_packed(pixel_values, spatial_shapes)
         grid = function(embeddings, pixel_values)
         height, width = grid.shape[2:]
         return grid.flatten(2).transpose(1, 2) + embeddings.positions(height, width)
@@ -108,10 +145,12 @@ def tokens_of_grid(function: Callable[[VisionEmbeddings, Tensor, Tensor], Tensor
     """Replace the step from grid [B, D, h, w] and positions [N, D] to tokens."""
 
     def forward(
-        embeddings: VisionEmbeddings, pixel_values: Tensor, spatial_shapes: object = None
+        embeddings: VisionEmbeddings, pixel_values: Tensor, spatial_shapes: Shapes = None
     ) -> Tensor:
+        if spatial_shapes is not None:
+            return embeddings.embed_packed(pixel_values, spatial_shapes)
         grid = convolve(embeddings, pixel_values)
-        return function(embeddings, grid, embeddings.position_embedding.weight)
+        return function(embeddings, grid, embeddings.positions(*grid.shape[2:]))
 
     return replace(VisionEmbeddings, "forward", forward)
 
@@ -135,16 +174,22 @@ def block(
 ) -> Patch:
     """Replace a half of all blocks, or both."""
 
-    def forward(block: EncoderBlock, hidden_states: Tensor, mask: object = None) -> Tensor:
-        return second(block, first(block, hidden_states))
+    def forward(block: EncoderBlock, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        masked: Any = Masked(block, mask)
+        return second(masked, first(masked, hidden_states))
 
     return replace(EncoderBlock, "forward", forward)
 
 
 def run_blocks(function: Callable[[SigLipEncoder, Tensor], Tensor]) -> Patch:
-    """Replace the loop over all blocks."""
+    """Replace the loop over all blocks, without a mask."""
+    run_all = SigLipEncoder.forward
 
-    def forward(encoder: SigLipEncoder, hidden_states: Tensor, mask: object = None) -> Tensor:
+    def forward(
+        encoder: SigLipEncoder, hidden_states: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        if mask is not None:
+            return run_all(encoder, hidden_states, mask)
         return function(encoder, hidden_states)
 
     return replace(SigLipEncoder, "forward", forward)
@@ -152,13 +197,16 @@ def run_blocks(function: Callable[[SigLipEncoder, Tensor], Tensor]) -> Patch:
 
 def encode(function: Callable[[SigLipVisionTransformer, Tensor], Tensor]) -> Patch:
     """Replace the encoder: embeddings -> final tokens."""
+    encode_packed = SigLipVisionTransformer.forward
 
     def forward(
         transformer: SigLipVisionTransformer,
         pixel_values: Tensor,
-        pixel_attention_mask: object = None,
-        spatial_shapes: object = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Shapes = None,
     ) -> Tensor:
+        if spatial_shapes is not None:
+            return encode_packed(transformer, pixel_values, pixel_attention_mask, spatial_shapes)
         return function(transformer, transformer.embeddings(pixel_values))
 
     return replace(SigLipVisionTransformer, "forward", forward)
@@ -166,13 +214,16 @@ def encode(function: Callable[[SigLipVisionTransformer, Tensor], Tensor]) -> Pat
 
 def call(function: Callable[[SigLipVisionModel, Tensor], Tensor]) -> Patch:
     """Replace the model's `forward`."""
+    call_packed = SigLipVisionModel.forward
 
     def forward(
         model: SigLipVisionModel,
         pixel_values: Tensor,
-        pixel_attention_mask: object = None,
-        spatial_shapes: object = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Shapes = None,
     ) -> Tensor:
+        if spatial_shapes is not None:
+            return call_packed(model, pixel_values, pixel_attention_mask, spatial_shapes)
         return function(model, pixel_values)
 
     return replace(SigLipVisionModel, "forward", forward)
@@ -203,8 +254,9 @@ def pooling_head(
 ) -> Patch:
     """Replace a part of the pooling head."""
 
-    def forward(head: PoolingHead, tokens: Tensor, mask: object = None) -> Tensor:
-        return last(head, second(head, first(head, tokens)))
+    def forward(head: PoolingHead, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        masked: Any = Masked(head, mask)
+        return last(masked, second(masked, first(masked, tokens)))
 
     return replace(PoolingHead, "forward", forward)
 
@@ -213,24 +265,30 @@ def pool(function: Callable[[PoolingHead, Tensor], Tensor]) -> Patch:
     """Replace `pool`: (pooling head, tokens) -> pooled."""
 
     def pool(
-        model: SigLipVisionModel, tokens: Tensor, pixel_attention_mask: object = None
+        model: SigLipVisionModel, tokens: Tensor, pixel_attention_mask: Tensor | None = None
     ) -> Tensor:
         assert model.pooling_head is not None
-        return function(model.pooling_head, tokens)
+        masked: Any = Masked(model.pooling_head, key_mask(tokens, pixel_attention_mask))
+        return function(masked, tokens)
 
     return replace(SigLipVisionModel, "pool", pool)
 
 
 def embed(function: Callable[[SigLipVisionModel, Tensor, bool], Tensor]) -> Patch:
     """Replace `embed`: (model, tokens, normalize) -> embeddings."""
+    embed_packed = SigLipVisionModel.embed
 
     def embed(
         model: SigLipVisionModel,
         pixel_values: Tensor,
         normalize: bool = False,
-        pixel_attention_mask: object = None,
-        spatial_shapes: object = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Shapes = None,
     ) -> Tensor:
+        if spatial_shapes is not None:
+            return embed_packed(
+                model, pixel_values, normalize, pixel_attention_mask, spatial_shapes
+            )
         return function(model, model(pixel_values), normalize)
 
     return replace(SigLipVisionModel, "embed", embed)

@@ -150,7 +150,7 @@ class Case:
         weights: Kind of weights: a recipe with its seed, or `checkpoint weights`.
         source: Hub id, folder or file of the checkpoint.
         reference: Reference, loaded from `source`.
-        inputs: Images, [B, C, S, S], or packed patches by argument.
+        inputs: Images, [B, C, S, S]; in some regimes, packed patches by argument.
         gates: Names of the gates to run.
         dtypes: Dtypes in which rounding is checked; the first is the dtype of the weights.
         attentions: Attention implementations of the reference for the rounding bounds.
@@ -163,7 +163,7 @@ class Case:
     weights: str
     source: str
     reference: ReferenceHandle
-    inputs: Inputs
+    inputs: Any
     gates: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     attentions: tuple[str, ...] = ("sdpa", "eager")
@@ -431,15 +431,25 @@ def small_cases(
         yield model.load(device, attentions, references)
 
 
-def weight_models(config: SigLipVisionConfig) -> list[SmallModel]:
-    """Return models of odd sizes, with weights on which different bugs show."""
-    odd = compute_as(ODD, config)
+def weight_models(
+    config: SigLipVisionConfig, seed: int = 1234, *, odd: SigLipVisionConfig | None = None
+) -> list[SmallModel]:
+    """Return models with odd sizes and weights on which different bugs show.
+
+    Args:
+        config: Configuration of the checkpoint.
+        seed: Seed of weights and inputs.
+        odd: Architecture of most of them; None for `ODD`.
+    """
+    odd = compute_as(odd or ODD, config)
     mini = compute_as(MINI, config)
+    low = LOW_DTYPES[1:]
     return [
-        noise_model("odd encoder", odd, "N1", ALL_GATES[:-1]),
-        noise_model("small so400m", mini, "N1", ("weights", "numerics")),
-        noise_model("odd encoder", odd, "L7", ("rounding",)),
-        noise_model("odd encoder", odd, "S1", ("rounding",), LOW_DTYPES[1:]),
+        noise_model("odd encoder", odd, "N1", ALL_GATES[:-1], seed=seed),
+        noise_model("small so400m", mini, "N1", ("weights", "numerics"), seed=seed),
+        noise_model("odd encoder", odd, "L7", ("rounding",), seed=seed),
+        noise_model("odd encoder", odd, "S1", ("rounding",), low, seed),
+        noise_model("odd encoder", odd, "L8", ("rounding",), seed=seed),
     ]
 
 

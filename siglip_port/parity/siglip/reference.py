@@ -253,6 +253,13 @@ def rounded_tensors_of(reference: Side, dtype: torch.dtype) -> dict[str, Tensor]
         return {name: tensor.clone() for name, tensor in reference.module.state_dict().items()}
 
 
+def save_checkpoint(reference: Side, folder: Path, dtype: torch.dtype) -> None:
+    """Write a reference's weights as a checkpoint of the vision encoder alone."""
+    model: HFModel = reference.module
+    with cast_module(model, dtype):
+        model.save_pretrained(folder)
+
+
 def module_types_of(reference: Side) -> dict[str, type[nn.Module]]:
     """Return a reference's modules by name: `nn.MultiheadAttention`, or `nn.Module`."""
     types: dict[str, type[nn.Module]] = {}
@@ -272,7 +279,7 @@ def is_naflex(model: nn.Module) -> bool:
     return isinstance(model, library_object("Siglip2VisionModel"))
 
 
-def outputs(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
+def outputs(model: HFModel, inputs: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
     """Run the reference on images or packed patches.
 
     Args:
@@ -289,7 +296,7 @@ def outputs(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> dict[str, T
         if isinstance(inputs, Tensor):
             packed = pack_images(inputs, model.config.patch_size)
         assert isinstance(packed, Mapping)
-        defined = find_defined(packed)
+        defined = cast(Tensor, find_defined(packed))
         patches = packed["pixel_values"]
         shapes = torch.as_tensor(packed["spatial_shapes"], device=patches.device)
         named = name_outputs(model(patches, defined.long(), shapes))

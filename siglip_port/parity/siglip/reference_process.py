@@ -7,6 +7,7 @@ the messages.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import pickle
 import subprocess
@@ -16,14 +17,19 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, Protocol, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from siglip_port.parity import transport
 from siglip_port.parity.sides import ReferenceHost
 from siglip_port.parity.siglip import reference
 from siglip_port.parity.siglip.reference import ReferenceHandle
+
+if TYPE_CHECKING:  # this module is imported in the process of the reference, too
+    from siglip_port.config import SigLipVisionConfig
+    from siglip_port.image_processing import Backend
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -270,7 +276,7 @@ class ReferenceProcess:
     def _receive(self) -> object:
         assert self._process.stdout is not None
         try:
-            result, error = transport.receive(self._process.stdout)
+            result, error = transport.receive(cast(BinaryIO, self._process.stdout))
         except EOFError:
             raise self._ended() from None
         if error is not None:
@@ -298,6 +304,31 @@ class RemoteReference(ReferenceHandle):
     def side(self) -> ReferenceHost:
         """Return the place of the reference."""
         return self.host
+
+
+def load_processors(
+    references: References,
+    config: SigLipVisionConfig,
+    source: str | Path | None = None,
+    **options: Any,  # noqa: ANN401 (those of `reference.image_processors`)
+) -> dict[Backend, Callable[[object], dict[str, Tensor]]]:
+    """Load the reference's image processors; they are functions of this process.
+
+    Args:
+        references: Place of the processors.
+        config: Configuration of the model, for its image size.
+        source: Checkpoint; None for the defaults.
+        options: Options of `reference.image_processors`.
+
+    Returns:
+        Functions image -> batch of one by name, by backend.
+    """
+    fields = reference.fields_of(config)
+    host = references.create(reference.image_processors, fields, source, **options)
+    processors: dict[Backend, Callable[[object], dict[str, Tensor]]] = {}
+    for backend in host.compute(reference.backends_of):
+        processors[backend] = functools.partial(host.compute, reference.process_with, backend)
+    return processors
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 import types
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,10 +23,27 @@ PACKAGE = Path(__file__).parents[2]
 """Folder of `siglip_port`."""
 
 
+HARNESS = ("parity", "text")
+"""Modules of the package that this process may import."""
+
+
 def is_harness(module_name: str) -> bool:
-    """Return whether this process may import a module to unpickle an object: not the port."""
-    is_port = module_name.partition(".")[0] == PACKAGE.name
-    return not is_port or module_name.startswith(f"{PACKAGE.name}.parity.")
+    """Return whether this process may import a module: all but those of the port."""
+    package, _, path = module_name.partition(".")
+    return package != PACKAGE.name or path.partition(".")[0] in HARNESS
+
+
+class PortGuard(MetaPathFinder):
+    """Import hook that refuses modules of the port."""
+
+    def find_spec(
+        self, fullname: str, path: object = None, target: types.ModuleType | None = None
+    ) -> None:
+        """Raise ImportError for a module of the port; called for every import."""
+        if not is_harness(fullname):
+            raise ImportError(
+                f"{fullname} is code of the port, which the reference's process does not import"
+            )
 
 
 def is_portable(module_name: str) -> bool:
@@ -51,6 +69,7 @@ def extend_path(entries: list[str]) -> None:
     package = types.ModuleType(PACKAGE.name)
     package.__path__ = [str(PACKAGE)]
     sys.modules[PACKAGE.name] = package
+    sys.meta_path.insert(0, PortGuard())
 
 
 def read_requests(stream: BinaryIO, requests: queue.Queue[Any]) -> None:

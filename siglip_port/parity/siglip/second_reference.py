@@ -46,7 +46,11 @@ TIMEOUT = 600.0
 LOG_LINES = 6
 """Lines of output that are shown of a script that failed."""
 
-BOUND = f"relative error {bounds.FLOAT64_BOUND:g} in float64, {bounds.UPCAST_BOUND:g} if it has float32 steps"
+BOUND = (
+    f"relative error {bounds.FLOAT64_BOUND:g} in float64, {bounds.UPCAST_BOUND:g} if it has "
+    "float32 steps"
+)
+"""Bound of the gate."""
 
 Pair = tuple[str, str]
 
@@ -116,7 +120,7 @@ def triangulate(name: str, case: Case, port: SigLipVisionModel) -> Triangulation
         folder = Path(scratch)
         write_inputs(folder, case)
         run_script(name, [*command, package, scratch], folder / "log.txt")
-        with SecondReference.open(package, folder, str(pixels_of(case).device)) as second:
+        with SecondReference.open(package, folder, str(case.inputs.device)) as second:
             return judge(second, case, port)
 
 
@@ -177,16 +181,10 @@ def write_inputs(folder: Path, case: Case) -> None:
     tensors = case.reference.compute(reference.rounded_tensors_of, run.dtype)
     weights = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    pixel_values = pixels_of(case).to(run.dtype).cpu().contiguous()
+    pixel_values = case.inputs.to(run.dtype).cpu().contiguous()
     save_file({"pixel_values": pixel_values}, folder / "inputs.safetensors")
     write_json(folder / "config.json", case.reference.hf_config())
     write_json(folder / "points.json", list(run.exact.taps))
-
-
-def pixels_of(case: Case) -> Tensor:
-    """Return the images of a case."""
-    assert isinstance(case.inputs, Tensor)
-    return case.inputs
 
 
 def write_json(path: Path, content: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,14 +20,14 @@ from siglip_port.config import SigLipVisionConfig
 from siglip_port.extras import MissingExtraError
 from siglip_port.hub import HubOptions, HubRepository, find_source, unreachable_reason
 from siglip_port.hub.subfolder import Subfolder
-from siglip_port.image_processing import Backend, ImageProcessor
+from siglip_port.image_processing import ImageProcessor
 from siglip_port.model import SigLipVisionModel
 from siglip_port.parity.results import Comparison, GateResult, Section
 from siglip_port.parity.siglip import cases, pixels, reference
 from siglip_port.parity.siglip.cases import Case
-from siglip_port.parity.siglip.entrances import models
-from siglip_port.parity.siglip.entrances.table import check_entrances
-from siglip_port.parity.siglip.reference_process import References
+from siglip_port.parity.siglip.entrances.table import check_entrance_models
+from siglip_port.parity.siglip.reference_process import References, load_processors
+from siglip_port.parity.siglip.small_pixels import check_small_pixels
 from siglip_port.parity.siglip.verify_options import DEFAULT_CHECKPOINT, VerifyOptions
 from siglip_port.threads import torch_threads
 
@@ -164,7 +163,9 @@ def checkpoint_case(
         **port.place,
     )
     # NaFlex models get whole images; the gate `pixels` covers their preprocessing.
-    processors = reference_processors(replace(config, naflex=False), port, references)
+    processors = load_processors(
+        references, replace(config, naflex=False), port.source, **port.place
+    )
     inputs = with_noise(processors["pil"](image)["pixel_values"])
     return Case(
         name="checkpoint",
@@ -214,28 +215,22 @@ def with_noise(pixel_values: Tensor) -> Tensor:
     return torch.cat([pixel_values, noise])
 
 
-def reference_processors(
-    config: SigLipVisionConfig, port: LoadedPort, references: References
-) -> dict[Backend, Callable[[object], dict[str, Tensor]]]:
-    """Return the image processors of the reference, by backend, as functions of this process."""
-    fields = reference.fields_of(config)
-    host = references.create(reference.image_processors, fields, port.source, **port.place)
-    processors = {}
-    for backend in host.compute(reference.backends_of):
-        processors[backend] = functools.partial(host.compute, reference.process_with, backend)
-    return processors
-
-
 def compare_pixels(port: LoadedPort, image: Image.Image, references: References) -> GateResult:
     """Compare the image processors of port and reference, configured by the checkpoint."""
     model = port.model
-    expected = reference_processors(model.config, port, references)
+    expected = load_processors(references, model.config, port.source, **port.place)
     processors = {
         backend: ImageProcessor.from_config(model.preprocessor_config, backend)
         for backend in expected
     }
     embed = None if model.pooling_head is None else model.embed
     return pixels.check_pixels(processors, expected, image, embed)
+
+
+def compare_small_pixels(naflex: bool, references: References) -> Section:
+    """Compare image processors with default settings, of fixed-size or of NaFlex models."""
+    name = "NaFlex preprocessing" if naflex else "preprocessing"
+    return Section(name, "no weights", (check_small_pixels(naflex, references=references),))
 
 
 def run_gates(
@@ -263,6 +258,7 @@ def run_gates(
     if options.optimized:
         results += track(engine_gates(case, port.model), "optimized")
     sections = [Section(case.name, case.weights, tuple(results))]
+    sections += [compare_small_pixels(naflex, references) for naflex in (False, True)]
     # Free the runs in the other dtypes.
     case.reference_runs = {case.dtypes[0]: case.reference_run(case.dtypes[0])}
     small_cases = cases.small_cases(
@@ -275,16 +271,9 @@ def run_gates(
     for small_case in small_cases:
         with torch_threads(1), small_case as small:
             sections += run_small_model(options, small, track)
-    sections += check_entrance_models(references)
+    with torch_threads(1):
+        sections += check_entrance_models(references)
     return Comparison(tuple(sections), case.weights.split(",")[0])
-
-
-def check_entrance_models(references: References) -> Iterator[Section]:
-    """Check every entrance of the port on small models: see `siglip_port.parity.siglip.entrances`."""
-    for name, config in models.MODELS.items():
-        with torch_threads(1), models.expectations(config, references) as expected:
-            weights = f"{models.RECIPE}, seed {models.SEED}"
-            yield Section(name, weights, (check_entrances(expected),))
 
 
 def run_small_model(options: VerifyOptions, regimes: list[Case], track: Track) -> list[Section]:

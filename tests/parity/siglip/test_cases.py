@@ -57,7 +57,7 @@ def test_reference_runs_once(case: Case) -> None:
 
 
 def test_tensors_by_reference_name(case: Case, port: SigLipVisionModel) -> None:
-    expected = case.reference.model.state_dict()
+    expected = case.reference.state_dict()
     tensors = tensors_by_reference_name(port)
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():

@@ -11,7 +11,7 @@ from torch import nn
 from siglip_port import SigLipVisionConfig, SigLipVisionModel
 from siglip_port.parity.siglip import second_reference, second_reference_script
 from siglip_port.parity.siglip.cases import random_case
-from siglip_port.parity.siglip.reference import VERSION, hf_config
+from siglip_port.parity.siglip.reference import VERSION, Reference, hf_config
 from siglip_port.parity.siglip.taps import siglip_taps
 from tests.helpers.checkpoints import ODD, SMALL
 
@@ -32,6 +32,7 @@ def triangulate(name: str, config: SigLipVisionConfig, broken: str = "") -> tupl
     """Return the table and the verdict; `broken` is the side with a wrong eps."""
     with random_case(config, "N1") as case:
         port = SigLipVisionModel.from_hf(case.source)
+        assert isinstance(case.reference, Reference)
         norms = {
             "port": port.transformer.encoder.encoder_blocks[1].layer_norm2,
             "reference": case.reference.model.encoder.layers[1].layer_norm2,
@@ -40,7 +41,7 @@ def triangulate(name: str, config: SigLipVisionConfig, broken: str = "") -> tupl
             norm = norms[broken]
             assert isinstance(norm, nn.LayerNorm)
             norm.eps = 1e-3
-        *table, sentence = second_reference.triangulate(name, case, port).splitlines()
+        *table, sentence = second_reference.triangulate(name, case, port).text.splitlines()
     print("", *table, sentence, sep="\n")
     return table, sentence
 

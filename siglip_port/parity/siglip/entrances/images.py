@@ -15,7 +15,7 @@ from siglip_port.parity import bounds
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.results import Finding
 from siglip_port.parity.siglip import reference_features
-from siglip_port.parity.siglip.entrances.subject import Subject
+from siglip_port.parity.siglip.entrances.subject import Subject, compare_bits
 from siglip_port.parity.siglip.pixels import (
     compare_pixels,
     levels_per_unit,
@@ -25,6 +25,9 @@ from siglip_port.parity.siglip.pixels import (
 
 SHORT = 5
 """Number of images for small batch sizes."""
+
+MOST_PATCHES = 10
+"""Patches of the largest of `images_to_cut`."""
 
 
 def check_image_processor(subject: Subject) -> Iterator[Finding]:
@@ -116,30 +119,43 @@ def compare_rows(
         yield Finding(f"{what}: embedding of {name!r}{count} differs in float64", error=error)
 
 
-def check_patches(subject: Subject) -> Iterator[Finding]:
-    """Compare `patchify` and `pack` with the reference's cutting and padding."""
-    host = subject.expected.host
+def check_patchify(subject: Subject) -> Iterator[Finding]:
+    """Compare the patches of an image, and of a batch, with the reference's."""
     patch = subject.port.config.patch_size
+    for image in images_to_cut(patch):
+        length = (image.shape[1] // patch) * (image.shape[2] // patch)
+        expected = subject.expected.host.compute(
+            reference_features.pack_images, [image], patch, length
+        )["pixel_values"]
+        size = f"{image.shape[1]} x {image.shape[2]} pixels"
+        yield from compare_bits(
+            f"an image of {size}",
+            {"patches": patches.patchify(image, patch)},
+            {"patches": expected[0]},
+        )
+        batch = patches.patchify(image[None], patch)
+        yield from compare_bits(f"a batch of {size}", {"patches": batch}, {"patches": expected})
+
+
+def check_pack(subject: Subject) -> Iterator[Finding]:
+    """Compare packed images of several shapes, with the least padding and with more."""
+    patch = subject.port.config.patch_size
+    images = images_to_cut(patch)
+    for num_patches, length in ((None, MOST_PATCHES), (MOST_PATCHES + 3, MOST_PATCHES + 3)):
+        expected = subject.expected.host.compute(
+            reference_features.pack_images, images, patch, length
+        )
+        packed = cast("Mapping[str, Tensor]", patches.pack(images, patch, num_patches))
+        message = compare_pixels(packed, expected)
+        if message:
+            yield Finding(f"num_patches={num_patches}: {message}")
+
+
+def images_to_cut(patch: int) -> list[Tensor]:
+    """Return images of several shapes, [C, H, W], that are no multiples of the patch."""
     generator = torch.Generator().manual_seed(0)
     images = []
     for rows, columns in ((2, 5), (5, 2), (3, 3)):
         shape = (3, rows * patch + 1, columns * patch + patch - 1)
         images.append(torch.rand(shape, generator=generator))
-    for count in (10, 13):
-        expected = subject.expected.host.compute(
-            reference_features.pack_images, images, patch, count
-        )
-        padded = None if count == 10 else count
-        packed = cast("Mapping[str, Tensor]", patches.pack(images, patch, padded))
-        message = compare_pixels(packed, expected)
-        if message:
-            yield Finding(f"pack, num_patches={padded}: {message}")
-    for number, image in enumerate(images):
-        length = int(expected["spatial_shapes"][number].prod())
-        cut = expected["pixel_values"][number, :length]
-        for name, value, exact in (
-            ("an image", patches.patchify(image, patch), cut),
-            ("a batch", patches.patchify(image[None], patch), cut[None]),
-        ):
-            if value.shape != exact.shape or not torch.equal(value, exact):
-                yield Finding(f"patchify of {name}: other values than convert_image_to_patches")
+    return images

@@ -64,6 +64,7 @@ MODELS = {"entrances": FIXED, "entrances, NaFlex": NAFLEX}
 
 SEED = 1234
 RECIPE = "N1"
+WEIGHTS = f"{RECIPE}, seed {SEED}"
 
 
 @contextlib.contextmanager

@@ -13,10 +13,20 @@ import torch
 
 from siglip_port.model import SigLipVisionModel
 from siglip_port.parity.gates import MEANING
-from siglip_port.parity.results import Finding, GateResult
+from siglip_port.parity.results import Finding, GateResult, Section
 from siglip_port.parity.sides import cast
-from siglip_port.parity.siglip.entrances import features, images, optimized, saving
+from siglip_port.parity.siglip.entrances import (
+    features,
+    images,
+    loading,
+    models,
+    optimized,
+    saving,
+    settings,
+    training,
+)
 from siglip_port.parity.siglip.entrances.subject import Expected, Subject
+from siglip_port.parity.siglip.reference_process import References
 
 Check = Callable[[Subject], Iterator[Finding]]
 """Function that yields a finding per difference; those without a location get the entrance's."""
@@ -44,9 +54,9 @@ class Entrance:
 
 RUN = "forward"  # what most entrances need
 ENTRANCES = (
-    Entrance("forward", "last_hidden_state", features.check_forward, in_float64=True),
-    Entrance("pool", "pooler_output", features.check_pool, in_float64=True, needs=(RUN,)),
-    Entrance("embed", "pooler_output", features.check_embed, in_float64=True, needs=(RUN, "pool")),
+    Entrance("forward", "tokens", features.check_forward, in_float64=True),
+    Entrance("pool", "pooled", features.check_pool, in_float64=True, needs=(RUN,)),
+    Entrance("embed", "pooled", features.check_embed, in_float64=True, needs=(RUN, "pool")),
     Entrance(
         "hidden_states",
         "hidden_states",
@@ -64,35 +74,47 @@ ENTRANCES = (
         in_float64=True,
         needs=(RUN,),
     ),
-    Entrance("pack, patchify", "convert_image_to_patches", images.check_patches),
+    Entrance("patchify", "convert_image_to_patches", images.check_patchify),
+    Entrance("pack", "convert_image_to_patches", images.check_pack, needs=("patchify",)),
     Entrance("ImageProcessor", "image_processor", images.check_image_processor),
     Entrance(
         "embed_images",
-        "pooler_output",
+        "pooled",
         images.check_embed_images,
         in_float64=True,
         needs=(RUN, "embed", "ImageProcessor"),
     ),
-    Entrance("config.to_hf", "config", saving.check_config_to_hf),
-    Entrance("SigLipVisionConfig.from_hf", "config", saving.check_config_from_hf),
-    Entrance("from_hf", "from_pretrained", saving.check_from_hf),
-    Entrance("from_hf(device=...)", "from_pretrained", saving.check_device),
-    Entrance("from_hf(dtype=...)", "from_pretrained", saving.check_dtype),
-    Entrance("from_hf(pooling_head=False)", "from_pretrained", saving.check_headless, needs=(RUN,)),
-    Entrance("to(dtype)", "to", saving.check_cast),
+    Entrance("to_hf", "config", settings.check_config_to_hf),
+    Entrance("config.from_hf", "config", settings.check_config_from_hf),
+    Entrance("from_hf", "from_pretrained", loading.check_from_hf),
+    Entrance("from_hf(device=...)", "from_pretrained", loading.check_device),
+    Entrance("from_hf(dtype=...)", "from_pretrained", loading.check_dtype),
+    Entrance(
+        "from_hf(pooling_head=False)", "from_pretrained", loading.check_headless, needs=(RUN,)
+    ),
+    Entrance("to(dtype)", "to", loading.check_cast),
     Entrance("save_hf", "save_pretrained", saving.check_save_hf, needs=(RUN, "ImageProcessor")),
     Entrance("save_timm", "save_pretrained", saving.check_save_timm, needs=(RUN,)),
-    Entrance("copy, pickle, state_dict", "state_dict", saving.check_copies, needs=(RUN,)),
+    Entrance("deepcopy", "deepcopy", saving.check_deepcopy, needs=(RUN,)),
+    Entrance("pickle", "pickle", saving.check_pickle, needs=(RUN,)),
+    Entrance("load_state_dict", "load_state_dict", saving.check_state_dict, needs=(RUN,)),
     Entrance(
         "gradient_checkpointing_enable",
         "gradient_checkpointing_enable",
-        saving.check_checkpointing,
+        training.check_checkpointing,
         needs=(RUN,),
     ),
-    Entrance("get_input_embeddings", "get_input_embeddings", saving.check_input_embeddings),
-    Entrance("optimize", "pooler_output", optimized.check_optimize, needs=(RUN, "embed")),
+    Entrance("get_input_embeddings", "get_input_embeddings", training.check_input_embeddings),
+    Entrance("optimize", "pooled", optimized.check_optimize, needs=(RUN, "embed")),
 )
 """All entrances, in an order in which each follows those that it needs."""
+
+
+def check_entrance_models(references: References) -> Iterator[Section]:
+    """Check every entrance on each of `models.MODELS`; yield a section per model."""
+    for name, config in models.MODELS.items():
+        with models.expectations(config, references) as expected:
+            yield Section(name, models.WEIGHTS, (check_entrances(expected),))
 
 
 def check_entrances(
