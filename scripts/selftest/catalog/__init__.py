@@ -9,6 +9,7 @@ from __future__ import annotations
 from scripts.selftest.catalog.activation import ACTIVATION
 from scripts.selftest.catalog.attention import ATTENTION
 from scripts.selftest.catalog.biases import BIASES
+from scripts.selftest.catalog.entrances import ENTRANCES
 from scripts.selftest.catalog.equivalent import EQUIVALENT
 from scripts.selftest.catalog.harness import HARNESS
 from scripts.selftest.catalog.images import IMAGES
@@ -43,5 +44,6 @@ MUTANTS: list[Mutant] = [
     *NAFLEX,
     *RESIZED,
     *IMAGES,
+    *ENTRANCES,
 ]
 """All mutants of the port; those of the harness are in `harness`."""
