@@ -41,8 +41,8 @@ class Mutant:
         patch: Breaks the code before the model is built and loaded.
         edit: Breaks the loaded model.
         subject: `port` for images of the checkpoint's size, `naflex` for packed patches, `resized`
-            for images of another size, `images` for preprocessing, `entrances` for other methods than
-            `forward`, whose names are then the locations.
+            for images of another size, `images` for preprocessing, `entrances` for methods other
+            than `forward`, whose names are then the locations.
         is_equivalent: Whether no gate may detect it.
     """
 

@@ -5,22 +5,26 @@ The locations of these mutants are names of `siglip_port.parity.siglip.entrances
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from scripts.selftest.catalog.edits import POSITIONS
 from scripts.selftest.mutant import Mutant, Patch, combine, replace, wrap
 from siglip_port import features, image_processing, image_reading, patches
 from siglip_port.checkpoint import hf_config, pretrained, reader, writer
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.image_processing import ImageProcessor
-from siglip_port.model import SigLipEncoder, SigLipVisionModel
+from siglip_port.model import MultiheadAttention, SigLipEncoder, SigLipVisionModel
 from siglip_port.optimize import engines
 from siglip_port.optimize.onednn import PrepackedLinear
 
@@ -40,6 +44,15 @@ def change_result(owner: object, name: str, function: Callable[..., object]) -> 
     return wrap(
         owner, name, lambda original, *args, **options: function(original(*args, **options))
     )
+
+
+def add(owner: object, name: str, value: object) -> Patch:
+    """Add an attribute to a class."""
+
+    def patch(stack: contextlib.ExitStack) -> None:
+        stack.enter_context(mock.patch.object(owner, name, value, create=True))
+
+    return patch
 
 
 # --- features -------------------------------------------------------------------------------------
@@ -76,10 +89,10 @@ def transpose_maps(
 
 def weights_without_scale(
     original: object,
-    attention: Any,
+    attention: MultiheadAttention,
     query: Tensor,
     tokens: Tensor,
-    mask: Tensor | None,  # noqa: ANN401
+    mask: Tensor | None,
 ) -> Tensor:
     """Attention weights without 1/sqrt(head_dim)."""
     q = attention.split_heads(attention.q_proj(query))
@@ -344,6 +357,48 @@ def keep_norms_in_float32(
     return port
 
 
+def share_parameters(port: SigLipVisionModel, memo: dict[int, object]) -> SigLipVisionModel:
+    """Copy the modules of a model, but not its parameters."""
+    memo.update({id(parameter): parameter for parameter in port.parameters()})
+    shared = port.__class__.__new__(port.__class__)
+    shared.__dict__.update(copy.deepcopy(vars(port), memo))
+    return shared
+
+
+def forget_preprocessing(port: SigLipVisionModel) -> dict[str, Any]:
+    """Return the state to copy and pickle without the preprocessing."""
+    return {**vars(port), "_preprocessing": None}
+
+
+def keep_positions(
+    load_state_dict: Callable[..., object],
+    port: SigLipVisionModel,
+    state_dict: Mapping[str, Tensor],
+    *args: object,
+    **options: object,
+) -> object:
+    """Load a state dict without its position embedding, unless it is assigned."""
+    if not options.get("assign"):
+        state_dict = {**state_dict, POSITIONS: port.state_dict()[POSITIONS]}
+    return load_state_dict(port, state_dict, *args, **options)
+
+
+def round_on_device(load_model: Callable[..., Any], *args: object, **options: object) -> object:
+    """Round weights to bfloat16 if a device is passed."""
+    loaded = load_model(*args, **options)
+    return loaded.bfloat16().float() if options.get("device") else loaded
+
+
+def ignore_default_mask(
+    attention_mask: Callable[..., Tensor | None],
+    tokens: Tensor,
+    mask: Tensor | None,
+    shapes: object,
+) -> Tensor | None:
+    """Attend to padding if no mask is passed."""
+    return None if mask is None else attention_mask(tokens, mask, shapes)
+
+
 def run_twice(
     run_block: Callable[..., Tensor],
     encoder: SigLipEncoder,
@@ -380,6 +435,12 @@ def fuse_other_gelu(fuse_gelu: Callable[[nn.Module], None], port: nn.Module) -> 
 
 
 FEATURES = [
+    entrance(
+        "forward_default_mask",
+        "padding attended to if no mask is passed",
+        "forward",
+        wrap(patches, "attention_mask", ignore_default_mask),
+    ),
     entrance(
         "pool_mean_of_padding",
         "mean pooling includes padding",
@@ -593,6 +654,12 @@ FILES = [
         cast_through(torch.bfloat16),
     ),
     entrance(
+        "loaded_on_device",
+        "weights rounded to bfloat16 if device= is passed",
+        "from_hf from_hf(device=...)",
+        wrap(pretrained, "load_model", round_on_device),
+    ),
+    entrance(
         "loaded_training",
         "loaded in training mode",
         "from_hf",
@@ -607,6 +674,24 @@ FILES = [
 ]
 
 COPIES = [
+    entrance(
+        "copied_parameters_shared",
+        "a copy shares the parameters",
+        "deepcopy to(dtype) gradient_checkpointing_enable",
+        add(SigLipVisionModel, "__deepcopy__", share_parameters),
+    ),
+    entrance(
+        "copied_preprocessing_lost",
+        "preprocessing lost when copying and pickling",
+        "deepcopy pickle",
+        add(SigLipVisionModel, "__getstate__", forget_preprocessing),
+    ),
+    entrance(
+        "state_dict_positions_kept",
+        "load_state_dict ignores the position embedding",
+        "load_state_dict pool",
+        wrap(SigLipVisionModel, "load_state_dict", keep_positions),
+    ),
     entrance(
         "cast_norms",
         "LayerNorms stay in float32",

@@ -192,7 +192,8 @@ def weights_of(q: Tensor, k: Tensor, heads: int, mask: Tensor | None) -> Tensor:
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(mask[:, None, None] == 0, -torch.inf)
-    return scores.softmax(dim=-1)
+    weights: Tensor = scores.softmax(dim=-1)
+    return weights
 
 
 def pool_pixels(side: Side, batches: Sequence[BatchInputs]) -> Tensor:

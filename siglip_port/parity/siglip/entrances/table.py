@@ -152,7 +152,7 @@ def result(checked: int, findings: list[Finding]) -> GateResult:
 
 
 def check_entrance(entrance: Entrance, subject: Subject) -> list[Finding]:
-    """Check one entrance; return findings at its location."""
+    """Check one entrance; return its first difference, which counts the others."""
     context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if entrance.in_float64:
         context = cast(subject.port, torch.float64)
@@ -160,12 +160,18 @@ def check_entrance(entrance: Entrance, subject: Subject) -> list[Finding]:
     try:
         with context, torch.no_grad():
             for finding in entrance.check(subject):
-                if not finding.reference:
-                    finding = replace(finding, reference=entrance.reference, port=entrance.name)
                 findings.append(finding)
     except Exception as error:  # any error of the port: it raises where it should not
         findings.append(raised(error, entrance.name, entrance.reference))
-    return findings
+    if not findings:
+        return []
+    first = findings[0]
+    if not first.reference:
+        first = replace(first, reference=entrance.reference, port=entrance.name)
+    if len(findings) > 1:
+        others = f"{first.message}; {len(findings) - 1} more checks of it fail"
+        first = replace(first, message=others)
+    return [first]
 
 
 def raised(error: Exception, port: str, reference: str) -> Finding:

@@ -24,7 +24,10 @@ def check_checkpointing(subject: Subject) -> Iterator[Finding]:
     """Recompute blocks in the backward pass: the same outputs and gradients."""
     batch = subject.expected.batches[0]
     model = copy.deepcopy(subject.port).double().train()
-    plain = gradients(model, batch)
+    try:
+        plain = gradients(model, batch)
+    except RuntimeError:  # a port that works in place: the gate `gradients` reports it
+        return
     for kwargs in (None, {"use_reentrant": False}, {"use_reentrant": True}):
         model.gradient_checkpointing_enable(kwargs)
         what = f"gradient_checkpointing_kwargs={kwargs}"
