@@ -677,7 +677,7 @@ COPIES = [
     entrance(
         "copied_parameters_shared",
         "a copy shares the parameters",
-        "deepcopy to(dtype) gradient_checkpointing_enable",
+        "deepcopy",
         add(SigLipVisionModel, "__deepcopy__", share_parameters),
     ),
     entrance(

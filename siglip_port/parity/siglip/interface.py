@@ -32,7 +32,8 @@ def check_interface(port: SigLipVisionModel, pixel_values: Tensor) -> GateResult
     with torch.inference_mode():
         tokens = port(pixel_values)
         findings = check_token_shape(port, pixel_values, tokens)
-        findings += check_last_state(port, pixel_values, tokens)
+        if not findings:
+            findings += check_last_state(port, pixel_values, tokens)
         if port.pooling_head is not None:
             checked += 2
             findings += check_embed(port, pixel_values, tokens)
@@ -109,7 +110,7 @@ def check_packed_patches(port: SigLipVisionModel, pixel_values: Tensor) -> Itera
                 values: Tensor = port(**packed)
                 return values[number, :count]
 
-            what = f"packed patches of an image of {list(image.shape[1:])} pixels"
-            for finding in compare(what, tokens, inputs, expected):
+            label = f"packed patches of an image of {list(image.shape[1:])} pixels"
+            for finding in compare(label, tokens, inputs, expected):
                 yield Finding(finding.message, "tokens", "forward", finding.error)
                 return

@@ -24,30 +24,30 @@ MASK_DTYPES = (torch.bool, torch.int64, torch.int32, torch.float32)
 
 
 def check_forward(subject: Subject) -> Iterator[Finding]:
-    """Compare tokens for every form of the arguments."""
+    """Compare tokens for every variant of the arguments."""
     for batch in subject.expected.batches:
         expected = batch.valid(batch.expected.tokens)
-        for form, inputs in argument_forms(batch):
+        for variant, inputs in argument_forms(batch):
 
             def tokens(inputs: Mapping[str, Any], batch: Batch = batch) -> Tensor:
                 return batch.valid(subject.port(**inputs))
 
-            yield from compare(f"{batch.name}, {form}", tokens, inputs, expected)
+            yield from compare(f"{batch.name}, {variant}", tokens, inputs, expected)
 
 
 def check_embed(subject: Subject) -> Iterator[Finding]:
-    """Compare embeddings for every form of the arguments, with and without `normalize`."""
+    """Compare embeddings for every variant of the arguments, with and without `normalize`."""
     for batch in subject.expected.batches:
         pooled = batch.expected.pooled
         norms = pooled.norm(dim=-1, keepdim=True)
-        for form, inputs in argument_forms(batch):
+        for variant, inputs in argument_forms(batch):
             for normalize, expected in ((False, pooled), (True, pooled / norms)):
 
                 def embed(inputs: Mapping[str, Any], normalize: bool = normalize) -> Tensor:
                     return subject.port.embed(**inputs, normalize=normalize)
 
-                what = f"{batch.name}, {form}, normalize={normalize}"
-                yield from compare(what, embed, inputs, expected)
+                label = f"{batch.name}, {variant}, normalize={normalize}"
+                yield from compare(label, embed, inputs, expected)
 
 
 def argument_forms(batch: Batch) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -84,13 +84,13 @@ def check_pool(subject: Subject) -> Iterator[Finding]:
     averaging = mean_pooling_port(subject.port)
     for batch in subject.expected.batches:
         mean = mean_of(batch)
-        for form, inputs in token_forms(batch):
-            what = f"{batch.name}, {form}"
+        for variant, inputs in token_forms(batch):
+            label = f"{batch.name}, {variant}"
             yield from compare(
-                what, lambda x: subject.port.pool(**x), inputs, batch.expected.pooled
+                label, lambda x: subject.port.pool(**x), inputs, batch.expected.pooled
             )
             yield from compare(
-                f"mean_pooling=True, {what}", lambda x: averaging.pool(**x), inputs, mean
+                f"mean_pooling=True, {label}", lambda x: averaging.pool(**x), inputs, mean
             )
         expected = replace(batch.expected, pooled=mean)
         yield from compare_model("mean_pooling=True", averaging, replace(batch, expected=expected))
@@ -135,8 +135,8 @@ def compare_states(
         return tuple(batch.valid(value) for value in values)
 
     states = batch.expected.normed_states if normed else batch.expected.hidden_states
-    what = f"{batch.name}, layers={layers}, post_layernorm={normed}"
-    names = [f"{what}: layer {layer}" for layer in layers]
+    label = f"{batch.name}, layers={layers}, post_layernorm={normed}"
+    names = [f"{label}: layer {layer}" for layer in layers]
     exact = [batch.valid(states[layer]) for layer in layers]
     yield from compare_all(names, compute, batch.inputs, exact)
 
@@ -152,8 +152,8 @@ def compare_state_maps(
         )
 
     states = batch.expected.normed_states if normed else batch.expected.hidden_states
-    what = f"{batch.name}, layers={layers}, post_layernorm={normed}, as_maps=True"
-    names = [f"{what}: layer {layer}" for layer in layers]
+    label = f"{batch.name}, layers={layers}, post_layernorm={normed}, as_maps=True"
+    names = [f"{label}: layer {layer}" for layer in layers]
     exact = []
     for layer in layers:
         exact.append(states[layer].transpose(1, 2).unflatten(2, batch.grid))
@@ -183,9 +183,9 @@ def compare_attention(subject: Subject, batch: Batch, layers: list[int]) -> Iter
 def check_pooling_attention(subject: Subject) -> Iterator[Finding]:
     """Compare the attention weights of the pooling head, with and without a mask."""
     for batch in subject.expected.batches:
-        for form, inputs in token_forms(batch):
+        for variant, inputs in token_forms(batch):
             yield from compare(
-                f"{batch.name}, {form}",
+                f"{batch.name}, {variant}",
                 lambda x: subject.port.pooling_attention(**x),
                 inputs,
                 batch.expected.pooling_attention,

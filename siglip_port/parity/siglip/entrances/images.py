@@ -75,14 +75,14 @@ class Call:
     """A call of `embed_images`, and its expected result.
 
     Attributes:
-        what: Description.
+        label: Description.
         images: Argument.
         expected: Embeddings, [B, D].
         options: Keyword arguments.
         start: Number of the first image.
     """
 
-    what: str
+    label: str
     images: Any
     expected: Tensor
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -102,14 +102,14 @@ def calls_of_embed_images(subject: Subject) -> Iterator[Call]:
     samples = subject.expected.samples
     for backend, embeddings in subject.expected.embeddings.items():
         for batch_size in (4, len(samples) + 1):
-            what = f"{len(samples)} images, batch_size={batch_size}, backend={backend}"
+            label = f"{len(samples)} images, batch_size={batch_size}, backend={backend}"
             options = {"batch_size": batch_size, "backend": backend}
-            yield Call(what, samples, embeddings, options)
+            yield Call(label, samples, embeddings, options)
     expected = subject.expected.embeddings["pil"]
     few = expected[:SHORT]
     for batch_size in (1, 2, 3):
-        what = f"{SHORT} images, batch_size={batch_size}"
-        yield Call(what, tuple(samples[:SHORT]), few, {"batch_size": batch_size})
+        label = f"{SHORT} images, batch_size={batch_size}"
+        yield Call(label, tuple(samples[:SHORT]), few, {"batch_size": batch_size})
     unit = few / few.norm(dim=-1, keepdim=True)
     yield Call("normalize=True", samples[:SHORT], unit, {"normalize": True})
     yield Call("no images", [], few[:0])
@@ -142,7 +142,7 @@ def compare_embeddings(
     expected = call.expected
     if embeddings.shape != expected.shape:
         shapes = f"shape {list(embeddings.shape)}, expected {list(expected.shape)}"
-        yield Finding(f"{call.what}: {shapes}")
+        yield Finding(f"{call.label}: {shapes}")
         return
     names = [name for name, _ in subject.expected.images[call.start :]]
     differing = []
@@ -153,7 +153,7 @@ def compare_embeddings(
     if differing:
         name, error = differing[0]
         others = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
-        yield Finding(f"{call.what}: embedding of {name!r}{others} differs", error=error)
+        yield Finding(f"{call.label}: embedding of {name!r}{others} differs", error=error)
 
 
 def check_patchify(subject: Subject) -> Iterator[Finding]:

@@ -34,24 +34,24 @@ def check_from_hf(subject: Subject) -> Iterator[Finding]:
         "dtype='auto'": {"dtype": "auto"},
         "device=torch.device('cpu')": {"device": torch.device("cpu")},
     }
-    for what, values in options.items():
+    for label, values in options.items():
         model = SigLipVisionModel.from_pretrained(subject.expected.source, **values)
-        yield from compare_bits(what, model.state_dict(), tensors)
-        yield from check_loaded_state(what, model)
+        yield from compare_bits(label, model.state_dict(), tensors)
+        yield from check_loaded_state(label, model)
         if model.config != default.config:
-            yield Finding(f"{what}: {model.config}, expected {default.config}")
+            yield Finding(f"{label}: {model.config}, expected {default.config}")
     from_file = SigLipVisionModel.from_hf(weights)
     yield from compare_bits("a weights file", from_file.state_dict(), tensors)
 
 
-def check_loaded_state(what: str, model: SigLipVisionModel) -> Iterator[Finding]:
+def check_loaded_state(label: str, model: SigLipVisionModel) -> Iterator[Finding]:
     """Check that a loaded model is in eval mode on the CPU, and can be trained."""
     if model.training:
-        yield Finding(f"{what}: the model is in training mode, expected eval mode")
+        yield Finding(f"{label}: the model is in training mode, expected eval mode")
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu" or not parameter.requires_grad:
             yield Finding(
-                f"{what}: {name} is on {parameter.device} with requires_grad="
+                f"{label}: {name} is on {parameter.device} with requires_grad="
                 f"{parameter.requires_grad}, expected cpu and True"
             )
             return
@@ -75,11 +75,11 @@ def check_dtype(subject: Subject) -> Iterator[Finding]:
     """Load in every dtype: weights are those that transformers loads, cast once."""
     for number, dtype in enumerate(subject.expected.stored):
         argument = dtype if number % 2 else dtype_name(dtype)
-        what = f"dtype={argument!r}"
+        label = f"dtype={argument!r}"
         model = SigLipVisionModel.from_hf(subject.expected.source, dtype=argument)
         expected = subject.expected.stored[dtype].tensors
-        yield from compare_bits(what, tensors_by_reference_name(model), expected)
-        yield from compare_dtypes(what, model, subject.expected.batches[0], dtype)
+        yield from compare_bits(label, tensors_by_reference_name(model), expected)
+        yield from compare_dtypes(label, model, subject.expected.batches[0], dtype)
 
 
 def check_cast(subject: Subject) -> Iterator[Finding]:
@@ -87,16 +87,16 @@ def check_cast(subject: Subject) -> Iterator[Finding]:
     for dtype in subject.expected.stored:
         expected = subject.expected.stored[dtype].tensors
         model = copy.deepcopy(subject.port).to(dtype)
-        what = f"to({dtype})"
-        yield from compare_bits(what, tensors_by_reference_name(model), expected)
-        yield from compare_dtypes(what, model, subject.expected.batches[0], dtype)
+        label = f"to({dtype})"
+        yield from compare_bits(label, tensors_by_reference_name(model), expected)
+        yield from compare_dtypes(label, model, subject.expected.batches[0], dtype)
     halved = copy.deepcopy(subject.port).half()
     if halved.dtype != torch.float16:
         yield Finding(f"half(): {halved.dtype}, expected torch.float16")
 
 
 def compare_dtypes(
-    what: str, model: SigLipVisionModel, batch: Batch, dtype: torch.dtype
+    label: str, model: SigLipVisionModel, batch: Batch, dtype: torch.dtype
 ) -> Iterator[Finding]:
     """Check that the model and its results have a dtype, for inputs of that dtype and others."""
     for input_dtype in {torch.float32, dtype}:
@@ -108,9 +108,9 @@ def compare_dtypes(
             "embed(normalize=True)": model.embed(**inputs, normalize=True).dtype,
             "hidden_states": model.hidden_states(**inputs, layers=[0])[0].dtype,
         }
-        for name, found in results.items():
-            if found != dtype:
-                yield Finding(f"{what}, inputs of {input_dtype}: {name} is {found}")
+        for name, actual in results.items():
+            if actual != dtype:
+                yield Finding(f"{label}, inputs of {input_dtype}: {name} is {actual}")
 
 
 def check_headless(subject: Subject) -> Iterator[Finding]:

@@ -28,11 +28,11 @@ def check_optimize(subject: Subject) -> Iterator[Finding]:
         model = with_engine(subject.port, engine, cache_dir=folder)
         yield from compare_rounding(f"engine {engine}", model, subject)
     model = optimize(subject.port, engines=["prepacked"], cache_dir=folder)
-    what = f"optimize(..., engines=['prepacked']), which chose {model.choice.engine}"
-    yield from compare_rounding(what, model, subject)
+    label = f"optimize(..., engines=['prepacked']), which chose {model.choice.engine}"
+    yield from compare_rounding(label, model, subject)
 
 
-def compare_rounding(what: str, model: SigLipVisionModel, subject: Subject) -> Iterator[Finding]:
+def compare_rounding(label: str, model: SigLipVisionModel, subject: Subject) -> Iterator[Finding]:
     """Compare the rounding of a float32 model with the reference's own, for every batch."""
     host = subject.expected.host
     factor = bounds.WORST_FACTOR
@@ -48,9 +48,9 @@ def compare_rounding(what: str, model: SigLipVisionModel, subject: Subject) -> I
                 value, noise, expected = map(batch.valid, (value, noise, expected))
             if value.shape != expected.shape:
                 shapes = f"shape {list(value.shape)}, expected {list(expected.shape)}"
-                yield Finding(f"{what}, {batch.name}: {name} has {shapes}")
+                yield Finding(f"{label}, {batch.name}: {name} has {shapes}")
                 continue
             error = relative_error(value, expected)
             if not error <= factor * relative_error(noise, expected):
                 message = f"rounding error of {name} in float32 is over {factor:g}x the reference's"
-                yield Finding(f"{what}, {batch.name}: {message}", error=error)
+                yield Finding(f"{label}, {batch.name}: {message}", error=error)

@@ -53,14 +53,14 @@ def check_save_timm(subject: Subject) -> Iterator[Finding]:
 
 
 def compare_configs(
-    what: str, config: Mapping[str, Any], expected: Mapping[str, Any]
+    label: str, config: Mapping[str, Any], expected: Mapping[str, Any]
 ) -> Iterator[Finding]:
     """Compare the fields of two configurations that describe the architecture."""
     ignored = {"_name_or_path", "transformers_version", "architectures", "dtype"}
     for name in sorted((config.keys() | expected.keys()) - ignored):
         value, other = config.get(name), expected.get(name)
         if value != other:
-            yield Finding(f"{what}: {name} is {value!r}, expected {other!r}")
+            yield Finding(f"{label}: {name} is {value!r}, expected {other!r}")
 
 
 def compare_saved_processor(subject: Subject, folder: str) -> Iterator[Finding]:
@@ -75,19 +75,19 @@ def compare_saved_processor(subject: Subject, folder: str) -> Iterator[Finding]:
             yield Finding(f"preprocessor_config.json, read by transformers, {backend}: {message}")
 
 
-def compare_loaded(what: str, model: SigLipVisionModel, subject: Subject) -> Iterator[Finding]:
+def compare_loaded(label: str, model: SigLipVisionModel, subject: Subject) -> Iterator[Finding]:
     """Compare weights, configuration, preprocessing and results of a loaded model."""
     port = subject.port
-    yield from compare_bits(what, model.state_dict(), port.state_dict())
+    yield from compare_bits(label, model.state_dict(), port.state_dict())
     if model.config != port.config:
-        yield Finding(f"{what}: {model.config}, expected {port.config}")
+        yield Finding(f"{label}: {model.config}, expected {port.config}")
     for name in ("resample", "image_mean", "image_std"):
         value = model.preprocessor_config.get(name)
         expected = port.preprocessor_config.get(name)
         if value != expected:
-            yield Finding(f"{what}: {name} of preprocessing is {value!r}, expected {expected!r}")
+            yield Finding(f"{label}: {name} of preprocessing is {value!r}, expected {expected!r}")
     with cast(model, torch.float64):
-        yield from compare_model(what, model, subject.expected.batches[0])
+        yield from compare_model(label, model, subject.expected.batches[0])
 
 
 def pickled(port: SigLipVisionModel) -> SigLipVisionModel:

@@ -116,19 +116,19 @@ Compute = Callable[[Any], Tensor]
 """Function of inputs (a tensor or tensors by name) -> tensor of the port."""
 
 
-def compare(what: str, compute: Compute, inputs: Inputs, exact: Tensor) -> Iterator[Finding]:
+def compare(label: str, compute: Compute, inputs: Inputs, exact: Tensor) -> Iterator[Finding]:
     """Compare a tensor of the port with the exact one, in float64.
 
     A float32 step inside the port is no bug: errors up to `FLOAT32_ROUNDING` are accepted if they
     are rough, which those of a bug are not.
 
     Args:
-        what: Arguments of the call, and the part of its result, for the message.
+        label: Arguments of the call, and the part of its result, for the message.
         compute: Function that calls the port.
         inputs: Inputs of `compute`.
         exact: Expected result.
     """
-    yield from compare_value(what, compute(inputs), exact, compute, inputs)
+    yield from compare_value(label, compute(inputs), exact, compute, inputs)
 
 
 def compare_all(
@@ -152,18 +152,18 @@ def compare_all(
 
 
 def compare_value(
-    what: str, value: Tensor, exact: Tensor, compute: Compute, inputs: Inputs
+    label: str, value: Tensor, exact: Tensor, compute: Compute, inputs: Inputs
 ) -> Iterator[Finding]:
     """Compare `value`, which is `compute(inputs)`, with the exact one: see `compare`."""
     if value.shape != exact.shape:
-        yield Finding(f"{what}: shape {list(value.shape)}, expected {list(exact.shape)}")
+        yield Finding(f"{label}: shape {list(value.shape)}, expected {list(exact.shape)}")
         return
     error = relative_error(value, exact)
     if bounds.within_float64_bound(error):
         return
     if error <= FLOAT32_ROUNDING and is_rough(compute, inputs, value):
         return
-    yield Finding(f"{what}: differs in float64, bound {bounds.FLOAT64_BOUND:g}", error=error)
+    yield Finding(f"{label}: differs in float64, bound {bounds.FLOAT64_BOUND:g}", error=error)
 
 
 def is_rough(compute: Compute, inputs: Inputs, value: Tensor) -> bool:
@@ -177,7 +177,7 @@ def is_rough(compute: Compute, inputs: Inputs, value: Tensor) -> bool:
     return float(second_difference.norm() / value.double().norm()) > bounds.FLOAT64_BOUND
 
 
-def compare_model(what: str, model: SigLipVisionModel, batch: Batch) -> Iterator[Finding]:
+def compare_model(label: str, model: SigLipVisionModel, batch: Batch) -> Iterator[Finding]:
     """Compare tokens and embeddings of a model in float64 with the reference's."""
 
     def tokens(inputs: Mapping[str, Any]) -> Tensor:
@@ -186,30 +186,30 @@ def compare_model(what: str, model: SigLipVisionModel, batch: Batch) -> Iterator
     def pooled(inputs: Mapping[str, Any]) -> Tensor:
         return model.embed(**inputs)
 
-    yield from compare(f"{what}: tokens", tokens, batch.inputs, batch.valid(batch.expected.tokens))
+    yield from compare(f"{label}: tokens", tokens, batch.inputs, batch.valid(batch.expected.tokens))
     if model.config.has_pooled_output:
-        yield from compare(f"{what}: embeddings", pooled, batch.inputs, batch.expected.pooled)
+        yield from compare(f"{label}: embeddings", pooled, batch.inputs, batch.expected.pooled)
 
 
 def compare_bits(
-    what: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    label: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> Iterator[Finding]:
     """Compare tensors by name, bit for bit; yield the first difference."""
     names = tensors.keys() ^ expected.keys()
     if names:
         name = min(names)
         side = "only in the port" if name in tensors else "missing"
-        yield Finding(f"{what}: {name} is {side}")
+        yield Finding(f"{label}: {name} is {side}")
         return
     for name, tensor in tensors.items():
         other = expected[name]
         if tensor.dtype != other.dtype or tensor.shape != other.shape:
             yield Finding(
-                f"{what}: {name} is {tensor.dtype} {list(tensor.shape)}, expected {other.dtype} "
+                f"{label}: {name} is {tensor.dtype} {list(tensor.shape)}, expected {other.dtype} "
                 f"{list(other.shape)}"
             )
             return
         if not torch.equal(tensor, other):
             error = relative_error(tensor, other)
-            yield Finding(f"{what}: {name} differs bit for bit", error=error)
+            yield Finding(f"{label}: {name} differs bit for bit", error=error)
             return

@@ -52,11 +52,11 @@ class Entrance:
     needs: tuple[str, ...] = ()
 
 
-RUN = "forward"  # what most entrances need
+RUN = "forward"  # label most entrances need
 ENTRANCES = (
     Entrance("forward", "tokens", features.check_forward, in_float64=True),
     Entrance("pool", "pooled", features.check_pool, in_float64=True, needs=(RUN,)),
-    Entrance("embed", "pooled", features.check_embed, in_float64=True, needs=(RUN, "pool")),
+    Entrance("embed", "pooled", features.check_embed, in_float64=True, needs=("pool",)),
     Entrance(
         "hidden_states",
         "hidden_states",
@@ -82,7 +82,7 @@ ENTRANCES = (
         "pooled",
         images.check_embed_images,
         in_float64=True,
-        needs=(RUN, "embed", "ImageProcessor"),
+        needs=("embed", "ImageProcessor"),
     ),
     Entrance("to_hf", "config", settings.check_config_to_hf),
     Entrance("config.from_hf", "config", settings.check_config_from_hf),
@@ -92,20 +92,20 @@ ENTRANCES = (
     Entrance(
         "from_hf(pooling_head=False)", "from_pretrained", loading.check_headless, needs=(RUN,)
     ),
-    Entrance("to(dtype)", "to", loading.check_cast),
-    Entrance("save_hf", "save_pretrained", saving.check_save_hf, needs=(RUN, "ImageProcessor")),
-    Entrance("save_timm", "save_pretrained", saving.check_save_timm, needs=(RUN,)),
-    Entrance("deepcopy", "deepcopy", saving.check_deepcopy, needs=(RUN,)),
-    Entrance("pickle", "pickle", saving.check_pickle, needs=(RUN,)),
-    Entrance("load_state_dict", "load_state_dict", saving.check_state_dict, needs=(RUN,)),
+    Entrance("deepcopy", "deepcopy", saving.check_deepcopy, needs=("embed",)),
+    Entrance("to(dtype)", "to", loading.check_cast, needs=("deepcopy",)),
+    Entrance("save_hf", "save_pretrained", saving.check_save_hf, needs=("embed", "ImageProcessor")),
+    Entrance("save_timm", "save_pretrained", saving.check_save_timm, needs=("embed",)),
+    Entrance("pickle", "pickle", saving.check_pickle, needs=("embed",)),
+    Entrance("load_state_dict", "load_state_dict", saving.check_state_dict, needs=("embed",)),
     Entrance(
         "gradient_checkpointing_enable",
         "gradient_checkpointing_enable",
         training.check_checkpointing,
-        needs=(RUN,),
+        needs=("deepcopy",),
     ),
     Entrance("get_input_embeddings", "get_input_embeddings", training.check_input_embeddings),
-    Entrance("optimize", "pooled", optimized.check_optimize, needs=(RUN, "embed")),
+    Entrance("optimize", "pooled", optimized.check_optimize, needs=("embed",)),
 )
 """All entrances, in an order in which each follows those that it needs."""
 
@@ -137,6 +137,7 @@ def check_entrances(
         subject = Subject(port, expected, Path(scratch))
         for entrance in ENTRANCES:
             if not differing.isdisjoint(entrance.needs):
+                differing.add(entrance.name)  # not checked, nor is what needs it
                 continue
             checked += 1
             differences = check_entrance(entrance, subject)

@@ -30,19 +30,19 @@ def check_checkpointing(subject: Subject) -> Iterator[Finding]:
         return
     for kwargs in (None, {"use_reentrant": False}, {"use_reentrant": True}):
         model.gradient_checkpointing_enable(kwargs)
-        what = f"gradient_checkpointing_kwargs={kwargs}"
+        label = f"gradient_checkpointing_kwargs={kwargs}"
         if not model.is_gradient_checkpointing:
-            yield Finding(f"{what}: is_gradient_checkpointing is False, expected True")
+            yield Finding(f"{label}: is_gradient_checkpointing is False, expected True")
         recomputed = gradients(model, batch)
         if recomputed.keys() != plain.keys():
-            yield Finding(f"{what}: {len(recomputed)} gradients, expected {len(plain)}")
+            yield Finding(f"{label}: {len(recomputed)} gradients, expected {len(plain)}")
             continue
         for name, gradient in recomputed.items():
-            findings = [*compare(f"{what}: gradient of {name}", unchanged, gradient, plain[name])]
+            findings = [*compare(f"{label}: gradient of {name}", unchanged, gradient, plain[name])]
             yield from findings
             if findings:
                 break
-        yield from compare_model(what, model, batch)
+        yield from compare_model(label, model, batch)
     model.gradient_checkpointing_disable()
     if model.is_gradient_checkpointing:
         yield Finding("is_gradient_checkpointing is True after gradient_checkpointing_disable()")
