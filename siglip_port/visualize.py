@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name the field uses)
 from torch import Tensor
 
+from siglip_port import __version__
 from siglip_port.atomic import commit_files, staging_dir
 from siglip_port.extras import require
 from siglip_port.image_processing import ImageInput, ImageProcessor, Pixels, move_pixels
@@ -23,6 +24,7 @@ from siglip_port.model import SigLipVisionModel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
@@ -59,6 +61,19 @@ class ModelView:
         """Height of a panel over its width: the image's, clamped to [0.15, 2.5]."""
         rows, columns = self.grid
         return min(max(rows / columns, 0.15), 2.5)
+
+
+@dataclass(frozen=True)
+class ColorScale:
+    """Colors of values.
+
+    Attributes:
+        colors: Name of a colormap of matplotlib; None for values that are colors.
+        norm: Map of values to the colormap; None for values that are colors.
+    """
+
+    colors: str | None = None
+    norm: Normalize | None = None
 
 
 def model_view(model: SigLipVisionModel, image: ImageInput) -> ModelView:
@@ -194,10 +209,29 @@ def draw(model: SigLipVisionModel, image: ImageInput, folder: str | os.PathLike[
         files = []
         for name, figure in plots.items():
             files.append(staging / name)
+            add_caption(figure, describe_source(model))
             # Omit matplotlib's version, which would change the bytes.
             figure.savefig(staging / name, format="png", dpi=150, metadata={"Software": None})
         commit_files(files, folder)
     return [folder / name for name in plots]
+
+
+def describe_source(model: SigLipVisionModel) -> str:
+    """Return the source of the weights, with commit, and the version of this package."""
+    provenance = model.provenance
+    source = "random weights"
+    if provenance is not None:
+        source = provenance.source
+        if provenance.commit is not None:
+            source += f" at commit {provenance.commit[:12]}"
+        elif provenance.origin is not None:
+            source = provenance.origin
+    return f"{source}, siglip_port {__version__}"
+
+
+def add_caption(figure: Figure, text: str) -> None:
+    """Add a line below everything else in a figure."""
+    figure.supxlabel(text, fontsize="x-small", color="gray")
 
 
 def draw_plots(model: SigLipVisionModel, view: ModelView) -> dict[str, Figure]:
@@ -238,28 +272,38 @@ def show_image(axes: Axes, rgb: Tensor, title: str) -> None:
 
 
 def show_overlay(
-    axes: Axes, view: ModelView, values: Tensor, title: str, maximum: float = 1.0
+    axes: Axes, view: ModelView, values: Tensor, title: str, scale: ColorScale
 ) -> AxesImage:
     """Overlay patch values on the grayscale image.
 
     Args:
         axes: Target axes.
         view: Image.
-        values: Values [h, w] from 0 to `maximum`, or colors [h, w, 3].
+        values: Values [h, w], or colors [h, w, 3].
         title: Title of the axes.
-        maximum: Upper end of the color scale.
+        scale: Color scale of values.
     """
     show_image(axes, view.rgb.mean(-1, keepdim=True).expand(-1, -1, 3), title)
     height, width = view.rgb.shape[:2]
     return axes.imshow(
         values.numpy(),
-        cmap="inferno",
-        vmin=0,
-        vmax=maximum,
         alpha=OVERLAY_OPACITY,
         extent=(-0.5, width - 0.5, height - 0.5, -0.5),
         interpolation="nearest",
+        cmap=scale.colors,
+        norm=scale.norm,
     )
+
+
+def attention_scale(values: Tensor) -> ColorScale:
+    """Return a color scale for attention in units of uniform attention: white at 1.
+
+    It reaches at least 2, else almost uniform attention would look peaked.
+    """
+    from matplotlib.colors import TwoSlopeNorm
+
+    norm = TwoSlopeNorm(vcenter=1, vmin=0, vmax=max(2.0, float(values.max())))
+    return ColorScale("RdBu_r", norm)
 
 
 def draw_patches(view: ModelView) -> Figure:
@@ -333,33 +377,32 @@ def draw_tokens(view: ModelView, tokens: Tensor) -> Figure:
     colors = to_colors(scores).unflatten(0, view.grid)
     image_axes, overlay_axes, color_axes = figure.subplots(1, 3)
     show_image(image_axes, view.rgb, "image")
-    show_overlay(overlay_axes, view, colors, "overlay")
+    show_overlay(overlay_axes, view, colors, "overlay", ColorScale())
     show_image(color_axes, colors, "components")
     return figure
 
 
 def draw_attention(view: ModelView, attention: Tensor) -> Figure:
     """Plot the attention weights of the pooling head's probe, [H, h * w]."""
-    # In units of uniform attention. The scale is at least 0 to 2, else uniform maps look peaked.
     maps = (attention.detach().cpu().double() * attention.shape[1]).unflatten(1, view.grid)
     columns = min(len(maps), 4)
     rows = -(-len(maps) // columns)
     height = max(rows * (2 * view.panel_height + 0.3), 5 * view.panel_height + 1)
     figure = new_figure(5.5 + 2 * columns, height + 0.6)
-    figure.suptitle("Attention of the pooling head's probe per patch; 1 is uniform attention")
+    figure.suptitle(
+        "Attention of the pooling head's probe per patch; 1 (white) is uniform attention"
+    )
     mean_part, heads_part = figure.subfigures(1, 2, squeeze=False, width_ratios=(5, 2 * columns))[0]
     mean = maps.mean(0)
     axes = mean_part.subplots()
-    maximum = max(2.0, float(mean.max()))
-    shown = show_overlay(axes, view, mean, f"mean of {len(maps)} heads", maximum)
+    shown = show_overlay(axes, view, mean, f"mean of {len(maps)} heads", attention_scale(mean))
     # Below a tall image, the labels of the color bar would be cut off.
     location = "bottom" if view.panel_height <= 1 else "right"
     mean_part.colorbar(shown, ax=axes, shrink=0.7, location=location)
     panels = heads_part.subplots(rows, columns, squeeze=False).flatten()
     for head, (axes, values) in enumerate(zip(panels, maps, strict=False)):
-        maximum = max(2.0, float(values.max()))
-        title = f"head {head}: 0 to {maximum:.3g}"
-        show_overlay(axes, view, values, title, maximum)
+        title = f"head {head}: {float(values.min()):.2g} to {float(values.max()):.3g}"
+        show_overlay(axes, view, values, title, attention_scale(values))
         axes.title.set_fontsize("small")
     for axes in panels[len(maps) :]:
         axes.axis("off")

@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from siglip_port import SigLipVisionConfig, SigLipVisionModel, patchify, visualize
+from siglip_port import (
+    SigLipVisionConfig,
+    SigLipVisionModel,
+    __version__,
+    patchify,
+    visualize,
+)
 from siglip_port.image_processing import ImageError
 from tests.helpers.checkpoints import ODD, SMALL, edit_tensors
 from tests.helpers.commands import run
@@ -380,3 +386,22 @@ def test_command_without_matplotlib(
     result = run("plot", image_path, "-o", tmp_path / "out", code=2)
     message = "matplotlib is not installed; run: pip install 'siglip-port[plot]'\n"
     assert (result.stdout, result.stderr) == ("", message)
+
+
+def test_attention_scale_is_centered_on_uniform_attention() -> None:
+    for largest in (1.01, 9.0):
+        norm = visualize.attention_scale(torch.tensor([0.0, largest])).norm
+        assert norm is not None
+        assert norm(1.0) == pytest.approx(0.5)
+        assert norm(0.0) == 0
+
+
+def test_source_is_described() -> None:
+    model = SigLipVisionModel(SMALL)
+    assert visualize.describe_source(model) == f"random weights, siglip_port {__version__}"
+
+
+def test_source_of_checkpoint_is_described(tmp_path: Path) -> None:
+    SigLipVisionModel(SMALL).save_hf(tmp_path)
+    text = visualize.describe_source(SigLipVisionModel.from_hf(tmp_path))
+    assert text == f"{tmp_path}, siglip_port {__version__}"

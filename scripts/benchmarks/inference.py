@@ -310,8 +310,10 @@ def plot(report: dict[str, Any], path: Path) -> None:
         ratios = [rows[name]["times_as_fast"] for name in names]
         colors = ["#c2185b" if "siglip_port" in name else "#9e9e9e" for name in names]
         bars = axis.barh(names, ratios, color=colors)
-        axis.bar_label(bars, labels=[f"{ratio:.2f}" for ratio in ratios], padding=3)
         axis.axvline(1, color="black", linewidth=0.8)
+        labels = axis.bar_label(bars, labels=[f"{ratio:.2f}" for ratio in ratios], padding=3)
+        for label in labels:  # hides the line at 1 behind a label
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})
         axis.set_xlim(0, max(ratios) * 1.15)
         axis.set_title(f"batch {batch}: speedup over {BASELINE}", fontsize=10)
     about = report["environment"]

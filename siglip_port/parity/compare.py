@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from siglip_port import parity_log
 from siglip_port.parity import gates
 from siglip_port.parity.observe import ReferenceRun, run_reference
+from siglip_port.parity.report import to_json
 from siglip_port.parity.results import Comparison, Section
 from siglip_port.parity.sides import (
     Call,
@@ -130,5 +132,6 @@ def assert_parity(
         weights=weights,
         dtype=dtype,
     )
+    parity_log.add(lambda: to_json(comparison))
     if not comparison.equal:
         raise AssertionError(f"\n{comparison}")

@@ -701,7 +701,7 @@ def test_reports_and_baseline(
     folder = checkpoint()
     assert call("--checkpoint", folder, "--report", tmp_path / "new" / "reports") == 0
     written = sorted(path.name for path in (tmp_path / "new" / "reports").iterdir())
-    assert written == ["junit.xml", "report.html", "report.json", "report.md"]
+    assert written == ["badge.json", "junit.xml", "report.html", "report.json", "report.md"]
     report = tmp_path / "new" / "reports" / "report.json"
     assert json.loads(report.read_text())["patches"]["grid"] == 2
     assert "data:image/png;base64," in (tmp_path / "new" / "reports" / "report.html").read_text()

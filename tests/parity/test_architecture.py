@@ -15,7 +15,7 @@ import siglip_port.parity
 ROOT = Path(siglip_port.parity.__file__).parent
 SIGLIP = ROOT / "siglip"
 THIRD_PARTY = {"torch", "numpy", "PIL", "jinja2", "safetensors"}
-SHARED = {"siglip_port.text", "siglip_port.atomic"}
+SHARED = {"siglip_port.text", "siglip_port.atomic", "siglip_port.__version__"}
 
 GENERIC_FILES = sorted(path for path in ROOT.rglob("*.py") if not path.is_relative_to(SIGLIP))
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from siglip_port.parity.metrics import cosine, relative_error
+from siglip_port.parity.report.origin import describe_origin
 from siglip_port.parity.results import Comparison, Finding, GateResult, Measurement, Section
 
 SCHEMA = 3
@@ -20,12 +21,15 @@ Json = dict[str, Any]
 JsonValue = Any
 
 
-def to_json(comparison: Comparison, **more: object) -> Json:
+def to_json(
+    comparison: Comparison, *, environment: Mapping[str, object] | None = None, **more: object
+) -> Json:
     """Convert a comparison to JSON values; NaN and infinity become strings.
 
     Args:
         comparison: Comparison to convert.
-        more: Further keys, such as environment and provenance.
+        environment: What to add to the report's origin (`describe_origin`), such as the checkpoint.
+        more: Further keys, such as provenance.
     """
     findings = []
     for section, gate, finding in comparison.findings:
@@ -37,6 +41,7 @@ def to_json(comparison: Comparison, **more: object) -> Json:
             "equal": comparison.equal,
             "verdict": comparison.verdict,
             "weights": comparison.label,
+            "environment": {**describe_origin(), **(environment or {})},
             **more,
             "findings": findings,
             "sections": [section_to_json(section) for section in comparison.sections],

@@ -22,6 +22,9 @@ def to_junit(report: Json) -> str:
         failures=str(failures),
         errors="0",
     )
+    properties = ElementTree.SubElement(suite, "properties")
+    for name, value in report["environment"].items():
+        ElementTree.SubElement(properties, "property", name=name, value=str(value))
     for section, gate in gates:
         classname = f"parity.{section['name']}, {section['weights']}"
         case = ElementTree.SubElement(suite, "testcase", classname=classname, name=gate["name"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import siglip_port
 from siglip_port.atomic import write_text
 from siglip_port.parity import report as reports
 from siglip_port.parity.metrics import cosine
@@ -49,7 +47,7 @@ def make_report(
     }
     return reports.to_json(
         comparison,
-        environment=describe_environment(options),
+        environment={"transformers": reference.VERSION, **describe_settings(options, port)},
         provenance=asdict(model.provenance) if model.provenance else None,
         config=asdict(model.config),
         outputs=[{"dtype": options.dtype, "attention": attention, **metric} for metric in metrics],
@@ -69,19 +67,25 @@ def cosine_by_patch(tokens: Tensor, reference_tokens: Tensor) -> list[float]:
     return cosines
 
 
-def describe_environment(options: VerifyOptions) -> Json:
-    """Return versions, machine and settings."""
+def describe_settings(options: VerifyOptions, port: LoadedPort) -> Json:
+    """Return the checkpoint and the settings, which a report states beside its origin."""
+    settings = {"checkpoint": options.checkpoint}
+    if port.commit is not None:
+        settings["commit"] = port.commit
     return {
-        "siglip_port": siglip_port.__version__,
-        "torch": torch.__version__,
-        "transformers": reference.VERSION,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "device": options.device,
+        **settings,
+        "device": describe_device(options.device),
         "threads": torch.get_num_threads(),
         "dtype": options.dtype,
         "attention": options.attention,
     }
+
+
+def describe_device(device: str) -> str:
+    """Return a device with the name of its model, if it is a GPU."""
+    if torch.device(device).type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return device
 
 
 def console_lines(comparison: Comparison, report: Json) -> list[str]:
@@ -118,6 +122,7 @@ def write_reports(folder: Path, report: Json, pixel_values: Tensor) -> list[str]
         "report.md": lambda: reports.to_markdown(report),
         "report.html": lambda: html.render_page(report, image),
         "junit.xml": lambda: reports.to_junit(report),
+        "badge.json": lambda: reports.to_badge(report),
     }
     for name, write in writers.items():
         write_text(folder / name, write())

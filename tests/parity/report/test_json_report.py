@@ -16,7 +16,8 @@ def test_json_contains_no_nan_or_infinity() -> None:
     content = json.loads(dumps(report), parse_constant=pytest.fail)
     assert content["schema"] == SCHEMA
     assert content["equal"] is False
-    assert content["environment"] == {"threads": 2}
+    assert content["environment"]["threads"] == 2
+    assert content["environment"]["torch"] == torch.__version__
     assert content["findings"][0]["error"] == "inf"
     numerics = content["sections"][0]["gates"][1]
     assert numerics["passed"] is False
@@ -26,7 +27,12 @@ def test_json_contains_no_nan_or_infinity() -> None:
 def test_json_keys() -> None:
     """Keys are part of the schema; attributes of the classes are not."""
     report = to_json(make_comparison())
-    assert list(report) == ["schema", "equal", "verdict", "weights", "findings", "sections"]
+    assert list(report) == [
+        *("schema", "equal", "verdict", "weights", "environment", "findings", "sections"),
+    ]
+    assert {"date", "command", "siglip_port", "torch", "python", "machine"} <= report[
+        "environment"
+    ].keys()
     assert list(report["findings"][0]) == [
         *("section", "gate", "message", "reference", "port", "error", "hint", "text"),
     ]
