@@ -52,7 +52,7 @@ def hidden_states(
     states = {}
     for index, (state, _) in enumerate(encoder_states(model, batch)):
         if index in indices:
-            states[index] = state
+            states[index] = state.clone()  # a block that works in place would change it
         if index == max(indices):
             break
     if post_layernorm:

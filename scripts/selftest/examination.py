@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,10 @@ from siglip_port.parity import bounds
 from siglip_port.parity.results import Finding, GateResult, Measurement
 from siglip_port.parity.siglip import cases
 from siglip_port.parity.siglip.cases import Case
+from siglip_port.parity.siglip.entrances import models as entrance_models
+from siglip_port.parity.siglip.entrances.subject import Expected
+from siglip_port.parity.siglip.entrances.table import check_entrances
+from siglip_port.parity.siglip.reference_process import IN_THIS_PROCESS
 from siglip_port.parity.siglip.small_pixels import check_small_pixels
 
 SUBJECT_MODELS = {
@@ -192,4 +196,39 @@ def examine_images(mutant: Mutant) -> MutantResult:
     for gate in failures:
         result.add(gate)
     result.locate(failures)
+    return result
+
+
+@contextlib.contextmanager
+def make_entrance_models() -> Iterator[list[Expected]]:
+    """Yield what the reference computes for the entrances of the small models."""
+    with contextlib.ExitStack() as stack:
+        contexts = [
+            entrance_models.expectations(config, IN_THIS_PROCESS)
+            for config in entrance_models.MODELS.values()
+        ]
+        yield [stack.enter_context(context) for context in contexts]
+
+
+def examine_entrances(
+    mutant: Mutant, models: Iterable[Expected], *, stops: bool = False
+) -> MutantResult:
+    """Run a mutant through every entrance; its locations are names of entrances.
+
+    Args:
+        mutant: Mutant with the subject `entrances`, or an equivalent variant.
+        models: Return value of `make_entrance_models`.
+        stops: Whether to skip models once the mutant is detected.
+    """
+    result = MutantResult(mutant)
+    with mutant.applied():
+        for expected in models:
+            if stops and result.detected:
+                break
+            gate = check_entrances(expected, mutant.load)
+            if not gate.passed:
+                result.add(gate)
+            for finding in gate.findings:
+                if finding.port not in mutant.locations.split():
+                    result.false_locations.append(f"{gate.name}: {finding.port}")
     return result

@@ -19,7 +19,7 @@ import torch
 from siglip_port import SigLipVisionModel
 from siglip_port.checkpoint import LoadOptions
 
-Subject = Literal["port", "regime", "naflex", "resized", "images"]
+Subject = Literal["port", "regime", "naflex", "resized", "images", "entrances"]
 Patch = Callable[[contextlib.ExitStack], None]
 """Breaks the port until the stack is closed; built by the functions below."""
 
@@ -41,7 +41,8 @@ class Mutant:
         patch: Breaks the code before the model is built and loaded.
         edit: Breaks the loaded model.
         subject: `port` for any images, `regime` for those of some input regime, `naflex` for packed
-            patches, `resized` for images of another size, `images` for preprocessing.
+            patches, `resized` for images of another size, `images` for preprocessing,
+            `entrances` for methods other than `forward`, whose names are then the locations.
         is_equivalent: Whether no gate may detect it.
     """
 

@@ -18,7 +18,9 @@ from scripts.selftest import catalog, harness
 from scripts.selftest.examination import (
     MutantResult,
     examine,
+    examine_entrances,
     examine_images,
+    make_entrance_models,
     make_models,
 )
 from scripts.selftest.mutant import HarnessMutant, Mutant
@@ -26,6 +28,7 @@ from scripts.selftest.parallel import Item, Outcome, count_processes, each
 from scripts.selftest.report import Report, to_json
 from siglip_port.atomic import write_text
 from siglip_port.parity.siglip.cases import ODD, Case
+from siglip_port.parity.siglip.entrances.subject import Expected
 from siglip_port.text import format_table
 from siglip_port.threads import torch_threads
 
@@ -122,8 +125,15 @@ class SelfTest:
 
     def run_mutants(self, models: list[list[Case]]) -> None:
         """Run the mutants of the port."""
+        with make_entrance_models() as entrance_models:
+            self.judge_mutants(models, entrance_models)
+
+    def judge_mutants(self, models: list[list[Case]], entrance_models: list[Expected]) -> None:
+        """Run every mutant on the models of its subject."""
 
         def judge(mutant: Mutant) -> MutantResult:
+            if mutant.subject == "entrances":
+                return examine_entrances(mutant, entrance_models, stops=not self.full)
             if mutant.subject == "images":
                 return examine_images(mutant)
             if self.full:

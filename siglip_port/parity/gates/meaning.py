@@ -89,12 +89,17 @@ MEANING = {
         bound="relative error 1e-10 in float64; other dtypes: 4x the reference's rounding error",
     ),
     "interface": Meaning(
-        question="Do the port's other methods agree with forward()?",
+        question="Do all public methods, functions and options agree with the reference?",
         text=(
-            "the port's other methods agree with forward(): embed() is pool() of the tokens, with "
-            "unit norm if normalize=True; NaFlex: packed patches give the same tokens as images"
+            "on small models, every other public entrance agrees with transformers': embeddings of "
+            "images and packed patches, hidden states, attention, loading, saving, dtypes, copies, "
+            "optimized models; on every checkpoint, embed() and hidden_states() agree with "
+            "forward()"
         ),
-        bound="bitwise equality; norms: 4 eps of the dtype; packed patches: 1e-10 in float64",
+        bound=(
+            "weights, pixels and settings: equality; values: 1e-10 in float64; optimized models: "
+            "5x the reference's own rounding error; checkpoints: half the digits of the dtype"
+        ),
     ),
     "rounding": Meaning(
         question="Is the port's rounding error in this dtype no larger than the reference's?",

@@ -112,9 +112,9 @@ def compare_image(
     return Difference(message, (pixels, expected))
 
 
-def process(processor: ImageProcessor, image: Sample) -> Pixels:
-    """Run the port's processor on one image."""
-    return cast(dict[str, Tensor], processor(image))
+def process(processor: ImageProcessor, images: Sample | list[Sample]) -> Pixels:
+    """Run the port's processor on one image or several."""
+    return cast(dict[str, Tensor], processor(images))
 
 
 def levels_per_unit(processor: ImageProcessor) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import io
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from siglip_port.parity import gates
@@ -595,10 +597,12 @@ def default_options(config: SigLipVisionConfig, folder: str | Path | None) -> di
 
 
 def process_image(processor: HFProcessor, image: object) -> dict[str, Tensor]:
-    """Process an image or an image file into a batch of one.
+    """Process an image, an image file or its bytes into a batch of one.
 
     Files are decoded with Pillow; torchvision's decoders are deprecated.
     """
+    if isinstance(image, bytes):
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
     if isinstance(image, str):
         image = library_object("image_utils.load_image")(image)
     pixels: dict[str, Tensor] = processor(images=image, return_tensors="pt")

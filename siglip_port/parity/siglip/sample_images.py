@@ -5,18 +5,21 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
-Sample = str | Image.Image | NDArray[np.uint8] | Tensor
-"""Input of an image processor: path, PIL image, array [H, W, C] or tensor [C, H, W]."""
+Sample = str | bytes | Image.Image | NDArray[np.uint8] | Tensor
+"""Input of an image processor: path, encoded file, PIL image, array [H, W, C] or tensor."""
 
 EXIF_ORIENTATION = 0x0112
+ORIENTATIONS = range(1, 9)
 QUARTER_TURN = 6  # common in images from phones
+ANIMATED = ("GIF", "PNG", "WEBP")
 
 
 def sample_images(image: Image.Image) -> Iterator[tuple[str, Sample]]:
@@ -35,6 +38,7 @@ def sample_images(image: Image.Image) -> Iterator[tuple[str, Sample]]:
     yield "I;16", Image.fromarray(np.arange(3000, dtype=np.uint16).reshape(50, 60) * 20)
     yield from samples_with_transparency(small, random)
     yield "JPEG", round_trip(image, "JPEG")
+    yield from encoded_files(small)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/turned.jpg"
         exif = Image.Exif()
@@ -55,6 +59,7 @@ def samples_of_all_sizes(image: Image.Image) -> Iterator[tuple[str, Image.Image]
     yield "2 x 199 pixels", image.resize((2, 199))
     yield "1 x 1 pixel", image.resize((1, 1))
     yield "1111 x 901 pixels", image.resize((1111, 901))
+    yield "2403 x 2101 pixels", image.resize((2403, 2101), Image.Resampling.NEAREST)
 
 
 def samples_with_transparency(
@@ -62,7 +67,8 @@ def samples_with_transparency(
 ) -> Iterator[tuple[str, Image.Image]]:
     """Yield the image with a noise alpha channel, and with one transparent palette color."""
     translucent = image.copy()
-    translucent.putalpha(Image.fromarray(random.integers(0, 256, (50, 60), dtype=np.uint8)))
+    shape = (image.height, image.width)
+    translucent.putalpha(Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)))
     yield "RGBA", translucent
     yield "LA", translucent.convert("LA")
     palette = image.quantize(16)
@@ -70,11 +76,45 @@ def samples_with_transparency(
     yield "P with transparency", palette
 
 
+def encoded_files(image: Image.Image) -> Iterator[tuple[str, bytes]]:
+    """Yield files with every EXIF orientation, and animations whose second frame is inverted."""
+    for orientation in ORIENTATIONS:
+        exif = Image.Exif()
+        exif[EXIF_ORIENTATION] = orientation
+        yield f"JPEG with EXIF orientation {orientation}", encode(image, "JPEG", exif=exif)
+    inverted = ImageChops.invert(image)
+    for file_format in ANIMATED:
+        frames: dict[str, Any] = {"save_all": True, "append_images": [inverted], "duration": 100}
+        if file_format == "WEBP":
+            frames["lossless"] = True
+        yield f"animated {file_format}", encode(image, file_format, **frames)
+
+
+def entrance_images() -> list[tuple[str, Sample]]:
+    """Return small images of every kind and one large one, for entrances that run a model."""
+    small = synthetic_image().resize((23, 17))
+    random = np.random.default_rng(2)
+    array = random.integers(0, 256, (17, 23, 3), dtype=np.uint8)
+    images: list[tuple[str, Sample]] = [*encoded_files(small)]
+    images += [(mode, small.convert(mode)) for mode in ("RGB", "1", "L", "P", "CMYK")]
+    images.append(("I;16", Image.fromarray(np.arange(400, dtype=np.uint16).reshape(25, 16) * 150)))
+    images += samples_with_transparency(small, random)
+    images.append(("array [H, W, 3]", array))
+    images.append(("tensor [3, H, W]", torch.from_numpy(array.copy()).movedim(-1, 0).contiguous()))
+    images.append(("2503 x 40 pixels", small.resize((2503, 40))))
+    return images
+
+
+def encode(image: Image.Image, file_format: str, **options: Any) -> bytes:  # noqa: ANN401 (Pillow's)
+    """Encode an image."""
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
 def round_trip(image: Image.Image, file_format: str) -> Image.Image:
     """Encode and decode an image."""
-    file = io.BytesIO()
-    image.save(file, file_format)
-    return Image.open(io.BytesIO(file.getvalue()))
+    return Image.open(io.BytesIO(encode(image, file_format)))
 
 
 def synthetic_image() -> Image.Image:

@@ -27,6 +27,7 @@ from siglip_port.parity.gates.environment import exact_switches
 from siglip_port.parity.results import Comparison, GateResult, Section
 from siglip_port.parity.siglip import cases, pixels, reference
 from siglip_port.parity.siglip.cases import Case
+from siglip_port.parity.siglip.entrances.table import check_entrance_models
 from siglip_port.parity.siglip.reference_process import References, load_processors
 from siglip_port.parity.siglip.small_pixels import check_small_pixels
 from siglip_port.parity.siglip.verify_options import DEFAULT_CHECKPOINT, VerifyOptions
@@ -295,6 +296,8 @@ def run_gates(
     for small_case in small_cases:
         with torch_threads(1), small_case as small:
             sections += run_small_model(options, small, track)
+    with torch_threads(1):
+        sections += check_entrance_models(references)
     return Comparison(tuple(sections), case.weights.split(",")[0])
 
 

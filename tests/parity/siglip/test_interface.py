@@ -30,20 +30,20 @@ def messages(port: SigLipVisionModel) -> list[str]:
 def test_port_passes() -> None:
     gate = check_interface(make_port(), noise_images(SMALL))
     assert gate.passed
-    assert gate.checked == 3
+    assert gate.checked == 4
 
 
 def test_headless_port_passes() -> None:
     config = replace(SMALL, pooling_head=False)
     gate = check_interface(SigLipVisionModel(config).eval(), noise_images(config))
     assert gate.passed
-    assert gate.checked == 1
+    assert gate.checked == 2
 
 
 def test_naflex_port_passes() -> None:
     gate = check_interface(make_port(naflex=True), noise_images(NAFLEX))
     assert gate.passed
-    assert gate.checked == 4
+    assert gate.checked == 5
 
 
 Embed = Callable[..., Tensor]
@@ -96,5 +96,21 @@ def test_packed_patches() -> None:
 
     port.transformer.register_forward_hook(reverse_packed)
     assert messages(port) == [
-        "packed patches of an image of [16, 40] pixels give other tokens than the image itself"
+        "packed patches of an image of [16, 40] pixels: differs in float64, bound 1e-10"
     ]
+
+
+def test_last_hidden_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = make_port()
+    states = port.hidden_states
+    monkeypatch.setattr(port, "hidden_states", lambda x, **options: states(x, **options)[::-1])
+    assert messages(port) == [
+        "hidden_states(layers=[1, -1], post_layernorm=True)[1] differs from the tokens"
+    ]
+
+
+def test_another_order_of_sums_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = make_port()
+    embed = port.embed
+    monkeypatch.setattr(port, "embed", lambda x, **options: embed(x, **options) * (1 + 1e-6))
+    assert not messages(port)

@@ -1,0 +1,192 @@
+"""Entrances that compute: `forward`, `embed`, `pool`, hidden states and attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from siglip_port.model import SigLipVisionModel
+from siglip_port.parity.results import Finding
+from siglip_port.parity.siglip.entrances.subject import (
+    Batch,
+    Subject,
+    compare,
+    compare_all,
+    compare_model,
+)
+
+MASK_DTYPES = (torch.bool, torch.int64, torch.int32, torch.float32)
+"""Dtypes of masks; any nonzero value is a patch."""
+
+
+def check_forward(subject: Subject) -> Iterator[Finding]:
+    """Compare tokens for every variant of the arguments."""
+    for batch in subject.expected.batches:
+        expected = batch.valid(batch.expected.tokens)
+        for variant, inputs in argument_forms(batch):
+
+            def tokens(inputs: Mapping[str, Any], batch: Batch = batch) -> Tensor:
+                return batch.valid(subject.port(**inputs))
+
+            yield from compare(f"{batch.name}, {variant}", tokens, inputs, expected)
+
+
+def check_embed(subject: Subject) -> Iterator[Finding]:
+    """Compare embeddings for every variant of the arguments, with and without `normalize`."""
+    for batch in subject.expected.batches:
+        pooled = batch.expected.pooled
+        norms = pooled.norm(dim=-1, keepdim=True)
+        for variant, inputs in argument_forms(batch):
+            for normalize, expected in ((False, pooled), (True, pooled / norms)):
+
+                def embed(inputs: Mapping[str, Any], normalize: bool = normalize) -> Tensor:
+                    return subject.port.embed(**inputs, normalize=normalize)
+
+                label = f"{batch.name}, {variant}, normalize={normalize}"
+                yield from compare(label, embed, inputs, expected)
+
+
+def argument_forms(batch: Batch) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the forms in which a batch can be passed, each with a name."""
+    yield "all images", batch.inputs
+    if not batch.is_packed:
+        return
+    shapes = batch.inputs["spatial_shapes"]
+    without_mask = {k: v for k, v in batch.inputs.items() if k != "pixel_attention_mask"}
+    yield "default mask", without_mask
+    yield "shapes as pairs", {**batch.inputs, "spatial_shapes": [tuple(s) for s in shapes.tolist()]}
+    yield "shapes as int32", {**without_mask, "spatial_shapes": shapes.int()}
+    for dtype in MASK_DTYPES:
+        mask = batch.packed_mask.to(dtype)
+        yield f"mask of {dtype}", {**batch.inputs, "pixel_attention_mask": mask}
+
+
+def token_forms(batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the forms of the arguments of `pool` and `pooling_attention`."""
+    inputs = {"tokens": batch.expected.tokens}
+    if batch.mask is None:
+        yield "no mask", inputs
+        yield (
+            "mask of ones",
+            {**inputs, "pixel_attention_mask": torch.ones(inputs["tokens"].shape[:2])},
+        )
+        return
+    for dtype in MASK_DTYPES:
+        yield f"mask of {dtype}", {**inputs, "pixel_attention_mask": batch.mask.to(dtype)}
+
+
+def check_pool(subject: Subject) -> Iterator[Finding]:
+    """Compare the pooling of the reference's tokens: by the head, and their mean."""
+    averaging = mean_pooling_port(subject.port)
+    for batch in subject.expected.batches:
+        mean = mean_of(batch)
+        for variant, inputs in token_forms(batch):
+            label = f"{batch.name}, {variant}"
+            yield from compare(
+                label, lambda x: subject.port.pool(**x), inputs, batch.expected.pooled
+            )
+            yield from compare(
+                f"mean_pooling=True, {label}", lambda x: averaging.pool(**x), inputs, mean
+            )
+        expected = replace(batch.expected, pooled=mean)
+        yield from compare_model("mean_pooling=True", averaging, replace(batch, expected=expected))
+
+
+def mean_of(batch: Batch) -> Tensor:
+    """Average the tokens of the reference at patches: [B, D]."""
+    means = []
+    for i, tokens in enumerate(batch.expected.tokens):
+        patches = tokens if batch.mask is None else tokens[batch.mask[i].bool()]
+        means.append(patches.mean(dim=0))
+    return torch.stack(means)
+
+
+def mean_pooling_port(port: SigLipVisionModel) -> SigLipVisionModel:
+    """Return the port with mean pooling instead of its head, and the same weights."""
+    config = replace(port.config, pooling_head=False, mean_pooling=True)
+    model = SigLipVisionModel(config).to(port.dtype).eval()
+    state = port.state_dict()
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    return model
+
+
+def check_hidden_states(subject: Subject) -> Iterator[Finding]:
+    """Compare all layers, in any order, before and after the last LayerNorm, as maps."""
+    count = subject.port.config.num_encoder_blocks + 1
+    for batch in subject.expected.batches:
+        for layers in ([*range(count)], [*range(-count, 0)], [2, 0, -1, 1, -1], [1]):
+            for normed in (False, True):
+                yield from compare_states(subject, batch, layers, normed=normed)
+                if batch.grid is not None:
+                    yield from compare_state_maps(subject, batch, layers, normed=normed)
+
+
+def compare_states(
+    subject: Subject, batch: Batch, layers: list[int], *, normed: bool
+) -> Iterator[Finding]:
+    """Compare hidden states [B, N, D] of some layers."""
+
+    def compute(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        values = subject.port.hidden_states(**inputs, layers=layers, post_layernorm=normed)
+        return tuple(batch.valid(value) for value in values)
+
+    states = batch.expected.normed_states if normed else batch.expected.hidden_states
+    label = f"{batch.name}, layers={layers}, post_layernorm={normed}"
+    names = [f"{label}: layer {layer}" for layer in layers]
+    exact = [batch.valid(states[layer]) for layer in layers]
+    yield from compare_all(names, compute, batch.inputs, exact)
+
+
+def compare_state_maps(
+    subject: Subject, batch: Batch, layers: list[int], *, normed: bool
+) -> Iterator[Finding]:
+    """Compare hidden states of whole images as maps [B, D, h, w]."""
+
+    def compute(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        return subject.port.hidden_states(
+            **inputs, layers=layers, post_layernorm=normed, as_maps=True
+        )
+
+    states = batch.expected.normed_states if normed else batch.expected.hidden_states
+    label = f"{batch.name}, layers={layers}, post_layernorm={normed}, as_maps=True"
+    names = [f"{label}: layer {layer}" for layer in layers]
+    exact = []
+    for layer in layers:
+        exact.append(states[layer].transpose(1, 2).unflatten(2, batch.grid))
+    yield from compare_all(names, compute, batch.inputs, exact)
+
+
+def check_attention_maps(subject: Subject) -> Iterator[Finding]:
+    """Compare the attention weights of all blocks, in any order."""
+    count = subject.port.config.num_encoder_blocks
+    for batch in subject.expected.batches:
+        for layers in ([*range(count)], [*range(-count, 0)], [1, 0, -1, 1], [1]):
+            yield from compare_attention(subject, batch, layers)
+
+
+def compare_attention(subject: Subject, batch: Batch, layers: list[int]) -> Iterator[Finding]:
+    """Compare attention weights [B, H, N, N] of some blocks, without the rows of padding."""
+
+    def compute(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        values = subject.port.attention_maps(**inputs, layers=layers)
+        return tuple(batch.valid(value.transpose(1, 2)) for value in values)
+
+    names = [f"{batch.name}, layers={layers}: block {layer}" for layer in layers]
+    exact = [batch.valid(batch.expected.attentions[i].transpose(1, 2)) for i in layers]
+    yield from compare_all(names, compute, batch.inputs, exact)
+
+
+def check_pooling_attention(subject: Subject) -> Iterator[Finding]:
+    """Compare the attention weights of the pooling head, with and without a mask."""
+    for batch in subject.expected.batches:
+        for variant, inputs in token_forms(batch):
+            yield from compare(
+                f"{batch.name}, {variant}",
+                lambda x: subject.port.pooling_attention(**x),
+                inputs,
+                batch.expected.pooling_attention,
+            )

@@ -1,0 +1,180 @@
+"""The entrances of the port, and the gate that checks each of them."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from siglip_port.model import SigLipVisionModel
+from siglip_port.parity.gates import MEANING
+from siglip_port.parity.results import Finding, GateResult, Section
+from siglip_port.parity.sides import cast
+from siglip_port.parity.siglip.entrances import (
+    features,
+    images,
+    loading,
+    models,
+    optimized,
+    saving,
+    settings,
+    training,
+)
+from siglip_port.parity.siglip.entrances.subject import Expected, Subject
+from siglip_port.parity.siglip.reference_process import References
+
+Check = Callable[[Subject], Iterator[Finding]]
+"""Function that yields a finding per difference; those without a location get the entrance's."""
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """A public method, function or option of the port.
+
+    Attributes:
+        name: Its name, as it is called.
+        reference: Counterpart in transformers.
+        check: Function that compares the two.
+        in_float64: Whether the port is cast to float64 for the check.
+        needs: Names of the entrances that this one calls; if one of them differs, this one is not
+            checked, because it would only repeat that.
+    """
+
+    name: str
+    reference: str
+    check: Check
+    in_float64: bool = False
+    needs: tuple[str, ...] = ()
+
+
+RUN = "forward"  # label most entrances need
+ENTRANCES = (
+    Entrance("forward", "tokens", features.check_forward, in_float64=True),
+    Entrance("pool", "pooled", features.check_pool, in_float64=True, needs=(RUN,)),
+    Entrance("embed", "pooled", features.check_embed, in_float64=True, needs=("pool",)),
+    Entrance(
+        "hidden_states",
+        "hidden_states",
+        features.check_hidden_states,
+        in_float64=True,
+        needs=(RUN,),
+    ),
+    Entrance(
+        "attention_maps", "attentions", features.check_attention_maps, in_float64=True, needs=(RUN,)
+    ),
+    Entrance(
+        "pooling_attention",
+        "head.attention",
+        features.check_pooling_attention,
+        in_float64=True,
+        needs=(RUN,),
+    ),
+    Entrance("patchify", "convert_image_to_patches", images.check_patchify),
+    Entrance("pack", "convert_image_to_patches", images.check_pack, needs=("patchify",)),
+    Entrance("ImageProcessor", "image_processor", images.check_image_processor),
+    Entrance(
+        "embed_images",
+        "pooled",
+        images.check_embed_images,
+        in_float64=True,
+        needs=("embed", "ImageProcessor"),
+    ),
+    Entrance("to_hf", "config", settings.check_config_to_hf),
+    Entrance("config.from_hf", "config", settings.check_config_from_hf),
+    Entrance("from_hf", "from_pretrained", loading.check_from_hf),
+    Entrance("from_hf(device=...)", "from_pretrained", loading.check_device),
+    Entrance("from_hf(dtype=...)", "from_pretrained", loading.check_dtype),
+    Entrance(
+        "from_hf(pooling_head=False)", "from_pretrained", loading.check_headless, needs=(RUN,)
+    ),
+    Entrance("deepcopy", "deepcopy", saving.check_deepcopy, needs=("embed",)),
+    Entrance("to(dtype)", "to", loading.check_cast, needs=("deepcopy",)),
+    Entrance("save_hf", "save_pretrained", saving.check_save_hf, needs=("embed", "ImageProcessor")),
+    Entrance("save_timm", "save_pretrained", saving.check_save_timm, needs=("embed",)),
+    Entrance("pickle", "pickle", saving.check_pickle, needs=("embed",)),
+    Entrance("load_state_dict", "load_state_dict", saving.check_state_dict, needs=("embed",)),
+    Entrance(
+        "gradient_checkpointing_enable",
+        "gradient_checkpointing_enable",
+        training.check_checkpointing,
+        needs=("deepcopy",),
+    ),
+    Entrance("get_input_embeddings", "get_input_embeddings", training.check_input_embeddings),
+    Entrance("optimize", "pooled", optimized.check_optimize, needs=("embed",)),
+)
+"""All entrances, in an order in which each follows those that it needs."""
+
+
+def check_entrance_models(references: References) -> Iterator[Section]:
+    """Check every entrance on each of `models.MODELS`; yield a section per model."""
+    for name, config in models.MODELS.items():
+        with models.expectations(config, references) as expected:
+            yield Section(name, models.WEIGHTS, (check_entrances(expected),))
+
+
+def check_entrances(
+    expected: Expected, load: Callable[..., SigLipVisionModel] = SigLipVisionModel.from_hf
+) -> GateResult:
+    """Check every entrance; one that raises is a finding, and the others still run.
+
+    Args:
+        expected: Checkpoint, with the reference's results.
+        load: Function that loads the port.
+    """
+    findings: list[Finding] = []
+    differing: set[str] = set()
+    checked = 0
+    with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
+        try:
+            port = load(expected.source, interpolation=expected.interpolation)
+        except Exception as error:  # any error: a port that cannot be loaded differs
+            return result(1, [raised(error, "from_hf", "from_pretrained")])
+        subject = Subject(port, expected, Path(scratch))
+        for entrance in ENTRANCES:
+            if not differing.isdisjoint(entrance.needs):
+                differing.add(entrance.name)  # not checked, nor is what needs it
+                continue
+            checked += 1
+            differences = check_entrance(entrance, subject)
+            if differences:
+                differing.add(entrance.name)
+                findings += differences
+    return result(checked, findings)
+
+
+def result(checked: int, findings: list[Finding]) -> GateResult:
+    """Return the result of the gate."""
+    return GateResult("interface", checked, MEANING["interface"].bound, tuple(findings))
+
+
+def check_entrance(entrance: Entrance, subject: Subject) -> list[Finding]:
+    """Check one entrance; return its first difference, which counts the others."""
+    context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if entrance.in_float64:
+        context = cast(subject.port, torch.float64)
+    findings = []
+    try:
+        with context, torch.no_grad():
+            for finding in entrance.check(subject):
+                findings.append(finding)
+    except Exception as error:  # any error of the port: it raises where it should not
+        findings.append(raised(error, entrance.name, entrance.reference))
+    if not findings:
+        return []
+    first = findings[0]
+    if not first.reference:
+        first = replace(first, reference=entrance.reference, port=entrance.name)
+    if len(findings) > 1:
+        others = f"{first.message}; {len(findings) - 1} more checks of it fail"
+        first = replace(first, message=others)
+    return [first]
+
+
+def raised(error: Exception, port: str, reference: str) -> Finding:
+    """Return the finding for a port that raises."""
+    return Finding(f"raises {type(error).__name__}: {error}", reference, port)

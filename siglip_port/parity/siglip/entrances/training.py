@@ -1,0 +1,82 @@
+"""Entrances for training: recomputation of blocks, and the input embeddings."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from siglip_port.model import SigLipVisionModel
+from siglip_port.parity.results import Finding
+from siglip_port.parity.siglip import reference_features
+from siglip_port.parity.siglip.entrances.subject import (
+    Batch,
+    Subject,
+    compare_bits,
+)
+
+
+def check_checkpointing(subject: Subject) -> Iterator[Finding]:
+    """Recompute blocks in the backward pass: the same outputs and gradients."""
+    batch = subject.expected.batches[0]
+    model = copy.deepcopy(subject.port).train()
+    try:
+        plain = train_step(model, batch)
+    except RuntimeError:  # a port that works in place: the gate `gradients` reports it
+        return
+    plain["embeddings"] = batch.expected.pooled
+    for kwargs in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        model.gradient_checkpointing_enable(kwargs)
+        label = f"gradient_checkpointing_kwargs={kwargs}"
+        if not model.is_gradient_checkpointing:
+            yield Finding(f"{label}: is_gradient_checkpointing is False, expected True")
+        yield from compare_steps(label, train_step(model, batch), plain)
+    model.gradient_checkpointing_disable()
+    if model.is_gradient_checkpointing:
+        yield Finding("is_gradient_checkpointing is True after gradient_checkpointing_disable()")
+
+
+def compare_steps(
+    label: str, step: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> Iterator[Finding]:
+    """Compare embeddings and gradients in float32, to half its digits; yield the first difference.
+
+    Gradients amplify rounding, and those of the keys' biases are 0 but for rounding.
+    """
+    if step.keys() != expected.keys():
+        yield Finding(f"{label}: {len(step) - 1} gradients, expected {len(expected) - 1}")
+        return
+    bound = math.sqrt(torch.finfo(torch.float32).eps)
+    largest = max(float(tensor.norm()) for tensor in expected.values())
+    for name, tensor in step.items():
+        difference = float((tensor.double() - expected[name].double()).norm())
+        norm = float(expected[name].norm())
+        if not difference <= bound * (norm + bound * largest):
+            yield Finding(f"{label}: {name} differ in float32", error=difference / norm)
+            return
+
+
+def train_step(model: SigLipVisionModel, batch: Batch) -> dict[str, Tensor]:
+    """Return the embeddings, and the gradients of the sum of their squares by parameter."""
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = {name: value.clone() for name, value in batch.inputs.items()}
+        embeddings = model.embed(**inputs)
+        embeddings.square().sum().backward()
+    result = {"embeddings": embeddings.detach()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            result[f"gradients of {name}"] = parameter.grad
+    model.zero_grad(set_to_none=True)
+    return result
+
+
+def check_input_embeddings(subject: Subject) -> Iterator[Finding]:
+    """Compare the weight of `get_input_embeddings()` with the reference's."""
+    weight = subject.port.get_input_embeddings().weight.detach()
+    expected = subject.expected.host.compute(reference_features.input_embeddings)
+    if expected.ndim == 2:  # a linear layer over patches, channels last
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
+    yield from compare_bits("its parameters", {"weight": weight}, {"weight": expected})
