@@ -52,18 +52,23 @@ def judge_golden(options: VerifyOptions, folder: Path) -> int:
 def judge_port(options: VerifyOptions, target: str, image: Image.Image) -> int:
     """Judge a file, a function or a service on a checkpoint."""
     require("transformers")
-    from siglip_port.parity.siglip import against, reference, verification
+    from siglip_port.parity.siglip import against, reference_process, verification
     from siglip_port.parity.siglip.foreign_ports import ForeignPortError
 
-    with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
-        port = verification.load_port(options, Path(scratch))
+    with (
+        reference_process.start() as references,
+        tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch,
+    ):
+        port = verification.load_port(options, Path(scratch), references)
         if port.is_random:
             raise ValueError(
                 "--against needs the weights of the checkpoint from which the port was made; pass "
                 "it with --checkpoint"
             )
-        case = verification.checkpoint_case(options, port, image)
-        processors = reference.image_processors(port.model.config, port.source, **port.place)
+        case = verification.checkpoint_case(options, port, image, references)
+        processors = reference_process.load_processors(
+            references, port.model.config, port.source, **port.place
+        )
 
         def process(image: Image.Image) -> torch.Tensor:
             return processors["pil"](image.convert("RGB"))["pixel_values"]

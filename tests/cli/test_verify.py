@@ -778,7 +778,7 @@ def test_patched_torch(
     checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The port patches torch for everything in its process, so the reference is in another one."""
-    layer_norm = F.layer_norm
+    layer_norm: Callable[..., Tensor] = F.layer_norm
     monkeypatch.setattr(F, "layer_norm", lambda x, *others: layer_norm(x, *others[:-1], 1e-3))
     assert call("--checkpoint", checkpoint()) == 1
     verdict = capsys.readouterr().out.splitlines()[-1]

@@ -244,7 +244,7 @@ def hf_config_of(reference: Side) -> dict[str, Any]:
 
 def tensors_of(reference: Side) -> dict[str, Tensor]:
     """Return a reference's tensors."""
-    return reference.module.state_dict()
+    return dict(reference.module.state_dict())
 
 
 def rounded_tensors_of(reference: Side, dtype: torch.dtype) -> dict[str, Tensor]:

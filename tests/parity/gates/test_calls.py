@@ -244,7 +244,7 @@ def test_function_passes(calls: ReferenceCalls) -> None:
         tokens: Tensor = weights(x.float())
         return tokens.to(x.dtype)
 
-    gate = check_calls(Side(function), calls, [])  # type: ignore[arg-type]
+    gate = check_calls(Side(function), calls, [])
     assert gate.passed, gate.findings
 
 

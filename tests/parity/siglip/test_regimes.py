@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,9 @@ def test_batches() -> None:
 
 
 def test_pixels_leave_usual_range_but_are_accepted() -> None:
-    images = {regime.name: regime.inputs for regime in regimes.pixel_regimes(SMALL, 1)}
+    images: dict[str, Any] = {
+        regime.name: regime.inputs for regime in regimes.pixel_regimes(SMALL, 1)
+    }
     largest = images["pixels up to 9.5"].abs().max()
     assert 5 < largest < MAX_PIXEL
     assert (images["constant images"].flatten(1).std(1) == 0).all()
@@ -61,6 +64,7 @@ def test_arranged_images_are_equal_but_not_contiguous(
 def test_grids_differ_from_own() -> None:
     grids = set()
     for regime in regimes.grid_regimes(NAFLEX, 1):
+        assert isinstance(regime.inputs, Tensor)
         height, width = regime.inputs.shape[2:]
         grids.add((height // NAFLEX.patch_size, width // NAFLEX.patch_size))
     assert {(5, 5), (8, 8), (3, 3), (4, 6), (6, 4), (5, 8), (1, 9), (1, 1), (1, 25)} <= grids
