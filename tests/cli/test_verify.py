@@ -713,7 +713,13 @@ def test_patched_torch(
 ) -> None:
     """The port patches torch for everything in its process, so the reference is in another one."""
     layer_norm = F.layer_norm
-    monkeypatch.setattr(F, "layer_norm", lambda x, *others: layer_norm(x, *others[:-1], 1e-3))
+
+    def with_other_eps(
+        x: Tensor, shape: list[int], weight: Tensor, bias: Tensor, _: float
+    ) -> Tensor:
+        return layer_norm(x, shape, weight, bias, 1e-3)
+
+    monkeypatch.setattr(F, "layer_norm", with_other_eps)
     assert call("--checkpoint", checkpoint()) == 1
     verdict = capsys.readouterr().out.splitlines()[-1]
     assert "looks like: eps 0.001 instead of 1e-06" in verdict
