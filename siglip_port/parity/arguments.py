@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_port.parity.nested import Inputs, check_inputs
-from siglip_port.parity.sides import Call, batch_size, clone_inputs
+from siglip_port.parity.sides import Call, CallError, batch_size, clone_inputs
 
 
 def check_arguments(
@@ -113,13 +113,13 @@ def check_outputs_by_name(outputs: object, side: str) -> None:
     """Raise TypeError if the outputs of a call function are not tensors by name."""
     name = f"call_{side}"
     if not isinstance(outputs, Mapping):
-        raise TypeError(
+        raise CallError(
             f"{name} must return tensors by name, got {type(outputs).__name__}; return a dict"
         )
     if not outputs:
-        raise TypeError(f"{name} must return tensors by name, got an empty dict")
+        raise CallError(f"{name} must return tensors by name, got an empty dict")
     for key, value in outputs.items():
         if not isinstance(value, Tensor):
-            raise TypeError(
+            raise CallError(
                 f"{name} must return tensors by name, got {type(value).__name__} for {key!r}"
             )

@@ -18,6 +18,7 @@ from torch import nn
 
 from siglip_port.parity.gates import MEANING
 from siglip_port.parity.results import Finding, GateResult
+from siglip_port.parity.sides import CallError
 from siglip_port.parity.taps import Point, Tap
 
 Port = TypeVar("Port")
@@ -155,7 +156,7 @@ def is_error_of_port(error: Exception, port: object) -> bool:
     An error is the port's if it was raised within one of its modules, or if a gate failed on its
     results: the reference, whose results pass the same code, did not fail there.
     """
-    if is_out_of_memory(error):
+    if is_out_of_memory(error) or isinstance(error, CallError):
         return False
     paths = module_paths(port)
     for frame in frames_of(error):

@@ -25,6 +25,10 @@ Weights = Callable[[Any], Mapping[str, Tensor]]
 """Function (port) -> its tensors under the names of the reference's `state_dict`."""
 
 
+class CallError(TypeError):
+    """The function that calls a side does not return tensors by name: an error of an argument."""
+
+
 def call_module(module: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]:
     """Call a module, or any other callable, and name its outputs.
 
@@ -40,7 +44,7 @@ def call_module(module: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]
         outputs = module(inputs)
     named = dict(name_outputs(outputs, ""))
     if not named:
-        raise TypeError(
+        raise CallError(
             f"{type(module).__name__} must return tensors, got {type(outputs).__name__}; pass a "
             "call function that returns tensors by name"
         )

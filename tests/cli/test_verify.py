@@ -235,9 +235,9 @@ def test_script_exit_codes(
     monkeypatch.setitem(port.ACTIVATIONS, "gelu_pytorch_tanh", F.gelu)
     assert run_script("--checkpoint", folder, "--json", tmp_path / "out.json") == 1
     assert re.match(
-        r"DIFFERENT \(checkpoint weights\): numerics: encoder\.layers\.0\.mlp\.fc2:input \(port: "
-        r".*\): differs in float64, bound 1e-10, relative error .*; looks like: exact \(erf\) "
-        r"GELU instead of tanh GELU; and \d+ more findings",
+        r"DIFFERENT \(checkpoint weights\): numerics: encoder\.layers\.\{0\.\.\.\d+\}\.mlp\."
+        r"fc2:input \(port: .*\): differs in float64, bound 1e-10, relative error .*; looks like: "
+        r"exact \(erf\) GELU instead of tanh GELU; in all checkpoints",
         capsys.readouterr().out.splitlines()[-1],
     )
     assert json.loads((tmp_path / "out.json").read_text())["equal"] is False
@@ -614,9 +614,7 @@ def test_non_finite_port_outputs(
     (tmp_path / "link.json").symlink_to(report)
     assert call("--checkpoint", checkpoint(), "--json", tmp_path / "link.json") == 1
     verdict = capsys.readouterr().out.splitlines()[-1]
-    assert verdict.startswith(
-        "DIFFERENT (checkpoint weights): numerics: encoder.layers.0.mlp.fc2:input "
-    )
+    assert verdict.startswith("DIFFERENT (checkpoint weights): numerics: encoder.layers.{0...")
     assert "looks like: NaN or Inf in the port" in verdict
     assert (tmp_path / "link.json").is_symlink()
     assert (
@@ -631,6 +629,74 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     monkeypatch.setattr(verify, "run", interrupt)
     assert call() == 130
     assert capsys.readouterr().err == "interrupted: no verdict\n"
+
+
+def test_port_that_raises_is_different(
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError
+
+    monkeypatch.setattr(port.MLP, "forward", refuse)
+    assert call("--checkpoint", checkpoint(), "--report", tmp_path) == 1
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert re.fullmatch(
+        r"DIFFERENT \(checkpoint weights\): numerics: encoder\.layers\.0\.mlp \(port: "
+        r"transformer\.encoder\.encoder_blocks\.0\.mlp\): the port raises AssertionError "
+        r"\(test_verify\.py:\d+, in refuse\); in all checkpoints",
+        output.out.splitlines()[-1],
+    )
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["outputs"] == []
+    assert [cause["kind"] for cause in report["causes"]] == ["error"]
+    passed = {gate["name"] for gate in report["sections"][0]["gates"] if gate["passed"]}
+    assert passed == {"pixels", "config", "weights"}
+
+
+def test_port_that_does_not_load_is_different(
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Random weights were written for it, so that it must load them."""
+
+    def refuse(*_: object, **options: object) -> SigLipVisionModel:
+        raise KeyError("encoder.layers.0")
+
+    monkeypatch.setattr(SigLipVisionModel, "from_hf", refuse)
+    arguments = ("--checkpoint", checkpoint(), "--weights", "random", "--report", tmp_path)
+    assert call(*arguments) == 1
+    assert re.fullmatch(
+        r"DIFFERENT \(random weights\): weights: loading the port raises KeyError: "
+        r"'encoder.layers.0' \(test_verify.py:\d+, in refuse\)",
+        capsys.readouterr().out.splitlines()[-1],
+    )
+    assert json.loads((tmp_path / "report.json").read_text())["equal"] is False
+    assert (tmp_path / "report.html").read_text().startswith("<!")
+
+
+def test_port_of_a_small_model_that_does_not_load_is_different(
+    checkpoint: MakeCheckpoint,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = SigLipVisionModel.from_hf
+    folder = checkpoint()
+
+    def refuse_small(source: str, **options: object) -> SigLipVisionModel:
+        if source != str(folder):
+            raise TypeError("unknown layout")
+        return original(source)
+
+    monkeypatch.setattr(SigLipVisionModel, "from_hf", refuse_small)
+    assert call("--checkpoint", folder) == 1
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert "weights: loading the port raises TypeError: unknown layout" in verdict
 
 
 def test_wrong_activation(
