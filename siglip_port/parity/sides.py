@@ -186,13 +186,25 @@ def clone_inputs(inputs: Inputs) -> Inputs:
 def perturb(
     inputs: Inputs, scale: float, generator: torch.Generator, dtype: torch.dtype = torch.float32
 ) -> Inputs:
-    """Multiply every element by 1 + `scale` * N(0, 1), with the noise drawn in `dtype`."""
+    """Change every element by `scale` * N(0, 1), relative to it and to the largest one.
+
+    The noise is drawn in `dtype`. Zeros change, too, such as black pixels; masks of zeros and ones
+    stay masks.
+    """
 
     def perturb_tensor(tensor: Tensor) -> Tensor:
-        noise = torch.randn(tensor.shape, generator=generator, dtype=dtype)
-        return tensor * (1 + scale * noise.to(tensor))
+        noise = torch.randn(tensor.shape, generator=generator, dtype=dtype).to(tensor)
+        size = tensor.abs()
+        if not is_mask(tensor):
+            size = size + tensor.abs().max() / 10
+        return tensor + scale * noise * size
 
     return map_tensors(inputs, perturb_tensor)
+
+
+def is_mask(tensor: Tensor) -> bool:
+    """Return whether a tensor contains nothing but zeros and ones."""
+    return bool(((tensor == 0) | (tensor == 1)).all())
 
 
 def example(inputs: Inputs, i: int) -> Inputs:

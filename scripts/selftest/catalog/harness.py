@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from scripts.selftest.mutant import HarnessMutant, combine, replace, wrap
 from siglip_port import SigLipVisionModel
 from siglip_port.parity import bounds, gates, observe
-from siglip_port.parity.gates import environment, numerics, rounding, sensitivity, weights
+from siglip_port.parity.gates import batches, environment, numerics, rounding, sensitivity, weights
+from siglip_port.parity.gates.batches import BatchRuns
 from siglip_port.parity.metrics import RelativeError
 from siglip_port.parity.observe import ReferenceRun
 from siglip_port.parity.results import GateResult, Measurement
-from siglip_port.parity.sides import Inputs, Side
+from siglip_port.parity.sides import Inputs, Side, batch_size
 from siglip_port.parity.siglip import cases, reference, taps
 from siglip_port.parity.siglip.cases import Case
 from siglip_port.parity.siglip.reference import Reference
@@ -85,9 +86,10 @@ def passes_if_sensitivity(result: GateResult) -> bool:
     return result.name == "sensitivity" or (not result.findings and result.checked > 0)
 
 
-def run_whole_batch(port: Side, inputs: Inputs) -> list[dict[str, Tensor]]:
-    """Run the whole batch instead of one image at a time."""
-    return [port.run(inputs)]
+def join_whole_batch(side: Side, inputs: Inputs) -> BatchRuns:
+    """Return the outputs for the batch as those of its examples."""
+    outputs = side.run(inputs)
+    return BatchRuns(outputs, outputs, batch_size(inputs))
 
 
 HARNESS = [
@@ -210,6 +212,6 @@ HARNESS = [
         "batch_with_itself",
         "a batch compared with itself",
         ("batch_leak",),
-        replace(sensitivity, "run_one_by_one", run_whole_batch),
+        replace(batches, "join_runs", join_whole_batch),
     ),
 ]

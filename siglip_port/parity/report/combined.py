@@ -19,8 +19,11 @@ def combine(reports: Sequence[tuple[str, Json]]) -> Json:
         reports: Name and JSON report of each comparison.
     """
     sections = []
+    causes = []
     findings = []
     for name, report in reports:
+        for cause in report["causes"]:
+            causes.append({**cause, "message": f"{name}: {cause['message']}"})
         for section in report["sections"]:
             sections.append({**section, "name": f"{name}: {section['name']}"})
         for finding in report["findings"]:
@@ -36,6 +39,7 @@ def combine(reports: Sequence[tuple[str, Json]]) -> Json:
         "verdict": verdict,
         "weights": f"{len(reports)} comparisons",
         "environment": reports[0][1].get("environment", {}),
+        "causes": causes,
         "findings": findings,
         "sections": sections,
     }

@@ -155,8 +155,14 @@ def load_checkpoint(options: VerifyOptions, source: Source, offline: bool) -> Lo
     )
     commit = model.provenance.commit if model.provenance else None
     if commit is None or not isinstance(source, Subfolder):
-        return LoadedPort(model, source.address, commit)
+        return LoadedPort(model, absolute(source.address), commit)
     return LoadedPort(model, source.name, commit, source.subfolder)
+
+
+def absolute(address: str) -> str:
+    """Return a local path as an absolute one, for another process; a Hub id as it is."""
+    path = Path(address).expanduser()
+    return str(path.absolute()) if path.exists() else address
 
 
 def read_architecture(options: VerifyOptions, offline: bool) -> SigLipVisionConfig:

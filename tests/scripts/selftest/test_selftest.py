@@ -133,6 +133,8 @@ GATES = {
     "weights": (gates, "check_weights"),
     "sensitivity": (gates, "check_sensitivity"),
     "numerics": (gates, "check_numerics"),
+    "gradients": (gates, "check_gradients"),
+    "calls": (gates, "check_calls"),
     "interface": (interface, "check_interface"),
     "rounding": (gates, "check_rounding"),
 }
