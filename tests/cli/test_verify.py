@@ -68,7 +68,9 @@ def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shrink the small models of a comparison, for a quarter of the time."""
     monkeypatch.setattr(cases, "ODD", replace(SMALL, image_size=28, num_encoder_blocks=2))
     monkeypatch.setattr(cases, "MINI", replace(SMALL, image_size=24, num_encoder_blocks=2))
-    monkeypatch.setattr(cases, "regime_models", lambda *_: [])  # tests/parity/siglip runs them
+    # tests/parity/siglip runs them
+    monkeypatch.setattr(cases, "regime_models", lambda *_: [])
+    monkeypatch.setattr(verification, "check_entrance_models", lambda _: [])
 
 
 def call(*arguments: str | Path) -> int:
