@@ -86,8 +86,13 @@ class MutantResult:
             self.add_locations(max(rounding, key=largest_share))
 
     def add_locations(self, gate: GateResult) -> None:
-        """Record false locations of a gate. `sensitivity` may report any output."""
-        if gate.name == "sensitivity":
+        """Record false locations of a gate.
+
+        `sensitivity` may report any output; what `interface` reports beside a gate that locates
+        more precisely follows from the same bug.
+        """
+        is_symptom = gate.name == "interface" and self.mutant.gate != "interface"
+        if gate.name == "sensitivity" or is_symptom:
             return
         for finding in gate.findings:
             location = finding.reference or finding.port

@@ -81,21 +81,27 @@ def drop_in_training(original: Function, mlp: MLP, x: Tensor) -> Tensor:
     return F.dropout(original(mlp, x), 0.1, mlp.training)
 
 
-def scale_late_calls(original: Function, model: SigLipVisionModel, *inputs: Tensor) -> Tensor:
+def scale_late_calls(
+    original: Function, model: SigLipVisionModel, *inputs: Tensor, **options: Tensor
+) -> Tensor:
     """Add an error from the 150th call on."""
     count = model.__dict__["count"] = model.__dict__.get("count", 0) + 1
-    return original(model, *inputs) * (1.001 if count > 150 else 1.0)
+    return original(model, *inputs, **options) * (1.001 if count > 150 else 1.0)
 
 
-def keep_in_float32(original: Function, model: SigLipVisionModel, *inputs: Tensor) -> Tensor:
+def keep_in_float32(
+    original: Function, model: SigLipVisionModel, *inputs: Tensor, **options: Tensor
+) -> Tensor:
     """Return tokens in float32 at least, whatever the dtype of the weights."""
-    tokens = original(model, *inputs)
+    tokens = original(model, *inputs, **options)
     return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
-def reuse_memory(original: Function, model: SigLipVisionModel, *inputs: Tensor) -> Tensor:
+def reuse_memory(
+    original: Function, model: SigLipVisionModel, *inputs: Tensor, **options: Tensor
+) -> Tensor:
     """Return the same memory in every call without gradients."""
-    tokens = original(model, *inputs)
+    tokens = original(model, *inputs, **options)
     if torch.is_grad_enabled():
         return tokens
     memory: dict[object, Tensor] = model.__dict__.setdefault("memory", {})
@@ -104,10 +110,12 @@ def reuse_memory(original: Function, model: SigLipVisionModel, *inputs: Tensor) 
         return output.copy_(tokens)
 
 
-def draw_random_number(original: Function, model: SigLipVisionModel, *inputs: Tensor) -> Tensor:
+def draw_random_number(
+    original: Function, model: SigLipVisionModel, *inputs: Tensor, **options: Tensor
+) -> Tensor:
     """Draw a random number that is not used."""
     torch.rand(1)
-    return original(model, *inputs)
+    return original(model, *inputs, **options)
 
 
 CALLS = [
