@@ -55,6 +55,10 @@ def judge_port(options: VerifyOptions, target: str, image: Image.Image) -> int:
     from siglip_port.parity.siglip import against, reference, verification
     from siglip_port.parity.siglip.foreign_ports import ForeignPortError
 
+    try:
+        against.check_target(target)
+    except ForeignPortError as error:
+        raise ValueError(f"--against {error}") from error
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
         port = verification.load_port(options, Path(scratch))
         if port.is_random:
