@@ -55,6 +55,10 @@ def judge_port(options: VerifyOptions, target: str, image: Image.Image) -> int:
     from siglip_port.parity.siglip import against, reference_process, verification
     from siglip_port.parity.siglip.foreign_ports import ForeignPortError
 
+    try:
+        against.check_target(target)
+    except ForeignPortError as error:
+        raise ValueError(f"--against {error}") from error
     with (
         reference_process.start() as references,
         tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,24 +24,13 @@ from siglip_port.parity.results import Comparison, Finding, GateResult, Measurem
 from siglip_port.parity.sides import dtype_name
 from siglip_port.parity.taps import Tap
 
-Explain = Callable[[GoldenCase, str, str, Tensor], str]
-"""Function (case, dtype, point, the port's value) -> hint; empty if there is none."""
 
-
-def no_hint(case: GoldenCase, dtype: str, point: str, value: Tensor) -> str:
-    """Return no hint: without the reference, there are none."""
-    return ""
-
-
-def judge_folder(
-    golden: GoldenFolder, dtype: torch.dtype | None = None, explain: Explain = no_hint
-) -> Comparison:
+def judge_folder(golden: GoldenFolder, dtype: torch.dtype | None = None) -> Comparison:
     """Judge the file `port.safetensors` of every case that has results in the port's dtype.
 
     Args:
         golden: Golden folder.
         dtype: Dtype in which the port computed; None for that of its tensors.
-        explain: Function that finds the hint for a tap that differs.
 
     Returns:
         One section per case, with one gate.
@@ -69,7 +58,7 @@ def judge_folder(
         gate = missing_results(case, name)
         if case.name in ports:
             port = without_unrecorded(ports[case.name], case.expected[recorded_dtype(name)], known)
-            gate = judge_case(case, port, name, explain)
+            gate = judge_case(case, port, name)
         sections.append(Section(case.name, case.weights, (gate,)))
     if not sections:
         raise GoldenError(
@@ -118,21 +107,15 @@ def read_port(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def judge_case(
-    case: GoldenCase, port: Mapping[str, Tensor], dtype: str, explain: Explain = no_hint
-) -> GateResult:
+def judge_case(case: GoldenCase, port: Mapping[str, Tensor], dtype: str) -> GateResult:
     """Judge the results of a port for one case.
 
     Args:
         case: The case, which has expected results in this dtype.
         port: Outputs, and taps as far as the port has them, by the names of the reference.
         dtype: Name of the dtype in which the port computed.
-        explain: Function that finds the hint for a tap that differs.
     """
-    expected = case.expected[recorded_dtype(dtype)]
-    return judge_results(
-        expected, port, dtype, lambda point, value: explain(case, dtype, point, value)
-    )
+    return judge_results(case.expected[recorded_dtype(dtype)], port, dtype)
 
 
 def recorded_dtype(dtype: str) -> str:
@@ -143,12 +126,7 @@ def recorded_dtype(dtype: str) -> str:
     return "float32" if dtype == "float64" else dtype
 
 
-def judge_results(
-    expected: Expected,
-    port: Mapping[str, Tensor],
-    dtype: str,
-    explain: Callable[[str, Tensor], str] = lambda point, value: "",
-) -> GateResult:
+def judge_results(expected: Expected, port: Mapping[str, Tensor], dtype: str) -> GateResult:
     """Judge results of a port.
 
     Results in float64 are compared with the float64 bound, others with the reference's rounding
@@ -158,7 +136,6 @@ def judge_results(
         expected: Expected results.
         port: Outputs, and taps as far as the port has them, by the names of the reference.
         dtype: Name of the dtype in which the port computed.
-        explain: Function (point, the port's value) -> hint.
     """
     findings = unusable_tensors(expected, port)
     measurements = []
@@ -167,8 +144,7 @@ def judge_results(
             measurements.append(measure(expected, point, port[point], dtype))
     wrong = [measurement for measurement in measurements if not measurement.passed]
     if wrong:
-        point = wrong[0].reference
-        findings.append(first_difference(wrong[0], len(wrong), explain(point, port[point])))
+        findings.append(first_difference(wrong[0], len(wrong)))
     if dtype == "float64":
         gate, origin = "numerics", bounds.FLOAT64_ORIGIN
     else:
@@ -212,13 +188,12 @@ def measure(expected: Expected, point: str, value: Tensor, dtype: str) -> Measur
     return measure_rounding(dtype, Tap(point, point), error, expected.noise[point])
 
 
-def first_difference(measurement: Measurement, count: int, hint: str) -> Finding:
+def first_difference(measurement: Measurement, count: int) -> Finding:
     """Return the finding for the first point outside its bound; later ones may inherit its error.
 
     Args:
         measurement: Error at the first point.
         count: Number of points outside their bounds.
-        hint: Known bug that explains it; empty if none does.
     """
     if measurement.run == "float64":
         message = f"differs in float64, bound {measurement.bound:g}"
@@ -230,4 +205,4 @@ def first_difference(measurement: Measurement, count: int, hint: str) -> Finding
         )
     if count > 1:
         message += f" (first of {count} points outside their bounds)"
-    return Finding(message, measurement.reference, measurement.port, measurement.error, hint)
+    return Finding(message, measurement.reference, measurement.port, measurement.error)

@@ -38,6 +38,22 @@ TARGETS = (
 )
 
 
+def check_target(target: str) -> None:
+    """Check what can be checked of a target before a checkpoint is loaded.
+
+    Raises:
+        ForeignPortError: The file does not exist.
+        ValueError: The target is of no kind in `TARGETS`.
+    """
+    if target.startswith(("http://", "https://")):
+        return
+    is_file = target.endswith((".parquet", *foreign_ports.LOADERS))
+    if not is_file and not foreign_ports.is_pixel_port(target):
+        raise ValueError(f"--against must be {TARGETS}, got {target!r}")
+    if is_file and not Path(target).is_file():
+        raise ForeignPortError(f"{target}: no such file")
+
+
 def judge_target(
     target: str, case: Case, process: Process, image: Image.Image, dtype: torch.dtype
 ) -> Comparison:
@@ -54,6 +70,7 @@ def judge_target(
         ForeignPortError: The port cannot be loaded, or does not answer.
         ValueError: The target is of none of these kinds.
     """
+    check_target(target)
     if target.startswith(("http://", "https://")):
         images = {"image": image, "synthetic image": synthetic_image()}
         ask = foreign_ports.service(target)
@@ -62,8 +79,6 @@ def judge_target(
         return Comparison((section,), f"{case.weights}, {len(images)} images")
     if target.endswith(".parquet"):
         return judge_parquet(Path(target), case, process, dtype)
-    if not foreign_ports.is_pixel_port(target):
-        raise ValueError(f"--against must be {TARGETS}, got {target!r}")
     port = foreign_ports.load_pixel_port(target)
     return Comparison(tuple(judge_pixel_port(port, case, dtype)), case.weights)
 
