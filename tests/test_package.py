@@ -82,6 +82,10 @@ def imported_packages(path: Path) -> set[str]:
             packages |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             packages.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            name = node.args[0]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                packages.add(name.value.partition(".")[0])
     return packages
 
 
@@ -90,7 +94,9 @@ def test_transformers_not_imported() -> None:
     for path in (ROOT / "siglip_port").rglob("*.py"):
         if "transformers" in imported_packages(path):
             importers.append(path.relative_to(ROOT).as_posix())
-    assert importers == ["siglip_port/parity/siglip/reference.py"]
+    folder = "siglip_port/parity/siglip"
+    # The second one is a program of its own, which runs with other releases.
+    assert sorted(importers) == [f"{folder}/reference.py", f"{folder}/second_reference_script.py"]
 
 
 def test_demonstration_script() -> None:

@@ -49,7 +49,7 @@ def use_prepacked(model: OptimizedModel, cache: Path) -> None:
 def use_prepacked_gelu(model: OptimizedModel, cache: Path) -> None:
     """Prepack, and fuse GELU into the preceding linear layer."""
     use_prepacked(model, cache)
-    fuse_gelu(model)
+    fuse_gelu(model, model.config.hidden_act)
 
 
 def use_compiled(model: OptimizedModel, cache: Path) -> None:

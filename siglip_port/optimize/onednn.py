@@ -95,15 +95,40 @@ def prepack_linears(model: nn.Module) -> None:
                 setattr(module, name, PrepackedLinear.from_linear(child))
 
 
-def fuse_gelu(model: nn.Module) -> None:
-    """Fuse GELU into the preceding `PrepackedLinear`, in place."""
+class FusedMLP(nn.Module):
+    """MLP whose activation is a part of its first layer: [..., D] -> [..., D].
+
+    Args:
+        mlp: MLP with prepacked layers, whose parameters it shares.
+        algorithm: GELU variant, `none` (exact) or `tanh`.
+    """
+
+    def __init__(self, mlp: MLP, algorithm: str) -> None:
+        super().__init__()
+        self.fc1 = PrepackedLinear.from_linear(mlp.fc1)
+        self.fc1.activation = "gelu"
+        self.fc1.algorithm = algorithm
+        self.fc2 = mlp.fc2
+        self.train(mlp.training)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Apply both layers: [..., D] -> [..., D]."""
+        output: Tensor = self.fc2(self.fc1(hidden_states))
+        return output
+
+
+def fuse_gelu(model: nn.Module, hidden_act: str) -> None:
+    """Replace every MLP of a model by a `FusedMLP`, in place.
+
+    Args:
+        model: Model with prepacked layers.
+        hidden_act: Its activation, as in `SigLipVisionConfig`.
+    """
+    algorithm = "none" if hidden_act == "gelu" else "tanh"
     for module in model.modules():
-        if isinstance(module, MLP):
-            linear = module.fc1
-            assert isinstance(linear, PrepackedLinear)
-            linear.activation = "gelu"
-            linear.algorithm = "none" if module.activation is F.gelu else "tanh"
-            module.activation = nn.Identity()
+        for name, child in list(module.named_children()):
+            if isinstance(child, MLP):
+                setattr(module, name, FusedMLP(child, algorithm))
 
 
 def prepacking_problem(dtype: torch.dtype) -> str:

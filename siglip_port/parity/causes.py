@@ -335,7 +335,8 @@ def follows(cause: Cause, earlier: list[Cause]) -> bool:
         is_explained_otherwise = cause.finding.hint and not has_place_of(cause, earlier)
         return is_wrong_function and not is_explained_otherwise
     if gate in VALUE_GATES:
-        return is_wrong_function and not math.isnan(cause.finding.error)
+        is_value = not math.isnan(cause.finding.error)
+        return any(map(prevents_runs, earlier)) or (is_wrong_function and is_value)
     if gate in ("weights", "numerics"):
         return all(is_explained(item, earlier) for item in cause.members)
     return False
@@ -344,6 +345,11 @@ def follows(cause: Cause, earlier: list[Cause]) -> bool:
 def breaks_numerics(cause: Cause) -> bool:
     """Return whether all later results differ because of a cause."""
     return cause.gate_kind == "numerics" or cause.finding.kind != "difference"
+
+
+def prevents_runs(cause: Cause) -> bool:
+    """Return whether the port raises an error in a plain forward pass, so also in all others."""
+    return cause.finding.kind == "error" and cause.gate_kind == "numerics"
 
 
 def has_place_of(cause: Cause, earlier: list[Cause]) -> bool:

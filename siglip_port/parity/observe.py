@@ -22,6 +22,7 @@ from siglip_port.parity.roughness import roughness
 from siglip_port.parity.sides import (
     Inputs,
     ReferenceHost,
+    Sample,
     Side,
     cast,
     cast_inputs,
@@ -94,9 +95,9 @@ class ReferenceRun:
         """Names of all comparisons, taps and outputs, in order of computation."""
         return order_of_computation(self.exact)
 
-    def record(self, inputs: Inputs) -> Recording:
-        """Run the reference in float64, on the same weights and other inputs in float64."""
-        return self.host.compute(record_exactly, inputs, list(self.exact.taps), self.dtype)
+    def record(self, sample: Sample) -> Recording:
+        """Run the reference in float64 on a sample."""
+        return self.host.compute(record_exactly, sample, list(self.exact.taps), self.dtype)
 
 
 def order_of_computation(exact: Recording) -> list[str]:
@@ -169,11 +170,12 @@ def run_exactly(
 
 
 def record_exactly(
-    reference: Side, inputs: Inputs, points: list[str], dtype: torch.dtype
+    reference: Side, sample: Sample, points: list[str], dtype: torch.dtype
 ) -> Recording:
-    """Run the reference in float64 on weights rounded to `dtype`, without checks."""
+    """Run the reference in float64 on a sample and weights rounded to `dtype`, without checks."""
     with cast(reference.module, dtype, torch.float64):
-        return record_defined(reference, inputs, points)
+        sample.scale_weights(reference.module)
+        return record_defined(reference, sample.inputs, points)
 
 
 def record_defined(reference: Side, inputs: Inputs, points: list[str]) -> Recording:

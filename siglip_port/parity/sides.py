@@ -44,7 +44,7 @@ def call_module(module: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]
         outputs = module(inputs)
     named = dict(name_outputs(outputs, ""))
     if not named:
-        raise CallError(
+        raise TypeError(
             f"{type(module).__name__} must return tensors, got {type(outputs).__name__}; pass a "
             "call function that returns tensors by name"
         )
@@ -171,6 +171,26 @@ def cast(module: object, *dtypes: torch.dtype) -> Iterator[None]:
             parameter.data = data
         for part, name, buffer in buffers:
             setattr(part, name, buffer)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs of a run in float64, and the weights of both sides in it.
+
+    Attributes:
+        inputs: Inputs in float64.
+        weight_scale: Factor of all parameters, which any layout of them preserves.
+    """
+
+    inputs: Any
+    weight_scale: float = 1.0
+
+    def scale_weights(self, module: object) -> None:
+        """Multiply the parameters of a module by the factor; call it within `cast`."""
+        if self.weight_scale == 1.0 or not isinstance(module, nn.Module):
+            return
+        for parameter in module.parameters():
+            parameter.data = parameter.data * self.weight_scale
 
 
 def cast_inputs(inputs: Inputs, dtype: torch.dtype) -> Inputs:

@@ -18,27 +18,33 @@ from siglip_port.parity.observe import (
     compare_run,
     record_exactly,
 )
-from siglip_port.parity.sides import Inputs, Side, cast, cast_inputs, map_tensors, perturb
+from siglip_port.parity.sides import Inputs, Sample, Side, cast, cast_inputs, map_tensors, perturb
 from siglip_port.parity.taps import Recording
 
 Meters = dict[str, SystematicErrorMeter]
 """Meters by the reference's name of a tap or output."""
 
 
-def perturbed_inputs(inputs: Inputs, scale: float, count: int, dtype: torch.dtype) -> list[Inputs]:
+def perturbed_samples(
+    inputs: Inputs, scale: float, count: int, dtype: torch.dtype, *, with_weights: bool = False
+) -> list[Sample]:
     """Perturb inputs several times; return them in float64, rounded to `dtype`.
 
     Args:
         inputs: Inputs of any floating point dtype.
         scale: Relative size of the changes.
         count: Number of results.
-        dtype: Dtype that represents the results exactly.
+        dtype: Dtype that represents the inputs exactly.
+        with_weights: Whether to change the weights of both sides, too. The rounding of what depends
+            on no input, such as resized positions, is the same for all inputs.
     """
     generator = torch.Generator().manual_seed(0)
     samples = []
     for _ in range(count):
         sample = perturb(cast_inputs(inputs, torch.float64), scale, generator)
-        samples.append(cast_inputs(cast_inputs(sample, dtype), torch.float64))
+        factor = 1 + scale * float(torch.randn((), generator=generator)) if with_weights else 1.0
+        rounded = cast_inputs(cast_inputs(sample, dtype), torch.float64)
+        samples.append(Sample(rounded, factor))
     return samples
 
 
@@ -86,7 +92,7 @@ def run_sample(
 def port_statistics(
     port: Side,
     run: ReferenceRun,
-    samples: Sequence[Inputs],
+    samples: Sequence[Sample],
     points: Mapping[str, str],
     names: Sequence[str],
     dtypes: tuple[torch.dtype, ...],
@@ -98,25 +104,26 @@ def port_statistics(
     Args:
         port: Port in its own dtype.
         run: Run of the reference, for its place and taps.
-        samples: Inputs in float64.
+        samples: Inputs and weights.
         points: Points of the port -> points of the reference.
         names: Points to measure, by the reference's names.
         dtypes: Dtypes to which the port is cast in turn.
         forced: Whether the runs are teacher-forced.
     """
     meters = {name: SystematicErrorMeter() for name in names}
-    for i, inputs in enumerate(samples):
-        exact = run.record(inputs)
+    for i, sample in enumerate(samples):
+        exact = run.record(sample)
         with cast(port.module, *dtypes):
-            sample = cast_inputs(inputs, dtypes[-1])
-            run_sample(port, sample, exact, points, meters, forced=forced)
+            sample.scale_weights(port.module)
+            inputs = cast_inputs(sample.inputs, dtypes[-1])
+            run_sample(port, inputs, exact, points, meters, forced=forced)
         if i > 0:
             yield {name: meter.statistics() for name, meter in meters.items()}
 
 
 def reference_statistics(
     reference: Side,
-    samples: Sequence[Inputs],
+    samples: Sequence[Sample],
     points: Sequence[str],
     names: Sequence[str],
     dtypes: tuple[torch.dtype, ...],
@@ -126,7 +133,7 @@ def reference_statistics(
 
     Args:
         reference: Reference in its own dtype.
-        samples: Inputs in float64.
+        samples: Inputs and weights.
         points: Points at which it is forced: those that the port is.
         names: Points and outputs to measure.
         dtypes: Dtypes to which the reference is cast in turn; the first is that of the weights.
@@ -139,13 +146,14 @@ def reference_statistics(
     meters: dict[str, Meters] = {}
     for attention in attentions:
         meters[attention] = {name: SystematicErrorMeter() for name in names}
-    for inputs in samples:
-        exact = record_exactly(reference, inputs, list(points), dtypes[0])
+    for sample in samples:
+        exact = record_exactly(reference, sample, list(points), dtypes[0])
         for attention in attentions:
             reference.set_attention(attention)
             with cast(reference.module, *dtypes):
-                sample = cast_inputs(inputs, dtypes[-1])
-                run_sample(reference, sample, exact, own_points, meters[attention], forced=True)
+                sample.scale_weights(reference.module)
+                inputs = cast_inputs(sample.inputs, dtypes[-1])
+                run_sample(reference, inputs, exact, own_points, meters[attention], forced=True)
         reference.set_attention(reference.attentions[0])
     return {name: largest_statistics(meters, name) for name in names}
 

@@ -76,8 +76,17 @@ def module_table(modules: Modules) -> ModuleTable:
     return modules
 
 
-def expand(taps: Mapping[str, str], reference: Modules, port: Modules) -> list[Tap]:
+def expand(
+    taps: Mapping[str, str], reference: Modules, port: Modules, *, is_strict: bool = True
+) -> list[Tap]:
     """Expand `{}` in taps to the number of every block of the reference.
+
+    Args:
+        taps: Points of the reference -> points of the port.
+        reference: Reference.
+        port: Port.
+        is_strict: Whether to refuse taps of modules that the port lacks, such as fused ones. They
+            cannot be compared.
 
     Raises:
         ValueError: A point is malformed, or matches no module. (A port without some of the blocks
@@ -88,11 +97,11 @@ def expand(taps: Mapping[str, str], reference: Modules, port: Modules) -> list[T
     expanded = []
     for reference_point, port_point in taps.items():
         numbers = block_numbers(reference_point, reference_modules)
-        port_numbers = block_numbers(port_point, port_modules)
+        is_in_port = bool(block_numbers(port_point, port_modules))
         tap = f"{reference_point!r}: {port_point!r}"
         if not numbers:
             raise unknown_module("reference", reference_point, reference_modules, tap)
-        if not port_numbers:
+        if is_strict and not is_in_port:
             raise unknown_module("port", port_point, port_modules, tap)
         for number in numbers:
             expanded.append(

@@ -149,7 +149,7 @@ def test_gradients_for_pixels(engine: str, model: SigLipVisionModel, engine_cach
 def test_prepacked_weights_are_updated(model: SigLipVisionModel) -> None:
     fast = inference_copy(model, None)
     prepack_linears(fast)
-    fuse_gelu(fast)
+    fuse_gelu(fast, model.config.hidden_act)
     x = images_for(model, 2)
     with torch.inference_mode():
         before = fast(x)

@@ -279,6 +279,8 @@ def test_values_of_calls_follow_from_numerics() -> None:
     )
     assert consequences(make_comparison(gate)) == []
     assert consequences(make_comparison(numerics(Finding("differs", "a")), gate)) == ["tokens"]
+    prevented = numerics(Finding("the port raises ValueError", "a", kind="error"))
+    assert consequences(make_comparison(prevented, gate)) == ["tokens", ""]
 
 
 def test_weights_of_a_shared_module_are_a_consequence() -> None:

@@ -123,3 +123,13 @@ def test_expand_block_numbers() -> None:
 def test_unknown_points(taps: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         expand(taps, Residual(), Residual())
+
+
+def test_taps_of_modules_that_the_port_lacks() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(2, 2), "second": nn.Linear(2, 2)})
+    fused = nn.ModuleDict({"first": nn.Linear(2, 2)})
+    points = {"first": "first", "second": "second"}
+    with pytest.raises(ValueError, match="the port has no module 'second'"):
+        expand(points, model, fused)
+    expected = [Tap("first", "first"), Tap("second", "second")]
+    assert expand(points, model, fused, is_strict=False) == expected

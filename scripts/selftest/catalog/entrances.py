@@ -26,7 +26,6 @@ from siglip_port.config import SigLipVisionConfig
 from siglip_port.image_processing import ImageProcessor
 from siglip_port.model import MultiheadAttention, SigLipEncoder, SigLipVisionModel
 from siglip_port.optimize import engines
-from siglip_port.optimize.onednn import PrepackedLinear
 
 PIXELS = "siglip_port.image_processing"
 """Location of differences in preprocessing."""
@@ -426,12 +425,11 @@ def detach_checkpointed(
     return run_block(encoder, block, x, mask)
 
 
-def fuse_other_gelu(fuse_gelu: Callable[[nn.Module], None], port: nn.Module) -> None:
+def fuse_other_gelu(
+    fuse_gelu: Callable[[nn.Module, str], None], port: nn.Module, hidden_act: str
+) -> None:
     """Fuse exact GELU for tanh GELU, and the reverse."""
-    fuse_gelu(port)
-    for module in port.modules():
-        if isinstance(module, PrepackedLinear) and module.activation == "gelu":
-            module.algorithm = "tanh" if module.algorithm == "none" else "none"
+    fuse_gelu(port, "gelu" if hidden_act != "gelu" else "gelu_pytorch_tanh")
 
 
 FEATURES = [

@@ -5,6 +5,7 @@ Caches and static buffers are wrong as soon as what they were computed from has 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 
@@ -160,15 +161,13 @@ def changed_weights(port: Side, contents: Contents, dtype: torch.dtype) -> Steps
         with torch.no_grad():
             for parameter in parameters:
                 parameter.add_(change_weight(parameter) - parameter)
+        state = copy.deepcopy(port.module.state_dict())
         changed = run(port, contents, CHANGED_WEIGHTS)
         yield Step("after its weights were changed in place", CHANGED_WEIGHTS, changed)
         for parameter, original in zip(parameters, originals, strict=True):
             parameter.data = original.clone()
         restored = run(port, contents, BASE)
         yield Step("after its weights were replaced through .data", BASE, restored)
-        state = port.module.state_dict()
-        for name, _ in port.module.named_parameters(remove_duplicate=False):
-            state[name] = change_weight(state[name])
         port.module.load_state_dict(state)
         changed = run(port, contents, CHANGED_WEIGHTS)
         yield Step("after load_state_dict() with other weights", CHANGED_WEIGHTS, changed)

@@ -2,7 +2,8 @@
 
 A softmax, a Linear or a whole model that is float32 at every dtype is not a bug. Its error in
 float64 is no larger than that of the reference in float32, and it changes completely if the inputs
-change by 1e-3. The error of a bug is a smooth function of the inputs, and hardly changes.
+change by 1e-3, or inputs and weights. The error of a bug is a smooth function of them, and hardly
+changes.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import torch
 from siglip_port.parity import bounds
 from siglip_port.parity.metrics import ErrorStatistics, RelativeError
 from siglip_port.parity.observe import ReferenceRun, compare_run
-from siglip_port.parity.sides import Inputs, Side, cast, cast_inputs
+from siglip_port.parity.sides import Inputs, Sample, Side, cast, cast_inputs
 from siglip_port.parity.systematic import (
     can_be_perturbed,
-    perturbed_inputs,
+    perturbed_samples,
     port_statistics,
     reference_statistics,
 )
@@ -70,9 +71,29 @@ def find_float32_rounding(
     """
     if not names:
         return []
-    if not can_be_perturbed(run.inputs):
-        return list(names)
-    samples = perturbed_inputs(run.exact_inputs, PERTURBATION, SAMPLES, torch.float32)
+    rounding: list[str] = []
+    for with_weights in (False, True):
+        if not with_weights and not can_be_perturbed(run.inputs):
+            continue
+        samples = perturbed_samples(
+            run.exact_inputs, PERTURBATION, SAMPLES, torch.float32, with_weights=with_weights
+        )
+        left = [name for name in names if name not in rounding]
+        if left:
+            rounding += rounding_among(left, port, run, taps, samples, forced=forced)
+    return rounding
+
+
+def rounding_among(
+    names: Sequence[str],
+    port: Side,
+    run: ReferenceRun,
+    taps: list[Tap],
+    samples: list[Sample],
+    *,
+    forced: bool,
+) -> list[str]:
+    """Return the points whose errors differ between samples: see `find_float32_rounding`."""
     points = port_to_reference(taps)
     dtypes = (run.dtype, torch.float64)
     statistics: dict[str, ErrorStatistics] = {}
@@ -90,11 +111,7 @@ def find_float32_rounding(
             (run.dtype, torch.float32),
             tuple(run.outputs)[:1],
         )
-    rounding = []
-    for name in names:
-        if is_rounding(statistics[name], own_errors.get(name)):
-            rounding.append(name)
-    return rounding
+    return [name for name in names if is_rounding(statistics[name], own_errors.get(name))]
 
 
 def may_be_rounding(port: ErrorStatistics) -> bool:

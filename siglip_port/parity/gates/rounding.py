@@ -18,10 +18,10 @@ from siglip_port.parity.gates.missing_outputs import find_missing_outputs
 from siglip_port.parity.metrics import ErrorStatistics, RelativeError
 from siglip_port.parity.observe import ReferenceRun, compare_run
 from siglip_port.parity.results import Finding, GateResult, Measurement, ratio
-from siglip_port.parity.sides import Side, cast, dtype_name
+from siglip_port.parity.sides import Sample, Side, cast, dtype_name
 from siglip_port.parity.systematic import (
     can_be_perturbed,
-    perturbed_inputs,
+    perturbed_samples,
     port_statistics,
     reference_statistics,
 )
@@ -209,7 +209,7 @@ def measure_steps(
     is_low = torch.finfo(run.dtype).bits < 32
     if not is_low or not can_be_perturbed(run.inputs):
         return {}
-    samples = perturbed_inputs(run.inputs, PERTURBATION, count_samples(run), run.dtype)
+    samples = perturbed_samples(run.inputs, PERTURBATION, count_samples(run), run.dtype)
     points = {tap.port: tap.reference for tap in taps if tap.reference in compared}
     *_, port_errors = port_statistics(
         port, run, samples, points, compared, (run.dtype,), forced=True
@@ -241,7 +241,7 @@ def find_systematic_errors(
 
 
 def own_statistics(
-    run: ReferenceRun, samples: Sequence[object], points: list[str], names: Sequence[str]
+    run: ReferenceRun, samples: Sequence[Sample], points: list[str], names: Sequence[str]
 ) -> dict[str, ErrorStatistics]:
     """Return the reference's own errors in the dtype of the run; cached in the run."""
     key = (*points, "", *names)

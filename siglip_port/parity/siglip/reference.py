@@ -362,6 +362,18 @@ def hf_config(config: SigLipVisionConfig) -> HFConfig:
     return config_class(config.naflex)(**values)
 
 
+def parse_config(contents: Mapping[str, Any]) -> HFConfig | None:
+    """Return transformers' config of the vision encoder in a `config.json`, read without the port.
+
+    None if it is not of transformers' SigLIP models, such as one of an open_clip repository.
+    """
+    values = contents.get("vision_config") or contents
+    kind = str(values.get("model_type") or contents.get("model_type"))
+    if not kind.startswith("siglip"):
+        return None
+    return config_class(kind.startswith("siglip2")).from_dict(dict(values))
+
+
 def num_patches(config: SigLipVisionConfig) -> int:
     """Return the number of positions of a square image."""
     return (config.image_size // config.patch_size) ** 2
@@ -378,7 +390,11 @@ def model_class(naflex: bool) -> HFClass:
 
 
 def write_random_checkpoint(
-    folder: Path, config: SigLipVisionConfig, seed: int = 1234, recipe: str = "N1"
+    folder: Path,
+    config: SigLipVisionConfig,
+    seed: int = 1234,
+    recipe: str = "N1",
+    contents: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint with stress weights, through transformers.
 
@@ -387,10 +403,14 @@ def write_random_checkpoint(
         config: Architecture.
         seed: Seed of the weights.
         recipe: Name in `siglip_port.parity.siglip.recipes.RECIPES`.
+        contents: `config.json` that the port read `config` from, for transformers to read.
     """
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(config.naflex)(hf_config(config))
+        own_config = parse_config(contents) if contents is not None else None
+        if own_config is None:
+            own_config = hf_config(config)
+        model = model_class(own_config.model_type.startswith("siglip2"))(own_config)
         fill(model, recipe, seed)
         model.save_pretrained(folder)
 
@@ -404,7 +424,7 @@ def load(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     subfolder: str = "",
-    local_files_only: bool = False,
+    cache_dir: str | None = None,
 ) -> Reference:
     """Load the reference in `eval()` mode, and check that all its weights are loaded.
 
@@ -417,7 +437,7 @@ def load(
         device: Device of the model.
         revision: Commit of a Hub repository.
         subfolder: Subfolder of a Hub repository; empty for none.
-        local_files_only: Whether to use only the Hub's local cache.
+        cache_dir: The Hub's local cache, to read `source` from; None to download it.
 
     Raises:
         BrokenReferenceError: transformers initialized parameters randomly, or cannot load a
@@ -428,7 +448,8 @@ def load(
     options: dict[str, Any] = {
         "revision": revision,
         "subfolder": subfolder,
-        "local_files_only": local_files_only,
+        "cache_dir": cache_dir,
+        "local_files_only": cache_dir is not None,
     }
     with quiet_transformers(), as_folder(source) as folder:
         newer = newer_release(config_class(naflex), folder, options)
@@ -505,7 +526,7 @@ def image_processors(
     *,
     revision: str | None = None,
     subfolder: str = "",
-    local_files_only: bool = False,
+    cache_dir: str | None = None,
 ) -> dict[Backend, Callable[[Any], dict[str, Tensor]]]:
     """Return the reference's image processors: for Pillow and, if installed, torchvision.
 
@@ -517,7 +538,7 @@ def image_processors(
             the defaults.
         revision: Commit of a Hub repository.
         subfolder: Subfolder of a Hub repository; empty for none.
-        local_files_only: Whether to use only the Hub's local cache.
+        cache_dir: The Hub's local cache, to read `source` from; None to download it.
     """
     folder = source
     if source is not None and Path(source).is_file():
@@ -525,7 +546,8 @@ def image_processors(
     options: dict[str, Any] = {
         "revision": revision,
         "subfolder": subfolder,
-        "local_files_only": local_files_only,
+        "cache_dir": cache_dir,
+        "local_files_only": cache_dir is not None,
     }
     if not config.naflex:  # NaFlex models take the size from the file.
         options["size"] = {"height": config.image_size, "width": config.image_size}

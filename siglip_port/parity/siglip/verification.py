@@ -81,7 +81,9 @@ class LoadedPort:
     @property
     def place(self) -> dict[str, Any]:
         """Arguments that, beside the source, select the files for transformers."""
-        return {"revision": self.commit, "subfolder": self.subfolder, "local_files_only": True}
+        # The other process has the cache of its own environment.
+        cache = str(HubOptions().cache_root) if self.commit else None
+        return {"revision": self.commit, "subfolder": self.subfolder, "cache_dir": cache}
 
 
 def load_port(options: VerifyOptions, scratch: Path, references: References) -> LoadedPort:
@@ -112,7 +114,7 @@ def load_port(options: VerifyOptions, scratch: Path, references: References) -> 
     try:
         if options.weights != "random":
             return load_checkpoint(options, source, offline)
-        config = DEFAULT_CONFIG if is_default else read_architecture(options, offline)
+        contents = None if is_default else read_architecture(options, offline)
     except HubUnreachableError as error:
         reason = str(error)
         if silence is not None:
@@ -123,8 +125,8 @@ def load_port(options: VerifyOptions, scratch: Path, references: References) -> 
         if options.weights != "auto" or not is_default:
             raise HubUnreachableError(f"{reason}; {UNREACHABLE_REMEDY}") from error
         note(f"{reason}; comparing random weights of the same architecture instead")
-        config = DEFAULT_CONFIG
-    references.call(reference.write_random_checkpoint, scratch, reference.fields_of(config))
+        contents = None
+    write_random_weights(scratch, contents, references)
     model = guard.load(
         lambda: SigLipVisionModel.from_hf(scratch, dtype=options.torch_dtype, device=options.device)
     )
@@ -165,12 +167,25 @@ def absolute(address: str) -> str:
     return str(path.absolute()) if path.exists() else address
 
 
-def read_architecture(options: VerifyOptions, offline: bool) -> SigLipVisionConfig:
-    """Read the architecture of a checkpoint from its `config.json`."""
+def read_architecture(options: VerifyOptions, offline: bool) -> dict[str, Any]:
+    """Read the `config.json` of a checkpoint."""
     contents = read_config(open_source(options, offline))
     if contents is None:
         raise ValueError(f"{options.checkpoint}: config.json is missing; --weights random needs it")
-    return SigLipVisionConfig.from_hf(contents)
+    return contents
+
+
+def write_random_weights(
+    folder: Path, contents: dict[str, Any] | None, references: References
+) -> None:
+    """Write random weights for the architecture in a `config.json`; None for the default one.
+
+    Raises:
+        ValueError: The file does not describe a SigLIP vision encoder.
+    """
+    config = DEFAULT_CONFIG if contents is None else SigLipVisionConfig.from_hf(contents)
+    fields = reference.fields_of(config)
+    references.call(reference.write_random_checkpoint, folder, fields, contents=contents)
 
 
 def checkpoint_case(

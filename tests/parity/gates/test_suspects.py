@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from siglip_port.parity.gates import check_numerics, check_rounding
+from siglip_port.parity.observe import run_reference
 from siglip_port.parity.results import Comparison, GateResult, Section
 from siglip_port.parity.sides import Side
 from siglip_port.parity.taps import Tap
@@ -313,6 +314,36 @@ def test_float32_step_beside_bug_is_no_finding() -> None:
     gate = check_numerics(side, toy_run(), toy_taps())
     assert places(gate) == ["blocks.1.norm2"]
     assert gate.float32_upcasts
+
+
+class Constants(nn.Module):
+    """Adds constants that depend on no input, as positions do.
+
+    Args:
+        scale: Function of the table of constants.
+    """
+
+    def __init__(self, scale: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)))
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale(self.table)
+
+
+@pytest.mark.parametrize(
+    ("scale", "passes"),
+    [
+        (lambda table: (table.float() * 0.7).to(table.dtype), True),
+        (lambda table: table * (0.7 + 2e-8), False),
+    ],
+)
+def test_float32_constants(scale: Callable[[Tensor], Tensor], passes: bool) -> None:
+    reference = Side(Constants(lambda table: table * 0.7))
+    inputs = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
+    run = run_reference(reference, inputs, [], torch.float32)
+    assert check_numerics(Side(Constants(scale)), run, []).passed == passes
 
 
 # --- bugs in low precision ------------------------------------------------------------------------

@@ -56,6 +56,37 @@ def test_config_is_read_without_port_table(odd_checkpoint: Path) -> None:
     assert fields == expected
 
 
+@pytest.mark.parametrize(
+    ("naflex", "nested", "kind"),
+    [
+        (False, True, "siglip_vision_model"),
+        (False, False, "siglip_vision_model"),
+        (True, True, "siglip2_vision_model"),
+        (True, False, "siglip2_vision_model"),
+    ],
+)
+def test_random_checkpoint_of_a_file(naflex: bool, nested: bool, kind: str, tmp_path: Path) -> None:
+    """What the port reads into its configuration does not matter."""
+    config = replace(SMALL, naflex=naflex, hidden_act="gelu", layer_norm_eps=1e-5)
+    contents = reference.hf_config(config).to_dict()
+    assert contents["model_type"] == kind
+    if nested:
+        contents = {"model_type": kind.removesuffix("_vision_model"), "vision_config": contents}
+    misread = replace(config, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
+    reference.write_random_checkpoint(tmp_path, misread, contents=contents)
+    loaded = reference.load(tmp_path, pooling_head=True, dtype=torch.float32, naflex=naflex)
+    assert loaded.config()["hidden_act"] == "gelu"
+    assert loaded.config()["layer_norm_eps"] == 1e-5
+
+
+def test_random_checkpoint_of_a_file_of_others(tmp_path: Path) -> None:
+    """The port's configuration is all there is."""
+    contents = {"model_cfg": {"vision_cfg": {}}}
+    reference.write_random_checkpoint(tmp_path, SMALL, contents=contents)
+    fields = reference.load(tmp_path, pooling_head=True, dtype=torch.float32).config()
+    assert fields["embed_dim"] == SMALL.embed_dim
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_random_checkpoint_depends_only_on_seed(tmp_path: Path, recipe: str) -> None:
     random_state = torch.get_rng_state()

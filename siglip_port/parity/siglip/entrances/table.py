@@ -13,6 +13,7 @@ import torch
 
 from siglip_port.model import SigLipVisionModel
 from siglip_port.parity.gates import MEANING
+from siglip_port.parity.guard import describe, is_out_of_memory
 from siglip_port.parity.results import Finding, GateResult, Section
 from siglip_port.parity.sides import cast
 from siglip_port.parity.siglip.entrances import (
@@ -163,6 +164,8 @@ def check_entrance(entrance: Entrance, subject: Subject) -> list[Finding]:
             for finding in entrance.check(subject):
                 findings.append(finding)
     except Exception as error:  # any error of the port: it raises where it should not
+        if is_out_of_memory(error):
+            raise
         findings.append(raised(error, entrance.name, entrance.reference))
     if not findings:
         return []
@@ -177,4 +180,4 @@ def check_entrance(entrance: Entrance, subject: Subject) -> list[Finding]:
 
 def raised(error: Exception, port: str, reference: str) -> Finding:
     """Return the finding for a port that raises."""
-    return Finding(f"raises {type(error).__name__}: {error}", reference, port)
+    return Finding(f"raises {describe(error)}", reference, port)
