@@ -136,6 +136,7 @@ def check_default_command(stdout: str, stderr: str, report: Path, shape: tuple[i
         ("small so400m", "N1, seed 1234"),
         ("odd encoder", "L7, seed 1234"),
         ("odd encoder", "S1, seed 1234"),
+        ("odd encoder", "L8, seed 1234"),
     ]
     gates = [gate["name"] for gate in content["sections"][0]["gates"]]
     assert gates == [*(gate for gate in GATES if gate not in ON_SMALL_MODELS), "rounding float32"]
