@@ -125,6 +125,19 @@ def normalize_with_eps(
     return embeddings
 
 
+def pool_as_contiguous(
+    pool: Callable[..., Tensor],
+    port: SigLipVisionModel,
+    tokens: Tensor,
+    pixel_attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Read the memory of tokens [B, N, D] in order, whatever their strides are."""
+    _, length, width = tokens.shape
+    return pool(
+        port, tokens.as_strided(tokens.shape, (length * width, width, 1)), pixel_attention_mask
+    )
+
+
 def pool_without_default_mask(
     embed: Callable[..., Tensor],
     port: SigLipVisionModel,
@@ -444,6 +457,12 @@ FEATURES = [
         "mean pooling includes padding",
         "pool",
         wrap(patches, "mean_of_tokens", mean_of_all),
+    ),
+    entrance(
+        "pool_strides",
+        "tokens of another memory layout read as contiguous",
+        "pool",
+        wrap(SigLipVisionModel, "pool", pool_as_contiguous),
     ),
     entrance(
         "embed_eps",

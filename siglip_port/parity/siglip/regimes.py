@@ -20,6 +20,17 @@ LARGEST_PIXEL = 9.5
 ROUNDED = (torch.float32, torch.bfloat16)
 """Dtypes in which rounding is checked."""
 
+RESIZED_GATES = (
+    "weights",
+    "config",
+    "sensitivity",
+    "numerics",
+    "gradients",
+    "calls",
+    "rounding",
+)
+"""Gates of resized positions, which may be cached, or detached."""
+
 
 @dataclass(frozen=True)
 class Regime:
@@ -171,7 +182,7 @@ def grid_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
         images = image_noise((2, config.num_channels, height, width), seed)
         gates: tuple[str, ...] = ("numerics",)
         if name == "a wide grid":
-            gates = ("weights", "config", "sensitivity", "numerics", "rounding")
+            gates = RESIZED_GATES
         regimes.append(Regime(name, images, gates, ROUNDED))
     return regimes
 
@@ -184,7 +195,6 @@ MANY_SHAPES = ((4, 6), (6, 4), (5, 5), (25, 1), (7, 3), (2, 9), (1, 1))
 
 def packed_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
     """Return whole images of a NaFlex model, and batches of packed patches."""
-    gates = ("weights", "config", "sensitivity", "numerics", "rounding")
     many = pack_noise(config, MANY_SHAPES, seed)
     mask = many["pixel_attention_mask"]
     pairs = [tuple(shape) for shape in many["spatial_shapes"].tolist()]
@@ -192,7 +202,7 @@ def packed_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
     equal_counts = pack_noise(config, ((4, 6), (6, 4), (3, 8), (2, 12)), seed)
     return [
         *whole_image_regimes(config, seed),
-        Regime("packed images", many, gates, ROUNDED),
+        Regime("packed images", many, RESIZED_GATES, ROUNDED),
         Regime("packed images, embed", many, uses_embed=True),
         Regime("packed images, default mask", default_mask, uses_embed=True),
         Regime("packed images, mask of bools", {**many, "pixel_attention_mask": mask.bool()}),

@@ -67,9 +67,16 @@ def argument_forms(batch: Batch) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def token_forms(batch: Batch) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield the forms of the arguments of `pool` and `pooling_attention`."""
-    inputs = {"tokens": batch.expected.tokens}
+    tokens = batch.expected.tokens
+    length = tokens.shape[1]
+    inputs = {"tokens": tokens}
     if batch.mask is None:
         yield "no mask", inputs
+        yield "transposed tokens", {"tokens": tokens.mT.contiguous().mT}
+        yield (
+            "tokens in a larger buffer",
+            {"tokens": torch.cat([tokens + 1, tokens], 1)[:, -length:]},
+        )
         yield (
             "mask of ones",
             {**inputs, "pixel_attention_mask": torch.ones(inputs["tokens"].shape[:2])},

@@ -15,15 +15,13 @@ from siglip_port.model import SigLipVisionModel
 from siglip_port.parity import bounds
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.results import Finding
+from siglip_port.parity.roughness import STEP
 from siglip_port.parity.sides import Inputs, ReferenceHost, perturb
 from siglip_port.parity.siglip.reference_features import Features, SavedModel
 from siglip_port.parity.siglip.sample_images import Sample
 
 FLOAT32_ROUNDING = 1e-5
 """Largest relative error of a float32 step inside the port, accepted only if it is rough."""
-
-STEP = 1e-8
-"""Relative step of the second differences that show a float32 step: see `is_rough`."""
 
 
 @dataclass(frozen=True)
