@@ -116,7 +116,7 @@ def bounds() -> str:
         f"{calibration['smallest_bug']:.2f}"
     )
     upcast = (
-        "accepted only if it changes completely on inputs that differ by 1e-3, as rounding does "
+        "accepted only if it changes on inputs and weights that differ by 1e-3, as rounding does "
         "and a bug does not; the verdict lists it, and the gate `rounding` judges it"
     )
     factor, worst = values.ROUNDING_FACTOR, values.WORST_FACTOR

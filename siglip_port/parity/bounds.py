@@ -41,7 +41,7 @@ UPCAST_BOUND = 1e-6
 SYSTEMATIC_SHARE = 0.5
 """Largest systematic part of an error in float64 that is float32 rounding, relative to all of it.
 
-Rounding changes completely on inputs that differ by 1e-3, the error of a bug does not.
+Rounding changes on inputs and weights that differ by 1e-3, the error of a bug hardly.
 """
 
 ROUGH_SHARE = 0.98

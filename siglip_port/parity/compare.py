@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -89,7 +89,20 @@ def compare(
     with torch.enable_grad(), exact_switches():
         results = run_gates(reference_side, port_side, inputs, pairs, weights, dtype)
     section = Section(type(reference).__name__, "as given", tuple(results))
-    return Comparison((section,), limits=(f"float64: {reason}",) if reason else ())
+    return Comparison((section,), limits=tuple(limits(port_side, reason)))
+
+
+def limits(port: Side, reason: str) -> Iterator[str]:
+    """Yield what cannot be judged of a port, with the reason why.
+
+    Args:
+        port: Port.
+        reason: Reason why it does not compute in float64; empty if it does.
+    """
+    if reason:
+        yield f"float64, gradients and calls: {reason}"
+    elif not isinstance(port.module, nn.Module):
+        yield "gradients and calls: the port is no torch.nn.Module"
 
 
 def returns_weights(weights: Weights, port: object, _: object) -> Mapping[str, Tensor]:
@@ -218,7 +231,7 @@ def assert_parity(
     """Fail a test if port and reference differ; takes the arguments of `compare`.
 
     Raises:
-        AssertionError: Port and reference differ; the message is the verdict, then the findings.
+        AssertionError: Port and reference differ; the message is the verdict, then the causes.
         ValueError: The inputs, the taps or the reference cannot be used.
         TypeError: An argument, or a result of a call function, has a wrong type.
     """

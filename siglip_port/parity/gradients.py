@@ -93,12 +93,6 @@ class ReferenceGradients:
     parameters: dict[str, ParameterInfo]
     trains_alike: bool
 
-    def of_outputs(self, names: tuple[str, ...]) -> Gradients:
-        """Return the gradients of some outputs only."""
-        return self.host.compute(
-            reference_gradients, self.inputs, self.points, self.dtype, frozenset(names)
-        )
-
     def record(self) -> Recording:
         """Return outputs and taps of the reference in float64."""
         return self.host.compute(record_outputs, self.inputs, self.points, self.dtype)
@@ -116,7 +110,7 @@ def run_gradients(
         dtype: Dtype to which weights and inputs are rounded.
     """
     inputs = cast_inputs(cast_inputs(inputs, dtype), torch.float64)
-    gradients = host.compute(reference_gradients, inputs, points, dtype, None)
+    gradients = host.compute(reference_gradients, inputs, points, dtype)
     parameters = host.compute(describe_parameters, dtype)
     trains_alike = host.compute(is_same_in_training, inputs, dtype)
     return ReferenceGradients(host, dtype, inputs, points, gradients, parameters, trains_alike)
@@ -127,12 +121,11 @@ def reference_gradients(
     inputs: Inputs,
     points: list[str],
     dtype: torch.dtype,
-    names: frozenset[str] | None,
 ) -> Gradients:
-    """Compute the gradients of the reference for some outputs; None for all of them."""
+    """Compute the gradients of the reference."""
     select_exact_attention(reference)
     with cast(reference.module, dtype, torch.float64):
-        return backpropagate(reference, inputs, GradientTaps(points), names)
+        return backpropagate(reference, inputs, GradientTaps(points))
 
 
 def record_outputs(
@@ -277,16 +270,13 @@ def sources_of(node: Node, points: Mapping[Node, str]) -> list[str]:
     return sources
 
 
-def backpropagate(
-    side: Side, inputs: Inputs, taps: GradientTaps, names: frozenset[str] | None = None
-) -> Gradients:
+def backpropagate(side: Side, inputs: Inputs, taps: GradientTaps) -> Gradients:
     """Run a side forward and backward.
 
     Args:
         side: Side to run, already cast to float64.
         inputs: Inputs in float64.
         taps: Taps at which gradients are recorded.
-        names: Outputs to differentiate; None for those that require gradients.
     """
     leaves: list[Tensor] = []
 
@@ -303,7 +293,7 @@ def backpropagate(
             watch(side.module, taps),
         ):
             outputs = dict(side.call(side.module, map_tensors(inputs, to_leaf)))
-            differentiable = differentiable_outputs(outputs, names)
+            differentiable = differentiable_outputs(outputs)
             variables = [*leaves, *parameters.values()]
             gradients = gradients_of(differentiable, variables)
     except Exception as error:  # an outcome, which the gate reports
@@ -341,15 +331,9 @@ def trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def differentiable_outputs(
-    outputs: Mapping[str, Tensor], names: frozenset[str] | None
-) -> dict[str, Tensor]:
-    """Select the outputs that require gradients, of those in `names`."""
-    selected = {}
-    for name, output in outputs.items():
-        if output.requires_grad and (names is None or name in names):
-            selected[name] = output
-    return selected
+def differentiable_outputs(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Select the outputs that require gradients."""
+    return {name: output for name, output in outputs.items() if output.requires_grad}
 
 
 def gradients_of(outputs: Mapping[str, Tensor], variables: list[Tensor]) -> list[Tensor | None]:

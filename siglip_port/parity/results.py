@@ -208,7 +208,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Result of the comparison in one line, with every cause."""
+        """Result of the comparison in one line, with the first causes."""
         clauses = [f"; not judged: {reason}" for reason in self.limits]
         return "".join([self._result(), *clauses])
 

@@ -31,7 +31,7 @@ class Linears(nn.Module):
 
 
 VECTORS = float_noise(3, 6)
-NO_MODULE = "not judged: float64: the port is no torch.nn.Module"
+NO_MODULE = "not judged: float64, gradients and calls: the port is no torch.nn.Module"
 
 
 def linears_as_function(scale: float = 1.0) -> Callable[[Tensor], Tensor]:
@@ -87,7 +87,9 @@ def test_function_of_every_dtype_is_judged_in_float64() -> None:
     comparison = compare(Linears(), run, VECTORS)
     assert comparison.equal, comparison
     assert "numerics (2)" in comparison.verdict
-    assert "not judged" not in comparison.verdict
+    assert comparison.verdict.endswith(
+        "not judged: gradients and calls: the port is no torch.nn.Module"
+    )
     assert not compare(Linears(), lambda x: run(x, 1 + 1e-8), VECTORS).equal
 
 
@@ -132,7 +134,7 @@ class Narrow(Linears):
 def test_module_in_bfloat16(dtype: torch.dtype) -> None:
     comparison = compare(Linears().bfloat16(), Narrow(), VECTORS.to(dtype))
     assert comparison.equal, comparison
-    reason = "not judged: float64: the port has steps of a fixed dtype (RuntimeError: "
+    reason = "float64, gradients and calls: the port has steps of a fixed dtype (RuntimeError: "
     assert reason in comparison.verdict
     assert "rounding bfloat16" in comparison.verdict
     assert not compare(Linears().bfloat16(), Narrow(1.2), VECTORS.to(dtype)).equal

@@ -81,17 +81,6 @@ def swap(first: str, second: str, *kinds: str) -> Edit:
     return edit
 
 
-def hook(pattern: str, function: Callable[[Tensor, Tensor], Tensor]) -> Edit:
-    """Replace the outputs of modules with a function of first input and output."""
-
-    def edit(model: SigLipVisionModel) -> None:
-        for name, module in model.named_modules():
-            if is_named(name, pattern):
-                module.register_forward_hook(lambda _, args, output: function(args[0], output))
-
-    return edit
-
-
 def change_input(function: Callable[[Tensor], Tensor]) -> Edit:
     """Replace the model's input with a function of it, after the model has checked its range."""
 

@@ -121,15 +121,16 @@ class GradientCheck:
         expected = self.run.gradients
         missing = [name for name in expected.differentiable if name not in gradients.differentiable]
         if missing:
-            self.not_judged = f"the port returns {', '.join(missing)} without gradients"
-            expected = self.run.of_outputs(gradients.differentiable)
+            message = "has no gradients, expected some as in the reference and the other outputs"
+            self.findings += [Finding(message, name, name) for name in missing]
+            return
         parameters = expected_gradients(self.port.module, self.run, expected, self.weights)
         self.findings += untrained_parameters(flags, parameters, self.run)
-        comparison = GradientComparison(expected, parameters, self.tolerance, bool(missing))
+        comparison = GradientComparison(expected, parameters, self.tolerance)
         self.checked += comparison.count
         if comparison.differ(gradients):
             self.findings += self.locate(comparison, gradients)
-        elif self.run.trains_alike and not missing:
+        elif self.run.trains_alike:
             self.compare_in_training(comparison)
 
     @property
@@ -234,7 +235,7 @@ class GradientCheck:
             gradient = reference.taps.get(tap.reference)
             if gradient is not None:
                 forced[tap.port] = gradient
-        if forced and not comparison.is_partial:
+        if forced:
             taps = GradientTaps([tap.port for tap in self.taps], forced)
             isolated = backpropagate(self.port, self.run.inputs, taps)
             if not isolated.error:
@@ -317,13 +318,11 @@ class GradientComparison:
         reference: Gradients of the reference.
         parameters: Expected gradients by the port's names.
         tolerance: Largest difference of a gradient.
-        is_partial: Whether the port has gradients of some outputs only, and thus lacks others.
     """
 
     reference: Gradients
     parameters: Mapping[str, ExpectedGradient]
     tolerance: Tolerance
-    is_partial: bool = False
 
     @property
     def count(self) -> int:
@@ -344,7 +343,7 @@ class GradientComparison:
         """Return the errors of the gradients of inputs that differ."""
         errors = []
         for value, expected in zip(gradients.inputs, self.reference.inputs, strict=True):
-            if expected is None or (value is None and self.is_partial):
+            if expected is None:
                 continue
             error = gradient_error(value, expected, 0.0)
             if not error <= self.tolerance.bound:
@@ -357,8 +356,6 @@ class GradientComparison:
         errors = {}
         for name, expected in self.parameters.items():
             value = gradients.parameters.get(name)
-            if value is None and self.is_partial:
-                continue
             error = gradient_error(value, expected.gradient, rounding)
             if not error <= self.tolerance.bound:
                 errors[name] = error

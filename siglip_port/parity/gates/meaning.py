@@ -1,10 +1,16 @@
-"""Meaning and bound of each gate. Every gate runs, regardless of earlier results."""
+"""Meaning and bound of each gate. Gates run regardless of earlier results."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from siglip_port.parity.bounds import FLOAT64_BOUND, FLOAT64_ORIGIN, GRADIENT_BOUND, ROUNDING_ORIGIN
+from siglip_port.parity.bounds import (
+    FLOAT64_BOUND,
+    FLOAT64_ORIGIN,
+    GRADIENT_BOUND,
+    GRADIENT_UPCAST_BOUND,
+    ROUNDING_ORIGIN,
+)
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,16 @@ MEANING = {
             "the gradients of inputs and parameters are the reference's, in eval and in training "
             "mode, with gradient checkpointing, too; outputs are the same with gradients enabled"
         ),
-        bound=f"relative error {GRADIENT_BOUND:g} of each gradient in float64",
+        bound=(
+            f"relative error {GRADIENT_BOUND:g} of each gradient in float64 "
+            f"({GRADIENT_UPCAST_BOUND:g} for a port with float32 steps)"
+        ),
     ),
     "calls": Meaning(
         question="Does a call only compute its outputs, in every situation?",
         text=(
-            "batches of 1, 2, 3, 5 and 9, any memory format, dtype and gradient mode give the "
-            "reference's outputs, with its dtype, shape and device; calls write to no input or "
+            "batches of 1, 2, 3, 5 and 9, any memory format and gradient mode give the reference's "
+            "outputs, in any dtype with its dtype, shape and device; calls write to no input or "
             "weight, change no setting of torch, and do not depend on earlier calls, outputs or "
             "weights"
         ),
@@ -93,7 +102,7 @@ MEANING = {
         text=(
             "on small models, every other public entrance agrees with transformers': embeddings of "
             "images and packed patches, hidden states, attention, loading, saving, dtypes, copies, "
-            "optimized models; on every checkpoint, embed() and hidden_states() agree with "
+            "optimized models; on the checkpoint, embed() and hidden_states() agree with "
             "forward()"
         ),
         bound=(

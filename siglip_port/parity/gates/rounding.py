@@ -50,7 +50,7 @@ def check_rounding(port: Side, run: ReferenceRun, taps: list[Tap]) -> GateResult
             not judged.
     """
     gate = judge_rounding(port, run, taps)
-    if gate.passed:
+    if gate.passed or not port.supports_float64:
         return gate
     differing = find_differing_taps(port, run, taps)
     if not differing:

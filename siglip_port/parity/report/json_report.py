@@ -84,6 +84,7 @@ def gate_to_json(gate: GateResult) -> Json:
         "uncompared_taps": gate.uncompared_taps,
         "float32_upcasts": gate.float32_upcasts,
         "differing_taps": gate.differing_taps,
+        "notes": gate.notes,
         "passed": gate.passed,
     }
 

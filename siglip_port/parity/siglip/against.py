@@ -119,12 +119,17 @@ def judge_batch(
 def judge_parquet(path: Path, case: Case, process: Process, dtype: torch.dtype) -> Comparison:
     """Judge vectors in a Parquet file against those of its images."""
     names, vectors = foreign_ports.read_vectors(path)
-    step = max(1, len(names) // MAX_IMAGES)
-    names = names[::step][:MAX_IMAGES]
-    vectors = vectors[::step][:MAX_IMAGES]
-    images = [open_image(path, name) for name in names]
-    section = judge_vectors(case, images, vectors, process, dtype)
+    chosen = evenly_spaced(len(names), MAX_IMAGES)
+    images = [open_image(path, names[i]) for i in chosen]
+    section = judge_vectors(case, images, vectors[chosen], process, dtype)
     return Comparison((section,), f"{case.weights}, {len(images)} images")
+
+
+def evenly_spaced(length: int, limit: int) -> list[int]:
+    """Return at most `limit` positions of a list, the first and the last one included."""
+    if length <= limit:
+        return list(range(length))
+    return [i * (length - 1) // (limit - 1) for i in range(limit)]
 
 
 def open_image(table: Path, name: str) -> Image.Image:

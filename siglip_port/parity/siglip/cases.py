@@ -495,14 +495,14 @@ def small_cases(
 ) -> Iterator[AbstractContextManager[list[Case]]]:
     """Yield small models with stress weights, each with the cases that share its port.
 
-    They have the activation, eps and head of `config`.
+    Most have the activation, eps and head of `config`.
 
     Args:
         config: Configuration of the checkpoint.
         device: Device of the models.
         attentions: Attention implementations of the reference for the rounding bounds.
-        full: Whether to run all gates on all recipes, with two seeds and all dtypes, instead of
-            each recipe with its own gates only.
+        full: Whether to run all gates on each recipe, with two seeds, instead of its own gates
+            only. The input regimes are the same.
         references: Place of the references.
     """
     models = weight_models(config)
@@ -620,7 +620,7 @@ def other_computation(config: SigLipVisionConfig) -> dict[str, Any]:
 
 
 def compute_as(architecture: SigLipVisionConfig, config: SigLipVisionConfig) -> SigLipVisionConfig:
-    """Return the sizes of `architecture` with the activation, eps and head of `config`."""
+    """Return the sizes of `architecture`, computed as by `config`, of whose kind it is."""
     return replace(
         architecture,
         hidden_act=config.hidden_act,

@@ -217,16 +217,6 @@ def process_images(
     return results
 
 
-def process_together(
-    side: Side, config: SigLipVisionConfig, source: str, images: Sequence[Sample]
-) -> dict[Backend, dict[str, Tensor]]:
-    """Return several images as one batch, by the backends that are installed."""
-    results: dict[Backend, dict[str, Tensor]] = {}
-    for backend, processor in reference.image_processors(config, source).items():
-        results[backend] = dict(processor(list(images)))
-    return results
-
-
 def pack_images(
     side: Side, images: Sequence[Tensor], patch_size: int, num_patches: int
 ) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ RESIZED_GATES = (
     "calls",
     "rounding",
 )
-"""Gates of resized positions, which may be cached, or detached."""
+"""Gates of resized positions and packed images: both may be cached, or detached."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,12 @@ def packed_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
     mask = many["pixel_attention_mask"]
     pairs = [tuple(shape) for shape in many["spatial_shapes"].tolist()]
     default_mask = {name: many[name] for name in ("pixel_values", "spatial_shapes")}
+    fewer = mask.clone()
+    fewer[:, 0] = 0  # the first patch of images that have another one
+    fewer[:, 2] = 0
+    fewer[mask.sum(1) == 1] = mask[mask.sum(1) == 1]
+    gray = many["pixel_values"].clone()
+    gray[:, 1] = 0
     equal_counts = pack_noise(config, ((4, 6), (6, 4), (3, 8), (2, 12)), seed)
     return [
         *whole_image_regimes(config, seed),
@@ -207,6 +213,8 @@ def packed_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
         Regime("packed images, default mask", default_mask, uses_embed=True),
         Regime("packed images, mask of bools", {**many, "pixel_attention_mask": mask.bool()}),
         Regime("packed images, mask of floats", {**many, "pixel_attention_mask": mask.float()}),
+        Regime("packed images, patches masked", {**many, "pixel_attention_mask": fewer}),
+        Regime("packed images, gray patches", {**many, "pixel_values": gray}),
         Regime("packed images, shapes as pairs", {**many, "spatial_shapes": pairs}),
         Regime("packed images without padding", equal_counts),
         Regime("one packed image", pack_noise(config, ((3, 6),), seed), uses_embed=True),

@@ -437,27 +437,16 @@ def test_port_without_gradients_is_noted(gradients: ReferenceGradients) -> None:
     assert gate.notes == (message,)
 
 
-def test_output_without_gradients_is_noted_and_others_are_judged(
-    gradients: ReferenceGradients,
-) -> None:
+def test_output_without_gradients_beside_others_is_found(gradients: ReferenceGradients) -> None:
     class Other(Model):
-        factor = 1.0
-
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             with torch.no_grad():
                 tokens = self.encode(x)
-            pooled = self.head(tokens.mean(1))
-            return {
-                "tokens": tokens,
-                "pooled": self.factor * pooled + (1 - self.factor) * pooled.detach(),
-            }
+            return {"tokens": tokens, "pooled": self.head(tokens.mean(1))}
 
-    model = Other()
-    gate = check(gradients, model)
-    assert gate.passed, gate.findings
-    assert gate.notes == ("gradients not judged: the port returns tokens without gradients",)
-    model.factor = 2.0
-    assert places(check(gradients, model)) == ["head.bias"]
+    gate = check(gradients, Other())
+    assert places(gate) == ["tokens"]
+    assert gate.findings[0].message.startswith("has no gradients")
 
 
 def in_place_on_saved_tensor(block: Block, x: Tensor) -> Tensor:

@@ -26,6 +26,14 @@ from siglip_port.parity.siglip.sample_images import synthetic_image
 from tests.helpers.checkpoints import SMALL
 
 
+def test_evenly_spaced_images() -> None:
+    assert against.evenly_spaced(3, 64) == [0, 1, 2]
+    for length in (64, 65, 127, 1000):
+        chosen = against.evenly_spaced(length, 64)
+        assert len(set(chosen)) == 64
+        assert (chosen[0], chosen[-1]) == (0, length - 1)
+
+
 class Pool(nn.Module):
     """Mean over pixels: [B, 3, S, S] -> [B, 3]."""
 

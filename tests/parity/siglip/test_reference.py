@@ -68,7 +68,7 @@ def test_config_is_read_without_port_table(odd_checkpoint: Path) -> None:
 def test_random_checkpoint_of_a_file(naflex: bool, nested: bool, kind: str, tmp_path: Path) -> None:
     """What the port reads into its configuration does not matter."""
     config = replace(SMALL, naflex=naflex, hidden_act="gelu", layer_norm_eps=1e-5)
-    contents = reference.hf_config(config).to_dict()
+    contents: dict[str, object] = reference.hf_config(config).to_dict()
     assert contents["model_type"] == kind
     if nested:
         contents = {"model_type": kind.removesuffix("_vision_model"), "vision_config": contents}
@@ -81,7 +81,7 @@ def test_random_checkpoint_of_a_file(naflex: bool, nested: bool, kind: str, tmp_
 
 def test_random_checkpoint_of_a_file_of_others(tmp_path: Path) -> None:
     """The port's configuration is all there is."""
-    contents = {"model_cfg": {"vision_cfg": {}}}
+    contents: dict[str, object] = {"model_cfg": {"vision_cfg": {}}}
     reference.write_random_checkpoint(tmp_path, SMALL, contents=contents)
     fields = reference.load(tmp_path, pooling_head=True, dtype=torch.float32).config()
     assert fields["embed_dim"] == SMALL.embed_dim

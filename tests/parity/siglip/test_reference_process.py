@@ -193,9 +193,9 @@ def test_process_imports_no_code_of_the_port(references: ReferenceProcess, case:
     case.reference_run(torch.float32)
     modules = references.call(eval, MODULES)
     assert "transformers.models.siglip2.modeling_siglip2" in modules
-    ours = {name for name in modules if name.partition(".")[0] == "siglip_port"}
-    ours = {name for name in ours if not name.startswith("siglip_port.parity")}
-    assert ours == {"siglip_port", "siglip_port.text"}
+    imported = {name for name in modules if name.partition(".")[0] == "siglip_port"}
+    imported = {name for name in imported if not name.startswith("siglip_port.parity")}
+    assert imported == {"siglip_port", "siglip_port.text"}
     assert references.call(eval, "hasattr(__import__('siglip_port'), '__version__')") is False
 
 
