@@ -168,6 +168,12 @@ def change_embed_images(
     return wrap(features, "embed_images", function)
 
 
+def under_autocast(embed_images: Callable[..., Tensor], *args: object, **options: object) -> Tensor:
+    """Embed images under autocast to bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return embed_images(*args, **options)
+
+
 def drop_last_batch(
     embed_images: Callable[..., Tensor],
     port: object,
@@ -564,6 +570,12 @@ IMAGES = [
         "normalize ignored",
         "embed_images",
         change_embed_images(never_normalize),
+    ),
+    entrance(
+        "embed_images_autocast",
+        "images embedded under autocast",
+        "embed_images",
+        change_embed_images(under_autocast),
     ),
     entrance(
         "embed_images_backend",

@@ -13,6 +13,7 @@ from siglip_port.parity import hints
 from siglip_port.parity.gates.meaning import MEANING
 from siglip_port.parity.metrics import bits, relative_error, tensors_equal
 from siglip_port.parity.results import Finding, GateResult
+from siglip_port.parity.sides import dtype_name
 
 
 def check_weights(port: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> GateResult:
@@ -45,7 +46,11 @@ def names_missing_on_one_side(
 def compare_tensors(name: str, tensor: Tensor, reference: Mapping[str, Tensor]) -> list[Finding]:
     """Compare a tensor of the port with the reference's tensor of that name."""
     expected = reference[name]
-    if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+    if tensor.shape == expected.shape and tensor.dtype != expected.dtype:
+        dtypes = dtype_name(tensor.dtype), dtype_name(expected.dtype)
+        hint = "dtype {} instead of {}".format(*dtypes)
+        return [Finding("has another dtype", name, name, hint=hint)]
+    if tensor.shape != expected.shape:
         message = (
             f"{tensor.dtype} {list(tensor.shape)} in the port, "
             f"{expected.dtype} {list(expected.shape)} in the reference"

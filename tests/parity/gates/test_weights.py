@@ -61,7 +61,7 @@ def test_tensors_that_the_reference_ties_may_share_memory(
 
 def test_other_dtype(port: Tensors, reference: Tensors) -> None:
     port["b"] = reference["b"].double()
-    expected = "torch.float64 [1, 1] in the port, torch.float32 [1, 1] in the reference"
+    expected = "has another dtype"
     assert messages(port, reference) == {"b": expected}
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from siglip_port import patches
 from siglip_port.image_processing import ImageProcessor
-from siglip_port.parity import bounds
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.results import Finding
 from siglip_port.parity.siglip import reference_features
@@ -21,6 +20,7 @@ from siglip_port.parity.siglip.entrances.subject import (
     Subject,
     compare_bits,
     is_rough,
+    tolerance,
 )
 from siglip_port.parity.siglip.pixels import (
     compare_pixels,
@@ -131,8 +131,8 @@ def bound_of_embeddings(subject: Subject) -> float:
         return subject.port.embed(**inputs)
 
     if is_rough(embed, inputs, embed(inputs)):
-        return FLOAT32_ROUNDING
-    return bounds.FLOAT64_BOUND
+        return max(FLOAT32_ROUNDING, tolerance.get())
+    return tolerance.get()
 
 
 def compare_embeddings(

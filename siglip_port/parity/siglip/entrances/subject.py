@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,12 @@ from siglip_port.parity.siglip.sample_images import Sample
 
 FLOAT32_ROUNDING = 1e-5
 """Largest relative error of a float32 step inside the port, accepted only if it is rough."""
+
+FLOAT32_BOUND = 1e-4
+"""Largest relative error of a port in float32. Errors of bfloat16 are larger than 1e-3."""
+
+tolerance: ContextVar[float] = ContextVar("tolerance", default=bounds.FLOAT64_BOUND)
+"""Largest relative error of values, for the dtype of the port."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +118,22 @@ class Subject:
     scratch: Path
 
 
+@contextlib.contextmanager
+def values_in_float32() -> Iterator[None]:
+    """Compare the values of a port in float32."""
+    token = tolerance.set(FLOAT32_BOUND)
+    try:
+        yield
+    finally:
+        tolerance.reset(token)
+
+
 Compute = Callable[[Any], Tensor]
 """Function of inputs (a tensor or tensors by name) -> tensor of the port."""
 
 
 def compare(label: str, compute: Compute, inputs: Inputs, exact: Tensor) -> Iterator[Finding]:
-    """Compare a tensor of the port with the exact one, in float64.
+    """Compare a tensor of the port, which is in float64 or float32, with the exact one.
 
     A float32 step inside the port is no bug: errors up to `FLOAT32_ROUNDING` are accepted if they
     are rough, which those of a bug are not.
@@ -157,11 +175,13 @@ def compare_value(
         yield Finding(f"{label}: shape {list(value.shape)}, expected {list(exact.shape)}")
         return
     error = relative_error(value, exact)
-    if bounds.within_float64_bound(error):
+    bound = tolerance.get()
+    if error <= bound:
         return
     if error <= FLOAT32_ROUNDING and is_rough(compute, inputs, value):
         return
-    yield Finding(f"{label}: differs in float64, bound {bounds.FLOAT64_BOUND:g}", error=error)
+    dtype = "float64" if bound == bounds.FLOAT64_BOUND else "float32"
+    yield Finding(f"{label}: differs in {dtype}, bound {bound:g}", error=error)
 
 
 def is_rough(compute: Compute, inputs: Inputs, value: Tensor) -> bool:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,7 +24,11 @@ from siglip_port.parity.siglip.entrances import (
     settings,
     training,
 )
-from siglip_port.parity.siglip.entrances.subject import Expected, Subject
+from siglip_port.parity.siglip.entrances.subject import (
+    Expected,
+    Subject,
+    values_in_float32,
+)
 from siglip_port.parity.siglip.reference_process import References
 
 Check = Callable[[Subject], Iterator[Finding]]
@@ -41,7 +43,8 @@ class Entrance:
         name: Its name, as it is called.
         reference: Counterpart in transformers.
         check: Function that compares the two.
-        in_float64: Whether the port is cast to float64 for the check.
+        in_float64: Whether the port is checked in float64 and in float32; only float32 shows
+            autocast.
         needs: Names of the entrances that this one calls; if one of them differs, this one is not
             checked, because it would only repeat that.
     """
@@ -155,13 +158,10 @@ def result(checked: int, findings: list[Finding]) -> GateResult:
 
 def check_entrance(entrance: Entrance, subject: Subject) -> list[Finding]:
     """Check one entrance; return its first difference, which counts the others."""
-    context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if entrance.in_float64:
-        context = cast(subject.port, torch.float64)
-    findings = []
+    findings: list[Finding] = []
     try:
-        with context, torch.no_grad():
-            for finding in entrance.check(subject):
+        with torch.no_grad():
+            for finding in differences(entrance, subject):
                 findings.append(finding)
     except Exception as error:  # any error of the port: it raises where it should not
         if is_out_of_memory(error):
@@ -176,6 +176,21 @@ def check_entrance(entrance: Entrance, subject: Subject) -> list[Finding]:
         others = f"{first.message}; {len(findings) - 1} more checks of it fail"
         first = replace(first, message=others)
     return [first]
+
+
+def differences(entrance: Entrance, subject: Subject) -> Iterator[Finding]:
+    """Yield a finding per difference, of those in float32 only without any in float64."""
+    if not entrance.in_float64:
+        yield from entrance.check(subject)
+        return
+    is_equal = True
+    with cast(subject.port, torch.float64):
+        for finding in entrance.check(subject):
+            is_equal = False
+            yield finding
+    if is_equal:
+        with values_in_float32():
+            yield from entrance.check(subject)
 
 
 def raised(error: Exception, port: str, reference: str) -> Finding:
