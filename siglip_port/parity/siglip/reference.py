@@ -418,7 +418,7 @@ def write_random_checkpoint(
 def load(
     source: str | Path,
     *,
-    pooling_head: bool,
+    pooling_head: bool | None = None,
     dtype: torch.dtype,
     naflex: bool = False,
     device: torch.device | str = "cpu",
@@ -430,8 +430,8 @@ def load(
 
     Args:
         source: Hub id, folder, or `.safetensors` file with `config.json` next to it.
-        pooling_head: Whether the checkpoint has a pooling head. transformers follows `config.json`
-            instead and would initialize a missing head randomly.
+        pooling_head: Whether to load the pooling head; None to load it if the checkpoint has one.
+            transformers follows `config.json` instead and would initialize a missing head randomly.
         dtype: Dtype of the parameters.
         naflex: Whether it is a NaFlex model.
         device: Device of the model.
@@ -454,18 +454,9 @@ def load(
     with quiet_transformers(), as_folder(source) as folder:
         newer = newer_release(config_class(naflex), folder, options)
         try:
-            config = config_class(naflex).from_pretrained(folder, **options)
-            config.vision_use_head = pooling_head
-            make_square(config)
-            model, info = model_class(naflex).from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
+            model, info = read_model(folder, naflex, dtype, pooling_head is not False, options)
+            if pooling_head is None and lacks_head(model, info):
+                model, info = read_model(folder, naflex, dtype, False, options)
         except Exception as error:  # whatever a file of another release causes
             if not newer:
                 raise
@@ -481,6 +472,31 @@ def load(
             f"{newer or 'check that the checkpoint is complete'}"
         )
     return Reference(model.to(device).eval())
+
+
+def read_model(
+    folder: str | Path, naflex: bool, dtype: torch.dtype, with_head: bool, options: dict[str, Any]
+) -> tuple[HFModel, dict[str, Any]]:
+    """Read a model through transformers; return it, and what its loading reports."""
+    config = config_class(naflex).from_pretrained(folder, **options)
+    config.vision_use_head = with_head
+    make_square(config)
+    model, info = model_class(naflex).from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    return model, info
+
+
+def lacks_head(model: nn.Module, info: Mapping[str, Any]) -> bool:
+    """Return whether the checkpoint has no tensor of the pooling head."""
+    names = {name for name, _ in model.named_parameters() if name.startswith("head.")}
+    return names <= set(info["missing_keys"])
 
 
 def load_side(source: str | Path, **options: Any) -> Side:  # noqa: ANN401 (those of `load`)

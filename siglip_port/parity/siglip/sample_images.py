@@ -36,6 +36,10 @@ def sample_images(image: Image.Image) -> Iterator[tuple[str, Sample]]:
     for mode in ("1", "L", "P", "CMYK", "YCbCr", "F"):
         yield mode, small.convert(mode)
     yield "I;16", Image.fromarray(np.arange(3000, dtype=np.uint16).reshape(50, 60) * 20)
+    # `convert` uses three of the four colors.
+    printed = Image.fromarray(random.integers(0, 256, (50, 60, 4), dtype=np.uint8), "CMYK")
+    yield "CMYK with black", printed
+    yield "JPEG of CMYK", encode(printed, "JPEG")
     yield from samples_with_transparency(small, random)
     yield "JPEG", round_trip(image, "JPEG")
     yield from encoded_files(small)
@@ -45,10 +49,23 @@ def sample_images(image: Image.Image) -> Iterator[tuple[str, Sample]]:
         exif[EXIF_ORIENTATION] = QUARTER_TURN
         image.save(path, exif=exif)
         yield "JPEG with EXIF rotation", path
-    array = np.array(small)
+    large = image.resize((2403, 2101), Image.Resampling.BILINEAR)
+    yield "JPEG of 2403 x 2101 pixels", encode(large, "JPEG")
+    yield from arrays(np.array(small), random)
+
+
+ARRAY_SHAPES = ((50, 60, 4), (50, 60, 1), (1, 50, 60), (3, 50, 60), (3, 50, 3), (50, 3, 3))
+"""Shapes of arrays; three channels come first where both ends could be channels."""
+
+
+def arrays(array: NDArray[np.uint8], random: np.random.Generator) -> Iterator[tuple[str, Sample]]:
+    """Yield arrays and tensors with channels first and last, and in other memory layouts."""
     yield "array [H, W, 3]", array
-    yield "array [H, W, 4]", random.integers(0, 256, (50, 60, 4), dtype=np.uint8)
     yield "tensor [3, H, W]", torch.from_numpy(array).movedim(-1, 0).contiguous()
+    yield "tensor [3, H, W] of channels last", torch.from_numpy(array).movedim(-1, 0)
+    yield "array [H, W, 3] in Fortran order", np.asfortranarray(array)
+    for shape in ARRAY_SHAPES:
+        yield f"array {list(shape)}", random.integers(0, 256, shape, dtype=np.uint8)
 
 
 def samples_of_all_sizes(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:

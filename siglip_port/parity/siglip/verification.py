@@ -197,7 +197,6 @@ def checkpoint_case(
     config = port.model.config
     loaded = references.load(
         port.source,
-        pooling_head=port.model.pooling_head is not None,
         dtype=options.torch_dtype,
         naflex=config.naflex,
         device=options.device,

@@ -37,6 +37,19 @@ def test_headless_checkpoint_gives_headless_reference(checkpoint: MakeCheckpoint
     assert side.run(pixels(SMALL).float()).keys() == {"tokens"}
 
 
+@pytest.mark.parametrize("pooling_head", [True, False])
+def test_head_of_the_file_is_loaded(pooling_head: bool, checkpoint: MakeCheckpoint) -> None:
+    folder = checkpoint(replace(SMALL, pooling_head=pooling_head))
+    for stated in (True, False):
+        edit_config(folder, vision_use_head=stated)
+        loaded = reference.load(folder, dtype=torch.float32)
+        assert loaded.config()["pooling_head"] == pooling_head
+    if pooling_head:
+        edit_tensors(folder, lambda t: {k: v for k, v in t.items() if k != "head.probe"})
+        with pytest.raises(reference.BrokenReferenceError, match=r"the first is head\.probe"):
+            reference.load(folder, dtype=torch.float32)
+
+
 def test_only_sdpa_computes_in_float64(odd_checkpoint: Path) -> None:
     """The softmax of eager attention is always float32, an error of 1e-8."""
     side = reference.load(odd_checkpoint, pooling_head=True, dtype=torch.float64).side()
