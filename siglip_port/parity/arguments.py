@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_port.parity.nested import Inputs, check_inputs
-from siglip_port.parity.sides import Call, CallError, batch_size, clone_inputs
+from siglip_port.parity.sides import PORT_ERRORS, Call, CallError, batch_size, clone_inputs
 
 
 def check_arguments(
@@ -104,7 +104,7 @@ def check_call(call: Call, port: object, inputs: Inputs) -> None:
     try:
         with torch.inference_mode():
             outputs = call(port, clone_inputs(inputs))
-    except Exception:
+    except PORT_ERRORS:
         return
     check_outputs_by_name(outputs, "port")
 

@@ -365,7 +365,8 @@ def is_explained(item: GateFinding, earlier: list[Cause]) -> bool:
             return True
         if item.finding.hint or gate_kind(item.gate) != "numerics":
             continue
-        if cause.gate_kind == "environment" or is_same_step(cause, item):
+        is_switch = cause.gate_kind == "environment" and not cause.places
+        if is_switch or is_same_step(cause, item):
             return True
     return False
 

@@ -14,6 +14,7 @@ from torch.autograd.graph import Node
 
 from siglip_port.parity.metrics import bits
 from siglip_port.parity.sides import (
+    PORT_ERRORS,
     Inputs,
     ReferenceHost,
     Side,
@@ -296,7 +297,7 @@ def backpropagate(side: Side, inputs: Inputs, taps: GradientTaps) -> Gradients:
             differentiable = differentiable_outputs(outputs)
             variables = [*leaves, *parameters.values()]
             gradients = gradients_of(differentiable, variables)
-    except Exception as error:  # an outcome, which the gate reports
+    except PORT_ERRORS as error:  # an outcome, which the gate reports
         return Gradients(detach_all(outputs), error=describe_error(error))
     split = len(leaves)
     return Gradients(

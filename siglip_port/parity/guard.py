@@ -18,7 +18,7 @@ from torch import nn
 
 from siglip_port.parity.gates import MEANING
 from siglip_port.parity.results import Finding, GateResult
-from siglip_port.parity.sides import CallError
+from siglip_port.parity.sides import PORT_ERRORS, CallError
 from siglip_port.parity.taps import Point, Tap
 
 Port = TypeVar("Port")
@@ -57,7 +57,7 @@ class Guard:
         for check in checks:
             try:
                 results.append(check())
-            except Exception as error:
+            except PORT_ERRORS as error:
                 if not is_error_of_port(error, self.port):
                     raise
                 results.append(failed_gate(gate, self.finding(error)))
@@ -70,12 +70,12 @@ class Guard:
         """
         try:
             return function()
-        except Exception as error:
+        except PORT_ERRORS as error:
             if not is_error_of_port(error, self.port):
                 raise
             return None
 
-    def finding(self, error: Exception) -> Finding:
+    def finding(self, error: BaseException) -> Finding:
         """Return the finding for an error of the port."""
         path = innermost_module(error, self.port)
         message = f"the port raises {describe(error)}"
@@ -109,7 +109,7 @@ def load(load_port: Callable[[], Port]) -> Port | GateResult:
     """
     try:
         return load_port()
-    except Exception as error:
+    except PORT_ERRORS as error:
         if is_out_of_memory(error) or isinstance(error, MACHINE_ERRORS):
             raise
         message = f"loading the port raises {describe(error)} ({place_in_code(error)})"
@@ -135,13 +135,13 @@ def failed_gate(gate: str, finding: Finding) -> GateResult:
     return GateResult(gate, 1, meaning.bound, (finding,))
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """Return the type and the first line of an error."""
     lines = str(error).strip().splitlines()
     return ": ".join([type(error).__name__, *lines[:1]])
 
 
-def place_in_code(error: Exception) -> str:
+def place_in_code(error: BaseException) -> str:
     """Return file, line and function of the innermost frame of an error that is not in torch."""
     frames = traceback.extract_tb(error.__traceback__)
     torch_folder = str(Path(torch.__file__).parent)
@@ -150,7 +150,7 @@ def place_in_code(error: Exception) -> str:
     return f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}"
 
 
-def is_error_of_port(error: Exception, port: object) -> bool:
+def is_error_of_port(error: BaseException, port: object) -> bool:
     """Return whether the port, or something that it returned, caused an error.
 
     An error is the port's if it was raised within one of its modules, or if a gate failed on its
@@ -168,7 +168,7 @@ def is_error_of_port(error: Exception, port: object) -> bool:
     return not isinstance(error, MACHINE_ERRORS)
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that a device has too little memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
@@ -182,7 +182,7 @@ def is_reference(frame: FrameType) -> bool:
     return is_method and frame.f_code.co_name == "compute"
 
 
-def innermost_module(error: Exception, port: object) -> str:
+def innermost_module(error: BaseException, port: object) -> str:
     """Return the path of the innermost module of the port that was running; empty for none."""
     paths = module_paths(port)
     path = ""
@@ -203,7 +203,7 @@ def module_paths(port: object) -> dict[int, str]:
     return {id(module): path or "model" for path, module in port.named_modules()}
 
 
-def frames_of(error: Exception) -> Iterator[FrameType]:
+def frames_of(error: BaseException) -> Iterator[FrameType]:
     """Yield the frames of an error's traceback, outermost first."""
     step: TracebackType | None = error.__traceback__
     while step is not None:

@@ -25,6 +25,10 @@ Weights = Callable[[Any], Mapping[str, Tensor]]
 """Function (port) -> its tensors under the names of the reference's `state_dict`."""
 
 
+PORT_ERRORS = (Exception, SystemExit)
+"""What a port may raise."""
+
+
 class CallError(TypeError):
     """The function that calls a side does not return tensors by name: an error of an argument."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_port.parity.metrics import bits, tensors_equal
-from siglip_port.parity.sides import Inputs, Side, cast
+from siglip_port.parity.sides import PORT_ERRORS, Inputs, Side, cast
 
 MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "inference": torch.inference_mode,
@@ -25,6 +25,9 @@ MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
 }
 """Gradient modes by name."""
 
+
+RANDOM_SEED = 7_919_031
+"""Seed before each call; a port that sets a seed of its own changes the state."""
 
 RANDOM_NUMBERS = "the random number generator"
 """Setting that only calls in training mode may change."""
@@ -294,6 +297,8 @@ def run_situation(side: Side, situation: Situation, dtype: torch.dtype) -> Outco
         if situation.changed_weights:
             stack.enter_context(with_changed_weights(side.module))
         if not situation.training:
+            stack.enter_context(torch.random.fork_rng())
+            torch.manual_seed(RANDOM_SEED)
             return call_once(side, situation)
         stack.enter_context(in_training_mode(side.module))
         return call_twice(side, situation)
@@ -301,9 +306,9 @@ def run_situation(side: Side, situation: Situation, dtype: torch.dtype) -> Outco
 
 def call_twice(side: Side, situation: Situation) -> Outcome:
     """Call a side in training mode, and find out whether its outputs are random."""
-    torch.manual_seed(0)
+    torch.manual_seed(RANDOM_SEED)
     outcome = call_once(side, situation)
-    torch.manual_seed(1)
+    torch.manual_seed(RANDOM_SEED + 1)
     second = call_once(side, situation)
     for name, output in outcome.outputs.items():
         other = second.outputs.get(name)
@@ -330,7 +335,7 @@ def call_once(side: Side, situation: Situation) -> Outcome:
         settings = read_settings()
         try:
             outputs = dict(side.call(side.module, inputs))
-        except Exception as error:  # an outcome, which the gate reports
+        except PORT_ERRORS as error:  # an outcome, which the gate reports
             return Outcome(error=describe_error(error), place=innermost_module(error, side.module))
         changed = changed_settings(settings)
     if situation.training:
@@ -342,7 +347,7 @@ def call_once(side: Side, situation: Situation) -> Outcome:
     return Outcome(values, traits, written=tuple(written), settings=tuple(changed))
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     """Return class and first line of an error."""
     message = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
@@ -429,7 +434,13 @@ def read_settings() -> dict[str, Any]:
         "autocast": torch.is_autocast_enabled("cpu"),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "the precision of float32 products": torch.get_float32_matmul_precision(),
+        "whether denormal numbers are zero": flushes_denormals(),
     }
+
+
+def flushes_denormals() -> bool:
+    """Return whether the CPU replaces denormal numbers by zeros, which torch does not tell."""
+    return not bool(torch.tensor(1e-310, dtype=torch.float64) * 0.5)
 
 
 def changed_settings(before: Mapping[str, Any]) -> list[str]:
@@ -464,5 +475,6 @@ RESTORE: dict[str, Callable[..., object]] = {
     "autocast": functools.partial(torch.set_autocast_enabled, "cpu"),
     "deterministic algorithms": torch.use_deterministic_algorithms,
     "the precision of float32 products": torch.set_float32_matmul_precision,
+    "whether denormal numbers are zero": torch.set_flush_denormal,
 }
 """Setting of `read_settings` -> function that sets it."""

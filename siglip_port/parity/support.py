@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from siglip_port.parity import bounds
 from siglip_port.parity.nested import Inputs, floating_point_dtype
 from siglip_port.parity.roughness import roughness
-from siglip_port.parity.sides import Call, Side, cast, cast_inputs
+from siglip_port.parity.sides import PORT_ERRORS, Call, Side, cast, cast_inputs
 
 
 def with_support(port: Side, inputs: Inputs, dtype: torch.dtype) -> tuple[Side, str]:
@@ -73,7 +73,7 @@ def reason_of_module(port: Side, inputs: Inputs, dtype: torch.dtype) -> str:
     try:
         with cast(port.module, dtype, torch.float64):
             port.run(cast_inputs(inputs, torch.float64))
-    except Exception as error:
+    except PORT_ERRORS as error:
         if runs_in(dtype, port, inputs):
             return refusal(error)
     return ""
@@ -90,12 +90,12 @@ def runs_in(dtype: torch.dtype, port: Side, inputs: Inputs) -> bool:
     try:
         with cast(port.module, dtype):
             port.run(cast_inputs(inputs, dtype))
-    except Exception:
+    except PORT_ERRORS:
         return False
     return True
 
 
-def refusal(error: Exception) -> str:
+def refusal(error: BaseException) -> str:
     """Describe an error that a port raises in float64 only."""
     lines = str(error).splitlines() or [type(error).__name__]
     if "not implemented for" in lines[0]:
@@ -111,7 +111,7 @@ def reason_of_callable(port: Side, inputs: Inputs) -> str:
     try:
         outputs = port.run(exact_inputs)
         rough = roughness(port, exact_inputs)
-    except Exception:
+    except PORT_ERRORS:
         return "the port is no torch.nn.Module, and refuses float64"
     floats = [output for output in outputs.values() if output.is_floating_point()]
     if any(output.dtype != torch.float64 for output in floats):

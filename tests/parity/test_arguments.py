@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from siglip_port.parity import compare
 from tests.parity.toy_models import ToyEncoder, toy_images
@@ -97,6 +97,15 @@ def test_shared_tensors_and_copies_may_be_compared() -> None:
     assert compare(model, port, IMAGES).equal
     assert model.conv.weight.dtype == torch.float32
     assert compare(model, copy.deepcopy(model), IMAGES).equal
+
+
+def test_port_that_exits() -> None:
+    def leave(x: Tensor) -> Tensor:
+        raise SystemExit(3)
+
+    comparison = compare(ToyEncoder(), leave, IMAGES)
+    assert not comparison.equal
+    assert "the port raises SystemExit: 3" in comparison.verdict
 
 
 def test_port_that_returns_nothing() -> None:

@@ -20,7 +20,7 @@ from tests.parity.toy_models import ToyEncoder, toy_images
 class Refusing(nn.LayerNorm):
     """LayerNorm that raises an error."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: BaseException) -> None:
         super().__init__(8)
         self.error = error
 
@@ -28,7 +28,7 @@ class Refusing(nn.LayerNorm):
         raise self.error
 
 
-def refusing_port(error: Exception) -> ToyEncoder:
+def refusing_port(error: BaseException) -> ToyEncoder:
     port = ToyEncoder()
     port.norm = Refusing(error).eval()
     return port
@@ -49,10 +49,11 @@ def check(port: nn.Module, reference: Side | None = None) -> GateResult:
         (KeyError("a"), "KeyError: 'a'"),
         (ValueError("pixels are NaN"), "ValueError: pixels are NaN"),
         (OSError("no file"), "OSError: no file"),
+        (SystemExit(3), "SystemExit: 3"),
         (AssertionError(), "AssertionError (test_guard.py:#, in forward)"),
     ],
 )
-def test_error_of_port_is_a_finding(error: Exception, text: str) -> None:
+def test_error_of_port_is_a_finding(error: BaseException, text: str) -> None:
     gate = check(refusing_port(error))
     assert not gate.passed
     (finding,) = gate.findings

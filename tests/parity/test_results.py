@@ -249,12 +249,14 @@ def test_step_without_hint_follows_from_the_same_step_in_other_blocks() -> None:
     assert consequences(comparison) == ["layers.1.norm"]
 
 
-def test_steps_without_hints_follow_from_the_environment() -> None:
+@pytest.mark.parametrize(("place", "expected"), [("", ["a"]), ("model", [])])
+def test_steps_without_hints_follow_from_switches(place: str, expected: list[str]) -> None:
+    """Not from modules, such as those in training mode, which may have no effect."""
     comparison = make_comparison(
-        GateResult("environment", 1, "", (Finding("training mode"),)),
+        GateResult("environment", 1, "", (Finding("autocast", port=place),)),
         numerics(Finding("differs", "a"), Finding("differs", "b", hint="eps")),
     )
-    assert consequences(comparison) == ["a"]
+    assert consequences(comparison) == expected
 
 
 def test_gradient_with_its_own_hint_is_a_cause() -> None:

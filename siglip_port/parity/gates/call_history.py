@@ -22,7 +22,7 @@ from siglip_port.parity.calls import (
 )
 from siglip_port.parity.gates.deviations import Deviation, first_difference
 from siglip_port.parity.metrics import relative_error
-from siglip_port.parity.sides import Inputs, Side, cast, cast_inputs
+from siglip_port.parity.sides import PORT_ERRORS, Inputs, Side, cast, cast_inputs
 from siglip_port.parity.situations import (
     Situation,
     all_tensors,
@@ -258,7 +258,7 @@ class History:
                 if output:
                     steps.close()
                     return [self.deviation(scenario, number, step, output, error)]
-        except Exception as error:  # a finding
+        except PORT_ERRORS as error:  # a finding
             place = innermost_module(error, self.port.module)
             reference = port_to_reference(self.taps).get(place, "")
             remedy = describe_error(error)

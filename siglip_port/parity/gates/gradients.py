@@ -55,6 +55,10 @@ IN_PLACE = "modified by an inplace operation"
 """Part of torch's message for a forward pass that is right, but leaves nothing to differentiate."""
 
 
+NOT_DIFFERENTIABLE = "is not implemented"
+"""Part of torch's message for an operator without a derivative."""
+
+
 def check_gradients(
     port: Side, run: ReferenceGradients, taps: list[Tap], weights: Weights | None = None
 ) -> GateResult:
@@ -149,11 +153,13 @@ class GradientCheck:
         if gradients.error:
             if gradients.outputs and IN_PLACE in gradients.error:
                 self.not_judged = "the port has no backward pass, as it works in place"
-            elif gradients.outputs:
+            elif gradients.outputs and NOT_DIFFERENTIABLE in gradients.error:
                 self.not_judged = f"the port has no backward pass ({gradients.error})"
             else:
-                message = f"raises an error with gradients enabled; {gradients.error}"
-                self.findings.append(Finding(message, port="forward"))
+                step = "in its backward pass" if gradients.outputs else "with gradients enabled"
+                place = "backward" if gradients.outputs else "forward"
+                message = f"raises an error {step}; {gradients.error}"
+                self.findings.append(Finding(message, port=place))
             return False
         if not self.outputs_agree(gradients.outputs):
             return False

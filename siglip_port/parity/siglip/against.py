@@ -17,7 +17,7 @@ from siglip_port.parity.golden.folder import Expected
 from siglip_port.parity.golden.judge import judge_results
 from siglip_port.parity.observe import run_reference
 from siglip_port.parity.results import Comparison, Finding, GateResult, Section
-from siglip_port.parity.sides import dtype_name
+from siglip_port.parity.sides import PORT_ERRORS, dtype_name
 from siglip_port.parity.siglip import foreign_ports
 from siglip_port.parity.siglip.cases import Case
 from siglip_port.parity.siglip.foreign_ports import ForeignPortError, PixelPort
@@ -106,7 +106,7 @@ def judge_batch(
         outputs = port(pixel_values)
     except ForeignPortError:
         raise
-    except Exception as error:  # whatever the port raises
+    except PORT_ERRORS as error:  # whatever the port raises
         message = f"the port raises {type(error).__name__}: {foreign_ports.first_line(error)}"
         return GateResult(f"rounding {dtype_name(dtype)}", 1, "", (Finding(message),))
     expected = Expected.of(run).only(outputs)

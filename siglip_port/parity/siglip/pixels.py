@@ -18,6 +18,7 @@ from siglip_port.image_processing import Backend, ImageProcessor
 from siglip_port.parity.gates import MEANING
 from siglip_port.parity.metrics import cosine, tensors_equal
 from siglip_port.parity.results import Finding, GateResult
+from siglip_port.parity.sides import PORT_ERRORS
 from siglip_port.parity.siglip.sample_images import Sample, sample_images
 
 Embed = Callable[..., Tensor]
@@ -104,7 +105,7 @@ def compare_image(
     try:
         pixels = process(processor, image)
         expected = dict(reference_processor(image))
-    except Exception as error:  # any error means that one side rejects the image
+    except PORT_ERRORS as error:  # any error means that one side rejects the image
         return Difference(f"{type(error).__name__}: {error}")
     message = compare_pixels(pixels, expected, levels_per_unit(processor))
     if not message:

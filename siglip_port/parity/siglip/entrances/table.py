@@ -13,7 +13,7 @@ from siglip_port.model import SigLipVisionModel
 from siglip_port.parity.gates import MEANING
 from siglip_port.parity.guard import describe, is_out_of_memory
 from siglip_port.parity.results import Finding, GateResult, Section
-from siglip_port.parity.sides import cast
+from siglip_port.parity.sides import PORT_ERRORS, cast
 from siglip_port.parity.siglip.entrances import (
     features,
     images,
@@ -136,7 +136,7 @@ def check_entrances(
     with tempfile.TemporaryDirectory(prefix="siglip_port-") as scratch:
         try:
             port = load(expected.source, interpolation=expected.interpolation)
-        except Exception as error:  # any error: a port that cannot be loaded differs
+        except PORT_ERRORS as error:  # any error: a port that cannot be loaded differs
             return result(1, [raised(error, "from_hf", "from_pretrained")])
         subject = Subject(port, expected, Path(scratch))
         for entrance in ENTRANCES:
@@ -163,7 +163,7 @@ def check_entrance(entrance: Entrance, subject: Subject) -> list[Finding]:
         with torch.no_grad():
             for finding in differences(entrance, subject):
                 findings.append(finding)
-    except Exception as error:  # any error of the port: it raises where it should not
+    except PORT_ERRORS as error:  # any error of the port: it raises where it should not
         if is_out_of_memory(error):
             raise
         findings.append(raised(error, entrance.name, entrance.reference))
@@ -193,6 +193,6 @@ def differences(entrance: Entrance, subject: Subject) -> Iterator[Finding]:
             yield from entrance.check(subject)
 
 
-def raised(error: Exception, port: str, reference: str) -> Finding:
+def raised(error: BaseException, port: str, reference: str) -> Finding:
     """Return the finding for a port that raises."""
     return Finding(f"raises {describe(error)}", reference, port)
