@@ -99,7 +99,7 @@ class FusedMLP(nn.Module):
     """MLP whose activation is a part of its first layer: [..., D] -> [..., D].
 
     Args:
-        mlp: MLP with prepacked layers, whose parameters it shares.
+        mlp: MLP with prepacked layers, whose parts it shares.
         algorithm: GELU variant, `none` (exact) or `tanh`.
     """
 
@@ -109,6 +109,7 @@ class FusedMLP(nn.Module):
         self.fc1.activation = "gelu"
         self.fc1.algorithm = algorithm
         self.fc2 = mlp.fc2
+        self.activation = mlp.activation
         self.train(mlp.training)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

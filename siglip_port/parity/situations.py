@@ -30,7 +30,7 @@ RANDOM_SEED = 7_919_031
 """Seed before each call; a port that sets a seed of its own changes the state."""
 
 RANDOM_NUMBERS = "the random number generator"
-"""Setting that only calls in training mode may change."""
+"""Setting that calls may change by drawing some, but not by another seed."""
 
 
 @dataclass(frozen=True)
@@ -333,13 +333,15 @@ def call_once(side: Side, situation: Situation) -> Outcome:
     watched = watch_tensors(side.module, inputs)
     with MODES[situation.mode](), settings_restored():
         settings = read_settings()
+        seed = torch.initial_seed()
         try:
             outputs = dict(side.call(side.module, inputs))
         except PORT_ERRORS as error:  # an outcome, which the gate reports
             return Outcome(error=describe_error(error), place=innermost_module(error, side.module))
         changed = changed_settings(settings)
-    if situation.training:
-        changed = [name for name in changed if name != RANDOM_NUMBERS]  # dropout draws some
+        seed_is_kept = torch.initial_seed() == seed
+    if seed_is_kept:  # drawn numbers harm nothing, another seed does
+        changed = [name for name in changed if name != RANDOM_NUMBERS]
     written = [name for name, tensor, before in watched if before != state_of(tensor)]
     tensors = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
     traits = {name: read_traits(value, side.module, inputs) for name, value in tensors.items()}

@@ -69,76 +69,55 @@ def find_float32_rounding(
         names: Points that differ in float64 by no more than the reference's error in float32.
         forced: Whether they differ in a teacher-forced run.
     """
-    if not names:
-        return []
-    rounding: list[str] = []
+    left = list(names)
+    errors: dict[str, ErrorStatistics] = {}
+    samples: list[Sample] = []
     for with_weights in (False, True):
-        if not with_weights and not can_be_perturbed(run.inputs):
+        if not left or not (with_weights or can_be_perturbed(run.inputs)):
             continue
         samples = perturbed_samples(
             run.exact_inputs, PERTURBATION, SAMPLES, torch.float32, with_weights=with_weights
         )
-        left = [name for name in names if name not in rounding]
-        if left:
-            rounding += rounding_among(left, port, run, taps, samples, forced=forced)
-    return rounding
+        errors = errors_on(samples, left, port, run, taps, forced=forced)
+        left = [name for name in left if not averages_out(errors[name])]
+    own_errors = own_errors_on(samples, left, run, forced=forced) if left else {}
+    bugs = []
+    for name in left:
+        if not errors[name].systematic <= bounds.SYSTEMATIC_FACTOR * own_errors[name].systematic:
+            bugs.append(name)
+    return [name for name in names if name not in bugs]
 
 
-def rounding_among(
-    names: Sequence[str],
+def errors_on(
+    samples: list[Sample],
+    names: list[str],
     port: Side,
     run: ReferenceRun,
     taps: list[Tap],
-    samples: list[Sample],
     *,
     forced: bool,
-) -> list[str]:
-    """Return the points whose errors differ between samples: see `find_float32_rounding`."""
+) -> dict[str, ErrorStatistics]:
+    """Measure the port's errors in float64 on samples: see `find_float32_rounding`."""
     points = port_to_reference(taps)
     dtypes = (run.dtype, torch.float64)
-    statistics: dict[str, ErrorStatistics] = {}
-    for statistics in port_statistics(port, run, samples, points, names, dtypes, forced=forced):
-        if not any(may_be_rounding(one) for one in statistics.values()):
-            return []
-    unclear = [name for name in names if is_unclear(statistics[name])]
-    own_errors: dict[str, ErrorStatistics] = {}
-    if unclear:
-        own_errors = run.host.compute(
-            reference_statistics,
-            samples,
-            list(run.exact.taps) if forced else [],
-            unclear,
-            (run.dtype, torch.float32),
-            tuple(run.outputs)[:1],
-        )
-    return [name for name in names if is_rounding(statistics[name], own_errors.get(name))]
+    *_, errors = port_statistics(port, run, samples, points, names, dtypes, forced=forced)
+    return errors
 
 
-def may_be_rounding(port: ErrorStatistics) -> bool:
-    """Return whether the errors differ between inputs, if anything does at this point."""
-    return not port.varies or port.systematic <= bounds.ROUGH_SHARE * port.total
-
-
-def is_unclear(port: ErrorStatistics) -> bool:
-    """Return whether the reference's own systematic error decides."""
-    return (
-        port.varies
-        and may_be_rounding(port)
-        and port.systematic > bounds.SYSTEMATIC_SHARE * port.total
+def own_errors_on(
+    samples: list[Sample], names: list[str], run: ReferenceRun, *, forced: bool
+) -> dict[str, ErrorStatistics]:
+    """Measure the reference's errors in float32 on samples."""
+    return run.host.compute(
+        reference_statistics,
+        samples,
+        list(run.exact.taps) if forced else [],
+        names,
+        (run.dtype, torch.float32),
+        tuple(run.outputs)[:1],
     )
 
 
-def is_rounding(port: ErrorStatistics, reference: ErrorStatistics | None) -> bool:
-    """Return whether the port's errors are those of float32 rounding.
-
-    Args:
-        port: Errors of the port in float64.
-        reference: Errors of the reference in float32; None if they are not needed.
-    """
-    if not may_be_rounding(port):
-        return False
-    if not is_unclear(port):
-        return True
-    if reference is None:
-        return False
-    return port.systematic <= bounds.SYSTEMATIC_FACTOR * reference.systematic
+def averages_out(errors: ErrorStatistics) -> bool:
+    """Return whether errors differ between samples, if anything does at this point."""
+    return not errors.varies or errors.systematic <= bounds.SYSTEMATIC_SHARE * errors.total

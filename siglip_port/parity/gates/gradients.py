@@ -218,6 +218,13 @@ class GradientCheck:
         """Compare gradients in one situation in which the reference's are the same."""
         gradients = self.backpropagate()
         self.checked += comparison.count
+        if gradients.error and self.tolerance is WITH_FLOAT32_STEPS:
+            # Steps of a fixed dtype cannot always be repeated in a model that was cast to float64.
+            self.not_judged = f"{situation}, the port raises {gradients.error} in float64"
+            return
+        if gradients.error and "CheckpointError" in gradients.error and self.is_random():
+            self.not_judged = f"{situation}, the port repeats its steps in another order"
+            return
         if gradients.error:
             message = f"raises an error {situation}; {gradients.error}"
             self.findings.append(Finding(message, port="backward"))
@@ -232,6 +239,11 @@ class GradientCheck:
             for finding in located:
                 message = f"{situation}: {finding.message}"
                 self.findings.append(replace(finding, message=message))
+
+    def is_random(self) -> bool:
+        """Return whether two runs of the port differ, as by sums in a random order."""
+        first, second = self.port.run(self.run.inputs), self.port.run(self.run.inputs)
+        return any(not torch.equal(first[name], second[name]) for name in first)
 
     def locate(self, comparison: GradientComparison, gradients: Gradients) -> list[Finding]:
         """Return findings for the steps whose backward pass is wrong; otherwise for parameters."""

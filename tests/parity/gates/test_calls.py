@@ -335,7 +335,6 @@ def sets_default_dtype(model: ToyEncoder, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("forward", "setting"),
     [
-        (draws, "the random number generator"),
         (sets_seed, "the random number generator"),
         (flushes_denormals, "whether denormal numbers are zero"),
         (enables_gradients, "the gradient mode"),
@@ -348,6 +347,11 @@ def test_settings(calls: ReferenceCalls, forward: Forward, setting: str) -> None
     assert f"a call changes {setting} of torch; restore it before the call returns" in messages
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()
+
+
+def test_random_numbers_may_be_drawn(calls: ReferenceCalls) -> None:
+    """As by sums in a random order."""
+    assert not findings_of(calls, draws)
 
 
 # --- training mode --------------------------------------------------------------------------------
