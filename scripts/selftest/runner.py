@@ -118,17 +118,23 @@ class SelfTest:
             with make_models(seed, self.device) as models:
                 run_references(models)
                 if seed == seeds[0]:
-                    self.run_mutants(models)
+                    self.run_on_entrances(models)
                 self.run_variants(models, seed)
         self.run_harness_mutants()
         return self.report
 
-    def run_mutants(self, models: list[list[Case]]) -> None:
-        """Run the mutants of the port."""
+    def run_on_entrances(self, models: list[list[Case]]) -> None:
+        """Run the mutants, and the variants on the entrances."""
         with make_entrance_models() as entrance_models:
-            self.judge_mutants(models, entrance_models)
+            self.run_mutants(models, entrance_models)
 
-    def judge_mutants(self, models: list[list[Case]], entrance_models: list[Expected]) -> None:
+            def judge(mutant: Mutant) -> MutantResult:
+                return examine_entrances(mutant, entrance_models)
+
+            for result in self.follow(judge, catalog.EQUIVALENT, "equivalent variants, entrances"):
+                self.report.variant_runs.append(("entrances", result))
+
+    def run_mutants(self, models: list[list[Case]], entrance_models: list[Expected]) -> None:
         """Run every mutant on the models of its subject."""
 
         def judge(mutant: Mutant) -> MutantResult:
