@@ -45,6 +45,9 @@ Rounding changes on inputs and weights that differ by 1e-3, the error of a bug h
 is accepted up to `SYSTEMATIC_FACTOR` times the reference's own in float32, as from constants.
 """
 
+ROUGH_SHARE = 0.98
+"""A systematic part above this share is all of an error."""
+
 SYSTEMATIC_FACTOR = 3.0
 """Largest systematic error in a dtype, relative to the reference's."""
 

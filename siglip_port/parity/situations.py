@@ -436,13 +436,7 @@ def read_settings() -> dict[str, Any]:
         "autocast": torch.is_autocast_enabled("cpu"),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "the precision of float32 products": torch.get_float32_matmul_precision(),
-        "whether denormal numbers are zero": flushes_denormals(),
     }
-
-
-def flushes_denormals() -> bool:
-    """Return whether the CPU replaces denormal numbers by zeros, which torch does not tell."""
-    return not bool(torch.tensor(1e-310, dtype=torch.float64) * 0.5)
 
 
 def changed_settings(before: Mapping[str, Any]) -> list[str]:
@@ -477,6 +471,5 @@ RESTORE: dict[str, Callable[..., object]] = {
     "autocast": functools.partial(torch.set_autocast_enabled, "cpu"),
     "deterministic algorithms": torch.use_deterministic_algorithms,
     "the precision of float32 products": torch.set_float32_matmul_precision,
-    "whether denormal numbers are zero": torch.set_flush_denormal,
 }
 """Setting of `read_settings` -> function that sets it."""

@@ -73,6 +73,12 @@ def set_default_device(device: torch.device) -> None:
     torch.set_default_device(None if device == torch.device("cpu") else device)
 
 
+def flushes_denormals() -> bool:
+    """Return whether the CPU replaces denormal numbers by 0, which torch does not tell."""
+    smallest = torch.tensor(1e-310, dtype=torch.float64, device="cpu")
+    return not bool(smallest * 0.5)
+
+
 def all_switches() -> list[Switch]:
     """Return all switches, each after those that set it."""
     precision = functools.partial(backend_switch, defaults=FULL_PRECISION, exact="ieee")
@@ -108,6 +114,7 @@ def all_switches() -> list[Switch]:
             set_default_device,
             (torch.device("cpu"),),
         ),
+        Switch("denormal numbers are 0", flushes_denormals, torch.set_flush_denormal, (False,)),
         Switch(
             "torch.is_grad_enabled()",
             torch.is_grad_enabled,

@@ -81,10 +81,7 @@ def find_float32_rounding(
         errors = errors_on(samples, left, port, run, taps, forced=forced)
         left = [name for name in left if not averages_out(errors[name])]
     own_errors = own_errors_on(samples, left, run, forced=forced) if left else {}
-    bugs = []
-    for name in left:
-        if not errors[name].systematic <= bounds.SYSTEMATIC_FACTOR * own_errors[name].systematic:
-            bugs.append(name)
+    bugs = [name for name in left if not is_like_own(errors[name], own_errors[name])]
     return [name for name in names if name not in bugs]
 
 
@@ -116,6 +113,17 @@ def own_errors_on(
         (run.dtype, torch.float32),
         tuple(run.outputs)[:1],
     )
+
+
+def is_like_own(port: ErrorStatistics, own: ErrorStatistics) -> bool:
+    """Return whether errors have a systematic part as large as the reference's in float32.
+
+    One that is all of the port's must be most of the reference's, as that of constants is.
+    """
+    if not port.systematic <= bounds.SYSTEMATIC_FACTOR * own.systematic:
+        return False
+    is_all = port.systematic > bounds.ROUGH_SHARE * port.total
+    return not is_all or own.systematic > bounds.SYSTEMATIC_SHARE * own.total
 
 
 def averages_out(errors: ErrorStatistics) -> bool:

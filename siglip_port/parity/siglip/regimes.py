@@ -122,6 +122,7 @@ def memory_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
         Regime("transposed images", noise, arrange=to_transposed),
         Regime("channels-last images", noise, arrange=to_channels_last),
         Regime("images in a larger buffer", noise, arrange=to_slice),
+        Regime("images at the end of a buffer", noise, arrange=to_end),
         Regime("expanded channels", gray, arrange=to_expanded_channels),
         Regime("expanded batch", same, arrange=to_expanded_batch),
     ]
@@ -144,6 +145,11 @@ def to_slice(images: Tensor) -> Tensor:
     view = buffer[1:, 1:, 2:-1, 2:-3]
     view.copy_(images)
     return view
+
+
+def to_end(images: Tensor) -> Tensor:
+    """Store images behind others, as contiguous ones that do not start their memory."""
+    return torch.cat([images.flip(0) + 0.5, images])[len(images) :]
 
 
 def to_expanded_channels(images: Tensor) -> Tensor:

@@ -312,11 +312,6 @@ def sets_seed(model: ToyEncoder, x: Tensor) -> Tensor:
     return run(model, x)
 
 
-def flushes_denormals(model: ToyEncoder, x: Tensor) -> Tensor:
-    torch.set_flush_denormal(True)
-    return run(model, x)
-
-
 def enables_gradients(model: ToyEncoder, x: Tensor) -> Tensor:
     torch.set_grad_enabled(not torch.is_grad_enabled())
     return run(model, x)
@@ -336,7 +331,6 @@ def sets_default_dtype(model: ToyEncoder, x: Tensor) -> Tensor:
     ("forward", "setting"),
     [
         (sets_seed, "the random number generator"),
-        (flushes_denormals, "whether denormal numbers are zero"),
         (enables_gradients, "the gradient mode"),
         (sets_threads, "the number of threads"),
         (sets_default_dtype, "the default dtype"),

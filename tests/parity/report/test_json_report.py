@@ -46,7 +46,7 @@ def test_json_keys() -> None:
     gate = section["gates"][1]
     assert list(gate) == [
         *("name", "checked", "bound", "findings", "measurements"),
-        *("uncompared_taps", "float32_upcasts", "differing_taps", "passed"),
+        *("uncompared_taps", "float32_upcasts", "differing_taps", "notes", "passed"),
     ]
     assert list(gate["findings"][0]) == [
         *("message", "reference", "port", "error", "hint", "kind"),

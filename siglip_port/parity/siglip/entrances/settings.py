@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from siglip_port.config import SigLipVisionConfig
@@ -27,8 +28,17 @@ def check_config_to_hf(subject: Subject) -> Iterator[Finding]:
 
 
 def check_config_from_hf(subject: Subject) -> Iterator[Finding]:
-    """Change the reference's configuration one field at a time, and read it."""
+    """Read the reference's configuration as it is, and with one field changed at a time."""
     fields = subject.expected.host.compute(reference_features.describe_config)
+    own = SigLipVisionConfig.from_hf(fields.values)
+    for name, reference_name in fields.names.items():
+        if getattr(own, name) != fields.values[reference_name]:
+            yield Finding(
+                f"{name} is {getattr(own, name)!r}, expected {fields.values[reference_name]!r}"
+            )
+    averaging = replace(own, pooling_head=False, mean_pooling=True)
+    if SigLipVisionConfig.from_hf(averaging.to_hf()) != averaging:
+        yield Finding("from_hf(to_hf()) loses mean_pooling")
     for name, reference_name in fields.names.items():
         value = changed(fields.values[reference_name])
         read = SigLipVisionConfig.from_hf({**fields.values, reference_name: value})

@@ -25,9 +25,10 @@ from siglip_port.parity.siglip.entrances import (
     training,
 )
 from siglip_port.parity.siglip.entrances.subject import (
+    FLOAT32_BOUND,
     Expected,
     Subject,
-    values_in_float32,
+    values_within,
 )
 from siglip_port.parity.siglip.reference_process import References
 
@@ -184,12 +185,12 @@ def differences(entrance: Entrance, subject: Subject) -> Iterator[Finding]:
         yield from entrance.check(subject)
         return
     is_equal = True
-    with cast(subject.port, torch.float64):
+    with cast(subject.port, torch.float64), values_within(subject.float64_bound):
         for finding in entrance.check(subject):
             is_equal = False
             yield finding
     if is_equal:
-        with values_in_float32():
+        with values_within(FLOAT32_BOUND):
             yield from entrance.check(subject)
 
 
