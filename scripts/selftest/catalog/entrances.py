@@ -444,6 +444,19 @@ def detach_checkpointed(
     return run_block(encoder, block, x, mask)
 
 
+def keep_mask(
+    run_block: Callable[..., Tensor],
+    encoder: SigLipEncoder,
+    block: nn.Module,
+    x: Tensor,
+    mask: Any,  # noqa: ANN401
+) -> Tensor:
+    """Keep the mask on the module, where another call replaces it."""
+    if block is encoder.encoder_blocks[0]:
+        vars(encoder)["mask"] = mask
+    return run_block(encoder, block, x, vars(encoder)["mask"])
+
+
 def fuse_other_gelu(
     fuse_gelu: Callable[[nn.Module, str], None], port: nn.Module, hidden_act: str
 ) -> None:
@@ -457,6 +470,12 @@ FEATURES = [
         "padding attended to if no mask is passed",
         "forward",
         wrap(patches, "attention_mask", ignore_default_mask),
+    ),
+    entrance(
+        "mask_on_module",
+        "mask kept on the module during a call",
+        "forward(two_threads)",
+        wrap(SigLipEncoder, "run_block", keep_mask),
     ),
     entrance(
         "pool_mean_of_padding",

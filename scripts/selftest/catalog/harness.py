@@ -127,6 +127,7 @@ HARNESS = [
             replace(Measurement, "passed", property(is_not_outside)),
             replace(bounds, "within_float64_bound", lambda error: not error > bounds.FLOAT64_BOUND),
             replace(sensitivity, "is_finite", lambda tensor: True),
+            replace(BatchRuns, "is_constant", lambda *_: False),
         ),
     ),
     HarnessMutant(

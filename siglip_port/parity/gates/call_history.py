@@ -174,6 +174,18 @@ def changed_weights(port: Side, contents: Contents, dtype: torch.dtype) -> Steps
     yield Step("after its weights were restored", BASE, run(port, contents, BASE))
 
 
+def frozen_weights(port: Side, contents: Contents, dtype: torch.dtype) -> Steps:
+    """Change the weights of a model that is not trained, between calls."""
+    frozen = [one for one in parameters_of(port.module).values() if one.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield from changed_weights(port, contents, dtype)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
 def long_run(port: Side, contents: Contents, dtype: torch.dtype) -> Steps:
     """Call many times, mostly with a batch of one, with contents in a changing order."""
     names = []
@@ -196,6 +208,7 @@ SCENARIOS: dict[str, Scenario] = {
     "after a call in another dtype": own_dtype,
     "after train() and eval()": training,
     "after its weights were changed": changed_weights,
+    "after its frozen weights were changed": frozen_weights,
     "in a long run": long_run,
     "after the outputs of an earlier call were overwritten": overwritten_outputs,
 }

@@ -125,8 +125,7 @@ class GradientCheck:
         expected = self.run.gradients
         missing = [name for name in expected.differentiable if name not in gradients.differentiable]
         if missing:
-            message = "has no gradients, expected some as in the reference and the other outputs"
-            self.findings += [Finding(message, name, name) for name in missing]
+            self.judge_missing(missing, gradients.differentiable)
             return
         parameters = expected_gradients(self.port.module, self.run, expected, self.weights)
         self.findings += untrained_parameters(flags, parameters, self.run)
@@ -136,6 +135,20 @@ class GradientCheck:
             self.findings += self.locate(comparison, gradients)
         elif self.run.trains_alike:
             self.compare_in_training(comparison)
+
+    def judge_missing(self, missing: list[str], differentiable: tuple[str, ...]) -> None:
+        """Judge outputs without gradients, while others have some.
+
+        One that follows outputs with gradients has lost them. If the first outputs have none, the
+        port computes them without, as one without any gradients does.
+        """
+        names = self.run.gradients.differentiable
+        for name in missing:
+            if any(names.index(other) < names.index(name) for other in differentiable):
+                message = "has no gradients, expected some as in the reference and earlier outputs"
+                self.findings.append(Finding(message, name, name))
+        if not self.findings:
+            self.not_judged = f"the port returns {', '.join(missing)} without gradients"
 
     @property
     def notes(self) -> tuple[str, ...]:

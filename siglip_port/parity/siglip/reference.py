@@ -643,7 +643,8 @@ def process_image(processor: HFProcessor, image: object) -> dict[str, Tensor]:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
     if isinstance(image, str):
         image = library_object("image_utils.load_image")(image)
-    pixels: dict[str, Tensor] = processor(images=image, return_tensors="pt")
+    with quiet_transformers():  # about arrays whose channels may be first or last
+        pixels: dict[str, Tensor] = processor(images=image, return_tensors="pt")
     return pixels
 
 

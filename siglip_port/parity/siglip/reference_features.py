@@ -69,10 +69,12 @@ class ConfigFields:
     Attributes:
         names: Field of the port's config -> field of the reference's.
         values: Contents of the reference's configuration.
+        defaults: Values of fields that a configuration leaves out.
     """
 
     names: dict[str, str]
     values: dict[str, Any]
+    defaults: dict[str, Any]
 
 
 def compute_features(side: Side, inputs: BatchInputs) -> Features:
@@ -250,7 +252,7 @@ def describe_config(side: Side) -> ConfigFields:
     """Return the reference's configuration."""
     config: Any = side.module.config
     names = {name: field for name, field in reference.FIELDS.items() if hasattr(config, field)}
-    return ConfigFields(names, config.to_dict())
+    return ConfigFields(names, config.to_dict(), type(config)().to_dict())
 
 
 def input_embeddings(side: Side) -> Tensor:

@@ -211,6 +211,7 @@ def packed_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
     fewer[mask.sum(1) == 1] = mask[mask.sum(1) == 1]
     gray = many["pixel_values"].clone()
     gray[:, 1] = 0
+    first_full = pack_noise(config, ((5, 5), (2, 3), (4, 4)), seed)
     equal_counts = pack_noise(config, ((4, 6), (6, 4), (3, 8), (2, 12)), seed)
     return [
         *whole_image_regimes(config, seed),
@@ -220,6 +221,7 @@ def packed_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
         Regime("packed images, mask of bools", {**many, "pixel_attention_mask": mask.bool()}),
         Regime("packed images, mask of floats", {**many, "pixel_attention_mask": mask.float()}),
         Regime("packed images, patches masked", {**many, "pixel_attention_mask": fewer}),
+        Regime("packed images, the first one full", first_full),
         Regime("packed images, gray patches", {**many, "pixel_values": gray}),
         Regime("packed images, shapes as pairs", {**many, "spatial_shapes": pairs}),
         Regime("packed images without padding", equal_counts),

@@ -43,6 +43,7 @@ def sample_images(image: Image.Image) -> Iterator[tuple[str, Sample]]:
     yield from samples_with_transparency(small, random)
     yield "JPEG", round_trip(image, "JPEG")
     yield from encoded_files(small)
+    yield "PIL image with EXIF rotation", turned_image(small)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/turned.jpg"
         exif = Image.Exif()
@@ -88,9 +89,10 @@ def samples_with_transparency(
     translucent.putalpha(Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)))
     yield "RGBA", translucent
     yield "LA", translucent.convert("LA")
-    palette = image.quantize(16)
-    palette.info["transparency"] = 3
-    yield "P with transparency", palette
+    for index in (3, 0):
+        palette = image.quantize(16)
+        palette.info["transparency"] = index
+        yield f"P with transparency {index}", palette
 
 
 def encoded_files(image: Image.Image) -> Iterator[tuple[str, bytes]]:
@@ -107,12 +109,20 @@ def encoded_files(image: Image.Image) -> Iterator[tuple[str, bytes]]:
         yield f"animated {file_format}", encode(image, file_format, **frames)
 
 
+def turned_image(image: Image.Image) -> Image.Image:
+    """Return an opened image with an EXIF orientation, which only files are turned by."""
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = QUARTER_TURN
+    return round_trip(image, "JPEG", exif=exif)
+
+
 def entrance_images() -> list[tuple[str, Sample]]:
     """Return small images of every kind and one large one, for entrances that run a model."""
     small = synthetic_image().resize((23, 17))
     random = np.random.default_rng(2)
     array = random.integers(0, 256, (17, 23, 3), dtype=np.uint8)
     images: list[tuple[str, Sample]] = [*encoded_files(small)]
+    images.append(("PIL image with EXIF rotation", turned_image(small)))
     images += [(mode, small.convert(mode)) for mode in ("RGB", "1", "L", "P", "CMYK")]
     images.append(("I;16", Image.fromarray(np.arange(400, dtype=np.uint16).reshape(25, 16) * 150)))
     images += samples_with_transparency(small, random)
@@ -129,9 +139,13 @@ def encode(image: Image.Image, file_format: str, **options: Any) -> bytes:  # no
     return file.getvalue()
 
 
-def round_trip(image: Image.Image, file_format: str) -> Image.Image:
+def round_trip(
+    image: Image.Image,
+    file_format: str,
+    **options: Any,  # noqa: ANN401 (Pillow's)
+) -> Image.Image:
     """Encode and decode an image."""
-    return Image.open(io.BytesIO(encode(image, file_format)))
+    return Image.open(io.BytesIO(encode(image, file_format, **options)))
 
 
 def synthetic_image() -> Image.Image:

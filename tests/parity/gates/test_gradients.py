@@ -437,16 +437,27 @@ def test_port_without_gradients_is_noted(gradients: ReferenceGradients) -> None:
     assert gate.notes == (message,)
 
 
-def test_output_without_gradients_beside_others_is_found(gradients: ReferenceGradients) -> None:
+@pytest.mark.parametrize("detached", ["tokens", "pooled"])
+def test_output_without_gradients_beside_others(
+    detached: str, gradients: ReferenceGradients
+) -> None:
+    """The first output is computed without gradients, or the second one loses them."""
+
     class Other(Model):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
-            with torch.no_grad():
+            with torch.set_grad_enabled(detached != "tokens"):
                 tokens = self.encode(x)
-            return {"tokens": tokens, "pooled": self.head(tokens.mean(1))}
+            with torch.set_grad_enabled(detached != "pooled"):
+                pooled = self.head(tokens.mean(1))
+            return {"tokens": tokens, "pooled": pooled}
 
     gate = check(gradients, Other())
-    assert places(gate) == ["tokens"]
-    assert gate.findings[0].message.startswith("has no gradients")
+    if detached == "tokens":
+        assert gate.passed
+        assert gate.notes == ("gradients not judged: the port returns tokens without gradients",)
+    else:
+        assert places(gate) == ["pooled"]
+        assert gate.findings[0].message.startswith("has no gradients")
 
 
 def in_place_on_saved_tensor(block: Block, x: Tensor) -> Tensor:

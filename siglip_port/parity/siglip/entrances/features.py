@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,13 +12,16 @@ import torch
 from torch import Tensor
 
 from siglip_port.model import SigLipVisionModel
+from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.results import Finding
 from siglip_port.parity.siglip.entrances.subject import (
+    FLOAT32_ROUNDING,
     Batch,
     Subject,
     compare,
     compare_all,
     compare_model,
+    tolerance,
 )
 
 MASK_DTYPES = (torch.bool, torch.int64, torch.int32, torch.float32)
@@ -35,6 +40,57 @@ def check_forward(subject: Subject) -> Iterator[Finding]:
             yield from compare(f"{batch.name}, {variant}", tokens, inputs, expected)
 
 
+def check_call_inside_call(subject: Subject) -> Iterator[Finding]:
+    """Call the port in the middle of another call, as two threads do: neither changes the other."""
+    port = subject.port
+    for batch in subject.expected.batches:
+        for other in subject.expected.batches:
+            exact = batch.valid(batch.expected.tokens)
+            for moment in (0.3, 0.7):
+                with call_in_the_middle(port, batch.inputs, other.inputs, moment):
+                    tokens = batch.valid(port(**batch.inputs))
+                error = relative_error(tokens, exact)
+                if not error <= max(FLOAT32_ROUNDING, tolerance.get()):
+                    message = f"{batch.name}: differs if {other.name} are run meanwhile"
+                    yield Finding(message, error=error)
+
+
+@contextlib.contextmanager
+def call_in_the_middle(
+    port: SigLipVisionModel, inputs: Mapping[str, Any], others: Mapping[str, Any], moment: float
+) -> Iterator[None]:
+    """Run a port on other inputs once, after a share `moment` of the modules of a call."""
+    remaining = int(moment * count_module_calls(port, inputs))
+
+    def hook(*_: object) -> None:
+        nonlocal remaining
+        remaining -= 1
+        if remaining == 0:
+            port(**others)
+
+    handles = [module.register_forward_pre_hook(hook) for module in port.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def count_module_calls(port: SigLipVisionModel, inputs: Mapping[str, Any]) -> int:
+    """Return how often modules are called for some inputs."""
+    count = 0
+
+    def hook(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    handles = [module.register_forward_pre_hook(hook) for module in port.modules()]
+    port(**inputs)
+    for handle in handles:
+        handle.remove()
+    return count
+
+
 def check_embed(subject: Subject) -> Iterator[Finding]:
     """Compare embeddings for every variant of the arguments, with and without `normalize`."""
     for batch in subject.expected.batches:
@@ -48,6 +104,23 @@ def check_embed(subject: Subject) -> Iterator[Finding]:
 
                 label = f"{batch.name}, {variant}, normalize={normalize}"
                 yield from compare(label, embed, inputs, expected)
+    yield from check_short_embeddings(subject)
+
+
+def check_short_embeddings(subject: Subject) -> Iterator[Finding]:
+    """Check that embeddings shorter than 1 are normalized to 1."""
+    model = copy.deepcopy(subject.port)
+    if model.pooling_head is None:
+        return
+    for name, parameter in model.pooling_head.named_parameters():
+        if name.startswith(("attention.out_proj", "mlp.fc2")):
+            parameter.data *= 1e-3
+    batch = subject.expected.batches[0]
+    embeddings = model.embed(**batch.inputs)
+    expected = embeddings / embeddings.norm(dim=-1, keepdim=True)
+    error = relative_error(model.embed(**batch.inputs, normalize=True), expected)
+    if not error <= FLOAT32_ROUNDING:
+        yield Finding("short embeddings, normalize=True: not of length 1", error=error)
 
 
 def argument_forms(batch: Batch) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -101,6 +174,15 @@ def check_pool(subject: Subject) -> Iterator[Finding]:
             )
         expected = replace(batch.expected, pooled=mean)
         yield from compare_model("mean_pooling=True", averaging, replace(batch, expected=expected))
+    yield from check_dtype_of_tokens(subject)
+
+
+def check_dtype_of_tokens(subject: Subject) -> Iterator[Finding]:
+    """Pool tokens of another dtype: the result has the model's."""
+    batch = subject.expected.batches[0]
+    result = subject.port.pool(batch.expected.tokens.bfloat16())
+    if result.dtype != subject.port.dtype:
+        yield Finding(f"tokens in bfloat16: {result.dtype}, expected {subject.port.dtype}")
 
 
 def mean_of(batch: Batch) -> Tensor:
@@ -125,11 +207,22 @@ def check_hidden_states(subject: Subject) -> Iterator[Finding]:
     """Compare all layers, in any order, before and after the last LayerNorm, as maps."""
     count = subject.port.config.num_encoder_blocks + 1
     for batch in subject.expected.batches:
-        for layers in ([*range(count)], [*range(-count, 0)], [2, 0, -1, 1, -1], [1]):
+        for layers in ([*range(count)], [*range(-count, 0)], [2, 0, -1, 1, -1], [-1, 0], [1]):
             for normed in (False, True):
                 yield from compare_states(subject, batch, layers, normed=normed)
                 if batch.grid is not None:
                     yield from compare_state_maps(subject, batch, layers, normed=normed)
+        yield from check_gradients_of_states(subject, batch)
+
+
+def check_gradients_of_states(subject: Subject, batch: Batch) -> Iterator[Finding]:
+    """Check that hidden states have gradients, as models that are trained on them need."""
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = {name: value.clone() for name, value in batch.inputs.items()}
+        states = subject.port.hidden_states(**inputs, layers=[0, 1, -1])
+    for layer, state in zip((0, 1, -1), states, strict=True):
+        if not state.requires_grad:
+            yield Finding(f"{batch.name}, layers=[{layer}]: has no gradients, expected some")
 
 
 def compare_states(

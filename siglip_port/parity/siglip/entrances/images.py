@@ -170,8 +170,14 @@ def check_patchify(subject: Subject) -> Iterator[Finding]:
             {"patches": patches.patchify(image, patch)},
             {"patches": expected[0]},
         )
-        batch = patches.patchify(image[None], patch)
-        yield from compare_bits(f"a batch of {size}", {"patches": batch}, {"patches": expected})
+        layouts = {
+            "a batch": image[None],
+            "a channels-last batch": image[None].contiguous(memory_format=torch.channels_last),
+            "a transposed batch": image[None].mT.contiguous().mT,
+        }
+        for name, images in layouts.items():
+            batch = {"patches": patches.patchify(images, patch)}
+            yield from compare_bits(f"{name} of {size}", batch, {"patches": expected})
 
 
 def check_pack(subject: Subject) -> Iterator[Finding]:

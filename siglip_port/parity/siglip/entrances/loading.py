@@ -40,6 +40,10 @@ def check_from_hf(subject: Subject) -> Iterator[Finding]:
         yield from check_loaded_state(label, model)
         if model.config != default.config:
             yield Finding(f"{label}: {model.config}, expected {default.config}")
+    with torch.inference_mode():
+        inferring = SigLipVisionModel.from_hf(subject.expected.source)
+    if any(parameter.is_inference() for parameter in inferring.parameters()):
+        yield Finding("in inference mode: the parameters could never be trained")
     from_file = SigLipVisionModel.from_hf(weights)
     yield from compare_bits("a weights file", from_file.state_dict(), tensors)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from siglip_port.parity import bounds
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.results import Finding
 from siglip_port.parity.siglip import reference_features
-from siglip_port.parity.siglip.entrances.subject import Subject
+from siglip_port.parity.siglip.entrances.subject import FLOAT32_BOUND, Subject
 
 ENGINES = ("eager", "prepacked", "prepacked-gelu")
 
@@ -27,9 +28,27 @@ def check_optimize(subject: Subject) -> Iterator[Finding]:
             continue  # prepacked weights are oneDNN's
         model = with_engine(subject.port, engine, cache_dir=folder)
         yield from compare_rounding(f"engine {engine}", model, subject)
+        yield from check_changed_weights(f"engine {engine}", model, subject)
     model = optimize(subject.port, engines=["prepacked"], cache_dir=folder)
     label = f"optimize(..., engines=['prepacked']), which chose {model.choice.engine}"
     yield from compare_rounding(label, model, subject)
+
+
+def check_changed_weights(
+    label: str, model: SigLipVisionModel, subject: Subject
+) -> Iterator[Finding]:
+    """Change the weights of an engine in place: it uses the new ones, and restores the old ones."""
+    batch = subject.expected.batches[0]
+    inputs = {**batch.inputs, "pixel_values": batch.inputs["pixel_values"].float()}
+    changed = copy.deepcopy(subject.port)
+    for parameter in changed.parameters():
+        parameter.data *= 1.1
+    original = {name: tensor.clone() for name, tensor in subject.port.state_dict().items()}
+    model.load_state_dict(changed.state_dict())
+    error = relative_error(model.embed(**inputs), changed.embed(**inputs))
+    model.load_state_dict(original)
+    if not error <= FLOAT32_BOUND:
+        yield Finding(f"{label}: differs from the model with other weights", error=error)
 
 
 def compare_rounding(label: str, model: SigLipVisionModel, subject: Subject) -> Iterator[Finding]:

@@ -36,6 +36,7 @@ def check_config_from_hf(subject: Subject) -> Iterator[Finding]:
             yield Finding(
                 f"{name} is {getattr(own, name)!r}, expected {fields.values[reference_name]!r}"
             )
+    yield from check_defaults(fields)
     averaging = replace(own, pooling_head=False, mean_pooling=True)
     if SigLipVisionConfig.from_hf(averaging.to_hf()) != averaging:
         yield Finding("from_hf(to_hf()) loses mean_pooling")
@@ -51,6 +52,21 @@ def check_config_from_hf(subject: Subject) -> Iterator[Finding]:
         again = SigLipVisionConfig.from_hf(read.to_hf())
         if again != read:
             yield Finding(f"from_hf(to_hf()) is {again}, expected {read}")
+
+
+def check_defaults(fields: reference_features.ConfigFields) -> Iterator[Finding]:
+    """Leave out one field of the configuration at a time, as published files do with many."""
+    for name, reference_name in fields.names.items():
+        others = {key: value for key, value in fields.values.items() if key != reference_name}
+        default = fields.defaults[reference_name]
+        try:
+            read = SigLipVisionConfig.from_hf(others)
+        except ValueError:  # it does not go with the other fields
+            continue
+        if getattr(read, name) != default:
+            yield Finding(
+                f"{name} is {getattr(read, name)!r} without {reference_name}, expected {default!r}"
+            )
 
 
 def changed(value: Any) -> Any:  # noqa: ANN401 (any field)

@@ -28,6 +28,7 @@ from siglip_port.parity.siglip.entrances.subject import (
     FLOAT32_BOUND,
     Expected,
     Subject,
+    compare_bits,
     values_within,
 )
 from siglip_port.parity.siglip.reference_process import References
@@ -62,6 +63,13 @@ ENTRANCES = (
     Entrance("forward", "tokens", features.check_forward, in_float64=True),
     Entrance("pool", "pooled", features.check_pool, in_float64=True, needs=(RUN,)),
     Entrance("embed", "pooled", features.check_embed, in_float64=True, needs=("pool",)),
+    Entrance(
+        "forward(two_threads)",
+        "tokens",
+        features.check_call_inside_call,
+        in_float64=True,
+        needs=(RUN,),
+    ),
     Entrance(
         "hidden_states",
         "hidden_states",
@@ -140,12 +148,18 @@ def check_entrances(
         except PORT_ERRORS as error:  # any error: a port that cannot be loaded differs
             return result(1, [raised(error, "from_hf", "from_pretrained")])
         subject = Subject(port, expected, Path(scratch))
+        original = {name: tensor.clone() for name, tensor in port.state_dict().items()}
         for entrance in ENTRANCES:
             if not differing.isdisjoint(entrance.needs):
                 differing.add(entrance.name)  # not checked, nor is what needs it
                 continue
             checked += 1
             differences = check_entrance(entrance, subject)
+            changed = list(compare_bits("the weights afterwards", port.state_dict(), original))
+            if changed:
+                differences += [place_at(entrance, finding) for finding in changed]
+                port = load(expected.source, interpolation=expected.interpolation)
+                subject = Subject(port, expected, Path(scratch))
             if differences:
                 differing.add(entrance.name)
                 findings += differences
@@ -170,13 +184,18 @@ def check_entrance(entrance: Entrance, subject: Subject) -> list[Finding]:
         findings.append(raised(error, entrance.name, entrance.reference))
     if not findings:
         return []
-    first = findings[0]
-    if not first.reference:
-        first = replace(first, reference=entrance.reference, port=entrance.name)
+    first = place_at(entrance, findings[0])
     if len(findings) > 1:
         others = f"{first.message}; {len(findings) - 1} more checks of it fail"
         first = replace(first, message=others)
     return [first]
+
+
+def place_at(entrance: Entrance, finding: Finding) -> Finding:
+    """Return a finding with the location of an entrance, unless it has one."""
+    if finding.reference:
+        return finding
+    return replace(finding, reference=entrance.reference, port=entrance.name)
 
 
 def differences(entrance: Entrance, subject: Subject) -> Iterator[Finding]:
