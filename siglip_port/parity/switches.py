@@ -74,7 +74,7 @@ def set_default_device(device: torch.device) -> None:
 
 
 def flushes_denormals() -> bool:
-    """Return whether the CPU replaces denormal numbers by 0, which torch does not tell."""
+    """Return whether the CPU replaces denormal numbers by 0, for which torch has no function."""
     smallest = torch.tensor(1e-310, dtype=torch.float64, device="cpu")
     return not bool(smallest * 0.5)
 

@@ -174,15 +174,15 @@ def changed_weights(port: Side, contents: Contents, dtype: torch.dtype) -> Steps
     yield Step("after its weights were restored", BASE, run(port, contents, BASE))
 
 
-def frozen_weights(port: Side, contents: Contents, dtype: torch.dtype) -> Steps:
+def fixed_weights(port: Side, contents: Contents, dtype: torch.dtype) -> Steps:
     """Change the weights of a model that is not trained, between calls."""
-    frozen = [one for one in parameters_of(port.module).values() if one.requires_grad]
-    for parameter in frozen:
+    fixed = [one for one in parameters_of(port.module).values() if one.requires_grad]
+    for parameter in fixed:
         parameter.requires_grad_(False)
     try:
         yield from changed_weights(port, contents, dtype)
     finally:
-        for parameter in frozen:
+        for parameter in fixed:
             parameter.requires_grad_(True)
 
 
@@ -208,7 +208,7 @@ SCENARIOS: dict[str, Scenario] = {
     "after a call in another dtype": own_dtype,
     "after train() and eval()": training,
     "after its weights were changed": changed_weights,
-    "after its frozen weights were changed": frozen_weights,
+    "after its weights, which need no gradients, were changed": fixed_weights,
     "in a long run": long_run,
     "after the outputs of an earlier call were overwritten": overwritten_outputs,
 }

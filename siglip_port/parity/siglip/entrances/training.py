@@ -34,20 +34,20 @@ def check_checkpointing(subject: Subject) -> Iterator[Finding]:
         if not model.is_gradient_checkpointing:
             yield Finding(f"{label}: is_gradient_checkpointing is False, expected True")
         yield from compare_steps(label, train_step(model, batch), plain)
-    yield from check_frozen_embeddings(model, batch)
+    yield from check_fixed_embeddings(model, batch)
     model.gradient_checkpointing_disable()
     if model.is_gradient_checkpointing:
         yield Finding("is_gradient_checkpointing is True after gradient_checkpointing_disable()")
 
 
-def check_frozen_embeddings(model: SigLipVisionModel, batch: Batch) -> Iterator[Finding]:
+def check_fixed_embeddings(model: SigLipVisionModel, batch: Batch) -> Iterator[Finding]:
     """Check that blocks get gradients although their inputs need none."""
     model.transformer.embeddings.requires_grad_(False)
     model.gradient_checkpointing_disable()
     plain = train_step(model, batch)
     for use_reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        label = f"frozen embeddings, use_reentrant={use_reentrant}"
+        label = f"embeddings without gradients, use_reentrant={use_reentrant}"
         yield from compare_steps(label, train_step(model, batch), plain)
 
 
