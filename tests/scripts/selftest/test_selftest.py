@@ -227,7 +227,7 @@ def test_selftest_command(
     assert compare_origin.main(["--selftest", "--json", str(tmp_path / "self.json")]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
-        "PASSED: 3 of 3 mutants detected, 3 of 3 located, 0 false alarms in 1 runs of "
+        "PASSED: 3 of 3 mutants detected, 3 of 3 located, 0 false alarms in 2 runs of "
         "equivalent variants, 1 of 1 harness mutants detected"
     )
     report = json.loads((tmp_path / "self.json").read_text())
