@@ -226,8 +226,8 @@ class GradientCheck:
         """Compare gradients in training mode, and with gradient checkpointing."""
         module = self.port.module
         with in_training_mode(module):
-            self.compare_once(comparison, "in training mode", has_checkpoints=False)
-            if self.findings:
+            agrees = self.compare_once(comparison, "in training mode", has_checkpoints=False)
+            if self.findings or not agrees:
                 return
             with checkpointing(module) as is_enabled:
                 if is_enabled:
@@ -236,18 +236,22 @@ class GradientCheck:
 
     def compare_once(
         self, comparison: GradientComparison, situation: str, *, has_checkpoints: bool
-    ) -> None:
-        """Compare gradients in one situation in which the reference's are the same."""
+    ) -> bool:
+        """Compare gradients in one situation in which the reference's are the same.
+
+        Returns:
+            Whether the outputs are the reference's.
+        """
         gradients = self.backpropagate()
         self.checked += comparison.count
         if gradients.error and self.tolerance is WITH_FLOAT32_STEPS:
             # Steps of a fixed dtype cannot always be repeated in a model that was cast to float64.
             self.not_judged = f"{situation}, the port raises {gradients.error} in float64"
-            return
+            return False
         if gradients.error:
             message = f"raises an error {situation}; {gradients.error}"
             self.findings.append(Finding(message, port="backward"))
-            return
+            return False
         errors = output_errors(gradients.outputs, self.run.gradients.outputs)
         if not max(errors.values()) <= bounds.FLOAT32_MODEL_BOUND:
             if has_checkpoints:  # otherwise, a finding of the gate `calls`
@@ -255,7 +259,7 @@ class GradientCheck:
                 self.findings.append(
                     Finding(f"differs {situation}; bound 1e-05", name, name, errors[name])
                 )
-            return
+            return False
         if comparison.differ(gradients):
             located = [comparison.joint_finding(gradients)]
             if not has_checkpoints:  # which call modules again in the backward pass
@@ -263,6 +267,7 @@ class GradientCheck:
             for finding in located:
                 message = f"{situation}: {finding.message}"
                 self.findings.append(replace(finding, message=message))
+        return True
 
     def locate(self, comparison: GradientComparison, gradients: Gradients) -> list[Finding]:
         """Return findings for the steps whose backward pass is wrong; otherwise for parameters."""

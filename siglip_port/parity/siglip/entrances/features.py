@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -109,12 +108,12 @@ def check_embed(subject: Subject) -> Iterator[Finding]:
 
 def check_short_embeddings(subject: Subject) -> Iterator[Finding]:
     """Check that embeddings shorter than 1 are normalized to 1."""
-    model = copy.deepcopy(subject.port)
-    if model.pooling_head is None:
-        return
-    for name, parameter in model.pooling_head.named_parameters():
-        if name.startswith(("attention.out_proj", "mlp.fc2")):
-            parameter.data *= 1e-3
+    state = dict(subject.port.state_dict())
+    for name, tensor in state.items():
+        if name.startswith(("pooling_head.attention.out_proj", "pooling_head.mlp.fc2")):
+            state[name] = 1e-3 * tensor
+    model = SigLipVisionModel(subject.port.config).to(subject.port.dtype).eval()
+    model.load_state_dict(state)
     batch = subject.expected.batches[0]
     embeddings = model.embed(**batch.inputs)
     expected = embeddings / embeddings.norm(dim=-1, keepdim=True)
@@ -217,6 +216,8 @@ def check_hidden_states(subject: Subject) -> Iterator[Finding]:
 
 def check_gradients_of_states(subject: Subject, batch: Batch) -> Iterator[Finding]:
     """Check that hidden states have gradients, as models that are trained on them need."""
+    if not any(parameter.requires_grad for parameter in subject.port.parameters()):
+        return  # a finding of `from_hf`
     with torch.inference_mode(False), torch.enable_grad():
         inputs = {name: value.clone() for name, value in batch.inputs.items()}
         states = subject.port.hidden_states(**inputs, layers=[0, 1, -1])

@@ -46,7 +46,8 @@ def check_save_hf(subject: Subject) -> Iterator[Finding]:
 def check_saved_dtype(subject: Subject) -> Iterator[Finding]:
     """Save in float64: transformers reads that dtype from the configuration."""
     folder = Path(subject.scratch, "float64")
-    copy.deepcopy(subject.port).double().save_hf(folder)
+    with cast(subject.port, torch.float64):
+        subject.port.save_hf(folder)
     saved = subject.expected.host.compute(reference_features.read_saved, str(folder), torch.float32)
     if saved.config.get("dtype") != "float64":
         yield Finding(f"in float64: dtype is {saved.config.get('dtype')!r} in config.json")
