@@ -573,16 +573,16 @@ def regime_models(config: SigLipVisionConfig, seed: int = 1234) -> list[SmallMod
     longer = [Regime("1089 patches", noise_images(long, seed=seed))]
     resized = [Regime("324 patches", regimes.image_noise((2, long.num_channels, 36, 36), seed))]
     packed_noise = regimes.pack_noise(packed, regimes.MANY_SHAPES, seed)
-    outlier_gates = ("numerics", "rounding")
+    outliers = Regime("", two, ("numerics", "rounding"), regimes.ROUNDED)
+    float16 = Regime("", two, ("rounding",), (torch.float16,))
     return [
         SmallModel("small encoder", fixed, "N1", regimes.image_regimes(fixed, seed), seed),
         SmallModel(
             "resized encoder", fixed, "N1", regimes.grid_regimes(fixed, seed), seed, interpolating
         ),
         SmallModel("NaFlex encoder", packed, "N1", regimes.packed_regimes(packed, seed), seed),
-        SmallModel(
-            "outliers", fixed, "O1", [Regime("", two, outlier_gates, regimes.ROUNDED)], seed
-        ),
+        SmallModel("outliers", fixed, "O1", [outliers], seed),
+        SmallModel("float16 outliers", fixed, "O2", [float16], seed),
         SmallModel("NaFlex outliers", packed, "O1", [Regime("", packed_noise)], seed),
         SmallModel("long encoder", long, "N1", longer, seed),
         SmallModel("long resized encoder", long, "N1", resized, seed, interpolating),

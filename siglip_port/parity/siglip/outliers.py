@@ -42,7 +42,14 @@ class Attention(NamedTuple):
     out: Linear
 
 
-def add_outliers(weights: Weights, size: float, num_heads: int, generator: torch.Generator) -> None:
+def add_outliers(
+    weights: Weights,
+    size: float,
+    num_heads: int,
+    generator: torch.Generator,
+    *,
+    inside_attention: bool = True,
+) -> None:
     """Add outliers to every step of a SigLIP model.
 
     Args:
@@ -50,8 +57,10 @@ def add_outliers(weights: Weights, size: float, num_heads: int, generator: torch
         size: Size of the largest outliers.
         num_heads: Number of attention heads.
         generator: Random generator, which chooses the channels.
+        inside_attention: Whether the probe, queries, keys, values and scores have outliers too;
+            their products leave the range of float16.
     """
-    adder = OutlierAdder(weights, size, num_heads, generator)
+    adder = OutlierAdder(weights, size, num_heads, generator, inside_attention=inside_attention)
     stream = adder.draw("post_layernorm.bias")
     adder.add_to_embeddings(stream)
     for name in list(weights):
@@ -73,15 +82,23 @@ class OutlierAdder:
         size: Size of the largest outliers.
         num_heads: Number of attention heads.
         generator: Random generator.
+        inside_attention: Whether the probe, queries, keys, values and scores have outliers too.
     """
 
     def __init__(
-        self, weights: Weights, size: float, num_heads: int, generator: torch.Generator
+        self,
+        weights: Weights,
+        size: float,
+        num_heads: int,
+        generator: torch.Generator,
+        *,
+        inside_attention: bool,
     ) -> None:
         self.weights = weights
         self.size = size
         self.num_heads = num_heads
         self.generator = generator
+        self.inside_attention = inside_attention
 
     def draw(self, bias: str) -> Tensor:
         """Return a vector of the width of a bias: four outliers of mean 0, everything else 0."""
@@ -122,9 +139,10 @@ class OutlierAdder:
 
     def add_to_head(self, attention: Attention) -> None:
         """Add outliers to every step of the pooling head, and to its output."""
-        probe = self.draw("head.layernorm.bias")
-        self.weights["head.probe"] += probe
-        attention.q.absorb(probe)
+        if self.inside_attention:
+            probe = self.draw("head.layernorm.bias")
+            self.weights["head.probe"] += probe
+            attention.q.absorb(probe)
         self.add_to_attention(attention)
         attended = self.draw("head.layernorm.bias")
         attention.out.bias.add_(attended)
@@ -154,6 +172,8 @@ class OutlierAdder:
         Scores change by the same amount for all keys, which softmax removes: a large key by
         query * key, which no key affects, and a large query by its product with a steady key.
         """
+        if not self.inside_attention:
+            return
         head_dim = len(attention.q.bias) // self.num_heads
         signs = torch.ones(self.num_heads)
         signs[1::2] = -1

@@ -36,6 +36,7 @@ class Recipe:
         constant: Size of a constant vector before the last LayerNorm, canceled by its bias; 0 for
             none.
         outliers: Size of outliers at every step; 0 for none.
+        attention_outliers: Whether queries, keys, values and scores have outliers too.
     """
 
     purpose: str
@@ -47,6 +48,7 @@ class Recipe:
     amplify: float = 0.0
     constant: float = 0.0
     outliers: float = 0.0
+    attention_outliers: bool = True
 
 
 L7 = Recipe(
@@ -79,6 +81,11 @@ RECIPES: dict[str, Recipe | None] = {
     "O1": Recipe(
         "outliers of hundreds and thousands at every step, as in large models: clamps show",
         outliers=2500.0,
+    ),
+    "O2": Recipe(
+        "outliers within float16's range, but for their squares: clamps of float16 show",
+        outliers=1000.0,
+        attention_outliers=False,
     ),
 }
 """Recipes by name. `default` is None: a fresh initialization."""
@@ -118,7 +125,13 @@ def fill(model: nn.Module, recipe: str, seed: int = 1234) -> None:
     if steps.constant:
         lift_last_layer_norm(weights, steps.constant * scale, generator)
     if steps.outliers:
-        add_outliers(weights, steps.outliers, num_attention_heads(model), generator)
+        add_outliers(
+            weights,
+            steps.outliers,
+            num_attention_heads(model),
+            generator,
+            inside_attention=steps.attention_outliers,
+        )
 
 
 def layer_norm_eps(model: nn.Module) -> float:

@@ -1,4 +1,4 @@
-"""Tests of the recipe O1: outliers at every tap, and clamps are detected where they are."""
+"""Tests of outliers: they are at every tap, and clamps are detected where they are."""
 
 from __future__ import annotations
 
@@ -66,6 +66,35 @@ def test_clamp_is_located(case: Case, module: str, limit: float) -> None:
     )
     (result,) = case.check(port, with_hints=False)
     assert result.findings[0].reference == MODULES[module]
+
+
+FLOAT16_MODULES = [
+    "transformer.encoder.encoder_blocks.0.layer_norm1",
+    "transformer.encoder.encoder_blocks.1.mlp.fc1",
+    "transformer.encoder.encoder_blocks.1",
+    "pooling_head.mlp.fc1",
+    "pooling_head",
+]
+
+
+@pytest.fixture(scope="module")
+def float16_case() -> Iterator[Case]:
+    with random_case(CONFIG, "O2", gates=("rounding",), dtypes=(torch.float16,)) as case:
+        yield case
+
+
+@pytest.mark.parametrize("module", [None, *FLOAT16_MODULES])
+def test_clamp_in_float16_only(float16_case: Case, module: str | None) -> None:
+    """Squares of larger values are Inf in float16."""
+    port = SigLipVisionModel.from_hf(float16_case.source)
+    for name in filter(None, [module]):
+        port.get_submodule(name).register_forward_hook(
+            lambda _, args, output: (
+                output.clamp(-256, 256) if output.dtype == torch.float16 else output
+            )
+        )
+    (result,) = float16_case.check(port, with_hints=False)
+    assert [finding.port for finding in result.findings][:1] == ([module] if module else [])
 
 
 @pytest.mark.parametrize("limit", [20, 100, 300])

@@ -73,7 +73,7 @@ def test_default_is_constructor_initialization() -> None:
 def test_unknown_recipe() -> None:
     model = torch.nn.Linear(1, 1)
     with pytest.raises(
-        ValueError, match="recipe must be one of default, N1, S1, L7, L8, O1, got 'N2'"
+        ValueError, match="recipe must be one of default, N1, S1, L7, L8, O1, O2, got 'N2'"
     ):
         fill(model, "N2")
 
