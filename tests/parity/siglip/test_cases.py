@@ -78,7 +78,7 @@ def test_noise_images() -> None:
     assert noise_images(NAFLEX).shape == (2, 3, 16, 40)
 
 
-@pytest.mark.parametrize(("full", "count"), [(False, 17), (True, 24)])
+@pytest.mark.parametrize(("full", "count"), [(False, 18), (True, 25)])
 def test_small_cases(full: bool, count: int) -> None:
     models = list(small_cases(SMALL, "cpu", ("sdpa",), full=full))
     assert len(models) == count
