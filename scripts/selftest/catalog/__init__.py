@@ -26,6 +26,7 @@ from scripts.selftest.catalog.regimes import REGIMES
 from scripts.selftest.catalog.resized import RESIZED
 from scripts.selftest.catalog.rounding import ROUNDING
 from scripts.selftest.catalog.stack import STACK
+from scripts.selftest.catalog.traces import TRACES
 from scripts.selftest.catalog.weights import WEIGHTS
 from scripts.selftest.mutant import Mutant
 
@@ -51,5 +52,6 @@ MUTANTS: list[Mutant] = [
     *REGIMES,
     *IMAGES,
     *ENTRANCES,
+    *TRACES,
 ]
 """All mutants of the port; those of the harness are in `harness`."""

@@ -181,6 +181,7 @@ def grid_regimes(config: SigLipVisionConfig, seed: int) -> list[Regime]:
         "as many patches in one row": (patch, side * side * patch),
         "parts of patches": ((side + 1) * patch + 1, (side + 3) * patch + patch - 1),
         "its own grid in another shape": (own, side * patch),
+        "twice its own grid": (2 * side * patch, 2 * side * patch),
         "a much larger grid": ((3 * side + 1) * patch, (3 * side - 2) * patch),
     }
     regimes = []

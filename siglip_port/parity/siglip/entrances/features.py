@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from siglip_port.model import SigLipVisionModel
@@ -29,6 +31,12 @@ MASK_DTYPES = (torch.bool, torch.int64, torch.int32, torch.float32)
 
 def check_forward(subject: Subject) -> Iterator[Finding]:
     """Compare tokens for every variant of the arguments."""
+    batch = subject.expected.batches[0]
+    first, second = (batch.valid(subject.port(**batch.inputs)) for _ in range(2))
+    error = relative_error(second, first)
+    if not error <= max(FLOAT32_ROUNDING, tolerance.get()):
+        yield Finding("not deterministic: two calls differ; is there dropout?", error=error)
+        return
     for batch in subject.expected.batches:
         expected = batch.valid(batch.expected.tokens)
         for variant, inputs in argument_forms(batch):
@@ -38,34 +46,158 @@ def check_forward(subject: Subject) -> Iterator[Finding]:
 
             yield from compare(f"{batch.name}, {variant}", tokens, inputs, expected)
 
+    yield from check_no_images(subject)
+
+
+def check_no_images(subject: Subject) -> Iterator[Finding]:
+    """Check the shapes for a batch of no images."""
+    batch = subject.expected.batches[0]
+    inputs = {name: value[:0] for name, value in batch.inputs.items()}
+    results = {
+        "tokens": (subject.port(**inputs), batch.expected.tokens),
+        "embeddings": (subject.port.embed(**inputs), batch.expected.pooled),
+    }
+    for name, (result, some) in results.items():
+        if result.shape != some[:0].shape:
+            shapes = f"shape {list(result.shape)}, expected {list(some[:0].shape)}"
+            yield Finding(f"a batch of no images: {name} have {shapes}")
+
 
 def check_call_inside_call(subject: Subject) -> Iterator[Finding]:
     """Call the port in the middle of another call, as two threads do: neither changes the other."""
-    port = subject.port
     for batch in subject.expected.batches:
         for other in subject.expected.batches:
-            exact = batch.valid(batch.expected.tokens)
             for moment in (0.3, 0.7):
-                with call_in_the_middle(port, batch.inputs, other.inputs, moment):
-                    tokens = batch.valid(port(**batch.inputs))
-                error = relative_error(tokens, exact)
-                if not error <= max(FLOAT32_ROUNDING, tolerance.get()):
-                    message = f"{batch.name}: differs if {other.name} are run meanwhile"
-                    yield Finding(message, error=error)
+                yield from compare_nested_calls(subject.port, batch, other, moment)
+    batch = subject.expected.batches[0]
+    yield from compare_nested_calls(subject.port, batch, batch, 0.5, outer="hidden_states")
+    yield from compare_nested_calls(subject.port, batch, batch, 0.5, outer="attention_maps")
+
+
+def compare_nested_calls(
+    port: SigLipVisionModel, batch: Batch, other: Batch, moment: float, outer: str = "forward"
+) -> Iterator[Finding]:
+    """Compare the tokens of a call, and those of another one in the middle of it.
+
+    Args:
+        port: Port.
+        batch: Inputs of the outer call.
+        other: Inputs of the inner call.
+        moment: Share of the outer call's modules that run before the inner call.
+        outer: Method that is called; for others than `forward`, only the inner call is compared.
+    """
+    method = port if outer == "forward" else functools.partial(getattr(port, outer), layers=[0])
+    inner: list[Tensor] = []
+    with act_in_the_middle(
+        port, lambda: method(**batch.inputs), moment, lambda: inner.append(port(**other.inputs))
+    ):
+        result = method(**batch.inputs)
+    tokens = {f"{other.name}, called during {outer}": (other, inner[0])}
+    if outer == "forward":
+        tokens[f"{batch.name}, if {other.name} are run meanwhile"] = (batch, result)
+    for label, (expected, actual) in tokens.items():
+        error = relative_error(expected.valid(actual), expected.valid(expected.expected.tokens))
+        if not error <= max(FLOAT32_ROUNDING, tolerance.get()):
+            yield Finding(f"{label}: differs", error=error)
+
+
+def check_call_after_error(subject: Subject) -> Iterator[Finding]:
+    """Check that a call that raises leaves no trace: the modes, and the results of other calls."""
+    batch = subject.expected.batches[0]
+    port = subject.port
+    methods: dict[str, Callable[..., object]] = {
+        "forward": port.forward,
+        "hidden_states": functools.partial(port.hidden_states, layers=[1]),
+        "attention_maps": functools.partial(port.attention_maps, layers=[0]),
+    }
+    for name, method in methods.items():
+        for trainable in (True, False):
+            with requires_grad(port, trainable), torch.enable_grad():
+                interrupt(port, functools.partial(method, **batch.inputs))
+                refuse(functools.partial(method, pixel_values=torch.zeros(())))
+                if not torch.is_grad_enabled():
+                    yield Finding(f"gradients are disabled after {name} has raised")
+                    torch.set_grad_enabled(True)
+            if port.training:
+                yield Finding(f"the model is in training mode after {name} has raised")
+            error = relative_error(
+                batch.valid(port(**batch.inputs)), batch.valid(batch.expected.tokens)
+            )
+            if not error <= max(FLOAT32_ROUNDING, tolerance.get()):
+                yield Finding(f"tokens differ after {name} has raised", error=error)
+                return
+
+
+def check_call_after_inference(subject: Subject) -> Iterator[Finding]:
+    """Compute gradients of pixels after a call in inference mode, with and without trained weights.
+
+    Tensors that are kept from inference mode have no gradients.
+    """
+    for batch in subject.expected.batches:
+        for trainable in (True, False):
+            with requires_grad(subject.port, trainable):
+                with torch.inference_mode():
+                    subject.port(**batch.inputs)
+                with torch.inference_mode(False), torch.enable_grad():
+                    pixels = batch.inputs["pixel_values"].clone().requires_grad_()
+                    tokens = subject.port(**{**batch.inputs, "pixel_values": pixels})
+                    if not tokens.requires_grad:
+                        return  # the gate `gradients` reports it
+                    torch.autograd.grad(tokens.sum(), pixels)
+    yield from ()
+
+
+class InterruptionError(Exception):
+    """Raised in the middle of a call."""
+
+
+def interrupt(port: SigLipVisionModel, call: Callable[[], object]) -> None:
+    """Raise an error in the middle of a call."""
+
+    def fail() -> None:
+        raise InterruptionError
+
+    with act_in_the_middle(port, call, 0.5, fail), contextlib.suppress(InterruptionError):
+        call()
+
+
+def refuse(call: Callable[[], object]) -> None:
+    """Call with invalid arguments."""
+    with contextlib.suppress(ValueError, TypeError, RuntimeError):
+        call()
 
 
 @contextlib.contextmanager
-def call_in_the_middle(
-    port: SigLipVisionModel, inputs: Mapping[str, Any], others: Mapping[str, Any], moment: float
+def requires_grad(port: SigLipVisionModel, value: bool) -> Iterator[None]:
+    """Let all parameters require gradients, or none."""
+    before = {name: parameter.requires_grad for name, parameter in port.named_parameters()}
+    port.requires_grad_(value)
+    try:
+        yield
+    finally:
+        for name, parameter in port.named_parameters():
+            parameter.requires_grad_(before[name])
+
+
+@contextlib.contextmanager
+def act_in_the_middle(
+    port: SigLipVisionModel, call: Callable[[], object], moment: float, act: Callable[[], object]
 ) -> Iterator[None]:
-    """Run a port on other inputs once, after a share `moment` of the modules of a call."""
-    remaining = int(moment * count_module_calls(port, inputs))
+    """Act once during the next call of a port, after a share `moment` of its modules.
+
+    Args:
+        port: Port.
+        call: The same call, to count its modules.
+        moment: Share of the modules that run before.
+        act: Function to call.
+    """
+    remaining = max(1, int(moment * count_module_calls(port, call)))
 
     def hook(*_: object) -> None:
         nonlocal remaining
         remaining -= 1
         if remaining == 0:
-            port(**others)
+            act()
 
     handles = [module.register_forward_pre_hook(hook) for module in port.modules()]
     try:
@@ -75,8 +207,8 @@ def call_in_the_middle(
             handle.remove()
 
 
-def count_module_calls(port: SigLipVisionModel, inputs: Mapping[str, Any]) -> int:
-    """Return how often modules are called for some inputs."""
+def count_module_calls(port: SigLipVisionModel, call: Callable[[], object]) -> int:
+    """Return how often modules are called during a call."""
     count = 0
 
     def hook(*_: object) -> None:
@@ -84,7 +216,7 @@ def count_module_calls(port: SigLipVisionModel, inputs: Mapping[str, Any]) -> in
         count += 1
 
     handles = [module.register_forward_pre_hook(hook) for module in port.modules()]
-    port(**inputs)
+    call()
     for handle in handles:
         handle.remove()
     return count
@@ -103,7 +235,25 @@ def check_embed(subject: Subject) -> Iterator[Finding]:
 
                 label = f"{batch.name}, {variant}, normalize={normalize}"
                 yield from compare(label, embed, inputs, expected)
+        yield from check_gradients_of_unit_vectors(subject.port, batch)
     yield from check_short_embeddings(subject)
+
+
+def check_gradients_of_unit_vectors(port: SigLipVisionModel, batch: Batch) -> Iterator[Finding]:
+    """Compare the gradient through `normalize=True` with that of torch's `normalize`."""
+    gradients = []
+    for normalize in (False, True):
+        with torch.inference_mode(False), torch.enable_grad():
+            pixels = batch.inputs["pixel_values"].clone().requires_grad_()
+            embeddings = port.embed(**{**batch.inputs, "pixel_values": pixels}, normalize=normalize)
+            if not embeddings.requires_grad:
+                return  # the gate `gradients` reports it
+            unit = embeddings if normalize else F.normalize(embeddings, dim=-1)
+            weights = torch.linspace(-1, 1, unit.shape[-1], dtype=unit.dtype)
+            gradients.append(torch.autograd.grad((unit * weights).sum(), pixels)[0])
+    error = relative_error(gradients[1], gradients[0])
+    if not error <= max(FLOAT32_ROUNDING, tolerance.get()):
+        yield Finding(f"{batch.name}, normalize=True: gradients differ", error=error)
 
 
 def check_short_embeddings(subject: Subject) -> Iterator[Finding]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from siglip_port import patches
-from siglip_port.image_processing import ImageProcessor
+from siglip_port.image_processing import Backend, ImageProcessor
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.results import Finding
 from siglip_port.parity.siglip import reference_features
@@ -28,6 +29,7 @@ from siglip_port.parity.siglip.pixels import (
     pixel_finding,
     process,
 )
+from siglip_port.parity.siglip.sample_images import encode, synthetic_image
 
 SHORT = 5
 """Number of images for small batch sizes."""
@@ -55,6 +57,31 @@ def check_image_processor(subject: Subject) -> Iterator[Finding]:
         )
         if single:
             yield pixel_finding(f"an image that is not in a list, {backend}: {single}", "")
+        yield from check_views(processor, backend)
+
+
+def check_views(processor: ImageProcessor, backend: Backend) -> Iterator[Finding]:
+    """Check arrays whose rows or channels run backwards, as from OpenCV, and read-only ones."""
+    random = np.random.default_rng(0)
+    for channels in (3, 4):
+        array = random.integers(0, 256, (20, 30, channels), dtype=np.uint8)
+        read_only = array.copy()
+        read_only.flags.writeable = False
+        views = {
+            "rows that run backwards": np.ascontiguousarray(array[::-1])[::-1],
+            "columns that run backwards": np.ascontiguousarray(array[:, ::-1])[:, ::-1],
+            "channels that run backwards": np.ascontiguousarray(array[..., ::-1])[..., ::-1],
+            "every second row": np.repeat(array, 2, axis=0)[::2],
+            "read-only memory": read_only,
+        }
+        expected = process(processor, array.copy())
+        for name, view in views.items():
+            message = compare_pixels(process(processor, view), expected)
+            if message:
+                label = f"an array of {name}, {channels} channels, {backend}"
+                yield pixel_finding(f"{label}: {message}", "")
+            elif not np.array_equal(view, array):
+                yield pixel_finding(f"an array of {name} is written to, {backend}", "")
 
 
 def join_batches(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -116,11 +143,18 @@ def calls_of_embed_images(subject: Subject) -> Iterator[Call]:
     for row, image in enumerate(samples):
         if isinstance(image, bytes) and row in FILES:
             path = Path(subject.scratch, f"image-{row}")
+            path.write_bytes(replaced_image())
+            subject.port.embed_images([path])
             path.write_bytes(image)
             one = expected[row : row + 1]
             yield Call("bytes that are not in a list", image, one, start=row)
             yield Call("a path that is not in a list", path, one, start=row)
             yield Call("a path as a string", [str(path)], one, start=row)
+
+
+def replaced_image() -> bytes:
+    """Return a file that is at a path before another one is, for caches of paths."""
+    return encode(synthetic_image().resize((16, 16)), "PNG")
 
 
 def bound_of_embeddings(subject: Subject) -> float:

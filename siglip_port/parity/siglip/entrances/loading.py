@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from siglip_port.checkpoint import LoadOptions
 from siglip_port.model import SigLipVisionModel
@@ -19,6 +21,7 @@ from siglip_port.parity.siglip.entrances.subject import (
     Subject,
     compare,
     compare_bits,
+    compare_memory,
 )
 
 
@@ -46,6 +49,25 @@ def check_from_hf(subject: Subject) -> Iterator[Finding]:
         yield Finding("in inference mode: the parameters could never be trained")
     from_file = SigLipVisionModel.from_hf(weights)
     yield from compare_bits("a weights file", from_file.state_dict(), tensors)
+    yield from compare_memory("a model loaded again", from_file, subject.port)
+    again = SigLipVisionModel.from_hf(subject.expected.source)
+    yield from compare_memory("a model loaded again", again, default)
+    yield from check_mixed_dtypes(subject)
+
+
+def check_mixed_dtypes(subject: Subject) -> Iterator[Finding]:
+    """Load files in which one tensor has more digits than all others: it keeps them."""
+    weights = load_file(Path(subject.expected.source, "model.safetensors"))
+    low = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    folder = Path(subject.scratch, "mixed")
+    shutil.copytree(subject.expected.source, folder)
+    for name in (min(weights), max(weights)):
+        stored = {**low, name: weights[name]}
+        save_file(stored, folder / "model.safetensors", {"format": "pt"})
+        loaded = tensors_by_reference_name(SigLipVisionModel.from_hf(folder))
+        expected = {key: tensor.float() for key, tensor in stored.items()}
+        label = f"a file in bfloat16, but for {name} in float32"
+        yield from compare_bits(label, loaded, expected)
 
 
 def check_loaded_state(label: str, model: SigLipVisionModel) -> Iterator[Finding]:

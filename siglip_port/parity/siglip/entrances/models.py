@@ -29,10 +29,18 @@ FIXED = SigLipVisionConfig(
     pooling_head=True,
     layer_norm_eps=1e-5,
     hidden_act="gelu",
+    attention_dropout=0.2,
 )
 """Model of fixed size. No value is a default: a lost one cannot be replaced by it."""
 
-NAFLEX = replace(FIXED, naflex=True, image_size=30, layer_norm_eps=1e-6, num_encoder_blocks=2)
+NAFLEX = replace(
+    FIXED,
+    naflex=True,
+    image_size=30,
+    layer_norm_eps=1e-6,
+    num_encoder_blocks=2,
+    attention_dropout=0.0,
+)
 """NaFlex model, with the eps that timm's models have."""
 
 MAX_NUM_PATCHES = 21

@@ -19,6 +19,7 @@ from siglip_port.parity.siglip import reference, reference_features
 from siglip_port.parity.siglip.entrances.subject import (
     Subject,
     compare_bits,
+    compare_memory,
     compare_model,
 )
 from siglip_port.parity.siglip.pixels import compare_pixels
@@ -136,8 +137,4 @@ def check_state_dict(subject: Subject) -> Iterator[Finding]:
 def compare_copy(model: SigLipVisionModel, subject: Subject) -> Iterator[Finding]:
     """Compare weights and results of a copy, which must have memory of its own."""
     yield from compare_loaded("the copy", model, subject)
-    addresses = {tensor.data_ptr() for tensor in subject.port.state_dict().values()}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in addresses:
-            yield Finding(f"{name} shares memory with the original")
-            return
+    yield from compare_memory("the copy", model, subject.port)

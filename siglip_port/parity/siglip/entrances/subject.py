@@ -237,6 +237,17 @@ def compare_model(label: str, model: SigLipVisionModel, batch: Batch) -> Iterato
         yield from compare(f"{label}: embeddings", pooled, batch.inputs, batch.expected.pooled)
 
 
+def compare_memory(
+    label: str, model: SigLipVisionModel, other: SigLipVisionModel
+) -> Iterator[Finding]:
+    """Check that two models share no memory; yield the first tensor that does."""
+    addresses = {tensor.data_ptr() for tensor in other.state_dict().values()}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in addresses:
+            yield Finding(f"{label}: {name} shares memory with the first model")
+            return
+
+
 def compare_bits(
     label: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> Iterator[Finding]:

@@ -71,6 +71,13 @@ ENTRANCES = (
         needs=(RUN,),
     ),
     Entrance(
+        "forward(after_inference_mode)",
+        "tokens",
+        features.check_call_after_inference,
+        needs=(RUN,),
+    ),
+    Entrance("forward(after_error)", "tokens", features.check_call_after_error, needs=(RUN,)),
+    Entrance(
         "hidden_states",
         "hidden_states",
         features.check_hidden_states,
