@@ -173,9 +173,9 @@ def test_default_command_full_size(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     check_default_command(result.stdout, result.stderr, tmp_path / "out.json", (2, 196, 768))
-    found = re.search(r", weights \((\d+)\), ", result.stdout.splitlines()[-1])
-    assert found is not None
-    assert int(found[1]) > 208  # tensors of the full-size model
+    weights = re.search(r", weights \((\d+)\), ", result.stdout.splitlines()[-1])
+    assert weights is not None
+    assert int(weights[1]) > 208  # tensors of the full-size model
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == ["out.json"]
 
 

@@ -1,10 +1,11 @@
-"""What a call leaves behind for the next one, and what two models share.
+"""What a call leaves behind for the next one, what two models share, and other layouts.
 
 The locations of these mutants are names of `siglip_port.parity.siglip.entrances.table.ENTRANCES`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from scripts.selftest.catalog.entrances import entrance
 from scripts.selftest.mutant import Patch, replace, wrap
 from siglip_port import features, image_reading
 from siglip_port.checkpoint.formats import DTYPES
+from siglip_port.checkpoint.key_rules import KeyRule, Layout
 from siglip_port.checkpoint.provenance import Provenance
 from siglip_port.checkpoint.reader import Checkpoint
 from siglip_port.image_processing import ImageProcessor
@@ -56,7 +58,7 @@ def recompute_with_new_dropout(
     return output
 
 
-def disable_gradients_if_frozen(
+def disable_gradients(
     forward: Callable[..., Tensor],
     port: SigLipVisionModel,
     *args: object,
@@ -127,11 +129,11 @@ def keep_from_first_call(
     output = forward(embeddings, *args)
     if any(parameter.requires_grad for parameter in embeddings.parameters()):
         return output
-    kept = getattr(embeddings, "kept", None)
-    if kept is None:
-        kept = torch.ones_like(output[0, 0])
-        embeddings.kept = kept
-    return output * kept.to(output)
+    memory = getattr(embeddings, "memory", None)
+    if memory is None:
+        memory = torch.ones_like(output[0, 0])
+        embeddings.memory = memory
+    return output * memory.to(output)
 
 
 def detach_norm(
@@ -155,7 +157,7 @@ def cache_files() -> Patch:
 
 def share_loaded() -> Patch:
     """Keep loaded weights, and return the same tensors again."""
-    kept: dict[str, dict[str, Tensor]] = {}
+    memory: dict[str, dict[str, Tensor]] = {}
 
     def read(
         original: Callable[..., tuple[dict[str, Tensor], Provenance]],
@@ -164,7 +166,7 @@ def share_loaded() -> Patch:
         **options: object,
     ) -> tuple[dict[str, Tensor], Provenance]:
         tensors, provenance = original(checkpoint, shapes, **options)
-        return kept.setdefault(repr((provenance, shapes, options)), tensors), provenance
+        return memory.setdefault(repr((provenance, shapes, options)), tensors), provenance
 
     return wrap(Checkpoint, "read", read)
 
@@ -184,6 +186,18 @@ def read_in_first_dtype(
     return read(checkpoint, shapes, dtype=dtype, **options)
 
 
+def swap_keys_and_values(
+    rules: Callable[..., tuple[KeyRule, ...]], layout: Layout, *args: bool
+) -> tuple[KeyRule, ...]:
+    """Read and write timm's fused keys and values of the head in the other order."""
+    swapped = []
+    for rule in rules(layout, *args):
+        if rule.stored == "attn_pool.kv.*":
+            rule = dataclasses.replace(rule, port=rule.port[::-1])
+        swapped.append(rule)
+    return tuple(swapped)
+
+
 def share_memory(
     one: Callable[..., Tensor],
     processor: ImageProcessor,
@@ -196,6 +210,12 @@ def share_memory(
 
 
 TRACES = [
+    entrance(
+        "timm_head_swapped",
+        "keys and values of the head swapped in timm's files, read and written",
+        "from_hf(timm) save_timm",
+        wrap(Layout, "rules", swap_keys_and_values),
+    ),
     entrance(
         "dropout_in_eval",
         "attention dropout in eval mode",
@@ -212,7 +232,7 @@ TRACES = [
         "interrupted_no_grad",
         "a frozen model leaves gradients disabled when it raises",
         "forward(after_error)",
-        wrap(SigLipVisionModel, "forward", disable_gradients_if_frozen),
+        wrap(SigLipVisionModel, "forward", disable_gradients),
     ),
     entrance(
         "refused_no_grad",
@@ -239,7 +259,7 @@ TRACES = [
         wrap(VisionEmbeddings, "forward", keep_from_first_call),
     ),
     entrance(
-        "norm_detached",
+        "unit_norm_detached",
         "no gradient through the norm of normalize=True",
         "embed",
         wrap(SigLipVisionModel, "embed", detach_norm),

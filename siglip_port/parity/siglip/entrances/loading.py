@@ -23,6 +23,7 @@ from siglip_port.parity.siglip.entrances.subject import (
     compare_bits,
     compare_memory,
 )
+from siglip_port.parity.siglip.timm_names import to_timm
 
 
 def check_from_hf(subject: Subject) -> Iterator[Finding]:
@@ -68,6 +69,16 @@ def check_mixed_dtypes(subject: Subject) -> Iterator[Finding]:
         expected = {key: tensor.float() for key, tensor in stored.items()}
         label = f"a file in bfloat16, but for {name} in float32"
         yield from compare_bits(label, loaded, expected)
+
+
+def check_from_timm(subject: Subject) -> Iterator[Finding]:
+    """Load the weights under timm's names."""
+    config = subject.port.config
+    tensors = to_timm(subject.expected.stored[torch.float32].tensors, naflex=config.naflex)
+    path = Path(subject.scratch, "named-as-in-timm.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    model = SigLipVisionModel.from_hf(path, config=config)
+    yield from compare_bits("timm's names", model.state_dict(), subject.port.state_dict())
 
 
 def check_loaded_state(label: str, model: SigLipVisionModel) -> Iterator[Finding]:

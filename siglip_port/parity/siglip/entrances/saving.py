@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from siglip_port.config import SigLipVisionConfig
 from siglip_port.model import SigLipVisionModel
@@ -23,6 +24,7 @@ from siglip_port.parity.siglip.entrances.subject import (
     compare_model,
 )
 from siglip_port.parity.siglip.pixels import compare_pixels
+from siglip_port.parity.siglip.timm_names import to_timm
 
 
 def check_save_hf(subject: Subject) -> Iterator[Finding]:
@@ -60,6 +62,10 @@ def check_save_timm(subject: Subject) -> Iterator[Finding]:
         return  # timm's models have no other eps
     folder = Path(subject.scratch, "timm")
     subject.port.save_timm(folder)
+    expected = to_timm(
+        subject.expected.stored[torch.float32].tensors, naflex=subject.port.config.naflex
+    )
+    yield from compare_bits("timm's names", load_file(folder / "model.safetensors"), expected)
     again = SigLipVisionModel.from_hf(folder, interpolation=subject.expected.interpolation)
     yield from compare_loaded("read by from_hf", again, subject)
 

@@ -107,6 +107,7 @@ ENTRANCES = (
     Entrance("to_hf", "config", settings.check_config_to_hf),
     Entrance("config.from_hf", "config", settings.check_config_from_hf),
     Entrance("from_hf", "from_pretrained", loading.check_from_hf),
+    Entrance("from_hf(timm)", "timm", loading.check_from_timm),
     Entrance("from_hf(device=...)", "from_pretrained", loading.check_device),
     Entrance("from_hf(dtype=...)", "from_pretrained", loading.check_dtype),
     Entrance(
