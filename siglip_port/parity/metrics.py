@@ -170,42 +170,51 @@ class SystematicErrorMeter:
     """Meter of the part of an error that inputs which differ slightly have in common.
 
     The mean product of the errors on two different inputs is an unbiased estimate of its square.
+    Fixed elements, which change by less than their rounding step, as outliers do, do not count
+    beside others: their rounding averages out over nothing.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.varies = False
-        self._first: Tensor | None = None
-        self._sum: Tensor | None = None
-        self._squares = 0.0
+        self._first = torch.zeros(0)
+        self._change = torch.zeros(0)
+        self._sum = torch.zeros(0)
+        self._squares = torch.zeros(0)
         self._exact_squares = 0.0
+        self._step = 0.0
 
     def add(self, value: Tensor, exact: Tensor) -> None:
         """Add the error on one of the inputs; large tensors are sampled at fixed elements."""
+        if value.is_floating_point():
+            self._step = torch.finfo(value.dtype).eps
         exact = sample_elements(exact).double()
         error = sample_elements(value).double() - exact
-        if self._first is None:
+        if self.count == 0:
             self._first = exact
-        self.varies = self.varies or not torch.equal(exact, self._first)
+            self._change, self._sum, self._squares = (torch.zeros_like(exact) for _ in range(3))
         self.count += 1
-        self._sum = error if self._sum is None else self._sum + error
-        self._squares += float(error.square().sum())
+        self._change = torch.maximum(self._change, (exact - self._first).abs())
+        self._sum = self._sum + error
+        self._squares = self._squares + error.square()
         self._exact_squares += float(exact.square().sum())
 
     def statistics(self) -> ErrorStatistics:
         """Return the statistics; the systematic part is NaN before the second input."""
-        if self._sum is None or self.count < 2:
+        if self.count < 2 or self._exact_squares == 0:
             return ErrorStatistics(math.nan, math.nan)
-        products = float(self._sum.square().sum()) - self._squares
-        mean_product = products / (self.count * (self.count - 1))
         unit = math.sqrt(self._exact_squares / self.count)
-        if unit == 0:
-            return ErrorStatistics(math.nan, math.nan)
-        total = math.sqrt(self._squares / self.count) / unit
+        total = math.sqrt(float(self._squares.sum()) / self.count) / unit
+        varies = bool((self._change > 0).any())
+        products = (self._sum.square() - self._squares)[self._counted()]
+        mean_product = float(products.sum()) / (self.count * (self.count - 1))
         if not math.isfinite(mean_product):
-            return ErrorStatistics(total, math.nan, self.varies)
-        systematic = math.sqrt(max(0.0, mean_product)) / unit
-        return ErrorStatistics(total, systematic, self.varies)
+            return ErrorStatistics(total, math.nan, varies)
+        return ErrorStatistics(total, math.sqrt(max(0.0, mean_product)) / unit, varies)
+
+    def _counted(self) -> Tensor:
+        """Return the mask of the elements that are not fixed; of all if all are."""
+        changes = self._change > self._step * self._first.abs()
+        return changes if changes.any() else torch.ones_like(changes)
 
 
 def sample_elements(tensor: Tensor) -> Tensor:

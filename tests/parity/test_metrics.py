@@ -116,6 +116,21 @@ def test_systematic_error_of_a_constant() -> None:
     assert not error.varies
 
 
+@pytest.mark.parametrize(("change", "counts"), [(1e-5, False), (1e-2, True)])
+def test_rounding_of_outliers_is_not_systematic(change: float, counts: bool) -> None:
+    """The outlier has the same rounding error each time; what changes has none on average."""
+    meter = SystematicErrorMeter()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        exact = torch.randn(4000, generator=generator, dtype=torch.float64)
+        exact[0] = 1000.3 * (1 + change * float(torch.rand((), generator=generator)))
+        value = exact.half()
+        value[0] = exact[0] + 0.3
+        meter.add(value, exact)
+    error = meter.statistics()
+    assert (error.systematic > 0.5 * error.total) == counts
+
+
 def test_large_tensors_are_sampled_at_fixed_elements() -> None:
     tensor = torch.arange(200000.0)
     sample = sample_elements(tensor)

@@ -108,6 +108,13 @@ def first_finding(comparison: Comparison) -> Finding:
     return comparison.findings[0][2]
 
 
+def assert_first(comparison: Comparison, place: str, hint: str) -> None:
+    """Assert that the first finding is at a place, and that its hint contains some text."""
+    finding = first_finding(comparison)
+    assert finding.reference == place, finding
+    assert hint in finding.hint
+
+
 def in_float32(module: nn.Module) -> None:
     """Make a module without children compute in float32 at every dtype."""
     forward = module.forward

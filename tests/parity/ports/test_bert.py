@@ -16,6 +16,7 @@ from tests.parity.ports.common import (
     MLP,
     Attention,
     Bug,
+    assert_first,
     change,
     first_finding,
     in_float32,
@@ -208,9 +209,7 @@ def mask_ignored(port: Bert) -> None:
 def test_bugs(bug: Bug, place: str, hint: str) -> None:
     port = make_port()
     bug(port)
-    finding = first_finding(check(port))
-    assert finding.reference == place, finding
-    assert hint in finding.hint
+    assert_first(check(port), place, hint)
 
 
 def test_types_without_taps() -> None:

@@ -17,8 +17,8 @@ from tests.parity.ports.common import (
     MLP,
     Attention,
     Bug,
+    assert_first,
     change,
-    first_finding,
     in_float32,
     load,
     suitable,
@@ -279,9 +279,7 @@ def scale_not_exponential(port: Clip) -> None:
 def test_bugs(bug: Bug, place: str, hint: str) -> None:
     port = make_port()
     bug(port)
-    finding = first_finding(check(port))
-    assert finding.reference == place, finding
-    assert hint in finding.hint
+    assert_first(check(port), place, hint)
 
 
 def test_similarities_depend_on_batch_without_false_alarm() -> None:

@@ -15,6 +15,7 @@ from tests.parity.ports.common import (
     MLP,
     Attention,
     Bug,
+    assert_first,
     change,
     first_finding,
     in_float32,
@@ -204,9 +205,7 @@ def eps(port: Dinov2) -> None:
 def test_bugs(bug: Bug, place: str, hint: str) -> None:
     port = make_port()
     bug(port)
-    finding = first_finding(check(port))
-    assert finding.reference == place, finding
-    assert hint in finding.hint
+    assert_first(check(port), place, hint)
 
 
 def test_other_interpolation() -> None:

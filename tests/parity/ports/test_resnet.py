@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel
 
 from siglip_port.parity import Comparison, compare, randomize
-from tests.parity.ports.common import Bug, change, first_finding, in_float32, load
+from tests.parity.ports.common import Bug, assert_first, change, in_float32, load
 from tests.parity.toy_models import float_noise
 
 CONFIG = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic")
@@ -160,9 +160,7 @@ def average_instead_of_max(port: ResNet) -> None:
 def test_bugs(bug: Bug, place: str, hint: str) -> None:
     port = make_port()
     bug(port)
-    finding = first_finding(check(port))
-    assert finding.reference == place, finding
-    assert hint in finding.hint
+    assert_first(check(port), place, hint)
 
 
 def test_training_mode() -> None:

@@ -16,8 +16,8 @@ from tests.parity.ports.common import (
     MLP,
     Attention,
     Bug,
+    assert_first,
     change,
-    first_finding,
     in_float32,
     load,
     suitable,
@@ -182,6 +182,4 @@ def eps(port: Encoder) -> None:
 def test_bugs(bug: Bug, place: str, hint: str) -> None:
     port = make_port()
     bug(port)
-    finding = first_finding(check(port))
-    assert finding.reference == place, finding
-    assert hint in finding.hint
+    assert_first(check(port), place, hint)
