@@ -35,7 +35,6 @@ from siglip_port.threads import torch_threads
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "docs" / "images" / "league.svg"
 RESULTS = ROOT / "docs" / "acceptance_rules.json"
-SELFTEST = ROOT / "docs" / "selftest.json"
 COMMAND = "uv run --group plot scripts/benchmarks/acceptance_rules.py"
 
 WEIGHTS = {
@@ -201,19 +200,6 @@ def to_json(mutants: Sequence[Mutant], rejections: Rejections) -> dict[str, obje
         "weights": WEIGHTS,
         "rules": rules,
         "missed_by_gates": missed_by_gates(mutants, rejections),
-        "selftest": read_selftest({mutant.name for mutant in mutants}),
-    }
-
-
-def read_selftest(names: set[str]) -> dict[str, int]:
-    """Count the same mutants in the recorded self-test, where each gate has its own weights."""
-    recorded = json.loads(SELFTEST.read_text(encoding="utf-8"))
-    detections = [m["detected_by"] for m in recorded["mutants"] if m["name"] in names]
-    false_alarms = [run["false_alarm"] for run in recorded["equivalent_variants"]]
-    return {
-        "detected": sum(map(bool, detections)),
-        "false_alarms": sum(false_alarms),
-        "runs_of_equivalent_variants": len(false_alarms),
     }
 
 
@@ -232,14 +218,6 @@ def to_markdown(results: dict[str, Any]) -> str:
         if rule["rule"] == GATES:
             cells = [f"**{cell}**" for cell in cells]
         lines.append(f"| {' | '.join(cells)} |")
-    selftest = results["selftest"]
-    lines += [
-        "",
-        "Self-test (`siglip-port verify --selftest --full`), each gate on its own weights (N1, L7, "
-        f"L8, S1): {selftest['detected']} of {results['mutants']} detected, "
-        f"{describe_alarms(selftest['false_alarms'])} in {selftest['runs_of_equivalent_variants']} "
-        "runs of equivalent variants.",
-    ]
     return "\n".join(lines)
 
 

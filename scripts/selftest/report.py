@@ -45,19 +45,14 @@ class Report:
         return lines
 
     def census(self) -> list[list[str]]:
-        """Return a table with one row per gate.
-
-        Columns: mutants that the gate must detect; those of them that it detects; detected of all
-        mutants; detected by this gate only.
-        """
-        rows = [["gate", "mutants", "detected", "detected of all", "by this gate only"]]
+        """Return a table with one row per gate: the mutants that it must detect, and does."""
+        rows = [["gate", "mutants", "detected", "located"]]
         for gate in ("pixels", *ALL_GATES, "run"):
             assigned = [result for result in self.results if result.mutant.gate == gate]
-            detected = [result for result in self.results if gate in result.detections]
-            unique = [result for result in detected if len(result.detections) == 1]
-            if assigned or detected:
-                assigned_detected = sum(gate in result.detections for result in assigned)
-                counts = [len(assigned), assigned_detected, len(detected), len(unique)]
+            if assigned:
+                detected = sum(gate in result.detections for result in assigned)
+                located = sum(result.located for result in assigned)
+                counts = [len(assigned), detected, located]
                 rows.append([gate, *map(str, counts)])
         return rows
 

@@ -1,4 +1,4 @@
-"""Meaning and bound of each gate, and the mutants that it detected in the recorded self-test.
+"""Meaning and bound of each gate, and how many mutants it detected in the recorded self-test.
 
 `python -m siglip_port.parity.siglip.census docs/selftest.json` writes `selftest_summary.json` from
 the JSON report of the self-test.
@@ -19,17 +19,22 @@ SUMMARY = Path(__file__).with_name("selftest_summary.json")
 
 
 def summarize(selftest: Mapping[str, Any]) -> dict[str, Any]:
-    """Count the mutants that each gate detected, and list those that no other gate detected.
+    """Count the mutants that each gate must detect, those that it detects, and those located.
 
     Args:
         selftest: JSON report of `siglip-port verify --selftest`.
     """
     mutants = selftest["mutants"]
-    gates: dict[str, Any] = {}
+    gates: dict[str, dict[str, int]] = {}
     for gate in MEANING:
-        detected = [mutant for mutant in mutants if gate in mutant["detected_by"]]
-        unique = [mutant["name"] for mutant in detected if len(mutant["detected_by"]) == 1]
-        gates[gate] = {"detected": len(detected), "unique": unique}
+        assigned = [mutant for mutant in mutants if mutant["gate"] == gate]
+        detected = [mutant for mutant in assigned if gate in mutant["detected_by"]]
+        located = sum(mutant["located"] for mutant in assigned)
+        gates[gate] = {
+            "mutants": len(assigned),
+            "detected": len(detected),
+            "located": located,
+        }
     return {"machine": selftest["machine"], "mutants": len(mutants), "gates": gates}
 
 
@@ -42,14 +47,13 @@ def census(summary: Mapping[str, Any]) -> str:
     lines = []
     for gate, meaning in MEANING.items():
         counts = summary["gates"][gate]
-        unique = ", ".join(counts["unique"]) or "none"
         lines += [
             f"{gate}: {meaning.text}",
             f"  bound: {meaning.bound}",
-            f"  detected {counts['detected']} of {summary['mutants']} mutants; by this gate only: "
-            f"{unique}",
+            f"  detected {counts['detected']} and located {counts['located']} of its "
+            f"{counts['mutants']} mutants",
         ]
-    lines.append(f"(counts: `siglip-port verify --selftest --full` on {summary['machine']})")
+    lines.append(f"(counts: `siglip-port verify --selftest` on {summary['machine']})")
     return "\n".join(lines)
 
 

@@ -344,7 +344,7 @@ def test_census() -> None:
     report = Report([MutantResult(BY_NAME["ln_eps_once"], {"numerics": Finding("differs")})])
     text = census(summarize(to_json(report)))
     assert [line.split(":")[0] for line in text.splitlines()[:-1:3]] == list(gates.MEANING)
-    assert "  detected 1 of 1 mutants; by this gate only: ln_eps_once" in text
+    assert "  detected 1 and located 1 of its 1 mutants" in text
 
 
 def test_calibration(
