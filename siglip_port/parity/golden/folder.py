@@ -7,6 +7,7 @@ results that are expected of a port.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -152,6 +153,9 @@ def write_folder(folder: Path, cases: Iterable[GoldenCase], origin: Mapping[str,
 def check_replaceable(folder: Path) -> None:
     """Raise OSError unless a golden folder may be written here."""
     if not folder.exists():
+        parent = next(path for path in folder.absolute().parents if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise OSError(f"{folder}: cannot be created in {parent}; choose another path")
         return
     if not folder.is_dir():
         raise OSError(f"{folder}: expected a folder, found a file; choose another path")

@@ -200,6 +200,8 @@ def test_other_files_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"")
     with pytest.raises(OSError, match="expected an empty folder or a golden folder"):
         write_folder(tmp_path, [], {})
+    with pytest.raises(OSError, match=r"golden: cannot be created in .*photo\.jpg; choose another"):
+        write_folder(tmp_path / "photo.jpg" / "sub" / "golden", [], {})
     with pytest.raises(OSError, match="expected a folder, found a file"):
         write_folder(tmp_path / "photo.jpg", [], {})
 
