@@ -78,6 +78,7 @@ def samples_of_all_sizes(image: Image.Image) -> Iterator[tuple[str, Image.Image]
     yield "1 x 1 pixel", image.resize((1, 1))
     yield "1111 x 901 pixels", image.resize((1111, 901))
     yield "2403 x 2101 pixels", image.resize((2403, 2101), Image.Resampling.NEAREST)
+    yield "448 x 112 pixels", image.resize((448, 112))  # as many as 224 x 224
 
 
 def samples_with_transparency(
@@ -89,6 +90,9 @@ def samples_with_transparency(
     translucent.putalpha(Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)))
     yield "RGBA", translucent
     yield "LA", translucent.convert("LA")
+    half = image.copy()
+    half.putalpha(128)
+    yield "RGBA at half opacity", half
     for index in (3, 0):
         palette = image.quantize(16)
         palette.info["transparency"] = index
@@ -129,6 +133,7 @@ def entrance_images() -> list[tuple[str, Sample]]:
     images.append(("array [H, W, 3]", array))
     images.append(("tensor [3, H, W]", torch.from_numpy(array.copy()).movedim(-1, 0).contiguous()))
     images.append(("2503 x 40 pixels", small.resize((2503, 40))))
+    images.append(("64 x 16 pixels", small.resize((64, 16))))  # as many as 32 x 32
     return images
 
 

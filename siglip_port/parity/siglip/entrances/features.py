@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -27,6 +28,10 @@ from siglip_port.parity.siglip.entrances.subject import (
 
 MASK_DTYPES = (torch.bool, torch.int64, torch.int32, torch.float32)
 """Dtypes of masks; any nonzero value is a patch."""
+
+
+SHAPE_DTYPES = (torch.int32, torch.int8)
+"""Dtypes of shapes, which may be too narrow for their product."""
 
 
 def check_forward(subject: Subject) -> Iterator[Finding]:
@@ -281,7 +286,10 @@ def argument_forms(batch: Batch) -> Iterator[tuple[str, Mapping[str, Any]]]:
     without_mask = {k: v for k, v in batch.inputs.items() if k != "pixel_attention_mask"}
     yield "default mask", without_mask
     yield "shapes as pairs", {**batch.inputs, "spatial_shapes": [tuple(s) for s in shapes.tolist()]}
-    yield "shapes as int32", {**without_mask, "spatial_shapes": shapes.int()}
+    for dtype in SHAPE_DTYPES:
+        yield f"shapes as {dtype}", {**without_mask, "spatial_shapes": shapes.to(dtype)}
+    large = 255 * batch.packed_mask.to(torch.uint8)
+    yield "mask of 0 and 255", {**batch.inputs, "pixel_attention_mask": large}
     for dtype in MASK_DTYPES:
         mask = batch.packed_mask.to(dtype)
         yield f"mask of {dtype}", {**batch.inputs, "pixel_attention_mask": mask}
@@ -324,6 +332,17 @@ def check_pool(subject: Subject) -> Iterator[Finding]:
         expected = replace(batch.expected, pooled=mean)
         yield from compare_model("mean_pooling=True", averaging, replace(batch, expected=expected))
     yield from check_dtype_of_tokens(subject)
+    yield from check_mean_of_large_tokens(averaging, subject.expected.batches[0])
+
+
+def check_mean_of_large_tokens(averaging: SigLipVisionModel, batch: Batch) -> Iterator[Finding]:
+    """Average tokens in float16 whose sum leaves its range."""
+    model = copy.deepcopy(averaging).half()
+    mask = batch.inputs.get("pixel_attention_mask")
+    tokens = torch.full_like(batch.expected.tokens, 30000.0, dtype=torch.float16)
+    mean = model.pool(tokens, mask)
+    if not torch.allclose(mean.float(), torch.tensor(30000.0), rtol=1e-2):
+        yield Finding("mean_pooling=True: the mean of 30000 is another number in float16")
 
 
 def check_dtype_of_tokens(subject: Subject) -> Iterator[Finding]:

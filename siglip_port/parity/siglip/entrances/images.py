@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -58,6 +59,7 @@ def check_image_processor(subject: Subject) -> Iterator[Finding]:
         if single:
             yield pixel_finding(f"an image that is not in a list, {backend}: {single}", "")
         yield from check_views(processor, backend)
+        yield from check_threads(processor, backend)
 
 
 def check_views(processor: ImageProcessor, backend: Backend) -> Iterator[Finding]:
@@ -82,6 +84,19 @@ def check_views(processor: ImageProcessor, backend: Backend) -> Iterator[Finding
                 yield pixel_finding(f"{label}: {message}", "")
             elif not np.array_equal(view, array):
                 yield pixel_finding(f"an array of {name} is written to, {backend}", "")
+
+
+def check_threads(processor: ImageProcessor, backend: Backend) -> Iterator[Finding]:
+    """Preprocess images of one size in several threads at once."""
+    random = np.random.default_rng(0)
+    arrays = [random.integers(0, 256, (50, 60, 3), dtype=np.uint8) for _ in range(40)]
+    expected = [process(processor, array) for array in arrays]
+    with ThreadPoolExecutor(4) as pool:
+        for pixels, alone in zip(pool.map(processor, arrays), expected, strict=True):
+            message = compare_pixels(cast("Mapping[str, Tensor]", pixels), alone)
+            if message:
+                yield pixel_finding(f"in several threads, {backend}: {message}", "")
+                return
 
 
 def join_batches(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -174,6 +189,10 @@ def compare_embeddings(
 ) -> Iterator[Finding]:
     """Compare embeddings of images; a finding names the first image that differs."""
     expected = call.expected
+    if embeddings.dtype != subject.port.dtype or embeddings.is_inference():
+        kind = "a tensor of inference mode" if embeddings.is_inference() else str(embeddings.dtype)
+        yield Finding(f"{call.label}: {kind}, expected {subject.port.dtype} that can be trained on")
+        return
     if embeddings.shape != expected.shape:
         shapes = f"shape {list(embeddings.shape)}, expected {list(expected.shape)}"
         yield Finding(f"{call.label}: {shapes}")

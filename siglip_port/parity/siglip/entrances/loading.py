@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from siglip_port.checkpoint import LoadOptions
 from siglip_port.model import SigLipVisionModel
 from siglip_port.parity.results import Finding
 from siglip_port.parity.sides import dtype_name
 from siglip_port.parity.siglip import reference_features
+from siglip_port.parity.siglip.big_vision_names import to_big_vision
 from siglip_port.parity.siglip.cases import tensors_by_reference_name
 from siglip_port.parity.siglip.entrances.subject import (
     Batch,
@@ -22,6 +26,7 @@ from siglip_port.parity.siglip.entrances.subject import (
     compare,
     compare_bits,
     compare_memory,
+    compare_model,
 )
 from siglip_port.parity.siglip.timm_names import to_timm
 
@@ -81,6 +86,17 @@ def check_from_timm(subject: Subject) -> Iterator[Finding]:
     yield from compare_bits("timm's names", model.state_dict(), subject.port.state_dict())
 
 
+def check_from_big_vision(subject: Subject) -> Iterator[Finding]:
+    """Load the weights under big_vision's names."""
+    config = subject.port.config
+    arrays = to_big_vision(config, subject.port.state_dict())
+    path = Path(subject.scratch, "named-as-in-big_vision.npz")
+    stored = {f"params/img/{name}": array.astype(np.float32) for name, array in arrays.items()}
+    np.savez(path, **stored)  # type: ignore[arg-type]
+    model = SigLipVisionModel.from_hf(path, config=config)
+    yield from compare_bits("big_vision's names", model.state_dict(), subject.port.state_dict())
+
+
 def check_loaded_state(label: str, model: SigLipVisionModel) -> Iterator[Finding]:
     """Check that a loaded model is in eval mode on the CPU, and can be trained."""
     if model.training:
@@ -127,6 +143,9 @@ def check_cast(subject: Subject) -> Iterator[Finding]:
         label = f"to({dtype})"
         yield from compare_bits(label, tensors_by_reference_name(model), expected)
         yield from compare_dtypes(label, model, subject.expected.batches[0], dtype)
+    batch = subject.expected.batches[0]
+    channels_last = copy.deepcopy(subject.port).double().to(memory_format=torch.channels_last)
+    yield from compare_model("to(memory_format=torch.channels_last)", channels_last, batch)
     halved = copy.deepcopy(subject.port).half()
     if halved.dtype != torch.float16:
         yield Finding(f"half(): {halved.dtype}, expected torch.float16")
@@ -144,10 +163,21 @@ def compare_dtypes(
             "embed": model.embed(**inputs).dtype,
             "embed(normalize=True)": model.embed(**inputs, normalize=True).dtype,
             "hidden_states": model.hidden_states(**inputs, layers=[0])[0].dtype,
+            "attention_maps": model.attention_maps(**inputs, layers=[0])[0].dtype,
+            "pooling_attention": pooling_attention_of(model, inputs).dtype,
+            "embed_images": model.embed_images([ONE_IMAGE]).dtype,
         }
         for name, actual in results.items():
             if actual != dtype:
                 yield Finding(f"{label}, inputs of {input_dtype}: {name} is {actual}")
+
+
+ONE_IMAGE = np.full((9, 8, 3), 77, dtype=np.uint8)
+
+
+def pooling_attention_of(model: SigLipVisionModel, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the attention weights of the pooling head."""
+    return model.pooling_attention(model(**inputs), inputs.get("pixel_attention_mask"))
 
 
 def check_headless(subject: Subject) -> Iterator[Finding]:
@@ -166,6 +196,12 @@ def check_headless(subject: Subject) -> Iterator[Finding]:
     names = [name for name in model.state_dict() if "head" in name]
     if names or model.pooling_head is not None or model.config.pooling_head:
         yield Finding(f"the model has a pooling head, expected none ({len(names)} tensors)")
+    folder = Path(subject.scratch, "headless")
+    model.float().save_hf(folder)
+    saved = subject.expected.host.compute(reference_features.read_saved, str(folder), torch.float32)
+    yield from compare_bits("saved", saved.tensors, tensors_by_reference_name(model))
+    if SigLipVisionModel.from_hf(folder, interpolation=interpolation).config != model.config:
+        yield Finding("saved: from_hf reads another configuration")
     try:
         model.pool(batch.expected.tokens)
     except ValueError:

@@ -143,3 +143,9 @@ def batch_inputs(config: SigLipVisionConfig) -> Iterator[BatchInputs]:
             "spatial_shapes": shapes,
         }
         yield "packed patches", packed, None
+        large = {
+            "pixel_values": noise(2, 132, 3 * patch * patch),
+            "pixel_attention_mask": (torch.arange(132)[None] < torch.tensor([[132], [6]])).long(),
+            "spatial_shapes": torch.tensor([[12, 11], [2, 3]]),
+        }
+        yield "a large and a small image, packed", large, None

@@ -28,6 +28,11 @@ def check_optimize(subject: Subject) -> Iterator[Finding]:
         model = with_engine(subject.port, engine, cache_dir=folder)
         yield from compare_rounding(f"engine {engine}", model, subject)
         yield from check_changed_weights(f"engine {engine}", model, subject)
+        if model.preprocessor_config != subject.port.preprocessor_config:
+            yield Finding(
+                f"engine {engine}: preprocessor_config is {model.preprocessor_config}, expected "
+                f"{subject.port.preprocessor_config}"
+            )
     model = optimize(subject.port, engines=["prepacked"], cache_dir=folder)
     label = f"optimize(..., engines=['prepacked']), which chose {model.choice.engine}"
     yield from compare_rounding(label, model, subject)

@@ -20,6 +20,7 @@ from siglip_port.parity.siglip.entrances import (
     loading,
     models,
     optimized,
+    refusals,
     saving,
     settings,
     training,
@@ -94,9 +95,11 @@ ENTRANCES = (
         in_float64=True,
         needs=(RUN,),
     ),
+    Entrance("forward(invalid)", "tokens", refusals.check_refused_pixels),
     Entrance("patchify", "convert_image_to_patches", images.check_patchify),
     Entrance("pack", "convert_image_to_patches", images.check_pack, needs=("patchify",)),
     Entrance("ImageProcessor", "image_processor", images.check_image_processor),
+    Entrance("ImageProcessor(invalid)", "image_processor", refusals.check_refused_images),
     Entrance(
         "embed_images",
         "pooled",
@@ -108,6 +111,7 @@ ENTRANCES = (
     Entrance("config.from_hf", "config", settings.check_config_from_hf),
     Entrance("from_hf", "from_pretrained", loading.check_from_hf),
     Entrance("from_hf(timm)", "timm", loading.check_from_timm),
+    Entrance("from_hf(big_vision)", "big_vision", loading.check_from_big_vision),
     Entrance("from_hf(device=...)", "from_pretrained", loading.check_device),
     Entrance("from_hf(dtype=...)", "from_pretrained", loading.check_dtype),
     Entrance(
@@ -125,6 +129,7 @@ ENTRANCES = (
         training.check_checkpointing,
         needs=("deepcopy",),
     ),
+    Entrance("SigLipVisionModel", "initialization", training.check_initialization),
     Entrance("get_input_embeddings", "get_input_embeddings", training.check_input_embeddings),
     Entrance("optimize", "pooled", optimized.check_optimize, needs=("embed",)),
 )

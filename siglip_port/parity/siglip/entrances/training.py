@@ -10,13 +10,25 @@ import torch
 from torch import Tensor
 
 from siglip_port.model import SigLipVisionModel
+from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.results import Finding
 from siglip_port.parity.siglip import reference_features
+from siglip_port.parity.siglip.cases import tensors_by_reference_name
 from siglip_port.parity.siglip.entrances.subject import (
+    FLOAT32_BOUND,
     Batch,
     Subject,
     compare_bits,
 )
+
+CHECKPOINTING_ARGUMENTS: tuple[dict[str, bool] | None, ...] = (
+    None,
+    {},
+    {"use_reentrant": False},
+    {"use_reentrant": True},
+    {"preserve_rng_state": True},
+)
+"""Arguments of `gradient_checkpointing_enable`."""
 
 
 def check_checkpointing(subject: Subject) -> Iterator[Finding]:
@@ -31,7 +43,8 @@ def check_checkpointing(subject: Subject) -> Iterator[Finding]:
         plain["embeddings"] = batch.expected.pooled
     elif torch.allclose(plain["embeddings"].double(), batch.expected.pooled.double(), rtol=1e-3):
         yield Finding("attention_dropout changes nothing in training mode", "pooled", "train")
-    for kwargs in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+    yield from check_head_in_training(model, batch)
+    for kwargs in CHECKPOINTING_ARGUMENTS:
         model.gradient_checkpointing_enable(kwargs)
         label = f"gradient_checkpointing_kwargs={kwargs}"
         if not model.is_gradient_checkpointing:
@@ -41,6 +54,13 @@ def check_checkpointing(subject: Subject) -> Iterator[Finding]:
     model.gradient_checkpointing_disable()
     if model.is_gradient_checkpointing:
         yield Finding("is_gradient_checkpointing is True after gradient_checkpointing_disable()")
+
+
+def check_head_in_training(model: SigLipVisionModel, batch: Batch) -> Iterator[Finding]:
+    """Check that the pooling head has no dropout: it computes the same in training mode."""
+    error = relative_error(model.pool(batch.expected.tokens), batch.expected.pooled)
+    if not error <= FLOAT32_BOUND:
+        yield Finding("in training mode: the pooling head differs", "pooled", "pool", error)
 
 
 def check_fixed_embeddings(model: SigLipVisionModel, batch: Batch) -> Iterator[Finding]:
@@ -86,11 +106,30 @@ def train_step(model: SigLipVisionModel, batch: Batch) -> dict[str, Tensor]:
         embeddings = model.embed(**inputs)
         embeddings.square().sum().backward()
     result = {"embeddings": embeddings.detach()}
+    if inputs["pixel_values"].requires_grad:  # set by the port, and computed for nothing
+        result["gradients of pixel_values"] = inputs["pixel_values"]
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             result[f"gradients of {name}"] = parameter.grad
     model.zero_grad(set_to_none=True)
     return result
+
+
+def check_initialization(subject: Subject) -> Iterator[Finding]:
+    """Compare the random weights of a new model with the reference's: their standard deviation."""
+    expected = subject.expected.host.compute(reference_features.initial_deviations)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = SigLipVisionModel(subject.port.config)
+    for name, tensor in tensors_by_reference_name(model).items():
+        actual = reference_features.deviation(tensor)
+        # Five times the standard deviation of the estimate.
+        bound = 5 * expected[name] / math.sqrt(tensor.numel())
+        if abs(actual - expected[name]) > bound:
+            yield Finding(
+                f"{name} of a new model: standard deviation {actual:.2g}, expected "
+                f"{expected[name]:.2g}"
+            )
 
 
 def check_input_embeddings(subject: Subject) -> Iterator[Finding]:
