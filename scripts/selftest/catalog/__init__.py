@@ -10,6 +10,7 @@ from scripts.selftest.catalog.activation import ACTIVATION
 from scripts.selftest.catalog.attention import ATTENTION
 from scripts.selftest.catalog.biases import BIASES
 from scripts.selftest.catalog.calls import CALLS
+from scripts.selftest.catalog.corners import CORNERS
 from scripts.selftest.catalog.entrances import ENTRANCES
 from scripts.selftest.catalog.equivalent import EQUIVALENT
 from scripts.selftest.catalog.gradients import GRADIENTS
@@ -53,5 +54,6 @@ MUTANTS: list[Mutant] = [
     *IMAGES,
     *ENTRANCES,
     *TRACES,
+    *CORNERS,
 ]
 """All mutants of the port; those of the harness are in `harness`."""

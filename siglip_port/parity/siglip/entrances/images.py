@@ -92,8 +92,8 @@ def check_threads(processor: ImageProcessor, backend: Backend) -> Iterator[Findi
     arrays = [random.integers(0, 256, (50, 60, 3), dtype=np.uint8) for _ in range(40)]
     expected = [process(processor, array) for array in arrays]
     with ThreadPoolExecutor(4) as pool:
-        for pixels, alone in zip(pool.map(processor, arrays), expected, strict=True):
-            message = compare_pixels(cast("Mapping[str, Tensor]", pixels), alone)
+        for pixels, serial in zip(pool.map(processor, arrays), expected, strict=True):
+            message = compare_pixels(cast("Mapping[str, Tensor]", pixels), serial)
             if message:
                 yield pixel_finding(f"in several threads, {backend}: {message}", "")
                 return
