@@ -14,8 +14,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from siglip_port.model import SigLipVisionModel
+from siglip_port.parity import bounds
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.results import Finding
+from siglip_port.parity.siglip import reference_features
 from siglip_port.parity.siglip.entrances.subject import (
     FLOAT32_ROUNDING,
     Batch,
@@ -36,6 +38,10 @@ SHAPE_DTYPES = (torch.int32, torch.int8)
 
 def check_forward(subject: Subject) -> Iterator[Finding]:
     """Compare tokens for every variant of the arguments."""
+    dtype = next(subject.port.parameters()).dtype
+    if subject.port.dtype != dtype:
+        yield Finding(f"dtype is {subject.port.dtype}, that of the parameters is {dtype}")
+        return
     batch = subject.expected.batches[0]
     first, second = (batch.valid(subject.port(**batch.inputs)) for _ in range(2))
     error = relative_error(second, first)
@@ -104,6 +110,36 @@ def compare_nested_calls(
         error = relative_error(expected.valid(actual), expected.valid(expected.expected.tokens))
         if not error <= max(FLOAT32_ROUNDING, tolerance.get()):
             yield Finding(f"{label}: differs", error=error)
+
+
+def check_autocast(subject: Subject) -> Iterator[Finding]:
+    """Compare dtypes and rounding under autocast to bfloat16 with the reference's."""
+    for batch in subject.expected.batches:
+        inputs = {**batch.inputs, "pixel_values": batch.inputs["pixel_values"].float()}
+        expected = subject.expected.host.compute(reference_features.compute_under_autocast, inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            results = {
+                "tokens": subject.port(**inputs),
+                "pooled": subject.port.embed(**inputs),
+                "hidden_states": subject.port.hidden_states(**inputs, layers=[1])[0],
+            }
+        features = batch.expected
+        exact = {
+            "tokens": features.tokens,
+            "pooled": features.pooled,
+            "hidden_states": features.hidden_states[1],
+        }
+        for name, value in results.items():
+            own, truth = expected[name], exact[name]
+            if value.dtype != own.dtype:
+                yield Finding(f"{batch.name}: {name} are {value.dtype}, expected {own.dtype}")
+                continue
+            if name != "pooled":
+                value, own, truth = map(batch.valid, (value, own, truth))
+            error = relative_error(value, truth)
+            if not error <= bounds.WORST_FACTOR * relative_error(own, truth):
+                message = f"rounding error is over {bounds.WORST_FACTOR:g}x the reference's"
+                yield Finding(f"{batch.name}: {name}: {message}", error=error)
 
 
 def check_call_after_error(subject: Subject) -> Iterator[Finding]:
@@ -350,7 +386,10 @@ def check_dtype_of_tokens(subject: Subject) -> Iterator[Finding]:
     batch = subject.expected.batches[0]
     result = subject.port.pool(batch.expected.tokens.bfloat16())
     if result.dtype != subject.port.dtype:
-        yield Finding(f"tokens in bfloat16: {result.dtype}, expected {subject.port.dtype}")
+        yield Finding(
+            f"tokens in bfloat16: the dtype of the result is {result.dtype}, expected "
+            f"{subject.port.dtype}"
+        )
 
 
 def mean_of(batch: Batch) -> Tensor:
