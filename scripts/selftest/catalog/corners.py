@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 from torch import Tensor, nn
 
 from scripts.selftest.catalog.entrances import PIXELS, change_result, entrance
-from scripts.selftest.mutant import wrap
+from scripts.selftest.mutant import replace_item, wrap
 from siglip_port import features, image_reading, patches, validation
 from siglip_port.checkpoint.key_rules import KeyRule, Layout
 from siglip_port.image_processing import ImageProcessor
@@ -144,6 +144,12 @@ def narrow_stream(
 
 
 CORNERS = [
+    entrance(
+        "timm_aliased",
+        "timm's rule for positions without antialiasing",
+        "interpolate_positions",
+        replace_item(patches.INTERPOLATION_RULES, "timm", patches.interpolate_as_transformers),
+    ),
     entrance(
         "autocast_stream",
         "residual stream in bfloat16 under autocast",

@@ -124,20 +124,20 @@ def check_autocast(subject: Subject) -> Iterator[Finding]:
                 "hidden_states": subject.port.hidden_states(**inputs, layers=[1])[0],
             }
         features = batch.expected
-        exact = {
+        exact_results = {
             "tokens": features.tokens,
             "pooled": features.pooled,
             "hidden_states": features.hidden_states[1],
         }
         for name, value in results.items():
-            own, truth = expected[name], exact[name]
+            own, exact = expected[name], exact_results[name]
             if value.dtype != own.dtype:
                 yield Finding(f"{batch.name}: {name} are {value.dtype}, expected {own.dtype}")
                 continue
             if name != "pooled":
-                value, own, truth = map(batch.valid, (value, own, truth))
-            error = relative_error(value, truth)
-            if not error <= bounds.WORST_FACTOR * relative_error(own, truth):
+                value, own, exact = map(batch.valid, (value, own, exact))
+            error = relative_error(value, exact)
+            if not error <= bounds.WORST_FACTOR * relative_error(own, exact):
                 message = f"rounding error is over {bounds.WORST_FACTOR:g}x the reference's"
                 yield Finding(f"{batch.name}: {name}: {message}", error=error)
 
