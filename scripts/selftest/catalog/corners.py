@@ -183,7 +183,7 @@ CORNERS = [
     entrance(
         "attention_in_float32",
         "attention weights returned in float32",
-        "from_hf(dtype=...) to(dtype)",
+        "attention_maps pooling_attention",
         change_result(features, "attention_weights", Tensor.float),
     ),
     entrance(
@@ -195,7 +195,7 @@ CORNERS = [
     entrance(
         "head_dropout",
         "attention dropout in the pooling head",
-        "pool",
+        "gradient_checkpointing_enable",
         wrap(PoolingHead, "__init__", drop_in_head),
     ),
     entrance(

@@ -243,7 +243,7 @@ TRACES = [
     entrance(
         "truncated_encoder",
         "hidden_states removes later blocks from the encoder while it runs",
-        "forward(two_threads) forward(after_error)",
+        "hidden_states",
         wrap(features, "hidden_states", truncate_encoder),
     ),
     entrance(

@@ -20,8 +20,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> reference.Reference:
 
 
 def packed() -> dict[str, Tensor]:
-    (inputs,) = (inputs for _, inputs, grid in models.batch_inputs(models.NAFLEX) if grid is None)
-    return dict(inputs)
+    batches = models.batch_inputs(models.NAFLEX)
+    return dict(next(inputs for _, inputs, grid in batches if grid is None))
 
 
 def test_features_are_those_of_transformers(model: reference.Reference) -> None:

@@ -17,7 +17,7 @@ from siglip_port.parity.siglip.sample_images import (
 
 def test_sample_images_have_every_mode() -> None:
     samples = dict(sample_images(synthetic_image()))
-    assert len(samples) == 45
+    assert len(samples) == 47
     modes = {sample.mode for sample in samples.values() if isinstance(sample, Image.Image)}
     assert modes == {"1", "L", "P", "RGB", "CMYK", "YCbCr", "F", "I;16", "RGBA", "LA"}
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from siglip_port.checkpoint import LoadOptions
 from siglip_port.model import SigLipVisionModel
@@ -163,21 +161,10 @@ def compare_dtypes(
             "embed": model.embed(**inputs).dtype,
             "embed(normalize=True)": model.embed(**inputs, normalize=True).dtype,
             "hidden_states": model.hidden_states(**inputs, layers=[0])[0].dtype,
-            "attention_maps": model.attention_maps(**inputs, layers=[0])[0].dtype,
-            "pooling_attention": pooling_attention_of(model, inputs).dtype,
-            "embed_images": model.embed_images([ONE_IMAGE]).dtype,
         }
         for name, actual in results.items():
             if actual != dtype:
                 yield Finding(f"{label}, inputs of {input_dtype}: {name} is {actual}")
-
-
-ONE_IMAGE = np.full((9, 8, 3), 77, dtype=np.uint8)
-
-
-def pooling_attention_of(model: SigLipVisionModel, inputs: Mapping[str, Any]) -> Tensor:
-    """Return the attention weights of the pooling head."""
-    return model.pooling_attention(model(**inputs), inputs.get("pixel_attention_mask"))
 
 
 def check_headless(subject: Subject) -> Iterator[Finding]:

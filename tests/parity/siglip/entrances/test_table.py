@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scripts.selftest.catalog.entrances import ENTRANCES as MUTANTS
+from scripts.selftest import catalog
 from scripts.selftest.catalog.entrances import PIXELS
 from scripts.selftest.catalog.equivalent import EQUIVALENT
 from scripts.selftest.mutant import Mutant
@@ -19,13 +19,16 @@ from siglip_port.parity.siglip.entrances.subject import Expected, Subject
 from siglip_port.parity.siglip.entrances.table import ENTRANCES, check_entrance, check_entrances
 
 BY_NAME = {entrance.name: entrance for entrance in ENTRANCES}
+MUTANTS = [mutant for mutant in catalog.MUTANTS if mutant.subject == "entrances"]
 FLOAT32_STEPS = [m for m in EQUIVALENT if m.name in ("float32_softmax", "float32_ln", "in_place")]
 
 
 def entrances_of(mutant: Mutant) -> list[str]:
     """Return the entrances that a mutant breaks."""
-    names = mutant.locations.split()
-    return ["ImageProcessor" if name == PIXELS else name for name in names]
+    names = []
+    for name in mutant.locations.split():
+        names += ["ImageProcessor", "ImageProcessor(invalid)"] if name == PIXELS else [name]
+    return names
 
 
 def check_some(mutant: Mutant, expected: Expected, scratch: Path) -> list[Finding]:
