@@ -24,6 +24,7 @@ from siglip_port.parity.siglip.entrances import (
     refusals,
     saving,
     settings,
+    traces,
     training,
 )
 from siglip_port.parity.siglip.entrances.subject import (
@@ -68,7 +69,7 @@ ENTRANCES = (
     Entrance(
         "forward(two_threads)",
         "tokens",
-        features.check_call_inside_call,
+        traces.check_call_inside_call,
         in_float64=True,
         needs=(RUN,),
     ),
@@ -76,10 +77,10 @@ ENTRANCES = (
     Entrance(
         "forward(after_inference_mode)",
         "tokens",
-        features.check_call_after_inference,
+        traces.check_call_after_inference,
         needs=(RUN,),
     ),
-    Entrance("forward(after_error)", "tokens", features.check_call_after_error, needs=(RUN,)),
+    Entrance("forward(after_error)", "tokens", traces.check_call_after_error, needs=(RUN,)),
     Entrance(
         "hidden_states",
         "hidden_states",
