@@ -20,7 +20,7 @@ from scripts.selftest.mutant import replace_item, wrap
 from siglip_port import features, image_reading, patches, validation
 from siglip_port.checkpoint.key_rules import KeyRule, Layout
 from siglip_port.image_processing import ImageProcessor
-from siglip_port.model import EncoderBlock, PoolingHead, SigLipVisionModel, VisionEmbeddings
+from siglip_port.model import PoolingHead, SigLipVisionModel, VisionEmbeddings
 from siglip_port.optimize import selection
 
 Rules = tuple[KeyRule, ...]
@@ -135,26 +135,12 @@ def forget_preprocessing(copied: SigLipVisionModel) -> SigLipVisionModel:
     return copied
 
 
-def narrow_stream(
-    forward: Callable[..., Tensor], block: nn.Module, hidden_states: Tensor, *args: object
-) -> Tensor:
-    """Keep the residual stream in autocast's dtype."""
-    output = forward(block, hidden_states, *args)
-    return output.bfloat16() if torch.is_autocast_enabled("cpu") else output
-
-
 CORNERS = [
     entrance(
         "timm_aliased",
         "timm's rule for positions without antialiasing",
         "interpolate_positions",
         replace_item(patches.INTERPOLATION_RULES, "timm", patches.interpolate_as_transformers),
-    ),
-    entrance(
-        "autocast_stream",
-        "residual stream in bfloat16 under autocast",
-        "forward(autocast)",
-        wrap(EncoderBlock, "forward", narrow_stream),
     ),
     entrance(
         "nan_accepted",

@@ -108,20 +108,6 @@ def truncate_encoder(
     return states
 
 
-def concatenate_chunks(
-    forward: Callable[..., Tensor],
-    port: SigLipVisionModel,
-    pixel_values: Tensor,
-    *args: object,
-    **inputs: object,
-) -> Tensor:
-    """Run 64 images at a time."""
-    if args or inputs or not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4:
-        return forward(port, pixel_values, *args, **inputs)
-    starts = range(0, len(pixel_values), 64)
-    return torch.cat([forward(port, pixel_values[start : start + 64]) for start in starts])
-
-
 def keep_from_first_call(
     forward: Callable[..., Tensor], embeddings: VisionEmbeddings, *args: object
 ) -> Tensor:
@@ -245,12 +231,6 @@ TRACES = [
         "hidden_states removes later blocks from the encoder while it runs",
         "hidden_states",
         wrap(features, "hidden_states", truncate_encoder),
-    ),
-    entrance(
-        "no_images_concatenated",
-        "a batch of no images raises",
-        "forward",
-        wrap(SigLipVisionModel, "forward", concatenate_chunks),
     ),
     entrance(
         "inference_tensor_kept",

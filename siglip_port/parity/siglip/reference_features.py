@@ -115,17 +115,6 @@ def compute_outputs(side: Side, inputs: BatchInputs, dtype: torch.dtype) -> dict
     return tensors
 
 
-def compute_under_autocast(side: Side, inputs: BatchInputs) -> dict[str, Tensor]:
-    """Compute `tokens`, `pooled` and the first block's output in float32 under autocast."""
-    captured: dict[str, Tensor] = {}
-    model = side.module
-    low = torch.autocast("cpu", torch.bfloat16)
-    with cast(model, torch.float32), torch.inference_mode(), capture(model, captured), low:
-        output = model(**model_inputs(model, cast_batch(inputs, torch.float32)))
-    tensors: dict[str, Tensor] = reference.name_outputs(output)
-    return {**tensors, "hidden_states": captured["0.output"]}
-
-
 def cast_batch(inputs: BatchInputs, dtype: torch.dtype) -> BatchInputs:
     """Cast the floating point tensors of a batch."""
     result = cast_inputs(inputs, dtype)

@@ -73,7 +73,6 @@ ENTRANCES = (
         in_float64=True,
         needs=(RUN,),
     ),
-    Entrance("forward(autocast)", "tokens", features.check_autocast, needs=(RUN,)),
     Entrance(
         "forward(after_inference_mode)",
         "tokens",
