@@ -1,4 +1,4 @@
-"""Rare arguments, dtypes and inputs of the entrances, other layouts, and new models.
+"""Rare arguments, dtypes and inputs of the entrances, and other layouts.
 
 The locations of these mutants are names of `siglip_port.parity.siglip.entrances.table.ENTRANCES`.
 """
@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import torch
 from PIL import Image, ImageFile
-from torch import Tensor, nn
+from torch import Tensor
 
 from scripts.selftest.catalog.entrances import PIXELS, change_result, entrance
 from scripts.selftest.mutant import replace_item, wrap
@@ -55,13 +55,6 @@ def drop_in_head(initialize: Callable[..., None], head: PoolingHead, config: Any
     """Give the pooling head the dropout of the blocks."""
     initialize(head, config)
     head.attention.dropout = config.attention_dropout
-
-
-def widen_head(reset: Callable[..., None], head: PoolingHead) -> None:
-    """Draw q, k and v of the head one by one, not as one matrix."""
-    reset(head)
-    for linear in (head.attention.q_proj, head.attention.k_proj, head.attention.v_proj):
-        nn.init.xavier_uniform_(linear.weight)
 
 
 def equal_to_one(original: object, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -183,12 +176,6 @@ CORNERS = [
         "attention dropout in the pooling head",
         "gradient_checkpointing_enable",
         wrap(PoolingHead, "__init__", drop_in_head),
-    ),
-    entrance(
-        "head_initialization",
-        "q, k and v of a new head drawn too wide",
-        "SigLipVisionModel",
-        wrap(PoolingHead, "reset_parameters", widen_head),
     ),
     entrance(
         "mask_of_ones_only",

@@ -255,20 +255,6 @@ def describe_config(side: Side) -> ConfigFields:
     return ConfigFields(names, config.to_dict(), type(config)().to_dict())
 
 
-def initial_deviations(side: Side) -> dict[str, float]:
-    """Return the standard deviation of each tensor of a new model with random weights."""
-    config: Any = side.module.config
-    with torch.random.fork_rng(devices=[]), reference.quiet_transformers():
-        torch.manual_seed(0)
-        model = reference.model_class(reference.is_naflex(side.module))(config)
-    return {name: deviation(tensor) for name, tensor in model.state_dict().items()}
-
-
-def deviation(tensor: Tensor) -> float:
-    """Return the standard deviation of all elements."""
-    return float(tensor.double().std(correction=0))
-
-
 def input_embeddings(side: Side) -> Tensor:
     """Return the weight of the reference's input embeddings."""
     module: Any = side.module

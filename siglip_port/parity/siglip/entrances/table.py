@@ -132,7 +132,6 @@ ENTRANCES = (
         training.check_checkpointing,
         needs=("deepcopy",),
     ),
-    Entrance("SigLipVisionModel", "initialization", training.check_initialization),
     Entrance("get_input_embeddings", "get_input_embeddings", training.check_input_embeddings),
     Entrance("optimize", "pooled", optimized.check_optimize, needs=("embed",)),
 )

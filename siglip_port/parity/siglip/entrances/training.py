@@ -13,7 +13,6 @@ from siglip_port.model import SigLipVisionModel
 from siglip_port.parity.metrics import relative_error
 from siglip_port.parity.results import Finding
 from siglip_port.parity.siglip import reference_features
-from siglip_port.parity.siglip.cases import tensors_by_reference_name
 from siglip_port.parity.siglip.entrances.subject import (
     FLOAT32_BOUND,
     Batch,
@@ -111,23 +110,6 @@ def train_step(model: SigLipVisionModel, batch: Batch) -> dict[str, Tensor]:
             result[f"gradients of {name}"] = parameter.grad
     model.zero_grad(set_to_none=True)
     return result
-
-
-def check_initialization(subject: Subject) -> Iterator[Finding]:
-    """Compare the random weights of a new model with the reference's: their standard deviation."""
-    expected = subject.expected.host.compute(reference_features.initial_deviations)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = SigLipVisionModel(subject.port.config)
-    for name, tensor in tensors_by_reference_name(model).items():
-        actual = reference_features.deviation(tensor)
-        # Five times the standard deviation of the estimate.
-        bound = 5 * expected[name] / math.sqrt(tensor.numel())
-        if abs(actual - expected[name]) > bound:
-            yield Finding(
-                f"{name} of a new model: standard deviation {actual:.2g}, expected "
-                f"{expected[name]:.2g}"
-            )
 
 
 def check_input_embeddings(subject: Subject) -> Iterator[Finding]:
