@@ -17,18 +17,13 @@ from torch import Tensor
 
 from scripts.selftest.catalog.entrances import PIXELS, change_result, entrance
 from scripts.selftest.mutant import replace_item, wrap
-from siglip_port import features, image_reading, patches, validation
+from siglip_port import features, image_reading, patches
 from siglip_port.checkpoint.key_rules import KeyRule, Layout
 from siglip_port.image_processing import ImageProcessor
 from siglip_port.model import PoolingHead, SigLipVisionModel, VisionEmbeddings
 from siglip_port.optimize import selection
 
 Rules = tuple[KeyRule, ...]
-
-
-def accept_nan(validate: Callable[[Tensor], None], pixel_values: Tensor) -> None:
-    """Check the range of pixels that are not NaN only."""
-    validate(pixel_values.nan_to_num(0.0))
 
 
 def cast_levels(read: Callable[..., object], image: Any, backend: str) -> object:  # noqa: ANN401
@@ -134,12 +129,6 @@ CORNERS = [
         "timm's rule for positions without antialiasing",
         "interpolate_positions",
         replace_item(patches.INTERPOLATION_RULES, "timm", patches.interpolate_as_transformers),
-    ),
-    entrance(
-        "nan_accepted",
-        "pixels that are NaN accepted",
-        "forward(invalid)",
-        wrap(validation, "validate_pixel_range", accept_nan),
     ),
     entrance(
         "floats_cast",

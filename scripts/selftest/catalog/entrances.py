@@ -710,7 +710,7 @@ FILES = [
     entrance(
         "loaded_training",
         "loaded in training mode",
-        "from_hf",
+        "from_hf forward",
         change_result(pretrained, "load_model", stay_training),
     ),
     entrance(

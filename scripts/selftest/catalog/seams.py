@@ -262,12 +262,14 @@ def pooling_head(
 
 
 def pool(function: Callable[[Any, Tensor], Tensor]) -> Patch:
-    """Replace `pool`: (pooling head, tokens) -> pooled."""
+    """Replace `pool` of models with a head: (pooling head, tokens) -> pooled."""
+    pool_by_mean = SigLipVisionModel.pool
 
     def pool(
         model: SigLipVisionModel, tokens: Tensor, pixel_attention_mask: Tensor | None = None
     ) -> Tensor:
-        assert model.pooling_head is not None
+        if model.pooling_head is None:
+            return pool_by_mean(model, tokens, pixel_attention_mask)
         masked: Any = Masked(model.pooling_head, key_mask(tokens, pixel_attention_mask))
         return function(masked, tokens)
 

@@ -183,12 +183,6 @@ def check_headless(subject: Subject) -> Iterator[Finding]:
     names = [name for name in model.state_dict() if "head" in name]
     if names or model.pooling_head is not None or model.config.pooling_head:
         yield Finding(f"the model has a pooling head, expected none ({len(names)} tensors)")
-    folder = Path(subject.scratch, "headless")
-    model.float().save_hf(folder)
-    saved = subject.expected.host.compute(reference_features.read_saved, str(folder), torch.float32)
-    yield from compare_bits("saved", saved.tensors, tensors_by_reference_name(model))
-    if SigLipVisionModel.from_hf(folder, interpolation=interpolation).config != model.config:
-        yield Finding("saved: from_hf reads another configuration")
     try:
         model.pool(batch.expected.tokens)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Inputs that have no right result: the port refuses them, instead of computing something."""
+"""Images that have no right pixels: the port refuses them, instead of computing something."""
 
 from __future__ import annotations
 
@@ -7,37 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from siglip_port.image_processing import ImageProcessor
 from siglip_port.parity.results import Finding
 from siglip_port.parity.siglip.entrances.subject import Subject
 from siglip_port.parity.siglip.pixels import pixel_finding
 from siglip_port.parity.siglip.sample_images import encode, synthetic_image
-
-
-def check_refused_pixels(subject: Subject) -> Iterator[Finding]:
-    """Pass pixels that are not finite, not normalized, or of another shape."""
-    batch = subject.expected.batches[0]
-    for name, pixel_values in invalid_pixels(batch.inputs["pixel_values"]).items():
-        for method in (subject.port.forward, subject.port.embed):
-            try:
-                method(**{**batch.inputs, "pixel_values": pixel_values})
-            except ValueError:
-                continue
-            yield Finding(f"{method.__name__} accepts pixels {name}, expected ValueError")
-
-
-def invalid_pixels(pixels: Tensor) -> Mapping[str, Tensor]:
-    """Return pixels, by what is wrong with them."""
-    invalid = {}
-    for name, value in (("that are NaN", torch.nan), ("that are Inf", torch.inf)):
-        invalid[name] = pixels.clone()
-        invalid[name].view(-1)[-1] = value
-    invalid["from 0 to 255"] = 127.5 * (pixels + 1)
-    invalid["of one dimension"] = pixels.flatten()
-    invalid["that are integers"] = pixels.to(torch.uint8)
-    return invalid
 
 
 def check_refused_images(subject: Subject) -> Iterator[Finding]:

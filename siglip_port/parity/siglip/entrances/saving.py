@@ -17,6 +17,7 @@ from siglip_port.model import SigLipVisionModel
 from siglip_port.parity.results import Finding
 from siglip_port.parity.sides import cast
 from siglip_port.parity.siglip import reference, reference_features
+from siglip_port.parity.siglip.cases import tensors_by_reference_name
 from siglip_port.parity.siglip.entrances.subject import (
     Subject,
     compare_bits,
@@ -44,6 +45,21 @@ def check_save_hf(subject: Subject) -> Iterator[Finding]:
             f"{subject.port.preprocessor_config}"
         )
     yield from check_saved_dtype(subject)
+    yield from check_saved_headless(subject)
+
+
+def check_saved_headless(subject: Subject) -> Iterator[Finding]:
+    """Save a model without its pooling head: transformers and the port load one without."""
+    interpolation = subject.expected.interpolation
+    model = SigLipVisionModel.from_hf(
+        subject.expected.source, pooling_head=False, interpolation=interpolation
+    )
+    folder = Path(subject.scratch, "headless")
+    model.save_hf(folder)
+    saved = subject.expected.host.compute(reference_features.read_saved, str(folder), torch.float32)
+    yield from compare_bits("without head", saved.tensors, tensors_by_reference_name(model))
+    if SigLipVisionModel.from_hf(folder, interpolation=interpolation).config != model.config:
+        yield Finding("without head: from_hf reads another configuration")
 
 
 def check_saved_dtype(subject: Subject) -> Iterator[Finding]:

@@ -97,7 +97,6 @@ ENTRANCES = (
         in_float64=True,
         needs=(RUN,),
     ),
-    Entrance("forward(invalid)", "tokens", refusals.check_refused_pixels),
     Entrance("interpolate_positions", "position_embedding", positions.check_interpolate_positions),
     Entrance("patchify", "convert_image_to_patches", images.check_patchify),
     Entrance("pack", "convert_image_to_patches", images.check_pack, needs=("patchify",)),
