@@ -122,7 +122,7 @@ def check_default_command(stdout: str, stderr: str, report: Path, shape: tuple[i
     names = [row[0] for row in table]
     assert sorted(names) == sorted([*GATES, "rounding float32", *LOW_ROUNDINGS])
     assert {row[-1] for row in table} == {"passed"}
-    assert lines[-1].startswith("EQUAL (random weights): passed pixels (270), environment (")
+    assert lines[-1].startswith("EQUAL (random weights): passed pixels (282), environment (")
     content = json.loads(report.read_text())
     assert content["equal"] is True
     assert content["weights"] == "random weights"
