@@ -61,7 +61,7 @@ class Entrance:
     needs: tuple[str, ...] = ()
 
 
-RUN = "forward"  # label most entrances need
+RUN = "forward"
 ENTRANCES = (
     Entrance("forward", "tokens", features.check_forward, in_float64=True),
     Entrance("pool", "pooled", features.check_pool, in_float64=True, needs=(RUN,)),
