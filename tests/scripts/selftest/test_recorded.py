@@ -60,6 +60,4 @@ def test_table_of_acceptance_rules() -> None:
         "| mutants detected, of 237 | fresh initialization | stress weights N1 "
         "| stress weights L7 |"
     )
-    assert lines[-1] == (
-        "| **siglip_port gates** | **214** | **229** | **230 (2 false alarms)** |"
-    )
+    assert lines[-1] == ("| **siglip_port gates** | **214** | **229** | **230 (2 false alarms)** |")
